@@ -1,0 +1,36 @@
+"""The branches by name: each turns one input into `{"pooled": (B, F), "tokens": (B, T, F)}`.
+
+The dicts hold either a builder or where to import it from ("module:function"), so that naming a
+branch in a spec imports neither Keras nor TensorFlow. A branch of your own is one more entry:
+
+    IMAGE_BRANCHES["mine"] = my_branch      # my_branch(image, kind, spec, blocks) -> Features
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+Builder = Callable[..., Any] | str
+
+_TINY = "mm_model.branches.image_tiny:build"
+_APPLICATION = "mm_model.branches.image_application:build"
+
+IMAGE_BRANCHES: dict[str, Builder] = {
+    "tiny": _TINY,
+    **{f"efficientnet_b{n}": _APPLICATION for n in range(8)},
+    **{f"efficientnet_v2_b{n}": _APPLICATION for n in range(4)},
+    **{f"efficientnet_v2_{size}": _APPLICATION for size in ("s", "m", "l")},
+    **{f"mobilenet_v3_{size}": _APPLICATION for size in ("small", "large")},
+    **{
+        f"convnext_{size}": _APPLICATION for size in ("tiny", "small", "base", "large", "xlarge")
+    },
+    "resnet50": _APPLICATION,
+}
+
+NUMERIC_BRANCHES: dict[str, Builder] = {
+    "mlp": "mm_model.branches.numeric_mlp:build",
+}
+
+
+def has_imagenet_weights() -> tuple[str, ...]:
+    """Return the kinds of image branch that `keras.applications` has ImageNet weights for."""
+    return tuple(kind for kind, builder in IMAGE_BRANCHES.items() if builder == _APPLICATION)

@@ -1,0 +1,24 @@
+"""A small convolutional image branch for tests, the demo and small data."""
+
+from keras import KerasTensor, layers
+
+from mm_model.layers import Blocks
+from mm_model.spec import ImageSpec
+
+
+def build(image_BHWC: KerasTensor, kind: str, spec: ImageSpec, blocks: Blocks) -> dict:
+    """Return pooled features and tokens of pixels 0-255."""
+    del kind
+    if spec.weights:
+        raise ValueError("image branch 'tiny' takes no weights file; set model.image.weights=none")
+    x = layers.Rescaling(1 / 127.5, offset=-1.0, name="image_range")(image_BHWC)
+    for i, filters in enumerate((16, 32, 64)):
+        x = layers.Conv2D(
+            filters, 3, strides=2, padding="same", use_bias=False, name=f"image_conv{i}"
+        )(x)
+        x = blocks.batch_norm(f"image_conv{i}_bn")(x)
+        x = layers.Activation("relu", name=f"image_conv{i}_relu")(x)
+    pooled_BF = layers.GlobalAveragePooling2D(name="image_pool")(x)
+    tokens_BTF = layers.Reshape((-1, x.shape[-1]), name="image_tokens")(x)
+    pooled_BF = blocks.dense(pooled_BF, spec.units, "image_top")
+    return {"pooled": pooled_BF, "tokens": tokens_BTF}

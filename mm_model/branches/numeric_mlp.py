@@ -1,0 +1,16 @@
+"""The numeric branch: encoded numbers through dense blocks with skip connections."""
+
+from keras import KerasTensor, layers
+
+from mm_model.layers import Blocks
+from mm_model.spec import NumericSpec
+
+
+def build(encoded_BF: KerasTensor, kind: str, spec: NumericSpec, blocks: Blocks) -> dict:
+    """Return pooled features and one token of encoded numbers."""
+    del kind
+    x = encoded_BF
+    for i, units in enumerate(spec.units):
+        x = blocks.dense(x, units, f"numeric_{i}", skip=True)
+    tokens_BTF = layers.Reshape((1, x.shape[-1]), name="numeric_token")(x)
+    return {"pooled": x, "tokens": tokens_BTF}

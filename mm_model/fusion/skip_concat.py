@@ -1,0 +1,13 @@
+"""Concatenate the branches, then dense blocks with skip connections around them."""
+
+from keras import KerasTensor, layers
+
+from mm_model.layers import Blocks
+from mm_model.spec import FusionSpec
+
+
+def build(image: dict, numeric: dict, spec: FusionSpec, blocks: Blocks) -> KerasTensor:
+    """Return joint features (B, F) of the branches' pooled features."""
+    both_BF = layers.Concatenate(name="fusion_concat")([image["pooled"], numeric["pooled"]])
+    x = blocks.dense(both_BF, spec.units, "fusion_0", skip=True)
+    return blocks.dense(x, spec.units, "fusion_1", skip=True)

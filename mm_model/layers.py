@@ -1,0 +1,237 @@
+"""Serialisable building blocks of the fusion model.
+
+Shapes: B rows, F features or columns, K piecewise-linear components, M heads, H × W pixels.
+"""
+
+from dataclasses import dataclass
+
+import keras
+import numpy as np
+from keras import KerasTensor, layers, ops
+
+from mm_model.spec import AugmentationSpec, ModelSpec
+from mm_model.statistics import NumericStatistics
+
+register = keras.saving.register_keras_serializable(package="mm_model")
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Makes the blocks that every part of one model shares: same dropout, L2 and batch norm."""
+
+    dropout: float
+    l2: float
+    synchronized: bool
+
+    @classmethod
+    def of(cls, spec: ModelSpec) -> "Blocks":
+        """Return the blocks that a spec asks for."""
+        return cls(spec.dropout, spec.l2, spec.batch_norm == "sync")
+
+    def dense(self, x_BF: KerasTensor, units: int, name: str, skip: bool = False) -> KerasTensor:
+        """Dense, batch norm, ReLU, dropout; with `skip` the input is added (projected if needed).
+
+        The dense layer has no bias: batch norm would take it away again.
+        """
+        y_BF = self.kernel(x_BF, units, f"{name}_dense")
+        y_BF = self.batch_norm(f"{name}_bn")(y_BF)
+        y_BF = layers.Activation("relu", name=f"{name}_relu")(y_BF)
+        y_BF = layers.Dropout(self.dropout, name=f"{name}_dropout")(y_BF)
+        if not skip:
+            return y_BF
+        if x_BF.shape[-1] != units:
+            x_BF = self.kernel(x_BF, units, f"{name}_skip")
+        return layers.Add(name=f"{name}_add")([x_BF, y_BF])
+
+    def kernel(self, x_BF: KerasTensor, units: int, name: str) -> KerasTensor:
+        """Return a linear map without bias."""
+        penalty = keras.regularizers.L2(self.l2) if self.l2 else None
+        return layers.Dense(units, use_bias=False, kernel_regularizer=penalty, name=name)(x_BF)
+
+    def batch_norm(self, name: str) -> layers.Layer:
+        """Return a batch-norm layer; `synchronized` only where the spec asks for it."""
+        return layers.BatchNormalization(synchronized=self.synchronized, name=name)
+
+    def logit(self, x_BF: KerasTensor, name: str) -> KerasTensor:
+        """Return one logit a row, starting at the same for every row."""
+        return layers.Dense(1, kernel_initializer="zeros", name=name, dtype="float32")(x_BF)
+
+
+@register
+class NumericEncoding(layers.Layer):
+    """Raw numbers, NaN where missing, to the inputs of a network.
+
+    Every column gives its standardised value (the median where missing). With `bins` it also gives
+    its piecewise-linear components (Gorishniy et al. 2022, arXiv 2203.05556, section 3.2): 1 for
+    each bin below the value, 0 for each above, the share passed in its own. Unlike there, values
+    beyond the training range stay at its ends, and the standardised value is cut at ±10, so that an
+    outlier cannot shout. A column with missing values in training also gives a flag for them.
+
+    Input: float (B, F).  Output: float32 (B, K + F + flags).
+    """
+
+    LIMIT = 10.0
+
+    def __init__(
+        self, statistics: NumericStatistics | dict, bins: int | None = None, **kwargs
+    ) -> None:
+        super().__init__(**kwargs)
+        statistics = NumericStatistics.model_validate(statistics)
+        self.statistics, self.bins = statistics, bins
+        num_columns = len(statistics.columns)
+        self._mean_F = np.asarray(statistics.mean, np.float32)
+        std_F = np.asarray(statistics.std, np.float32)
+        self._scale_F = np.where(std_F > 0, 1.0 / np.where(std_F > 0, std_F, 1.0), 0.0)
+        self._median_F = np.asarray([statistics.median(i) for i in range(num_columns)], np.float32)
+        self._flagged = [i for i in range(num_columns) if 0 < statistics.missing[i]]
+        edges = [bin_edges(statistics.quantiles[i], bins) for i in range(num_columns)]
+        self._column_K = np.repeat(np.arange(num_columns), [max(len(e) - 1, 0) for e in edges])
+        self._lower_K = np.concatenate([e[:-1] for e in edges]).astype(np.float32)
+        self._width_K = np.concatenate([np.diff(e) for e in edges]).astype(np.float32)
+
+    def call(self, numbers_BF):
+        """Encode raw numbers."""
+        numbers_BF = ops.cast(numbers_BF, "float32")
+        missing_BF = ops.isnan(numbers_BF)
+        filled_BF = ops.where(missing_BF, self._median_F, numbers_BF)
+        standard_BF = (filled_BF - self._mean_F) * self._scale_F.astype(np.float32)
+        parts = [ops.clip(standard_BF, -self.LIMIT, self.LIMIT)]
+        if len(self._column_K):
+            value_BK = ops.take(filled_BF, self._column_K, axis=1)
+            parts.append(ops.clip((value_BK - self._lower_K) / self._width_K, 0.0, 1.0))
+        if self._flagged:
+            parts.append(ops.cast(ops.take(missing_BF, self._flagged, axis=1), "float32"))
+        return ops.concatenate(parts, axis=1)
+
+    def compute_output_shape(self, input_shape):
+        """Return (B, K + F + flags)."""
+        width = len(self._column_K) + len(self._mean_F) + len(self._flagged)
+        return (input_shape[0], width)
+
+    def get_config(self) -> dict:
+        """Return what the layer is made from: statistics and number of bins."""
+        config = {"statistics": self.statistics.model_dump(mode="json"), "bins": self.bins}
+        return {**super().get_config(), **config}
+
+
+def bin_edges(quantiles: tuple[float, ...], bins: int | None) -> np.ndarray:
+    """Return the distinct edges of at most `bins` bins of even count; none where there is no bin.
+
+    Edges that differ by less than float32 resolves count as one.
+    """
+    if not bins or not quantiles:
+        return np.empty(0)
+    positions = np.linspace(0, len(quantiles) - 1, bins + 1)
+    edges = np.unique(
+        np.interp(positions, np.arange(len(quantiles)), quantiles).astype(np.float32)
+    )
+    return edges.astype(np.float64) if len(edges) > 1 else np.empty(0)
+
+
+@register
+class ModalityDropout(layers.Layer):
+    """Hides a whole branch from the joint network for a random share of the training rows.
+
+    Draws one number a row: below `rate` / 2 the first branch is hidden, above 1 - `rate` / 2 the
+    second, never both (ModDrop: Neverova et al. 2016, arXiv 1501.00102).
+
+    Input: two tensors (B, F1), (B, F2).  Output: the same two.
+    """
+
+    def __init__(self, rate: float, seed: int | None = None, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.rate = rate
+        self.seed_generator = keras.random.SeedGenerator(seed)
+
+    def call(self, features, training=False):
+        """Hide branches while training."""
+        first_BF, second_BF = features
+        if not training or not self.rate:
+            return first_BF, second_BF
+        draw_B1 = keras.random.uniform((ops.shape(first_BF)[0], 1), seed=self.seed_generator)
+        keep_first_B1 = ops.cast(draw_B1 >= self.rate / 2, first_BF.dtype)
+        keep_second_B1 = ops.cast(draw_B1 < 1 - self.rate / 2, second_BF.dtype)
+        return first_BF * keep_first_B1, second_BF * keep_second_B1
+
+    def compute_output_shape(self, input_shape):
+        """Return the shapes unchanged."""
+        return input_shape[0], input_shape[1]
+
+    def get_config(self) -> dict:
+        """Return the rate."""
+        return {**super().get_config(), "rate": self.rate}
+
+
+@register
+class AffineLogit(layers.Layer):
+    """A weighted sum of logits plus a bias, fitted on the validation split, never by gradients.
+
+    It serves as the blend of the heads (M logits, weights that sum to one, no bias) and as the
+    calibration of their result (one logit, Platt's scale and bias).
+
+    Input: (B, M).  Output: (B, 1).
+    """
+
+    def __init__(self, weights: list[float], **kwargs) -> None:
+        super().__init__(trainable=False, dtype="float32", **kwargs)
+        self.initial = [float(w) for w in weights]
+
+    def build(self, input_shape):
+        """Create weights and bias."""
+        self.scale_M1 = self.add_weight(
+            shape=(len(self.initial), 1), name="scale", initializer="zeros", trainable=False
+        )
+        self.scale_M1.assign(np.asarray(self.initial, np.float32)[:, None])
+        self.bias = self.add_weight(shape=(), name="bias", initializer="zeros", trainable=False)
+
+    def call(self, logits_BM):
+        """Weigh and add."""
+        # Spelled as a sum, since a matmul may run in bf16 or TF32 on GPUs.
+        return ops.sum(logits_BM * self.scale_M1[:, 0], axis=1, keepdims=True) + self.bias
+
+    def set(self, weights: list[float], bias: float = 0.0) -> None:
+        """Replace weights and bias."""
+        self.scale_M1.assign(np.asarray(weights, np.float32)[:, None])
+        self.bias.assign(np.float32(bias))
+
+    def get_config(self) -> dict:
+        """Return the weights it starts from."""
+        return {**super().get_config(), "weights": self.initial}
+
+    @classmethod
+    def from_config(cls, config: dict) -> "AffineLogit":
+        """Make it again; `trainable` and `dtype` are always the same."""
+        return cls(**{k: v for k, v in config.items() if k not in ("trainable", "dtype")})
+
+
+def augmentation(spec: AugmentationSpec) -> list[layers.Layer]:
+    """Return the augmentation layers that a spec asks for, for images of range 0-255.
+
+    They run where the training step runs, and do nothing at inference.
+    """
+    made: list[layers.Layer] = []
+    if spec.flip != "none":
+        made.append(layers.RandomFlip(spec.flip, name="augment_flip"))
+    if spec.rotation:
+        made.append(
+            layers.RandomRotation(spec.rotation, fill_mode="reflect", name="augment_rotation")
+        )
+    if spec.zoom:
+        made.append(layers.RandomZoom(spec.zoom, fill_mode="reflect", name="augment_zoom"))
+    if spec.translation:
+        made.append(
+            layers.RandomTranslation(
+                spec.translation, spec.translation, fill_mode="reflect", name="augment_translation"
+            )
+        )
+    if spec.contrast:
+        made.append(
+            layers.RandomContrast(spec.contrast, value_range=(0, 255), name="augment_contrast")
+        )
+    if spec.brightness:
+        made.append(
+            layers.RandomBrightness(
+                spec.brightness, value_range=(0, 255), name="augment_brightness"
+            )
+        )
+    return made

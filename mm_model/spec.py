@@ -1,0 +1,153 @@
+"""What the model is made of, as data: every setting once, with its type, default and help text.
+
+Imports neither Keras nor TensorFlow, so that `--help` and the cluster's head stay light.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+
+from mm_model.branches import IMAGE_BRANCHES, NUMERIC_BRANCHES, has_imagenet_weights
+from mm_model.fusion import FUSIONS
+from mm_model.suggest import one_of
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+
+
+class Spec(BaseModel):
+    """A frozen section of settings that refuses unknown keys; attribute docstrings are the help."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True
+    )
+
+
+class ImageSpec(Spec):
+    """The image branch."""
+
+    kind: str = "efficientnet_b5"
+    """Backbone, a key of `mm_model.branches.IMAGE_BRANCHES`; `none` leaves images out."""
+    weights: str | None = "imagenet"
+    """Start of the backbone: `imagenet`, a path or URI of a `.weights.h5` file, or `none`."""
+    trainable: bool = True
+    """Whether the backbone learns; a frozen one also keeps its batch-norm statistics."""
+    units: PositiveInt = 256
+    """Width of the dense layer above the pooled backbone."""
+
+    @field_validator("weights")
+    @classmethod
+    def _none_is_none(cls, value: str | None) -> str | None:
+        return None if value in (None, "", "none", "null") else value
+
+    @field_validator("kind")
+    @classmethod
+    def _known_kind(cls, value: str) -> str:
+        return one_of(value, ("none", *IMAGE_BRANCHES), "image branch")
+
+    @model_validator(mode="after")
+    def _kind_has_these_weights(self) -> "ImageSpec":
+        if self.weights == "imagenet" and self.kind not in ("none", *has_imagenet_weights()):
+            raise ValueError(
+                f"image branch {self.kind!r} has no imagenet weights; "
+                "set weights to none or to a file"
+            )
+        return self
+
+
+class AugmentationSpec(Spec):
+    """Random changes of the training images, drawn on the device; never at inference."""
+
+    flip: Literal["none", "horizontal", "vertical", "horizontal_and_vertical"] = "horizontal"
+    """Mirror at random along these axes."""
+    rotation: Fraction = 0.05
+    """Largest rotation to either side, as a share of a full turn."""
+    zoom: Fraction = 0.1
+    """Largest zoom in or out, as a share of the image."""
+    translation: Fraction = 0.1
+    """Largest shift in both directions, as a share of the image."""
+    contrast: Fraction = 0.2
+    """Largest relative change of contrast."""
+    brightness: Fraction = 0.2
+    """Largest shift of brightness, as a share of the 0-255 range."""
+
+
+NO_AUGMENTATION = AugmentationSpec(
+    flip="none", rotation=0, zoom=0, translation=0, contrast=0, brightness=0
+)
+
+
+class NumericSpec(Spec):
+    """The numeric branch."""
+
+    kind: str = "mlp"
+    """Network over the encoded numbers, a key of `NUMERIC_BRANCHES`; `none` leaves numbers out."""
+    encoding: Literal["piecewise_linear", "standard"] = "piecewise_linear"
+    """How numbers enter: standardised, or standardised and piecewise-linear over quantiles."""
+    bins: Annotated[int, Field(ge=2, le=1023)] = 32
+    """Most bins a column, between quantiles of the training split."""
+    units: tuple[PositiveInt, ...] = (256, 128)
+    """Width of each hidden layer."""
+
+    @field_validator("kind")
+    @classmethod
+    def _known_kind(cls, value: str) -> str:
+        return one_of(value, ("none", *NUMERIC_BRANCHES), "numeric branch")
+
+
+class FusionSpec(Spec):
+    """How the two branches become one logit."""
+
+    kind: str = "skip_concat"
+    """Joint network over both branches, a key of `mm_model.fusion.FUSIONS`."""
+    units: PositiveInt = 128
+    """Width of the joint network."""
+    auxiliary_weight: NonNegative = 1.0
+    """Weight of each branch's own loss, which keeps it able to stand alone."""
+    modality_dropout: Fraction = 0.1
+    """Chance that a training row reaches the joint network without its image, or its numbers."""
+    blend: bool = True
+    """Let branch heads and joint head vote, weighted as the validation split shows; else joint
+    alone."""
+
+    @field_validator("kind")
+    @classmethod
+    def _known_kind(cls, value: str) -> str:
+        return one_of(value, tuple(FUSIONS), "fusion")
+
+
+class ModelSpec(Spec):
+    """The fusion model: image branch, numeric branch, fusion, head."""
+
+    image: ImageSpec = ImageSpec()
+    augmentation: AugmentationSpec = AugmentationSpec()
+    numeric: NumericSpec = NumericSpec()
+    fusion: FusionSpec = FusionSpec()
+    dropout: Fraction = 0.3
+    """Dropout rate of every dense block."""
+    l2: NonNegative = 1e-5
+    """L2 penalty on the kernels of the dense layers."""
+    batch_norm: Literal["local", "sync"] = "local"
+    """Batch statistics of each worker's rows, or of the global batch (one more exchange a layer)."""
+
+    @model_validator(mode="after")
+    def _something_enters(self) -> "ModelSpec":
+        if self.image.kind == "none" and self.numeric.kind == "none":
+            raise ValueError("image.kind and numeric.kind are both none; the model needs one")
+        return self
+
+
+class OptimizerSpec(Spec):
+    """The optimizer and its learning rate over time."""
+
+    learning_rate: Positive = 1e-4
+    """Peak learning rate of Adam."""
+    schedule: Literal["constant", "cosine", "plateau"] = "cosine"
+    """Learning rate over time: constant, warm-up then cosine to zero, or less at a plateau."""
+    warmup_fraction: Fraction = 0.05
+    """Share of all steps in which the cosine schedule climbs to the peak."""
+    plateau_factor: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.3
+    """What the plateau schedule multiplies the learning rate by."""
+    plateau_patience: PositiveInt = 3
+    """Epochs without a better validation metric before the plateau schedule acts."""

@@ -1,0 +1,24 @@
+"""Error texts for a name that is not among the known ones."""
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+
+def did_you_mean(value: str, accepted: Sequence[str]) -> str:
+    """Return `; did you mean 'x'?` for the nearest accepted name, or nothing."""
+    near = get_close_matches(value, accepted, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def one_of(value: str, accepted: Sequence[str], what: str) -> str:
+    """Return `value` if it is accepted.
+
+    Raises:
+        ValueError: naming the value, the nearest match and all accepted ones.
+    """
+    if value not in accepted:
+        raise ValueError(
+            f"{value!r} is no {what}{did_you_mean(value, accepted)} (accepted: "
+            f"{', '.join(accepted)})"
+        )
+    return value

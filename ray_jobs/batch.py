@@ -1,0 +1,26 @@
+"""The contract of one batch: names, types and shapes; and how a global batch is shared out.
+
+    image    uint8    (B, H, W, 3)
+    numeric  float32  (B, F), NaN where missing, columns in the manifest's order
+    label    float32  (B, 1)
+    weight   float32  (B, 1), 0 for rows that only fill a batch
+
+Imports NumPy at most, so that specs may use it.
+"""
+
+KEY = "key"
+IMAGE = "image"
+NUMERIC = "numeric"
+LABEL = "label"
+WEIGHT = "weight"
+
+MAX_LANES = 64
+
+
+def num_lanes(global_batch_size: int) -> int:
+    """Return the number of lanes that rows are dealt to: the greatest divisor up to 64.
+
+    Each step takes the same number of rows from every lane and a worker serves an equal share of
+    the lanes, so the order of rows does not depend on how many workers there are.
+    """
+    return max(n for n in range(1, MAX_LANES + 1) if global_batch_size % n == 0)

@@ -1,0 +1,264 @@
+"""Command line of every job: `[SPEC.yaml] [--section.key value …]` to a validated spec.
+
+One function serves all verbs, so that flags, YAML, help and error texts cannot drift apart.
+Imports neither Ray nor TensorFlow: `--help` answers at once.
+"""
+
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from textwrap import fill
+from typing import Any, Literal, NoReturn, TypeVar
+
+import yaml
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from mm_model.spec import Spec
+from mm_model.suggest import did_you_mean
+
+S = TypeVar("S", bound=Spec)
+
+
+class UsageError(ValueError):
+    """The command line or the YAML is wrong; the text says where, and what would be right."""
+
+
+class JobError(Exception):
+    """The job cannot go on for a reason that its user can mend; the text says how."""
+
+
+def main(spec_class: type[S], job: Callable[[S], Any], doc: str | None) -> None:
+    """Run one job from the command line.
+
+    Exits with status 0 only when the work is done, 2 on wrong usage, 1 on any other failure.
+    Errors that the user can mend are one line on stderr; others keep their traceback.
+    """
+    arguments = sys.argv[1:]
+    prog = f"python -m {getattr(sys.modules['__main__'].__spec__, 'name', 'ray_jobs')}"
+    if {"-h", "--help"} & set(arguments):
+        print(help_text(spec_class, prog, doc or ""))
+        return
+    try:
+        spec = parse(spec_class, arguments)
+    except UsageError as error:
+        _exit(f"{error}\nSee {prog} --help.", 2)
+    try:
+        job(spec)
+    except (JobError, OSError, ValueError) as error:
+        if os.environ.get("RAY_JOBS_TRACEBACK"):
+            raise
+        _exit(str(error) or type(error).__name__, 1)
+    except KeyboardInterrupt:
+        _exit("interrupted", 130)
+
+
+def parse(spec_class: type[S], arguments: Sequence[str]) -> S:
+    """Return the spec that the arguments describe: defaults, then YAML, then flags.
+
+    Raises:
+        UsageError: naming every wrong key or value, what is accepted, and the nearest match.
+    """
+    fields = flatten(spec_class)
+    nested = any("." in path for path in fields)
+    tree: dict[str, Any] = {}
+    flags: list[tuple[str, str]] = []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith("--"):
+            if not nested or tree or flags:
+                raise UsageError(f"unexpected argument {argument!r}")
+            tree = read_yaml(argument)
+            continue
+        path, equals, value = argument[2:].partition("=")
+        if path not in fields:
+            raise UsageError(
+                f"--{path} is no flag{did_you_mean(path, list(fields))}"
+                f"{_siblings(path, list(fields))}"
+            )
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise UsageError(f"--{path} needs a value ({type_text(fields[path])})")
+            value = rest.pop(0)
+        flags.append((path, value))
+    for path, text in flags:
+        tree = with_value(tree, path, _value(text, fields[path].annotation))
+    return validate_spec(spec_class, tree)
+
+
+def validate_spec(spec_class: type[S], tree: Mapping[str, Any]) -> S:
+    """Return the spec of a tree of plain values.
+
+    Raises:
+        UsageError: one line for each wrong key or value.
+    """
+    try:
+        return spec_class.model_validate(tree)
+    except ValidationError as error:
+        lines = [_error_line(spec_class, problem) for problem in error.errors()]
+        raise UsageError("\n".join(lines)) from None
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """Return the tree of a YAML file.
+
+    Raises:
+        UsageError: if it is missing, is no YAML, or holds no mapping.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            tree = yaml.safe_load(file)
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} could not be read: {error}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UsageError(f"{path} holds no mapping of sections, but a {type(tree).__name__}")
+    return tree
+
+
+def with_value(tree: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """Return a copy of a tree with the value at a dotted path replaced."""
+    head, _, rest = path.partition(".")
+    copy = dict(tree)
+    if rest:
+        below = copy.get(head)
+        value = with_value(below if isinstance(below, Mapping) else {}, rest, value)
+    copy[head] = value
+    return copy
+
+
+def flatten(spec_class: type[Spec], prefix: str = "") -> dict[str, FieldInfo]:
+    """Return every setting of a spec by its dotted path, in order."""
+    found: dict[str, FieldInfo] = {}
+    for name, field in spec_class.model_fields.items():
+        if _is_spec(field.annotation):
+            found.update(flatten(typing.cast(type[Spec], field.annotation), f"{prefix}{name}."))
+        else:
+            found[prefix + name] = field
+    return found
+
+
+def help_text(spec_class: type[Spec], prog: str, doc: str) -> str:
+    """Return the help of a job: its purpose, then every flag with type, default and meaning."""
+    fields = flatten(spec_class)
+    nested = any("." in path for path in fields)
+    usage = "[SPEC.yaml] [--section.key value …]" if nested else "[--key value …]"
+    lines = [f"usage: {prog} {usage}", "", doc.strip(), ""]
+    section = None
+    for path, field in fields.items():
+        here = path.rpartition(".")[0]
+        if here != section:
+            lines += ["", f"{here}: {_section_doc(spec_class, here)}"] if here else []
+            section = here
+        shown = "required" if field.is_required() else f"default {_shown(field.get_default())}"
+        lines.append(f"  --{path} {type_text(field)}  ({shown})")
+        description = " ".join((field.description or "").split())
+        lines.append(fill(description, 92, initial_indent="      ", subsequent_indent="      "))
+    return "\n".join(lines)
+
+
+def type_text(field: FieldInfo) -> str:
+    """Return what a setting accepts, in a word or a list of choices."""
+    return _type_text(field.annotation)
+
+
+def _type_text(annotation: Any) -> str:
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _type_text(args[0])
+    if origin is Literal:
+        return "|".join(map(str, args))
+    if origin in (typing.Union, types.UnionType):
+        return "|".join("none" if a is type(None) else _type_text(a) for a in args)
+    if origin is tuple:
+        return f"{_type_text(args[0])},…"
+    if origin is dict:
+        return "{name: " + _type_text(args[1]) + "}"
+    return {"str": "TEXT", "int": "INT", "float": "NUMBER", "bool": "true|false"}.get(
+        getattr(annotation, "__name__", ""), str(annotation)
+    )
+
+
+def _is_spec(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Spec)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "empty"
+    return str(value)
+
+
+def _section_doc(spec_class: type[Spec], path: str) -> str:
+    for name in path.split("."):
+        spec_class = typing.cast(type[Spec], spec_class.model_fields[name].annotation)
+    return (spec_class.__doc__ or "").strip()
+
+
+def _value(text: str, annotation: Any) -> Any:
+    """Turn a flag's text into what pydantic can validate; scalars it converts by itself."""
+    kinds = [a for a in (annotation, *typing.get_args(annotation))]
+    origins = [typing.get_origin(a) for a in kinds]
+    if text.lower() in ("none", "null") and type(None) in kinds:
+        return None
+    if tuple in origins or dict in origins:
+        if text[:1] in "[{":
+            try:
+                return yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise UsageError(f"{text!r} could not be read: {error}") from None
+        return [part.strip() for part in text.split(",") if part.strip()]
+    return text
+
+
+def _error_line(spec_class: type[Spec], problem: Any) -> str:
+    location = [str(part) for part in problem["loc"]]
+    path = ".".join(location)
+    parent, known = _deepest(spec_class, location)
+    if problem["type"] == "extra_forbidden":
+        key, where = location[-1], ".".join(location[:-1]) or "the spec"
+        return (
+            f"{path}: {where} has no key {key!r}{did_you_mean(key, known)} "
+            f"(accepted: {', '.join(known)})"
+        )
+    if problem["type"] == "missing":
+        return f"{path}: is required; give it as --{path}"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    if problem["type"] == "literal_error":
+        choices = [c.strip().strip("'") for c in problem["ctx"]["expected"].replace(" or ", ", ").split(",")]
+        message = f"accepted: {', '.join(choices)}{did_you_mean(str(problem['input']), choices)}"
+    given = problem["input"]
+    shown = f"={given!r}" if isinstance(given, str | int | float | bool | None) else ""
+    del parent
+    return f"{path}{shown}: {message}"
+
+
+def _deepest(spec_class: type[Spec], location: list[str]) -> tuple[type[Spec], list[str]]:
+    for name in location:
+        field = spec_class.model_fields.get(name)
+        if field is None or not _is_spec(field.annotation):
+            break
+        spec_class = typing.cast(type[Spec], field.annotation)
+    return spec_class, list(spec_class.model_fields)
+
+
+def _siblings(path: str, paths: list[str]) -> str:
+    section = path.rpartition(".")[0]
+    same = [p for p in paths if p.rpartition(".")[0] == section]
+    if not same or not section:
+        same = sorted({p.rpartition(".")[0] for p in paths if "." in p}) or paths
+        return f" (sections: {', '.join(same)})" if "." in paths[0] else f" (accepted: {', '.join(same)})"
+    return f" (accepted in {section}: {', '.join(p.removeprefix(section + '.') for p in same)})"
+
+
+def _exit(text: str, status: int) -> NoReturn:
+    print(f"error: {text}", file=sys.stderr)
+    raise SystemExit(status)

@@ -1,0 +1,75 @@
+"""Connects a job to Ray: to the cluster that it is told of, or to a local one of its own."""
+
+import logging
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ray_jobs.cli import JobError
+
+
+@contextmanager
+def connected(
+    address: str | None, *, num_cpus: float, num_gpus: float = 0, worker_logs: bool = False
+) -> Iterator[None]:
+    """Hold a connection to Ray; one that was there before is used and left open.
+
+    Args:
+        address: of a cluster; None for $RAY_ADDRESS, and without that for a local Ray.
+        num_cpus: logical CPUs that the job's processes take. A local Ray gets one more at least,
+            since Ray Data waits for ever where workers hold every CPU.
+        num_gpus: GPUs that they take.
+        worker_logs: whether workers' output comes to this terminal.
+
+    Raises:
+        JobError: if the cluster does not answer or is too small.
+    """
+    # Both are read when Ray is imported: a report waits for the controller's next look, and no
+    # one who runs a job was asked whether usage may be reported.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    needed = math.ceil(num_cpus) + 1
+    if ray.is_initialized():
+        _require(needed, num_gpus)
+        yield
+        return
+    address = address or os.environ.get("RAY_ADDRESS")
+    options = {"log_to_driver": worker_logs, "logging_level": logging.WARNING}
+    if address and address != "local":
+        try:
+            ray.init(address=address, **options)
+        except ConnectionError as error:
+            raise JobError(f"no Ray cluster answers at {address}: {error}") from error
+    else:
+        ray.init(address="local", num_cpus=max(os.cpu_count() or 1, needed), **options)
+    quiet()
+    try:
+        _require(needed, num_gpus)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def quiet() -> None:
+    """Keep Ray Data's bars and start-up lines off the terminal; the jobs show their own."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    for name in ("ray.data", "ray.train", "ray._private"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _require(num_cpus: int, num_gpus: float) -> None:
+    import ray
+
+    total = ray.cluster_resources()
+    for name, needed in (("CPU", num_cpus), ("GPU", num_gpus)):
+        if total.get(name, 0) < needed:
+            raise JobError(
+                f"the job needs {needed:g} {name}s (one CPU of them for Ray Data) and the cluster "
+                f"has {total.get(name, 0):g}; lower num_workers or cpus_per_worker, or add nodes"
+            )

@@ -1,0 +1,98 @@
+"""What `prepare` says about the data it wrote: everything a later stage needs to know of it.
+
+Written last, so that a folder with a manifest is whole.  Imports neither Ray nor TensorFlow.
+"""
+
+from typing import Literal
+
+from pydantic import ValidationError
+
+from mm_model.spec import Spec
+from mm_model.statistics import NumericStatistics
+from ray_jobs.cli import JobError
+from ray_jobs.spec import PrepareSpec, Split
+from ray_jobs.storage import Folder
+
+NAME = "manifest.json"
+SCHEMA_VERSION = 1
+
+
+class Shard(Spec):
+    """One Parquet file of a split."""
+
+    path: str
+    """Path below the prepared folder."""
+    num_rows: int
+    row_groups: tuple[int, ...]
+    """Rows of each row group, in order."""
+    num_bytes: int
+    sha256: str
+
+
+class SplitInfo(Spec):
+    """The shards of one split, and how many rows of each class they hold."""
+
+    num_rows: int
+    class_counts: tuple[int, int]
+    """Rows labelled 0, rows labelled 1."""
+    shards: tuple[Shard, ...]
+
+
+class Cut(Spec):
+    """Where the hash order of one class is cut: below `test`, below `validation`, the rest."""
+
+    test: str
+    validation: str
+
+
+class ImageInfo(Spec):
+    """What the `image` column holds."""
+
+    encoding: Literal["jpeg"] = "jpeg"
+    height: int
+    width: int
+
+
+class Manifest(Spec):
+    """The manifest of a prepared folder."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    prepare: PrepareSpec
+    """The rules that the rows were read by; raw rows for `predict` are read by the same."""
+    seed: int
+    """Seed of the split by hash."""
+    image: ImageInfo
+    numeric_columns: tuple[str, ...]
+    negative_label: str
+    positive_label: str
+    splits: dict[Split, SplitInfo]
+    cuts: tuple[Cut, Cut] | None
+    """Of class 0 and class 1; none where the table named the splits."""
+    statistics: NumericStatistics | None
+    """Of the training split; none where there are no numeric columns."""
+    quarantine: dict[str, int]
+    """Rows that could not be used, by reason."""
+
+    def write(self, folder: Folder) -> None:
+        """Write the manifest into a prepared folder."""
+        folder.write_json(NAME, self.model_dump(mode="json"))
+
+
+def read_manifest(folder: Folder) -> Manifest:
+    """Return the manifest of a prepared folder (or the copy in a run folder).
+
+    Raises:
+        JobError: if there is none, or it is of another version.
+    """
+    if not folder.exists(NAME):
+        raise JobError(f"no {NAME} in {folder}; has `python -m ray_jobs.prepare` finished there?")
+    tree = folder.read_json(NAME)
+    if tree.get("schema_version") != SCHEMA_VERSION:
+        raise JobError(
+            f"{folder}/{NAME} is of schema version {tree.get('schema_version')}, this program "
+            f"reads {SCHEMA_VERSION}; prepare the data again"
+        )
+    try:
+        return Manifest.model_validate(tree)
+    except ValidationError as error:
+        raise JobError(f"{folder}/{NAME} is damaged: {error}") from error

@@ -1,0 +1,247 @@
+"""Every setting of the jobs, written once: YAML schema, flags, `--help` and search space.
+
+Precedence: default here < YAML < flag.  Imports neither Ray nor TensorFlow.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
+
+from mm_model.spec import Fraction, ModelSpec, OptimizerSpec, Positive, Spec
+from ray_jobs.batch import num_lanes
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+
+class RunSection(Spec):
+    """Where the run lives, and which cluster does the work."""
+
+    storage_path: str = "runs"
+    """Folder or URI that every node can write; the run folder is made in it."""
+    name: str | None = None
+    """Name of the run folder; the same name again resumes. By default date and time."""
+    address: str | None = None
+    """Ray cluster, such as `auto` or `ray://host:10001`; by default $RAY_ADDRESS, else a local
+    Ray is started for this job."""
+    seed: NonNegativeInt = 0
+    """Seed of the order of rows, the weights' start, dropout and augmentation."""
+    worker_logs: bool = False
+    """Print what workers write to their logs, not only their progress and their errors."""
+
+    @field_validator("name")
+    @classmethod
+    def _one_path_part(cls, value: str | None) -> str | None:
+        if value is not None and (not value or "/" in value or value.startswith(".")):
+            raise ValueError("a run's name is one folder name: no slash, no dot in front")
+        return value
+
+
+class PrepareSpec(Spec):
+    """Raw images and a table in, shards and a manifest out."""
+
+    images: str = ""
+    """Folder, glob or URI of the images."""
+    table: str = ""
+    """CSV or Parquet file with one row a thing: path or URI."""
+    output: str = "prepared"
+    """Folder or URI for the prepared data; every worker reads it from there."""
+    key_column: str = "key"
+    """Column that names each row, once."""
+    label_column: str = "label"
+    """Column with the answer: 0/1, booleans, or two strings."""
+    positive_label: str | None = None
+    """Which of two strings counts as 1."""
+    image_pattern: str = "{key}.jpg"
+    """Path of a row's image below `images`, with columns in braces; `{key}` is the key column."""
+    image_column: str | None = None
+    """Column with the path of the image below `images`, in place of the pattern."""
+    numeric_columns: tuple[str, ...] | None = None
+    """Columns to learn from; by default every column of numbers that has no other role."""
+    exclude_columns: tuple[str, ...] = ()
+    """Columns never to learn from."""
+    group_column: str | None = None
+    """Rows with the same value here (a patient, a house) stay in one split."""
+    split_column: str | None = None
+    """Column that already says train, validation or test, in place of the split by hash."""
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """Share of each class for validation: early stopping, blend, calibration."""
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """Share of each class for the final test."""
+    image_size: PositiveInt = 456
+    """Side of the stored images in pixels; the model takes them at this size."""
+    aspect: Literal["stretch", "crop", "pad"] = "stretch"
+    """How other shapes become squares: stretched, cut to the centre, or padded with black."""
+    jpeg_quality: Annotated[int, Field(ge=1, le=100)] = 95
+    """Quality of the stored JPEGs."""
+    max_image_pixels: PositiveInt = 100_000_000
+    """Larger images are refused before they are decoded."""
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """The job fails if a larger share of the rows lands in quarantine."""
+    rows_per_shard: PositiveInt = 1024
+    """Rows of one Parquet file."""
+    rows_per_group: PositiveInt = 64
+    """Rows of one Parquet row group, the least that is read at once."""
+
+    @model_validator(mode="after")
+    def _some_rows_left_to_train(self) -> Self:
+        if self.validation_fraction + self.test_fraction >= 1:
+            raise ValueError(
+                f"validation_fraction={self.validation_fraction} and "
+                f"test_fraction={self.test_fraction} leave nothing to train on"
+            )
+        return self
+
+
+class DataSpec(Spec):
+    """How prepared rows reach the workers."""
+
+    prepared: str = "prepared"
+    """Folder or URI that `prepare` wrote."""
+    shuffle_window_rows: PositiveInt = 2048
+    """Rows that are shuffled together, beyond the shuffle of row groups; bounds a task's memory."""
+    prefetch_batches: NonNegativeInt = 2
+    """Batches that are made ready ahead of the step, on each worker."""
+
+
+class TrainSpec(OptimizerSpec):
+    """The training loop and its workers."""
+
+    num_workers: PositiveInt = 1
+    """Worker processes, each with its own replica of the model."""
+    use_gpu: bool = False
+    """Give each worker one GPU."""
+    cpus_per_worker: Positive = 1.0
+    """Logical CPUs of each worker; it computes with as many threads."""
+    resources_per_worker: dict[str, Positive] = {}
+    """Further Ray resources of each worker, such as {"accelerator_type:A10G": 0.001}."""
+    global_batch_size: PositiveInt = 32
+    """Rows per optimizer step, summed over all workers."""
+    epochs: PositiveInt = 50
+    """Most passes over the training rows."""
+    class_weight: Literal["balanced", "none"] = "balanced"
+    """Weigh rows so that both classes count the same, by the manifest's counts."""
+    monitor: Literal["val/log_loss", "val/roc_auc", "val/pr_auc"] = "val/log_loss"
+    """Validation metric that decides which epoch is best."""
+    patience: PositiveInt = 10
+    """Epochs without a better one before training stops."""
+    calibrate: bool = True
+    """Fit blend, scale and bias of the logit on the validation split at the end."""
+    decision_threshold: Annotated[float, Field(gt=0, lt=1)] | Literal["f1", "balanced_accuracy"] = (
+        0.5
+    )
+    """Probability from which a row counts as positive, or what to choose it by on the validation
+    split."""
+    max_failures: Annotated[int, Field(ge=-1)] = 3
+    """Failures of workers to recover from, each from the latest checkpoint; -1 for any number."""
+    jit_compile: bool = False
+    """Compile the step with XLA."""
+
+    @model_validator(mode="after")
+    def _workers_share_the_batch(self) -> Self:
+        lanes, workers = num_lanes(self.global_batch_size), self.num_workers
+        if lanes % workers:
+            allowed = [n for n in range(1, lanes + 1) if lanes % n == 0]
+            raise ValueError(
+                f"num_workers={workers} does not divide global_batch_size="
+                f"{self.global_batch_size}; it can be {', '.join(map(str, allowed))}"
+            )
+        return self
+
+    @property
+    def per_worker_batch_size(self) -> int:
+        """Rows of one step on one worker."""
+        return self.global_batch_size // self.num_workers
+
+
+class RunSpec(Spec):
+    """The whole of a run: one YAML file, or flags."""
+
+    run: RunSection = RunSection()
+    prepare: PrepareSpec = PrepareSpec()
+    data: DataSpec = DataSpec()
+    model: ModelSpec = ModelSpec()
+    train: TrainSpec = TrainSpec()
+
+    def overlay(self, changes: dict[str, Any]) -> "RunSpec":
+        """Return a copy with fields replaced by path, such as {"train.learning_rate": 1e-3}.
+
+        Raises:
+            ValueError: if a path is unknown or a value does not fit.
+        """
+        from ray_jobs.cli import validate_spec, with_value
+
+        tree = self.model_dump(mode="json")
+        for path, value in changes.items():
+            tree = with_value(tree, path, value)
+        return validate_spec(RunSpec, tree)
+
+
+class InferenceSpec(Spec):
+    """What `evaluate` and `predict` share."""
+
+    run: str
+    """Run folder that `train` wrote."""
+    data: str
+    """Folder or URI of prepared data; for `predict` also a table of raw rows."""
+    output: str
+    """Folder or URI for the results."""
+    batch_size: PositiveInt = 64
+    """Rows that the model sees at once."""
+    num_workers: PositiveInt = 1
+    """Processes that hold a copy of the model."""
+    use_gpu: bool = False
+    """Give each of them one GPU."""
+    cpus_per_worker: Positive = 1.0
+    """Logical CPUs of each of them."""
+    address: str | None = None
+    """Ray cluster; by default $RAY_ADDRESS, else a local Ray is started for this job."""
+    worker_logs: bool = False
+    """Print what workers write to their logs."""
+
+
+class EvaluateSpec(InferenceSpec):
+    """Metrics and plots of a run on one split."""
+
+    split: Split = "test"
+    """Split to evaluate."""
+
+
+class PredictSpec(InferenceSpec):
+    """Probabilities of a run for prepared or raw rows."""
+
+    split: Split | None = None
+    """Split of prepared data; by default all of them."""
+    images: str | None = None
+    """For raw rows: path or URI of each image, with the table's columns in braces, such as
+    `photos/{key}.jpg`; or the folder in which the run's own pattern finds them."""
+
+
+class DemoSpec(Spec):
+    """The whole way on generated data: prepare, train, evaluate, predict."""
+
+    output: str = "demo"
+    """Folder for the data and the runs; an earlier demo in it is replaced."""
+    num_rows: Annotated[int, Field(ge=100)] = 1200
+    """Rows to generate."""
+    epochs: PositiveInt = 15
+    """Most epochs of each of the three trainings."""
+    num_workers: PositiveInt = 2
+    """Workers of the fusion's training."""
+    seed: NonNegativeInt = 0
+    """Seed of data and training."""
+
+
+__all__ = [
+    "SPLITS",
+    "DataSpec",
+    "DemoSpec",
+    "EvaluateSpec",
+    "Fraction",
+    "PredictSpec",
+    "PrepareSpec",
+    "RunSection",
+    "RunSpec",
+    "Split",
+    "TrainSpec",
+]
