@@ -1,0 +1,170 @@
+"""One image: a user's file → an RGB square → stored JPEG → the pixels that a model takes.
+
+Enters: encoded bytes of any common format.  Leaves: `BadImage` with a reason, or pixels.
+
+Pillow reads users' files, since it notices damage and knows every mode; OpenCV reads back what was
+stored, since it is twice as fast.  Imports neither Ray nor TensorFlow.
+"""
+
+import io
+from typing import Literal
+
+import cv2
+import numpy as np
+from PIL import Image, ImageOps
+
+Aspect = Literal["stretch", "crop", "pad"]
+
+# Pillow also opens formats that run other programs or fetch other files (EPS, WMF, …).
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
+
+_WHITE = (255, 255, 255, 255)
+
+
+class BadImage(Exception):
+    """An image that cannot be used: `reason` is one word to count by, `detail` a sentence."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
+
+
+def prepare_image(
+    content: bytes, size: int, aspect: Aspect, quality: int, max_pixels: int
+) -> bytes:
+    """Return a user's image file as a JPEG of `size` × `size` pixels.
+
+    Raises:
+        BadImage: if it cannot be used.
+    """
+    # Twice the size that is kept leaves the resampling enough to work with.
+    image = decode(content, max_pixels, at_least=2 * size)
+    return encode_jpeg(to_square(image, size, aspect), quality)
+
+
+def decode(content: bytes, max_pixels: int, at_least: int | None = None) -> Image.Image:
+    """Return an image file as RGB, turned upright, without metadata.
+
+    16-bit greys are scaled to 8 bits; transparent parts become white, as on a page.
+
+    Args:
+        content: the file.
+        max_pixels: larger images are refused before they are decoded.
+        at_least: a large JPEG may be decoded at a half, a quarter or an eighth of its size, as
+            long as neither side gets shorter than this.
+
+    Raises:
+        BadImage: `unreadable_image`, `animated_image` (more than one frame) or `too_large_image`.
+    """
+    if not content:
+        raise BadImage("unreadable_image", "the file is empty")
+    # Pillow's own limit warns or raises by another number; ours is checked below.
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            _require_usable(image, max_pixels)
+            if at_least:
+                image.draft(None, (at_least, at_least))
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+            rgb = _to_rgb(upright)
+    except BadImage:
+        raise
+    except Image.UnidentifiedImageError:
+        raise BadImage("unreadable_image", f"no image of a known format ({_known()})") from None
+    # On damaged data Pillow's decoders raise whatever they trip over.
+    except Exception as error:
+        raise BadImage("unreadable_image", str(error) or type(error).__name__) from error
+    rgb.info = {}
+    return rgb
+
+
+def to_square(image: Image.Image, size: int, aspect: Aspect) -> Image.Image:
+    """Return an RGB image as a square of `size` pixels, resampled by Lanczos.
+
+    Args:
+        image: RGB.
+        size: side of the square.
+        aspect: `stretch` both sides, `crop` to the centre, or `pad` with black.
+    """
+    width, height = image.size
+    if aspect == "pad":
+        scale = size / max(width, height)
+        inner = (max(round(width * scale), 1), max(round(height * scale), 1))
+        square = Image.new("RGB", (size, size))
+        corner = ((size - inner[0]) // 2, (size - inner[1]) // 2)
+        square.paste(image.resize(inner, Image.Resampling.LANCZOS), corner)
+        return square
+    box = (0.0, 0.0, float(width), float(height))
+    if aspect == "crop":
+        side = min(width, height)
+        left, top = (width - side) / 2, (height - side) / 2
+        box = (left, top, left + side, top + side)
+    return image.resize((size, size), Image.Resampling.LANCZOS, box=box)
+
+
+def encode_jpeg(image: Image.Image, quality: int) -> bytes:
+    """Return an RGB image as JPEG; the same pixels give the same bytes."""
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=quality)
+    return stream.getvalue()
+
+
+def decode_stored(content: bytes) -> np.ndarray:
+    """Return the pixels of a stored JPEG: uint8 (H, W, 3), RGB.
+
+    Decoding a JPEG takes one thread, whatever OpenCV's number of threads is.
+
+    Raises:
+        ValueError: if it cannot be decoded.
+    """
+    pixels = (
+        cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB) if content else None
+    )
+    if pixels is None:
+        raise ValueError(f"{len(content)} bytes that are no image")
+    return pixels
+
+
+def _require_usable(image: Image.Image, max_pixels: int) -> None:
+    width, height = image.size
+    if not width or not height:
+        raise BadImage("unreadable_image", f"it has {width} × {height} pixels")
+    if width * height > max_pixels:
+        raise BadImage(
+            "too_large_image",
+            f"it has {width} × {height} pixels, more than prepare.max_image_pixels={max_pixels}",
+        )
+    # Phones put a preview or a depth map behind the photo (MPO); the photo is the first frame.
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":
+        raise BadImage("animated_image", f"it has {frames} frames; give one of them")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _to_8_bit(image)
+    if image.has_transparency_data:
+        page = Image.new("RGBA", image.size, _WHITE)
+        image = Image.alpha_composite(page, image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """Return a 16-bit grey image with 8 bits; Pillow's own conversion would clip it."""
+    values = np.asarray(image)
+    # Older files hold 16-bit greys in 32-bit integers; wider ones tell no range to scale from.
+    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+        raise BadImage(
+            "unreadable_image",
+            f"its values, {values.min():g} to {values.max():g}, have no known range; "
+            "store it with 8 or 16 bits",
+        )
+    return Image.fromarray(np.rint(values.astype(np.float32) / 257.0).astype(np.uint8))
+
+
+def _known() -> str:
+    return ", ".join(FORMATS)
