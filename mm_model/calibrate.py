@@ -15,3 +15,84 @@ def log_loss(logits: np.ndarray, y: np.ndarray) -> float:
     """Return the mean cross-entropy of logits; y may be probabilities."""
     logits, y = np.asarray(logits, np.float64), np.asarray(y, np.float64)
     return float(np.mean(np.logaddexp(0.0, logits) - y * logits))
+
+
+def fit_logistic(
+    logits_NM: np.ndarray, y_N: np.ndarray, prior_M: np.ndarray, strength: float
+) -> tuple[np.ndarray, float]:
+    """Return weights and bias of a logistic regression of y on logits, in float64.
+
+    The weights are drawn towards a prior with `strength` pseudo-rows, the bias is free. The targets
+    are Platt's (1999, "Probabilistic Outputs for Support Vector Machines", section 2.2): a little
+    inside 0 and 1, so that rows that are told apart perfectly do not ask for infinite weights.
+
+    Solved by Newton's method with step halving; the problem is convex.
+    """
+    x_NM = np.asarray(logits_NM, np.float64)
+    y_N = np.asarray(y_N, np.float64).reshape(-1)
+    positives = y_N.sum()
+    target_N = np.where(
+        y_N > 0.5, (positives + 1) / (positives + 2), 1 / (len(y_N) - positives + 2)
+    )
+    design_NP = np.concatenate([x_NM, np.ones((len(x_NM), 1))], axis=1)
+    prior_P = np.append(np.asarray(prior_M, np.float64), 0.0)
+    penalty_P = np.append(np.full(x_NM.shape[1], float(strength)), 0.0)
+
+    def objective(beta_P: np.ndarray) -> float:
+        total = len(y_N) * log_loss(design_NP @ beta_P, target_N)
+        return total + 0.5 * float(penalty_P @ (beta_P - prior_P) ** 2)
+
+    beta_P = prior_P.copy()
+    for _ in range(100):
+        p_N = sigmoid(design_NP @ beta_P)
+        gradient_P = design_NP.T @ (p_N - target_N) + penalty_P * (beta_P - prior_P)
+        curvature_N = np.maximum(p_N * (1 - p_N), 1e-12)
+        hessian_PP = (design_NP * curvature_N[:, None]).T @ design_NP + np.diag(penalty_P)
+        step_P = np.linalg.lstsq(hessian_PP, gradient_P, rcond=None)[0]
+        size, before = 1.0, objective(beta_P)
+        while objective(beta_P - size * step_P) > before and size > 1e-8:
+            size /= 2
+        beta_P = beta_P - size * step_P
+        if np.abs(step_P).max() < 1e-10:
+            break
+    return beta_P[:-1], float(beta_P[-1])
+
+
+def fit_blend(logits_NM: np.ndarray, y_N: np.ndarray, strength: float = 10.0) -> np.ndarray:
+    """Return weights, none negative, summing to one, that blend the heads' logits best.
+
+    Stacking (Wolpert 1992) with weights drawn towards an even vote: a head that only learnt its
+    training rows by heart is confident there and wrong on held-out rows, and loses its vote.
+
+    Args:
+        logits_NM: of held-out rows.
+        y_N: their labels.
+        strength: of the pull to the even vote, in pseudo-rows.
+    """
+    num_heads = logits_NM.shape[1]
+    weights_M = np.zeros(num_heads)
+    chosen = list(range(num_heads))
+    while len(chosen) > 1:
+        even = np.full(len(chosen), 1.0 / len(chosen))
+        fitted, _ = fit_logistic(logits_NM[:, chosen], y_N, even, strength)
+        if (fitted > 0).all():
+            weights_M[chosen] = fitted / fitted.sum()
+            return weights_M
+        # The most negative goes first, since the others then change their minds.
+        chosen.pop(int(np.argmin(fitted)))
+    weights_M[chosen] = 1.0
+    return weights_M
+
+
+def fit_calibration(logit_N: np.ndarray, y_N: np.ndarray) -> tuple[float, float]:
+    """Return scale (positive) and bias of a logit that make its sigmoid a calibrated probability.
+
+    Platt scaling, with one pseudo-row's pull of the scale to 1. A logit that points the wrong way
+    on held-out rows is scaled to almost nothing rather than turned round.
+    """
+    scale_1, bias = fit_logistic(logit_N.reshape(-1, 1), y_N, np.ones(1), strength=1.0)
+    if scale_1[0] > 1e-3:
+        return float(scale_1[0]), bias
+    positives = float(np.sum(y_N))
+    odds = (positives + 1) / (len(y_N) - positives + 1)
+    return 1e-3, float(np.log(odds))

@@ -3,6 +3,7 @@
 Shapes: B rows, F features or columns, K piecewise-linear components, M heads, H × W pixels.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import keras
@@ -189,10 +190,14 @@ class AffineLogit(layers.Layer):
         # Spelled as a sum, since a matmul may run in bf16 or TF32 on GPUs.
         return ops.sum(logits_BM * self.scale_M1[:, 0], axis=1, keepdims=True) + self.bias
 
-    def set(self, weights: list[float], bias: float = 0.0) -> None:
+    def set(self, weights: Sequence[float] | np.ndarray, bias: float = 0.0) -> None:
         """Replace weights and bias."""
         self.scale_M1.assign(np.asarray(weights, np.float32)[:, None])
         self.bias.assign(np.float32(bias))
+
+    def weights_M(self) -> np.ndarray:
+        """Return the weights as float64."""
+        return np.asarray(self.scale_M1, np.float64)[:, 0]
 
     def get_config(self) -> dict:
         """Return the weights it starts from."""

@@ -37,7 +37,7 @@ def connected(
         yield
         return
     address = address or os.environ.get("RAY_ADDRESS")
-    options = {"log_to_driver": worker_logs, "logging_level": logging.WARNING}
+    options = {"log_to_driver": worker_logs, "logging_level": logging.ERROR}
     if address and address != "local":
         try:
             ray.init(address=address, **options)

@@ -134,8 +134,6 @@ class TrainSpec(OptimizerSpec):
     split."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
     """Failures of workers to recover from, each from the latest checkpoint; -1 for any number."""
-    jit_compile: bool = False
-    """Compile the step with XLA."""
 
     @model_validator(mode="after")
     def _workers_share_the_batch(self) -> Self:

@@ -143,4 +143,7 @@ def _with_synchronized_batch_norm(backbone: keras.Model) -> keras.Model:
 
     cloned = keras.models.clone_model(backbone, clone_function=clone)
     cloned.set_weights(backbone.get_weights())
+    for layer in cloned.layers:
+        if isinstance(layer, layers.Normalization):
+            layer.finalize_state()
     return cloned

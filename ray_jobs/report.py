@@ -1,0 +1,159 @@
+"""What a run says of itself: the keys of its history, its progress, the terminal.
+
+Rank 0 posts events to a board; the driver reads the board and shows them.  Tune schedules on the
+keys, so they stand here once.
+"""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+EPOCH = "epoch"
+STEP = "step"
+TRAIN_LOSS = "train/loss"
+LEARNING_RATE = "train/learning_rate"
+VAL_LOG_LOSS = "val/log_loss"
+VAL_ROC_AUC = "val/roc_auc"
+VAL_PR_AUC = "val/pr_auc"
+VAL_ACCURACY = "val/accuracy"
+ROWS_PER_S = "data/rows_per_s"
+DATA_WAIT_S = "data/wait_s"
+EPOCH_S = "time/epoch_s"
+
+Event = dict[str, Any]
+
+_POLL_S = 0.25
+
+
+def is_better(key: str, value: float, than: float | None) -> bool:
+    """Whether a validation metric improved: losses fall, the others rise."""
+    return than is None or (value < than if key == VAL_LOG_LOSS else value > than)
+
+
+class Poster(Protocol):
+    """Where the loop sends its events; it never waits for them."""
+
+    def __call__(self, event: Event) -> None:
+        """Send one event."""
+
+
+class _Board:
+    """Holds the events that were not read yet."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def post(self, event: Event) -> None:
+        self.events.append(event)
+
+    def take(self) -> list[Event]:
+        taken, self.events = self.events, []
+        return taken
+
+
+def make_board() -> Any:
+    """Return the handle of a new board, an actor that takes no CPU and lives as long as the job."""
+    import ray
+
+    return ray.remote(num_cpus=0)(_Board).remote()
+
+
+@contextmanager
+def shown(board: Any, title: str) -> Iterator[None]:
+    """Show the events of a board on the terminal until the block ends."""
+    import ray
+
+    screen = Screen(title)
+    done = threading.Event()
+
+    def follow() -> None:
+        last = False
+        while not last:
+            last = done.wait(_POLL_S)
+            try:
+                for event in ray.get(board.take.remote(), timeout=10):
+                    screen.show(event)
+            except ray.exceptions.RayError:
+                # The board is gone with its node or its job; the training does not depend on it.
+                return
+
+    follower = threading.Thread(target=follow, name="progress", daemon=True)
+    with screen:
+        follower.start()
+        try:
+            yield
+        finally:
+            done.set()
+            follower.join(timeout=15)
+            ray.kill(board)
+
+
+class Screen:
+    """A line for each epoch, and on a terminal a bar for the steps in between."""
+
+    def __init__(self, title: str, console: "Console | None" = None) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        self.console = console or Console(highlight=False)
+        self.title = title
+        self.started = time.monotonic()
+        self.header_shown = False
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[speed]}"),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        self.task = self.bar.add_task("starting workers", total=None, speed="")
+
+    def __enter__(self) -> "Screen":
+        self.console.print(self.title)
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def show(self, event: Event) -> None:
+        """Show one event: `step`, `epoch` or `note`."""
+        if event["kind"] == "step":
+            self.bar.update(
+                self.task,
+                description=f"epoch {event[EPOCH] + 1}",
+                completed=event["done"],
+                total=event["total"],
+                speed=f"{event[ROWS_PER_S]:,.0f} rows/s  loss {event[TRAIN_LOSS]:.4f}",
+            )
+        elif event["kind"] == "note":
+            self.console.print(f"  [dim]{event['text']}[/dim]")
+        elif event["kind"] == "epoch":
+            if not self.header_shown:
+                self.header_shown = True
+                self.console.print(
+                    "  epoch   step  rows/s  data wait  train loss  val loss  val AUC  val acc",
+                    style="bold",
+                )
+            self.console.print(_epoch_line(event))
+
+
+def _epoch_line(record: Event) -> str:
+    def number(key: str, width: int, digits: int = 4) -> str:
+        value = record.get(key)
+        return f"{value:>{width}.{digits}f}" if value is not None else f"{'-':>{width}}"
+
+    wait = f"{100 * record[DATA_WAIT_S] / max(record[EPOCH_S], 1e-9):.0f} %"
+    line = (
+        f"  {record[EPOCH] + 1:>5}  {record[STEP]:>5}  {record[ROWS_PER_S]:>6,.0f}  {wait:>9}"
+        f"  {number(TRAIN_LOSS, 10)}  {number(VAL_LOG_LOSS, 8)}  {number(VAL_ROC_AUC, 7)}"
+        f"  {number(VAL_ACCURACY, 7)}"
+    )
+    return line + ("  [green]best[/green]" if record.get("best") else "")

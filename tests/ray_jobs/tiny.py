@@ -1,0 +1,99 @@
+"""Prepared data of a few rows, as `prepare` would write it: real shards, real JPEGs."""
+
+import hashlib
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from mm_model.statistics import fit_numeric_statistics
+from ray_jobs.manifest import ImageInfo, Manifest, Shard, SplitInfo, read_manifest
+from ray_jobs.spec import PrepareSpec
+from ray_jobs.storage import Folder
+
+COLUMNS = ("alpha", "beta", "gamma")
+
+
+def write_prepared(
+    folder: Path,
+    num_rows: dict[str, int],
+    *,
+    size: int = 16,
+    rows_per_group: int = 5,
+    rows_per_shard: int = 20,
+    seed: int = 0,
+) -> Manifest:
+    """Write shards and manifest; the label follows from one number and from the image's colour."""
+    rng = np.random.default_rng(seed)
+    splits, statistics = {}, None
+    for split, count in num_rows.items():
+        label = (np.arange(count) % 3 == 0).astype(np.int8)
+        numbers = rng.normal(size=(count, len(COLUMNS))).astype(np.float32)
+        numbers[:, 0] += 1.5 * label
+        numbers[rng.random((count, len(COLUMNS))) < 0.1] = np.nan
+        colour = rng.integers(60, 120, (count, 1, 1, 3)) + 60 * label[:, None, None, None]
+        pixels = (colour + rng.integers(-20, 20, (count, size, size, 3))).astype(np.uint8)
+        table = pa.table(
+            {
+                "key": [f"{split}-{i}" for i in range(count)],
+                "image": [_jpeg(image) for image in pixels],
+                **{
+                    name: pa.array(numbers[:, i], from_pandas=True)
+                    for i, name in enumerate(COLUMNS)
+                },
+                "label": label,
+            }
+        )
+        if split == "train":
+            statistics = fit_numeric_statistics(numbers, COLUMNS)
+        shards = [
+            _write_shard(folder, f"{split}/part-{n:05d}.parquet", part, rows_per_group)
+            for n, start in enumerate(range(0, count, rows_per_shard))
+            for part in [table.slice(start, rows_per_shard)]
+        ]
+        splits[split] = SplitInfo(
+            num_rows=count,
+            class_counts=(int((label == 0).sum()), int((label == 1).sum())),
+            shards=tuple(shards),
+        )
+    manifest = Manifest(
+        prepare=PrepareSpec(image_size=size, output=str(folder)),
+        seed=seed,
+        image=ImageInfo(height=size, width=size),
+        numeric_columns=COLUMNS,
+        negative_label="0",
+        positive_label="1",
+        splits=splits,
+        cuts=None,
+        statistics=statistics,
+        quarantine={},
+    )
+    manifest.write(Folder(folder))
+    return read_manifest(Folder(folder))
+
+
+def _jpeg(pixels: np.ndarray) -> bytes:
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, "JPEG", quality=95)
+    return content.getvalue()
+
+
+def _write_shard(folder: Path, name: str, table: pa.Table, rows_per_group: int) -> Shard:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path, row_group_size=rows_per_group)
+    content = path.read_bytes()
+    groups = [
+        min(rows_per_group, table.num_rows - start)
+        for start in range(0, table.num_rows, rows_per_group)
+    ]
+    return Shard(
+        path=name,
+        num_rows=table.num_rows,
+        row_groups=tuple(groups),
+        num_bytes=len(content),
+        sha256=hashlib.sha256(content).hexdigest(),
+    )
