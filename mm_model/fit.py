@@ -33,7 +33,9 @@ def balanced_weights(num_negative: int, num_positive: int) -> dict[int, float]:
     return {0: total / (2 * num_negative), 1: total / (2 * num_positive)}
 
 
-def default_callbacks(monitor: str = "val_loss", patience: int = 10) -> list[keras.callbacks.Callback]:
+def default_callbacks(
+    monitor: str = "val_loss", patience: int = 10
+) -> list[keras.callbacks.Callback]:
     """Return early stopping with the best weights restored, and less learning rate at a plateau.
 
     Args:

@@ -84,7 +84,7 @@ class NumericEncoding(layers.Layer):
         std_F = np.asarray(statistics.std, np.float32)
         self._scale_F = np.where(std_F > 0, 1.0 / np.where(std_F > 0, std_F, 1.0), 0.0)
         self._median_F = np.asarray([statistics.median(i) for i in range(num_columns)], np.float32)
-        self._flagged = [i for i in range(num_columns) if 0 < statistics.missing[i]]
+        self._flagged = [i for i in range(num_columns) if statistics.missing[i] > 0]
         edges = [bin_edges(statistics.quantiles[i], bins) for i in range(num_columns)]
         self._column_K = np.repeat(np.arange(num_columns), [max(len(e) - 1, 0) for e in edges])
         self._lower_K = np.concatenate([e[:-1] for e in edges]).astype(np.float32)
@@ -123,9 +123,7 @@ def bin_edges(quantiles: tuple[float, ...], bins: int | None) -> np.ndarray:
     if not bins or not quantiles:
         return np.empty(0)
     positions = np.linspace(0, len(quantiles) - 1, bins + 1)
-    edges = np.unique(
-        np.interp(positions, np.arange(len(quantiles)), quantiles).astype(np.float32)
-    )
+    edges = np.unique(np.interp(positions, np.arange(len(quantiles)), quantiles).astype(np.float32))
     return edges.astype(np.float64) if len(edges) > 1 else np.empty(0)
 
 

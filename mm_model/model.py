@@ -1,11 +1,12 @@
 """The fusion model: inputs → branches → fusion → heads → blend → calibration → probability.
 
-    image   (B, H, W, 3), 0-255 ─ augmentation ─ image branch ──┬─ image head ────┐
-                                                                ├─ fusion ─ joint ┼─ blend ─ calibration ─ p
-    numeric (B, F), NaN missing ─ encoding ───── numeric branch ┴─ numeric head ──┘
+    image   (B, H, W, 3), 0-255 ─ augmentation ─ image branch ──┬─ image head ───┐
+                                                                ├─ fusion, joint ┼─ blend ─ p
+    numeric (B, F), NaN missing ─ encoding ───── numeric branch ┴─ numeric head ─┘
 
 Every head learns from the label, so that each branch can stand alone; `blend` weighs their logits
-(evenly while training, as the validation split shows afterwards), `calibration` scales the result.
+(evenly while training, as the validation split shows afterwards), `calibration` then gives the sum
+its scale and bias, and a sigmoid makes it p.
 """
 
 import warnings
@@ -112,7 +113,7 @@ class FusionModel(keras.Model):
         return loss
 
     def get_config(self) -> dict:
-        """Return the network layer by layer, so that a saved model outlives the code of builders."""
+        """Return the network layer by layer: a saved model does not need its builders again."""
         return {
             "network": keras.saving.serialize_keras_object(self.network),
             "heads": self.heads,

@@ -126,10 +126,10 @@ class ModelSpec(Spec):
     fusion: FusionSpec = FusionSpec()
     dropout: Fraction = 0.3
     """Dropout rate of every dense block."""
-    l2: NonNegative = 1e-5
+    l2: NonNegative = 1e-3
     """L2 penalty on the kernels of the dense layers."""
     batch_norm: Literal["local", "sync"] = "local"
-    """Batch statistics of each worker's rows, or of the global batch (one more exchange a layer)."""
+    """Batch statistics of each worker's rows, or of the global batch (more exchanges a step)."""
 
     @model_validator(mode="after")
     def _something_enters(self) -> "ModelSpec":

@@ -20,9 +20,7 @@ IMAGE_BRANCHES: dict[str, Builder] = {
     **{f"efficientnet_v2_b{n}": _APPLICATION for n in range(4)},
     **{f"efficientnet_v2_{size}": _APPLICATION for size in ("s", "m", "l")},
     **{f"mobilenet_v3_{size}": _APPLICATION for size in ("small", "large")},
-    **{
-        f"convnext_{size}": _APPLICATION for size in ("tiny", "small", "base", "large", "xlarge")
-    },
+    **{f"convnext_{size}": _APPLICATION for size in ("tiny", "small", "base", "large", "xlarge")},
     "resnet50": _APPLICATION,
 }
 

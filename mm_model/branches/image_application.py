@@ -78,7 +78,7 @@ def make_backbone(
     application = getattr(keras.applications, APPLICATIONS[kind])
     from_keras = weights if weights == "imagenet" else None
     try:
-        backbone = application(include_top=False, weights=from_keras, input_shape=shape, name=kind)
+        backbone = application(include_top=False, weights=from_keras, input_shape=shape)
     except Exception as error:
         if from_keras is None:
             raise ValueError(f"{kind} cannot take images of shape {shape}: {error}") from error
@@ -86,6 +86,8 @@ def make_backbone(
             f"the ImageNet weights of {kind} could not be downloaded ({error}); set "
             "model.image.weights to a file that you have, or to none"
         ) from error
+    # Named afterwards: some applications look up by name what they are to build.
+    backbone.name = kind
     if weights and weights != "imagenet":
         load_backbone_weights(backbone, kind, weights)
     return _with_synchronized_batch_norm(backbone) if synchronized else backbone
@@ -102,7 +104,9 @@ def load_backbone_weights(backbone: keras.Model, kind: str, weights: str) -> Non
         with tempfile.TemporaryDirectory() as folder:
             backbone.load_weights(_local_file(weights, folder))
     except (OSError, ValueError, KeyError) as error:
-        raise OSError(f"weights {weights!r} of {kind} could not be read ({error}); {others}") from error
+        raise OSError(
+            f"weights {weights!r} of {kind} could not be read ({error}); {others}"
+        ) from error
     if kind.startswith("efficientnet_b"):
         _fold_imagenet_scale(backbone)
 

@@ -1,0 +1,41 @@
+# Each target sets up .venv on a fresh machine (python3 with pip and venv) and then does its work.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-slow check bench lock clean
+
+demo: $(READY)
+	$(BIN)/python -m ray_jobs.demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks.houses
+
+# After a change of dependencies: the newest versions that fit, for every Python and platform.
+lock: $(READY)
+	$(BIN)/uv pip compile pyproject.toml --universal --upgrade --no-header --no-annotate \
+		--no-emit-index-url --quiet --output-file requirements.lock
+	$(BIN)/uv pip compile pyproject.toml --extra dev --constraint requirements.lock --universal \
+		--no-header --no-annotate --no-emit-index-url --quiet --output-file requirements-dev.lock
+
+$(READY): requirements-dev.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --requirement requirements-dev.lock
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo runs

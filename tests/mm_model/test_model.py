@@ -1,0 +1,304 @@
+import keras
+import numpy as np
+import pytest
+
+import mm_model
+from mm_model.branches import IMAGE_BRANCHES
+from mm_model.branches.image_application import make_backbone
+from mm_model.fusion import FUSIONS
+from mm_model.layers import Blocks
+from mm_model.model import build_model
+from mm_model.spec import NO_AUGMENTATION, FusionSpec, ImageSpec, ModelSpec, NumericSpec
+
+SMALLEST_OF_EACH_FAMILY = {
+    "tiny": 16,
+    "efficientnet_b0": 32,
+    "efficientnet_v2_b0": 32,
+    "mobilenet_v3_small": 32,
+    "convnext_tiny": 32,
+    "resnet50": 32,
+}
+UNTRAINED = {"image": {"kind": "tiny", "weights": None}}
+
+
+def rows(
+    count: int = 16, size: int = 16, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    numbers = rng.normal(size=(count, 3)) * [1, 10, 100]
+    y = (numbers[:, 0] > 0).astype(int)
+    y[:2] = 0, 1
+    numbers[rng.random(numbers.shape) < 0.1] = np.nan
+    return rng.integers(0, 256, (count, size, size, 3), dtype=np.uint8), numbers, y
+
+
+@pytest.mark.timeout(900)
+def test_the_documented_call_trains_efficientnet_b5_on_plain_arrays():
+    image, numbers, y = rows(16, size=32)
+    image_val, numbers_val, y_val = rows(8, size=32, seed=1)
+    class_weight = mm_model.balanced_class_weight(y)
+    model = mm_model.create_model(
+        (32, 32, 3), (3,), mm_model.fit_numeric_statistics(numbers), image={"weights": None}
+    )
+    history = model.fit(
+        [image, numbers],
+        y,
+        validation_data=([image_val, numbers_val], y_val),
+        epochs=1,
+        batch_size=8,
+        callbacks=mm_model.default_callbacks(),
+        class_weight=class_weight,
+        verbose=0,
+    )
+    assert model.network.get_layer("efficientnet_b5").count_params() > 28_000_000
+    assert np.isfinite(history.history["val_loss"]).all()
+    assert model.predict([image, numbers], verbose=0).shape == (16, 1)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("kind", SMALLEST_OF_EACH_FAMILY)
+def test_every_family_and_fusion_builds_steps_saves_and_reloads(kind, fusion, tmp_path):
+    if kind != "tiny" and fusion != "skip_concat":
+        pytest.skip("each fusion sees the tiny branch; the other families see one fusion")
+    size = SMALLEST_OF_EACH_FAMILY[kind]
+    image, numbers, y = rows(8, size=size)
+    spec = ModelSpec(
+        image=ImageSpec(kind=kind, weights=None, units=8),
+        numeric=NumericSpec(units=(8, 8)),
+        fusion=FusionSpec(kind=fusion, units=8),
+    )
+    model = build_model(spec, mm_model.fit_numeric_statistics(numbers), (size, size, 3))
+    model.compile("adam", "binary_crossentropy", run_eagerly=True)
+    before = model.network.get_layer("joint_head").get_weights()[0].copy()
+    assert np.isfinite(model.train_on_batch([image, numbers], y))
+    assert np.abs(model.network.get_layer("joint_head").get_weights()[0] - before).max() > 0
+    expected = np.asarray(model({"image": image, "numeric": numbers}))
+    model.save(tmp_path / "model.keras")
+    again = np.asarray(mm_model.load_model(tmp_path / "model.keras")([image, numbers]))
+    np.testing.assert_array_equal(again, expected)
+
+
+def test_a_foreign_branch_and_fusion_need_an_entry_in_the_dicts_alone(monkeypatch):
+    def mean_colour(image, kind, spec, blocks: Blocks):
+        pooled = keras.layers.GlobalAveragePooling2D()(image)
+        return {"pooled": pooled, "tokens": keras.layers.Reshape((1, 3))(pooled)}
+
+    def add(image, numeric, spec, blocks: Blocks):
+        kernels = [blocks.kernel(b["pooled"], 4, n) for b, n in ((image, "a"), (numeric, "b"))]
+        return keras.layers.Add()(kernels)
+
+    monkeypatch.setitem(IMAGE_BRANCHES, "mean_colour", mean_colour)
+    monkeypatch.setitem(FUSIONS, "add", add)
+    model = mm_model.create_model(
+        (16, 16, 3), (3,), image={"kind": "mean_colour", "weights": None}, fusion={"kind": "add"}
+    )
+    image, numbers, _ = rows()
+    assert np.asarray(model([image, np.nan_to_num(numbers)])).shape == (16, 1)
+
+
+def test_list_and_dict_inputs_and_any_number_type_give_the_same_probability():
+    image, numbers, _ = rows()
+    model = mm_model.create_model(
+        (16, 16, 3), (3,), mm_model.fit_numeric_statistics(numbers), **UNTRAINED
+    )
+    model.network.get_layer("joint_head").set_weights([np.ones((128, 1)), np.zeros(1)])
+    by_list = np.asarray(model([image, numbers]))
+    by_dict = np.asarray(
+        model({"numeric": numbers.astype("float32"), "image": image.astype("float32")})
+    )
+    np.testing.assert_array_equal(by_list, by_dict)
+    assert by_list.std() > 0
+
+
+@pytest.mark.parametrize("absent", ["image", "numeric"])
+def test_a_model_of_one_branch_takes_its_input_from_both(absent):
+    image, numbers, y = rows()
+    options = {
+        **UNTRAINED,
+        **{absent: {"kind": "none", "weights": None} if absent == "image" else {"kind": "none"}},
+    }
+    model = mm_model.create_model(
+        (16, 16, 3), (3,), mm_model.fit_numeric_statistics(numbers), **options
+    )
+    present = {"image": image, "numeric": numbers}
+    del present[absent]
+    assert model.input_names == list(present)
+    assert model.heads == list(present)
+    model.fit([image, numbers], y, epochs=1, verbose=0)
+    np.testing.assert_array_equal(np.asarray(model([image, numbers])), np.asarray(model(present)))
+
+
+def test_missing_numbers_do_not_make_the_probability_missing():
+    image, numbers, _ = rows()
+    model = mm_model.create_model(
+        (16, 16, 3), (3,), mm_model.fit_numeric_statistics(numbers), **UNTRAINED
+    )
+    assert np.isfinite(np.asarray(model([image, np.full_like(numbers, np.nan)]))).all()
+
+
+def test_no_layer_with_a_bias_stands_before_a_batch_norm():
+    spec = ModelSpec(image=ImageSpec(kind="tiny", weights=None))
+    for fusion in FUSIONS:
+        spec = spec.model_copy(update={"fusion": FusionSpec(kind=fusion)})
+        network = build_model(spec, None, (16, 16, 3), (3,)).network
+        norms = [x for x in network.layers if isinstance(x, keras.layers.BatchNormalization)]
+        assert norms
+        for norm in norms:
+            before = norm.input._keras_history.operation
+            assert not getattr(before, "use_bias", False), before.name
+
+
+def test_the_loss_is_main_plus_heads_plus_penalty():
+    image, numbers, y = rows()
+    spec = ModelSpec(
+        image=ImageSpec(kind="tiny", weights=None),
+        augmentation=NO_AUGMENTATION,
+        fusion=FusionSpec(auxiliary_weight=0.5, modality_dropout=0),
+        dropout=0,
+    )
+    model = build_model(spec, mm_model.fit_numeric_statistics(numbers), (16, 16, 3))
+    model.compile(loss="binary_crossentropy")
+    weight = np.linspace(0.5, 2, len(y))
+    p = model([image, numbers], training=True)
+    logits = np.asarray(p._head_logits, np.float64)
+
+    def cross_entropy(z: np.ndarray) -> float:
+        return float(np.mean(weight * (np.logaddexp(0, z) - y * z)))
+
+    heads = sum(cross_entropy(logits[:, i]) for i in range(3))
+    penalty = float(sum(np.asarray(loss) for loss in model.losses))
+    expected = cross_entropy(logits.mean(axis=1)) + 0.5 * heads + penalty
+    assert penalty > 0
+    got = float(model.compute_loss(y=y, y_pred=p, sample_weight=weight))
+    assert got == pytest.approx(expected, rel=1e-5)
+    without_heads = float(model.compute_loss(y=y, y_pred=p, sample_weight=weight, training=False))
+    assert without_heads == pytest.approx(expected - 0.5 * heads, rel=1e-5)
+
+
+def test_augmentation_changes_training_and_never_inference():
+    image, _, _ = rows()
+    model = mm_model.create_model(
+        (16, 16, 3),
+        (3,),
+        image={"kind": "tiny", "weights": None},
+        dropout=0,
+        fusion={"modality_dropout": 0},
+    )
+    network = model.network
+    augmented = keras.Model(network.input["image"], network.get_layer("augment_brightness").output)
+    same = np.asarray(augmented(image.astype("float32"), training=False))
+    np.testing.assert_array_equal(same, image.astype("float32"))
+    changed = np.asarray(augmented(image.astype("float32"), training=True))
+    assert np.abs(changed - image).mean() > 1
+    assert changed.min() >= 0
+    assert changed.max() <= 255
+
+
+@pytest.mark.parametrize("kind", [k for k in SMALLEST_OF_EACH_FAMILY if k != "tiny"])
+def test_every_backbone_sees_the_range_that_it_was_trained_on(kind):
+    """The first convolution's input, for black and white, as each family's papers have it."""
+    model = mm_model.create_model((32, 32, 3), (3,), image={"kind": kind, "weights": None})
+    backbone = model.network.get_layer(kind)
+    first = next(
+        x
+        for x in backbone.layers
+        if isinstance(x, keras.layers.Conv2D | keras.layers.DepthwiseConv2D)
+    )
+    # ConvNeXt's first convolution is inside a block; its preprocessing stands right before.
+    probe = backbone.layers[1].output if kind == "convnext_tiny" else first.input
+    seen = keras.Model(backbone.input, probe)
+    pixels = np.stack([np.zeros((32, 32, 3)), np.full((32, 32, 3), 255)]).astype("float32")
+    if kind == "resnet50":
+        pixels = np.asarray(model.network.get_layer("image_range")(pixels))
+    inner = np.asarray(seen(pixels))[:, 10:20, 10:20]
+    low, high = inner[0].mean((0, 1)), inner[1].mean((0, 1))
+    expected = {
+        "efficientnet_b0": ([0] * 3, [1] * 3),
+        "efficientnet_v2_b0": (
+            -np.divide([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+            np.divide(np.subtract(1, [0.485, 0.456, 0.406]), [0.229, 0.224, 0.225]),
+        ),
+        "mobilenet_v3_small": ([-1] * 3, [1] * 3),
+        "convnext_tiny": (
+            -np.divide([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+            np.divide(np.subtract(1, [0.485, 0.456, 0.406]), [0.229, 0.224, 0.225]),
+        ),
+        "resnet50": ([-103.939, -116.779, -123.68], [151.061, 138.221, 131.32]),
+    }[kind]
+    np.testing.assert_allclose(low, expected[0], atol=1e-2)
+    np.testing.assert_allclose(high, expected[1], atol=1e-2)
+
+
+def test_a_local_efficientnet_file_gets_the_scale_that_imagenet_weights_get(tmp_path):
+    backbone = keras.applications.EfficientNetB0(
+        include_top=False, weights=None, input_shape=(32, 32, 3)
+    )
+    normalization = next(x for x in backbone.layers if isinstance(x, keras.layers.Normalization))
+    mean, deviation = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    normalization.adapt_mean.assign(mean)
+    normalization.adapt_variance.assign(deviation)  # as the files of keras.applications have it
+    path = tmp_path / "b0.weights.h5"
+    backbone.save_weights(path)
+    for uri in (str(path), path.as_uri()):
+        loaded = make_backbone("efficientnet_b0", (32, 32, 3), uri, synchronized=False)
+        inside = next(x for x in loaded.layers if isinstance(x, keras.layers.Normalization))
+        seen = np.asarray(keras.Model(loaded.input, inside.output)(np.full((1, 32, 32, 3), 255.0)))
+        np.testing.assert_allclose(
+            seen[0, 0, 0], np.divide(np.subtract(1, mean), deviation), rtol=1e-4
+        )
+
+
+def test_weights_of_a_file_are_the_ones_that_were_saved(tmp_path):
+    first = make_backbone("mobilenet_v3_small", (32, 32, 3), None, synchronized=False)
+    first.save_weights(tmp_path / "w.weights.h5")
+    for synchronized in (False, True):
+        again = make_backbone(
+            "mobilenet_v3_small", (32, 32, 3), str(tmp_path / "w.weights.h5"), synchronized
+        )
+        for a, b in zip(first.get_weights(), again.get_weights(), strict=True):
+            np.testing.assert_array_equal(a, b)
+    norms = [x for x in again.layers if isinstance(x, keras.layers.BatchNormalization)]
+    assert norms
+    assert all(norm.synchronized for norm in norms)
+
+
+def test_a_failed_download_names_the_other_ways(monkeypatch):
+    def offline(**_):
+        raise Exception("URL fetch failure")
+
+    monkeypatch.setattr(keras.applications, "EfficientNetB0", offline)
+    with pytest.raises(
+        OSError, match=r"could not be downloaded.*to a file that you have, or to none"
+    ):
+        make_backbone("efficientnet_b0", (32, 32, 3), "imagenet", synchronized=False)
+
+
+def test_a_weights_file_that_is_not_there_names_the_other_ways():
+    with pytest.raises(OSError, match=r"no file nowhere\.h5.*imagenet, or to none"):
+        make_backbone("efficientnet_b0", (32, 32, 3), "nowhere.h5", synchronized=False)
+
+
+@pytest.mark.parametrize(
+    ("shape_image", "shape_numeric", "message"),
+    [
+        ((16, 16), (3,), r"images are \(height, width, 3\)"),
+        ((16, 16, 3), (), r"numbers are \(columns,\)"),
+        ((16, 16, 3), (4,), r"does not fit the statistics' 3 columns"),
+    ],
+)
+def test_a_wrong_shape_names_itself(shape_image, shape_numeric, message):
+    statistics = mm_model.fit_numeric_statistics(rows()[1])
+    with pytest.raises(ValueError, match=message):
+        mm_model.create_model(shape_image, shape_numeric, statistics, **UNTRAINED)
+
+
+def test_a_wrong_option_names_the_nearest_one():
+    with pytest.raises(ValueError, match=r"'tiney' is no image branch; did you mean 'tiny'"):
+        mm_model.create_model((16, 16, 3), (3,), image={"kind": "tiney", "weights": None})
+
+
+def test_a_file_of_another_model_is_refused(tmp_path):
+    other = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    other.save(tmp_path / "other.keras")
+    with pytest.raises(ValueError, match="no FusionModel"):
+        mm_model.load_model(tmp_path / "other.keras")
