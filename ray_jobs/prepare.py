@@ -347,7 +347,7 @@ def _print_summary(result: Manifest, plan: _Plan, output: Folder) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("split", title=f"Prepared {output}", title_justify="left")
+    table = Table("split")
     for label in (result.negative_label, result.positive_label):
         table.add_column(label, justify="right")
     for name in ("rows", "shards", "MB"):
@@ -357,6 +357,7 @@ def _print_summary(result: Manifest, plan: _Plan, output: Folder) -> None:
         cells = (*info.class_counts, info.num_rows, len(info.shards), f"{megabytes:.1f}")
         table.add_row(split, *map(str, cells))
     console = Console(highlight=False)
+    console.print(f"Prepared {output}", soft_wrap=True, markup=False)
     console.print(table)
     console.print(f"splits: {plan.note}", soft_wrap=True, markup=False)
     numbers = ", ".join(result.numeric_columns) or "none"

@@ -18,7 +18,7 @@ import numpy as np
 
 from ray_jobs.cli import JobError
 from ray_jobs.manifest import Cut
-from ray_jobs.spec import Split
+from ray_jobs.spec import SPLITS, Split
 
 Cuts = tuple[Cut, Cut]
 
@@ -53,13 +53,20 @@ def make_cuts(
         test_fraction: share for the test.
 
     Raises:
-        JobError: if a class has fewer groups than there are splits.
+        JobError: if there are fewer groups than splits.
     """
     sizes, classes = Counter(groups), group_classes(groups, labels)
-    fractions = (validation_fraction, test_fraction)
+    ranked: list[dict[str, int]] = [{}, {}]
+    for group, label in classes.items():
+        ranked[label][split_hash(seed, group)] = sizes[group]
+    # Where hardly a group is mostly of one class, all of them are ranked together for it.
     cuts = [
-        _cut({split_hash(seed, g): sizes[g] for g in classes if classes[g] == label}, *fractions)
-        for label in (0, 1)
+        _cut(
+            of_class if len(of_class) >= len(SPLITS) else ranked[0] | ranked[1],
+            validation_fraction,
+            test_fraction,
+        )
+        for of_class in ranked
     ]
     return cuts[0], cuts[1]
 
@@ -99,12 +106,11 @@ def assign(
 
 
 def _cut(sizes: Mapping[str, int], validation_fraction: float, test_fraction: float) -> Cut:
-    """Return the cuts of one class from the number of rows behind each hash."""
+    """Return where groups are cut, from the number of rows behind each hash."""
     ranked = sorted(sizes)
-    if len(ranked) < 3:
+    if len(ranked) < len(SPLITS):
         raise JobError(
-            f"a class has {len(ranked)} rows or groups, too few for three splits; add rows of it, "
-            "or name the splits in a column (prepare.split_column)"
+            f"{len(ranked)} rows or groups that can be used are too few for three splits; add more"
         )
     ends = np.cumsum([sizes[value] for value in ranked])
     test = _nearest(ends, test_fraction * ends[-1], 1, len(ranked) - 2)

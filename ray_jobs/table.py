@@ -177,20 +177,20 @@ def find_classes(column: pa.ChunkedArray, spec: PrepareSpec) -> Classes:
     if not counts:
         raise JobError(f"the label column {name!r} is empty")
     positive = spec.positive_label if spec.positive_label is None else _label(spec.positive_label)
-    pairs = [pair for pair in (("0", "1"), ("false", "true")) if counts.keys() & set(pair)]
+    pairs = [pair for pair in (("0", "1"), ("false", "true")) if set(pair) <= counts.keys()]
     if positive is not None:
         if positive not in counts:
             raise JobError(
                 f"prepare.positive_label={spec.positive_label!r} does not occur in the label "
                 f"column {name!r}{did_you_mean(positive, list(counts))} (it holds: {seen})"
             )
-        others = [value for value, _ in counts.most_common() if value != positive]
+        others = sorted(counts.keys() - {positive}, key=lambda value: (-counts[value], value))
         classes = Classes(others[0] if others else "", positive)
     elif len(counts) == 1:
         raise JobError(
             f"the label column {name!r} holds one class only ({seen}); a model needs rows of two"
         )
-    elif pairs and set(pairs[0]) <= counts.keys():
+    elif pairs:
         classes = Classes(*pairs[0])
     elif len(counts) == 2:
         raise JobError(

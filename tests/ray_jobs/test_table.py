@@ -1,0 +1,314 @@
+from decimal import Decimal
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ray_jobs.cli import JobError
+from ray_jobs.spec import PrepareSpec
+from ray_jobs.table import (
+    Classes,
+    Rows,
+    find_classes,
+    find_numeric_columns,
+    numbers_of,
+    read_rows,
+    read_table,
+    require_columns,
+    texts_of,
+)
+
+
+def spec(**options: object) -> PrepareSpec:
+    return PrepareSpec.model_validate(options)
+
+
+def column(*cells: object) -> pa.ChunkedArray:
+    return pa.chunked_array([pa.array(cells)])
+
+
+def written(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+def rows_of(table: dict, numeric: tuple[str, ...] = (), **options: object) -> Rows:
+    arrow, prepare = pa.table(table), spec(**options)
+    require_columns(arrow, prepare)
+    classes = find_classes(arrow.column(prepare.label_column), prepare)
+    return read_rows(arrow, prepare, numeric, classes)
+
+
+def test_csv_and_parquet_say_the_same_by_path_and_by_uri(tmp_path):
+    text = "id,area,label\n007,1.5,1\n008,,0\n"
+    csv_table = read_table(written(tmp_path / "t.csv", text))
+    pq.write_table(
+        pa.table({"id": ["007", "008"], "area": [1.5, None], "label": [1, 0]}),
+        tmp_path / "t.parquet",
+    )
+    for table in (csv_table, read_table(f"file://{tmp_path}/t.parquet")):
+        assert texts_of(table.column("id")) == ["007", "008"]
+        assert texts_of(table.column("label")) == ["1", "0"]
+        np.testing.assert_array_equal(numbers_of(table.column("area"))[0], [1.5, np.nan])
+
+
+def test_a_csv_may_have_a_byte_order_mark_tabs_spaces_and_line_breaks_in_quotes(tmp_path):
+    table = read_table(written(tmp_path / "t.csv", '\ufeffid\t note \n 1 \t"two\nlines"\n'))
+    assert table.column_names == ["id", "note"]
+    assert texts_of(table.column("id")) == ["1"]
+    assert texts_of(table.column("note")) == ["two\nlines"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "could not be read: it is empty"),
+        ("key,label\n", "has no rows"),
+        ("key,label\n1,0,3\n", "could not be read: .*Expected 2 columns, got 3"),
+        ("key,label,label\n1,0,1\n", "more than one column named 'label'"),
+    ],
+)
+def test_a_table_that_is_none_is_an_error(tmp_path, text, message):
+    with pytest.raises(JobError, match=message):
+        read_table(written(tmp_path / "t.csv", text))
+
+
+def test_a_damaged_parquet_file_and_a_wrong_encoding_are_errors(tmp_path):
+    (tmp_path / "t.parquet").write_bytes(b"PAR1 and no more")
+    (tmp_path / "t.csv").write_bytes("key,label\nä,1\n".encode("latin-1"))
+    for name in ("t.parquet", "t.csv"):
+        with pytest.raises(JobError, match=f"{name} could not be read"):
+            read_table(str(tmp_path / name))
+
+
+def test_a_missing_table_is_an_error_with_the_nearest_file(tmp_path):
+    written(tmp_path / "houses.csv", "key\n1\n")
+    with pytest.raises(JobError, match=r"house\.csv does not exist; did you mean 'houses\.csv'"):
+        read_table(str(tmp_path / "house.csv"))
+    with pytest.raises(JobError, match="is a folder"):
+        read_table(str(tmp_path))
+    with pytest.raises(JobError, match=r"prepare\.table is not set"):
+        read_table("")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("key_column", "arae"),
+        ("label_column", "arae"),
+        ("group_column", "arae"),
+        ("split_column", "arae"),
+        ("image_column", "arae"),
+        ("image_pattern", "{arae}.jpg"),
+        ("numeric_columns", ("arae",)),
+        ("exclude_columns", ("arae",)),
+    ],
+)
+def test_a_missing_column_is_an_error_with_setting_and_nearest_match(setting, value):
+    table = pa.table({"key": ["1"], "area": [1.0], "label": [1]})
+    message = rf"prepare\.{setting}: the table has no column 'arae'; did you mean 'area'\? \(it has"
+    with pytest.raises(JobError, match=message):
+        require_columns(table, spec(**{setting: value}))
+
+
+@pytest.mark.parametrize("pattern", ["photo.jpg", "{}.jpg", "{key.jpg", "key}.jpg"])
+def test_a_pattern_without_a_column_is_an_error(pattern):
+    with pytest.raises(JobError, match="must name columns in braces"):
+        require_columns(pa.table({"key": ["1"], "label": [1]}), spec(image_pattern=pattern))
+
+
+@pytest.mark.parametrize("role", ["key_column", "label_column", "split_column"])
+def test_a_column_with_another_role_is_no_feature(role):
+    table = pa.table({"key": ["1"], "label": [1], "a": [2]})
+    with pytest.raises(JobError, match=f"names 'a', the {role}"):
+        require_columns(table, spec(**{"numeric_columns": ["a"], role: "a"}))
+
+
+def test_the_label_excluded_column_and_key_cannot_clash():
+    table = pa.table({"key": ["1"], "label": [1], "a": [2]})
+    with pytest.raises(JobError, match="exclude_columns both name 'a'"):
+        require_columns(table, spec(numeric_columns=["a"], exclude_columns=["a"]))
+    with pytest.raises(JobError, match="cannot be both"):
+        require_columns(table, spec(key_column="a", label_column="a"))
+
+
+def test_columns_of_numbers_without_another_role_are_learnt_from():
+    table = pa.table(
+        {
+            "id": [1, 2],
+            "whole": [1, 2],
+            "price": [1.0, 2.0],
+            "flag": [True, False],
+            "exact": [Decimal("1.5"), None],
+            "text": ["1", "2x"],
+            "patient": [7, 8],
+            "fold": [1, 1],
+            "folder": [3, 4],
+            "label": [0, 1],
+        }
+    )
+    roles = spec(
+        key_column="id",
+        group_column="patient",
+        split_column="fold",
+        exclude_columns=["price"],
+        image_pattern="{folder}/{key}.jpg",
+    )
+    assert find_numeric_columns(table, roles) == ("whole", "flag", "exact")
+
+
+def test_a_few_words_in_a_csvs_column_of_numbers_do_not_hide_it(tmp_path):
+    text = "key,area,town,empty,label\n1,3,x,,0\n2,unknown,4,,1\n3,5,y,,1\n"
+    table = read_table(written(tmp_path / "t.csv", text))
+    assert find_numeric_columns(table, spec()) == ("area",)
+
+
+def test_no_column_of_numbers_is_an_error_unless_it_is_meant():
+    table = pa.table({"key": ["a"], "label": [1]})
+    with pytest.raises(JobError, match="make it empty to learn from images alone"):
+        find_numeric_columns(table, spec())
+    assert find_numeric_columns(table, spec(numeric_columns=[])) == ()
+
+
+def test_a_numeric_column_cannot_have_a_shards_own_name_or_stand_twice():
+    table = pa.table({"id": ["a"], "image": [1], "a": [1], "y": [1]})
+    with pytest.raises(JobError, match="'image' has the name of one of the shards' own"):
+        find_numeric_columns(table, spec(key_column="id", label_column="y"))
+    with pytest.raises(JobError, match="names 'a' twice"):
+        find_numeric_columns(table, spec(numeric_columns=["a", "a"]))
+
+
+def test_numbers_are_read_in_every_usual_spelling():
+    cells = ["1", "-2.5", "+3", ".5", "5.", "1e3", "1E-2", " 7 ", "true", "False"]
+    values, is_text = numbers_of(column(*cells))
+    np.testing.assert_array_equal(values, [1, -2.5, 3, 0.5, 5, 1000, 0.01, 7, 1, 0])
+    assert not is_text.any()
+
+
+def test_empty_cells_are_missing_and_words_are_not():
+    cells = ["", None, "NA", "NaN", "n/a", "null", "None", "1,200", "3 m", "0x1F", "1_0", "."]
+    values, is_text = numbers_of(column(*cells))
+    assert np.isnan(values).all()
+    assert is_text.tolist() == [False] * 7 + [True] * 5
+
+
+def test_a_column_of_dates_is_no_column_of_numbers():
+    import datetime
+
+    table = {"key": ["a", "b"], "label": [0, 1], "day": [datetime.date(2020, 1, 2)] * 2}
+    rows = rows_of(table, ("day",), max_bad_fraction=1)
+    assert rows.reasons == ["non_numeric_text"] * 2
+    nested = {"key": ["a", "b"], "label": [0, 1], "list": [[1], [2]]}
+    with pytest.raises(JobError, match="numeric column 'list' holds no numbers"):
+        rows_of(nested, ("list",))
+
+
+def test_whole_numbers_are_texts_without_a_point():
+    assert texts_of(column(1, 2)) == ["1", "2"]
+    assert texts_of(column(1.0, None, 2.5, float("nan"))) == ["1", None, "2.5", None]
+    assert texts_of(column("1.0", "2.0", None)) == ["1", "2", None]
+    assert texts_of(column("1.0", "v2.0")) == ["1.0", "v2.0"]
+    assert texts_of(column(" a ", "", "007")) == ["a", None, "007"]
+    assert texts_of(column(10**17, None)) == ["100000000000000000", None]
+    assert texts_of(column("x", "y", "x").dictionary_encode()) == ["x", "y", "x"]
+
+
+@pytest.mark.parametrize(
+    ("cells", "positive_label", "classes"),
+    [
+        ((0, 1, 1), None, Classes("0", "1")),
+        ((0.0, 1.0, None), None, Classes("0", "1")),
+        (("0", "1", ""), None, Classes("0", "1")),
+        (("0.0", "1.0"), None, Classes("0", "1")),
+        ((True, False), None, Classes("false", "true")),
+        (("True", "FALSE", "true"), None, Classes("false", "true")),
+        (("yes", "no"), "yes", Classes("no", "yes")),
+        ((1, 2), "2", Classes("1", "2")),
+        ((0, 1), "0", Classes("1", "0")),
+        ((0, 1), "1.0", Classes("0", "1")),
+        ((True, False), "False", Classes("true", "false")),
+    ],
+)
+def test_labels_are_0_and_1_or_booleans_or_two_strings(cells, positive_label, classes):
+    assert find_classes(column(*cells), spec(positive_label=positive_label)) == classes
+
+
+@pytest.mark.parametrize(
+    ("cells", "positive_label", "message"),
+    [
+        ((1, 1, 1), None, "holds one class only .'1' 3 times"),
+        (("yes", "yes", None), "yes", "holds one class only"),
+        ((None, float("nan")), None, "is empty"),
+        (("yes", "no"), None, r"say which of them counts as 1, such as --prepare.positive_label"),
+        ((1, 2), None, "say which of them counts as 1"),
+        (("yes", "no"), "yess", "'yess' does not occur .* did you mean 'yes'.*it holds: "),
+        (("a", "b", "c"), None, "holds 3 values .* set prepare.positive_label"),
+        (("a", "b", "c"), "a", "holds 3 values .* raise prepare.max_bad_fraction=0.01"),
+        ((0, 1, 2), None, "holds 3 values .* correct those other than '0' and '1'"),
+    ],
+)
+def test_unclear_classes_are_an_error_with_the_values(cells, positive_label, message):
+    with pytest.raises(JobError, match=message):
+        find_classes(column(*cells), spec(positive_label=positive_label))
+
+
+def test_a_rare_third_label_sets_its_rows_aside():
+    keys, labels = [str(i) for i in range(200)], ["yes", "no"] * 99 + ["maybe", "n/a"]
+    table = {"key": keys, "label": labels}
+    rows = rows_of(table, positive_label="yes", max_bad_fraction=0.05)
+    assert rows.reasons[:198] == [None] * 198
+    assert rows.reasons[198:] == ["bad_label", "bad_label"]
+    assert rows.details[198:] == [
+        "label is 'maybe', neither 'no' nor 'yes'",
+        "label is empty, neither 'no' nor 'yes'",
+    ]
+    assert rows.labels[:2] == [1, 0]
+
+
+def test_each_bad_cell_sets_its_row_aside_with_the_value():
+    table = {
+        "id": ["a", None, "a", "d", "e", "f", "g", "h", "i"],
+        "area": ["1", "1", "1", "one", "inf", "1e39", "NA", "1", "1"],
+        "photo": ["p"] * 7 + ["", "p"],
+        "label": ["0", "1", "1", "1", "1", "1", "1", "1", "0"],
+        "split": ["train"] * 8 + ["dev"],
+    }
+    options = {"key_column": "id", "image_column": "photo", "split_column": "split"}
+    rows = rows_of(table, ("area",), **options)
+    assert list(zip(rows.reasons, rows.details, strict=True)) == [
+        (None, ""),
+        ("missing_key", "row 2 has no id"),
+        ("duplicate_key", "row 3 has the id of row 1"),
+        ("non_numeric_text", "area is 'one'"),
+        ("non_finite_number", "area is inf, more than float32 holds"),
+        ("non_finite_number", "area is 1e39, more than float32 holds"),
+        (None, ""),
+        ("missing_image", "photo is empty, so the image has no path"),
+        ("bad_split", "split is 'dev', none of train, validation, test"),
+    ]
+    assert np.isnan(rows.numeric_RF[6, 0])
+    assert rows.numeric_RF.dtype == np.float32
+
+
+def test_a_row_without_a_group_is_set_aside():
+    table = {"key": ["a", "b"], "label": [0, 1], "patient": [7, None]}
+    rows = rows_of(table, group_column="patient")
+    assert rows.reasons == [None, "missing_group"]
+    assert rows.groups[0] == "7"
+
+
+def test_paths_are_made_from_columns_and_key_stands_for_the_key_column():
+    table = {"id": [1, 2], "label": [0, 1], "site": ["x", "y"]}
+    pattern = "{site}/{id}_{key}.jpg"
+    rows = rows_of(table, key_column="id", image_pattern=pattern)
+    assert rows.image_paths == ["x/1_1.jpg", "y/2_2.jpg"]
+
+
+def test_rows_for_prediction_need_no_label():
+    table = pa.table({"key": ["a", None], "area": [1, 2]})
+    require_columns(table, spec(), labelled=False)
+    rows = read_rows(table, spec(), ("area",), None)
+    assert rows.labels == []
+    assert rows.reasons == [None, "missing_key"]
