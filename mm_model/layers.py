@@ -5,6 +5,7 @@ Shapes: B rows, F features or columns, K piecewise-linear components, M heads, H
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import keras
 import numpy as np
@@ -90,15 +91,15 @@ class NumericEncoding(layers.Layer):
         self._lower_K = np.concatenate([e[:-1] for e in edges]).astype(np.float32)
         self._width_K = np.concatenate([np.diff(e) for e in edges]).astype(np.float32)
 
-    def call(self, numbers_BF):
+    def call(self, numbers_BF: Any) -> Any:
         """Encode raw numbers."""
         numbers_BF = ops.cast(numbers_BF, "float32")
         missing_BF = ops.isnan(numbers_BF)
-        filled_BF = ops.where(missing_BF, self._median_F, numbers_BF)
+        filled_BF: Any = ops.where(missing_BF, self._median_F, numbers_BF)
         standard_BF = (filled_BF - self._mean_F) * self._scale_F.astype(np.float32)
         parts = [ops.clip(standard_BF, -self.LIMIT, self.LIMIT)]
         if len(self._column_K):
-            value_BK = ops.take(filled_BF, self._column_K, axis=1)
+            value_BK: Any = ops.take(filled_BF, self._column_K, axis=1)
             parts.append(ops.clip((value_BK - self._lower_K) / self._width_K, 0.0, 1.0))
         if self._flagged:
             parts.append(ops.cast(ops.take(missing_BF, self._flagged, axis=1), "float32"))
@@ -142,12 +143,12 @@ class ModalityDropout(layers.Layer):
         self.rate = rate
         self.seed_generator = keras.random.SeedGenerator(seed)
 
-    def call(self, features, training=False):
+    def call(self, features: Any, training: bool = False) -> Any:
         """Hide branches while training."""
         first_BF, second_BF = features
         if not training or not self.rate:
             return first_BF, second_BF
-        draw_B1 = keras.random.uniform((ops.shape(first_BF)[0], 1), seed=self.seed_generator)
+        draw_B1: Any = keras.random.uniform((ops.shape(first_BF)[0], 1), seed=self.seed_generator)
         keep_first_B1 = ops.cast(draw_B1 >= self.rate / 2, first_BF.dtype)
         keep_second_B1 = ops.cast(draw_B1 < 1 - self.rate / 2, second_BF.dtype)
         return first_BF * keep_first_B1, second_BF * keep_second_B1
@@ -183,7 +184,7 @@ class AffineLogit(layers.Layer):
         self.scale_M1.assign(np.asarray(self.initial, np.float32)[:, None])
         self.bias = self.add_weight(shape=(), name="bias", initializer="zeros", trainable=False)
 
-    def call(self, logits_BM):
+    def call(self, logits_BM: Any) -> Any:
         """Weigh and add."""
         # Spelled as a sum, since a matmul may run in bf16 or TF32 on GPUs.
         return ops.sum(logits_BM * self.scale_M1[:, 0], axis=1, keepdims=True) + self.bias

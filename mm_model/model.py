@@ -82,7 +82,8 @@ class FusionModel(keras.Model):
     def call(self, inputs: Any, training: bool = False) -> Any:
         """Return the calibrated probability (B, 1)."""
         logits_BM = self.head_logits(inputs, training=training)
-        probability_B1 = keras.activations.sigmoid(self.calibration(self.blend(logits_BM)))
+        calibrated_B1 = self.calibration(self.blend(logits_BM))
+        probability_B1: Any = keras.activations.sigmoid(calibrated_B1)
         # The heads are no outputs, yet their loss needs them: they travel with the probability, as
         # Keras' own `_keras_logits` does for a loss that is computed from logits.
         probability_B1._head_logits = logits_BM
@@ -100,7 +101,7 @@ class FusionModel(keras.Model):
 
         Means are over the rows of the global batch, which Keras' losses see to under a strategy.
         """
-        loss = super().compute_loss(x, y, y_pred, sample_weight, training=training)
+        loss: Any = super().compute_loss(x, y, y_pred, sample_weight, training=training)
         logits_BM = getattr(y_pred, "_head_logits", None)
         if not training or logits_BM is None or not any(self.head_weights):
             return loss
@@ -109,7 +110,8 @@ class FusionModel(keras.Model):
         for i, weight in enumerate(self.head_weights):
             if weight:
                 head_B1 = logits_BM[:, i : i + 1]
-                loss = loss + weight * cross_entropy(y_B1, head_B1, sample_weight)
+                head_loss: Any = cross_entropy(y_B1, head_B1, sample_weight)
+                loss = loss + weight * head_loss
         return loss
 
     def get_config(self) -> dict:
@@ -158,7 +160,7 @@ def build_model(
         OSError: if weights cannot be had.
     """
     blocks = Blocks.of(spec)
-    inputs: dict[str, KerasTensor] = {}
+    inputs: dict[str, Any] = {}
     branches: dict[str, dict] = {}
     if spec.image.kind != "none":
         inputs["image"] = x = keras.Input(_image_shape(shape_image), name="image")

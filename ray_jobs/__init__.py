@@ -1,0 +1,21 @@
+"""The service: raw images and a table in, a trained, calibrated, explained model out.
+
+The data's way, in running order:
+
+    prepare.py      raw images + table → shards + manifest.json
+                    (table.py sources.py images.py splits.py shards.py do its parts)
+    manifest.py     what every later stage knows of the prepared data
+    order.py        which rows each step takes, whatever the number of workers
+    dataset.py      shards → Ray Data → the batches of one worker
+    batch.py        the contract of one batch
+    loop.py         what one worker does: strategy, build, step, epoch
+    checkpoint.py   what is saved, and how it is restored
+    report.py       metrics, history, progress on the terminal
+    train.py        job: the `TensorflowTrainer` around the loop, the run folder
+    inference.py    run folder + rows → probabilities, exactly one a row
+    evaluate.py     job: a split's metrics and plots      (metrics.py plots.py)
+    predict.py      job: Parquet of probabilities
+    demo.py         job: all of the above on generated data (demo_data.py)
+
+    spec.py cli.py storage.py cluster.py tf_backend.py environment.py serve every job.
+"""

@@ -95,7 +95,8 @@ def write_checkpoint(
     folder = Path(folder)
     for name, arrays in (("model", model), ("optimizer", optimizer), ("best", best)):
         with open(folder / f"{name}.npz", "wb") as file:
-            np.savez(file, **_escaped(arrays))
+            named: dict[str, Any] = _escaped(arrays)
+            np.savez(file, **named)
     # Last, so that a folder with a state is whole.
     (folder / "state.json").write_text(json.dumps(state.model_dump(mode="json")))
 

@@ -154,7 +154,8 @@ def help_text(spec_class: type[Spec], prog: str, doc: str) -> str:
         if here != section:
             lines += ["", f"{here}: {_section_doc(spec_class, here)}"] if here else []
             section = here
-        shown = "required" if field.is_required() else f"default {_shown(field.get_default())}"
+        default = field.get_default(call_default_factory=True)
+        shown = "required" if field.is_required() else f"default {_shown(default)}"
         lines.append(f"  --{path} {type_text(field)}  ({shown})")
         description = " ".join((field.description or "").split())
         lines.append(fill(description, 92, initial_indent="      ", subsequent_indent="      "))
@@ -192,8 +193,10 @@ def _shown(value: Any) -> str:
         return "none"
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | dict):
         return ",".join(map(str, value)) or "empty"
+    if value == "":
+        return "empty"
     return str(value)
 
 
@@ -222,7 +225,7 @@ def _value(text: str, annotation: Any) -> Any:
 def _error_line(spec_class: type[Spec], problem: Any) -> str:
     location = [str(part) for part in problem["loc"]]
     path = ".".join(location)
-    parent, known = _deepest(spec_class, location)
+    known = _known_keys(spec_class, location)
     if problem["type"] == "extra_forbidden":
         key, where = location[-1], ".".join(location[:-1]) or "the spec"
         return (
@@ -233,21 +236,23 @@ def _error_line(spec_class: type[Spec], problem: Any) -> str:
         return f"{path}: is required; give it as --{path}"
     message = str(problem["msg"]).removeprefix("Value error, ")
     if problem["type"] == "literal_error":
-        choices = [c.strip().strip("'") for c in problem["ctx"]["expected"].replace(" or ", ", ").split(",")]
+        choices = [
+            c.strip().strip("'")
+            for c in problem["ctx"]["expected"].replace(" or ", ", ").split(",")
+        ]
         message = f"accepted: {', '.join(choices)}{did_you_mean(str(problem['input']), choices)}"
     given = problem["input"]
     shown = f"={given!r}" if isinstance(given, str | int | float | bool | None) else ""
-    del parent
     return f"{path}{shown}: {message}"
 
 
-def _deepest(spec_class: type[Spec], location: list[str]) -> tuple[type[Spec], list[str]]:
+def _known_keys(spec_class: type[Spec], location: list[str]) -> list[str]:
     for name in location:
         field = spec_class.model_fields.get(name)
         if field is None or not _is_spec(field.annotation):
             break
         spec_class = typing.cast(type[Spec], field.annotation)
-    return spec_class, list(spec_class.model_fields)
+    return list(spec_class.model_fields)
 
 
 def _siblings(path: str, paths: list[str]) -> str:
@@ -255,7 +260,11 @@ def _siblings(path: str, paths: list[str]) -> str:
     same = [p for p in paths if p.rpartition(".")[0] == section]
     if not same or not section:
         same = sorted({p.rpartition(".")[0] for p in paths if "." in p}) or paths
-        return f" (sections: {', '.join(same)})" if "." in paths[0] else f" (accepted: {', '.join(same)})"
+        return (
+            f" (sections: {', '.join(same)})"
+            if "." in paths[0]
+            else f" (accepted: {', '.join(same)})"
+        )
     return f" (accepted in {section}: {', '.join(p.removeprefix(section + '.') for p in same)})"
 
 

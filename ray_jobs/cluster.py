@@ -57,10 +57,9 @@ def quiet() -> None:
     """Keep Ray Data's bars and start-up lines off the terminal; the jobs show their own."""
     import ray.data
 
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    for name in ("ray.data", "ray.train", "ray._private"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
 
 
 def _require(num_cpus: int, num_gpus: float) -> None:

@@ -68,7 +68,9 @@ def decode(table: pa.Table, manifest: Manifest) -> Batch:
     Raises:
         ValueError: if a stored image cannot be decoded or has another size, naming the row.
     """
-    columns = [table.column(name).to_numpy().astype(np.float32) for name in manifest.numeric_columns]
+    columns = [
+        table.column(name).to_numpy().astype(np.float32) for name in manifest.numeric_columns
+    ]
     num_rows = table.num_rows
     batch = {
         NUMERIC: np.stack(columns, axis=1) if columns else np.empty((num_rows, 0), np.float32),
@@ -155,11 +157,11 @@ class TrainingFeed:
 
 
 class EvaluationFeed:
-    """One worker's share of a split in stored order, in batches of one size.
+    """One worker's share of a split in stored order, again and again, in batches of one size.
 
     Args: as of `TrainingFeed`, and
         split: to read.
-        batch_size: rows of a batch; the last one is filled with rows of weight 0.
+        batch_size: rows of a batch; the last one of a pass is filled with rows of weight 0.
     """
 
     def __init__(
@@ -178,37 +180,41 @@ class EvaluationFeed:
         self.prefetch_batches = prefetch_batches
         self.num_tasks = _tasks_per_worker(num_workers)
         info = manifest.splits[split]
-        rows = evaluation_rows(info, rank, num_workers)
-        self.first_row = rows.start
-        """Place of the share's first row in the split."""
-        self.share = stored_ranges(info, rows)
+        self.rows = evaluation_rows(info, rank, num_workers)
+        """Places of the share's rows in the split."""
+        self.num_batches = -(-len(self.rows) // batch_size)
+        """Batches of one pass."""
+        block_rows = _block_rows(manifest, batch_size)
+        task_rows = max(1, _EVALUATION_TASK_ROWS // block_rows) * block_rows
+        self.tasks = [
+            stored_ranges(info, self.rows[start : start + task_rows])
+            for start in range(0, len(self.rows), task_rows)
+        ]
         self.reader = ShardReader(folder, info.shards, stored_columns(manifest, with_image))
 
-    def batches(self) -> Iterator[Batch]:
-        """Yield every row of the share once; weight 0 marks rows that only fill the last batch."""
-        per_task = list(_grouped(self.share, _EVALUATION_TASK_ROWS))
-        if not per_task:
+    def batches(self, passes: int = 1) -> Iterator[Batch]:
+        """Yield every row of the share once a pass; weight 0 marks rows that only fill a batch."""
+        if not self.tasks or not passes:
             return
-        dataset = _tasks(len(per_task), lambda i: self.range_batches(per_task[i]), self)
-        for batch in _iterate(dataset, self.batch_size, self.prefetch_batches):
-            missing = self.batch_size - len(batch[WEIGHT])
+        count = len(self.tasks)
+        dataset = _tasks(count * passes, lambda i: self.task_batches(i % count), self)
+        yield from _iterate(dataset, self.batch_size, self.prefetch_batches)
+
+    def task_batches(self, task: int) -> Iterator[Batch]:
+        """Yield the rows of one task, decoded and filled up to whole batches."""
+        table = self.reader.read(self.tasks[task])
+        block_rows = _block_rows(self.manifest, self.batch_size)
+        for start in range(0, table.num_rows, block_rows):
+            batch = decode(table.slice(start, block_rows), self.manifest)
+            missing = -len(batch[WEIGHT]) % self.batch_size
             yield _padded(batch, missing) if missing else batch
 
-    def range_batches(self, ranges: Sequence[RowRange]) -> Iterator[Batch]:
-        """Yield the rows of some ranges, decoded."""
-        table = self.reader.read(ranges)
-        rows = _block_rows(self.manifest, self.batch_size)
-        for start in range(0, table.num_rows, rows):
-            yield decode(table.slice(start, rows), self.manifest)
 
-
-def _tasks(
-    count: int, make: Any, feed: TrainingFeed | EvaluationFeed
-) -> "ray.data.Dataset":
+def _tasks(count: int, make: Any, feed: TrainingFeed | EvaluationFeed) -> "ray.data.Dataset":
     """Return the dataset whose i-th task yields the batches `make(i)`, in order."""
     import ray.data
 
-    def run(items: Batch) -> Iterator[Batch]:
+    def run(items: Any) -> Iterator[Any]:
         for item in items["id"]:
             yield from make(int(item))
 
@@ -232,9 +238,10 @@ def _tasks(
 def _iterate(
     dataset: "ray.data.Dataset", batch_size: int, prefetch_batches: int
 ) -> Iterator[Batch]:
-    yield from dataset.iter_batches(
+    batches: Any = dataset.iter_batches(
         batch_size=batch_size, batch_format="numpy", prefetch_batches=prefetch_batches
     )
+    yield from batches
 
 
 def _tasks_per_worker(num_workers: int) -> int:
@@ -250,19 +257,9 @@ def _block_rows(manifest: Manifest, batch_size: int) -> int:
     return max(1, _BLOCK_BYTES // (row_bytes * batch_size)) * batch_size
 
 
-def _grouped(ranges: Sequence[RowRange], rows: int) -> Iterator[list[RowRange]]:
-    group: list[RowRange] = []
-    for item in ranges:
-        group.append(item)
-        if sum(r.num_rows for r in group) >= rows:
-            yield group
-            group = []
-    if group:
-        yield group
-
-
 def _padded(batch: Batch, missing: int) -> Batch:
-    filled = {name: np.concatenate([v, np.repeat(v[-1:], missing, axis=0)]) for name, v in batch.items()}
+    filled = {
+        name: np.concatenate([v, np.repeat(v[-1:], missing, axis=0)]) for name, v in batch.items()
+    }
     filled[WEIGHT][len(filled[WEIGHT]) - missing :] = 0.0
     return filled
-

@@ -12,6 +12,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -134,7 +135,6 @@ class Loop:
         self.class_weight = {0: 1.0, 1: 1.0}
         if spec.train.class_weight == "balanced":
             self.class_weight = balanced_weights(*manifest.splits["train"].class_counts)
-        self.with_image = "image" in self.model.input_names
         self.train_step = tf.function(self._train_step)
         self.evaluate_step = tf.function(self._evaluate_step)
         self._agree = tf.function(self._agree_in_replica)
@@ -160,7 +160,9 @@ class Loop:
 
     def _evaluate_step(self, inputs: dict[str, tf.Tensor]) -> tf.Tensor:
         """Return the head logits (B, M) of one batch; no worker waits for another in it."""
-        return self.strategy.run(lambda x: self.model.head_logits(x, training=False), args=(inputs,))
+        return self.strategy.run(
+            lambda x: self.model.head_logits(x, training=False), args=(inputs,)
+        )
 
     def _agree_in_replica(self, loss: tf.Tensor) -> tf.Tensor:
         """Average batch-norm statistics over all workers; return the sum of their losses."""
@@ -170,7 +172,8 @@ class Loop:
             flat = [tf.reshape(loss, [1])] + [tf.reshape(v.value, [-1]) for v in self._local]
             # One collective for all of them: hundreds of small ones would cost seconds.
             mean = context.all_reduce(tf.distribute.ReduceOp.MEAN, tf.concat(flat, axis=0))
-            parts = tf.split(mean, [part.shape[0] for part in flat])
+            sizes: Any = [part.shape[0] for part in flat]
+            parts = tf.split(mean, sizes)
             for variable, part in zip(self._local, parts[1:], strict=True):
                 variable.assign(tf.reshape(part, variable.shape))
             return parts[0][0] * self.place.num_workers
@@ -207,19 +210,13 @@ class Loop:
             assign(self.optimizer.variables, saved.optimizer, "optimizer weights")
             state, best = saved.state, saved.best
             post({"kind": "note", "text": f"going on after epoch {state.epoch}"})
-        feed = TrainingFeed(
-            self.folder,
-            self.manifest,
-            self.order,
-            self.place.rank,
-            self.place.num_workers,
-            with_image=self.with_image,
-            prefetch_batches=self.spec.data.prefetch_batches,
-        )
+        feed, validation = self._feeds()
+        # Both streams run through all epochs, since every start of one costs about a second.
         batches = feed.batches(range(state.epoch, train.epochs))
+        validation_batches = validation.batches(train.epochs - state.epoch)
         while state.epoch < train.epochs and not self._out_of_patience(state):
             record = self._train_epoch(state, batches, post)
-            logits_NM, label_N = self.validate()
+            logits_NM, label_N = self.validate(validation, validation_batches)
             record |= self._validation_record(logits_NM, label_N)
             improved = self._is_best(state, record)
             if improved:
@@ -235,6 +232,19 @@ class Loop:
             )
         variables = {k: v for k, v in best.items() if k not in ("head_logits", "label")}
         return Outcome(state, variables, best["head_logits"], best["label"])
+
+    def _feeds(self) -> tuple[TrainingFeed, EvaluationFeed]:
+        where: dict[str, Any] = {
+            "rank": self.place.rank,
+            "num_workers": self.place.num_workers,
+            "with_image": "image" in self.model.input_names,
+            "prefetch_batches": self.spec.data.prefetch_batches,
+        }
+        batch_size = self.spec.train.per_worker_batch_size
+        return (
+            TrainingFeed(self.folder, self.manifest, self.order, **where),
+            EvaluationFeed(self.folder, self.manifest, "validation", batch_size, **where),
+        )
 
     def _train_epoch(
         self, state: LoopState, batches: Iterator[Batch], post: "Poster"
@@ -274,23 +284,20 @@ class Loop:
             report.EPOCH_S: epoch_s,
         }
 
-    def validate(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return head logits (N, M) and labels (N,) of the whole validation split, on every rank."""
-        feed = EvaluationFeed(
-            self.folder,
-            self.manifest,
-            "validation",
-            self.spec.train.per_worker_batch_size,
-            self.place.rank,
-            self.place.num_workers,
-            with_image=self.with_image,
-            prefetch_batches=self.spec.data.prefetch_batches,
-        )
+    def validate(
+        self, feed: EvaluationFeed, batches: Iterator[Batch]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return head logits (N, M) and labels (N,) of all validation rows, on every rank.
+
+        Args:
+            feed: of this worker's share.
+            batches: of the feed, at the beginning of a pass.
+        """
         num_rows = self.manifest.splits["validation"].num_rows
         num_heads = len(self.model.heads)
         rows = np.zeros((num_rows, num_heads + 1), np.float32)
-        at = feed.first_row
-        for batch in feed.batches():
+        at = feed.rows.start
+        for batch in islice(batches, feed.num_batches):
             inputs, _, _ = self.tensors(batch)
             logits = self.evaluate_step(inputs).numpy()
             real = batch[WEIGHT][:, 0] > 0
@@ -330,8 +337,8 @@ class Loop:
         train, waited = self.spec.train, 0 if improved else state.plateau_epochs + 1
         if train.schedule == "plateau" and waited >= train.plateau_patience:
             waited = 0
-            lower = float(self.optimizer.learning_rate) * train.plateau_factor
-            self.optimizer.learning_rate.assign(lower)
+            rate: Any = self.optimizer.learning_rate
+            rate.assign(float(rate) * train.plateau_factor)
         return LoopState(
             epoch=state.epoch + 1,
             step=record[report.STEP],
@@ -373,5 +380,3 @@ def blended_probability(model: FusionModel, logits_NM: np.ndarray) -> np.ndarray
     """Return the model's probabilities (N,) for head logits, with its blend and calibration."""
     blended = model.calibration(model.blend(logits_NM.astype(np.float32)))
     return np.asarray(tf.sigmoid(blended))[:, 0]
-
-

@@ -173,7 +173,7 @@ class TrainingOrder:
 
 
 def evaluation_rows(split: SplitInfo, rank: int, num_workers: int) -> range:
-    """Return which rows of a split, in stored order, a worker evaluates; each row has one worker."""
+    """Return which rows of a split, in stored order, one worker evaluates."""
     total = split.num_rows
     return range(rank * total // num_workers, (rank + 1) * total // num_workers)
 

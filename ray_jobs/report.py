@@ -67,6 +67,7 @@ def make_board() -> Any:
 def shown(board: Any, title: str) -> Iterator[None]:
     """Show the events of a board on the terminal until the block ends."""
     import ray
+    from ray.exceptions import RayError
 
     screen = Screen(title)
     done = threading.Event()
@@ -78,7 +79,7 @@ def shown(board: Any, title: str) -> Iterator[None]:
             try:
                 for event in ray.get(board.take.remote(), timeout=10):
                     screen.show(event)
-            except ray.exceptions.RayError:
+            except RayError:
                 # The board is gone with its node or its job; the training does not depend on it.
                 return
 

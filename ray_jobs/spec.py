@@ -25,7 +25,7 @@ class RunSection(Spec):
     """Ray cluster, such as `auto` or `ray://host:10001`; by default $RAY_ADDRESS, else a local
     Ray is started for this job."""
     seed: NonNegativeInt = 0
-    """Seed of the order of rows, the weights' start, dropout and augmentation."""
+    """Seed of the splits, the order of rows, the weights' start, dropout and augmentation."""
     worker_logs: bool = False
     """Print what workers write to their logs, not only their progress and their errors."""
 
@@ -113,7 +113,7 @@ class TrainSpec(OptimizerSpec):
     """Give each worker one GPU."""
     cpus_per_worker: Positive = 1.0
     """Logical CPUs of each worker; it computes with as many threads."""
-    resources_per_worker: dict[str, Positive] = {}
+    resources_per_worker: dict[str, Positive] = Field(default_factory=dict)
     """Further Ray resources of each worker, such as {"accelerator_type:A10G": 0.001}."""
     global_batch_size: PositiveInt = 32
     """Rows per optimizer step, summed over all workers."""

@@ -268,7 +268,7 @@ def export_saved_model(model: Any, manifest: Manifest, path: str) -> None:
         name: tf.TensorSpec(*shapes[name], name=name)  # type: ignore[call-arg]
         for name in model.input_names
     }
-    archive = keras.export.ExportArchive()
+    archive: Any = keras.export.ExportArchive()
     archive.track(model)
     archive.add_endpoint(
         "serve", lambda inputs: {"probability": model(inputs, training=False)}, [signature]
