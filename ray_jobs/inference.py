@@ -1,0 +1,495 @@
+"""A run folder and rows → the probability of each row; what `evaluate` and `predict` share.
+
+Reads: manifest.json, summary.json and model/model.keras of a run folder, and a `Source` of rows.
+Leaves: Arrow tables of `RESULT`, the rows in the source's order, each exactly once.
+
+    source ─ read (tasks: bytes → pixels, numbers) ─→ Predictor (actors: one model each) ─→ driver
+
+Pixels and probabilities stream: no process holds more than a few batches.
+
+    B rows of a batch   H × W pixels   F numeric columns
+"""
+
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ray_jobs.batch import IMAGE, KEY, LABEL, NUMERIC
+from ray_jobs.cli import JobError
+from ray_jobs.manifest import NAME as MANIFEST
+from ray_jobs.manifest import Manifest, Shard, read_manifest
+from ray_jobs.spec import InferenceSpec, Split
+from ray_jobs.storage import Folder
+
+if TYPE_CHECKING:
+    import ray.data
+
+PROBABILITY = "probability"
+ERROR = "error"
+RESULT = pa.schema(
+    {KEY: pa.string(), LABEL: pa.int8(), PROBABILITY: pa.float64(), ERROR: pa.string()}
+)
+"""What each row becomes: without a probability, `error` says why."""
+
+# What ends the job travels as a row, since an exception in a Ray Data task comes with a traceback.
+_FAILURE = "failure"
+_PREDICTED = RESULT.append(pa.field(_FAILURE, pa.string()))
+
+_MODEL = "model/model.keras"
+_SUMMARY = "summary.json"
+_MOST_TASK_ROWS = 512
+_TASKS_PER_WORKER = 4
+_LEAST_BLOCK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A finished run: where it is, how its rows were read, and what its model takes."""
+
+    folder: Folder
+    manifest: Manifest
+    threshold: float
+    """Probability from which a row counts as positive."""
+    input_names: tuple[str, ...]
+    """Inputs of the model: image, numeric or both."""
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether the model looks at images."""
+        return IMAGE in self.input_names
+
+    @property
+    def takes_numbers(self) -> bool:
+        """Whether the model looks at numbers."""
+        return NUMERIC in self.input_names
+
+    @property
+    def pixel_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of one image."""
+        return (self.manifest.image.height, self.manifest.image.width, 3)
+
+
+class Source(Protocol):
+    """Rows to predict. Picklable, since its tasks run anywhere in the cluster."""
+
+    num_rows: int
+
+    def tasks(self) -> list[pa.Table]:
+        """Return what each task is given, in the order of the rows."""
+        ...
+
+    def read(self, task: pa.Table) -> Iterator[pa.Table]:
+        """Yield one task's rows as `model_rows` makes them, a batch or so at a time.
+
+        Raises:
+            JobError: if they cannot be read, which ends the job.
+        """
+        ...
+
+
+def open_run(path: str) -> TrainedRun:
+    """Return the run in a folder that `train` finished.
+
+    The model's inputs are read from the file's description, so that the driver needs no TensorFlow.
+
+    Raises:
+        JobError: if there is no finished run, or its model is damaged.
+    """
+    folder = Folder(path)
+    for name in (MANIFEST, _SUMMARY, _MODEL):
+        if not folder.exists(name):
+            state = "is not finished" if folder.exists("run.yaml") else "is no run folder"
+            raise JobError(
+                f"{folder} {state}: it has no {name}; give the folder "
+                "<run.storage_path>/<run.name> of a finished `python -m ray_jobs.train`"
+            )
+    try:
+        with (
+            folder.filesystem.open_input_file(folder.locate(_MODEL)) as file,
+            zipfile.ZipFile(file) as archive,
+        ):
+            config = json.loads(archive.read("config.json"))
+        input_names = tuple(config["config"]["network"]["config"]["input_layers"])
+    except (zipfile.BadZipFile, KeyError, ValueError) as error:
+        raise JobError(f"{folder}/{_MODEL} is damaged or no fusion model: {error}") from error
+    threshold = float(folder.read_json(_SUMMARY)["decision_threshold"])
+    return TrainedRun(folder, read_manifest(folder), threshold, input_names)
+
+
+def require_fit(run: TrainedRun, manifest: Manifest, data: Folder) -> None:
+    """Check that prepared data is what the run's model takes.
+
+    Raises:
+        JobError: naming everything in which the data differs from what the run was trained on.
+    """
+    differences: list[str] = []
+    trained = run.manifest
+    if run.takes_numbers and manifest.numeric_columns != trained.numeric_columns:
+        differences.append(_column_difference(manifest.numeric_columns, trained.numeric_columns))
+    if run.takes_images and manifest.image != trained.image:
+        sizes = [f"{m.image.width} × {m.image.height} pixels" for m in (manifest, trained)]
+        differences.append(f"its images have {sizes[0]}, the run's {sizes[1]}")
+    if manifest.positive_label != trained.positive_label:
+        differences.append(
+            f"its positive label is {manifest.positive_label!r}, the run's "
+            f"{trained.positive_label!r}"
+        )
+    if differences:
+        raise JobError(
+            f"{data} does not fit the run in {run.folder}: {'; '.join(differences)}. Prepare it "
+            f"by the rules that the run's {MANIFEST} holds"
+        )
+
+
+def _column_difference(columns: Sequence[str], trained: Sequence[str]) -> str:
+    absent = [name for name in trained if name not in columns]
+    unknown = [name for name in columns if name not in trained]
+    if not absent and not unknown:
+        return f"its numeric columns stand in the order {list(columns)}, the run's {list(trained)}"
+    parts = [f"{absent} are missing"] if absent else []
+    parts += [f"{unknown} are unknown to the run"] if unknown else []
+    return f"of its numeric columns {' and '.join(parts)}"
+
+
+class PreparedSource:
+    """The rows of prepared splits, in stored order.
+
+    Args:
+        run: whose model sees the rows.
+        folder: prepared data.
+        manifest: of it.
+        splits: to read, one after the other.
+        spec: of the job, for the size of batches and tasks.
+
+    Raises:
+        JobError: if the data does not fit the run, or shards are missing or of another size.
+    """
+
+    def __init__(
+        self,
+        run: TrainedRun,
+        folder: Folder,
+        manifest: Manifest,
+        splits: Sequence[Split],
+        spec: InferenceSpec,
+    ) -> None:
+        require_fit(run, manifest, folder)
+        self.run, self.folder = run, folder
+        self.shards = [shard for split in splits for shard in manifest.splits[split].shards]
+        self.num_rows = sum(shard.num_rows for shard in self.shards)
+        self.batch_rows, self.task_rows = spec.batch_size, rows_per_task(self.num_rows, spec)
+        _require_shards(folder, self.shards)
+
+    def tasks(self) -> list[pa.Table]:
+        """Return the row groups that each task reads, of one shard."""
+        return [
+            pa.table({"shard": [shard.path], "row_groups": [groups]})
+            for shard in self.shards
+            for groups in _grouped(shard.row_groups, self.task_rows)
+        ]
+
+    def read(self, task: pa.Table) -> Iterator[pa.Table]:
+        """Yield the rows of some row groups; a stored image that is damaged becomes an error."""
+        shard, row_groups = task["shard"][0].as_py(), task["row_groups"][0].as_py()
+        numeric = self.run.manifest.numeric_columns if self.run.takes_numbers else ()
+        columns = [KEY, LABEL, *([IMAGE] if self.run.takes_images else []), *numeric]
+        try:
+            file = self.folder.filesystem.open_input_file(self.folder.locate(shard))
+            with pq.ParquetFile(file) as parquet:
+                for rows in parquet.iter_batches(
+                    self.batch_rows, row_groups=row_groups, columns=columns, use_threads=False
+                ):
+                    yield self._decode(rows, shard)
+        except (OSError, pa.ArrowException) as error:
+            raise JobError(
+                f"{self.folder}/{shard} cannot be read: {_first_line(error)}; the prepared data is "
+                "damaged, prepare it again"
+            ) from error
+
+    def _decode(self, rows: pa.RecordBatch, shard: str) -> pa.Table:
+        errors: list[str | None] = [None] * rows.num_rows
+        images = numbers = None
+        if self.run.takes_images:
+            images = np.zeros((rows.num_rows, *self.run.pixel_shape), np.uint8)
+            for i, content in enumerate(rows.column(IMAGE)):
+                try:
+                    images[i] = stored_pixels(content.as_py(), self.run.pixel_shape)
+                except ValueError as error:
+                    errors[i] = f"the stored image in {shard} is damaged: {error}"
+        if self.run.takes_numbers:
+            names = self.run.manifest.numeric_columns
+            numbers = np.stack(
+                [rows.column(n).to_numpy(zero_copy_only=False).astype(np.float32) for n in names],
+                axis=1,
+            )
+        return model_rows(rows.column(KEY), rows.column(LABEL), errors, images, numbers)
+
+
+def rows_per_task(num_rows: int, spec: InferenceSpec) -> int:
+    """Return the rows of one task: whole batches, few enough that every worker gets several."""
+    share = min(num_rows // (spec.num_workers * _TASKS_PER_WORKER), _MOST_TASK_ROWS)
+    return max(share // spec.batch_size, 1) * spec.batch_size
+
+
+def stored_pixels(content: bytes | None, shape: tuple[int, int, int]) -> np.ndarray:
+    """Return the pixels of a stored image.
+
+    Raises:
+        ValueError: if there is none, it cannot be decoded, or it is of another shape.
+    """
+    from ray_jobs.images import decode_stored
+
+    pixels = decode_stored(content or b"")
+    if pixels.shape != shape:
+        raise ValueError(f"its shape is {pixels.shape}, not {shape}")
+    return pixels
+
+
+def model_rows(
+    keys: pa.Array,
+    labels: pa.Array | None,
+    errors: Sequence[str | None],
+    images_BHWC: np.ndarray | None,
+    numbers_BF: np.ndarray | None,
+) -> pa.Table:
+    """Return the table of some rows that a `Predictor` takes; a row with an error is not used."""
+    num_rows = len(errors)
+    columns = {
+        KEY: keys.cast(pa.string()),
+        LABEL: pa.nulls(num_rows, pa.int8()) if labels is None else labels.cast(pa.int8()),
+        ERROR: pa.array(errors, pa.string()),
+        _FAILURE: pa.nulls(num_rows, pa.string()),
+    }
+    # Ray's tensor columns would also do, but these are plain Arrow, and are never copied.
+    if images_BHWC is not None:
+        kind = pa.binary(int(np.prod(images_BHWC.shape[1:])))
+        pixels = pa.py_buffer(np.ascontiguousarray(images_BHWC, np.uint8))
+        columns[IMAGE] = pa.Array.from_buffers(kind, num_rows, [None, pixels])
+    if numbers_BF is not None:
+        kind = pa.binary(4 * numbers_BF.shape[1])
+        numbers = pa.py_buffer(np.ascontiguousarray(numbers_BF, np.float32))
+        columns[NUMERIC] = pa.Array.from_buffers(kind, num_rows, [None, numbers])
+    return pa.table(columns)
+
+
+class Predictor:
+    """Holds the model of a run in one process, and gives each row its probability.
+
+    Args:
+        run: with the model.
+        batch_size: rows that the model sees at once; fewer are filled up, so that the model is
+            traced for one shape only.
+        num_cpus: that it computes with.
+        use_gpu: whether it computes on a GPU.
+    """
+
+    def __init__(self, run: TrainedRun, batch_size: int, num_cpus: float, use_gpu: bool) -> None:
+        os.environ["KERAS_BACKEND"] = "tensorflow"
+        import tensorflow as tf
+
+        from mm_model import load_model
+        from ray_jobs.loop import set_threads
+
+        set_threads(num_cpus)
+        if not use_gpu:
+            tf.config.set_visible_devices([], "GPU")
+        self.batch_size, self.failure = batch_size, None
+        try:
+            with tempfile.TemporaryDirectory() as local:
+                model = load_model(run.folder.download(_MODEL, f"{local}/model.keras"))
+        except (OSError, ValueError, KeyError) as error:
+            self.failure = f"{run.folder}/{_MODEL} cannot be loaded: {_first_line(error)}"
+            return
+        self.shapes: dict[str, tuple[tuple[int, ...], Any]] = {
+            IMAGE: ((batch_size, *run.pixel_shape), np.uint8),
+            NUMERIC: ((batch_size, len(run.manifest.numeric_columns)), np.float32),
+        }
+        self.shapes = {name: self.shapes[name] for name in model.input_names}
+        signature = {
+            name: tf.TensorSpec(shape, kind)  # type: ignore[call-arg]
+            for name, (shape, kind) in self.shapes.items()
+        }
+        self.predict = tf.function(
+            lambda inputs: model(inputs, training=False), input_signature=[signature]
+        )
+
+    def __call__(self, rows: pa.Table) -> Iterator[pa.Table]:
+        """Yield `RESULT` of any number of rows, batch by batch, and what ends the job."""
+        failures = [text for text in rows[_FAILURE].to_pylist() if text]
+        if self.failure or failures:
+            yield _failure(self.failure or failures[0])
+            return
+        for start in range(0, rows.num_rows, self.batch_size):
+            yield self._predict_batch(rows.slice(start, self.batch_size))
+
+    def _predict_batch(self, rows: pa.Table) -> pa.Table:
+        inputs: dict[str, np.ndarray] = {}
+        for name, (shape, kind) in self.shapes.items():
+            inputs[name] = np.zeros(shape, kind)
+            inputs[name][: rows.num_rows] = _values(rows[name], shape[1:], kind)
+        probability_B1 = self.predict(inputs).numpy()  # type: ignore[union-attr]
+        probability = probability_B1[: rows.num_rows, 0].astype(np.float64)
+        errors = rows[ERROR].to_pylist()
+        for i in np.flatnonzero(~np.isfinite(probability)):
+            errors[i] = errors[i] or "the model gives no finite probability for it"
+        bad = np.array([error is not None for error in errors], bool)
+        return pa.table(
+            {
+                KEY: rows[KEY],
+                LABEL: rows[LABEL],
+                PROBABILITY: pa.array(probability, pa.float64(), mask=bad),
+                ERROR: pa.array(errors, pa.string()),
+                _FAILURE: rows[_FAILURE],
+            },
+            schema=_PREDICTED,
+        )
+
+
+def _failure(text: str) -> pa.Table:
+    return pa.Table.from_pylist([{_FAILURE: text}], _PREDICTED)
+
+
+def _values(column: pa.ChunkedArray, shape: tuple[int, ...], kind: Any) -> np.ndarray:
+    """Return a column of `model_rows` as an array of rows × shape."""
+    array = column.combine_chunks()
+    values = np.frombuffer(array.buffers()[1], kind).reshape(-1, *shape)
+    return values[array.offset : array.offset + len(array)]
+
+
+def predict_rows(run: TrainedRun, source: Source, spec: InferenceSpec) -> Iterator[pa.Table]:
+    """Yield `RESULT` of every row of a source once, in its order; needs a connection to Ray.
+
+    Raises:
+        JobError: if a task or a model's process fails, or rows got lost.
+    """
+    if not source.num_rows:
+        return
+    from ray.exceptions import RayError
+
+    done = 0
+    try:
+        with _progress(source.num_rows) as advance:
+            dataset = _dataset(run, source, spec)
+            tables: Iterable[Any] = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+            for table in tables:
+                failures = table[_FAILURE].drop_null()
+                if len(failures):
+                    raise JobError(failures[0].as_py())
+                done += table.num_rows
+                advance(table.num_rows)
+                yield table.select(RESULT.names)
+    except RayError as error:
+        raise JobError(
+            f"a process of the job failed ({_reason(error)}); its traceback stands above"
+        ) from error
+    if done != source.num_rows:
+        raise JobError(
+            f"{source.num_rows} rows were expected and {done} were read; the data is damaged, "
+            "prepare it again"
+        )
+
+
+def _dataset(run: TrainedRun, source: Source, spec: InferenceSpec) -> "ray.data.Dataset":
+    import ray.data
+
+    batch_size = min(spec.batch_size, source.num_rows)
+
+    def read(task: pa.Table) -> Iterator[pa.Table]:
+        try:
+            yield from source.read(task)
+        except JobError as error:
+            yield _unread(run, str(error))
+
+    dataset = (
+        ray.data.from_arrow(source.tasks())
+        .map_batches(read, batch_size=None, batch_format="pyarrow")
+        .map_batches(
+            Predictor,  # type: ignore[arg-type]
+            fn_constructor_args=(run, batch_size, spec.cpus_per_worker, spec.use_gpu),
+            compute=ray.data.ActorPoolStrategy(size=spec.num_workers),
+            num_cpus=spec.cpus_per_worker,
+            num_gpus=1 if spec.use_gpu else 0,
+            # The predictor cuts batches itself: Ray Data would gather many tasks' rows for one.
+            batch_size=None,
+            batch_format="pyarrow",
+        )
+    )
+    context = dataset.context
+    context.execution_options.preserve_order = True
+    # A block is a batch: larger ones would hold back the first rows, and starve other actors.
+    batch_bytes = batch_size * int(np.prod(run.pixel_shape)) if run.takes_images else 0
+    context.target_max_block_size = max(batch_bytes, _LEAST_BLOCK_BYTES)
+    context.enable_progress_bars = False
+    return dataset
+
+
+def _unread(run: TrainedRun, text: str) -> pa.Table:
+    """Return a row in which a task says what ends the job, in the shape of the others."""
+    images = np.zeros((1, *run.pixel_shape)) if run.takes_images else None
+    numbers = np.zeros((1, len(run.manifest.numeric_columns))) if run.takes_numbers else None
+    rows = model_rows(pa.nulls(1), None, [None], images, numbers)
+    at = rows.column_names.index(_FAILURE)
+    return rows.set_column(at, _FAILURE, pa.array([text]))
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """Show a bar on a terminal until the block ends; the function counts rows on."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    console = Console(highlight=False)
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task("predicting rows", total=total)
+        yield lambda num_rows: bar.advance(task, num_rows)
+
+
+def _grouped(row_groups: Sequence[int], least_rows: int) -> Iterator[list[int]]:
+    """Yield the numbers of neighbouring row groups that have so many rows together."""
+    group: list[int] = []
+    rows = 0
+    for number, num_rows in enumerate(row_groups):
+        group.append(number)
+        rows += num_rows
+        if rows >= least_rows:
+            yield group
+            group, rows = [], 0
+    if group:
+        yield group
+
+
+def _require_shards(folder: Folder, shards: Sequence[Shard]) -> None:
+    if not shards:
+        return
+    infos = folder.filesystem.get_file_info([folder.locate(shard.path) for shard in shards])
+    for shard, info in zip(shards, infos, strict=True):
+        if info.size != shard.num_bytes:
+            found = "is missing" if info.size is None else f"has {info.size} bytes"
+            raise JobError(
+                f"{folder}/{shard.path} {found}, the manifest says {shard.num_bytes} bytes; the "
+                "prepared data is damaged, prepare it again"
+            )
+
+
+def _reason(error: BaseException) -> str:
+    """Return the innermost cause of a failure inside Ray, which has printed the way to it."""
+    cause: BaseException = error
+    while (inner := getattr(cause, "cause", None) or cause.__cause__) is not None:
+        cause = inner
+    return f"{type(cause).__name__} {_first_line(cause)}".strip()
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), "")
