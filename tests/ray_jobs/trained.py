@@ -1,0 +1,77 @@
+"""Run folders as `train` would leave them: a tiny model whose weights are drawn, not learned."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mm_model.spec import ImageSpec, ModelSpec, NumericSpec
+from ray_jobs.images import decode_stored
+from ray_jobs.manifest import Manifest
+from ray_jobs.spec import Split
+from ray_jobs.storage import Folder
+
+THRESHOLD = 0.45
+
+
+def write_run(
+    folder: Path, manifest: Manifest, image: str = "tiny", numeric: str = "mlp", seed: int = 1
+) -> Any:
+    """Write a run folder and return its model; every row gets a probability of its own."""
+    import keras
+
+    from mm_model import build_model
+
+    spec = ModelSpec(
+        image=ImageSpec(kind=image, weights=None, units=8),
+        numeric=NumericSpec(kind=numeric, units=(8,)),
+    )
+    size = manifest.image.height
+    keras.utils.set_random_seed(seed)
+    model = build_model(spec, manifest.statistics, (size, size, 3))
+    rng = np.random.default_rng(seed)
+    for variable in model.trainable_variables:
+        # Heads start at zero, which would give every row 0.5.
+        if "head" in variable.path and variable.name == "kernel":
+            variable.assign(rng.normal(size=variable.shape))
+    model.calibration.set([2.0], -0.3)
+    manifest.write(Folder(folder))
+    (folder / "model").mkdir()
+    model.save(folder / "model/model.keras")
+    Folder(folder).write_json("summary.json", {"decision_threshold": THRESHOLD})
+    return model
+
+
+def stored_rows(folder: Path, manifest: Manifest, split: Split) -> pa.Table:
+    """Return the rows of a split as they are stored."""
+    return pa.concat_tables(
+        [pq.read_table(folder / shard.path) for shard in manifest.splits[split].shards]
+    )
+
+
+def probabilities(model: Any, rows: pa.Table, manifest: Manifest) -> np.ndarray:
+    """Return what a model says of stored rows, all at once in this process."""
+    images = np.stack([decode_stored(content) for content in rows["image"].to_pylist()])
+    columns = [rows[name].to_numpy().astype(np.float32) for name in manifest.numeric_columns]
+    inputs = {"image": images, "numeric": np.stack(columns, axis=1)}
+    return np.asarray(model(inputs, training=False))[:, 0].astype(np.float64)
+
+
+def damage_image(folder: Path, manifest: Manifest, split: Split, shard: int, row: int) -> Manifest:
+    """Cut a stored image short, as nobody would notice from outside; return the new manifest."""
+    info = manifest.splits[split]
+    path = folder / info.shards[shard].path
+    table = pq.read_table(path)
+    images = table["image"].to_pylist()
+    images[row] = images[row][:40]
+    at = table.column_names.index("image")
+    table = table.set_column(at, "image", pa.array(images, table["image"].type))
+    pq.write_table(table, path, row_group_size=info.shards[shard].row_groups[0])
+    shards = list(info.shards)
+    shards[shard] = shards[shard].model_copy(update={"num_bytes": path.stat().st_size})
+    splits = {**manifest.splits, split: info.model_copy(update={"shards": tuple(shards)})}
+    damaged = manifest.model_copy(update={"splits": splits})
+    damaged.write(Folder(folder))
+    return damaged
