@@ -1,0 +1,308 @@
+r"""Give each row its probability, by a trained run.
+
+Reads: a run folder from `train`, and prepared data or a table of raw rows with its images.
+Writes: part-*.parquet in the output folder with the columns key, probability, predicted_label (0 or
+1 by the run's threshold) and error; as many rows as there are, in their order. A row that cannot be
+used has no probability, and its reason in `error`.
+
+Run:   python -m ray_jobs.predict --run runs/first --data prepared --split test --output predictions
+       python -m ray_jobs.predict --run runs/first --data new.csv --images 'photos/{key}.jpg' \
+           --output predictions
+"""
+
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ray_jobs import cli, cluster, inference
+from ray_jobs.batch import KEY, LABEL, NUMERIC
+from ray_jobs.cli import JobError
+from ray_jobs.images import BadImage, prepare_image
+from ray_jobs.inference import ERROR, PROBABILITY, TrainedRun
+from ray_jobs.manifest import NAME as MANIFEST
+from ray_jobs.manifest import read_manifest
+from ray_jobs.sources import ImageSource, read_image
+from ray_jobs.spec import SPLITS, PredictSpec, PrepareSpec
+from ray_jobs.storage import Folder
+from ray_jobs.table import Rows, read_rows, read_table, require_columns
+
+PREDICTED_LABEL = "predicted_label"
+PREDICTIONS = pa.schema(
+    {
+        KEY: pa.string(),
+        PROBABILITY: pa.float64(),
+        PREDICTED_LABEL: pa.int8(),
+        ERROR: pa.string(),
+    }
+)
+
+_PATH = "path"
+_PART = re.compile(r"part-\d+\.parquet")
+_ROWS_PER_PART = 1 << 18
+_READ_ROWS = 16
+
+
+def predict(spec: PredictSpec) -> dict[str, int]:
+    """Write the predictions and return their counts: num_rows, num_positive, num_errors.
+
+    Raises:
+        JobError: if the run is not finished, or the data as a whole does not fit it.
+    """
+    run = inference.open_run(spec.run)
+    output = Folder(spec.output)
+    earlier = [name for name in output.names() if _PART.fullmatch(name)]
+    if Folder(spec.data).uri in [f"{output}/{name}" for name in earlier]:
+        raise JobError(
+            f"--data {spec.data} would be replaced by the predictions; give another --output"
+        )
+    source = _open_source(run, spec)
+    tally = _Tally()
+    with tempfile.TemporaryDirectory() as local:
+        with cluster.connected(
+            spec.address,
+            num_cpus=spec.num_workers * spec.cpus_per_worker,
+            num_gpus=spec.num_workers if spec.use_gpu else 0,
+            worker_logs=spec.worker_logs,
+        ):
+            tables = inference.predict_rows(run, source, spec)
+            _write_parts(tally.counted(labelled(rows, run.threshold) for rows in tables), local)
+        # Only now, so that the folder never holds some of the rows, or those of two jobs.
+        for name in earlier:
+            output.delete(name)
+        for part in sorted(Path(local).iterdir()):
+            output.upload(part, part.name)
+    tally.print(run, output)
+    return {
+        "num_rows": tally.num_rows,
+        "num_positive": tally.num_positive,
+        "num_errors": tally.reasons.total(),
+    }
+
+
+def labelled(rows: pa.Table, threshold: float) -> pa.Table:
+    """Return `PREDICTIONS` of some `inference.RESULT`."""
+    probability = rows[PROBABILITY].to_numpy()
+    called = pa.array(probability >= threshold, mask=np.isnan(probability)).cast(pa.int8())
+    return pa.table([rows[KEY], rows[PROBABILITY], called, rows[ERROR]], schema=PREDICTIONS)
+
+
+def _write_parts(tables: Iterable[pa.Table], local: str) -> None:
+    pending: list[pa.Table] = []
+    num_parts = 0
+
+    def flush() -> None:
+        nonlocal num_parts
+        table = pa.concat_tables([PREDICTIONS.empty_table(), *pending])
+        pq.write_table(table, Path(local) / f"part-{num_parts:05d}.parquet")
+        num_parts += 1
+        pending.clear()
+
+    for table in tables:
+        pending.append(table)
+        if sum(table.num_rows for table in pending) >= _ROWS_PER_PART:
+            flush()
+    # No rows are a file too, which says which columns there would be.
+    if pending or not num_parts:
+        flush()
+
+
+class _Tally:
+    """Counts rows as they pass."""
+
+    def __init__(self) -> None:
+        self.num_rows = self.num_positive = 0
+        self.reasons: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}
+
+    def counted(self, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+        for table in tables:
+            self.num_rows += table.num_rows
+            self.num_positive += int(np.nansum(table[PREDICTED_LABEL].to_numpy()))
+            for error in table[ERROR].drop_null().to_pylist():
+                reason, _, detail = error.partition(": ")
+                self.reasons[reason] += 1
+                self.examples.setdefault(reason, detail)
+            yield table
+
+    def print(self, run: TrainedRun, output: Folder) -> None:
+        from rich.console import Console
+        from rich.markup import escape
+
+        console = Console(highlight=False, soft_wrap=True)
+        good = self.num_rows - self.reasons.total()
+        console.print(
+            f"[bold]{self.num_rows:,} rows[/bold]: {good:,} predicted, {self.num_positive:,} of "
+            f"them {escape(repr(run.manifest.positive_label))} (probability ≥ {run.threshold:.4g})"
+        )
+        for reason, count in self.reasons.most_common():
+            example = escape(self.examples[reason])
+            console.print(f"  [yellow]{count:,} × {escape(reason)}[/yellow], such as {example}")
+        console.print(f"  [green]done[/green] → {escape(str(output))}")
+
+
+def _open_source(run: TrainedRun, spec: PredictSpec) -> inference.Source:
+    data = Folder(spec.data)
+    if data.exists(MANIFEST):
+        if spec.images:
+            raise JobError(
+                f"--images is for a table of raw rows; {data} is prepared data, which holds its "
+                "images. Leave --images out"
+            )
+        splits = SPLITS if spec.split is None else (spec.split,)
+        return inference.PreparedSource(run, data, read_manifest(data), splits, spec)
+    if spec.split:
+        raise JobError(
+            f"--split is for prepared data, and there is no {MANIFEST} in {data}; leave --split "
+            "out, or give the folder that `python -m ray_jobs.prepare` wrote"
+        )
+    return RawSource(run, spec)
+
+
+class RawSource:
+    """The rows of a table, read by the rules in the run's own manifest.
+
+    Cells are checked here, as a whole column tells what they are; images are read by the tasks.
+
+    Args:
+        run: whose model sees the rows, and whose manifest holds the rules.
+        spec: of the job.
+
+    Raises:
+        JobError: if the table or its images are not there, or a column is missing.
+    """
+
+    def __init__(self, run: TrainedRun, spec: PredictSpec) -> None:
+        self.run = run
+        self.image_folder: Folder | None = None
+        rules, location = _rules(run, spec)
+        table = read_table(spec.data)
+        try:
+            require_columns(table, rules, labelled=False)
+            images = ImageSource(location) if location else None
+        except JobError as error:
+            raise JobError(_by_flag(str(error), run, spec)) from None
+        rows = read_rows(table, rules, rules.numeric_columns or (), classes=None)
+        if images is not None:
+            self.image_folder = images.folder
+            _find_images(rows, images)
+        errors = [
+            None if reason is None else f"{reason}: {detail}"
+            for reason, detail in zip(rows.reasons, rows.details, strict=True)
+        ]
+        self.num_rows = len(errors)
+        self.task_rows = inference.rows_per_task(self.num_rows, spec)
+        keys = pa.array(rows.keys, pa.string())
+        numbers = rows.numeric_RF if run.takes_numbers else None
+        self.rows: pa.Table | None = inference.model_rows(
+            keys, None, errors, None, numbers
+        ).append_column(_PATH, pa.array(rows.image_paths, pa.string()))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the rows behind: every task is handed its own."""
+        return {**self.__dict__, "rows": None}
+
+    def tasks(self) -> list[pa.Table]:
+        """Return the table's rows, some for each task."""
+        rows = self.rows or pa.table({})
+        starts = range(0, self.num_rows, self.task_rows)
+        return [rows.slice(start, self.task_rows) for start in starts]
+
+    def read(self, task: pa.Table) -> Iterator[pa.Table]:
+        """Yield the rows of one task, with pixels where the model looks at images."""
+        if self.image_folder is None:
+            yield task.drop_columns([_PATH])
+            return
+        for start in range(0, task.num_rows, _READ_ROWS):
+            yield self._with_pixels(task.slice(start, _READ_ROWS), self.image_folder)
+
+    def _with_pixels(self, rows: pa.Table, folder: Folder) -> pa.Table:
+        images = np.zeros((rows.num_rows, *self.run.pixel_shape), np.uint8)
+        errors: list[str | None] = rows[ERROR].to_pylist()
+
+        def fill(i: int, path: str) -> None:
+            if errors[i] is None:
+                try:
+                    images[i] = self._pixels(folder, path)
+                except BadImage as error:
+                    errors[i] = str(error)
+
+        # Threads hide the latency of a store.
+        with ThreadPoolExecutor(_READ_ROWS) as threads:
+            list(threads.map(fill, range(rows.num_rows), rows[_PATH].to_pylist()))
+        filled = inference.model_rows(rows[KEY], rows[LABEL], errors, images, None)
+        return filled.append_column(NUMERIC, rows[NUMERIC]) if self.run.takes_numbers else filled
+
+    def _pixels(self, folder: Folder, path: str) -> np.ndarray:
+        """Return the pixels of a file, by way of the very bytes that `prepare` would store."""
+        rules = self.run.manifest.prepare
+        try:
+            stored = prepare_image(
+                read_image(folder, path),
+                self.run.manifest.image.width,
+                rules.aspect,
+                rules.jpeg_quality,
+                rules.max_image_pixels,
+            )
+        except BadImage as error:
+            raise BadImage(error.reason, f"{path}: {error.detail}") from error
+        return inference.stored_pixels(stored, self.run.pixel_shape)
+
+
+def _rules(run: TrainedRun, spec: PredictSpec) -> tuple[PrepareSpec, str | None]:
+    """Return how to read raw rows, and where their images are, if the model looks at any."""
+    rules = run.manifest.prepare
+    numeric_columns = run.manifest.numeric_columns if run.takes_numbers else ()
+    changes: dict[str, Any] = {"numeric_columns": numeric_columns}
+    location = spec.images
+    if not run.takes_images:
+        # No column has to say where an image is.
+        changes |= {"image_column": None, "image_pattern": "{key}"}
+        location = None
+    elif not location:
+        raise JobError(
+            f"the model of {run.folder} looks at images: give --images, such as "
+            f"'photos/{rules.image_pattern}', or the folder in which the run's own "
+            f"{rules.image_column or rules.image_pattern!r} finds them"
+        )
+    elif "{" in location:
+        fixed = location.partition("{")[0]
+        base, slash, _ = fixed.rpartition("/")
+        changes |= {"image_column": None, "image_pattern": location[len(base + slash) :]}
+        location = (base or slash) or "."
+    return rules.model_copy(update=changes), location
+
+
+def _find_images(rows: Rows, images: ImageSource) -> None:
+    for row, path in enumerate(rows.image_paths):
+        if rows.reasons[row] is None:
+            try:
+                rows.image_paths[row] = images.find(path)
+            except BadImage as error:
+                rows.set_aside(row, error.reason, error.detail)
+
+
+def _by_flag(text: str, run: TrainedRun, spec: PredictSpec) -> str:
+    """Return an error about settings of `prepare` as one about this job's flags or its run."""
+    if "{" in (spec.images or ""):
+        text = text.replace("prepare.image_pattern", "--images")
+    text = text.replace("prepare.images", "--images")
+    if "prepare." in text:
+        text += f"; these settings are the run's, in {run.folder}/{MANIFEST}"
+    return text
+
+
+def main() -> None:
+    """Run from the command line."""
+    cli.main(PredictSpec, predict, __doc__)
+
+
+if __name__ == "__main__":
+    main()
