@@ -17,7 +17,7 @@ from ray_jobs.manifest import Manifest
 from ray_jobs.metrics import binary_metrics
 from ray_jobs.spec import EvaluateSpec
 from ray_jobs.storage import Folder
-from tests.ray_jobs.tiny import write_prepared
+from tests.ray_jobs.tiny import COLUMNS, write_prepared
 from tests.ray_jobs.trained import (
     THRESHOLD,
     damage_image,
@@ -158,12 +158,12 @@ def test_a_file_that_is_no_model_is_refused(world, no_ray, tmp_path, content):
     ("changes", "message"),
     [
         (
-            {"numeric_columns": ("alpha", "delta", "gamma")},
-            r"of its numeric columns \['beta'\] are missing and \['delta'\] are unknown",
+            {"numeric_columns": (COLUMNS[0], "delta", COLUMNS[2])},
+            rf"of its numeric columns \['{COLUMNS[1]}'\] are missing and \['delta'\] are unknown",
         ),
         (
-            {"numeric_columns": ("beta", "alpha", "gamma")},
-            r"in the order \['beta', 'alpha', 'gamma'\], the run's \['alpha', 'beta', 'gamma'\]",
+            {"numeric_columns": COLUMNS[::-1]},
+            rf"in the order \['{COLUMNS[2]}', .*'{COLUMNS[0]}'\], the run's \['{COLUMNS[0]}', ",
         ),
         (
             {"image": {"height": 32, "width": 32}},
