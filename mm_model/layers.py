@@ -148,7 +148,8 @@ class ModalityDropout(layers.Layer):
         first_BF, second_BF = features
         if not training or not self.rate:
             return first_BF, second_BF
-        draw_B1: Any = keras.random.uniform((ops.shape(first_BF)[0], 1), seed=self.seed_generator)
+        shape: Any = ops.shape(first_BF)
+        draw_B1: Any = keras.random.uniform((shape[0], 1), seed=self.seed_generator)
         keep_first_B1 = ops.cast(draw_B1 >= self.rate / 2, first_BF.dtype)
         keep_second_B1 = ops.cast(draw_B1 < 1 - self.rate / 2, second_BF.dtype)
         return first_BF * keep_first_B1, second_BF * keep_second_B1

@@ -278,7 +278,7 @@ class Loop:
             report.EPOCH: epoch,
             report.STEP: state.step + num_steps,
             report.TRAIN_LOSS: loss,
-            report.LEARNING_RATE: float(self.optimizer.learning_rate),
+            report.LEARNING_RATE: self._learning_rate(),
             report.ROWS_PER_S: num_steps * self.spec.train.global_batch_size / epoch_s,
             report.DATA_WAIT_S: wait_s,
             report.EPOCH_S: epoch_s,
@@ -338,7 +338,7 @@ class Loop:
         if train.schedule == "plateau" and waited >= train.plateau_patience:
             waited = 0
             rate: Any = self.optimizer.learning_rate
-            rate.assign(float(rate) * train.plateau_factor)
+            rate.assign(self._learning_rate() * train.plateau_factor)
         return LoopState(
             epoch=state.epoch + 1,
             step=record[report.STEP],
@@ -346,6 +346,11 @@ class Loop:
             best_epoch=state.epoch if improved else state.best_epoch,
             plateau_epochs=waited,
         )
+
+    def _learning_rate(self) -> float:
+        # A tensor under a schedule, else a variable, which as a mirrored one is no float itself.
+        rate: Any = self.optimizer.learning_rate
+        return float(rate.numpy())
 
     def _out_of_patience(self, state: LoopState) -> bool:
         if state.best_epoch is None:

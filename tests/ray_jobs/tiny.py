@@ -14,7 +14,9 @@ from ray_jobs.manifest import ImageInfo, Manifest, Shard, SplitInfo, read_manife
 from ray_jobs.spec import PrepareSpec
 from ray_jobs.storage import Folder
 
-COLUMNS = ("alpha", "beta", "gamma")
+COLUMNS = ("alpha", "beta", "row")
+ROW = COLUMNS.index("row")
+"""Column that holds each row's place in its split, so that tests can tell rows apart."""
 
 
 def write_prepared(
@@ -34,6 +36,7 @@ def write_prepared(
         numbers = rng.normal(size=(count, len(COLUMNS))).astype(np.float32)
         numbers[:, 0] += 1.5 * label
         numbers[rng.random((count, len(COLUMNS))) < 0.1] = np.nan
+        numbers[:, ROW] = np.arange(count)
         colour = rng.integers(60, 120, (count, 1, 1, 3)) + 60 * label[:, None, None, None]
         pixels = (colour + rng.integers(-20, 20, (count, size, size, 3))).astype(np.uint8)
         table = pa.table(
