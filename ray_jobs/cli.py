@@ -71,7 +71,7 @@ def parse(spec_class: type[S], arguments: Sequence[str]) -> S:
         if not argument.startswith("--"):
             if not nested or tree or flags:
                 raise UsageError(f"unexpected argument {argument!r}")
-            tree = read_yaml(argument)
+            tree = _with_empty_sections(spec_class, read_yaml(argument))
             continue
         path, equals, value = argument[2:].partition("=")
         if path not in fields:
@@ -85,7 +85,7 @@ def parse(spec_class: type[S], arguments: Sequence[str]) -> S:
             value = rest.pop(0)
         flags.append((path, value))
     for path, text in flags:
-        tree = with_value(tree, path, _value(text, fields[path].annotation))
+        tree = with_value(tree, path, _value(path, text, fields[path].annotation))
     return validate_spec(spec_class, tree)
 
 
@@ -98,8 +98,7 @@ def validate_spec(spec_class: type[S], tree: Mapping[str, Any]) -> S:
     try:
         return spec_class.model_validate(tree)
     except ValidationError as error:
-        lines = [_error_line(spec_class, problem) for problem in error.errors()]
-        raise UsageError("\n".join(lines)) from None
+        raise UsageError("\n".join(_error_lines(spec_class, error.errors()))) from None
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -184,6 +183,18 @@ def _type_text(annotation: Any) -> str:
     )
 
 
+def _with_empty_sections(spec_class: type[Spec], tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a YAML tree in which a section whose settings are all commented out is empty."""
+    copy = dict(tree)
+    for name, field in spec_class.model_fields.items():
+        if name in copy and _is_spec(field.annotation):
+            below = {} if copy[name] is None else copy[name]
+            if isinstance(below, Mapping):
+                below = _with_empty_sections(typing.cast(type[Spec], field.annotation), below)
+            copy[name] = below
+    return copy
+
+
 def _is_spec(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, Spec)
 
@@ -206,20 +217,57 @@ def _section_doc(spec_class: type[Spec], path: str) -> str:
     return (spec_class.__doc__ or "").strip()
 
 
-def _value(text: str, annotation: Any) -> Any:
+def _value(path: str, text: str, annotation: Any) -> Any:
     """Turn a flag's text into what pydantic can validate; scalars it converts by itself."""
     kinds = [a for a in (annotation, *typing.get_args(annotation))]
     origins = [typing.get_origin(a) for a in kinds]
     if text.lower() in ("none", "null") and type(None) in kinds:
         return None
-    if tuple in origins or dict in origins:
-        if text[:1] in "[{":
-            try:
-                return yaml.safe_load(text)
-            except yaml.YAMLError as error:
-                raise UsageError(f"{text!r} could not be read: {error}") from None
+    if (tuple in origins or dict in origins) and text.startswith(("[", "{")):
+        try:
+            return yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            problem = getattr(error, "problem", error)
+            raise UsageError(f"{path}={text!r} is no YAML: {problem}") from None
+    if tuple in origins:
         return [part.strip() for part in text.split(",") if part.strip()]
     return text
+
+
+def _error_lines(spec_class: type[Spec], problems: Sequence[Any]) -> list[str]:
+    """Return a line for each wrong key or value."""
+    lines: dict[Any, str] = {}
+    for problem in problems:
+        path, field = _union_setting(spec_class, problem["loc"])
+        if field is None:
+            lines[problem["loc"]] = _error_line(spec_class, problem)
+        # A value that fits no member of a union has a problem for each; a bound says the most.
+        elif path not in lines or problem["type"].startswith(("greater_than", "less_than")):
+            lines[path] = _union_line(path, field, problem)
+    return list(lines.values())
+
+
+def _union_setting(spec_class: type[Spec], location: Sequence[Any]) -> tuple[str, FieldInfo | None]:
+    """Return path and field of the setting with several types that a problem is about, if any."""
+    path = ""
+    for part in location:
+        field = spec_class.model_fields.get(str(part))
+        if field is None:
+            break
+        path = f"{path}.{part}".lstrip(".")
+        if not _is_spec(field.annotation):
+            origin, args = typing.get_origin(field.annotation), typing.get_args(field.annotation)
+            several = len([a for a in args if a is not type(None)]) > 1
+            return path, field if several and origin in (typing.Union, types.UnionType) else None
+        spec_class = typing.cast(type[Spec], field.annotation)
+    return path, None
+
+
+def _union_line(path: str, field: FieldInfo, problem: Any) -> str:
+    accepted, given = type_text(field), str(problem["input"])
+    if problem["type"].startswith(("greater_than", "less_than")):
+        return f"{path}={given!r}: {problem['msg']} (accepted: {accepted})"
+    return f"{path}={given!r}: accepted: {accepted}{did_you_mean(given, accepted.split('|'))}"
 
 
 def _error_line(spec_class: type[Spec], problem: Any) -> str:
@@ -235,6 +283,8 @@ def _error_line(spec_class: type[Spec], problem: Any) -> str:
     if problem["type"] == "missing":
         return f"{path}: is required; give it as --{path}"
     message = str(problem["msg"]).removeprefix("Value error, ")
+    if problem["type"] == "model_type":
+        message = f"is a section, not a value (accepted in it: {', '.join(known)})"
     if problem["type"] == "literal_error":
         choices = [
             c.strip().strip("'")
