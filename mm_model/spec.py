@@ -20,7 +20,11 @@ class Spec(BaseModel):
     """A frozen section of settings that refuses unknown keys; attribute docstrings are the help."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        validate_default=True,
+        allow_inf_nan=False,
     )
 
 
