@@ -128,8 +128,9 @@ class TrainingOrder:
         """
         if self.num_lanes % num_workers:
             raise ValueError(
-                f"{num_workers} workers cannot share {self.num_lanes} lanes evenly; "
-                f"global_batch_size={self.global_batch_size} must be a multiple of the workers"
+                f"{num_workers} workers cannot share the {self.num_lanes} lanes of "
+                f"global_batch_size={self.global_batch_size} evenly; their number must divide "
+                f"{self.num_lanes}"
             )
         share = self.num_lanes // num_workers
         return range(rank * share, (rank + 1) * share)

@@ -141,8 +141,8 @@ class TrainSpec(OptimizerSpec):
         if lanes % workers:
             allowed = [n for n in range(1, lanes + 1) if lanes % n == 0]
             raise ValueError(
-                f"num_workers={workers} does not divide global_batch_size="
-                f"{self.global_batch_size}; it can be {', '.join(map(str, allowed))}"
+                f"num_workers={workers} cannot share global_batch_size="
+                f"{self.global_batch_size} evenly; it can be {', '.join(map(str, allowed))}"
             )
         return self
 
