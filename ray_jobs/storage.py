@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import quote
 
 from pyarrow import fs
 
@@ -31,7 +32,7 @@ class Folder:
 
     def __truediv__(self, name: str) -> "Folder":
         self.locate(name)
-        return Folder(f"{self.uri}/{name}")
+        return Folder(f"{self.uri}/{quote(name) if '://' in self.uri else name}")
 
     def locate(self, name: str) -> str:
         """Return the path of a name inside this folder, for its filesystem.
@@ -76,10 +77,15 @@ class Folder:
         self.filesystem.create_dir(str(PurePosixPath(path).parent), recursive=True)
         # Object stores replace objects atomically; file systems do so by a rename.
         target = f"{path}.{os.getpid()}.partial" if self.is_local else path
-        with self.filesystem.open_output_stream(target) as stream:
-            stream.write(content)
-        if target != path:
-            os.replace(target, path)
+        try:
+            with self.filesystem.open_output_stream(target) as stream:
+                stream.write(content)
+            if target != path:
+                os.replace(target, path)
+        except BaseException:
+            if target != path:
+                Path(target).unlink(missing_ok=True)
+            raise
 
     def write_text(self, name: str, text: str) -> None:
         """Write a text file whole or not at all."""
