@@ -3,6 +3,7 @@
 Written last, so that a folder with a manifest is whole.  Imports neither Ray nor TensorFlow.
 """
 
+from json import JSONDecodeError
 from typing import Literal
 
 from pydantic import ValidationError
@@ -82,11 +83,16 @@ def read_manifest(folder: Folder) -> Manifest:
     """Return the manifest of a prepared folder (or the copy in a run folder).
 
     Raises:
-        JobError: if there is none, or it is of another version.
+        JobError: if there is none, it is damaged, or it is of another version.
     """
     if not folder.exists(NAME):
         raise JobError(f"no {NAME} in {folder}; has `python -m ray_jobs.prepare` finished there?")
-    tree = folder.read_json(NAME)
+    try:
+        tree = folder.read_json(NAME)
+    except (JSONDecodeError, UnicodeDecodeError) as error:
+        raise JobError(f"{folder}/{NAME} is damaged: {error}; prepare the data again") from error
+    if not isinstance(tree, dict):
+        raise JobError(f"{folder}/{NAME} is damaged: it holds no object; prepare the data again")
     if tree.get("schema_version") != SCHEMA_VERSION:
         raise JobError(
             f"{folder}/{NAME} is of schema version {tree.get('schema_version')}, this program "
