@@ -12,6 +12,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 import numpy as np
 from pydantic import NonNegativeInt
@@ -114,7 +115,7 @@ def read_checkpoint(folder: str | Path) -> tuple[LoopState, Arrays, Arrays, Arra
         for name in ("model", "optimizer", "best"):
             with np.load(folder / f"{name}.npz", allow_pickle=False) as file:
                 arrays.append({key.replace("|", "/"): file[key] for key in file.files})
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, EOFError, BadZipFile, ValueError, KeyError) as error:
         raise ValueError(f"the checkpoint in {folder} is not whole: {error}") from error
     return state, arrays[0], arrays[1], arrays[2]
 
