@@ -67,18 +67,23 @@ def make_board() -> Any:
 def shown(board: Any, title: str) -> Iterator[None]:
     """Show the events of a board on the terminal until the block ends."""
     import ray
-    from ray.exceptions import RayError
+    from ray.exceptions import GetTimeoutError, RayError
 
     screen = Screen(title)
     done = threading.Event()
 
     def follow() -> None:
-        last = False
+        last, taken = False, None
         while not last:
             last = done.wait(_POLL_S)
+            taken = taken or board.take.remote()
             try:
-                for event in ray.get(board.take.remote(), timeout=10):
+                for event in ray.get(taken, timeout=10):
                     screen.show(event)
+                taken = None
+            except GetTimeoutError:
+                # A busy node starts actors slowly; asking anew would lose what this call takes.
+                continue
             except RayError:
                 # The board is gone with its node or its job; the training does not depend on it.
                 return
