@@ -103,7 +103,7 @@ class NumericSpec(Spec):
 class FusionSpec(Spec):
     """How the two branches become one logit."""
 
-    kind: str = "skip_concat"
+    kind: str = "gated"
     """Joint network over both branches, a key of `mm_model.fusion.FUSIONS`."""
     units: PositiveInt = 128
     """Width of the joint network."""

@@ -25,8 +25,10 @@ def connected(
     Raises:
         JobError: if the cluster does not answer or is too small.
     """
-    # Both are read when Ray is imported: a report waits for the controller's next look, and no
-    # one who runs a job was asked whether usage may be reported.
+    # Read when Ray starts: a report waits for the controller's next look; no one who runs a job was
+    # asked whether usage may be reported; and Ray's C++ core writes to the terminal what is for its
+    # own developers.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
@@ -57,7 +59,7 @@ def quiet() -> None:
     """Keep Ray Data's bars and start-up lines off the terminal; the jobs show their own."""
     import ray.data
 
-    for name in ("ray.data", "ray.train"):
+    for name in ("ray.data", "ray.data._internal.progress", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
 

@@ -301,12 +301,17 @@ class TensorBoard:
 
 def _title(spec: RunSpec, manifest: Manifest, folder: Folder) -> str:
     rows = {name: f"{info.num_rows:,}" for name, info in manifest.splits.items()}
-    image, train = spec.model.image.kind, spec.train
+    model, train = spec.model, spec.train
+    inputs = []
+    if model.image.kind != "none":
+        inputs.append(f"{model.image.kind} at {manifest.image.width} px")
+    if model.numeric.kind != "none":
+        inputs.append(f"{len(manifest.numeric_columns)} numbers")
+    workers = "1 worker" if train.num_workers == 1 else f"{train.num_workers} workers"
     return (
-        f"[bold]{spec.run.name}[/bold]: {image} at {manifest.image.width} px + "
-        f"{len(manifest.numeric_columns)} numbers, {rows['train']} rows to train on, "
+        f"[bold]{spec.run.name}[/bold]: {' + '.join(inputs)}, {rows['train']} rows to train on, "
         f"{rows['validation']} to validate\n"
-        f"  {train.num_workers} workers × {train.per_worker_batch_size} rows a step, "
+        f"  {workers} × {train.per_worker_batch_size} rows a step, "
         f"at most {train.epochs} epochs → {folder}"
     )
 
@@ -316,7 +321,7 @@ def _print_summary(summary: dict[str, Any], folder: Folder) -> None:
 
     validation = summary["validation"]
     auc = validation["roc_auc"]
-    Console(highlight=False).print(
+    Console(highlight=False, soft_wrap=True).print(
         f"  best epoch {summary['best_epoch']} of {summary['epochs']}; calibrated on validation: "
         f"AUC {auc:.4f}, log loss {summary['calibration']['validation_log_loss_before']:.4f} → "
         f"{validation['log_loss']:.4f}\n  [green]done[/green] → {folder}"
