@@ -25,10 +25,8 @@ def connected(
     Raises:
         JobError: if the cluster does not answer or is too small.
     """
-    # Read when Ray starts: a report waits for the controller's next look; no one who runs a job was
-    # asked whether usage may be reported; and Ray's C++ core writes to the terminal what is for its
-    # own developers.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    # Both are read when Ray starts: a report waits for the controller's next look, and no one who
+    # runs a job was asked whether usage may be reported.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray

@@ -122,7 +122,10 @@ def open_run(path: str) -> TrainedRun:
     except (zipfile.BadZipFile, KeyError, ValueError) as error:
         raise JobError(f"{folder}/{_MODEL} is damaged or no fusion model: {error}") from error
     threshold = float(folder.read_json(_SUMMARY)["decision_threshold"])
-    return TrainedRun(folder, read_manifest(folder), threshold, input_names)
+    # The statistics are in the model. Without them the run is small enough to travel inside the
+    # call that starts an actor; Ray warns of a larger one, which a restart could miss.
+    manifest = read_manifest(folder).model_copy(update={"statistics": None})
+    return TrainedRun(folder, manifest, threshold, input_names)
 
 
 def require_fit(run: TrainedRun, manifest: Manifest, data: Folder) -> None:

@@ -122,7 +122,7 @@ class Screen:
         self.task = self.bar.add_task("starting workers", total=None, speed="")
 
     def __enter__(self) -> "Screen":
-        self.console.print(self.title)
+        self.console.print(self.title, soft_wrap=True)
         self.bar.start()
         return self
 

@@ -1,0 +1,164 @@
+"""What the README says is so: its commands parse and run, its Python runs."""
+
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ray_jobs import cli
+from ray_jobs.spec import DemoSpec, EvaluateSpec, PredictSpec, RunSpec
+from tests.ray_jobs.tiny import write_prepared
+
+ROOT = Path(__file__).parent.parent
+HOUSES = ROOT.parent / "shared" / "data" / "houses"
+SPECS = {
+    "prepare": RunSpec,
+    "train": RunSpec,
+    "evaluate": EvaluateSpec,
+    "predict": PredictSpec,
+    "demo": DemoSpec,
+}
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands() -> list[str]:
+    return [line.partition("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
+
+
+def job_commands() -> list[str]:
+    return [command for command in commands() if "-m ray_jobs." in command]
+
+
+def run(command: list[str], **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=ROOT, text=True, capture_output=True, **options)
+
+
+@pytest.mark.parametrize("command", job_commands())
+def test_every_job_command_is_one_that_the_job_accepts(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(command)
+    at = next(i for i, word in enumerate(words) if word.startswith("ray_jobs."))
+    cli.parse(SPECS[words[at].removeprefix("ray_jobs.")], words[at + 1 :])
+
+
+def test_every_make_target_of_the_readme_is_in_the_makefile():
+    targets = set(re.findall(r"make ([a-z-]+)", README))
+    assert {"demo", "test", "check"} <= targets
+    assert targets <= set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+
+
+def test_the_tree_names_only_files_that_are_there():
+    tree = README.partition("## The project")[2].split("```")[1]
+    names = set(re.findall(r"[\w/]+\.(?:py|yaml|md)\b|\b\w+/(?=\s)", tree))
+    assert {"loop.py", "mm_model/", "EXPERIMENTS.md"} <= names
+    there = {path.name for path in ROOT.glob("*")}
+    for package in ("mm_model", "ray_jobs"):
+        there |= {path.name for path in (ROOT / package).rglob("*")}
+    assert {name for name in names if name.rstrip("/") not in there} == set()
+
+
+def test_the_python_example_runs():
+    rng = np.random.default_rng(0)
+    arrays = {
+        "X_image": rng.integers(0, 256, (16, 16, 16, 3), dtype=np.uint8),
+        "X_numeric": rng.normal(size=(16, 3)),
+        "y": np.arange(16) % 4 == 0,
+        "X_image_val": rng.integers(0, 256, (8, 16, 16, 3), dtype=np.uint8),
+        "X_numeric_val": rng.normal(size=(8, 3)),
+        "y_val": np.arange(8) % 4 == 0,
+    }
+    (example,) = blocks("python")
+    exec(example.replace("epochs=50", "epochs=2, verbose=0"), arrays)
+    assert arrays["probability"].shape == (8, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HOUSES.exists(), reason="the houses are not beside the project")
+def test_the_four_commands_take_the_houses_the_whole_way(tmp_path):
+    four = [command for command in job_commands() if "OUT/" in command]
+    assert len(four) == 4
+    for command in four:
+        words = shlex.split(command.replace("OUT/", f"{tmp_path}/").replace("NAME", "houses"))
+        result = run([sys.executable, *words[1:]])
+        assert result.returncode == 0, result.stderr
+        assert "Traceback" not in result.stderr
+    assert (tmp_path / "eval" / "metrics.json").exists()
+    assert (tmp_path / "eval" / "calibration.png").exists()
+    assert list((tmp_path / "predictions").glob("part-*.parquet"))
+
+
+@pytest.mark.slow
+def test_the_demo_ends_with_the_fusion_above_both_single_branches(tmp_path):
+    result = run([sys.executable, "-m", "ray_jobs.demo", "--output", str(tmp_path / "demo")])
+    assert result.returncode == 0, result.stderr
+    auc = {
+        name: float(value)
+        for name, value in re.findall(
+            r"│ (image only|numeric only|fusion) +│ +([\d.]+)", result.stdout
+        )
+    }
+    assert auc["fusion"] > max(auc["image only"], auc["numeric only"])
+
+
+@pytest.fixture
+def head(tmp_path) -> Iterator[dict[str, str]]:
+    """A real Ray head on loopback with token authentication; yields its clients' environment."""
+    with socket.socket() as gcs, socket.socket() as dashboard:
+        gcs.bind(("127.0.0.1", 0))
+        dashboard.bind(("127.0.0.1", 0))
+        ports = gcs.getsockname()[1], dashboard.getsockname()[1]
+    binaries = Path(sys.executable).parent
+    environment = {
+        **{k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
+        "PATH": f"{binaries}:{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": "0123456789abcdef" * 4,
+        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports[1]}",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    log = open(tmp_path / "head.log", "w")  # noqa: SIM115 - open as long as the head runs
+    process = subprocess.Popen(
+        [
+            *("ray", "start", "--head", "--block", "--num-cpus", "4"),
+            *("--node-ip-address", "127.0.0.1", "--port", str(ports[0])),
+            *("--dashboard-host", "127.0.0.1", "--dashboard-port", str(ports[1])),
+            *("--temp-dir", str(tmp_path / "ray")),
+        ],
+        env=environment, stdout=log, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        yield environment
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+        log.close()
+
+
+@pytest.mark.slow
+def test_a_job_submitted_to_a_running_head_trains_to_success(head, tmp_path):
+    write_prepared(tmp_path / "prepared", {"train": 101, "validation": 37, "test": 5})
+    (command,) = [command for command in commands() if command.startswith("ray job submit")]
+    command = command.replace("SHARED/", f"{tmp_path}/").replace("NAME", "submitted")
+    words = [*shlex.split(command), "--train.epochs", "2"]
+    for _ in range(60):
+        if run(["ray", "job", "list"], env=head).returncode == 0:
+            break
+    result = run(words, env=head)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "succeeded" in result.stdout
+    assert (tmp_path / "runs" / "submitted" / "summary.json").exists()
+    failing = run([*words, "--run.name", "other", "--data.prepared", "nowhere"], env=head)
+    assert failing.returncode != 0
+    assert "no manifest.json" in failing.stdout
