@@ -113,7 +113,11 @@ def read_checkpoint(folder: str | Path) -> tuple[LoopState, Arrays, Arrays, Arra
         state = LoopState.model_validate_json((folder / "state.json").read_text())
         arrays = []
         for name in ("model", "optimizer", "best"):
-            with np.load(folder / f"{name}.npz", allow_pickle=False) as file:
+            # Opened here, since NumPy leaves a file open that it finds to be no archive.
+            with (
+                open(folder / f"{name}.npz", "rb") as stream,
+                np.load(stream, allow_pickle=False) as file,
+            ):
                 arrays.append({key.replace("|", "/"): file[key] for key in file.files})
     except (OSError, EOFError, BadZipFile, ValueError, KeyError) as error:
         raise ValueError(f"the checkpoint in {folder} is not whole: {error}") from error
