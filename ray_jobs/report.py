@@ -73,16 +73,17 @@ def shown(board: Any, title: str) -> Iterator[None]:
     done = threading.Event()
 
     def follow() -> None:
-        last, taken = False, None
+        last, taken = False, []
         while not last:
             last = done.wait(_POLL_S)
-            taken = taken or board.take.remote()
+            taken.append(board.take.remote())
             try:
-                for event in ray.get(taken, timeout=10):
-                    screen.show(event)
-                taken = None
+                while taken:
+                    for event in ray.get(taken[0], timeout=10):
+                        screen.show(event)
+                    del taken[0]
             except GetTimeoutError:
-                # A busy node starts actors slowly; asking anew would lose what this call takes.
+                # A busy node starts actors slowly. The call stands, with the events it takes.
                 continue
             except RayError:
                 # The board is gone with its node or its job; the training does not depend on it.
