@@ -1,0 +1,173 @@
+import io
+import threading
+
+import pytest
+from rich.console import Console
+
+from ray_jobs import report
+from ray_jobs.report import Screen, is_better, shown
+
+HEADER = "  epoch   step  rows/s  data wait  train loss  val loss  val AUC  val acc"
+
+
+def epoch_event(epoch: int = 0, **changes: object) -> dict[str, object]:
+    return {
+        "kind": "epoch", "best": False, report.EPOCH: epoch, report.STEP: 40 * (epoch + 1),
+        report.ROWS_PER_S: 123.4, report.DATA_WAIT_S: 0.5, report.EPOCH_S: 2.0,
+        report.TRAIN_LOSS: 0.65432, report.VAL_LOG_LOSS: 0.6, report.VAL_ROC_AUC: 0.75,
+        report.VAL_ACCURACY: 0.7, **changes,
+    }  # fmt: skip
+
+
+def screen_of(width: int) -> tuple[Screen, io.StringIO]:
+    file = io.StringIO()
+    return Screen("a run", Console(file=file, width=width, highlight=False)), file
+
+
+def test_a_log_loss_that_falls_is_better():
+    assert is_better("val/log_loss", 0.4, than=0.5)
+    assert not is_better("val/log_loss", 0.5, than=0.4)
+
+
+@pytest.mark.parametrize("key", ["val/roc_auc", "val/pr_auc", "val/accuracy"])
+def test_any_other_metric_that_rises_is_better(key):
+    assert is_better(key, 0.9, than=0.8)
+    assert not is_better(key, 0.8, than=0.9)
+
+
+@pytest.mark.parametrize("key", ["val/log_loss", "val/roc_auc"])
+def test_the_first_value_is_better_and_an_equal_one_or_nan_is_not(key):
+    assert is_better(key, 0.5, than=None)
+    assert not is_better(key, 0.5, than=0.5)
+    assert not is_better(key, float("nan"), than=0.5)
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_the_screen_shows_a_title_a_header_and_one_line_an_epoch(width):
+    screen, file = screen_of(width)
+    with screen:
+        screen.show({"kind": "step", report.EPOCH: 0, "done": 1, "total": 40,
+                     report.ROWS_PER_S: 100.0, report.TRAIN_LOSS: 0.7})  # fmt: skip
+        screen.show(epoch_event(0, best=True))
+        screen.show({"kind": "note", "text": "writing the best model"})
+        screen.show(epoch_event(1))
+    assert file.getvalue().splitlines() == [
+        "a run",
+        HEADER,
+        "      1     40     123       25 %      0.6543    0.6000   0.7500   0.7000  best",
+        "  writing the best model",
+        "      2     80     123       25 %      0.6543    0.6000   0.7500   0.7000",
+    ]
+
+
+def test_an_epoch_of_great_numbers_stays_one_line_of_80_columns():
+    screen, file = screen_of(80)
+    with screen:
+        screen.show(
+            epoch_event(998, best=True, **{report.ROWS_PER_S: 99_999.0, report.TRAIN_LOSS: 1234.5})
+        )
+    lines = file.getvalue().splitlines()
+    assert len(lines) == 3
+    assert lines[2].split() == [
+        "999", "39960", "99,999", "25", "%", "1234.5000", "0.6000", "0.7500", "0.7000", "best",
+    ]  # fmt: skip
+
+
+def test_columns_stand_below_their_names():
+    screen, file = screen_of(100)
+    with screen:
+        screen.show(epoch_event())
+    _, header, line = file.getvalue().splitlines()
+    assert len(line) == len(header)
+
+
+def test_a_metric_that_could_not_be_computed_is_a_dash():
+    screen, file = screen_of(80)
+    with screen:
+        screen.show(epoch_event(**{report.VAL_ROC_AUC: None}))
+    _, header, line = file.getvalue().splitlines()
+    assert line[: header.index("val acc")].endswith(" -  ")
+
+
+def test_an_epoch_in_no_time_is_shown():
+    screen, file = screen_of(80)
+    with screen:
+        screen.show(epoch_event(**{report.EPOCH_S: 0.0, report.DATA_WAIT_S: 0.0}))
+    assert " 0 % " in file.getvalue()
+
+
+def test_a_terminal_shows_the_steps_of_an_epoch():
+    file = io.StringIO()
+    screen = Screen("a run", Console(file=file, width=100, force_terminal=True))
+    with screen:
+        screen.show({"kind": "step", report.EPOCH: 2, "done": 7, "total": 40,
+                     report.ROWS_PER_S: 1234.0, report.TRAIN_LOSS: 0.7})  # fmt: skip
+        screen.bar.refresh()
+    for text in ("epoch 3", "7/40", "1,234 rows/s", "loss 0.7000"):
+        assert text in file.getvalue()
+
+
+# -- the board ------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_everything_posted_before_the_end_is_shown_in_order(capsys):
+    import ray
+
+    board = report.make_board()
+    with shown(board, "a run"):
+        for epoch in range(3):
+            board.post.remote(epoch_event(epoch))
+        ray.get(board.post.remote({"kind": "note", "text": "the last word"}))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["a run", HEADER]
+    assert [line.split()[0] for line in lines[2:]] == ["1", "2", "3", "the"]
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_the_end_of_the_work_is_not_held_up_by_a_board_that_died(capsys):
+    import ray
+
+    board = report.make_board()
+    with shown(board, "a run"):
+        ray.get(board.post.remote(epoch_event()))
+        ray.kill(board)
+        with pytest.raises(ray.exceptions.RayActorError):
+            ray.get(board.post.remote(epoch_event()))
+        board.post.remote(epoch_event())  # what a worker does; it never waits
+    assert capsys.readouterr().out.startswith("a run\n")
+    assert "progress" not in [thread.name for thread in threading.enumerate()]
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_an_error_in_the_work_ends_the_show_and_the_board():
+    import ray
+
+    board = report.make_board()
+    with pytest.raises(ValueError, match="the work failed"), shown(board, "a run"):
+        raise ValueError("the work failed")
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(board.take.remote())
+    assert "progress" not in [thread.name for thread in threading.enumerate()]
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_a_board_that_was_slow_once_is_shown_all_the_same(capsys, monkeypatch):
+    import ray
+
+    get, late = ray.get, threading.Event()
+
+    def slow_once(*arguments, **options):
+        if not late.is_set():
+            late.set()
+            raise ray.exceptions.GetTimeoutError("slow")
+        return get(*arguments, **options)
+
+    board = report.make_board()
+    get(board.post.remote(epoch_event(0)))
+    monkeypatch.setattr(ray, "get", slow_once)
+    with shown(board, "a run"):
+        assert late.wait(timeout=60)
+        get(board.post.remote(epoch_event(1)))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[2:]] == ["1", "2"]
