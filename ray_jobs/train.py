@@ -119,33 +119,34 @@ def _fit_workers(
     from ray_jobs.tf_backend import KerasTrainer
 
     train = spec.train
-    trainer = KerasTrainer(
-        train_on_worker,
-        train_loop_config={"spec": spec.model_dump(mode="json"), "board": board},
-        scaling_config=ScalingConfig(
-            num_workers=train.num_workers,
-            use_gpu=train.use_gpu,
-            resources_per_worker={
-                "CPU": train.cpus_per_worker,
-                **({"GPU": 1} if train.use_gpu else {}),
-                **train.resources_per_worker,
-            },
-        ),
-        run_config=RunConfig(
-            name=CHECKPOINTS,
-            storage_path=folder.uri,
-            failure_config=FailureConfig(max_failures=train.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
-            callbacks=list(callbacks),
-        ),
-    )
     try:
-        trainer.fit()
+        # Not bound to a name: a frame that an exception keeps would keep the controller alive.
+        KerasTrainer(
+            train_on_worker,
+            train_loop_config={"spec": spec.model_dump(mode="json"), "board": board},
+            scaling_config=ScalingConfig(
+                num_workers=train.num_workers,
+                use_gpu=train.use_gpu,
+                resources_per_worker={
+                    "CPU": train.cpus_per_worker,
+                    **({"GPU": 1} if train.use_gpu else {}),
+                    **train.resources_per_worker,
+                },
+            ),
+            run_config=RunConfig(
+                name=CHECKPOINTS,
+                storage_path=folder.uri,
+                failure_config=FailureConfig(max_failures=train.max_failures),
+                checkpoint_config=CheckpointConfig(num_to_keep=1),
+                callbacks=list(callbacks),
+            ),
+        ).fit()
     except WorkerGroupError as error:
         rank, failure = min(error.worker_failures.items())
-        raise JobError(f"worker {rank} failed: {_reason(failure)}") from error
+        text = f"worker {rank} failed: {_reason(failure)}"
+        raise JobError(text) from error.with_traceback(None)
     except TrainingFailedError as error:
-        raise JobError(f"training failed: {error}") from error
+        raise JobError(f"training failed: {error}") from error.with_traceback(None)
 
 
 def _reason(failure: BaseException) -> str:
