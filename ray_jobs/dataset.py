@@ -225,7 +225,7 @@ def _tasks(count: int, make: Any, feed: TrainingFeed | EvaluationFeed) -> "ray.d
         # task needs, while the workers wait for each other: so none is held, and the number of
         # tasks is bounded instead.
         num_cpus=0,
-        concurrency=feed.num_tasks,
+        concurrency=min(feed.num_tasks, count),
     )
     context = dataset.context
     context.execution_options.preserve_order = True
