@@ -44,3 +44,11 @@ def test_a_manifest_with_an_unknown_or_wrong_entry_is_an_error(prepared):
     change(prepared, splits={"training": {}})
     with pytest.raises(JobError, match=r"(?s)is damaged.*training"):
         read_manifest(Folder(prepared))
+
+
+@pytest.mark.parametrize("text", ['{"schema_version": 1', "", "[1]", "\x00"])
+def test_a_manifest_that_is_no_json_object_names_its_file(prepared, text):
+    (prepared / "manifest.json").write_text(text)
+    message = rf"{re.escape(str(prepared))}/manifest.json is damaged: .*; prepare the data again"
+    with pytest.raises(JobError, match=message):
+        read_manifest(Folder(prepared))

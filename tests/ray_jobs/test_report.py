@@ -10,12 +10,12 @@ from ray_jobs.report import Screen, is_better, shown
 HEADER = "  epoch   step  rows/s  data wait  train loss  val loss  val AUC  val acc"
 
 
-def epoch_event(epoch: int = 0, **changes: object) -> dict[str, object]:
+def epoch_event(epoch: int = 0, changes: report.Event | None = None) -> report.Event:
     return {
         "kind": "epoch", "best": False, report.EPOCH: epoch, report.STEP: 40 * (epoch + 1),
         report.ROWS_PER_S: 123.4, report.DATA_WAIT_S: 0.5, report.EPOCH_S: 2.0,
         report.TRAIN_LOSS: 0.65432, report.VAL_LOG_LOSS: 0.6, report.VAL_ROC_AUC: 0.75,
-        report.VAL_ACCURACY: 0.7, **changes,
+        report.VAL_ACCURACY: 0.7, **(changes or {}),
     }  # fmt: skip
 
 
@@ -48,7 +48,7 @@ def test_the_screen_shows_a_title_a_header_and_one_line_an_epoch(width):
     with screen:
         screen.show({"kind": "step", report.EPOCH: 0, "done": 1, "total": 40,
                      report.ROWS_PER_S: 100.0, report.TRAIN_LOSS: 0.7})  # fmt: skip
-        screen.show(epoch_event(0, best=True))
+        screen.show(epoch_event(0, {"best": True}))
         screen.show({"kind": "note", "text": "writing the best model"})
         screen.show(epoch_event(1))
     assert file.getvalue().splitlines() == [
@@ -63,9 +63,8 @@ def test_the_screen_shows_a_title_a_header_and_one_line_an_epoch(width):
 def test_an_epoch_of_great_numbers_stays_one_line_of_80_columns():
     screen, file = screen_of(80)
     with screen:
-        screen.show(
-            epoch_event(998, best=True, **{report.ROWS_PER_S: 99_999.0, report.TRAIN_LOSS: 1234.5})
-        )
+        great = {"best": True, report.ROWS_PER_S: 99_999.0, report.TRAIN_LOSS: 1234.5}
+        screen.show(epoch_event(998, great))
     lines = file.getvalue().splitlines()
     assert len(lines) == 3
     assert lines[2].split() == [
@@ -84,7 +83,7 @@ def test_columns_stand_below_their_names():
 def test_a_metric_that_could_not_be_computed_is_a_dash():
     screen, file = screen_of(80)
     with screen:
-        screen.show(epoch_event(**{report.VAL_ROC_AUC: None}))
+        screen.show(epoch_event(0, {report.VAL_ROC_AUC: None}))
     _, header, line = file.getvalue().splitlines()
     assert line[: header.index("val acc")].endswith(" -  ")
 
@@ -92,7 +91,7 @@ def test_a_metric_that_could_not_be_computed_is_a_dash():
 def test_an_epoch_in_no_time_is_shown():
     screen, file = screen_of(80)
     with screen:
-        screen.show(epoch_event(**{report.EPOCH_S: 0.0, report.DATA_WAIT_S: 0.0}))
+        screen.show(epoch_event(0, {report.EPOCH_S: 0.0, report.DATA_WAIT_S: 0.0}))
     assert " 0 % " in file.getvalue()
 
 
@@ -127,12 +126,13 @@ def test_everything_posted_before_the_end_is_shown_in_order(capsys):
 @pytest.mark.usefixtures("ray_local")
 def test_the_end_of_the_work_is_not_held_up_by_a_board_that_died(capsys):
     import ray
+    from ray.exceptions import RayActorError
 
     board = report.make_board()
     with shown(board, "a run"):
         ray.get(board.post.remote(epoch_event()))
         ray.kill(board)
-        with pytest.raises(ray.exceptions.RayActorError):
+        with pytest.raises(RayActorError):
             ray.get(board.post.remote(epoch_event()))
         board.post.remote(epoch_event())  # what a worker does; it never waits
     assert capsys.readouterr().out.startswith("a run\n")
@@ -142,11 +142,12 @@ def test_the_end_of_the_work_is_not_held_up_by_a_board_that_died(capsys):
 @pytest.mark.usefixtures("ray_local")
 def test_an_error_in_the_work_ends_the_show_and_the_board():
     import ray
+    from ray.exceptions import RayActorError
 
     board = report.make_board()
     with pytest.raises(ValueError, match="the work failed"), shown(board, "a run"):
         raise ValueError("the work failed")
-    with pytest.raises(ray.exceptions.RayActorError):
+    with pytest.raises(RayActorError):
         ray.get(board.take.remote())
     assert "progress" not in [thread.name for thread in threading.enumerate()]
 
@@ -154,13 +155,14 @@ def test_an_error_in_the_work_ends_the_show_and_the_board():
 @pytest.mark.usefixtures("ray_local")
 def test_a_board_that_was_slow_once_is_shown_all_the_same(capsys, monkeypatch):
     import ray
+    from ray.exceptions import GetTimeoutError
 
     get, late = ray.get, threading.Event()
 
     def slow_once(*arguments, **options):
         if not late.is_set():
             late.set()
-            raise ray.exceptions.GetTimeoutError("slow")
+            raise GetTimeoutError("slow")
         return get(*arguments, **options)
 
     board = report.make_board()
