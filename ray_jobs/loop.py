@@ -252,12 +252,13 @@ class Loop:
         epoch, num_steps = state.epoch, self.order.num_steps(state.epoch)
         self._seed_epoch(epoch)
         started = shown = time.monotonic()
-        wait_s, losses = 0.0, []
+        wait_s, total = 0.0, tf.zeros(())
         for step in range(num_steps):
             asked = time.monotonic()
             batch = next(batches)
             wait_s += time.monotonic() - asked
-            losses.append(self.train_step(*self.tensors(batch)))
+            loss = self.train_step(*self.tensors(batch))
+            total += loss
             if time.monotonic() - shown > _STEP_EVENT_S:
                 shown = time.monotonic()
                 post(
@@ -266,13 +267,19 @@ class Loop:
                         report.EPOCH: epoch,
                         "done": step + 1,
                         "total": num_steps,
-                        report.TRAIN_LOSS: float(losses[-1]) * self.place.num_workers,
+                        report.TRAIN_LOSS: float(loss) * self.place.num_workers,
                         report.ROWS_PER_S: (step + 1)
                         * self.spec.train.global_batch_size
                         / (shown - started),
                     }
                 )
-        loss = float(self._agree(tf.add_n(losses) / num_steps))
+        loss = float(self._agree(total / num_steps))
+        if not np.isfinite(loss):
+            # The sum over all workers, so that all of them end here alike.
+            raise ValueError(
+                f"the training loss is {loss} in epoch {epoch + 1}; lower train.learning_rate="
+                f"{self.spec.train.learning_rate:g}"
+            )
         epoch_s = time.monotonic() - started
         return {
             report.EPOCH: epoch,
@@ -328,7 +335,7 @@ class Loop:
 
     def _is_best(self, state: LoopState, record: dict[str, Any]) -> bool:
         key = self.spec.train.monitor
-        if not np.isfinite(record[report.TRAIN_LOSS]) or record[key] is None:
+        if record[key] is None:
             return state.best_epoch is None
         than = None if state.best_epoch is None else state.history[state.best_epoch][key]
         return report.is_better(key, record[key], than)
