@@ -3,7 +3,7 @@
 Imports neither Keras nor TensorFlow, so that `--help` and the cluster's head stay light.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
@@ -27,6 +27,16 @@ class Spec(BaseModel):
         allow_inf_nan=False,
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _none_by_name(cls, values: Any) -> Any:
+        """Read the word `none` as no value, in YAML and flags alike, where a field allows that."""
+        if not isinstance(values, dict):
+            return values
+        optional = {n for n, f in cls.model_fields.items() if type(None) in get_args(f.annotation)}
+        none = ("none", "null")
+        return {k: None if k in optional and v in none else v for k, v in values.items()}
+
 
 class ImageSpec(Spec):
     """The image branch."""
@@ -39,11 +49,6 @@ class ImageSpec(Spec):
     """Whether the backbone learns; a frozen one also keeps its batch-norm statistics."""
     units: PositiveInt = 256
     """Width of the dense layer above the pooled backbone."""
-
-    @field_validator("weights")
-    @classmethod
-    def _none_is_none(cls, value: str | None) -> str | None:
-        return None if value in (None, "", "none", "null") else value
 
     @field_validator("kind")
     @classmethod

@@ -221,7 +221,7 @@ def _value(path: str, text: str, annotation: Any) -> Any:
     """Turn a flag's text into what pydantic can validate; scalars it converts by itself."""
     kinds = [a for a in (annotation, *typing.get_args(annotation))]
     origins = [typing.get_origin(a) for a in kinds]
-    if text.lower() in ("none", "null") and type(None) in kinds:
+    if text in ("none", "null") and type(None) in kinds:
         return None
     if (tuple in origins or dict in origins) and text.startswith(("[", "{")):
         try:

@@ -301,6 +301,8 @@ class TensorBoard:
 
 
 def _title(spec: RunSpec, manifest: Manifest, folder: Folder) -> str:
+    from rich.markup import escape
+
     rows = {name: f"{info.num_rows:,}" for name, info in manifest.splits.items()}
     model, train = spec.model, spec.train
     inputs = []
@@ -309,23 +311,25 @@ def _title(spec: RunSpec, manifest: Manifest, folder: Folder) -> str:
     if model.numeric.kind != "none":
         inputs.append(f"{len(manifest.numeric_columns)} numbers")
     workers = "1 worker" if train.num_workers == 1 else f"{train.num_workers} workers"
+    name = escape(str(spec.run.name))
     return (
-        f"[bold]{spec.run.name}[/bold]: {' + '.join(inputs)}, {rows['train']} rows to train on, "
+        f"[bold]{name}[/bold]: {' + '.join(inputs)}, {rows['train']} rows to train on, "
         f"{rows['validation']} to validate\n"
         f"  {workers} × {train.per_worker_batch_size} rows a step, "
-        f"at most {train.epochs} epochs → {folder}"
+        f"at most {train.epochs} epochs → {escape(str(folder))}"
     )
 
 
 def _print_summary(summary: dict[str, Any], folder: Folder) -> None:
     from rich.console import Console
+    from rich.markup import escape
 
     validation = summary["validation"]
     auc = validation["roc_auc"]
     Console(highlight=False, soft_wrap=True).print(
         f"  best epoch {summary['best_epoch']} of {summary['epochs']}; calibrated on validation: "
         f"AUC {auc:.4f}, log loss {summary['calibration']['validation_log_loss_before']:.4f} → "
-        f"{validation['log_loss']:.4f}\n  [green]done[/green] → {folder}"
+        f"{validation['log_loss']:.4f}\n  [green]done[/green] → {escape(str(folder))}"
     )
 
 
