@@ -39,7 +39,7 @@ def default_callbacks(
     """Return early stopping with the best weights restored, and less learning rate at a plateau.
 
     Args:
-        monitor: the metric to follow; higher is better where Keras knows it as such (`val_auc`).
+        monitor: the metric to follow; lower is better if its name ends in `loss`, else higher.
         patience: epochs without a better value before the end; a third of it before each cut of
             the learning rate.
     """

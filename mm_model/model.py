@@ -103,8 +103,10 @@ class FusionModel(keras.Model):
         """
         loss: Any = super().compute_loss(x, y, y_pred, sample_weight, training=training)
         logits_BM = getattr(y_pred, "_head_logits", None)
-        if not training or logits_BM is None or not any(self.head_weights):
+        if not training or not any(self.head_weights):
             return loss
+        if logits_BM is None:
+            raise ValueError("y_pred is not what this model returned: its head logits are gone")
         cross_entropy = keras.losses.BinaryCrossentropy(from_logits=True)
         y_B1 = ops.reshape(y, (-1, 1))
         for i, weight in enumerate(self.head_weights):

@@ -27,6 +27,8 @@ Batch = dict[str, np.ndarray]
 
 _BLOCK_BYTES = 8 << 20
 _EVALUATION_TASK_ROWS = 512
+_TASKS_PER_EXECUTION = 2000
+"""Ray Data plans all tasks of an execution before the first one starts."""
 _MAX_TASKS = 8
 
 
@@ -132,12 +134,14 @@ class TrainingFeed:
     def batches(self, epochs: range) -> Iterator[Batch]:
         """Yield the batches of whole epochs, one a step, from a single Ray Data execution.
 
-        One execution for all epochs, since every new one costs its start-up again, and the first
+        One execution for many epochs, since every new one costs its start-up again, and the first
         rows of the next epoch are made ready while the last one is validated.
         """
         windows = self.order.windows(epochs)
-        if not windows:
-            return
+        for start in range(0, len(windows), _TASKS_PER_EXECUTION):
+            yield from self._window_run(windows[start : start + _TASKS_PER_EXECUTION])
+
+    def _window_run(self, windows: Sequence[Window]) -> Iterator[Batch]:
         dataset = _tasks(len(windows), lambda i: self.window_batches(windows[i]), self)
         yield from _iterate(dataset, self.batch_size, self.prefetch_batches)
 
@@ -194,11 +198,14 @@ class EvaluationFeed:
 
     def batches(self, passes: int = 1) -> Iterator[Batch]:
         """Yield every row of the share once a pass; weight 0 marks rows that only fill a batch."""
-        if not self.tasks or not passes:
+        if not self.tasks:
             return
         count = len(self.tasks)
-        dataset = _tasks(count * passes, lambda i: self.task_batches(i % count), self)
-        yield from _iterate(dataset, self.batch_size, self.prefetch_batches)
+        at_once = max(1, _TASKS_PER_EXECUTION // count)
+        for start in range(0, passes, at_once):
+            now = min(at_once, passes - start)
+            dataset = _tasks(count * now, lambda i: self.task_batches(i % count), self)
+            yield from _iterate(dataset, self.batch_size, self.prefetch_batches)
 
     def task_batches(self, task: int) -> Iterator[Batch]:
         """Yield the rows of one task, decoded and filled up to whole batches."""

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from ray_jobs.batch import IMAGE, KEY, LABEL, NUMERIC
 from ray_jobs.cli import JobError
 from ray_jobs.manifest import NAME as MANIFEST
-from ray_jobs.manifest import Manifest, Shard, read_manifest
+from ray_jobs.manifest import Manifest, read_manifest, require_shards
 from ray_jobs.spec import InferenceSpec, Split
 from ray_jobs.storage import Folder
 
@@ -121,7 +121,10 @@ def open_run(path: str) -> TrainedRun:
         input_names = tuple(config["config"]["network"]["config"]["input_layers"])
     except (zipfile.BadZipFile, KeyError, ValueError) as error:
         raise JobError(f"{folder}/{_MODEL} is damaged or no fusion model: {error}") from error
-    threshold = float(folder.read_json(_SUMMARY)["decision_threshold"])
+    try:
+        threshold = float(folder.read_json(_SUMMARY)["decision_threshold"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise JobError(f"{folder}/{_SUMMARY} is damaged: {error}") from error
     # The statistics are in the model. Without them the run is small enough to travel inside the
     # call that starts an actor; Ray warns of a larger one, which a restart could miss.
     manifest = read_manifest(folder).model_copy(update={"statistics": None})
@@ -190,7 +193,7 @@ class PreparedSource:
         self.shards = [shard for split in splits for shard in manifest.splits[split].shards]
         self.num_rows = sum(shard.num_rows for shard in self.shards)
         self.batch_rows, self.task_rows = spec.batch_size, rows_per_task(self.num_rows, spec)
-        _require_shards(folder, self.shards)
+        require_shards(folder, manifest, splits)
 
     def tasks(self) -> list[pa.Table]:
         """Return the row groups that each task reads, of one shard."""
@@ -300,11 +303,9 @@ class Predictor:
         import tensorflow as tf
 
         from mm_model import load_model
-        from ray_jobs.loop import set_threads
+        from ray_jobs.loop import set_devices
 
-        set_threads(num_cpus)
-        if not use_gpu:
-            tf.config.set_visible_devices([], "GPU")
+        set_devices(num_cpus, use_gpu)
         self.batch_size, self.failure = batch_size, None
         try:
             with tempfile.TemporaryDirectory() as local:
@@ -392,7 +393,7 @@ def predict_rows(run: TrainedRun, source: Source, spec: InferenceSpec) -> Iterat
                 yield table.select(RESULT.names)
     except RayError as error:
         raise JobError(
-            f"a process of the job failed ({_reason(error)}); its traceback stands above"
+            f"a process of the job failed: {_reason(error)}; --worker_logs true shows its log"
         ) from error
     if done != source.num_rows:
         raise JobError(
@@ -471,19 +472,6 @@ def _grouped(row_groups: Sequence[int], least_rows: int) -> Iterator[list[int]]:
             group, rows = [], 0
     if group:
         yield group
-
-
-def _require_shards(folder: Folder, shards: Sequence[Shard]) -> None:
-    if not shards:
-        return
-    infos = folder.filesystem.get_file_info([folder.locate(shard.path) for shard in shards])
-    for shard, info in zip(shards, infos, strict=True):
-        if info.size != shard.num_bytes:
-            found = "is missing" if info.size is None else f"has {info.size} bytes"
-            raise JobError(
-                f"{folder}/{shard.path} {found}, the manifest says {shard.num_bytes} bytes; the "
-                "prepared data is damaged, prepare it again"
-            )
 
 
 def _reason(error: BaseException) -> str:

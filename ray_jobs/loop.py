@@ -19,6 +19,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from mm_model.calibrate import sigmoid
 from mm_model.fit import balanced_weights
 from mm_model.model import FusionModel, build_model
 from mm_model.optimizer import make_optimizer
@@ -80,11 +81,14 @@ class Outcome:
     """Labels of the same rows."""
 
 
-def set_threads(num_cpus: float) -> None:
-    """Let TensorFlow compute with as many threads as the worker has CPUs; call before it starts.
+def set_devices(num_cpus: float, use_gpu: bool) -> None:
+    """Let TensorFlow compute with what Ray gave the process; call before TensorFlow starts.
 
-    Two threads at least run operations, since a collective waits in one of them.
+    As many threads as it has CPUs (two at least run operations, since a collective waits in one of
+    them), and GPUs only where it has one: Ray does not hide the others.
     """
+    if not use_gpu:
+        tf.config.set_visible_devices([], "GPU")
     threads = max(int(num_cpus), 1)
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     tf.config.threading.set_inter_op_parallelism_threads(max(threads, 2))
@@ -135,6 +139,8 @@ class Loop:
         self.class_weight = {0: 1.0, 1: 1.0}
         if spec.train.class_weight == "balanced":
             self.class_weight = balanced_weights(*manifest.splits["train"].class_counts)
+        self.logit_shift = float(np.log(self.class_weight[1] / self.class_weight[0]))
+        """What the class weights add to every logit, and no probability should hold."""
         self.train_step = tf.function(self._train_step)
         self.evaluate_step = tf.function(self._evaluate_step)
         self._agree = tf.function(self._agree_in_replica)
@@ -190,8 +196,9 @@ class Loop:
 
     @property
     def _local(self) -> list[Any]:
-        """Batch-norm statistics and the like, which each worker updates from its own rows."""
-        return [v for v in self.model.non_trainable_variables if not is_random_state(v)]
+        """Batch-norm statistics, which each worker updates from its own rows."""
+        moving = ("moving_mean", "moving_variance")
+        return [v for v in self.model.non_trainable_variables if v.path.endswith(moving)]
 
     # -- epochs -----------------------------------------------------------------------------------
 
@@ -217,7 +224,7 @@ class Loop:
         while state.epoch < train.epochs and not self._out_of_patience(state):
             record = self._train_epoch(state, batches, post)
             logits_NM, label_N = self.validate(validation, validation_batches)
-            record |= self._validation_record(logits_NM, label_N)
+            record |= self._validation_record(state.epoch, logits_NM, label_N)
             improved = self._is_best(state, record)
             if improved:
                 best = {**model_arrays(self.model), "head_logits": logits_NM, "label": label_N}
@@ -276,10 +283,7 @@ class Loop:
         loss = float(self._agree(total / num_steps))
         if not np.isfinite(loss):
             # The sum over all workers, so that all of them end here alike.
-            raise ValueError(
-                f"the training loss is {loss} in epoch {epoch + 1}; lower train.learning_rate="
-                f"{self.spec.train.learning_rate:g}"
-            )
+            raise ValueError(self._diverged(f"the training loss is {loss}", epoch))
         epoch_s = time.monotonic() - started
         return {
             report.EPOCH: epoch,
@@ -329,8 +333,17 @@ class Loop:
 
     # -- decisions, from numbers that all workers hold alike --------------------------------------
 
-    def _validation_record(self, logits_NM: np.ndarray, label_N: np.ndarray) -> dict[str, Any]:
-        metrics = validation_metrics(label_N, blended_probability(self.model, logits_NM))
+    def _diverged(self, what: str, epoch: int) -> str:
+        rate = self.spec.train.learning_rate
+        return f"{what} in epoch {epoch + 1}; lower train.learning_rate={rate:g}"
+
+    def _validation_record(
+        self, epoch: int, logits_NM: np.ndarray, label_N: np.ndarray
+    ) -> dict[str, Any]:
+        if not np.isfinite(logits_NM).all():
+            raise ValueError(self._diverged("a validation logit is not finite", epoch))
+        blended_N = logits_NM.astype(np.float64) @ self.model.blend.weights_M()
+        metrics = validation_metrics(label_N, sigmoid(blended_N - self.logit_shift))
         return {f"val/{name}": value for name, value in metrics.items()}
 
     def _is_best(self, state: LoopState, record: dict[str, Any]) -> bool:
@@ -374,21 +387,6 @@ class Loop:
 
 
 def new_model(spec: RunSpec, manifest: Manifest) -> FusionModel:
-    """Return the untrained model of a run.
-
-    Raises:
-        ValueError: if the spec asks for a branch that the data has nothing for.
-    """
-    if spec.model.numeric.kind != "none" and manifest.statistics is None:
-        raise ValueError(
-            "the prepared data has no numeric columns; set model.numeric.kind=none, or prepare "
-            "it with some"
-        )
+    """Return the untrained model of a run."""
     shape = (manifest.image.height, manifest.image.width, 3)
     return build_model(spec.model, manifest.statistics, shape)
-
-
-def blended_probability(model: FusionModel, logits_NM: np.ndarray) -> np.ndarray:
-    """Return the model's probabilities (N,) for head logits, with its blend and calibration."""
-    blended = model.calibration(model.blend(logits_NM.astype(np.float32)))
-    return np.asarray(tf.sigmoid(blended))[:, 0]

@@ -3,6 +3,7 @@
 Written last, so that a folder with a manifest is whole.  Imports neither Ray nor TensorFlow.
 """
 
+from collections.abc import Sequence
 from json import JSONDecodeError
 from typing import Literal
 
@@ -11,7 +12,7 @@ from pydantic import ValidationError
 from mm_model.spec import Spec
 from mm_model.statistics import NumericStatistics
 from ray_jobs.cli import JobError
-from ray_jobs.spec import PrepareSpec, Split
+from ray_jobs.spec import SPLITS, PrepareSpec, Split
 from ray_jobs.storage import Folder
 
 NAME = "manifest.json"
@@ -102,3 +103,21 @@ def read_manifest(folder: Folder) -> Manifest:
         return Manifest.model_validate(tree)
     except ValidationError as error:
         raise JobError(f"{folder}/{NAME} is damaged: {error}") from error
+
+
+def require_shards(folder: Folder, manifest: Manifest, splits: Sequence[Split] = SPLITS) -> None:
+    """Check that the shards of some splits are there, by their sizes.
+
+    Raises:
+        JobError: naming the first that is missing or of another size.
+    """
+    shards = [shard for split in splits for shard in manifest.splits[split].shards]
+    infos = folder.filesystem.get_file_info([folder.locate(shard.path) for shard in shards])
+    for shard, info in zip(shards, infos, strict=True):
+        if info.size != shard.num_bytes:
+            found = "is missing" if info.size is None else f"has {info.size} bytes"
+            raise JobError(
+                f"{folder}/{shard.path} {found}, the manifest says {shard.num_bytes} bytes; the "
+                "prepared data is damaged (or its folder is not the same on every node), prepare "
+                "it again"
+            )

@@ -98,8 +98,9 @@ def choose_threshold(
 ) -> float:
     """Return the probability from which a row counts as positive.
 
-    A number is returned as it is. A metric's name gives that row's probability which, as the
-    threshold, makes the metric largest on these rows; of several, the one nearest to 0.5.
+    A number is returned as it is. A metric's name gives the threshold that makes the metric largest
+    on these rows: half-way between the lowest probability that is called positive and the next one
+    below, so that no row stands on it; of several, the one nearest to 0.5.
 
     Raises:
         ValueError: if `by` is another name, or the rows are not usable (see `binary_metrics`).
@@ -118,7 +119,8 @@ def choose_threshold(
         score = 2 * tp / (tp + fp + max(tp[0], 1))
     else:
         score = tp / max(tp[0], 1) - fp / max(fp[0], 1)
-    best = candidates[np.isclose(score, score.max(), rtol=0, atol=1e-12)]
+    below = np.concatenate([[0.0], candidates[:-1]])
+    best = ((candidates + below) / 2)[np.isclose(score, score.max(), rtol=0, atol=1e-12)]
     return float(best[np.argmin(np.abs(best - 0.5))])
 
 

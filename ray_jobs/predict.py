@@ -32,7 +32,7 @@ from ray_jobs.manifest import read_manifest
 from ray_jobs.sources import ImageSource, read_image
 from ray_jobs.spec import SPLITS, PredictSpec, PrepareSpec
 from ray_jobs.storage import Folder
-from ray_jobs.table import Rows, read_rows, read_table, require_columns
+from ray_jobs.table import read_rows, read_table, require_columns
 
 PREDICTED_LABEL = "predicted_label"
 PREDICTIONS = pa.schema(
@@ -192,7 +192,7 @@ class RawSource:
         rows = read_rows(table, rules, rules.numeric_columns or (), classes=None)
         if images is not None:
             self.image_folder = images.folder
-            _find_images(rows, images)
+            rows.find_images(images)
         errors = [
             None if reason is None else f"{reason}: {detail}"
             for reason, detail in zip(rows.reasons, rows.details, strict=True)
@@ -278,15 +278,6 @@ def _rules(run: TrainedRun, spec: PredictSpec) -> tuple[PrepareSpec, str | None]
         changes |= {"image_column": None, "image_pattern": location[len(base + slash) :]}
         location = (base or slash) or "."
     return rules.model_copy(update=changes), location
-
-
-def _find_images(rows: Rows, images: ImageSource) -> None:
-    for row, path in enumerate(rows.image_paths):
-        if rows.reasons[row] is None:
-            try:
-                rows.image_paths[row] = images.find(path)
-            except BadImage as error:
-                rows.set_aside(row, error.reason, error.detail)
 
 
 def _by_flag(text: str, run: TrainedRun, spec: PredictSpec) -> str:

@@ -24,8 +24,7 @@ from mm_model.statistics import NumericStatistics, fit_numeric_statistics
 from ray_jobs import cli, cluster, manifest
 from ray_jobs.batch import KEY
 from ray_jobs.cli import JobError
-from ray_jobs.images import BadImage
-from ray_jobs.manifest import ImageInfo, Manifest, SplitInfo, read_manifest
+from ray_jobs.manifest import ImageInfo, Manifest, SplitInfo, read_manifest, require_shards
 from ray_jobs.shards import ShardFacts, ShardRows, write_shard
 from ray_jobs.sources import ImageSource
 from ray_jobs.spec import SPLITS, PrepareSpec, RunSpec, Split
@@ -72,7 +71,7 @@ def prepare(spec: RunSpec) -> Manifest:
     classes = find_classes(table.column(options.label_column), options)
     source = ImageSource(options.images)
     rows = read_rows(table, options, numeric_columns, classes)
-    _find_images(rows, source)
+    rows.find_images(source)
     _require_few_bad(rows, output, options)
     plan = _plan(rows, spec, classes, output, earlier)
     _require_both_classes(rows, plan)
@@ -101,6 +100,7 @@ def prepare(spec: RunSpec) -> Manifest:
         statistics=_statistics(rows, plan, numeric_columns),
         quarantine=_reasons(rows),
     )
+    require_shards(output, result)
     result.write(output)
     _remove_shards(output, keep=result.splits)
     _print_summary(result, plan, output)
@@ -110,15 +110,6 @@ def prepare(spec: RunSpec) -> Manifest:
 def main() -> None:
     """Run the job from the command line."""
     cli.main(RunSpec, prepare, __doc__)
-
-
-def _find_images(rows: Rows, source: ImageSource) -> None:
-    for row, path in enumerate(rows.image_paths):
-        if rows.reasons[row] is None:
-            try:
-                rows.image_paths[row] = source.find(path)
-            except BadImage as error:
-                rows.set_aside(row, error.reason, error.detail)
 
 
 def _plan(
@@ -207,6 +198,7 @@ def _write_shards(
 ) -> Iterator[ShardFacts]:
     """Yield the facts of each shard when it is written, in whatever order."""
     import ray.data
+    from ray.exceptions import RayError
     from rich.progress import track
 
     items = [{"rows": pickle.dumps(shard)} for shard in _shards(rows, plan, options)]
@@ -221,16 +213,22 @@ def _write_shards(
 
     # One block, and so one task, a shard.
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(write, num_cpus=1)
-    for answer in track(
-        dataset.iter_rows(),
-        description="Writing shards",
-        total=len(items),
-        disable=not sys.stdout.isatty(),
-        transient=True,
-    ):
-        if answer["error"]:
-            raise JobError(f"{output} could not be written: {answer['error']}")
-        yield ShardFacts.model_validate_json(answer["facts"])
+    try:
+        for answer in track(
+            dataset.iter_rows(),
+            description="Writing shards",
+            total=len(items),
+            disable=not sys.stdout.isatty(),
+            transient=True,
+        ):
+            if answer["error"]:
+                raise JobError(f"{output} could not be written: {answer['error']}")
+            yield ShardFacts.model_validate_json(answer["facts"])
+    except RayError as error:
+        raise JobError(
+            f"a process of the job failed ({type(error).__name__}); --run.worker_logs true shows "
+            "its log"
+        ) from error
 
 
 def _shards(rows: Rows, plan: _Plan, options: PrepareSpec) -> Iterator[ShardRows]:

@@ -22,8 +22,8 @@ class RunSection(Spec):
     name: str | None = None
     """Name of the run folder; the same name again resumes. By default date and time."""
     address: str | None = None
-    """Ray cluster, such as `auto` or `ray://host:10001`; by default $RAY_ADDRESS, else a local
-    Ray is started for this job."""
+    """Ray cluster, such as `auto`; by default $RAY_ADDRESS, else a local Ray is started for this
+    job."""
     seed: NonNegativeInt = 0
     """Seed of the splits, the order of rows, the weights' start, dropout and augmentation."""
     worker_logs: bool = False

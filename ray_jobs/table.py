@@ -24,6 +24,8 @@ from pyarrow import csv, fs
 from mm_model.suggest import did_you_mean
 from ray_jobs.batch import IMAGE, KEY, LABEL
 from ray_jobs.cli import JobError
+from ray_jobs.images import BadImage
+from ray_jobs.sources import ImageSource
 from ray_jobs.spec import SPLITS, PrepareSpec, Split
 from ray_jobs.storage import Folder
 
@@ -61,6 +63,15 @@ class Rows:
         """Say why a row cannot be used; the first reason counts."""
         if self.reasons[row] is None:
             self.reasons[row], self.details[row] = reason, detail
+
+    def find_images(self, source: ImageSource) -> None:
+        """Replace each path by that of a file of the source; set aside the rows that have none."""
+        for row, path in enumerate(self.image_paths):
+            if self.reasons[row] is None:
+                try:
+                    self.image_paths[row] = source.find(path)
+                except BadImage as error:
+                    self.set_aside(row, error.reason, error.detail)
 
 
 def read_table(location: str) -> pa.Table:

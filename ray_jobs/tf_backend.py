@@ -6,12 +6,15 @@ TensorFlow (seconds, and half a gigabyte each). What a worker needs is `TF_CONFI
 
 import json
 import os
+import signal
 import socket
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.train import Result
 from ray.train.backend import Backend, BackendConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.tensorflow.tensorflow_trainer import TensorflowTrainer
@@ -25,6 +28,19 @@ class KerasTrainer(TensorflowTrainer):
         DataParallelTrainer.__init__(
             self, train_loop_per_worker, backend_config=KerasConfig(), **options
         )
+
+    def fit(self) -> Result:
+        """Train, and give the interrupt handler back.
+
+        Ray's own stays behind: it keeps the controller's processes alive for as long as the driver
+        lives, and takes Ctrl-C from whoever comes after.
+        """
+        before = signal.getsignal(signal.SIGINT)
+        try:
+            return super().fit()
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, before)
 
 
 @dataclass

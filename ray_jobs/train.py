@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from ray_jobs import cli, cluster, report
 from ray_jobs.cli import JobError
 from ray_jobs.environment import describe_environment
-from ray_jobs.manifest import Manifest, read_manifest
+from ray_jobs.manifest import Manifest, read_manifest, require_shards
+from ray_jobs.order import TrainingOrder
 from ray_jobs.spec import RunSpec
 from ray_jobs.storage import Folder
 
@@ -30,8 +31,12 @@ CHECKPOINTS = "checkpoints"
 SPEC = "run.yaml"
 SUMMARY = "summary.json"
 
-_SAME_RUN = ("prepare", "data", "model", "train", "run.seed")
-"""Parts of a spec in which a resumed run must agree with the one it goes on from."""
+_SAME_RUN = ("run.seed", "data.shuffle_window_rows", "model", "train")
+"""Parts of a spec in which a resumed run must agree with the one it goes on from, with its data."""
+_MAY_DIFFER = (
+    "num_workers", "use_gpu", "cpus_per_worker", "resources_per_worker", "max_failures",
+)  # fmt: skip
+"""Settings of `train` by which no weight differs but in its last bits."""
 
 
 def fit(spec: RunSpec, callbacks: Sequence["UserCallback"] = ()) -> dict[str, Any]:
@@ -47,6 +52,7 @@ def fit(spec: RunSpec, callbacks: Sequence["UserCallback"] = ()) -> dict[str, An
     spec = _resolved(spec)
     folder = run_folder(spec)
     manifest = read_manifest(Folder(spec.data.prepared))
+    require_trainable(spec, manifest)
     if _open_run(spec, manifest, folder):
         print(f"run {spec.run.name} is finished already: {folder}")
         return folder.read_json(SUMMARY)
@@ -66,17 +72,37 @@ def fit(spec: RunSpec, callbacks: Sequence["UserCallback"] = ()) -> dict[str, An
     return summary
 
 
+def require_trainable(spec: RunSpec, manifest: Manifest) -> None:
+    """Check what would end every worker, before any is started.
+
+    Raises:
+        JobError: if the data has no numbers for the model, or less than a step's rows.
+        ValueError: likewise.
+    """
+    if spec.model.numeric.kind != "none" and manifest.statistics is None:
+        raise JobError(
+            "the prepared data has no numeric columns; set model.numeric.kind=none, or prepare "
+            "it with some"
+        )
+    train = manifest.splits["train"]
+    TrainingOrder.of(train, spec.train.global_batch_size, spec.run.seed, window_rows=1)
+    require_shards(Folder(spec.data.prepared), manifest)
+
+
 def run_folder(spec: RunSpec) -> Folder:
     """Return the folder of a run that has a name."""
     return Folder(spec.run.storage_path) / str(spec.run.name)
 
 
 def _resolved(spec: RunSpec) -> RunSpec:
+    # Workers run elsewhere, where a relative path would mean something else.
     changes: dict[str, Any] = {
-        # Workers run elsewhere, where a relative path would mean something else.
         "data.prepared": Folder(spec.data.prepared).uri,
         "run.storage_path": Folder(spec.run.storage_path).uri,
     }
+    weights = spec.model.image.weights
+    if weights and weights != "imagenet" and "://" not in weights:
+        changes["model.image.weights"] = str(Path(weights).expanduser().absolute())
     if spec.run.name is None:
         changes["run.name"] = time.strftime("%Y%m%d-%H%M%S")
     return spec.overlay(changes)
@@ -87,7 +113,10 @@ def _open_run(spec: RunSpec, manifest: Manifest, folder: Folder) -> bool:
     import yaml
 
     if folder.exists(SPEC):
-        before = yaml.safe_load(folder.read_bytes(SPEC))
+        try:
+            before = yaml.safe_load(folder.read_bytes(SPEC))
+        except yaml.YAMLError as error:
+            raise JobError(f"{folder}/{SPEC} is damaged: {error}") from error
         now = spec.model_dump(mode="json")
         differing = [part for part in _SAME_RUN if _part(before, part) != _part(now, part)]
         if differing or read_manifest(folder) != manifest:
@@ -107,12 +136,15 @@ def _part(tree: dict[str, Any], path: str) -> Any:
     value: Any = tree
     for name in path.split("."):
         value = value.get(name) if isinstance(value, dict) else None
+    if path == "train" and isinstance(value, dict):
+        return {name: setting for name, setting in value.items() if name not in _MAY_DIFFER}
     return value
 
 
 def _fit_workers(
     spec: RunSpec, folder: Folder, board: Any, callbacks: Sequence["UserCallback"]
 ) -> None:
+    from ray.exceptions import RayError
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
@@ -136,7 +168,11 @@ def _fit_workers(
             run_config=RunConfig(
                 name=CHECKPOINTS,
                 storage_path=folder.uri,
-                failure_config=FailureConfig(max_failures=train.max_failures),
+                # A group that cannot start waits a minute a time: half an hour is enough for an
+                # autoscaler, and then the user should know.
+                failure_config=FailureConfig(
+                    max_failures=train.max_failures, controller_failure_limit=30
+                ),
                 checkpoint_config=CheckpointConfig(num_to_keep=1),
                 callbacks=list(callbacks),
             ),
@@ -147,6 +183,11 @@ def _fit_workers(
         raise JobError(text) from error.with_traceback(None)
     except TrainingFailedError as error:
         raise JobError(f"training failed: {error}") from error.with_traceback(None)
+    except RayError as error:
+        raise JobError(
+            f"Ray lost the controller of the training ({type(error).__name__}); run the same "
+            "command again, it goes on from the last epoch"
+        ) from error.with_traceback(None)
 
 
 def _reason(failure: BaseException) -> str:
@@ -159,14 +200,14 @@ def train_on_worker(config: dict[str, Any]) -> None:
     import ray.train
 
     from ray_jobs.checkpoint import read_checkpoint, write_checkpoint
-    from ray_jobs.loop import Loop, Place, Saved, set_threads
+    from ray_jobs.loop import Loop, Place, Saved, set_devices
 
     spec = RunSpec.model_validate(config["spec"])
     folder = run_folder(spec)
     context = ray.train.get_context()
     place = Place(context.get_world_rank(), context.get_world_size())
     first = place.rank == 0
-    set_threads(spec.train.cpus_per_worker)
+    set_devices(spec.train.cpus_per_worker, spec.train.use_gpu)
     board = config["board"]
 
     def post(event: report.Event) -> None:
@@ -216,16 +257,16 @@ def finish(loop: "Loop", outcome: "Outcome", folder: Folder, train_s: float) -> 
     # A model of its own, outside the strategy, whose variables are plain ones.
     model = new_model(spec, loop.manifest)
     assign(model.variables, outcome.best_model, "best weights")
-    blend_M = model.blend.weights_M()
+    blend_M, bias = model.blend.weights_M(), -loop.logit_shift
     logits_NM = outcome.head_logits_NM.astype("float64")
-    before = log_loss(logits_NM @ blend_M, label_N)
-    scale, bias = 1.0, 0.0
+    before = log_loss(logits_NM @ blend_M + bias, label_N)
+    scale = 1.0
     if spec.train.calibrate:
         if model.blends:
             blend_M = fit_blend(logits_NM, label_N)
             model.blend.set(blend_M)
         scale, bias = fit_calibration(logits_NM @ blend_M, label_N)
-        model.calibration.set([scale], bias)
+    model.calibration.set([scale], bias)
     probability_N = sigmoid(scale * (logits_NM @ blend_M) + bias)
     threshold = choose_threshold(label_N, probability_N, spec.train.decision_threshold)
     with tempfile.TemporaryDirectory() as path:

@@ -46,6 +46,16 @@ SCENARIOS: dict[str, dict[str, Any]] = {
             "plateau_patience": 1,
         },
     },
+    # What the first epoch is good for, and the next ones spoil: the labels' noise by heart.
+    "patience": {
+        "model": PLAIN,
+        "train": {"epochs": 20, "global_batch_size": 20, "learning_rate": 0.05, "patience": 2},
+    },
+    # A backbone of keras.applications, whose variables are not all floats.
+    "application": {
+        "model": {**PLAIN, "image": {"kind": "efficientnet_b0", "weights": None, "units": 8}},
+        "train": {"epochs": 1, "global_batch_size": 50},
+    },
     # Nothing divides anything: 101 rows, 37 to validate, steps of 14.
     "uneven": {"model": PLAIN, "train": {"epochs": 20, "global_batch_size": 14}},
 }
@@ -69,12 +79,12 @@ def run_scenarios(config: dict[str, Any]) -> None:
     import ray.train
     import tensorflow as tf
 
-    from ray_jobs.loop import Loop, Place, set_threads
+    from ray_jobs.loop import Loop, Place, set_devices
 
     context = ray.train.get_context()
     place = Place(context.get_world_rank(), context.get_world_size())
     output = Path(config["output"])
-    set_threads(1)
+    set_devices(1, use_gpu=False)
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
 
     class Watched(Loop):
@@ -88,6 +98,8 @@ def run_scenarios(config: dict[str, Any]) -> None:
             return tensors
 
     for name in SCENARIOS:
+        if name == "application" and place.num_workers == 1:
+            continue
         spec = spec_of(name, config["prepared"], place.num_workers)
         loop = Watched(spec, read_manifest(Folder(spec.data.prepared)), place, strategy)
         loop.rows, loop.batches = [], []
@@ -101,7 +113,13 @@ def run_scenarios(config: dict[str, Any]) -> None:
             )
             epochs.append(record)
 
-        outcome = loop.run(on_epoch, lambda event: None)
+        checkpoints: list[Any] = []
+
+        def on_epoch_kept(record, copy, on_epoch=on_epoch, checkpoints=checkpoints):
+            checkpoints.append(copy())
+            on_epoch(record, copy)
+
+        outcome = loop.run(on_epoch_kept, lambda event: None)
         graph = loop.train_step.get_concrete_function(*loop.batches[0]).graph.as_graph_def()
         nodes = [*graph.node, *(n for f in graph.library.function for n in f.node_def)]
         facts = {
@@ -111,11 +129,39 @@ def run_scenarios(config: dict[str, Any]) -> None:
             "variables": len(loop.model.trainable_variables),
             "label": outcome.label_N.tolist(),
             "history": [epoch["epoch"] for epoch in outcome.state.history],
+            "best_epoch": outcome.state.best_epoch,
         }
+        best = checkpoints[outcome.state.best_epoch or 0].model
+        facts["best_restored"] = same_arrays(best, outcome.best_model)
+        if name == "random":
+            facts["resumed_alike"] = resumed_alike(loop, checkpoints)
+        if name == "uneven":
+            _, y_B1, weight_B1 = loop.batches[0]
+            facts["weights"] = np.concatenate([y_B1, weight_B1], axis=1).tolist()
         if name == "synchronised" and place.num_workers == 1:
             facts["distance_to_fit"] = distance_to_fit(loop, spec)
         path = output / f"{name}-{place.num_workers}-{place.rank}.json"
         path.write_text(json.dumps(facts))
+
+
+def same_arrays(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> bool:
+    """Whether two copies of variables are bitwise the same, in the same order."""
+    pairs = zip(first.values(), second.values(), strict=True)
+    return all(a.tobytes() == b.tobytes() for a, b in pairs)
+
+
+def resumed_alike(loop: Any, undisturbed: list[Any]) -> list[bool]:
+    """Go on from the first checkpoint in a loop of its own; compare what the others hold."""
+    from ray_jobs.loop import Loop
+
+    resumed: list[Any] = []
+    again = Loop(loop.spec, loop.manifest, loop.place, loop.strategy)
+    again.run(lambda record, copy: resumed.append(copy()), lambda event: None, undisturbed[0])
+    return [
+        same_arrays(getattr(a, part), getattr(b, part))
+        for a, b in zip(undisturbed[1:], resumed, strict=True)
+        for part in ("model", "optimizer", "best")
+    ]
 
 
 def distance_to_fit(loop: Any, spec: RunSpec) -> float:
@@ -148,7 +194,8 @@ def seen(ray_local, tmp_path_factory) -> dict[str, Any]:
     from ray_jobs.tf_backend import KerasTrainer
 
     folder = tmp_path_factory.mktemp("loop")
-    manifest = write_prepared(folder / "prepared", {"train": 101, "validation": 37, "test": 5})
+    rows = {"train": 101, "validation": 37, "test": 5}
+    manifest = write_prepared(folder / "prepared", rows, size=32)
     for num_workers in (1, 2):
         KerasTrainer(
             run_scenarios,
@@ -204,13 +251,12 @@ def test_no_row_is_dropped_or_doubled_where_nothing_divides(seen, num_workers):
     trained, validated = Counter(), [Counter() for _ in range(20)]
     for fact in facts:
         batches = iter(fact["rows"])
-        share = -(-37 // num_workers)
         for epoch in range(20):
             for _ in range(order.num_steps(epoch)):
                 rows = next(batches)
                 assert len(rows) == 14 // num_workers
                 trained.update(rows)
-            while sum(validated[epoch].values()) < 37 and share:
+            while sum(validated[epoch].values()) < 37:
                 rows = next(batches)
                 validated[epoch].update(rows)
                 if len(rows) < 14 // num_workers:
@@ -242,3 +288,37 @@ def test_the_order_of_training_rows_does_not_depend_on_the_number_of_workers(see
     halves = [seen[f"synchronised-2-{rank}"]["rows"] for rank in (0, 1)]
     assert steps[0] == halves[0][0] + halves[1][0]
     assert steps[4] == halves[0][4] + halves[1][4]
+
+
+def test_training_stops_out_of_patience_and_returns_the_best_epoch(seen):
+    for name in ("patience-1-0", "patience-2-0", "patience-2-1"):
+        epochs = seen[name]["epochs"]
+        losses = [epoch["val/log_loss"] for epoch in epochs]
+        assert seen[name]["best_epoch"] == int(np.argmin(losses))
+        assert len(epochs) == seen[name]["best_epoch"] + 1 + 2
+        assert len(epochs) < 20
+        assert seen[name]["best_restored"]
+
+
+def test_a_run_resumed_from_a_checkpoint_goes_on_bitwise_alike(seen):
+    """Plateau schedule, dropout, augmentation, batch norm of each worker's own rows."""
+    for name in ("random-1-0", "random-2-0", "random-2-1"):
+        assert seen[name]["resumed_alike"] == [True] * 6
+
+
+def test_rows_are_weighed_as_scikit_learn_balances_classes(seen):
+    from sklearn.utils.class_weight import compute_class_weight
+
+    y = np.arange(101) % 3 == 0
+    expected = compute_class_weight("balanced", classes=np.array([False, True]), y=y)
+    weights = seen["uneven-2-0"]["weights"]
+    assert {label for label, _ in weights} == {0.0, 1.0}
+    for label, weight in weights:
+        assert weight == pytest.approx(expected[int(label)])
+
+
+def test_a_backbone_of_keras_applications_goes_through_an_epoch(seen):
+    first, second = (arrays(seen, "application", 0, 2, rank) for rank in (0, 1))
+    assert any("normalization" in name for name in first)
+    for name, value in first.items():
+        assert value.tobytes() == second[name].tobytes(), name
