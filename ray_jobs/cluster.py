@@ -3,10 +3,14 @@
 import logging
 import math
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ray_jobs.cli import JobError
+
+_started: set[int] = set()
+"""This process, while it holds a local Ray of its own, to which nobody will add a node."""
 
 
 @contextmanager
@@ -23,13 +27,14 @@ def connected(
         worker_logs: whether workers' output comes to this terminal.
 
     Raises:
-        JobError: if the cluster does not answer or is too small.
+        JobError: if the cluster does not answer, or a local Ray is too small.
     """
     # Both are read when Ray starts: a report waits for the controller's next look, and no one who
     # runs a job was asked whether usage may be reported.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
+    from ray.exceptions import RayError
 
     needed = math.ceil(num_cpus) + 1
     if ray.is_initialized():
@@ -41,15 +46,17 @@ def connected(
     if address and address != "local":
         try:
             ray.init(address=address, **options)
-        except ConnectionError as error:
-            raise JobError(f"no Ray cluster answers at {address}: {error}") from error
+        except (ConnectionError, RuntimeError, RayError) as error:
+            raise JobError(f"no Ray cluster lets us in at {address}: {error}") from error
     else:
         ray.init(address="local", num_cpus=max(os.cpu_count() or 1, needed), **options)
+        _started.add(os.getpid())
     quiet()
     try:
         _require(needed, num_gpus)
         yield
     finally:
+        _started.clear()
         ray.shutdown()
 
 
@@ -63,12 +70,17 @@ def quiet() -> None:
 
 
 def _require(num_cpus: int, num_gpus: float) -> None:
+    """Check that the cluster is large enough, or can still become so."""
     import ray
 
     total = ray.cluster_resources()
     for name, needed in (("CPU", num_cpus), ("GPU", num_gpus)):
-        if total.get(name, 0) < needed:
-            raise JobError(
-                f"the job needs {needed:g} {name}s (one CPU of them for Ray Data) and the cluster "
-                f"has {total.get(name, 0):g}; lower num_workers or cpus_per_worker, or add nodes"
-            )
+        if (found := total.get(name, 0)) >= needed:
+            continue
+        text = (
+            f"the job needs {needed:g} {name}s (one CPU of them for Ray Data) and the cluster has "
+            f"{found:g}"
+        )
+        if os.getpid() in _started:
+            raise JobError(f"{text}; lower num_workers or cpus_per_worker, or add nodes")
+        print(f"{text}; waiting for its autoscaler, or for you, to add nodes", file=sys.stderr)

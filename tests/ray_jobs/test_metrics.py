@@ -150,8 +150,18 @@ def test_the_chosen_threshold_is_the_best_of_all_probabilities(by, seed):
     chosen = choose_threshold(label, probability, by)
     scores = {float(p): binary_metrics(label, probability, float(p))[by] for p in probability}
     best = max(scores.values())
+    assert binary_metrics(label, probability, chosen)[by] == pytest.approx(best, abs=1e-12)
     ties = [p for p, score in scores.items() if score == pytest.approx(best, abs=1e-12)]
-    assert chosen == min(ties, key=lambda p: abs(p - 0.5))
+    halves = [(p + max([q for q in scores if q < p], default=0.0)) / 2 for p in ties]
+    assert chosen == pytest.approx(min(halves, key=lambda p: abs(p - 0.5)), abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_row_stands_on_the_chosen_threshold_where_rounding_could_turn_it(seed):
+    label, probability = rows(60, seed)
+    chosen = choose_threshold(label, probability, "f1")
+    rounded = probability.astype(np.float32)
+    np.testing.assert_array_equal(rounded >= chosen, probability >= chosen)
 
 
 def test_a_threshold_that_is_given_is_kept():
@@ -162,7 +172,8 @@ def test_a_threshold_that_is_given_is_kept():
 @pytest.mark.parametrize("only", [0, 1])
 @pytest.mark.parametrize("by", ["f1", "balanced_accuracy"])
 def test_a_threshold_is_chosen_from_rows_of_one_class_too(by, only):
-    assert choose_threshold(np.full(3, only), np.array([0.3, 0.45, 0.6]), by) in (0.3, 0.45, 0.6)
+    chosen = choose_threshold(np.full(3, only), np.array([0.3, 0.45, 0.6]), by)
+    assert chosen == pytest.approx(0.525) or chosen in (0.15, 0.375)
 
 
 def test_a_threshold_by_an_unknown_metric_is_refused():
