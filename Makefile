@@ -26,10 +26,10 @@ bench: $(READY)
 
 # After a change of dependencies: the newest versions that fit, for every Python and platform.
 lock: $(READY)
-	$(BIN)/uv pip compile pyproject.toml --universal --upgrade --no-header --no-annotate \
-		--no-emit-index-url --quiet --output-file requirements.lock
+	$(BIN)/uv pip compile pyproject.toml --universal --upgrade --no-header --no-annotate --quiet \
+		--output-file requirements.lock
 	$(BIN)/uv pip compile pyproject.toml --extra dev --constraint requirements.lock --universal \
-		--no-header --no-annotate --no-emit-index-url --quiet --output-file requirements-dev.lock
+		--no-header --no-annotate --quiet --output-file requirements-dev.lock
 
 $(READY): requirements-dev.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)

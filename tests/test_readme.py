@@ -3,10 +3,12 @@
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -128,22 +130,27 @@ def head(tmp_path) -> Iterator[dict[str, str]]:
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports[1]}",
         "RAY_USAGE_STATS_ENABLED": "0",
     }
+    # Ray's sockets lie below, whose paths must be short.
+    folder = tempfile.mkdtemp(prefix="ray-")
     log = open(tmp_path / "head.log", "w")  # noqa: SIM115 - open as long as the head runs
     process = subprocess.Popen(
         [
             *("ray", "start", "--head", "--block", "--num-cpus", "4"),
             *("--node-ip-address", "127.0.0.1", "--port", str(ports[0])),
             *("--dashboard-host", "127.0.0.1", "--dashboard-port", str(ports[1])),
-            *("--temp-dir", str(tmp_path / "ray")),
+            *("--temp-dir", folder),
         ],
         env=environment, stdout=log, stderr=subprocess.STDOUT,
     )  # fmt: skip
     try:
+        while run(["ray", "job", "list"], env=environment).returncode != 0:
+            assert process.poll() is None, (tmp_path / "head.log").read_text()
         yield environment
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)
         log.close()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.mark.slow
@@ -152,9 +159,6 @@ def test_a_job_submitted_to_a_running_head_trains_to_success(head, tmp_path):
     (command,) = [command for command in commands() if command.startswith("ray job submit")]
     command = command.replace("SHARED/", f"{tmp_path}/").replace("NAME", "submitted")
     words = [*shlex.split(command), "--train.epochs", "2"]
-    for _ in range(60):
-        if run(["ray", "job", "list"], env=head).returncode == 0:
-            break
     result = run(words, env=head)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "succeeded" in result.stdout

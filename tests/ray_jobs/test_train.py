@@ -187,10 +187,10 @@ def test_a_run_whose_end_was_lost_goes_on_from_its_checkpoint_to_the_same_model(
     run = folder / "runs" / "first"
     before = weights_of(run)
     (run / "summary.json").unlink()
-    again = fit(spec_in(folder))
-    assert {k: v for k, v in again.items() if k != "train_s"} == {
-        k: v for k, v in summary.items() if k != "train_s"
-    }
+    # Fewer workers may go on, since rows and steps do not depend on their number.
+    again = fit(spec_in(folder, train__num_workers=1))
+    of_this_attempt = {"train_s": 0, "num_workers": 0}
+    assert {**again, **of_this_attempt} == {**summary, **of_this_attempt}
     for a, b in zip(before, weights_of(run), strict=True):
         np.testing.assert_array_equal(a, b)
     assert len((run / "history.jsonl").read_text().splitlines()) == 3
