@@ -5,14 +5,12 @@ preprocessing; ResNet50 gets the one that it was trained with.
 """
 
 import tempfile
-from getpass import getuser
 from hashlib import sha256
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import keras
 import numpy as np
-from filelock import FileLock
 from keras import KerasTensor, layers
 
 from mm_model.layers import Blocks, register
@@ -81,8 +79,7 @@ def make_backbone(
     application = getattr(keras.applications, APPLICATIONS[kind])
     from_keras = weights if weights == "imagenet" else None
     try:
-        with _one_download_at_a_time():
-            backbone = application(include_top=False, weights=from_keras, input_shape=shape)
+        backbone = application(include_top=False, weights=from_keras, input_shape=shape)
     except Exception as error:
         if from_keras is None:
             raise ValueError(f"{kind} cannot take images of shape {shape}: {error}") from error
@@ -115,21 +112,12 @@ def load_backbone_weights(backbone: keras.Model, kind: str, weights: str) -> Non
         _fold_imagenet_scale(backbone)
 
 
-def _one_download_at_a_time() -> FileLock:
-    """Return a lock among the processes of a node.
-
-    Keras downloads to the file's final name, where another process would read half of it.
-    """
-    return FileLock(Path(tempfile.gettempdir()) / f"mm_model-weights-{getuser()}.lock")
-
-
 def _local_file(weights: str, folder: str) -> str:
     scheme = urlsplit(weights).scheme
     if scheme in ("http", "https"):
         # Keras would take a file of the same name from elsewhere for this one.
         name = f"{sha256(weights.encode()).hexdigest()[:16]}-{Path(urlsplit(weights).path).name}"
-        with _one_download_at_a_time():
-            return keras.utils.get_file(name, origin=weights)
+        return keras.utils.get_file(name, origin=weights)
     if not scheme or Path(weights).exists():
         if not Path(weights).is_file():
             raise FileNotFoundError(f"no file {weights}")

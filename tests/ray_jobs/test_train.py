@@ -196,6 +196,27 @@ def test_a_run_whose_end_was_lost_goes_on_from_its_checkpoint_to_the_same_model(
     assert len((run / "history.jsonl").read_text().splitlines()) == 3
 
 
+def test_without_calibration_the_class_weights_are_still_taken_out(ray_local, tmp_path):
+    prepared_in(tmp_path)
+    summary = fit(
+        spec_in(
+            tmp_path,
+            train__num_workers=1,
+            train__epochs=1,
+            train__calibrate=False,
+            train__decision_threshold="f1",
+        )
+    )
+    negatives, positives = 67, 34
+    assert summary["calibration"]["scale"] == 1.0
+    assert summary["calibration"]["bias"] == pytest.approx(-np.log(negatives / positives))
+    assert summary["calibration"]["blend"] == pytest.approx(
+        {"image": 1 / 3, "numeric": 1 / 3, "joint": 1 / 3}
+    )
+    assert 0 < summary["decision_threshold"] < 1
+    assert summary["decision_threshold"] != 0.5
+
+
 @pytest.mark.multiworker
 def test_the_first_failing_workers_own_words_are_what_the_user_sees(ray_local, tmp_path):
     manifest = prepared_in(tmp_path)
