@@ -1,7 +1,11 @@
-"""What the training rows say about each numeric column; NumPy only.
+"""What the training rows say about each numeric and each categorical column; NumPy only.
 
 Fitted on the training split alone, kept in the manifest, and built into the model.
 """
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import ClassVar
 
 import numpy as np
 from pydantic import model_validator
@@ -40,6 +44,44 @@ class NumericStatistics(Spec):
         """Return the median of a column, which stands in for its missing values; 0 if empty."""
         quantiles = self.quantiles[column]
         return float(np.median(quantiles)) if quantiles else 0.0
+
+
+class Vocabulary(Spec):
+    """The words of one categorical column; code 0 stands for missing, 1 for any other word."""
+
+    MISSING: ClassVar[int] = 0
+    UNKNOWN: ClassVar[int] = 1
+
+    column: str
+    """Name of the column."""
+    words: tuple[str, ...]
+    """Words that have a code of their own: the first has 2."""
+
+    @property
+    def num_codes(self) -> int:
+        """Codes that there are, those for missing and unknown included."""
+        return len(self.words) + 2
+
+    def codes(self, texts: Iterable[str | None]) -> np.ndarray:
+        """Return the int32 code of each text."""
+        code = {None: self.MISSING} | {word: i for i, word in enumerate(self.words, start=2)}
+        return np.fromiter((code.get(text, self.UNKNOWN) for text in texts), np.int32)
+
+
+def fit_vocabulary(
+    texts: Iterable[str | None], column: str, *, min_count: int = 2, max_words: int = 1000
+) -> Vocabulary:
+    """Return the vocabulary of the training rows' texts, None for missing.
+
+    Args:
+        texts: of the training rows.
+        column: name.
+        min_count: rarer words get no code: from them the model learns what an unknown word means.
+        max_words: of more words the most frequent are kept.
+    """
+    counts = Counter(text for text in texts if text is not None)
+    frequent = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:max_words]
+    return Vocabulary(column=column, words=tuple(sorted(w for w, n in frequent if n >= min_count)))
 
 
 def fit_numeric_statistics(

@@ -1,16 +1,20 @@
 """The contract of one batch: names, types and shapes; and how a global batch is shared out.
 
-    image    uint8    (B, H, W, 3)
-    numeric  float32  (B, F), NaN where missing, columns in the manifest's order
-    label    float32  (B, 1)
-    weight   float32  (B, 1), 0 for rows that only fill a batch
+    image       uint8    (B, H, W, 3); of several images a row (B, N, H, W, 3)
+    image_mask  float32  (B, N), 0 where an image is missing; with several images a row only
+    numeric     float32  (B, F), NaN where missing, columns in the manifest's order
+    category    int32    (B, C), codes of the manifest's vocabularies; with categories only
+    label       float32  (B, 1)
+    weight      float32  (B, 1), 0 for rows that only fill a batch
 
 Imports NumPy at most, so that specs may use it.
 """
 
 KEY = "key"
 IMAGE = "image"
+IMAGE_MASK = "image_mask"
 NUMERIC = "numeric"
+CATEGORY = "category"
 LABEL = "label"
 WEIGHT = "weight"
 

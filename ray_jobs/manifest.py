@@ -10,13 +10,14 @@ from typing import Literal
 from pydantic import ValidationError
 
 from mm_model.spec import Spec
-from mm_model.statistics import NumericStatistics
+from mm_model.statistics import NumericStatistics, Vocabulary
+from ray_jobs.batch import IMAGE
 from ray_jobs.cli import JobError
 from ray_jobs.spec import SPLITS, PrepareSpec, Split
 from ray_jobs.storage import Folder
 
 NAME = "manifest.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class Shard(Spec):
@@ -48,23 +49,38 @@ class Cut(Spec):
 
 
 class ImageInfo(Spec):
-    """What the `image` column holds."""
+    """What the image columns hold."""
 
-    encoding: Literal["jpeg"] = "jpeg"
+    encoding: Literal["jpeg", "raw"] = "jpeg"
+    """JPEG files, or pixels as fixed-size binary: height × width × 3 bytes."""
     height: int
     width: int
+    names: tuple[str, ...] = ()
+    """Of several images a row, in order; empty where a row has one."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns of the shards that hold images; those of several may be null: missing."""
+        return tuple(f"{IMAGE}_{name}" for name in self.names) or (IMAGE,)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row's pixels."""
+        return len(self.columns) * self.height * self.width * 3
 
 
 class Manifest(Spec):
     """The manifest of a prepared folder."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     prepare: PrepareSpec
     """The rules that the rows were read by; raw rows for `predict` are read by the same."""
     seed: int
     """Seed of the split by hash."""
     image: ImageInfo
     numeric_columns: tuple[str, ...]
+    vocabularies: tuple[Vocabulary, ...] = ()
+    """Of the categorical columns, fitted on the training split; shards hold their texts."""
     negative_label: str
     positive_label: str
     splits: dict[Split, SplitInfo]

@@ -11,6 +11,7 @@ from mm_model.spec import Fraction, ModelSpec, OptimizerSpec, Positive, Spec
 from ray_jobs.batch import num_lanes
 
 Split = Literal["train", "validation", "test"]
+NumberRule = Literal["range_low", "range_mean", "range_high", "decimal_comma", "date", "missing"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
@@ -40,10 +41,14 @@ class RunSection(Spec):
 class PrepareSpec(Spec):
     """Raw images and a table in, shards and a manifest out."""
 
+    source: Literal["auto", "folder", "parquet", "webdataset", "tfrecord", "imagefolder"] = "auto"
+    """What `images` is: image files, Parquet with images in a column, WebDataset tar files,
+    TFRecord files of `tf.train.Example`, or Hugging Face's ImageFolder; auto tells by its files."""
     images: str = ""
-    """Folder, glob or URI of the images."""
+    """Folder, glob or URI of the images, or of the files that hold them."""
     table: str = ""
-    """CSV or Parquet file with one row a thing: path or URI."""
+    """CSV or Parquet file with one row a thing: path or URI. Empty where the files in `images`
+    hold the numbers, too."""
     output: str = "prepared"
     """Folder or URI for the prepared data; every worker reads it from there."""
     key_column: str = "key"
@@ -55,11 +60,21 @@ class PrepareSpec(Spec):
     image_pattern: str = "{key}.jpg"
     """Path of a row's image below `images`, with columns in braces; `{key}` is the key column."""
     image_column: str | None = None
-    """Column with the path of the image below `images`, in place of the pattern."""
+    """Column with the path of the image below `images`, in place of the pattern; of Parquet and
+    TFRecord files the column that holds the image."""
+    image_columns: tuple[str, ...] = ()
+    """Several images a row, by name: columns of the same kind, or words that `{image}` in the
+    pattern stands for. The model looks at all of them; some may be missing."""
     numeric_columns: tuple[str, ...] | None = None
     """Columns to learn from; by default every column of numbers that has no other role."""
+    number_rules: dict[str, NumberRule] = Field(default_factory=dict)
+    """What text in a numeric column means, such as {age: range_mean}: the low end, mean or high end
+    of `91-92` and `50+`; a decimal comma; a date, as days since 1970; or missing. Without a rule
+    such a row goes to quarantine."""
     exclude_columns: tuple[str, ...] = ()
     """Columns never to learn from."""
+    skip_unlabelled: bool = False
+    """Set rows without a label aside without counting them as bad."""
     group_column: str | None = None
     """Rows with the same value here (a patient, a house) stay in one split."""
     split_column: str | None = None
@@ -68,8 +83,11 @@ class PrepareSpec(Spec):
     """Share of each class for validation: early stopping, blend, calibration."""
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
     """Share of each class for the final test."""
+    store: Literal["jpeg", "raw"] = "jpeg"
+    """How images are stored: as JPEG, or as pixels, which take more bytes and no decoding."""
     image_size: PositiveInt = 456
-    """Side of the stored images in pixels; the model takes them at this size."""
+    """Side of the stored images in pixels; the model takes them at this size, or at
+    `data.image_size`."""
     aspect: Literal["stretch", "crop", "pad"] = "stretch"
     """How other shapes become squares: stretched, cut to the centre, or padded with black."""
     jpeg_quality: Annotated[int, Field(ge=1, le=100)] = 95
@@ -98,6 +116,11 @@ class DataSpec(Spec):
 
     prepared: str = "prepared"
     """Folder or URI that `prepare` wrote."""
+    categorical: tuple[str, ...] = ()
+    """Columns of words to learn from: `prepare` stores them and fits a vocabulary on the training
+    split, the model embeds them."""
+    image_size: PositiveInt | None = None
+    """Side in pixels at which the model takes images; by default as they are stored."""
     shuffle_window_rows: PositiveInt = 2048
     """Rows that are shuffled together, beyond the shuffle of row groups; bounds a task's memory."""
     prefetch_batches: NonNegativeInt = 2

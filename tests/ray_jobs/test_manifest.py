@@ -36,7 +36,7 @@ def test_a_folder_without_a_manifest_is_an_error_with_a_remedy(tmp_path):
 
 def test_a_manifest_of_another_version_is_an_error(prepared):
     change(prepared, schema_version=99)
-    with pytest.raises(JobError, match=r"of schema version 99, this program reads 1; prepare"):
+    with pytest.raises(JobError, match=r"of schema version 99, this program reads 2; prepare"):
         read_manifest(Folder(prepared))
 
 
