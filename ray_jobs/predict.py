@@ -29,7 +29,7 @@ from ray_jobs.images import BadImage, prepare_image
 from ray_jobs.inference import ERROR, PROBABILITY, TrainedRun
 from ray_jobs.manifest import NAME as MANIFEST
 from ray_jobs.manifest import read_manifest
-from ray_jobs.sources import ImageSource, read_image
+from ray_jobs.sources.folder import ImageSource, read_image
 from ray_jobs.spec import SPLITS, PredictSpec, PrepareSpec
 from ray_jobs.storage import Folder
 from ray_jobs.table import read_rows, read_table, require_columns

@@ -26,7 +26,7 @@ from ray_jobs.batch import KEY
 from ray_jobs.cli import JobError
 from ray_jobs.manifest import ImageInfo, Manifest, SplitInfo, read_manifest, require_shards
 from ray_jobs.shards import ShardFacts, ShardRows, write_shard
-from ray_jobs.sources import ImageSource
+from ray_jobs.sources.folder import ImageSource
 from ray_jobs.spec import SPLITS, PrepareSpec, RunSpec, Split
 from ray_jobs.splits import Cuts, assign, make_cuts, split_hash
 from ray_jobs.storage import Folder

@@ -23,7 +23,7 @@ from mm_model.spec import Spec
 from ray_jobs.batch import IMAGE, KEY, LABEL
 from ray_jobs.images import BadImage, prepare_image
 from ray_jobs.manifest import Shard
-from ray_jobs.sources import read_image
+from ray_jobs.sources.folder import read_image
 from ray_jobs.spec import PrepareSpec, Split
 from ray_jobs.storage import Folder
 

@@ -25,7 +25,7 @@ from mm_model.suggest import did_you_mean
 from ray_jobs.batch import IMAGE, KEY, LABEL
 from ray_jobs.cli import JobError
 from ray_jobs.images import BadImage
-from ray_jobs.sources import ImageSource
+from ray_jobs.sources.folder import ImageSource
 from ray_jobs.spec import SPLITS, PrepareSpec, Split
 from ray_jobs.storage import Folder
 
