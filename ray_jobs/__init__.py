@@ -6,7 +6,8 @@ The data's way, in running order:
                     (table.py sources/ images.py splits.py shards.py do its parts)
     manifest.py     what every later stage knows of the prepared data
     order.py        which rows each step takes, whatever the number of workers
-    dataset.py      shards → Ray Data → the batches of one worker
+    dataset.py      shards → the batches of one worker, by its threads or by Ray Data tasks
+                    (rows.py cache.py ahead.py do its parts)
     batch.py        the contract of one batch
     loop.py         what one worker does: strategy, build, step, epoch
     checkpoint.py   what is saved, and how it is restored

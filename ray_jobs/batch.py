@@ -10,6 +10,8 @@
 Imports NumPy at most, so that specs may use it.
 """
 
+import numpy as np
+
 KEY = "key"
 IMAGE = "image"
 IMAGE_MASK = "image_mask"
@@ -17,6 +19,14 @@ NUMERIC = "numeric"
 CATEGORY = "category"
 LABEL = "label"
 WEIGHT = "weight"
+
+INPUT_TYPES = {
+    IMAGE: np.uint8,
+    IMAGE_MASK: np.float32,
+    NUMERIC: np.float32,
+    CATEGORY: np.int32,
+}
+"""What a model may take."""
 
 MAX_LANES = 64
 

@@ -15,7 +15,12 @@ _started: set[int] = set()
 
 @contextmanager
 def connected(
-    address: str | None, *, num_cpus: float, num_gpus: float = 0, worker_logs: bool = False
+    address: str | None,
+    *,
+    num_cpus: float,
+    num_gpus: float = 0,
+    worker_logs: bool = False,
+    object_store_memory: int | None = None,
 ) -> Iterator[None]:
     """Hold a connection to Ray; one that was there before is used and left open.
 
@@ -25,6 +30,7 @@ def connected(
             since Ray Data waits for ever where workers hold every CPU.
         num_gpus: GPUs that they take.
         worker_logs: whether workers' output comes to this terminal.
+        object_store_memory: bytes of a local Ray's shared memory; Ray's own choice by default.
 
     Raises:
         JobError: if the cluster does not answer, or a local Ray is too small.
@@ -49,7 +55,8 @@ def connected(
         except (ConnectionError, RuntimeError, RayError) as error:
             raise JobError(f"no Ray cluster lets us in at {address}: {error}") from error
     else:
-        ray.init(address="local", num_cpus=max(os.cpu_count() or 1, needed), **options)
+        num_cpus = max(os.cpu_count() or 1, needed)
+        ray.init("local", num_cpus=num_cpus, object_store_memory=object_store_memory, **options)
         _started.add(os.getpid())
     quiet()
     try:

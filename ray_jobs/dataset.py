@@ -1,105 +1,266 @@
-"""Prepared shards → Ray Data → the batches of one worker.
+"""Prepared shards → the batches of one worker, decoded by its own threads or by Ray Data tasks.
 
 Reads: the shards that a manifest lists.  Leaves: batches as `ray_jobs.batch` defines them.
 
-A task reads one window of row groups, shuffles the encoded rows, and decodes them step by step, so
-that what is large (pixels) is made last and kept shortest.
+What is large is made last and kept shortest. A *piece* is what is read at once, encoded: a window
+of the training order, or some rows of an evaluation. Its rows are shuffled as references, and
+decoded batch by batch.
+
+    trainer   threads of the training process read the next piece, and decode the next batches;
+              nothing crosses a process. What `python -m benchmarks.feed` shows to be fastest.
+    workers   Ray Data tasks, also on nodes without a GPU, read and decode; pixels cross the object
+              store.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+import math
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from ray_jobs.batch import IMAGE, KEY, LABEL, NUMERIC, WEIGHT
-from ray_jobs.images import decode_stored
-from ray_jobs.manifest import Manifest, Shard
-from ray_jobs.order import RowRange, TrainingOrder, Window, evaluation_rows, stored_ranges
-from ray_jobs.spec import Split
+from ray_jobs.ahead import ahead, mapped_ahead
+from ray_jobs.batch import WEIGHT
+from ray_jobs.cache import Cache, Group, kept_groups
+from ray_jobs.manifest import Manifest
+from ray_jobs.order import RowRange, TrainingOrder, evaluation_rows, stored_ranges
+from ray_jobs.rows import Batch, RowDecoder, ShardReader, StoredRows, groups_of
+from ray_jobs.spec import DataSpec, Split
 from ray_jobs.storage import Folder
 
 if TYPE_CHECKING:
     import ray.data
 
-Batch = dict[str, np.ndarray]
+Decode = Literal["workers", "trainer"]
 
 _BLOCK_BYTES = 8 << 20
-_EVALUATION_TASK_ROWS = 512
+_EVALUATION_PIECE_ROWS = 512
 _TASKS_PER_EXECUTION = 2000
 """Ray Data plans all tasks of an execution before the first one starts."""
 _MAX_TASKS = 8
+_READ_THREADS = 8
+"""Shards that are read at once: what hides a store's latency."""
+_ROWS_PER_CALL = 8
+"""Images that a thread decodes before it takes the next few."""
 
 
-class ShardReader:
-    """Reads row ranges of a split's shards as Arrow tables.
+@dataclass(frozen=True)
+class Piece:
+    """What is read at once, and the batches that are made of it."""
+
+    ranges: Sequence[RowRange]
+    batches_SB: np.ndarray
+    """For each step the places of its rows among those of `ranges`."""
+    num_filled: int = 0
+    """Rows at the end of the last batch that only fill it: weight 0."""
+
+
+@dataclass(frozen=True)
+class FeedOptions:
+    """How a feed works; none of it changes what it yields.
 
     Args:
-        folder: prepared data.
-        shards: of one split.
-        columns: to read.
+        with_image: whether the model takes images.
+        data: settings of the data.
+        decode: where.
+        threads: that decode, of the training process.
+        cache: of decoded row groups; only the trainer's threads use it.
     """
 
-    def __init__(self, folder: Folder, shards: Sequence[Shard], columns: Sequence[str]) -> None:
-        self.folder, self.shards, self.columns = folder, shards, list(columns)
-
-    def read(self, ranges: Sequence[RowRange]) -> pa.Table:
-        """Return the rows of all ranges, in their order; each row group is read once."""
-        groups = sorted({(r.shard, r.group) for r in ranges})
-        tables: dict[tuple[int, int], pa.Table] = {}
-        for shard in sorted({shard for shard, _ in groups}):
-            path = self.folder.locate(self.shards[shard].path)
-            with pq.ParquetFile(self.folder.filesystem.open_input_file(path)) as file:
-                for group in (g for s, g in groups if s == shard):
-                    tables[shard, group] = file.read_row_group(
-                        group, columns=self.columns, use_threads=False
-                    )
-        parts = [tables[r.shard, r.group].slice(r.start, r.num_rows) for r in ranges]
-        return pa.concat_tables(parts)
+    with_image: bool = True
+    data: DataSpec = field(default_factory=DataSpec)
+    decode: Decode = "trainer"
+    threads: int = 1
+    cache: Cache | None = None
 
 
-def stored_columns(manifest: Manifest, with_image: bool = True) -> list[str]:
-    """Return the shards' columns that a model needs."""
-    return [KEY, *([IMAGE] if with_image else []), *manifest.numeric_columns, LABEL]
+class _Feed:
+    """Reads and decodes the pieces of one split for one worker."""
+
+    def __init__(
+        self,
+        folder: Folder,
+        manifest: Manifest,
+        split: Split,
+        batch_size: int,
+        num_workers: int,
+        options: FeedOptions,
+    ) -> None:
+        self.split: Split = split
+        self.batch_size, self.options = batch_size, options
+        self.num_workers = num_workers
+        self.decoder = RowDecoder(
+            manifest, with_image=options.with_image, size=options.data.image_size
+        )
+        self.kept = kept_groups(options.data, manifest, self.decoder.row_bytes)
+        """Row groups that a cache may keep."""
+        shards = manifest.splits[split].shards
+        self.reader = ShardReader(folder, shards, self.decoder.columns)
+
+    def _stream(self, pieces: Iterator[Piece]) -> Generator[Batch]:
+        """Yield the batches of pieces, in order."""
+        if self.options.decode == "workers":
+            while chunk := list(islice(pieces, _TASKS_PER_EXECUTION)):
+                yield from self._by_tasks(chunk)
+        else:
+            yield from self._by_threads(pieces)
+
+    # -- in threads of this process ---------------------------------------------------------------
+
+    def _by_threads(self, pieces: Iterator[Piece]) -> Iterator[Batch]:
+        import cv2
+
+        # One thread an image; more of them would only wait for each other.
+        cv2.setNumThreads(1)
+        options = self.options
+        with (
+            ThreadPoolExecutor(_READ_THREADS, "feed-read") as readers,
+            ThreadPoolExecutor(options.threads, "feed-decode") as decoders,
+            closing(ahead(self._read(pieces, readers, decoders), 1)) as read,
+        ):
+            yield from self._decode(read, decoders)
+
+    def _read(
+        self, pieces: Iterator[Piece], readers: ThreadPoolExecutor, decoders: ThreadPoolExecutor
+    ) -> Iterator[tuple[Piece, StoredRows]]:
+        """Yield pieces with their rows, encoded, or decoded where the cache has them."""
+        held: dict[tuple[int, int], pa.Table] = {}
+        for piece in pieces:
+            wanted = {(s, g) for s, gs in groups_of(piece.ranges).items() for g in gs}
+            # The next window goes on in the row groups that this one ends in.
+            tables = {key: held[key] for key in wanted & held.keys()}
+            tables |= self._read_groups(sorted(wanted - tables.keys()), readers, decoders)
+            held = tables
+            yield piece, StoredRows.of(piece.ranges, tables)
+
+    def _read_groups(
+        self,
+        keys: Sequence[tuple[int, int]],
+        readers: ThreadPoolExecutor,
+        decoders: ThreadPoolExecutor,
+    ) -> dict[tuple[int, int], pa.Table]:
+        cache, kept = self.options.cache, self.kept
+        found: dict[tuple[int, int], pa.Table] = {}
+        if cache is not None:
+            named: list[Group] = [(self.split, *key) for key in keys]
+            cached = cache.get([name for name in named if name in kept])
+            found = {(shard, group): table for (_, shard, group), table in cached.items()}
+        by_shard: dict[int, list[int]] = {}
+        for shard, group in keys:
+            if (shard, group) not in found:
+                by_shard.setdefault(shard, []).append(group)
+
+        def read(item: tuple[int, list[int]]) -> list[tuple[tuple[int, int], pa.Table]]:
+            shard, groups = item
+            tables = self.reader.read_groups(shard, groups)
+            return [((shard, g), t) for g, t in zip(groups, tables, strict=True)]
+
+        def keep(item: tuple[tuple[int, int], pa.Table]) -> tuple[tuple[int, int], pa.Table]:
+            key, table = item
+            name: Group = (self.split, *key)
+            if cache is not None and name in kept:
+                table = self.decoder.decoded(table)
+                cache.put(name, table)
+            return key, table
+
+        read_groups = mapped_ahead(read, by_shard.items(), readers, _READ_THREADS)
+        flat = (pair for pairs in read_groups for pair in pairs)
+        return found | dict(mapped_ahead(keep, flat, decoders, self.options.threads))
+
+    def _decode(
+        self, read: Iterator[tuple[Piece, StoredRows]], decoders: ThreadPoolExecutor
+    ) -> Iterator[Batch]:
+        """Yield batches, while threads decode the next ones."""
+        depth = max(self.options.data.prefetch_batches, 1) * self._calls_per_batch
+
+        def calls() -> Iterator[tuple[Batch, StoredRows, np.ndarray, int, bool]]:
+            for piece, stored in read:
+                for batch, rows in self._unfilled(piece, stored):
+                    for first in range(0, len(rows), _ROWS_PER_CALL):
+                        some = rows[first : first + _ROWS_PER_CALL]
+                        yield batch, stored, some, first, first + len(some) == len(rows)
+
+        def fill(call: tuple[Batch, StoredRows, np.ndarray, int, bool]) -> Batch | None:
+            batch, stored, rows, first, last = call
+            self.decoder.fill(batch, stored, rows, first)
+            return batch if last else None
+
+        for batch in mapped_ahead(fill, calls(), decoders, depth):
+            # In order: a batch's last call comes back when all of its calls have.
+            if batch is not None:
+                yield batch
+
+    @property
+    def _calls_per_batch(self) -> int:
+        return -(-self.batch_size // _ROWS_PER_CALL)
+
+    def _unfilled(self, piece: Piece, stored: StoredRows) -> Iterator[tuple[Batch, np.ndarray]]:
+        """Yield the batches of a piece without their pixels, and the rows they are of."""
+        last = len(piece.batches_SB) - 1
+        for step, rows in enumerate(piece.batches_SB):
+            batch = self.decoder.batch(stored, rows)
+            if step == last and piece.num_filled:
+                batch[WEIGHT][-piece.num_filled :] = 0.0
+            yield batch, rows
+
+    # -- in Ray Data tasks ------------------------------------------------------------------------
+
+    def _by_tasks(self, pieces: Sequence[Piece]) -> Iterator[Batch]:
+        """Yield the batches of pieces from one Ray Data execution.
+
+        One for many epochs, since every new one costs its start-up again, and the first rows of the
+        next epoch are made ready while the last one is validated.
+        """
+        batches: Any = self._dataset(pieces).iter_batches(
+            batch_size=self.batch_size,
+            batch_format="numpy",
+            prefetch_batches=self.options.data.prefetch_batches,
+        )
+        yield from batches
+
+    def _dataset(self, pieces: Sequence[Piece]) -> "ray.data.Dataset":
+        """Return the dataset whose i-th task yields the batches of the i-th piece, in order."""
+        import ray.data
+        from ray.data import ExecutionResources
+
+        decoder, reader, unfilled = self.decoder, self.reader, self._unfilled
+
+        def run(items: Any) -> Iterator[Batch]:
+            for item in items["id"]:
+                piece = pieces[int(item)]
+                stored = reader.read(piece.ranges)
+                for batch, rows in unfilled(piece, stored):
+                    decoder.fill(batch, stored, rows)
+                    yield batch
+
+        count = len(pieces)
+        dataset = ray.data.range(count, override_num_blocks=count).map_batches(
+            run,
+            batch_size=None,
+            # A task that waits until its worker takes a batch would hold a CPU that another
+            # worker's task needs, while the workers wait for each other: so none is held, and the
+            # number of tasks is bounded instead.
+            num_cpus=0,
+            concurrency=min(_tasks_per_worker(self.num_workers), count),
+        )
+        context = dataset.context
+        context.execution_options.preserve_order = True
+        if (limit := self.options.data.object_store_memory) is not None:
+            context.execution_options.resource_limits = ExecutionResources(
+                object_store_memory=limit / self.num_workers
+            )
+        # Without this, Ray Data gathers 128 MiB of pixels before it hands over the first row.
+        context.target_max_block_size = _BLOCK_BYTES
+        context.enable_progress_bars = False
+        return dataset
 
 
-def decode(table: pa.Table, manifest: Manifest) -> Batch:
-    """Return the batch of some stored rows: pixels decoded, every weight 1.
-
-    Raises:
-        ValueError: if a stored image cannot be decoded or has another size, naming the row.
-    """
-    columns = [
-        table.column(name).to_numpy().astype(np.float32) for name in manifest.numeric_columns
-    ]
-    num_rows = table.num_rows
-    batch = {
-        NUMERIC: np.stack(columns, axis=1) if columns else np.empty((num_rows, 0), np.float32),
-        LABEL: table.column(LABEL).to_numpy().astype(np.float32)[:, None],
-        WEIGHT: np.ones((num_rows, 1), np.float32),
-    }
-    if IMAGE in table.column_names:
-        shape = (manifest.image.height, manifest.image.width, 3)
-        images = np.empty((num_rows, *shape), np.uint8)
-        for i, content in enumerate(table.column(IMAGE)):
-            try:
-                image = decode_stored(content.as_py())
-                if image.shape != shape:
-                    raise ValueError(f"its shape is {image.shape}, the manifest says {shape}")
-            except ValueError as error:
-                key = table.column(KEY)[i].as_py()
-                raise ValueError(
-                    f"the stored image of row {key!r} cannot be used: {error}; the prepared data "
-                    "is damaged, prepare it again"
-                ) from error
-            images[i] = image
-        batch[IMAGE] = images
-    return batch
-
-
-class TrainingFeed:
-    """The training batches of one worker, from a global step on.
+class TrainingFeed(_Feed):
+    """The training batches of one worker, from any global step on.
 
     Args:
         folder: prepared data.
@@ -107,8 +268,7 @@ class TrainingFeed:
         order: of its training rows.
         rank: of the worker.
         num_workers: that share the steps.
-        with_image: whether the model takes images.
-        prefetch_batches: to make ready ahead of the step.
+        options: how it works.
     """
 
     def __init__(
@@ -118,49 +278,31 @@ class TrainingFeed:
         order: TrainingOrder,
         rank: int,
         num_workers: int,
-        *,
-        with_image: bool,
-        prefetch_batches: int,
+        options: FeedOptions,
     ) -> None:
-        self.manifest, self.order = manifest, order
+        batch_size = order.global_batch_size // num_workers
+        super().__init__(folder, manifest, "train", batch_size, num_workers, options)
+        self.order = order
         self.lanes = order.lanes_of(rank, num_workers)
-        self.batch_size = order.global_batch_size // num_workers
-        self.prefetch_batches = prefetch_batches
-        self.num_tasks = _tasks_per_worker(num_workers)
-        self.reader = ShardReader(
-            folder, manifest.splits["train"].shards, stored_columns(manifest, with_image)
-        )
 
-    def batches(self, epochs: range) -> Iterator[Batch]:
-        """Yield the batches of whole epochs, one a step, from a single Ray Data execution.
+    def batches(self, start: int, stop: int) -> Generator[Batch]:
+        """Yield this worker's share of the global steps `start` to `stop` (exclusive)."""
+        return self._stream(self.pieces(start, stop))
 
-        One execution for many epochs, since every new one costs its start-up again, and the first
-        rows of the next epoch are made ready while the last one is validated.
-        """
-        windows = self.order.windows(epochs)
-        for start in range(0, len(windows), _TASKS_PER_EXECUTION):
-            yield from self._window_run(windows[start : start + _TASKS_PER_EXECUTION])
-
-    def _window_run(self, windows: Sequence[Window]) -> Iterator[Batch]:
-        dataset = _tasks(len(windows), lambda i: self.window_batches(windows[i]), self)
-        yield from _iterate(dataset, self.batch_size, self.prefetch_batches)
-
-    def window_batches(self, window: Window) -> Iterator[Batch]:
-        """Yield one window's batches: read, shuffle encoded rows, decode."""
-        ranges = [self.order.lane_rows(window, lane) for lane in self.lanes]
-        table = self.reader.read([r for lane in ranges for r in lane])
-        lane_rows = window.num_steps * self.order.rows_per_lane_step
-        steps_lanes = np.stack(
-            [i * lane_rows + self.order.shuffle(window, lane) for i, lane in enumerate(self.lanes)],
-            axis=1,
-        )
-        rows = steps_lanes.reshape(window.num_steps * self.batch_size)
-        block_rows = _block_rows(self.manifest, self.batch_size)
-        for start in range(0, len(rows), block_rows):
-            yield decode(table.take(pa.array(rows[start : start + block_rows])), self.manifest)
+    def pieces(self, start: int, stop: int) -> Iterator[Piece]:
+        """Yield the windows that these steps lie in; of a window all rows are read."""
+        for window in self.order.windows(start, stop):
+            ranges = [r for lane in self.lanes for r in self.order.lane_rows(window, lane)]
+            lane_rows = window.num_steps * self.order.rows_per_lane_step
+            steps_lanes = np.stack(
+                [i * lane_rows + self.order.shuffle(window, x) for i, x in enumerate(self.lanes)],
+                axis=1,
+            )
+            steps = steps_lanes.reshape(window.num_steps, self.batch_size)
+            yield Piece(ranges, steps[window.steps_to_take(start, stop)])
 
 
-class EvaluationFeed:
+class EvaluationFeed(_Feed):
     """One worker's share of a split in stored order, again and again, in batches of one size.
 
     Args: as of `TrainingFeed`, and
@@ -176,97 +318,54 @@ class EvaluationFeed:
         batch_size: int,
         rank: int,
         num_workers: int,
-        *,
-        with_image: bool,
-        prefetch_batches: int,
+        options: FeedOptions,
     ) -> None:
-        self.manifest, self.batch_size = manifest, batch_size
-        self.prefetch_batches = prefetch_batches
-        self.num_tasks = _tasks_per_worker(num_workers)
+        super().__init__(folder, manifest, split, batch_size, num_workers, options)
         info = manifest.splits[split]
         self.rows = evaluation_rows(info, rank, num_workers)
         """Places of the share's rows in the split."""
         self.num_batches = -(-len(self.rows) // batch_size)
         """Batches of one pass."""
-        block_rows = _block_rows(manifest, batch_size)
-        task_rows = max(1, _EVALUATION_TASK_ROWS // block_rows) * block_rows
-        self.tasks = [
-            stored_ranges(info, self.rows[start : start + task_rows])
-            for start in range(0, len(self.rows), task_rows)
+        piece_rows = max(1, _EVALUATION_PIECE_ROWS // batch_size) * batch_size
+        starts = range(0, len(self.rows), piece_rows)
+        self.pieces = [
+            _in_order(stored_ranges(info, self.rows[start : start + piece_rows]), batch_size)
+            for start in starts
         ]
-        self.reader = ShardReader(folder, info.shards, stored_columns(manifest, with_image))
+        """What one pass reads."""
 
-    def batches(self, passes: int = 1) -> Iterator[Batch]:
+    def batches(self, passes: int = 1) -> Generator[Batch]:
         """Yield every row of the share once a pass; weight 0 marks rows that only fill a batch."""
-        if not self.tasks:
-            return
-        count = len(self.tasks)
-        at_once = max(1, _TASKS_PER_EXECUTION // count)
-        for start in range(0, passes, at_once):
-            now = min(at_once, passes - start)
-            dataset = _tasks(count * now, lambda i: self.task_batches(i % count), self)
-            yield from _iterate(dataset, self.batch_size, self.prefetch_batches)
-
-    def task_batches(self, task: int) -> Iterator[Batch]:
-        """Yield the rows of one task, decoded and filled up to whole batches."""
-        table = self.reader.read(self.tasks[task])
-        block_rows = _block_rows(self.manifest, self.batch_size)
-        for start in range(0, table.num_rows, block_rows):
-            batch = decode(table.slice(start, block_rows), self.manifest)
-            missing = -len(batch[WEIGHT]) % self.batch_size
-            yield _padded(batch, missing) if missing else batch
+        return self._stream(piece for _ in range(passes) for piece in self.pieces)
 
 
-def _tasks(count: int, make: Any, feed: TrainingFeed | EvaluationFeed) -> "ray.data.Dataset":
-    """Return the dataset whose i-th task yields the batches `make(i)`, in order."""
-    import ray.data
+def _in_order(ranges: Sequence[RowRange], batch_size: int) -> Piece:
+    """Return the piece of some rows in their order, the last one repeated to fill a batch."""
+    num_rows = sum(r.num_rows for r in ranges)
+    num_batches = -(-num_rows // batch_size)
+    rows = np.minimum(np.arange(num_batches * batch_size), num_rows - 1)
+    return Piece(ranges, rows.reshape(num_batches, batch_size), len(rows) - num_rows)
 
-    def run(items: Any) -> Iterator[Any]:
-        for item in items["id"]:
-            yield from make(int(item))
 
-    dataset = ray.data.range(count, override_num_blocks=count).map_batches(
-        run,
-        batch_size=None,
-        # A task that waits until its worker takes a batch would hold a CPU that another worker's
-        # task needs, while the workers wait for each other: so none is held, and the number of
-        # tasks is bounded instead.
-        num_cpus=0,
-        concurrency=min(feed.num_tasks, count),
+def choose_decode(spec: DataSpec, use_gpu: bool) -> Decode:
+    """Return what `data.decode` means on this cluster: `workers` where it has nodes without GPUs.
+
+    There the CPUs beside the GPUs are few, and those of the other nodes are free.
+    """
+    if spec.decode != "auto":
+        return spec.decode
+    if not use_gpu or spec.cache not in ("auto", "none"):
+        return "trainer"
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return (
+        "workers" if any("GPU" not in node and node.get("CPU", 0) for node in nodes) else "trainer"
     )
-    context = dataset.context
-    context.execution_options.preserve_order = True
-    # Without this, Ray Data gathers 128 MiB of pixels before it hands over the first row.
-    context.target_max_block_size = _BLOCK_BYTES
-    context.enable_progress_bars = False
-    return dataset
-
-
-def _iterate(
-    dataset: "ray.data.Dataset", batch_size: int, prefetch_batches: int
-) -> Iterator[Batch]:
-    batches: Any = dataset.iter_batches(
-        batch_size=batch_size, batch_format="numpy", prefetch_batches=prefetch_batches
-    )
-    yield from batches
 
 
 def _tasks_per_worker(num_workers: int) -> int:
     import ray
 
     total = ray.cluster_resources().get("CPU", 1)
-    return max(1, min(_MAX_TASKS, int(total // num_workers) - 1))
-
-
-def _block_rows(manifest: Manifest, batch_size: int) -> int:
-    """Return the rows of as many whole batches as a block holds, one at least."""
-    row_bytes = manifest.image.height * manifest.image.width * 3
-    return max(1, _BLOCK_BYTES // (row_bytes * batch_size)) * batch_size
-
-
-def _padded(batch: Batch, missing: int) -> Batch:
-    filled = {
-        name: np.concatenate([v, np.repeat(v[-1:], missing, axis=0)]) for name, v in batch.items()
-    }
-    filled[WEIGHT][len(filled[WEIGHT]) - missing :] = 0.0
-    return filled
+    return max(1, min(_MAX_TASKS, math.floor(total / num_workers) - 1))

@@ -23,10 +23,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ray_jobs.batch import IMAGE, KEY, LABEL, NUMERIC
+from ray_jobs.batch import CATEGORY, IMAGE, INPUT_TYPES, KEY, LABEL, NUMERIC
 from ray_jobs.cli import JobError
 from ray_jobs.manifest import NAME as MANIFEST
 from ray_jobs.manifest import Manifest, read_manifest, require_shards
+from ray_jobs.rows import RowDecoder, StoredRows, bytes_column
 from ray_jobs.spec import InferenceSpec, Split
 from ray_jobs.storage import Folder
 
@@ -59,23 +60,27 @@ class TrainedRun:
     manifest: Manifest
     threshold: float
     """Probability from which a row counts as positive."""
-    input_names: tuple[str, ...]
-    """Inputs of the model: image, numeric or both."""
+    input_shapes: dict[str, tuple[int, ...]]
+    """Of a row, by the model's inputs, which are named as in `ray_jobs.batch`."""
 
     @property
     def takes_images(self) -> bool:
         """Whether the model looks at images."""
-        return IMAGE in self.input_names
+        return IMAGE in self.input_shapes
 
     @property
     def takes_numbers(self) -> bool:
-        """Whether the model looks at numbers."""
-        return NUMERIC in self.input_names
+        """Whether the model looks at numbers or categories."""
+        return NUMERIC in self.input_shapes or CATEGORY in self.input_shapes
 
     @property
-    def pixel_shape(self) -> tuple[int, int, int]:
-        """Height, width and channels of one image."""
-        return (self.manifest.image.height, self.manifest.image.width, 3)
+    def decoder(self) -> RowDecoder:
+        """What turns stored rows into the model's inputs."""
+        size = self.input_shapes[IMAGE][-2] if self.takes_images else None
+        manifest = self.manifest
+        if not self.takes_numbers:
+            manifest = manifest.model_copy(update={"numeric_columns": (), "vocabularies": ()})
+        return RowDecoder(manifest, with_image=self.takes_images, size=size)
 
 
 class Source(Protocol):
@@ -118,8 +123,13 @@ def open_run(path: str) -> TrainedRun:
             zipfile.ZipFile(file) as archive,
         ):
             config = json.loads(archive.read("config.json"))
-        input_names = tuple(config["config"]["network"]["config"]["input_layers"])
-    except (zipfile.BadZipFile, KeyError, ValueError) as error:
+        network = config["config"]["network"]["config"]
+        input_shapes = {
+            layer["config"]["name"]: tuple(layer["config"]["batch_shape"][1:])
+            for layer in network["layers"]
+            if layer["class_name"] == "InputLayer"
+        }
+    except (zipfile.BadZipFile, KeyError, TypeError, ValueError) as error:
         raise JobError(f"{folder}/{_MODEL} is damaged or no fusion model: {error}") from error
     try:
         threshold = float(folder.read_json(_SUMMARY)["decision_threshold"])
@@ -128,7 +138,7 @@ def open_run(path: str) -> TrainedRun:
     # The statistics are in the model. Without them the run is small enough to travel inside the
     # call that starts an actor; Ray warns of a larger one, which a restart could miss.
     manifest = read_manifest(folder).model_copy(update={"statistics": None})
-    return TrainedRun(folder, manifest, threshold, input_names)
+    return TrainedRun(folder, manifest, threshold, input_shapes)
 
 
 def require_fit(run: TrainedRun, manifest: Manifest, data: Folder) -> None:
@@ -141,9 +151,14 @@ def require_fit(run: TrainedRun, manifest: Manifest, data: Folder) -> None:
     trained = run.manifest
     if run.takes_numbers and manifest.numeric_columns != trained.numeric_columns:
         differences.append(_column_difference(manifest.numeric_columns, trained.numeric_columns))
-    if run.takes_images and manifest.image != trained.image:
-        sizes = [f"{m.image.width} × {m.image.height} pixels" for m in (manifest, trained)]
-        differences.append(f"its images have {sizes[0]}, the run's {sizes[1]}")
+    stored = [(m.image.names, m.image.width, m.image.height) for m in (manifest, trained)]
+    if run.takes_images and stored[0] != stored[1]:
+        shown = [_images_text(m) for m in (manifest, trained)]
+        differences.append(f"its images have {shown[0]}, the run's {shown[1]}")
+    categories = [[v.column for v in m.vocabularies] for m in (manifest, trained)]
+    if run.takes_numbers and not set(categories[1]) <= set(categories[0]):
+        absent = sorted(set(categories[1]) - set(categories[0]))
+        differences.append(f"it lacks the categorical columns {absent}")
     if manifest.positive_label != trained.positive_label:
         differences.append(
             f"its positive label is {manifest.positive_label!r}, the run's "
@@ -154,6 +169,12 @@ def require_fit(run: TrainedRun, manifest: Manifest, data: Folder) -> None:
             f"{data} does not fit the run in {run.folder}: {'; '.join(differences)}. Prepare it "
             f"by the rules that the run's {MANIFEST} holds"
         )
+
+
+def _images_text(manifest: Manifest) -> str:
+    image = manifest.image
+    names = f" ({', '.join(image.names)})" if image.names else ""
+    return f"{image.width} × {image.height} pixels{names}"
 
 
 def _column_difference(columns: Sequence[str], trained: Sequence[str]) -> str:
@@ -206,38 +227,40 @@ class PreparedSource:
     def read(self, task: pa.Table) -> Iterator[pa.Table]:
         """Yield the rows of some row groups; a stored image that is damaged becomes an error."""
         shard, row_groups = task["shard"][0].as_py(), task["row_groups"][0].as_py()
-        numeric = self.run.manifest.numeric_columns if self.run.takes_numbers else ()
-        columns = [KEY, LABEL, *([IMAGE] if self.run.takes_images else []), *numeric]
+        columns = self.run.decoder.columns
         try:
             file = self.folder.filesystem.open_input_file(self.folder.locate(shard))
             with pq.ParquetFile(file) as parquet:
                 for rows in parquet.iter_batches(
                     self.batch_rows, row_groups=row_groups, columns=columns, use_threads=False
                 ):
-                    yield self._decode(rows, shard)
+                    table = pa.Table.from_batches([rows])
+                    yield decoded_rows(self.run, table, [None] * table.num_rows, shard)
         except (OSError, pa.ArrowException) as error:
             raise JobError(
                 f"{self.folder}/{shard} cannot be read: {_first_line(error)}; the prepared data is "
                 "damaged, prepare it again"
             ) from error
 
-    def _decode(self, rows: pa.RecordBatch, shard: str) -> pa.Table:
-        errors: list[str | None] = [None] * rows.num_rows
-        images = numbers = None
-        if self.run.takes_images:
-            images = np.zeros((rows.num_rows, *self.run.pixel_shape), np.uint8)
-            for i, content in enumerate(rows.column(IMAGE)):
-                try:
-                    images[i] = stored_pixels(content.as_py(), self.run.pixel_shape)
-                except ValueError as error:
-                    errors[i] = f"the stored image in {shard} is damaged: {error}"
-        if self.run.takes_numbers:
-            names = self.run.manifest.numeric_columns
-            numbers = np.stack(
-                [rows.column(n).to_numpy(zero_copy_only=False).astype(np.float32) for n in names],
-                axis=1,
-            )
-        return model_rows(rows.column(KEY), rows.column(LABEL), errors, images, numbers)
+
+def decoded_rows(run: TrainedRun, rows: pa.Table, errors: list[str | None], place: str) -> pa.Table:
+    """Return rows as they are stored as a `Predictor` takes them.
+
+    Args:
+        run: whose model sees them.
+        rows: with the columns of a shard that the model needs.
+        errors: why a row cannot be used already, else None.
+        place: what an error text calls the file of an image that is damaged.
+    """
+    decoder, stored, every = run.decoder, StoredRows([rows]), np.arange(rows.num_rows)
+
+    def note(row: int, error: ValueError) -> None:
+        errors[row] = errors[row] or f"the stored image in {place} is damaged: {error}"
+
+    batch = decoder.batch(stored, every)
+    decoder.fill(batch, stored, every, on_error=note)
+    inputs = {name: batch[name] for name in run.input_shapes}
+    return model_rows(rows.column(KEY), rows.column(LABEL), errors, inputs)
 
 
 def rows_per_task(num_rows: int, spec: InferenceSpec) -> int:
@@ -246,28 +269,20 @@ def rows_per_task(num_rows: int, spec: InferenceSpec) -> int:
     return max(share // spec.batch_size, 1) * spec.batch_size
 
 
-def stored_pixels(content: bytes | None, shape: tuple[int, int, int]) -> np.ndarray:
-    """Return the pixels of a stored image.
-
-    Raises:
-        ValueError: if there is none, it cannot be decoded, or it is of another shape.
-    """
-    from ray_jobs.images import decode_stored
-
-    pixels = decode_stored(content or b"")
-    if pixels.shape != shape:
-        raise ValueError(f"its shape is {pixels.shape}, not {shape}")
-    return pixels
-
-
 def model_rows(
-    keys: pa.Array,
-    labels: pa.Array | None,
+    keys: pa.Array | pa.ChunkedArray,
+    labels: pa.Array | pa.ChunkedArray | None,
     errors: Sequence[str | None],
-    images_BHWC: np.ndarray | None,
-    numbers_BF: np.ndarray | None,
+    inputs: dict[str, np.ndarray],
 ) -> pa.Table:
-    """Return the table of some rows that a `Predictor` takes; a row with an error is not used."""
+    """Return the table of some rows that a `Predictor` takes; a row with an error is not used.
+
+    Args:
+        keys: of the rows.
+        labels: of the rows, if they have any.
+        errors: why a row cannot be used, else None.
+        inputs: of the model, by name, as in `ray_jobs.batch`.
+    """
     num_rows = len(errors)
     columns = {
         KEY: keys.cast(pa.string()),
@@ -276,15 +291,7 @@ def model_rows(
         _FAILURE: pa.nulls(num_rows, pa.string()),
     }
     # Ray's tensor columns would also do, but these are plain Arrow, and are never copied.
-    if images_BHWC is not None:
-        kind = pa.binary(int(np.prod(images_BHWC.shape[1:])))
-        pixels = pa.py_buffer(np.ascontiguousarray(images_BHWC, np.uint8))
-        columns[IMAGE] = pa.Array.from_buffers(kind, num_rows, [None, pixels])
-    if numbers_BF is not None:
-        kind = pa.binary(4 * numbers_BF.shape[1])
-        numbers = pa.py_buffer(np.ascontiguousarray(numbers_BF, np.float32))
-        columns[NUMERIC] = pa.Array.from_buffers(kind, num_rows, [None, numbers])
-    return pa.table(columns)
+    return pa.table(columns | {name: bytes_column(array) for name, array in inputs.items()})
 
 
 class Predictor:
@@ -314,10 +321,9 @@ class Predictor:
             self.failure = f"{run.folder}/{_MODEL} cannot be loaded: {_first_line(error)}"
             return
         self.shapes: dict[str, tuple[tuple[int, ...], Any]] = {
-            IMAGE: ((batch_size, *run.pixel_shape), np.uint8),
-            NUMERIC: ((batch_size, len(run.manifest.numeric_columns)), np.float32),
+            name: ((batch_size, *shape), INPUT_TYPES[name])
+            for name, shape in run.input_shapes.items()
         }
-        self.shapes = {name: self.shapes[name] for name in model.input_names}
         signature = {
             name: tf.TensorSpec(shape, kind)  # type: ignore[call-arg]
             for name, (shape, kind) in self.shapes.items()
@@ -430,7 +436,7 @@ def _dataset(run: TrainedRun, source: Source, spec: InferenceSpec) -> "ray.data.
     context = dataset.context
     context.execution_options.preserve_order = True
     # A block is a batch: larger ones would hold back the first rows, and starve other actors.
-    batch_bytes = batch_size * int(np.prod(run.pixel_shape)) if run.takes_images else 0
+    batch_bytes = batch_size * run.decoder.row_bytes
     context.target_max_block_size = max(batch_bytes, _LEAST_BLOCK_BYTES)
     context.enable_progress_bars = False
     return dataset
@@ -438,9 +444,10 @@ def _dataset(run: TrainedRun, source: Source, spec: InferenceSpec) -> "ray.data.
 
 def _unread(run: TrainedRun, text: str) -> pa.Table:
     """Return a row in which a task says what ends the job, in the shape of the others."""
-    images = np.zeros((1, *run.pixel_shape)) if run.takes_images else None
-    numbers = np.zeros((1, len(run.manifest.numeric_columns))) if run.takes_numbers else None
-    rows = model_rows(pa.nulls(1), None, [None], images, numbers)
+    inputs = {
+        name: np.zeros((1, *shape), INPUT_TYPES[name]) for name, shape in run.input_shapes.items()
+    }
+    rows = model_rows(pa.nulls(1), None, [None], inputs)
     at = rows.column_names.index(_FAILURE)
     return rows.set_column(at, _FAILURE, pa.array([text]))
 

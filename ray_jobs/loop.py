@@ -10,8 +10,9 @@ the others.
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,8 @@ from mm_model.fit import balanced_weights
 from mm_model.model import FusionModel, build_model
 from mm_model.optimizer import make_optimizer
 from ray_jobs import report
-from ray_jobs.batch import IMAGE, LABEL, NUMERIC, WEIGHT
+from ray_jobs.ahead import ahead
+from ray_jobs.batch import LABEL, WEIGHT
 from ray_jobs.checkpoint import (
     Arrays,
     LoopState,
@@ -33,10 +35,11 @@ from ray_jobs.checkpoint import (
     model_arrays,
     optimizer_arrays,
 )
-from ray_jobs.dataset import Batch, EvaluationFeed, TrainingFeed
+from ray_jobs.dataset import EvaluationFeed, FeedOptions, TrainingFeed
 from ray_jobs.manifest import Manifest
 from ray_jobs.metrics import validation_metrics
 from ray_jobs.order import TrainingOrder
+from ray_jobs.rows import Batch, RowDecoder
 from ray_jobs.spec import RunSpec
 from ray_jobs.storage import Folder
 
@@ -62,6 +65,16 @@ class Saved:
     model: Arrays
     optimizer: Arrays
     best: Arrays
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """One worker's batch as the steps take it."""
+
+    inputs: dict[str, tf.Tensor]
+    """By the names of the model's inputs, which are those of `ray_jobs.batch`."""
+    label_B1: tf.Tensor
+    weight_B1: tf.Tensor
 
 
 OnEpoch = Callable[[dict[str, Any], Callable[[], Saved]], None]
@@ -103,6 +116,7 @@ class Loop:
         place: of this worker.
         strategy: to compute under; a `MultiWorkerMirroredStrategy` by default, which reads
             `TF_CONFIG`.
+        feeding: how rows are fed; by default decoded in this process, without a cache.
 
     Raises:
         ValueError: if the strategy has other than one replica a worker, or the data is too small.
@@ -114,14 +128,16 @@ class Loop:
         manifest: Manifest,
         place: Place,
         strategy: tf.distribute.Strategy | None = None,
+        feeding: FeedOptions | None = None,
     ) -> None:
         self.spec, self.manifest, self.place = spec, manifest, place
+        self.feeding = feeding or FeedOptions(data=spec.data)
         self.folder = Folder(spec.data.prepared)
         self.order = TrainingOrder.of(
             manifest.splits["train"],
             spec.train.global_batch_size,
             spec.run.seed,
-            spec.data.shuffle_window_rows,
+            spec.data,
         )
         self.strategy = strategy or tf.distribute.MultiWorkerMirroredStrategy()
         if self.strategy.num_replicas_in_sync != place.num_workers:
@@ -218,9 +234,28 @@ class Loop:
             state, best = saved.state, saved.best
             post({"kind": "note", "text": f"going on after epoch {state.epoch}"})
         feed, validation = self._feeds()
-        # Both streams run through all epochs, since every start of one costs about a second.
-        batches = feed.batches(range(state.epoch, train.epochs))
-        validation_batches = validation.batches(train.epochs - state.epoch)
+        # Both streams run through all epochs, since every start of one costs its time, and the next
+        # epoch's first rows are made ready while the last one is validated.
+        last_step = self.order.steps_before(train.epochs)
+        batches = self._on_device(feed.batches(state.step, last_step))
+        validation_batches = self._on_device(validation.batches(train.epochs - state.epoch))
+        try:
+            return self._run(state, best, batches, validation, validation_batches, on_epoch, post)
+        finally:
+            batches.close()
+            validation_batches.close()
+
+    def _run(
+        self,
+        state: LoopState,
+        best: Arrays,
+        batches: Iterator[Tensors],
+        validation: EvaluationFeed,
+        validation_batches: Iterator[Tensors],
+        on_epoch: OnEpoch,
+        post: "Poster",
+    ) -> Outcome:
+        train = self.spec.train
         while state.epoch < train.epochs and not self._out_of_patience(state):
             record = self._train_epoch(state, batches, post)
             logits_NM, label_N = self.validate(validation, validation_batches)
@@ -241,20 +276,25 @@ class Loop:
         return Outcome(state, variables, best["head_logits"], best["label"])
 
     def _feeds(self) -> tuple[TrainingFeed, EvaluationFeed]:
-        where: dict[str, Any] = {
-            "rank": self.place.rank,
-            "num_workers": self.place.num_workers,
-            "with_image": "image" in self.model.input_names,
-            "prefetch_batches": self.spec.data.prefetch_batches,
-        }
+        place = self.place.rank, self.place.num_workers
+        options = replace(self.feeding, with_image="image" in self.model.input_names)
         batch_size = self.spec.train.per_worker_batch_size
         return (
-            TrainingFeed(self.folder, self.manifest, self.order, **where),
-            EvaluationFeed(self.folder, self.manifest, "validation", batch_size, **where),
+            TrainingFeed(self.folder, self.manifest, self.order, *place, options),
+            EvaluationFeed(self.folder, self.manifest, "validation", batch_size, *place, options),
         )
 
+    def _on_device(self, batches: Generator[Batch]) -> Generator[Tensors]:
+        """Yield batches as tensors, on the device before the step asks for them."""
+
+        def tensors() -> Iterator[Tensors]:
+            with closing(batches):
+                yield from map(self.tensors, batches)
+
+        return ahead(tensors(), self.spec.data.prefetch_batches)
+
     def _train_epoch(
-        self, state: LoopState, batches: Iterator[Batch], post: "Poster"
+        self, state: LoopState, batches: Iterator[Tensors], post: "Poster"
     ) -> dict[str, Any]:
         epoch, num_steps = state.epoch, self.order.num_steps(state.epoch)
         self._seed_epoch(epoch)
@@ -264,7 +304,7 @@ class Loop:
             asked = time.monotonic()
             batch = next(batches)
             wait_s += time.monotonic() - asked
-            loss = self.train_step(*self.tensors(batch))
+            loss = self.train_step(batch.inputs, batch.label_B1, batch.weight_B1)
             total += loss
             if time.monotonic() - shown > _STEP_EVENT_S:
                 shown = time.monotonic()
@@ -296,40 +336,35 @@ class Loop:
         }
 
     def validate(
-        self, feed: EvaluationFeed, batches: Iterator[Batch]
+        self, feed: EvaluationFeed, batches: Iterator[Tensors]
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return head logits (N, M) and labels (N,) of all validation rows, on every rank.
 
         Args:
             feed: of this worker's share.
-            batches: of the feed, at the beginning of a pass.
+            batches: of the feed, as tensors, at the beginning of a pass.
         """
         num_rows = self.manifest.splits["validation"].num_rows
         num_heads = len(self.model.heads)
         rows = np.zeros((num_rows, num_heads + 1), np.float32)
         at = feed.rows.start
         for batch in islice(batches, feed.num_batches):
-            inputs, _, _ = self.tensors(batch)
-            logits = self.evaluate_step(inputs).numpy()
-            real = batch[WEIGHT][:, 0] > 0
+            logits = self.evaluate_step(batch.inputs).numpy()
+            real = batch.weight_B1.numpy()[:, 0] > 0
             stop = at + int(real.sum())
             rows[at:stop, :num_heads] = logits[real]
-            rows[at:stop, num_heads] = batch[LABEL][real, 0]
+            rows[at:stop, num_heads] = batch.label_B1.numpy()[real, 0]
             at = stop
         # Every worker fills its own rows and leaves the others 0, so their sum is all rows.
         rows = self._sum(tf.constant(rows)).numpy()
         return rows[:, :num_heads], rows[:, num_heads]
 
-    def tensors(self, batch: Batch) -> tuple[dict[str, tf.Tensor], tf.Tensor, tf.Tensor]:
-        """Return inputs, labels and row weights of a batch; class weights are in the weights."""
-        inputs = {
-            name: tf.convert_to_tensor(batch[column])
-            for name, column in (("image", IMAGE), ("numeric", NUMERIC))
-            if name in self.model.input_names
-        }
+    def tensors(self, batch: Batch) -> Tensors:
+        """Return a batch as tensors; class weights are in the weights."""
+        inputs = {name: tf.convert_to_tensor(batch[name]) for name in self.model.input_names}
         by_class = np.where(batch[LABEL] > 0.5, self.class_weight[1], self.class_weight[0])
         weight = (batch[WEIGHT] * by_class).astype(np.float32)
-        return inputs, tf.convert_to_tensor(batch[LABEL]), tf.convert_to_tensor(weight)
+        return Tensors(inputs, tf.convert_to_tensor(batch[LABEL]), tf.convert_to_tensor(weight))
 
     # -- decisions, from numbers that all workers hold alike --------------------------------------
 
@@ -388,5 +423,5 @@ class Loop:
 
 def new_model(spec: RunSpec, manifest: Manifest) -> FusionModel:
     """Return the untrained model of a run."""
-    shape = (manifest.image.height, manifest.image.width, 3)
-    return build_model(spec.model, manifest.statistics, shape)
+    decoder = RowDecoder(manifest, with_image=True, size=spec.data.image_size)
+    return build_model(spec.model, manifest.statistics, decoder.row_shape)

@@ -18,6 +18,7 @@ import numpy as np
 
 from ray_jobs.batch import num_lanes
 from ray_jobs.manifest import SplitInfo
+from ray_jobs.spec import DataSpec
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,13 @@ class Window:
     first_step: int
     """Step in the epoch that the window begins with."""
     num_steps: int
+    epoch_step: int
+    """Global step that the epoch begins with."""
+
+    def steps_to_take(self, start: int, stop: int) -> slice:
+        """Return which of the window's steps lie in the global steps `start` to `stop`."""
+        first = self.epoch_step + self.first_step
+        return slice(max(start - first, 0), max(stop - first, 0))
 
 
 class TrainingOrder:
@@ -86,11 +94,12 @@ class TrainingOrder:
 
     @classmethod
     def of(
-        cls, split: SplitInfo, global_batch_size: int, seed: int, window_rows: int
+        cls, split: SplitInfo, global_batch_size: int, seed: int, data: DataSpec
     ) -> "TrainingOrder":
-        """Return the order of a split in a manifest."""
+        """Return the order of a split in a manifest; windows as `data` bounds them."""
         row_groups = [shard.row_groups for shard in split.shards]
-        return cls(row_groups, global_batch_size, seed, window_rows)
+        row_bytes = max(sum(shard.num_bytes for shard in split.shards) / max(split.num_rows, 1), 1)
+        return cls(row_groups, global_batch_size, seed, data.window_rows(row_bytes))
 
     def steps_before(self, epoch: int) -> int:
         """Return the number of steps in all epochs before this one."""
@@ -100,13 +109,27 @@ class TrainingOrder:
         """Return the number of steps in one epoch; it varies by one."""
         return self.steps_before(epoch + 1) - self.steps_before(epoch)
 
-    def windows(self, epochs: range) -> list[Window]:
-        """Return the windows of some epochs, in order."""
-        return [
-            Window(e, i, first, min(self.steps_per_window, self.num_steps(e) - first))
-            for e in epochs
-            for i, first in enumerate(range(0, self.num_steps(e), self.steps_per_window))
-        ]
+    def epoch_of(self, step: int) -> int:
+        """Return the epoch that a global step is of."""
+        epoch = step * self.global_batch_size // self.num_rows
+        # Rows left over open the next epoch, so its first step may begin in the one before.
+        return epoch + (self.steps_before(epoch + 1) <= step)
+
+    def windows(self, start: int, stop: int) -> Iterator[Window]:
+        """Yield the windows that the global steps `start` to `stop` (exclusive) lie in, in order.
+
+        A window is the same whichever of its steps are asked for: going on in the middle of one
+        reads it again, and nothing before.
+        """
+        step = start
+        while step < stop:
+            epoch = self.epoch_of(step)
+            epoch_step = self.steps_before(epoch)
+            index = (step - epoch_step) // self.steps_per_window
+            first = index * self.steps_per_window
+            num_steps = min(self.steps_per_window, self.num_steps(epoch) - first)
+            yield Window(epoch, index, first, num_steps, epoch_step)
+            step = epoch_step + first + num_steps
 
     def lane_rows(self, window: Window, lane: int) -> list[RowRange]:
         """Return the rows of one lane in one window, before the shuffle."""

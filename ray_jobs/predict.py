@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ray_jobs import cli, cluster, inference
-from ray_jobs.batch import KEY, LABEL, NUMERIC
+from ray_jobs.batch import IMAGE, KEY, LABEL
 from ray_jobs.cli import JobError
 from ray_jobs.images import BadImage, prepare_image
 from ray_jobs.inference import ERROR, PROBABILITY, TrainedRun
@@ -199,11 +199,15 @@ class RawSource:
         ]
         self.num_rows = len(errors)
         self.task_rows = inference.rows_per_task(self.num_rows, spec)
-        keys = pa.array(rows.keys, pa.string())
-        numbers = rows.numeric_RF if run.takes_numbers else None
-        self.rows: pa.Table | None = inference.model_rows(
-            keys, None, errors, None, numbers
-        ).append_column(_PATH, pa.array(rows.image_paths, pa.string()))
+        columns = {
+            KEY: pa.array(rows.keys, pa.string()),
+            LABEL: pa.nulls(self.num_rows, pa.int8()),
+            ERROR: pa.array(errors, pa.string()),
+            _PATH: pa.array(rows.image_paths, pa.string()),
+        }
+        for name, numbers in zip(rules.numeric_columns or (), rows.numeric_RF.T, strict=True):
+            columns[name] = pa.array(numbers, from_pandas=True)
+        self.rows: pa.Table | None = pa.table(columns)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the rows behind: every task is handed its own."""
@@ -217,43 +221,34 @@ class RawSource:
 
     def read(self, task: pa.Table) -> Iterator[pa.Table]:
         """Yield the rows of one task, with pixels where the model looks at images."""
-        if self.image_folder is None:
-            yield task.drop_columns([_PATH])
-            return
-        for start in range(0, task.num_rows, _READ_ROWS):
-            yield self._with_pixels(task.slice(start, _READ_ROWS), self.image_folder)
-
-    def _with_pixels(self, rows: pa.Table, folder: Folder) -> pa.Table:
-        images = np.zeros((rows.num_rows, *self.run.pixel_shape), np.uint8)
-        errors: list[str | None] = rows[ERROR].to_pylist()
-
-        def fill(i: int, path: str) -> None:
-            if errors[i] is None:
-                try:
-                    images[i] = self._pixels(folder, path)
-                except BadImage as error:
-                    errors[i] = str(error)
-
         # Threads hide the latency of a store.
         with ThreadPoolExecutor(_READ_ROWS) as threads:
-            list(threads.map(fill, range(rows.num_rows), rows[_PATH].to_pylist()))
-        filled = inference.model_rows(rows[KEY], rows[LABEL], errors, images, None)
-        return filled.append_column(NUMERIC, rows[NUMERIC]) if self.run.takes_numbers else filled
+            for start in range(0, task.num_rows, _READ_ROWS):
+                rows = task.slice(start, _READ_ROWS)
+                errors: list[str | None] = rows[ERROR].to_pylist()
+                if self.image_folder is not None:
+                    stored = list(threads.map(self._stored, rows[_PATH].to_pylist(), errors))
+                    for i, image in enumerate(stored):
+                        errors[i] = str(image) if isinstance(image, BadImage) else errors[i]
+                    images = [b"" if isinstance(i, BadImage) else i for i in stored]
+                    rows = rows.append_column(IMAGE, pa.array(images, pa.binary()))
+                yield inference.decoded_rows(self.run, rows, errors, "memory")
 
-    def _pixels(self, folder: Folder, path: str) -> np.ndarray:
-        """Return the pixels of a file, by way of the very bytes that `prepare` would store."""
+    def _stored(self, path: str, error: str | None) -> bytes | BadImage:
+        """Return the very bytes that `prepare` would store, empty for a row with an error."""
+        if error is not None or self.image_folder is None:
+            return b""
         rules = self.run.manifest.prepare
         try:
-            stored = prepare_image(
-                read_image(folder, path),
+            return prepare_image(
+                read_image(self.image_folder, path),
                 self.run.manifest.image.width,
                 rules.aspect,
                 rules.jpeg_quality,
                 rules.max_image_pixels,
             )
-        except BadImage as error:
-            raise BadImage(error.reason, f"{path}: {error.detail}") from error
-        return inference.stored_pixels(stored, self.run.pixel_shape)
+        except BadImage as bad:
+            return BadImage(bad.reason, f"{path}: {bad.detail}")
 
 
 def _rules(run: TrainedRun, spec: PredictSpec) -> tuple[PrepareSpec, str | None]:

@@ -122,9 +122,43 @@ class DataSpec(Spec):
     image_size: PositiveInt | None = None
     """Side in pixels at which the model takes images; by default as they are stored."""
     shuffle_window_rows: PositiveInt = 2048
-    """Rows that are shuffled together, beyond the shuffle of row groups; bounds a task's memory."""
+    """Rows that are shuffled together, beyond the shuffle of row groups; fewer where they would
+    not fit in `buffer_bytes`."""
+    buffer_bytes: PositiveInt = 1 << 30
+    """Bytes of stored rows, encoded, that all workers together hold while they shuffle and read
+    ahead."""
+    decode: Literal["auto", "workers", "trainer"] = "auto"
+    """Where images are decoded: in threads of the training processes, or in Ray Data tasks, also on
+    nodes without GPUs; auto takes those tasks where there are such nodes."""
+    cache: Literal["auto", "none", "object_store", "disk"] = "auto"
+    """Where decoded rows are kept across epochs: in Ray's shared memory, or on the nodes' disks;
+    auto keeps them where all of training and validation fit in `cache_bytes`."""
+    cache_bytes: NonNegativeInt = 1 << 30
+    """Most bytes of decoded rows that are kept; the rest is decoded anew each epoch."""
+    object_store_memory: PositiveInt | None = None
+    """Bytes of Ray's shared memory: of the local Ray that the job starts, and on a cluster the most
+    that its rows take; by default Ray's own share, 30 % of the memory."""
     prefetch_batches: NonNegativeInt = 2
-    """Batches that are made ready ahead of the step, on each worker."""
+    """Batches that are made ready ahead of the step, on each worker, the next one on its device."""
+
+    @model_validator(mode="after")
+    def _cache_where_rows_are_decoded(self) -> Self:
+        if self.decode == "workers" and self.cache not in ("auto", "none"):
+            raise ValueError(
+                f"cache={self.cache} keeps what the training processes decode, and decode=workers "
+                "leaves that to tasks; set decode=trainer, or cache=none"
+            )
+        return self
+
+    def window_rows(self, row_bytes: float) -> int:
+        """Return the rows of a shuffle window.
+
+        Args:
+            row_bytes: of a stored row, on the average.
+        """
+        # One window is decoded while the next is read, and both hold the row groups whole that
+        # they begin and end in, which can double them.
+        return max(1, min(self.shuffle_window_rows, int(self.buffer_bytes / (4 * row_bytes))))
 
 
 class TrainSpec(OptimizerSpec):

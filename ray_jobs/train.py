@@ -8,13 +8,16 @@ Run:   python -m ray_jobs.train ray_jobs/specs/houses.yaml --run.name first
 """
 
 import json
+import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_jobs import cli, cluster, report
+from ray_jobs.batch import INPUT_TYPES
 from ray_jobs.cli import JobError
 from ray_jobs.environment import describe_environment
 from ray_jobs.manifest import Manifest, read_manifest, require_shards
@@ -31,7 +34,10 @@ CHECKPOINTS = "checkpoints"
 SPEC = "run.yaml"
 SUMMARY = "summary.json"
 
-_SAME_RUN = ("run.seed", "data.shuffle_window_rows", "model", "train")
+_SAME_RUN = (
+    "run.seed", "data.image_size", "data.shuffle_window_rows", "data.buffer_bytes",
+    "model", "train",
+)  # fmt: skip
 """Parts of a spec in which a resumed run must agree with the one it goes on from, with its data."""
 _MAY_DIFFER = (
     "num_workers", "use_gpu", "cpus_per_worker", "resources_per_worker", "max_failures",
@@ -62,11 +68,12 @@ def fit(spec: RunSpec, callbacks: Sequence["UserCallback"] = ()) -> dict[str, An
         num_cpus=train.num_workers * train.cpus_per_worker,
         num_gpus=train.num_workers if train.use_gpu else 0,
         worker_logs=spec.run.worker_logs,
+        object_store_memory=spec.data.object_store_memory,
     ):
         board = report.make_board()
         title = _title(spec, manifest, folder)
-        with report.shown(board, title):
-            _fit_workers(spec, folder, board, callbacks)
+        with report.shown(board, title), _feeding(spec, manifest) as feeding:
+            _fit_workers(spec, folder, {"board": board, **feeding}, callbacks)
     summary = folder.read_json(SUMMARY)
     _print_summary(summary, folder)
     return summary
@@ -85,7 +92,7 @@ def require_trainable(spec: RunSpec, manifest: Manifest) -> None:
             "it with some"
         )
     train = manifest.splits["train"]
-    TrainingOrder.of(train, spec.train.global_batch_size, spec.run.seed, window_rows=1)
+    TrainingOrder.of(train, spec.train.global_batch_size, spec.run.seed, spec.data)
     require_shards(Folder(spec.data.prepared), manifest)
 
 
@@ -141,8 +148,33 @@ def _part(tree: dict[str, Any], path: str) -> Any:
     return value
 
 
+@contextmanager
+def _feeding(spec: RunSpec, manifest: Manifest) -> Iterator[dict[str, Any]]:
+    """Hold what all workers' feeds share, decided once for all of them."""
+    import ray
+
+    from ray_jobs.cache import choose_kind, make_index
+    from ray_jobs.dataset import choose_decode
+    from ray_jobs.rows import RowDecoder
+
+    decode, kind = choose_decode(spec.data, spec.train.use_gpu), "none"
+    if decode == "trainer" and spec.model.image.kind != "none":
+        row_bytes = RowDecoder(manifest, with_image=True, size=spec.data.image_size).row_bytes
+        object_store = ray.cluster_resources().get("object_store_memory", 0)
+        kind = choose_kind(spec.data, manifest, row_bytes, object_store)
+    index = make_index() if kind == "object_store" else None
+    try:
+        yield {"decode": decode, "cache": kind, "index": index}
+    finally:
+        if index is not None:
+            ray.kill(index)
+
+
 def _fit_workers(
-    spec: RunSpec, folder: Folder, board: Any, callbacks: Sequence["UserCallback"]
+    spec: RunSpec,
+    folder: Folder,
+    shared: dict[str, Any],
+    callbacks: Sequence["UserCallback"],
 ) -> None:
     from ray.exceptions import RayError
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
@@ -155,7 +187,7 @@ def _fit_workers(
         # Not bound to a name: a frame that an exception keeps would keep the controller alive.
         KerasTrainer(
             train_on_worker,
-            train_loop_config={"spec": spec.model_dump(mode="json"), "board": board},
+            train_loop_config={"spec": spec.model_dump(mode="json"), **shared},
             scaling_config=ScalingConfig(
                 num_workers=train.num_workers,
                 use_gpu=train.use_gpu,
@@ -196,10 +228,16 @@ def _reason(failure: BaseException) -> str:
 
 
 def train_on_worker(config: dict[str, Any]) -> None:
-    """Run the loop on one Ray worker: checkpoints to Ray, history and model to the run folder."""
+    """Run the loop on one Ray worker: checkpoints to Ray, history and model to the run folder.
+
+    Args:
+        config: `spec`; `board` for progress; `decode`, `cache` and `index` of the feed.
+    """
     import ray.train
 
+    from ray_jobs.cache import open_cache
     from ray_jobs.checkpoint import read_checkpoint, write_checkpoint
+    from ray_jobs.dataset import FeedOptions
     from ray_jobs.loop import Loop, Place, Saved, set_devices
 
     spec = RunSpec.model_validate(config["spec"])
@@ -214,7 +252,15 @@ def train_on_worker(config: dict[str, Any]) -> None:
         if first:
             board.post.remote(event)
 
-    loop = Loop(spec, read_manifest(folder), place)
+    manifest = read_manifest(folder)
+    cache = open_cache(config["cache"], manifest, spec.data.image_size, config["index"])
+    feeding = FeedOptions(
+        data=spec.data,
+        decode=config["decode"],
+        threads=max(math.ceil(spec.train.cpus_per_worker), 1),
+        cache=cache,
+    )
+    loop = Loop(spec, manifest, place, feeding=feeding)
     checkpoint = ray.train.get_checkpoint()
     saved = None
     if checkpoint is not None:
@@ -238,6 +284,8 @@ def train_on_worker(config: dict[str, Any]) -> None:
 
     started = time.monotonic()
     outcome = loop.run(on_epoch, post, saved)
+    if cache is not None:
+        cache.close()
     if first:
         post({"kind": "note", "text": "writing the best model, calibrated"})
         finish(loop, outcome, folder, time.monotonic() - started)
@@ -271,7 +319,7 @@ def finish(loop: "Loop", outcome: "Outcome", folder: Folder, train_s: float) -> 
     threshold = choose_threshold(label_N, probability_N, spec.train.decision_threshold)
     with tempfile.TemporaryDirectory() as path:
         model.save(f"{path}/model.keras")
-        export_saved_model(model, loop.manifest, f"{path}/saved_model")
+        export_saved_model(model, f"{path}/saved_model")
         folder.delete("model")
         folder.upload(path, "model")
     state = outcome.state
@@ -297,18 +345,14 @@ def finish(loop: "Loop", outcome: "Outcome", folder: Folder, train_s: float) -> 
     return summary
 
 
-def export_saved_model(model: Any, manifest: Manifest, path: str) -> None:
-    """Write a TensorFlow SavedModel: `serve(image uint8, numeric float32)` → probability."""
+def export_saved_model(model: Any, path: str) -> None:
+    """Write a TensorFlow SavedModel: `serve(image uint8, numeric float32, …)` → probability."""
     import keras
     import tensorflow as tf
 
-    shapes = {
-        "image": ((None, manifest.image.height, manifest.image.width, 3), tf.uint8),
-        "numeric": ((None, len(manifest.numeric_columns)), tf.float32),
-    }
     signature = {
-        name: tf.TensorSpec(*shapes[name], name=name)  # type: ignore[call-arg]
-        for name in model.input_names
+        name: tf.TensorSpec(tensor.shape, INPUT_TYPES[name], name=name)  # type: ignore[call-arg]
+        for name, tensor in model.network.input.items()
     }
     archive: Any = keras.export.ExportArchive()
     archive.track(model)
@@ -348,7 +392,8 @@ def _title(spec: RunSpec, manifest: Manifest, folder: Folder) -> str:
     model, train = spec.model, spec.train
     inputs = []
     if model.image.kind != "none":
-        inputs.append(f"{model.image.kind} at {manifest.image.width} px")
+        size = spec.data.image_size or manifest.image.width
+        inputs.append(f"{model.image.kind} at {size} px")
     if model.numeric.kind != "none":
         inputs.append(f"{len(manifest.numeric_columns)} numbers")
     workers = "1 worker" if train.num_workers == 1 else f"{train.num_workers} workers"

@@ -1,3 +1,5 @@
+import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -10,19 +12,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from ray_jobs.batch import IMAGE, LABEL, NUMERIC, WEIGHT
-from ray_jobs.dataset import (
-    Batch,
-    EvaluationFeed,
-    ShardReader,
-    TrainingFeed,
-    decode,
-    stored_columns,
-)
+from ray_jobs.cache import choose_kind, make_index, open_cache
+from ray_jobs.dataset import EvaluationFeed, FeedOptions, TrainingFeed, choose_decode
 from ray_jobs.images import decode_stored
 from ray_jobs.manifest import Manifest
-from ray_jobs.order import RowRange, TrainingOrder
+from ray_jobs.order import TrainingOrder
+from ray_jobs.rows import Batch
+from ray_jobs.spec import DataSpec
 from ray_jobs.storage import Folder
-from tests.ray_jobs.tiny import COLUMNS, ROW, write_prepared
+from tests.ray_jobs.tiny import COLUMNS, ROW, with_image, write_prepared
 
 SIZE = 16
 COUNTS = {"train": 53, "validation": 22, "test": 3}
@@ -53,25 +51,30 @@ def stored(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def order_of(manifest: Manifest, batch_size: int = 8, window_rows: int = 16) -> TrainingOrder:
-    return TrainingOrder.of(manifest.splits["train"], batch_size, 0, window_rows)
+    data = DataSpec(shuffle_window_rows=window_rows)
+    return TrainingOrder.of(manifest.splits["train"], batch_size, 0, data)
 
 
 def training_feed(
-    folder: Path, manifest: Manifest, rank: int = 0, num_workers: int = 1, **options: Any
-) -> TrainingFeed:
-    options = {"with_image": True, "prefetch_batches": 2, **options}
-    order = options.pop("order", None) or order_of(manifest)
-    return TrainingFeed(Folder(folder), manifest, order, rank, num_workers, **options)
+    folder: Path, manifest: Manifest, rank: int = 0, num_workers: int = 1,
+    order: TrainingOrder | None = None, **options: Any,
+) -> TrainingFeed:  # fmt: skip
+    order = order or order_of(manifest)
+    return TrainingFeed(Folder(folder), manifest, order, rank, num_workers, FeedOptions(**options))
 
 
 def evaluation_feed(
     folder: Path, manifest: Manifest, split: Any = "validation", batch_size: int = 4,
-    rank: int = 0, num_workers: int = 1, with_image: bool = True,
+    rank: int = 0, num_workers: int = 1, **options: Any,
 ) -> EvaluationFeed:  # fmt: skip
     return EvaluationFeed(
-        Folder(folder), manifest, split, batch_size, rank, num_workers,
-        with_image=with_image, prefetch_batches=2,
-    )  # fmt: skip
+        Folder(folder), manifest, split, batch_size, rank, num_workers, FeedOptions(**options)
+    )
+
+
+def of_epochs(feed: TrainingFeed, epochs: range) -> Iterator[Batch]:
+    first, last = (feed.order.steps_before(epoch) for epoch in (epochs.start, epochs.stop))
+    return feed.batches(first, last)
 
 
 def ordered_rows(
@@ -84,7 +87,8 @@ def ordered_rows(
             places[shard, group] = first
             first += rows
     found = []
-    for window in order.windows(epochs):
+    first_step, last_step = (order.steps_before(epoch) for epoch in (epochs.start, epochs.stop))
+    for window in order.windows(first_step, last_step):
         lanes = [
             [places[r.shard, r.group] + i for r in order.lane_rows(window, lane)
              for i in range(r.start, r.stop)]
@@ -126,90 +130,24 @@ def assert_keeps_the_contract(batch: Batch, num_rows: int, with_image: bool = Tr
     assert {name: (v.shape, v.dtype) for name, v in batch.items()} == expected
 
 
-# -- reading and decoding, without Ray ------------------------------------------------------------
-
-
-def test_a_reader_returns_ranges_in_their_order_and_a_row_group_for_each(folder, manifest):
-    reader = ShardReader(Folder(folder), manifest.splits["train"].shards, ["key"])
-    ranges = [RowRange(2, 1, 3, 5), RowRange(0, 0, 0, 2), RowRange(2, 1, 0, 1)]
-    assert reader.read(ranges).column("key").to_pylist() == [
-        "train-48", "train-49", "train-0", "train-1", "train-45",
-    ]  # fmt: skip
-
-
-def test_a_decoded_batch_keeps_the_contract_and_marks_missing_numbers_by_nan(
-    folder, manifest, stored
-):
-    table = ShardReader(
-        Folder(folder), manifest.splits["train"].shards, stored_columns(manifest)
-    ).read([RowRange(0, group, 0, 5) for group in range(4)])
-    batch = decode(table, manifest)
-    assert_keeps_the_contract(batch, 20)
-    assert_is_stored(batch, stored["train"])
-    assert np.isnan(batch[NUMERIC]).any()
-    assert (batch[WEIGHT] == 1).all()
-
-
-def test_a_model_without_images_reads_none(folder, manifest):
-    columns = stored_columns(manifest, with_image=False)
-    assert "image" not in columns
-    table = ShardReader(Folder(folder), manifest.splits["test"].shards, columns).read(
-        [RowRange(0, 0, 0, 3)]
-    )
-    assert_keeps_the_contract(decode(table, manifest), 3, with_image=False)
-
-
-def test_data_without_numbers_gives_an_array_of_no_columns(folder, manifest):
-    bare = manifest.model_copy(update={"numeric_columns": ()})
-    table = ShardReader(Folder(folder), manifest.splits["test"].shards, stored_columns(bare)).read(
-        [RowRange(0, 0, 0, 3)]
-    )
-    batch = decode(table, bare)
-    assert (batch[NUMERIC].shape, batch[NUMERIC].dtype) == ((3, 0), np.float32)
-
-
-def with_image(table: pa.Table, row: int, content: bytes) -> pa.Table:
-    images = table.column("image").to_pylist()
-    images[row] = content
-    return table.set_column(table.column_names.index("image"), "image", pa.array(images))
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"), [(b"", "0 bytes"), (b"no image", "8 bytes"), (b"\xff\xd8\xff", "3 b")]
-)
-def test_a_damaged_stored_image_names_its_row_and_the_remedy(folder, manifest, content, reason):
-    table = with_image(pq.read_table(folder / "test/part-00000.parquet"), 1, content)
-    message = (
-        rf"the stored image of row 'test-1' cannot be used: {reason}.*the prepared data is "
-        "damaged, prepare it again"
-    )
-    with pytest.raises(ValueError, match=message):
-        decode(table, manifest)
-
-
-def test_a_stored_image_of_another_size_names_its_row_and_both_sizes(folder, manifest):
-    other = manifest.model_copy(update={"image": manifest.image.model_copy(update={"width": 12})})
-    message = (
-        r"row 'test-0' cannot be used: its shape is \(16, 16, 3\), the manifest says \(16, 12, 3\)"
-    )
-    with pytest.raises(ValueError, match=message):
-        decode(pq.read_table(folder / "test/part-00000.parquet"), other)
-
-
 # -- training -------------------------------------------------------------------------------------
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 
 
+both_ways = pytest.mark.parametrize("decode", ["trainer", "workers"])
+
+
+@both_ways
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_training_batches_are_those_of_the_order_over_several_epochs(
-    folder, manifest, stored, num_workers
+    folder, manifest, stored, num_workers, decode
 ):
     order, epochs = order_of(manifest), range(1, 4)
     shares = []
     for rank in range(num_workers):
-        feed = training_feed(folder, manifest, rank, num_workers, order=order)
-        batches = list(feed.batches(epochs))
+        feed = training_feed(folder, manifest, rank, num_workers, order, decode=decode, threads=2)
+        batches = list(of_epochs(feed, epochs))
         for batch in batches:
             assert_keeps_the_contract(batch, 8 // num_workers)
             assert_is_stored(batch, stored["train"])
@@ -225,47 +163,98 @@ def test_training_batches_are_those_of_the_order_over_several_epochs(
     assert set(counts.values()) <= {2, 3, 4}
 
 
-def test_blocks_of_several_steps_keep_the_order(folder, manifest, monkeypatch):
-    from ray_jobs import dataset
-
-    # Room for two batches of 8 rows.
-    monkeypatch.setattr(dataset, "_BLOCK_BYTES", 2 * 8 * SIZE * SIZE * 3)
-    order = order_of(manifest, window_rows=40)
-    feed = training_feed(folder, manifest, order=order)
-    window = order.windows(range(1))[0]
-    blocks = list(feed.window_batches(window))
-    assert [len(block[LABEL]) for block in blocks] == [16, 16, 8]
-    expected = ordered_rows(manifest, order, range(1), 0, 1)[: window.num_steps]
-    assert [r for block in blocks for r in row_ids(block)] == [r for s in expected for r in s]
+@both_ways
+@pytest.mark.parametrize("start", [1, 5, 7, 12])
+def test_a_feed_goes_on_at_any_step_with_the_rows_of_that_step(folder, manifest, decode, start):
+    feed = training_feed(folder, manifest, decode=decode)
+    expected = ordered_rows(manifest, feed.order, range(2), 0, 1)
+    assert [row_ids(batch) for batch in feed.batches(start, 13)] == expected[start:]
 
 
-def test_training_without_images_or_epochs(folder, manifest, stored):
-    feed = training_feed(folder, manifest, with_image=False, prefetch_batches=0)
-    assert list(feed.batches(range(2, 2))) == []
-    batch = next(feed.batches(range(1)))
+def test_a_row_group_on_the_border_of_two_windows_is_read_once(folder, manifest, monkeypatch):
+    feed = training_feed(folder, manifest, data=DataSpec(shuffle_window_rows=16))
+    read: list[tuple[int, int]] = []
+    read_groups = feed.reader.read_groups
+
+    def noted(shard: int, groups: Any) -> Any:
+        read.extend((shard, group) for group in groups)
+        return read_groups(shard, groups)
+
+    monkeypatch.setattr(feed.reader, "read_groups", noted)
+    windows = list(feed.pieces(0, 2))
+    assert len(windows) == 1
+    list(feed.batches(0, feed.order.steps_before(1)))
+    pieces = list(feed.pieces(0, feed.order.steps_before(1)))
+    wanted = [{(r.shard, r.group) for r in piece.ranges} for piece in pieces]
+    assert sum(map(len, wanted)) > len(read)
+    again = [now - before for before, now in zip([set(), *wanted], wanted, strict=False)]
+    assert len(read) == sum(map(len, again))
+
+
+def test_training_without_images_or_steps(folder, manifest, stored):
+    feed = training_feed(folder, manifest, with_image=False, data=DataSpec(prefetch_batches=0))
+    assert list(feed.batches(5, 5)) == []
+    batch = next(feed.batches(0, 6))
     assert_keeps_the_contract(batch, 8, with_image=False)
     assert_is_stored(batch, stored["train"])
 
 
-def test_damaged_prepared_data_fails_the_training_with_the_rows_key(tmp_path):
-    manifest = write_prepared(tmp_path, {"train": 8}, size=SIZE)
+@both_ways
+def test_damaged_prepared_data_fails_the_training_with_the_rows_key(tmp_path, decode):
+    manifest = write_prepared(tmp_path, {"train": 8, "validation": 3, "test": 3}, size=SIZE)
     path = tmp_path / "train/part-00000.parquet"
     pq.write_table(with_image(pq.read_table(path), 3, b"damage"), path, row_group_size=5)
-    feed = training_feed(tmp_path, manifest, order=order_of(manifest))
+    feed = training_feed(tmp_path, manifest, decode=decode)
     with pytest.raises(Exception, match="the stored image of row 'train-3' cannot be used"):
-        list(feed.batches(range(1)))
+        list(feed.batches(0, 1))
+
+
+@pytest.mark.parametrize("kind", ["object_store", "disk"])
+@pytest.mark.parametrize("num_kept", [0, 20, 1000])
+def test_a_cache_changes_no_batch_and_decodes_a_row_group_once(
+    folder, manifest, monkeypatch, tmp_path, kind, num_kept
+):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    data = DataSpec(cache=kind, cache_bytes=num_kept * SIZE * SIZE * 3, image_size=12)
+    plain = training_feed(folder, manifest, data=DataSpec(cache="none", image_size=12))
+    cache = open_cache(kind, manifest, 12, make_index())
+    feed = training_feed(folder, manifest, data=data, cache=cache, threads=2)
+    decoded: list[int] = []
+    decode = feed.decoder.decoded
+
+    def noted(table: pa.Table) -> pa.Table:
+        decoded.append(table.num_rows)
+        return decode(table)
+
+    monkeypatch.setattr(feed.decoder, "decoded", noted)
+    for start, stop in ((0, 13), (13, 26)):
+        for batch, expected in zip(
+            feed.batches(start, stop), plain.batches(start, stop), strict=True
+        ):
+            for name, values in expected.items():
+                np.testing.assert_array_equal(batch[name], values)
+    sizes = [rows for shard in manifest.splits["train"].shards for rows in shard.row_groups]
+    budget = num_kept * SIZE * SIZE // 12**2
+    kept = [rows for i, rows in enumerate(sizes) if sum(sizes[: i + 1]) <= budget]
+    assert sorted(decoded) == sorted(kept)
+    assert cache is not None
+    cache.close()
 
 
 # -- evaluation -----------------------------------------------------------------------------------
 
 
+@both_ways
 @pytest.mark.parametrize(("num_workers", "batch_size"), [(1, 4), (2, 4), (1, 64), (3, 5)])
 def test_evaluation_counts_each_row_once_a_pass_and_pads_with_weight_0(
-    folder, manifest, stored, num_workers, batch_size
+    folder, manifest, stored, num_workers, batch_size, decode
 ):
     found: list[list[int]] = [[], []]
     for rank in range(num_workers):
-        feed = evaluation_feed(folder, manifest, "validation", batch_size, rank, num_workers)
+        feed = evaluation_feed(
+            folder, manifest, "validation", batch_size, rank, num_workers, decode=decode
+        )
         batches = list(feed.batches(passes=2))
         assert len(batches) == 2 * feed.num_batches
         for n, batch in enumerate(batches):
@@ -295,13 +284,13 @@ def test_no_passes_give_no_batches(folder, manifest):
     assert list(evaluation_feed(folder, manifest).batches(passes=0)) == []
 
 
-def test_evaluation_over_several_tasks_keeps_the_stored_order(folder, manifest, monkeypatch):
+@both_ways
+def test_evaluation_in_several_pieces_keeps_the_stored_order(folder, manifest, monkeypatch, decode):
     from ray_jobs import dataset
 
-    monkeypatch.setattr(dataset, "_EVALUATION_TASK_ROWS", 8)
-    monkeypatch.setattr(dataset, "_BLOCK_BYTES", 4 * SIZE * SIZE * 3)
-    feed = evaluation_feed(folder, manifest)
-    assert [sum(r.num_rows for r in task) for task in feed.tasks] == [8, 8, 6]
+    monkeypatch.setattr(dataset, "_EVALUATION_PIECE_ROWS", 8)
+    feed = evaluation_feed(folder, manifest, decode=decode)
+    assert [sum(r.num_rows for r in piece.ranges) for piece in feed.pieces] == [8, 8, 6]
     rows = [row for batch in feed.batches(passes=2) for row in row_ids(batch, real=True)]
     assert rows == [*range(22), *range(22)]
 
@@ -327,17 +316,18 @@ def running_tasks() -> list[str]:
 
 
 # Far more rows than are made ready ahead.
-ENDLESS: dict[str, Callable[[Path, Manifest], Iterator[Batch]]] = {
-    "training": lambda folder, manifest: training_feed(folder, manifest).batches(range(300)),
-    "evaluation": lambda folder, manifest: evaluation_feed(folder, manifest).batches(passes=300),
+ENDLESS: dict[str, Callable[..., Iterator[Batch]]] = {
+    "training": lambda *where, decode: training_feed(*where, decode=decode).batches(0, 2000),
+    "evaluation": lambda *where, decode: evaluation_feed(*where, decode=decode).batches(300),
 }
+kinds = pytest.mark.parametrize("kind", ENDLESS)
 
 
-@pytest.mark.parametrize("kind", ENDLESS)
+@kinds
 def test_an_iterator_that_is_left_half_way_leaves_no_task_and_no_cpu_taken(folder, manifest, kind):
     import ray
 
-    batches = ENDLESS[kind](folder, manifest)
+    batches = ENDLESS[kind](folder, manifest, decode="workers")
     for _ in range(3):
         next(batches)
     assert until(running_tasks)
@@ -346,9 +336,73 @@ def test_an_iterator_that_is_left_half_way_leaves_no_task_and_no_cpu_taken(folde
     assert until(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"])
 
 
+@kinds
+def test_an_iterator_that_is_left_half_way_leaves_no_thread(folder, manifest, kind):
+    batches = ENDLESS[kind](folder, manifest, decode="trainer")
+    for _ in range(3):
+        next(batches)
+    assert any(thread.name.startswith("feed") for thread in threading.enumerate())
+    del batches
+    assert not [t.name for t in threading.enumerate() if t.name.startswith("feed")]
+
+
 def test_an_iterator_that_is_read_to_the_end_leaves_no_task_and_no_cpu_taken(folder, manifest):
     import ray
 
-    assert len(list(training_feed(folder, manifest).batches(range(2)))) == 13
+    assert len(list(training_feed(folder, manifest, decode="workers").batches(0, 13))) == 13
     assert until(lambda: not running_tasks()), running_tasks()
     assert until(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"])
+
+
+# -- where rows are decoded and kept --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cache_bytes", "object_store", "kind"),
+    [
+        (75 * SIZE * SIZE * 3, 150 * SIZE * SIZE * 3, "object_store"),
+        (75 * SIZE * SIZE * 3, 149 * SIZE * SIZE * 3, "disk"),
+        (75 * SIZE * SIZE * 3 - 1, 1 << 30, "none"),
+    ],
+)
+def test_auto_keeps_rows_where_all_that_are_trained_and_validated_on_fit(
+    manifest, cache_bytes, object_store, kind
+):
+    data = DataSpec(cache_bytes=cache_bytes)
+    assert choose_kind(data, manifest, SIZE * SIZE * 3, object_store) == kind
+
+
+def test_auto_keeps_nothing_that_is_stored_as_the_model_takes_it(manifest):
+    raw = manifest.model_copy(
+        update={"image": manifest.image.model_copy(update={"encoding": "raw"})}
+    )
+    assert choose_kind(DataSpec(), raw, SIZE * SIZE * 3, 1 << 40) == "none"
+    assert choose_kind(DataSpec(), raw, 12 * 12 * 3, 1 << 40) == "object_store"
+    assert choose_kind(DataSpec(), manifest, 0, 1 << 40) == "none"
+
+
+def test_a_lost_object_is_decoded_anew(folder, manifest):
+    import ray
+
+    cache = open_cache("object_store", manifest, None, make_index())
+    data = DataSpec(cache="object_store")
+
+    @ray.remote(num_cpus=0)
+    class Worker:
+        def run(self, cache: Any) -> list[list[int]]:
+            feed = training_feed(folder, manifest, data=data, cache=cache)
+            return [row_ids(batch) for batch in feed.batches(0, 6)]
+
+    first = Worker.remote()
+    expected = ray.get(first.run.remote(cache))
+    ray.kill(first)
+    second = Worker.remote()
+    assert ray.get(second.run.remote(cache), timeout=120) == expected
+
+
+def test_decoding_is_left_to_tasks_only_where_there_are_nodes_without_gpus():
+    assert choose_decode(DataSpec(), use_gpu=False) == "trainer"
+    # The local Ray of the tests is such a node.
+    assert choose_decode(DataSpec(), use_gpu=True) == "workers"
+    assert choose_decode(DataSpec(decode="trainer"), use_gpu=True) == "trainer"
+    assert choose_decode(DataSpec(cache="disk"), use_gpu=True) == "trainer"

@@ -206,11 +206,14 @@ def test_a_shard_that_is_missing_or_cut_short_is_refused_by_name(world, no_ray, 
 
 def test_a_model_takes_the_inputs_that_its_file_names(world, tmp_path):
     folder, manifest, _ = world
-    assert inference.open_run(str(folder / "run")).input_names == ("image", "numeric")
+    assert inference.open_run(str(folder / "run")).input_shapes == {
+        "image": (16, 16, 3),
+        "numeric": (3,),
+    }
     write_run(tmp_path / "image", manifest, numeric="none")
-    assert inference.open_run(str(tmp_path / "image")).input_names == ("image",)
+    assert inference.open_run(str(tmp_path / "image")).input_shapes == {"image": (16, 16, 3)}
     write_run(tmp_path / "numeric", manifest, image="none")
-    assert inference.open_run(str(tmp_path / "numeric")).input_names == ("numeric",)
+    assert inference.open_run(str(tmp_path / "numeric")).input_shapes == {"numeric": (3,)}
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 
 from ray_jobs.manifest import read_manifest
 from ray_jobs.order import TrainingOrder
-from ray_jobs.spec import RunSpec
+from ray_jobs.spec import DataSpec, RunSpec
 from ray_jobs.storage import Folder
 from tests.ray_jobs.tiny import ROW, write_prepared
 
@@ -91,11 +91,13 @@ def run_scenarios(config: dict[str, Any]) -> None:
         rows: list[list[int]]
         batches: list[Any]
 
-        def tensors(self, batch: Any) -> Any:
-            tensors = super().tensors(batch)
-            self.rows.append(batch["numeric"][batch["weight"][:, 0] > 0, ROW].astype(int).tolist())
-            self.batches.append(tensors)
-            return tensors
+        def _on_device(self, batches: Any) -> Any:
+            for tensors in super()._on_device(batches):
+                real = tensors.weight_B1.numpy()[:, 0] > 0
+                numbers = tensors.inputs["numeric"].numpy()
+                self.rows.append(numbers[real, ROW].astype(int).tolist())
+                self.batches.append((tensors.inputs, tensors.label_B1, tensors.weight_B1))
+                yield tensors
 
     for name in SCENARIOS:
         if name == "application" and place.num_workers == 1:
@@ -247,7 +249,7 @@ def test_a_step_has_one_gradient_collective(seen, scenario):
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_no_row_is_dropped_or_doubled_where_nothing_divides(seen, num_workers):
     facts = [seen[f"uneven-{num_workers}-{rank}"] for rank in range(num_workers)]
-    order = TrainingOrder.of(seen["manifest"].splits["train"], 14, seed=0, window_rows=2048)
+    order = TrainingOrder.of(seen["manifest"].splits["train"], 14, 0, DataSpec())
     trained, validated = Counter(), [Counter() for _ in range(20)]
     for fact in facts:
         batches = iter(fact["rows"])

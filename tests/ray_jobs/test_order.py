@@ -7,7 +7,8 @@ import pytest
 
 from ray_jobs.batch import MAX_LANES, num_lanes
 from ray_jobs.manifest import Shard, SplitInfo
-from ray_jobs.order import RowRange, TrainingOrder, evaluation_rows, stored_ranges
+from ray_jobs.order import RowRange, TrainingOrder, Window, evaluation_rows, stored_ranges
+from ray_jobs.spec import DataSpec
 
 Row = tuple[int, int, int]
 """Shard, row group in it, row in that."""
@@ -35,19 +36,31 @@ def expanded(ranges: list[RowRange]) -> list[Row]:
     return [(r.shard, r.group, row) for r in ranges for row in range(r.start, r.stop)]
 
 
+def windows_of(order: TrainingOrder, epochs: range) -> list[Window]:
+    return list(order.windows(order.steps_before(epochs.start), order.steps_before(epochs.stop)))
+
+
 def steps(
     order: TrainingOrder, epochs: range, rank: int = 0, num_workers: int = 1
 ) -> list[list[Row]]:
     """The rows of each step on one worker."""
+    first, last = order.steps_before(epochs.start), order.steps_before(epochs.stop)
+    return steps_between(order, first, last, rank, num_workers)
+
+
+def steps_between(
+    order: TrainingOrder, start: int, stop: int, rank: int = 0, num_workers: int = 1
+) -> list[list[Row]]:
+    """The rows of some global steps on one worker."""
     found = []
-    for window in order.windows(epochs):
+    for window in order.windows(start, stop):
         lanes = [
             [expanded(order.lane_rows(window, lane)), order.shuffle(window, lane)]
             for lane in order.lanes_of(rank, num_workers)
         ]
         found += [
             [rows[i] for rows, places in lanes for i in places[step]]
-            for step in range(window.num_steps)
+            for step in range(window.num_steps)[window.steps_to_take(start, stop)]
         ]
     return found
 
@@ -197,7 +210,7 @@ def test_windows_cut_an_epoch_into_steps_and_do_not_change_its_rows(window):
     order = TrainingOrder(groups, 16, seed=0, window_rows=window)
     whole = TrainingOrder(groups, 16, seed=0, window_rows=10**9)
     for epoch in range(4):
-        windows = order.windows(range(epoch, epoch + 1))
+        windows = windows_of(order, range(epoch, epoch + 1))
         assert [w.epoch for w in windows] == [epoch] * len(windows)
         assert [w.index for w in windows] == list(range(len(windows)))
         ends = [w.first_step + w.num_steps for w in windows]
@@ -213,9 +226,32 @@ def test_windows_cut_an_epoch_into_steps_and_do_not_change_its_rows(window):
 
 def test_windows_of_several_epochs_follow_each_other():
     order = TrainingOrder(row_groups(101, 7, 30), 16, seed=0, window_rows=40)
-    apart = [w for e in range(2, 5) for w in order.windows(range(e, e + 1))]
-    assert order.windows(range(2, 5)) == apart
-    assert order.windows(range(2, 2)) == []
+    apart = [w for e in range(2, 5) for w in windows_of(order, range(e, e + 1))]
+    assert windows_of(order, range(2, 5)) == apart
+    assert windows_of(order, range(2, 2)) == []
+
+
+@cases
+def test_going_on_at_any_step_gives_the_same_steps_and_reads_one_window_again_at_most(
+    num_rows, per_group, per_shard, batch, window
+):
+    order = TrainingOrder(row_groups(num_rows, per_group, per_shard), batch, 4, window)
+    last = order.steps_before(5)
+    at_once, all_windows = steps_between(order, 0, last), list(order.windows(0, last))
+    for start in range(last):
+        assert steps_between(order, start, last) == at_once[start:]
+        windows = list(order.windows(start, last))
+        assert windows == all_windows[-len(windows) :]
+        read_again = start - windows[0].epoch_step - windows[0].first_step
+        assert 0 <= read_again < windows[0].num_steps
+
+
+@cases
+def test_every_global_step_knows_its_epoch(num_rows, per_group, per_shard, batch, window):
+    order = TrainingOrder(row_groups(num_rows, per_group, per_shard), batch, 0, window)
+    for step in range(order.steps_before(9)):
+        epoch = order.epoch_of(step)
+        assert order.steps_before(epoch) <= step < order.steps_before(epoch + 1)
 
 
 def test_steps_of_an_epoch_vary_by_one_and_sum_up():
@@ -230,7 +266,7 @@ def test_every_step_takes_as_many_rows_from_each_lane():
     groups = row_groups(200, 11, 70)
     order = TrainingOrder(groups, 96, seed=0, window_rows=96)
     assert (order.num_lanes, order.rows_per_lane_step) == (48, 2)
-    for window in order.windows(range(4)):
+    for window in windows_of(order, range(4)):
         for lane in range(order.num_lanes):
             rows = expanded(order.lane_rows(window, lane))
             assert len(rows) == 2 * window.num_steps
@@ -255,8 +291,22 @@ def test_workers_that_cannot_share_the_lanes_are_told_what_divides():
 
 def test_the_order_of_a_split_is_that_of_its_row_groups():
     groups = row_groups(101, 7, 30)
-    order = TrainingOrder.of(split_of(groups), 16, seed=2, window_rows=40)
+    order = TrainingOrder.of(split_of(groups), 16, 2, DataSpec(shuffle_window_rows=40))
     assert steps(order, range(3)) == steps(TrainingOrder(groups, 16, 2, 40), range(3))
+
+
+def test_a_window_holds_no_more_rows_than_the_declared_bytes_allow():
+    groups = row_groups(1000, 10, 100)
+    shards = [
+        shard.model_copy(update={"num_bytes": 100 * 500}) for shard in split_of(groups).shards
+    ]
+    split = split_of(groups).model_copy(update={"shards": tuple(shards)})
+    # Rows of 500 bytes, and four times a window's rows may be held.
+    few = TrainingOrder.of(split, 10, 0, DataSpec(buffer_bytes=4 * 500 * 60))
+    assert few.steps_per_window == 6
+    assert TrainingOrder.of(split, 10, 0, DataSpec(buffer_bytes=1)).steps_per_window == 1
+    many = DataSpec(buffer_bytes=1 << 30, shuffle_window_rows=200)
+    assert TrainingOrder.of(split, 10, 0, many).steps_per_window == 20
 
 
 @pytest.mark.parametrize(
@@ -288,7 +338,7 @@ def test_stored_ranges_hold_no_empty_one():
 
 def test_a_long_run_keeps_the_deals_of_a_few_epochs_only():
     order = TrainingOrder(row_groups(101, 7, 30), 16, seed=0, window_rows=40)
-    for window in islice(order.windows(range(50)), 300):
+    for window in islice(order.windows(0, order.steps_before(50)), 300):
         order.lane_rows(window, 0)
         order.lane_rows(window, order.num_lanes - 1)
         assert len(order._dealt_epochs) <= 3

@@ -78,6 +78,13 @@ def write_prepared(
     return read_manifest(Folder(folder))
 
 
+def with_image(table: pa.Table, row: int, content: bytes) -> pa.Table:
+    """Return a table in which the stored image of one row is another."""
+    images = table.column("image").to_pylist()
+    images[row] = content
+    return table.set_column(table.column_names.index("image"), "image", pa.array(images))
+
+
 def _jpeg(pixels: np.ndarray) -> bytes:
     content = io.BytesIO()
     Image.fromarray(pixels).save(content, "JPEG", quality=95)
