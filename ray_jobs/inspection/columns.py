@@ -4,6 +4,7 @@ Enters: arrays of the rows looked at, by split.  Leaves: facts.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -187,8 +188,8 @@ def _psi(first: np.ndarray, second: np.ndarray) -> float | None:
 def _kolmogorov_smirnov(train: np.ndarray, other: np.ndarray) -> tuple[float | None, float | None]:
     if not len(train) or not len(other):
         return None, None
-    statistic, p_value = stats.ks_2samp(train, other, method="asymp")
-    return float(statistic), float(p_value)
+    result: Any = stats.ks_2samp(train, other, method="asymp")
+    return float(result.statistic), float(result.pvalue)
 
 
 def _chi_squared(counts: np.ndarray) -> float | None:
@@ -196,7 +197,8 @@ def _chi_squared(counts: np.ndarray) -> float | None:
     counts = counts[counts.sum(axis=1) > 0][:, counts.sum(axis=0) > 0]
     if min(counts.shape) < 2:
         return None
-    return float(stats.chi2_contingency(counts)[1])
+    result: Any = stats.chi2_contingency(counts)
+    return float(result.pvalue)
 
 
 def _drift(

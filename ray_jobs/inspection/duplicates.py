@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ray_jobs.inspection.scan import ScannedSplit
+from ray_jobs.inspection.scan import Place, ScannedSplit
 from ray_jobs.spec import SPLITS, Split
 
 NEAR_BITS = 5
@@ -33,17 +33,8 @@ class Overlap:
     num_exact: int
     num_near: int
     complete: bool
-    pairs: tuple[tuple["Place", "Place", bool, int], ...]
+    pairs: tuple[tuple[Place, Place, bool, int], ...]
     """First and second image, whether they are the same, distance; the nearest first."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """One image: where its row is among those looked at, and its column."""
-
-    split: Split
-    index: int
-    column: int
 
 
 def overlaps(scans: Mapping[Split, ScannedSplit], most_pairs: int) -> Iterator[Overlap]:

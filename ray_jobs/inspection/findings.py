@@ -57,11 +57,14 @@ def _keys(report: Report) -> Iterator[Finding]:
 def _overlaps(report: Report) -> Iterator[Finding]:
     for overlap in report.duplicates.overlaps:
         between = f"{overlap.second} and in {overlap.first}"
-        if overlap.exact:
+        same = [pair for pair in overlap.examples if pair.exact]
+        if same:
+            pair = f"{same[0].second.key!r} and {same[0].first.key!r}"
             yield Finding(
                 kind="same_image",
                 severity="warning",
-                text=f"{_counted(overlap.exact, 'image')} in {between}: the same bytes.",
+                text=f"{_counted(overlap.exact, 'image')} in {between}: the same "
+                f"bytes, such as {pair}.",
             )
         if overlap.near:
             yield Finding(
@@ -92,7 +95,7 @@ def _conflicts(report: Report) -> Iterator[Finding]:
 def _pictures(report: Report) -> Iterator[Finding]:
     for image in report.images:
         for kind in ("unreadable", "black", "white", "flat"):
-            counts = {split: getattr(facts, kind) for split, facts in image.splits.items()}
+            counts = {str(split): getattr(facts, kind) for split, facts in image.splits.items()}
             if total := sum(counts.values()):
                 what = "of one colour" if kind == "flat" else kind
                 where = ", ".join(f"{split} {n:,}" for split, n in counts.items() if n)
@@ -108,7 +111,7 @@ def _drift(report: Report) -> Iterator[Finding]:
     for split in SPLITS[1:]:
         values = [facts for facts in columns if facts.drift[split].values_drifted]
         if values:
-            worst = sorted(values, key=lambda facts: -(facts.drift[split].psi or 0))
+            worst = sorted(values, key=lambda f, s=split: -(f.drift[s].psi or 0))
             named = [f"{facts.column} (PSI {facts.drift[split].psi:.2f})" for facts in worst]
             yield Finding(
                 kind="drift",
@@ -119,7 +122,8 @@ def _drift(report: Report) -> Iterator[Finding]:
             yield Finding(
                 kind="missing_drift",
                 severity="warning",
-                text=f"{split} lacks another share of its values than train in {_listed(missing)}.",
+                text=f"{split} has another share of missing values than train in "
+                f"{_listed(missing)}.",
             )
 
 

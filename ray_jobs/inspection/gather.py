@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import cv2
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.progress import Progress
 
@@ -29,7 +30,7 @@ from ray_jobs.inspection.facts import (
     SharedKey,
     SplitFacts,
 )
-from ray_jobs.inspection.scan import ScannedSplit, read_columns, rgb_pixels, scan_split
+from ray_jobs.inspection.scan import Place, ScannedSplit, read_columns, rgb_pixels, scan_split
 from ray_jobs.manifest import Manifest
 from ray_jobs.spec import SPLITS, Split
 from ray_jobs.storage import Folder
@@ -50,28 +51,29 @@ class _References:
     def __init__(self, folder: Folder, manifest: Manifest, scans: Scans) -> None:
         self.folder, self.manifest, self.scans = folder, manifest, scans
 
-    def find(self, places: Iterable[tuple[Split, int, int]]) -> tuple[ImageRef, ...]:
-        """Return the images at (split, index of the row, image column)."""
+    def find(self, places: Iterable[Place]) -> tuple[ImageRef, ...]:
+        """Return the images at some places."""
         places = list(places)
         keys: dict[tuple[Split, int], str] = {}
         for split in SPLITS:
-            rows = {int(self.scans[split].rows_R[index]) for s, index, _ in places if s == split}
-            if not rows:
-                continue
-            rows_R = np.array(sorted(rows), np.int64)
-            table = read_columns(self.folder, self.manifest.splits[split], [KEY], rows_R)
-            for row, key in zip(rows_R, table.column(0).to_pylist(), strict=True):
-                keys[split, int(row)] = key
+            if rows := {self._row(place) for place in places if place.split == split}:
+                rows_R = np.array(sorted(rows), np.int64)
+                table = read_columns(self.folder, self.manifest.splits[split], [KEY], rows_R)
+                names = table.column(0).to_pylist()
+                keys |= {(split, row): n for row, n in zip(sorted(rows), names, strict=True)}
         return tuple(
             ImageRef(
-                split=split,
-                row=(row := int(self.scans[split].rows_R[index])),
-                key=keys[split, row],
-                column=self.manifest.image.columns[i],
-                label=int(self.scans[split].label_R[index]),
+                split=place.split,
+                row=self._row(place),
+                key=keys[place.split, self._row(place)],
+                column=self.manifest.image.columns[place.column],
+                label=int(self.scans[place.split].label_R[place.index]),
             )
-            for split, index, i in places
+            for place in places
         )
+
+    def _row(self, place: Place) -> int:
+        return int(self.scans[place.split].rows_R[place.index])
 
 
 def gather(folder: Folder, manifest: Manifest, max_rows: int) -> Report:
@@ -143,15 +145,14 @@ def _numeric(folder: Folder, manifest: Manifest, scans: Scans) -> tuple[NumericF
     found, names = [], manifest.numeric_columns
     for start in range(0, len(names), _COLUMNS_AT_ONCE):
         chunk = names[start : start + _COLUMNS_AT_ONCE]
-        tables = {
+        tables: dict[Split, pa.Table] = {
             split: read_columns(folder, manifest.splits[split], chunk, scans[split].rows_R)
             for split in SPLITS
         }
         for name in chunk:
-            values = {
-                s: np.asarray(table.column(name).to_numpy(), np.float64)
-                for s, table in tables.items()
-            }
+            values: dict[Split, np.ndarray] = {}
+            for split, table in tables.items():
+                values[split] = np.asarray(table.column(name).to_numpy(), np.float64)
             found.append(numeric_facts(name, values, _labels(scans)))
     return tuple(found)
 
@@ -159,7 +160,7 @@ def _numeric(folder: Folder, manifest: Manifest, scans: Scans) -> tuple[NumericF
 def _categorical(folder: Folder, manifest: Manifest, scans: Scans) -> tuple[CategoryFacts, ...]:
     found = []
     for vocabulary in manifest.vocabularies:
-        codes = {}
+        codes: dict[Split, np.ndarray] = {}
         for split in SPLITS:
             rows_R = scans[split].rows_R
             table = read_columns(folder, manifest.splits[split], [vocabulary.column], rows_R)
@@ -188,7 +189,7 @@ def _image_facts(manifest: Manifest, scans: Scans, i: int, refs: _References) ->
             flat=int((flat & ~black & ~white).sum()),
         )
         for kind in (black, white, flat & ~black & ~white):
-            examples += [(split, int(r), i) for r in np.flatnonzero(kind)[:_EXAMPLES]]
+            examples += [Place(split, int(r), i) for r in np.flatnonzero(kind)[:_EXAMPLES]]
     return ImageFacts(
         column=column,
         splits=splits,
@@ -209,8 +210,7 @@ def _image_facts(manifest: Manifest, scans: Scans, i: int, refs: _References) ->
 def _duplicates(scans: Scans, refs: _References) -> DuplicateFacts:
     found = []
     for overlap in duplicates.overlaps(scans, _PAIRS):
-        places = [(p.split, p.index, p.column) for pair in overlap.pairs for p in pair[:2]]
-        images = refs.find(places)
+        images = refs.find(place for pair in overlap.pairs for place in pair[:2])
         found.append(
             OverlapFacts(
                 first=overlap.first,
@@ -237,7 +237,7 @@ def _shared_keys(scans: Scans, refs: _References) -> KeyFacts:
     shared = list(duplicates.shared_keys(scans).values())
     examples = []
     for places in shared[:_EXAMPLES]:
-        (image,) = refs.find([(*places[0], 0)])
+        (image,) = refs.find([Place(*places[0], 0)])
         examples.append(SharedKey(key=image.key, splits=tuple(split for split, _ in places)))
     return KeyFacts(num_shared=len(shared), examples=tuple(examples))
 
@@ -266,8 +266,8 @@ def _contact_sheet(scans: Scans, refs: _References) -> tuple[ImageRef, ...]:
             rows = np.flatnonzero(scan.label_R == label)
             chosen = rows[np.argsort(scan.key_hash_R[rows], kind="stable")][:_SHEET_ROWS]
             columns = range(scan.content_RI.shape[1])
-            places += [(split, int(row), i) for row in chosen for i in columns]
-    return refs.find([p for p in places if scans[p[0]].content_RI[p[1], p[2]] != 0])
+            places += [Place(split, int(row), i) for row in chosen for i in columns]
+    return refs.find(p for p in places if scans[p.split].content_RI[p.index, p.column] != 0)
 
 
 def thumbnails(

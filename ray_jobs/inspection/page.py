@@ -83,7 +83,16 @@ figcaption{font-size:12px;line-height:1.35;margin-top:3px;overflow:hidden;text-o
 .pair{display:grid;grid-template-columns:1fr 1fr;gap:8px}
 .pair p{grid-column:1/-1;margin:0}
 .words td:first-child{max-width:150px;overflow:hidden;text-overflow:ellipsis}
-summary{cursor:pointer;color:var(--muted)}
+.drift tr:nth-child(even) td{border-top:0;padding-top:0}
+.drift td:nth-child(2),.bad td,.bad th{text-align:left}
+.bad td{white-space:normal;overflow-wrap:anywhere;min-width:90px;vertical-align:top}
+.drift td:first-child{white-space:normal;overflow-wrap:anywhere}
+.sheet.wide{grid-template-columns:repeat(auto-fill,minmax(min(100%,250px),1fr))}
+@media(max-width:520px){main{padding:16px 10px 40px}.card{padding:12px}h2{margin-top:30px}
+table.small{font-size:12px}table.small th{font-size:11px}
+table.small th,table.small td{padding-left:7px}
+table.small .dot::before{margin-right:4px}
+.sheet{grid-template-columns:repeat(auto-fill,minmax(84px,1fr))}}
 """
 
 
@@ -144,7 +153,7 @@ def _header(report: Report) -> Iterator[str]:
     rows = sum(facts.num_rows for facts in report.splits.values())
     size = sum(facts.num_bytes for facts in report.splits.values())
     shards = sum(facts.num_shards for facts in report.splits.values())
-    images = "one image a row"
+    images = "One image a row"
     if len(store.columns) > 1:
         names = ", ".join(name.partition("_")[2] for name in store.columns)
         images = f"{len(store.columns)} images a row ({escape(names)})"
@@ -153,7 +162,7 @@ def _header(report: Report) -> Iterator[str]:
     yield (
         f"<p>{rows:,} rows in {shards:,} shard{'s' * (shards != 1)}, {_bytes(size)}. {images}, "
         f"{store.width} × {store.height} pixels, stored as {store.encoding}. "
-        f"{len(report.numeric)} columns of numbers, {len(report.categorical)} of words.</p>"
+        f"Columns: {len(report.numeric)} of numbers, {len(report.categorical)} of words.</p>"
     )
     if not report.findings:
         yield "<p class='card good'>Nothing suspicious found.</p>"
@@ -258,24 +267,18 @@ def _drift(report: Report) -> Iterator[str]:
     looks = [facts for image in report.images for facts in (image.brightness, image.contrast)]
     rows = []
     for facts in (*report.numeric, *report.categorical, *looks):
-        cells = [_drift_cells(facts.drift[split]) for split in SPLITS[1:]]
-        rows.append([escape(facts.column), *cells[0], *cells[1]])
-    names = [f"{_split(s)} {x}" for s in SPLITS[1:] for x in ("PSI", "KS", "p", "missing p")]
-    yield (
-        f"<div class='card'>{_table(['', *names])}</div>"
-        if not rows
-        else (f"<div class='card'>{_table(['', *names], rows, 'small')}</div>")
-    )
+        for name, split in zip((facts.column, ""), SPLITS[1:], strict=True):
+            rows.append([escape(name), _split(split), *_drift_cells(facts.drift[split])])
+    head = ["", "", "PSI", "KS", "p", "p of missing"]
+    yield f"<div class='card'>{_table(head, rows, 'small drift')}</div>"
 
 
 def _drift_cells(drift: DriftFacts) -> list[str]:
-    psi = number_text(drift.psi, 3)
-    missing = _chance(drift.missing_p_value)
     return [
-        _flagged(psi, drift.values_drifted),
+        _flagged(number_text(drift.psi, 3), drift.values_drifted),
         number_text(drift.ks, 3),
         _chance(drift.p_value),
-        _flagged(missing, drift.missing_drifted),
+        _flagged(_chance(drift.missing_p_value), drift.missing_drifted),
     ]
 
 
@@ -367,9 +370,8 @@ def _sheet(report: Report, images: Images) -> Iterator[str]:
                 figures = "".join(_figure(row, report, images) for row in rows.values())
                 name = escape(report.class_names[label])
                 yield f"<h3 style='margin:14px 0 6px'>{_split(split)} · {name}</h3>"
-                wide = max(map(len, rows.values()))
-                style = f" style='--n:{wide}'" if wide > 1 else ""
-                yield f"<div class='card sheet'{style}>{figures}</div>"
+                wide = " wide" if len(report.store.columns) > 1 else ""
+                yield f"<div class='card sheet{wide}'>{figures}</div>"
 
 
 def _figure(row: Sequence[ImageRef], report: Report, images: Images) -> str:

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from ray_jobs.batch import KEY, LABEL
 from ray_jobs.images import decode_stored
 from ray_jobs.manifest import ImageInfo, Shard, SplitInfo
+from ray_jobs.spec import Split
 from ray_jobs.storage import Folder
 
 T = TypeVar("T")
@@ -52,6 +53,15 @@ class ScannedSplit:
     """Mean grey of each image, 0 to 255, float32; NaN where there is none or it is unreadable."""
     contrast_RI: np.ndarray
     """Standard deviation of each image's grey, float32; NaN likewise."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """One image: where its row is among those looked at, and which image of the row it is."""
+
+    split: Split
+    index: int
+    column: int
 
 
 @dataclass(frozen=True)
