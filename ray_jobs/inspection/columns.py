@@ -3,7 +3,7 @@
 Enters: arrays of the rows looked at, by split.  Leaves: facts.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,8 +50,7 @@ def numeric_facts(column: str, values: Values, labels: Values) -> NumericFacts:
     """
     values = {split: np.asarray(v, np.float64) for split, v in values.items()}
     present = {split: v[~np.isnan(v)] for split, v in values.items()}
-    pooled = np.concatenate(list(present.values()))
-    edges = _bin_edges(present["train"] if len(present["train"]) else pooled)
+    edges = _bin_edges(present["train"], [present[split] for split in SPLITS[1:]])
     return NumericFacts(
         column=column,
         edges=tuple(edges.tolist()),
@@ -125,11 +124,18 @@ def auc(label: np.ndarray, score: np.ndarray) -> float | None:
     return float(roc_auc_score(label, score))
 
 
-def _bin_edges(present: np.ndarray) -> np.ndarray:
+def _bin_edges(train: np.ndarray, others: Sequence[np.ndarray]) -> np.ndarray:
     """Return bins that outliers do not stretch; of few whole numbers each has a bin of its own."""
-    if not len(present):
+    filled = [values for values in (train, *others) if len(values)]
+    if not filled:
         return np.empty(0)
+    present = filled[0]
     low, high = np.quantile(present, [0.005, 0.995])
+    # Other splits may be elsewhere, but not so far that nothing is seen of training's shape.
+    least, most = low - (high - low), high + (high - low)
+    for values in filled[1:]:
+        low = min(low, max(least, np.quantile(values, 0.01)))
+        high = max(high, min(most, np.quantile(values, 0.99)))
     whole = bool((present == np.rint(present)).all())
     if whole and high - low < _BINS:
         low, high = np.floor(low), np.ceil(high)

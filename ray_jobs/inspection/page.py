@@ -59,9 +59,11 @@ background:var(--card);border:1px solid var(--line);overflow-wrap:anywhere}
 .findings li::before{position:absolute;left:13px;font-weight:700;content:"·"}
 .findings .warning{background:var(--warn-back);border-color:transparent}
 .findings .warning::before{content:"!";color:var(--warn)}
+.picture,.picture+.grid{margin-top:14px}
 .good{color:var(--good);font-weight:600}
 .flag{color:var(--warn);font-weight:600}
 .train{color:var(--train)}.validation{color:var(--validation)}.test{color:var(--test)}
+.dot{white-space:nowrap}
 .dot::before{content:"";display:inline-block;width:9px;height:9px;border-radius:3px;
 background:currentColor;margin-right:6px}
 .stack{display:flex;height:9px;border-radius:5px;overflow:hidden;min-width:90px;
@@ -75,7 +77,7 @@ font-size:12px;color:var(--muted);margin-bottom:8px}
 .sheet{display:grid;grid-template-columns:repeat(auto-fill,minmax(104px,1fr));gap:10px}
 figure{margin:0;min-width:0}
 figure img,.lost{width:100%;aspect-ratio:1;object-fit:contain;border-radius:6px;display:block;
-background:var(--bar)}
+border:1px solid var(--line);background:var(--bar)}
 figcaption{font-size:12px;line-height:1.35;margin-top:3px;overflow:hidden;text-overflow:ellipsis}
 .key{display:block;white-space:nowrap;overflow:hidden;text-overflow:ellipsis}
 .strip{display:flex;gap:3px}.strip>*{flex:1;min-width:0}
@@ -83,15 +85,16 @@ figcaption{font-size:12px;line-height:1.35;margin-top:3px;overflow:hidden;text-o
 .pair{display:grid;grid-template-columns:1fr 1fr;gap:8px}
 .pair p{grid-column:1/-1;margin:0}
 .words td:first-child{max-width:150px;overflow:hidden;text-overflow:ellipsis}
-.drift tr:nth-child(even) td{border-top:0;padding-top:0}
-.drift td:nth-child(2),.bad td,.bad th{text-align:left}
+.drift tr:not(:nth-child(3n+1)) td{border-top:0;padding-top:0}
+.drift td:first-child{white-space:normal;overflow-wrap:anywhere}.drift b{font-weight:500}
+.bad td,.bad th{text-align:left}
 .bad td{white-space:normal;overflow-wrap:anywhere;min-width:90px;vertical-align:top}
-.drift td:first-child{white-space:normal;overflow-wrap:anywhere}
 .sheet.wide{grid-template-columns:repeat(auto-fill,minmax(min(100%,250px),1fr))}
 @media(max-width:520px){main{padding:16px 10px 40px}.card{padding:12px}h2{margin-top:30px}
 table.small{font-size:12px}table.small th{font-size:11px}
 table.small th,table.small td{padding-left:7px}
-table.small .dot::before{margin-right:4px}
+table.small th:first-child,table.small td:first-child{padding-left:0}
+table.small .dot::before{margin-right:4px}.words td:first-child{max-width:104px}
 .sheet{grid-template-columns:repeat(auto-fill,minmax(84px,1fr))}}
 """
 
@@ -232,7 +235,7 @@ def _word_card(facts: CategoryFacts) -> str:
 def _flags(facts: NumericFacts | CategoryFacts) -> str:
     flags = ["alone predicts the label"] if facts.leak.suspect else []
     flags += [f"{s} drifts" for s, d in facts.drift.items() if d.values_drifted]
-    flags += [f"{s} lacks other shares" for s, d in facts.drift.items() if d.missing_drifted]
+    flags += [f"other missing share in {s}" for s, d in facts.drift.items() if d.missing_drifted]
     return "".join(f" <span class='flag small'>· {flag}</span>" for flag in flags)
 
 
@@ -267,9 +270,9 @@ def _drift(report: Report) -> Iterator[str]:
     looks = [facts for image in report.images for facts in (image.brightness, image.contrast)]
     rows = []
     for facts in (*report.numeric, *report.categorical, *looks):
-        for name, split in zip((facts.column, ""), SPLITS[1:], strict=True):
-            rows.append([escape(name), _split(split), *_drift_cells(facts.drift[split])])
-    head = ["", "", "PSI", "KS", "p", "p of missing"]
+        rows.append([f"<b>{escape(facts.column)}</b>", "", "", "", ""])
+        rows += [[_split(s), *_drift_cells(facts.drift[s])] for s in SPLITS[1:]]
+    head = ["", "PSI", "KS", "p", "p of missing"]
     yield f"<div class='card'>{_table(head, rows, 'small drift')}</div>"
 
 
@@ -309,7 +312,7 @@ def _pictures(report: Report, images: Images) -> Iterator[str]:
     for facts in report.images:
         yield _picture_table(facts)
         cards = "".join(map(_number_card, (facts.brightness, facts.contrast)))
-        yield f"<div class='grid' style='margin-top:14px'>{cards}</div>"
+        yield f"<div class='grid'>{cards}</div>"
         if facts.examples:
             figures = "".join(_figure([image], report, images) for image in facts.examples)
             yield "<h3 style='margin-top:14px'>Black, white or of one colour</h3>"
@@ -323,7 +326,8 @@ def _picture_table(facts: ImageFacts) -> str:
         for s, p in facts.splits.items()
     ]
     head = ["", "rows", "missing", "unreadable", "black", "white", "one colour"]
-    return f"<div class='card'><h3>{escape(facts.column)}</h3>{_table(head, rows)}</div>"
+    name = escape(facts.column)
+    return f"<div class='card picture'><h3>{name}</h3>{_table(head, rows, 'small')}</div>"
 
 
 def _overlaps(report: Report, images: Images) -> Iterator[str]:
