@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 HTML, JSON = "inspect.html", "inspect.json"
 
+_COLUMNS_PRINTED = 40
+
 
 def inspect(spec: InspectSpec) -> "Report":
     """Write the report of a prepared folder and return it.
@@ -85,6 +87,8 @@ def _print(report: "Report", output: Folder) -> None:
     console.print(table)
     if report.numeric or report.categorical:
         console.print(_column_table(report))
+    if (more := len(report.numeric) + len(report.categorical) - _COLUMNS_PRINTED) > 0:
+        console.print(f"  and {more:,} more columns in {HTML}")
     if not report.findings:
         console.print("[green]nothing suspicious found[/green]")
     for finding in report.findings:
@@ -102,7 +106,7 @@ def _column_table(report: "Report") -> "Table":
     table = Table("column")
     for name in ("missing", "mean", "std", "PSI val.", "PSI test", "AUC"):
         table.add_column(name, justify="right")
-    for facts in (*report.numeric, *report.categorical):
+    for facts in (*report.numeric, *report.categorical)[:_COLUMNS_PRINTED]:
         train = facts.splits["train"]
         mean, std = getattr(train, "mean", None), getattr(train, "std", None)
         psi = []

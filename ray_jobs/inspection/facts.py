@@ -236,3 +236,9 @@ class Report(Spec):
     """Rows of each split and class, chosen by hash of the key."""
     thresholds: dict[str, float]
     """What counts as worth a look."""
+
+    @property
+    def columns(self) -> tuple[NumericFacts | CategoryFacts, ...]:
+        """The columns of numbers and words, then brightness and contrast of each image column."""
+        looks = [facts for image in self.images for facts in (image.brightness, image.contrast)]
+        return (*self.numeric, *self.categorical, *looks)

@@ -6,7 +6,7 @@ One finding a kind and split, however many columns it is about: a list that is r
 from collections.abc import Iterator, Sequence
 
 from ray_jobs.inspection.columns import MISSING_THRESHOLD, P_VALUE_THRESHOLD, share_p_value
-from ray_jobs.inspection.facts import CategoryFacts, Finding, NumericFacts, Report
+from ray_jobs.inspection.facts import Finding, Report
 from ray_jobs.spec import SPLITS
 
 MOSTLY_MISSING = 0.5
@@ -23,14 +23,8 @@ def find(report: Report) -> tuple[Finding, ...]:
     return tuple(sorted(found, key=lambda finding: finding.severity != "warning"))
 
 
-def all_columns(report: Report) -> list[NumericFacts | CategoryFacts]:
-    """Return the columns of numbers and words, and each image's brightness and contrast."""
-    looks = [facts for image in report.images for facts in (image.brightness, image.contrast)]
-    return [*report.numeric, *report.categorical, *looks]
-
-
 def _leaks(report: Report) -> Iterator[Finding]:
-    for facts in all_columns(report):
+    for facts in report.columns:
         if facts.leak.suspect:
             named = {"its value": facts.leak.auc, "whether it is missing": facts.leak.missing_auc}
             told = {how: auc for how, auc in named.items() if auc is not None}
@@ -107,9 +101,8 @@ def _pictures(report: Report) -> Iterator[Finding]:
 
 
 def _drift(report: Report) -> Iterator[Finding]:
-    columns = all_columns(report)
     for split in SPLITS[1:]:
-        values = [facts for facts in columns if facts.drift[split].values_drifted]
+        values = [facts for facts in report.columns if facts.drift[split].values_drifted]
         if values:
             worst = sorted(values, key=lambda f, s=split: -(f.drift[s].psi or 0))
             named = [f"{facts.column} (PSI {facts.drift[split].psi:.2f})" for facts in worst]
@@ -118,7 +111,7 @@ def _drift(report: Report) -> Iterator[Finding]:
                 severity="warning",
                 text=f"{split} differs from train in {_listed(named)}.",
             )
-        if missing := [f.column for f in columns if f.drift[split].missing_drifted]:
+        if missing := [f.column for f in report.columns if f.drift[split].missing_drifted]:
             yield Finding(
                 kind="missing_drift",
                 severity="warning",

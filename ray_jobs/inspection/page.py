@@ -40,7 +40,7 @@ h1{font-size:24px;margin:0;overflow-wrap:anywhere}
 h2{font-size:19px;margin:38px 0 10px}
 h3{font-size:15px;margin:0 0 6px;overflow-wrap:anywhere}
 p{margin:4px 0 10px}
-.muted,caption{color:var(--muted)}
+.muted{color:var(--muted)}
 .small{font-size:13px}
 .card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:14px 16px;
 min-width:0}
@@ -52,7 +52,6 @@ td{text-align:right;white-space:nowrap}
 th,td{padding:4px 0 4px 12px;border-top:1px solid var(--line)}
 thead th{border-top:0}
 th:first-child,td:first-child{text-align:left;padding-left:0}
-td.text{text-align:left;white-space:normal;overflow-wrap:anywhere;min-width:120px}
 .findings{list-style:none;margin:16px 0 0;padding:0}
 .findings li{padding:8px 12px 8px 34px;border-radius:8px;margin:6px 0;position:relative;
 background:var(--card);border:1px solid var(--line);overflow-wrap:anywhere}
@@ -267,9 +266,8 @@ def _steps(shares: Sequence[float], top: float) -> str:
 
 def _drift(report: Report) -> Iterator[str]:
     yield "<h2>Drift from training</h2>"
-    looks = [facts for image in report.images for facts in (image.brightness, image.contrast)]
     rows = []
-    for facts in (*report.numeric, *report.categorical, *looks):
+    for facts in report.columns:
         rows.append([f"<b>{escape(facts.column)}</b>", "", "", "", ""])
         rows += [[_split(s), *_drift_cells(facts.drift[s])] for s in SPLITS[1:]]
     head = ["", "PSI", "KS", "p", "p of missing"]
@@ -286,10 +284,7 @@ def _drift_cells(drift: DriftFacts) -> list[str]:
 
 
 def _leaks(report: Report) -> Iterator[str]:
-    looks = [facts for image in report.images for facts in (image.brightness, image.contrast)]
-    columns = sorted(
-        (*report.numeric, *report.categorical, *looks), key=lambda f: -_strength(f.leak)
-    )
+    columns = sorted(report.columns, key=lambda facts: -_strength(facts.leak))
     rows = [
         [
             escape(f.column),
@@ -366,21 +361,26 @@ def _sheet(report: Report, images: Images) -> Iterator[str]:
     yield "<h2>Contact sheet</h2><p class='muted small'>Rows chosen by hash of their keys.</p>"
     for split in SPLITS:
         for label in (0, 1):
-            rows: dict[int, list[ImageRef]] = {}
+            rows: dict[int, dict[str, ImageRef]] = {}
             for image in report.contact_sheet:
                 if (image.split, image.label) == (split, label):
-                    rows.setdefault(image.row, []).append(image)
+                    rows.setdefault(image.row, {})[image.column] = image
             if rows:
-                figures = "".join(_figure(row, report, images) for row in rows.values())
+                names = report.store.columns
+                figures = "".join(
+                    _figure([row.get(name) for name in names], report, images)
+                    for row in rows.values()
+                )
                 name = escape(report.class_names[label])
                 yield f"<h3 style='margin:14px 0 6px'>{_split(split)} · {name}</h3>"
-                wide = " wide" if len(report.store.columns) > 1 else ""
+                wide = " wide" if len(names) > 1 else ""
                 yield f"<div class='card sheet{wide}'>{figures}</div>"
 
 
-def _figure(row: Sequence[ImageRef], report: Report, images: Images) -> str:
+def _figure(row: Sequence[ImageRef | None], report: Report, images: Images) -> str:
+    """Return images of one row side by side; None stands for a missing one."""
     shown = "".join(_image(image, images) for image in row)
-    first = row[0]
+    first = next(image for image in row if image)
     name = report.class_names[first.label]
     return (
         f"<figure><div class='strip'>{shown}</div><figcaption>"
@@ -390,9 +390,9 @@ def _figure(row: Sequence[ImageRef], report: Report, images: Images) -> str:
     )
 
 
-def _image(image: ImageRef, images: Images) -> str:
-    content = images.get((image.split, image.row, image.column))
-    if content is None:
+def _image(image: ImageRef | None, images: Images) -> str:
+    content = images.get((image.split, image.row, image.column)) if image else None
+    if image is None or content is None:
         return "<div class='lost'></div>"
     data = base64.b64encode(content).decode()
     alt = escape(f"{image.column} of {image.key}")
