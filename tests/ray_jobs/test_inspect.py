@@ -223,6 +223,25 @@ def test_few_whole_numbers_have_a_bin_each(tmp_path):
     assert facts.splits["test"].missing == 1
 
 
+def test_bins_reach_to_where_another_split_lies_and_no_further_than_trainings_own_width(tmp_path):
+    train = np.arange(0, 1000, 10) + 0.5
+    data = {split: rows(split, 100, x=train + shift) for split, shift in
+            (("train", 0.0), ("validation", -200.0), ("test", 90_000.0))}  # fmt: skip
+    (facts,) = look(write(tmp_path, data)).numeric
+    low, high = np.quantile(train, [0.005, 0.995])
+    expected = [np.quantile(train - 200, 0.01), high + (high - low)]
+    np.testing.assert_allclose([facts.edges[0], facts.edges[-1]], expected)
+    assert facts.splits["test"].histogram[-1] == 100
+
+
+def test_of_an_empty_bin_the_share_counts_as_one_in_ten_thousand(tmp_path):
+    data = {s: rows(s, 100, x=np.arange(100.0)) for s in SPLITS}
+    data["test"]["x"] = np.full(100, 5.0)
+    drift = look(write(tmp_path, data)).numeric[0].drift["test"]
+    expected = psi([0.1] * 10, [1.0] + [1e-4] * 9)
+    assert drift.psi == pytest.approx(expected, rel=1e-9)
+
+
 def test_drift_of_numbers_is_that_of_scipy_and_of_the_definition(harmless, tmp_path):
     report = look(harmless, output=str(tmp_path))
     train = stored(harmless, "train")["alpha"].drop_null().to_numpy().astype(np.float64)
@@ -599,7 +618,8 @@ def test_a_split_without_rows_is_no_trouble(tmp_path):
 def test_text_from_the_data_is_shown_and_never_obeyed(tmp_path, capsys):
     nasty = "<script>alert(1)</script>[red]'\""
     data = {s: rows(s, 20) | {nasty: np.arange(20.0)} for s in SPLITS}
-    data["train"]["key"][0] = data["test"]["key"][0] = nasty
+    for split in SPLITS:
+        data[split]["key"] = [f"{nasty}{split if i else ''}{i}" for i in range(20)]
     bad: list[tuple[str | None, str, str]] = [(nasty, "missing_image", nasty)]
     folder = write(tmp_path, data, quarantine=bad, labels=(nasty, f"{nasty}!"))
     look(folder)
