@@ -1,5 +1,8 @@
 """Command line of every job: `[SPEC.yaml] [--section.key value …]` to a validated spec.
 
+A flat spec may name one setting in a class variable `POSITIONAL`, which is then also taken without
+its flag: `inspect PREPARED`.
+
 One function serves all verbs, so that flags, YAML, help and error texts cannot drift apart.
 Imports neither Ray nor TensorFlow: `--help` answers at once.
 """
@@ -63,12 +66,16 @@ def parse(spec_class: type[S], arguments: Sequence[str]) -> S:
     """
     fields = flatten(spec_class)
     nested = any("." in path for path in fields)
+    positional = _positional(spec_class)
     tree: dict[str, Any] = {}
     flags: list[tuple[str, str]] = []
     rest = list(arguments)
     while rest:
         argument = rest.pop(0)
         if not argument.startswith("--"):
+            if positional and positional not in tree:
+                tree[positional] = argument
+                continue
             if not nested or tree or flags:
                 raise UsageError(f"unexpected argument {argument!r}")
             tree = _with_empty_sections(spec_class, read_yaml(argument))
@@ -84,6 +91,11 @@ def parse(spec_class: type[S], arguments: Sequence[str]) -> S:
                 raise UsageError(f"--{path} needs a value ({type_text(fields[path])})")
             value = rest.pop(0)
         flags.append((path, value))
+    if positional in tree and positional in dict(flags):
+        raise UsageError(
+            f"{positional} is given twice: {tree[positional]!r} and --{positional} "
+            f"{dict(flags)[positional]!r}"
+        )
     for path, text in flags:
         tree = with_value(tree, path, _value(path, text, fields[path].annotation))
     return validate_spec(spec_class, tree)
@@ -145,7 +157,10 @@ def help_text(spec_class: type[Spec], prog: str, doc: str) -> str:
     """Return the help of a job: its purpose, then every flag with type, default and meaning."""
     fields = flatten(spec_class)
     nested = any("." in path for path in fields)
+    positional = _positional(spec_class)
     usage = "[SPEC.yaml] [--section.key value …]" if nested else "[--key value …]"
+    if positional:
+        usage = f"{positional.upper()} {usage}"
     lines = [f"usage: {prog} {usage}", "", doc.strip(), ""]
     section = None
     for path, field in fields.items():
@@ -155,7 +170,8 @@ def help_text(spec_class: type[Spec], prog: str, doc: str) -> str:
             section = here
         default = field.get_default(call_default_factory=True)
         shown = "required" if field.is_required() else f"default {_shown(default)}"
-        lines.append(f"  --{path} {type_text(field)}  ({shown})")
+        name = f"{path.upper()} or --{path}" if path == positional else f"--{path}"
+        lines.append(f"  {name} {type_text(field)}  ({shown})")
         description = " ".join((field.description or "").split())
         lines.append(fill(description, 92, initial_indent="      ", subsequent_indent="      "))
     return "\n".join(lines)
@@ -193,6 +209,10 @@ def _with_empty_sections(spec_class: type[Spec], tree: Mapping[str, Any]) -> dic
                 below = _with_empty_sections(typing.cast(type[Spec], field.annotation), below)
             copy[name] = below
     return copy
+
+
+def _positional(spec_class: type[Spec]) -> str | None:
+    return getattr(spec_class, "POSITIONAL", None)
 
 
 def _is_spec(annotation: Any) -> bool:
@@ -281,7 +301,8 @@ def _error_line(spec_class: type[Spec], problem: Any) -> str:
             f"(accepted: {', '.join(known)})"
         )
     if problem["type"] == "missing":
-        return f"{path}: is required; give it as --{path}"
+        flag = f"{path.upper()} or --{path}" if path == _positional(spec_class) else f"--{path}"
+        return f"{path}: is required; give it as {flag}"
     message = str(problem["msg"]).removeprefix("Value error, ")
     if problem["type"] == "model_type":
         message = f"is a section, not a value (accepted in it: {', '.join(known)})"

@@ -3,7 +3,7 @@
 Precedence: default here < YAML < flag.  Imports neither Ray nor TensorFlow.
 """
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
@@ -272,6 +272,19 @@ class PredictSpec(InferenceSpec):
     `photos/{key}.jpg`; or the folder in which the run's own pattern finds them."""
 
 
+class InspectSpec(Spec):
+    """What is in prepared data, and what in it deserves a look."""
+
+    POSITIONAL: ClassVar[str] = "prepared"
+
+    prepared: str
+    """Folder or URI that `prepare` wrote."""
+    output: str | None = None
+    """Folder or URI for inspect.html and inspect.json; by default the prepared folder itself."""
+    max_rows: PositiveInt = 1_000_000
+    """Rows of a split that are looked at; of a larger one a sample by hash of the key."""
+
+
 class DemoSpec(Spec):
     """The whole way on generated data: prepare, train, evaluate, predict."""
 
@@ -293,6 +306,7 @@ __all__ = [
     "DemoSpec",
     "EvaluateSpec",
     "Fraction",
+    "InspectSpec",
     "PredictSpec",
     "PrepareSpec",
     "RunSection",

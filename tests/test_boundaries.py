@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-VERBS = ("prepare", "train", "evaluate", "predict", "demo")
+VERBS = ("prepare", "train", "evaluate", "predict", "inspect", "demo")
 HEAVY = ("tensorflow", "keras", "ray")
 
 

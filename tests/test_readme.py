@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 
 from ray_jobs import cli
-from ray_jobs.spec import DemoSpec, EvaluateSpec, PredictSpec, RunSpec
+from ray_jobs.spec import DemoSpec, EvaluateSpec, InspectSpec, PredictSpec, RunSpec
 from tests.ray_jobs.tiny import write_prepared
 
 ROOT = Path(__file__).parent.parent
 HOUSES = ROOT.parent / "shared" / "data" / "houses"
 SPECS = {
     "prepare": RunSpec,
+    "inspect": InspectSpec,
     "train": RunSpec,
     "evaluate": EvaluateSpec,
     "predict": PredictSpec,

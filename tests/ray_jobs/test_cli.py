@@ -7,9 +7,9 @@ import pytest
 
 from ray_jobs import cli
 from ray_jobs.cli import JobError, UsageError, flatten, help_text, parse
-from ray_jobs.spec import DemoSpec, EvaluateSpec, PredictSpec, RunSpec
+from ray_jobs.spec import DemoSpec, EvaluateSpec, InspectSpec, PredictSpec, RunSpec
 
-SPECS = (RunSpec, EvaluateSpec, PredictSpec, DemoSpec)
+SPECS = (RunSpec, InspectSpec, EvaluateSpec, PredictSpec, DemoSpec)
 
 
 def setting(spec: Any, path: str) -> Any:
@@ -56,6 +56,14 @@ def test_no_arguments_give_the_defaults():
 
 def test_the_last_of_two_equal_flags_wins():
     assert parse(RunSpec, ["--train.epochs", "3", "--train.epochs=4"]).train.epochs == 4
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["data"], ["--prepared", "data"], ["data", "--max_rows", "9"], ["--max_rows=9", "data"]],
+)
+def test_the_one_positional_setting_of_a_flat_spec_may_stand_anywhere_or_be_a_flag(arguments):
+    assert parse(InspectSpec, arguments).prepared == "data"
 
 
 # -- values ---------------------------------------------------------------------------------------
@@ -233,12 +241,20 @@ def test_a_required_setting_that_is_missing_names_its_flag():
     assert message == "output: is required; give it as --output"
 
 
+def test_a_positional_setting_that_is_missing_or_given_twice_says_so():
+    missing = usage_error("--max_rows", "9", spec_class=InspectSpec)
+    assert missing == "prepared: is required; give it as PREPARED or --prepared"
+    twice = usage_error("a", "--prepared", "b", spec_class=InspectSpec)
+    assert twice == "prepared is given twice: 'a' and --prepared 'b'"
+
+
 @pytest.mark.parametrize(
     ("spec_class", "arguments"),
     [
         (RunSpec, ["{yaml}", "more.yaml"]),
         (RunSpec, ["--train.epochs", "3", "more.yaml"]),
         (EvaluateSpec, ["more.yaml"]),
+        (InspectSpec, ["data", "more.yaml"]),
     ],
 )
 def test_an_argument_too_many_names_itself(yaml_file, spec_class, arguments):
@@ -312,6 +328,12 @@ def test_help_of_a_flat_spec_says_what_is_required():
     lines = help_text(EvaluateSpec, "python -m ray_jobs.evaluate", "").splitlines()
     assert lines[0] == "usage: python -m ray_jobs.evaluate [--key value …]"
     assert "  --run TEXT  (required)" in lines
+
+
+def test_help_shows_the_positional_setting_in_usage_and_among_the_flags():
+    lines = help_text(InspectSpec, "python -m ray_jobs.inspect", "").splitlines()
+    assert lines[0] == "usage: python -m ray_jobs.inspect PREPARED [--key value …]"
+    assert "  PREPARED or --prepared TEXT  (required)" in lines
 
 
 # -- exit statuses --------------------------------------------------------------------------------
