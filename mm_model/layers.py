@@ -136,7 +136,7 @@ class CategoryEmbedding(layers.Layer):
     Codes are those of the columns' vocabularies; any number that is no code counts as unknown.
     While training, a random share of the known words is taken for unknown or, as often, for
     missing: both entries learn what a row is like about which the column says nothing, even where
-    training has none (word dropout: Iyyer et al. 2015, ACL P15-1162, section 3.2).
+    training has none (as the word dropout of Iyyer et al. 2015, ACL P15-1162).
 
     Input: int (B, C).  Output: float (B, F), F the sum of the columns' widths.
 
@@ -167,8 +167,8 @@ class CategoryEmbedding(layers.Layer):
         self.entries = [
             self.add_weight(
                 shape=(vocabulary.num_codes, width),
-                # As long as a standardised number is, however wide (Gorishniy et al. 2021,
-                # arXiv 2106.11959, do likewise): Keras' ±0.05 would be drowned by the numbers.
+                # About as long as a standardised number, however wide (as in the code of Gorishniy
+                # et al. 2021, arXiv 2106.11959); Keras' ±0.05 would be drowned by the numbers.
                 initializer=keras.initializers.RandomUniform(-(width**-0.5), width**-0.5),
                 regularizer=keras.regularizers.L2(self.l2) if self.l2 else None,
                 # Not the column's name, which may hold what no variable's name may.
