@@ -1,6 +1,7 @@
-"""A fusion model for an image and numbers of the same thing: Keras 3 in, one probability out.
+"""A fusion model for images and numbers of the same thing: Keras 3 in, one probability out.
 
-Enters: raw pixels 0-255 and raw numbers (NaN where missing).  Leaves: a yes/no probability.
+Enters: raw pixels 0-255, raw numbers (NaN where missing), codes of categories.  Leaves: a yes/no
+probability.
 Use:    model = mm_model.create_model((456, 456, 3), (12,)); model.fit([X_image, X_numeric], y)
 
 `mm_model.spec` and `mm_model.statistics` need neither Keras nor TensorFlow, so the names below
@@ -15,18 +16,25 @@ if TYPE_CHECKING:
     from mm_model.model import FusionModel, build_model, create_model, load_model
     from mm_model.optimizer import make_optimizer
     from mm_model.spec import ModelSpec, OptimizerSpec
-    from mm_model.statistics import NumericStatistics, fit_numeric_statistics
+    from mm_model.statistics import (
+        NumericStatistics,
+        Vocabulary,
+        fit_numeric_statistics,
+        fit_vocabulary,
+    )
 
 _HOME_OF = {
     "FusionModel": "mm_model.model",
     "ModelSpec": "mm_model.spec",
     "NumericStatistics": "mm_model.statistics",
     "OptimizerSpec": "mm_model.spec",
+    "Vocabulary": "mm_model.statistics",
     "balanced_class_weight": "mm_model.fit",
     "build_model": "mm_model.model",
     "create_model": "mm_model.model",
     "default_callbacks": "mm_model.fit",
     "fit_numeric_statistics": "mm_model.statistics",
+    "fit_vocabulary": "mm_model.statistics",
     "load_model": "mm_model.model",
     "make_optimizer": "mm_model.optimizer",
 }
@@ -36,11 +44,13 @@ __all__ = [
     "ModelSpec",
     "NumericStatistics",
     "OptimizerSpec",
+    "Vocabulary",
     "balanced_class_weight",
     "build_model",
     "create_model",
     "default_callbacks",
     "fit_numeric_statistics",
+    "fit_vocabulary",
     "load_model",
     "make_optimizer",
 ]

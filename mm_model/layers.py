@@ -1,6 +1,7 @@
 """Serialisable building blocks of the fusion model.
 
-Shapes: B rows, F features or columns, K piecewise-linear components, M heads, H × W pixels.
+Shapes: B rows, N images a row, T tokens, F features or columns, K piecewise-linear components,
+C categories, M heads, H × W pixels.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import numpy as np
 from keras import KerasTensor, layers, ops
 
 from mm_model.spec import AugmentationSpec, ModelSpec
-from mm_model.statistics import NumericStatistics
+from mm_model.statistics import NumericStatistics, Vocabulary
 
 register = keras.saving.register_keras_serializable(package="mm_model")
 
@@ -126,6 +127,162 @@ def bin_edges(quantiles: tuple[float, ...], bins: int | None) -> np.ndarray:
     positions = np.linspace(0, len(quantiles) - 1, bins + 1)
     edges = np.unique(np.interp(positions, np.arange(len(quantiles)), quantiles).astype(np.float32))
     return edges.astype(np.float64) if len(edges) > 1 else np.empty(0)
+
+
+@register
+class CategoryEmbedding(layers.Layer):
+    """Codes of categorical columns to learnt features, side by side.
+
+    Codes are those of the columns' vocabularies; any number that is no code counts as unknown.
+    While training, a random share of the known words is taken for unknown or, as often, for
+    missing: both entries learn what a row is like about which the column says nothing, even where
+    training has none (as the word dropout of Iyyer et al. 2015, ACL P15-1162).
+
+    Input: int (B, C).  Output: float (B, F), F the sum of the columns' widths.
+
+    Args:
+        vocabularies: of the columns, in order; a saved model says by them what its codes mean.
+        dropout: share of the known words that is hidden while training.
+        l2: penalty on the entries, which are the kernel of a dense layer on one-hot inputs.
+        seed: of the draws.
+    """
+
+    def __init__(
+        self,
+        vocabularies: Sequence[Vocabulary | dict],
+        dropout: float = 0.0,
+        l2: float = 0.0,
+        seed: int | None = None,
+        **kwargs,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.vocabularies = tuple(Vocabulary.model_validate(v) for v in vocabularies)
+        self.dropout, self.l2 = dropout, l2
+        self.seed_generator = keras.random.SeedGenerator(seed)
+        self._num_codes_C = np.asarray([v.num_codes for v in self.vocabularies], np.int32)
+        self._widths = [embedding_width(v.num_codes) for v in self.vocabularies]
+
+    def build(self, input_shape):
+        """Create the entries of each column."""
+        self.entries = [
+            self.add_weight(
+                shape=(vocabulary.num_codes, width),
+                # About as long as a standardised number, however wide (as in the code of Gorishniy
+                # et al. 2021, arXiv 2106.11959); Keras' ±0.05 would be drowned by the numbers.
+                initializer=keras.initializers.RandomUniform(-(width**-0.5), width**-0.5),
+                regularizer=keras.regularizers.L2(self.l2) if self.l2 else None,
+                # Not the column's name, which may hold what no variable's name may.
+                name=f"entries_{i}",
+            )
+            for i, (vocabulary, width) in enumerate(
+                zip(self.vocabularies, self._widths, strict=True)
+            )
+        ]
+
+    def call(self, codes_BC: Any, training: bool = False) -> Any:
+        """Look the codes up."""
+        codes_BC = ops.cast(codes_BC, "int32")
+        is_code_BC = ops.logical_and(codes_BC >= 0, codes_BC < self._num_codes_C)
+        codes_BC = ops.where(is_code_BC, codes_BC, Vocabulary.UNKNOWN)
+        if training and self.dropout:
+            codes_BC = self._hide(codes_BC)
+        # A product in place of a look-up: the gradient of a look-up is sparse, and would be
+        # exchanged between workers in a collective of its own, not packed with the others.
+        features = []
+        for i, (vocabulary, entries) in enumerate(
+            zip(self.vocabularies, self.entries, strict=True)
+        ):
+            one_hot = ops.one_hot(codes_BC[:, i], vocabulary.num_codes, dtype=self.compute_dtype)
+            features.append(ops.matmul(one_hot, entries))
+        return ops.concatenate(features, axis=1)
+
+    def _hide(self, codes_BC: Any) -> Any:
+        draw_BC: Any = keras.random.uniform(ops.shape(codes_BC), seed=self.seed_generator)
+        hidden_BC = ops.where(
+            draw_BC < self.dropout / 2,
+            Vocabulary.UNKNOWN,
+            ops.where(draw_BC < self.dropout, Vocabulary.MISSING, codes_BC),
+        )
+        # What is missing or unknown in truth stays so, since that may say something.
+        return ops.where(codes_BC > Vocabulary.UNKNOWN, hidden_BC, codes_BC)
+
+    def compute_output_shape(self, input_shape):
+        """Return (B, F)."""
+        return (input_shape[0], sum(self._widths))
+
+    def get_config(self) -> dict:
+        """Return what the layer is made from, the vocabularies among it."""
+        vocabularies = [v.model_dump(mode="json") for v in self.vocabularies]
+        config = {"vocabularies": vocabularies, "dropout": self.dropout, "l2": self.l2}
+        return {**super().get_config(), **config}
+
+
+def embedding_width(num_codes: int) -> int:
+    """Return how many features a column with so many codes gets: fastai's rule of thumb.
+
+    `emb_sz_rule` in `fastai/tabular/model.py` (Howard and Gugger 2020, arXiv 2002.04688).
+    """
+    return min(600, round(1.6 * num_codes**0.56))
+
+
+@register
+class FoldImages(layers.Layer):
+    """Several images a row to a batch of images, so that one branch looks at all of them.
+
+    A missing image is replaced by the first of its row that is there, and left out again by
+    `UnfoldImages`. What a missing image holds (black, as a rule) is like no photo: in training it
+    would move the batch-norm statistics by which the real ones are scaled.
+
+    Input: images (B, N, H, W, 3), mask (B, N), 0 where one is missing.  Output: (B × N, H, W, 3).
+    """
+
+    def call(self, images_and_mask: Any) -> Any:
+        """Replace what is missing and fold."""
+        images_BNHWC, mask_BN = images_and_mask
+        num_images, *image_shape = images_BNHWC.shape[1:]
+        there_BN = mask_BN > 0
+        first_B1 = ops.argmax(ops.cast(there_BN, "int32"), axis=1, keepdims=True)
+        chosen_BN: Any = ops.where(there_BN, ops.arange(num_images, dtype="int32"), first_B1)
+        shape: Any = ops.shape(mask_BN)
+        start_B1: Any = ops.expand_dims(ops.arange(shape[0], dtype="int32") * num_images, 1)
+        folded = ops.reshape(images_BNHWC, (-1, *image_shape))
+        return ops.take(folded, ops.reshape(start_B1 + chosen_BN, (-1,)), axis=0)
+
+    def compute_output_shape(self, input_shape):
+        """Return (B × N, H, W, 3)."""
+        rows, num_images, *image_shape = input_shape[0]
+        return (None if rows is None else rows * num_images, *image_shape)
+
+
+@register
+class UnfoldImages(layers.Layer):
+    """Features of single images to features of rows.
+
+    The pooled features of a row are the mean of those of its images that are there (zeros where
+    none is), which neither their order nor a missing one changes; its tokens are all of theirs,
+    zeros where an image is missing.
+
+    Input: pooled (B × N, F), tokens (B × N, T, G), mask (B, N).
+    Output: pooled (B, F), tokens (B, N × T, G).
+    """
+
+    def call(self, features_and_mask: Any) -> Any:
+        """Unfold and pool."""
+        pooled, tokens, mask_BN = features_and_mask
+        num_images = mask_BN.shape[1]
+        num_tokens, width = tokens.shape[1:]
+        there_BN1: Any = ops.expand_dims(ops.cast(mask_BN > 0, pooled.dtype), 2)
+        pooled_BNF: Any = ops.reshape(pooled, (-1, num_images, pooled.shape[-1]))
+        sum_BF: Any = ops.sum(pooled_BNF * there_BN1, axis=1)
+        pooled_BF = sum_BF / ops.maximum(ops.sum(there_BN1, axis=1), 1)
+        tokens_BNX: Any = ops.reshape(tokens, (-1, num_images, num_tokens * width))
+        tokens_BNX = tokens_BNX * ops.cast(there_BN1, tokens.dtype)
+        return pooled_BF, ops.reshape(tokens_BNX, (-1, num_images * num_tokens, width))
+
+    def compute_output_shape(self, input_shape):
+        """Return (B, F) and (B, N × T, G)."""
+        pooled, tokens, (rows, num_images) = input_shape
+        return (rows, pooled[-1]), (rows, num_images * tokens[1], tokens[2])
 
 
 @register

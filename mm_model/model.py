@@ -1,8 +1,12 @@
 """The fusion model: inputs → branches → fusion → heads → blend → calibration → probability.
 
-    image   (B, H, W, 3), 0-255 ─ augmentation ─ image branch ──┬─ image head ───┐
-                                                                ├─ fusion, joint ┼─ blend ─ p
-    numeric (B, F), NaN missing ─ encoding ───── numeric branch ┴─ numeric head ─┘
+    image    (B, H, W, 3), 0-255 ─ augmentation ─ image branch ──┬─ image head ───┐
+                                                                 ├─ fusion, joint ┼─ blend ─ p
+    numeric  (B, F), NaN missing ─ encoding ──┬── numeric branch ┴─ numeric head ─┘
+    category (B, C), codes ────── embedding ──┘
+
+Several images a row (B, N, H, W, 3), with image_mask (B, N), become a batch of B × N images before
+augmentation, and their features those of B rows after the image branch.
 
 Every head learns from the label, so that each branch can stand alone; `blend` weighs their logits
 (evenly while training, as the validation split shows afterwards), `calibration` then gives the sum
@@ -23,24 +27,38 @@ from mm_model.fusion import FUSIONS
 from mm_model.layers import (
     AffineLogit,
     Blocks,
+    CategoryEmbedding,
+    FoldImages,
     ModalityDropout,
     NumericEncoding,
+    UnfoldImages,
     augmentation,
     register,
 )
 from mm_model.optimizer import make_optimizer
 from mm_model.spec import ModelSpec, OptimizerSpec
-from mm_model.statistics import NumericStatistics
+from mm_model.statistics import NumericStatistics, Vocabulary
 
 Shape = Sequence[int]
+
+INPUT_DTYPES = {
+    "image": "float32",
+    "image_mask": "float32",
+    "numeric": "float32",
+    "category": "int32",
+}
+"""Every input that a network may have, in order, and what it is cast to."""
+_POSITIONAL = ("image", "numeric", "category")
 
 
 @register
 class FusionModel(keras.Model):
-    """Image and numbers in, one probability (B, 1) out.
+    """Images and numbers in, one probability (B, 1) out.
 
-    Takes `[image, numeric]` or `{"image": …, "numeric": …}` (or the one input that it was built
-    with): pixels 0-255 of any number type, raw numbers with NaN where one is missing.
+    Takes `{"image": …, "numeric": …, "category": …}` or a list in this order, or those of them that
+    it was built with: pixels 0-255 of any number type, raw numbers with NaN where one is missing,
+    codes of the vocabularies. With several images a row the dict may hold `image_mask`, 0 where an
+    image is missing; without it all are there.
 
     Args:
         network: functional model from the named inputs to the logits (B, M) of its heads.
@@ -72,8 +90,8 @@ class FusionModel(keras.Model):
 
     @property
     def input_names(self) -> list[str]:
-        """Names of the inputs that this model takes: image, numeric or both."""
-        return list(self.network.input)
+        """Names of the network's inputs, in the order of `INPUT_DTYPES`."""
+        return [name for name in INPUT_DTYPES if name in self.network.input]
 
     def head_logits(self, inputs: Any, training: bool = False) -> Any:
         """Return the logits (B, M) of all heads, before blend and calibration."""
@@ -148,34 +166,30 @@ def build_model(
     statistics: NumericStatistics | None,
     shape_image: Shape,
     shape_numeric: Shape | None = None,
+    vocabularies: Sequence[Vocabulary] = (),
 ) -> FusionModel:
     """Return the uncompiled model that a spec describes.
 
     Args:
         spec: what it is made of.
         statistics: of the training split's numbers; without them numbers are taken as given.
-        shape_image: height, width, channels.
+        shape_image: height, width, channels; before them the number of images of a row that has
+            several.
         shape_numeric: (columns,); by default as many as `statistics` names.
+        vocabularies: of the categorical columns.
 
     Raises:
-        ValueError: if the shapes do not fit, or the backbone cannot take them.
+        ValueError: if the shapes do not fit, the backbone cannot take them, or a branch is left
+            without an input.
         OSError: if weights cannot be had.
     """
     blocks = Blocks.of(spec)
     inputs: dict[str, Any] = {}
     branches: dict[str, dict] = {}
     if spec.image.kind != "none":
-        inputs["image"] = x = keras.Input(_image_shape(shape_image), name="image")
-        for layer in augmentation(spec.augmentation):
-            x = layer(x)
-        build_image = _resolve(IMAGE_BRANCHES[spec.image.kind])
-        branches["image"] = build_image(x, spec.image.kind, spec.image, blocks)
+        branches["image"] = _image_branch(inputs, spec, shape_image, blocks)
     if spec.numeric.kind != "none":
-        num_columns = _num_columns(statistics, shape_numeric)
-        inputs["numeric"] = x = keras.Input((num_columns,), name="numeric")
-        if statistics is not None:
-            bins = spec.numeric.bins if spec.numeric.encoding == "piecewise_linear" else None
-            x = NumericEncoding(statistics, bins, name="numeric_encoding")(x)
+        x = _encoded(inputs, spec, statistics, shape_numeric, vocabularies)
         build_numeric = _resolve(NUMERIC_BRANCHES[spec.numeric.kind])
         branches["numeric"] = build_numeric(x, spec.numeric.kind, spec.numeric, blocks)
     logits = {
@@ -202,16 +216,21 @@ def create_model(
     input_shape_numeric: Shape,
     numeric_statistics: NumericStatistics | None = None,
     *,
+    vocabularies: Sequence[Vocabulary] = (),
     learning_rate: float = OptimizerSpec().learning_rate,
     **options: Any,
 ) -> FusionModel:
     """Return a compiled model for `fit` on arrays in one process.
 
     Args:
-        input_shape_image: height, width, channels of the images, such as (456, 456, 3).
-        input_shape_numeric: number of columns, such as (12,).
+        input_shape_image: height, width, channels of the images, such as (456, 456, 3); of several
+            images a row their number first, such as (4, 456, 456, 3).
+        input_shape_numeric: number of columns, such as (12,); (0,) with categories alone.
         numeric_statistics: from `fit_numeric_statistics(X_numeric_of_the_training_rows)`; without
             them the numbers are taken as given, without imputation, scaling or encoding.
+        vocabularies: of categorical columns, each from `fit_vocabulary(texts_of_the_training_rows,
+            column)`; the input `category` is `np.stack([v.codes(texts[v.column]) for v in
+            vocabularies], axis=1)`.
         learning_rate: of Adam.
         **options: the fields of `ModelSpec`, nested ones as a dict, such as
             `image={"kind": "resnet50", "weights": None}`, `dropout=0.5`, `l2=0`.
@@ -221,7 +240,9 @@ def create_model(
         OSError: if weights cannot be had.
     """
     spec = ModelSpec.model_validate(options)
-    model = build_model(spec, numeric_statistics, input_shape_image, input_shape_numeric)
+    model = build_model(
+        spec, numeric_statistics, input_shape_image, input_shape_numeric, vocabularies
+    )
     model.compile(
         optimizer=make_optimizer(OptimizerSpec(learning_rate=learning_rate, schedule="constant")),
         loss="binary_crossentropy",
@@ -245,6 +266,53 @@ def load_model(path: str | Path) -> FusionModel:
     return model
 
 
+def _image_branch(
+    inputs: dict[str, Any], spec: ModelSpec, shape: Shape, blocks: Blocks
+) -> dict[str, KerasTensor]:
+    """Return the image branch's features of a row, and put what it takes among the inputs."""
+    several = len(shape) == 4
+    inputs["image"] = x = keras.Input(_image_shape(shape), name="image")
+    if several:
+        inputs["image_mask"] = keras.Input((int(shape[0]),), name="image_mask")
+        x = FoldImages(name="image_fold")([x, inputs["image_mask"]])
+    for layer in augmentation(spec.augmentation):
+        x = layer(x)
+    build_image = _resolve(IMAGE_BRANCHES[spec.image.kind])
+    features = build_image(x, spec.image.kind, spec.image, blocks)
+    if several:
+        unfold = UnfoldImages(name="image_unfold")
+        pooled_BF, tokens_BTF = unfold(
+            [features["pooled"], features["tokens"], inputs["image_mask"]]
+        )
+        features = {"pooled": pooled_BF, "tokens": tokens_BTF}
+    return features
+
+
+def _encoded(
+    inputs: dict[str, Any],
+    spec: ModelSpec,
+    statistics: NumericStatistics | None,
+    shape: Shape | None,
+    vocabularies: Sequence[Vocabulary],
+) -> KerasTensor:
+    """Return what the numeric branch takes, and put what that is made from among the inputs."""
+    parts: list[Any] = []
+    num_columns = _num_columns(statistics, shape, vocabularies)
+    if num_columns:
+        inputs["numeric"] = x = keras.Input((num_columns,), name="numeric")
+        if statistics is not None:
+            bins = spec.numeric.bins if spec.numeric.encoding == "piecewise_linear" else None
+            x = NumericEncoding(statistics, bins, name="numeric_encoding")(x)
+        parts.append(x)
+    if vocabularies:
+        inputs["category"] = x = keras.Input((len(vocabularies),), dtype="int32", name="category")
+        embed = CategoryEmbedding(
+            vocabularies, spec.numeric.category_dropout, spec.l2, name="category_embedding"
+        )
+        parts.append(embed(x))
+    return layers.Concatenate(name="numeric_concat")(parts) if len(parts) > 1 else parts[0]
+
+
 def _joint(branches: dict[str, dict], spec: ModelSpec, blocks: Blocks) -> KerasTensor:
     image, numeric = dict(branches["image"]), dict(branches["numeric"])
     if spec.fusion.modality_dropout:
@@ -261,35 +329,59 @@ def _resolve(builder: Builder) -> Any:
 
 
 def _named(inputs: Any, names: list[str]) -> dict[str, Any]:
-    if isinstance(inputs, Mapping):
-        absent = [name for name in names if name not in inputs]
-        if absent:
-            raise ValueError(f"the model takes {names}; {absent} missing from {list(inputs)}")
-        chosen = {name: inputs[name] for name in names}
-    else:
-        given = list(inputs) if isinstance(inputs, list | tuple) else [inputs]
-        if len(given) == 2 and len(names) == 1:
-            given = [given[["image", "numeric"].index(names[0])]]
-        if len(given) != len(names):
-            raise ValueError(f"the model takes {names}; got {len(given)} inputs")
-        chosen = dict(zip(names, given, strict=True))
-    return {name: ops.cast(value, "float32") for name, value in chosen.items()}
+    """Return the network's inputs by name, cast, from a dict or a list of what users give."""
+    given = inputs if isinstance(inputs, Mapping) else _by_name(inputs, names)
+    if "image_mask" in names and "image" in given and "image_mask" not in given:
+        shape: Any = ops.shape(given["image"])
+        given = {**given, "image_mask": ops.ones(shape[:2])}
+    absent = [name for name in names if name not in given]
+    if absent:
+        raise ValueError(f"the model takes {names}; {absent} missing from {list(given)}")
+    return {name: ops.cast(given[name], INPUT_DTYPES[name]) for name in names}
 
 
-def _image_shape(shape: Shape) -> tuple[int, int, int]:
-    if len(shape) != 3 or shape[2] != 3:
-        raise ValueError(f"images are (height, width, 3), got shape {tuple(shape)}")
-    return (int(shape[0]), int(shape[1]), 3)
+def _by_name(inputs: Any, names: list[str]) -> dict[str, Any]:
+    """Return inputs by name of a list, in which those of a branch that is left out may stand."""
+    given = list(inputs) if isinstance(inputs, list | tuple) else [inputs]
+    wanted = [name for name in _POSITIONAL if name in names]
+    if len(given) == len(wanted):
+        return dict(zip(wanted, given, strict=True))
+    all_names = _POSITIONAL[: len(given)]
+    if (
+        len(given) > len(wanted)
+        and len(given) <= len(_POSITIONAL)
+        and set(wanted) <= set(all_names)
+    ):
+        return dict(zip(all_names, given, strict=True))
+    raise ValueError(f"the model takes {wanted}; got {len(given)} inputs")
 
 
-def _num_columns(statistics: NumericStatistics | None, shape: Shape | None) -> int:
-    if statistics is None and shape is None:
-        raise ValueError("give the numeric statistics or the numeric shape")
-    if shape is not None and (len(shape) != 1 or shape[0] < 1):
-        raise ValueError(f"numbers are (columns,) with at least one column, got {tuple(shape)}")
-    num_columns = len(statistics.columns) if statistics is not None else int(shape[0])  # type: ignore[index]
-    if shape is not None and shape[0] != num_columns:
+def _image_shape(shape: Shape) -> tuple[int, ...]:
+    if len(shape) not in (3, 4) or shape[-1] != 3 or min(shape) < 1:
         raise ValueError(
-            f"the numeric shape {tuple(shape)} does not fit the statistics' {num_columns} columns"
+            "images are (height, width, 3), several a row (images, height, width, 3), "
+            f"got shape {tuple(shape)}"
+        )
+    return tuple(int(size) for size in shape)
+
+
+def _num_columns(
+    statistics: NumericStatistics | None, shape: Shape | None, vocabularies: Sequence[Vocabulary]
+) -> int:
+    if shape is not None and len(shape) != 1:
+        raise ValueError(f"numbers are (columns,), got {tuple(shape)}")
+    if statistics is not None:
+        num_columns = len(statistics.columns)
+        if shape is not None and shape[0] != num_columns:
+            raise ValueError(
+                f"the numeric shape {tuple(shape)} does not fit the statistics' {num_columns} "
+                "columns"
+            )
+    else:
+        num_columns = int(shape[0]) if shape is not None else 0
+    if not num_columns and not vocabularies:
+        raise ValueError(
+            "there are no numbers and no categories for the numeric branch; give the numeric "
+            "statistics, the numeric shape or vocabularies, or set model.numeric.kind=none"
         )
     return num_columns

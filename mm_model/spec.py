@@ -88,14 +88,18 @@ NO_AUGMENTATION = AugmentationSpec(
 
 
 class NumericSpec(Spec):
-    """The numeric branch."""
+    """The numeric branch: numbers and categories."""
 
     kind: str = "mlp"
-    """Network over the encoded numbers, a key of `NUMERIC_BRANCHES`; `none` leaves numbers out."""
+    """Network over the encoded numbers and categories, a key of `NUMERIC_BRANCHES`; `none` leaves
+    both out."""
     encoding: Literal["piecewise_linear", "standard"] = "piecewise_linear"
     """How numbers enter: standardised, or standardised and piecewise-linear over quantiles."""
     bins: Annotated[int, Field(ge=2, le=1023)] = 32
     """Most bins a column, between quantiles of the training split."""
+    category_dropout: Fraction = 0.05
+    """Chance that a category of a training row is hidden: taken for unknown or, as often, missing,
+    so that the model knows what to make of either where training has none."""
     units: tuple[PositiveInt, ...] = (256, 128)
     """Width of each hidden layer."""
 

@@ -5,7 +5,7 @@ Fitted on the training split alone, kept in the manifest, and built into the mod
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from pydantic import model_validator
@@ -57,21 +57,36 @@ class Vocabulary(Spec):
     words: tuple[str, ...]
     """Words that have a code of their own: the first has 2."""
 
+    @model_validator(mode="after")
+    def _no_word_twice(self) -> "Vocabulary":
+        if len(set(self.words)) < len(self.words):
+            twice = next(word for word, count in Counter(self.words).items() if count > 1)
+            raise ValueError(f"the vocabulary of {self.column!r} holds a word twice: {twice}")
+        return self
+
     @property
     def num_codes(self) -> int:
         """Codes that there are, those for missing and unknown included."""
         return len(self.words) + 2
 
-    def codes(self, texts: Iterable[str | None]) -> np.ndarray:
-        """Return the int32 code of each text."""
-        code = {None: self.MISSING} | {word: i for i, word in enumerate(self.words, start=2)}
-        return np.fromiter((code.get(text, self.UNKNOWN) for text in texts), np.int32)
+    def codes(self, texts: Iterable[str | float | None]) -> np.ndarray:
+        """Return the int32 code of each text, None or NaN for missing."""
+        code: dict[Any, int] = {word: i for i, word in enumerate(self.words, start=2)}
+        return np.fromiter(
+            (self.MISSING if _is_missing(text) else code.get(text, self.UNKNOWN) for text in texts),
+            np.int32,
+        )
+
+
+def _is_missing(text: Any) -> bool:
+    # NaN, which tables in memory hold for missing, is the one value that differs from itself.
+    return text is None or text != text
 
 
 def fit_vocabulary(
-    texts: Iterable[str | None], column: str, *, min_count: int = 2, max_words: int = 1000
+    texts: Iterable[str | float | None], column: str, *, min_count: int = 2, max_words: int = 1000
 ) -> Vocabulary:
-    """Return the vocabulary of the training rows' texts, None for missing.
+    """Return the vocabulary of the training rows' texts, None or NaN for missing.
 
     Args:
         texts: of the training rows.
@@ -79,7 +94,7 @@ def fit_vocabulary(
         min_count: rarer words get no code: from them the model learns what an unknown word means.
         max_words: of more words the most frequent are kept.
     """
-    counts = Counter(text for text in texts if text is not None)
+    counts: Counter[Any] = Counter(text for text in texts if not _is_missing(text))
     frequent = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:max_words]
     return Vocabulary(column=column, words=tuple(sorted(w for w, n in frequent if n >= min_count)))
 

@@ -4,6 +4,8 @@ The dicts hold either a builder or where to import it from ("module:function"), 
 branch in a spec imports neither Keras nor TensorFlow. A branch of your own is one more entry:
 
     IMAGE_BRANCHES["mine"] = my_branch      # my_branch(image, kind, spec, blocks) -> Features
+
+An image branch sees single images, also where a row has several.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The numeric branch: encoded numbers through dense blocks with skip connections."""
+"""The numeric branch: encoded numbers and categories through dense blocks with skips."""
 
 from keras import KerasTensor, layers
 
@@ -7,7 +7,7 @@ from mm_model.spec import NumericSpec
 
 
 def build(encoded_BF: KerasTensor, kind: str, spec: NumericSpec, blocks: Blocks) -> dict:
-    """Return pooled features and one token of encoded numbers."""
+    """Return pooled features and one token of encoded numbers and categories."""
     del kind
     x = encoded_BF
     for i, units in enumerate(spec.units):

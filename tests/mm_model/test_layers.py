@@ -4,8 +4,20 @@ import keras
 import numpy as np
 import pytest
 
-from mm_model.layers import AffineLogit, ModalityDropout, NumericEncoding, bin_edges
-from mm_model.statistics import fit_numeric_statistics
+from mm_model.layers import (
+    AffineLogit,
+    CategoryEmbedding,
+    FoldImages,
+    ModalityDropout,
+    NumericEncoding,
+    UnfoldImages,
+    bin_edges,
+    embedding_width,
+)
+from mm_model.statistics import Vocabulary, fit_numeric_statistics
+
+COLOUR = Vocabulary(column="colour", words=("blue", "green", "red"))
+SHAPE = Vocabulary(column="shape / a name that no variable may have", words=("round",))
 
 
 def piecewise_linear(value: float, edges: np.ndarray) -> list[float]:
@@ -69,6 +81,97 @@ def test_statistics_agree_with_numpy_and_refuse_infinities():
     values[0, 0] = np.inf
     with pytest.raises(ValueError, match="infinities"):
         fit_numeric_statistics(values)
+
+
+def test_a_category_gives_the_entries_of_its_code():
+    layer = CategoryEmbedding([COLOUR, SHAPE])
+    codes = np.array([[4, 2], [0, 1], [1, 0], [3, 2]], np.int32)
+    got = np.asarray(layer(codes))
+    colour, shape = (np.asarray(entries) for entries in layer.entries)
+    assert (len(colour), len(shape)) == (5, 3)
+    expected = [[*colour[c], *shape[s]] for c, s in codes]
+    np.testing.assert_array_equal(got, np.asarray(expected))
+    assert got.shape == layer.compute_output_shape((4, 2))
+
+
+def test_a_number_that_is_no_code_counts_as_unknown():
+    layer = CategoryEmbedding([COLOUR, SHAPE])
+    unknown = np.asarray(layer(np.array([[1, 1]])))
+    odd = np.array([[5, 3], [-1, -1], [2**31 - 1, -(2**31)]], np.int32)
+    np.testing.assert_array_equal(np.asarray(layer(odd)), np.repeat(unknown, 3, axis=0))
+
+
+def test_a_share_of_the_known_words_is_hidden_in_training_alone():
+    layer = CategoryEmbedding([COLOUR], dropout=0.4, seed=1)
+    codes = np.repeat([[0], [1], [2], [4]], 10_000, axis=0).astype(np.int32)
+    names = {tuple(np.asarray(layer(np.array([[c]])))[0].tolist()): c for c in range(5)}
+    assert len(names) == 5
+
+    def seen(training: bool) -> np.ndarray:
+        features = np.asarray(layer(codes, training=training)).tolist()
+        return np.array([names[tuple(row)] for row in features]).reshape(4, -1)
+
+    missing, unknown, blue, red = seen(training=True)
+    # What is missing or unknown in truth stays what it is.
+    assert set(missing) == {0}
+    assert set(unknown) == {1}
+    for code, words in ((2, blue), (4, red)):
+        shares = np.bincount(words, minlength=5) / len(words)
+        expected = np.zeros(5)
+        expected[[0, 1, code]] = 0.2, 0.2, 0.6
+        np.testing.assert_allclose(shares, expected, atol=0.02)
+    np.testing.assert_array_equal(seen(training=False).ravel(), codes[:, 0])
+
+
+def test_the_penalty_of_categories_is_that_of_a_kernel():
+    layer = CategoryEmbedding([COLOUR, SHAPE], l2=0.1)
+    layer.build((None, 2))
+    expected = 0.1 * sum(float((np.asarray(e) ** 2).sum()) for e in layer.entries)
+    assert float(sum(layer.losses)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_categories_keep_their_words_in_their_config():
+    layer = CategoryEmbedding([COLOUR, SHAPE], dropout=0.1, l2=0.2, name="category_embedding")
+    again = CategoryEmbedding.from_config(layer.get_config())
+    assert again.vocabularies == (COLOUR, SHAPE)
+    assert (again.dropout, again.l2, again.name) == (0.1, 0.2, "category_embedding")
+
+
+def test_the_width_of_a_category_is_what_fastai_gives_it():
+    # The columns of the Adult data in fastai's tabular tutorial: Embedding(10, 6), …
+    published = {10: 6, 17: 8, 8: 5, 16: 8, 7: 5, 6: 4, 3: 3}
+    assert {n: embedding_width(n) for n in published} == published
+    assert embedding_width(2) == 2
+    assert embedding_width(10**6) == 600
+
+
+def test_a_missing_image_is_replaced_by_the_first_of_its_row_that_is_there():
+    images = np.random.default_rng(0).random((4, 3, 2, 2, 3)).astype(np.float32)
+    mask = np.array([[1, 1, 1], [0, 1, 1], [1, 0, 0], [0, 0, 1]], np.float32)
+    layer = FoldImages()
+    got = np.asarray(layer([images, mask]))
+    chosen = [[0, 1, 2], [1, 1, 2], [0, 0, 0], [2, 2, 2]]
+    expected = [images[row, i] for row, indices in enumerate(chosen) for i in indices]
+    np.testing.assert_array_equal(got, expected)
+    assert got.shape == layer.compute_output_shape((images.shape, mask.shape))
+    assert layer.compute_output_shape(((None, 3, 2, 2, 3), (None, 3))) == (None, 2, 2, 3)
+
+
+def test_the_features_of_a_row_are_the_mean_and_the_tokens_of_its_images_that_are_there():
+    rng = np.random.default_rng(0)
+    pooled, tokens = rng.random((9, 4), np.float32), rng.random((9, 2, 5), np.float32)
+    mask = np.array([[1, 1, 1], [0, 1, 0], [0, 0, 0]], np.float32)
+    layer = UnfoldImages()
+    got_pooled, got_tokens = (np.asarray(x) for x in layer([pooled, tokens, mask]))
+    np.testing.assert_allclose(got_pooled[0], pooled[:3].mean(axis=0), rtol=1e-6)
+    np.testing.assert_array_equal(got_pooled[1], pooled[4])
+    np.testing.assert_array_equal(got_pooled[2], np.zeros(4))
+    np.testing.assert_array_equal(got_tokens[0], np.concatenate(tokens[:3]))
+    nothing = np.zeros((2, 5))
+    np.testing.assert_array_equal(got_tokens[1], np.concatenate([nothing, tokens[4], nothing]))
+    np.testing.assert_array_equal(got_tokens[2], np.zeros((6, 5)))
+    shapes = layer.compute_output_shape([pooled.shape, tokens.shape, mask.shape])
+    assert shapes == (got_pooled.shape, got_tokens.shape)
 
 
 def test_modality_dropout_hides_one_branch_of_its_share_of_rows_and_never_both():
