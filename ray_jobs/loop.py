@@ -424,4 +424,6 @@ class Loop:
 def new_model(spec: RunSpec, manifest: Manifest) -> FusionModel:
     """Return the untrained model of a run."""
     decoder = RowDecoder(manifest, with_image=True, size=spec.data.image_size)
-    return build_model(spec.model, manifest.statistics, decoder.row_shape)
+    return build_model(
+        spec.model, manifest.statistics, decoder.row_shape, vocabularies=manifest.vocabularies
+    )

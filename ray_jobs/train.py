@@ -86,10 +86,11 @@ def require_trainable(spec: RunSpec, manifest: Manifest) -> None:
         JobError: if the data has no numbers for the model, or less than a step's rows.
         ValueError: likewise.
     """
-    if spec.model.numeric.kind != "none" and manifest.statistics is None:
+    numeric = manifest.statistics is not None or bool(manifest.vocabularies)
+    if spec.model.numeric.kind != "none" and not numeric:
         raise JobError(
-            "the prepared data has no numeric columns; set model.numeric.kind=none, or prepare "
-            "it with some"
+            "the prepared data has no numeric columns and no categories; set "
+            "model.numeric.kind=none, or prepare it with some"
         )
     train = manifest.splits["train"]
     TrainingOrder.of(train, spec.train.global_batch_size, spec.run.seed, spec.data)
@@ -393,9 +394,12 @@ def _title(spec: RunSpec, manifest: Manifest, folder: Folder) -> str:
     inputs = []
     if model.image.kind != "none":
         size = spec.data.image_size or manifest.image.width
-        inputs.append(f"{model.image.kind} at {size} px")
-    if model.numeric.kind != "none":
+        several = f"{len(manifest.image.names)} × " if manifest.image.names else ""
+        inputs.append(f"{several}{model.image.kind} at {size} px")
+    if model.numeric.kind != "none" and manifest.numeric_columns:
         inputs.append(f"{len(manifest.numeric_columns)} numbers")
+    if model.numeric.kind != "none" and manifest.vocabularies:
+        inputs.append(f"{len(manifest.vocabularies)} categories")
     workers = "1 worker" if train.num_workers == 1 else f"{train.num_workers} workers"
     name = escape(str(spec.run.name))
     return (
