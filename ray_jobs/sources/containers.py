@@ -51,7 +51,7 @@ class Index:
     refs: ImageRefs
 
 
-@dataclass(frozen=True)
+@dataclass
 class PieceReader:
     """Reads images that are pieces of files, or whole files."""
 

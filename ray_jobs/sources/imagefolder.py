@@ -27,7 +27,7 @@ from ray_jobs.sources.containers import (
     stack,
     table_of_records,
 )
-from ray_jobs.sources.refs import ImageRefs, Source
+from ray_jobs.sources.refs import ImageReader, ImageRefs, Source
 from ray_jobs.spec import PrepareSpec, Split
 from ray_jobs.storage import Folder
 
@@ -118,13 +118,10 @@ def _from_metadata(
     named = pa.chunked_array(list(paths.values()))
     listed = pa.array(images, pa.string())
     unmatched = listed.filter(pc.invert(pc.is_in(listed, value_set=named)))
+    problem = "the metadata does not name it"
+    readers: dict[str, ImageReader] = dict.fromkeys(refs, PieceReader(folder, in_containers=False))
     return Source(
-        table,
-        refs,
-        dict.fromkeys(refs, PieceReader(folder, in_containers=False)),
-        tuple(
-            (path, "no_record", "the metadata does not name it") for path in unmatched.to_pylist()
-        ),
+        table, refs, readers, tuple((p, "no_record", problem) for p in unmatched.to_pylist())
     )
 
 

@@ -6,7 +6,7 @@ unless there is a table, the numbers.  Leaves: file and row of each image; pixel
 Imports neither Ray nor TensorFlow.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,7 +27,7 @@ from ray_jobs.sources.containers import (
     require_key_column,
     stack,
 )
-from ray_jobs.sources.refs import ImageRefs, Source
+from ray_jobs.sources.refs import ImageReader, ImageRefs, Source
 from ray_jobs.spec import PrepareSpec
 from ray_jobs.storage import Folder
 
@@ -60,7 +60,9 @@ def open_source(spec: PrepareSpec, categorical: Sequence[str], labelled: bool) -
         [pa.repeat(pa.scalar(name), len(t)) for name, t in zip(names, tables, strict=True)]
     )
     refs = ImageRefs(paths, np.concatenate([np.arange(len(t), dtype=np.int64) for t in tables]))
-    readers = {name: ParquetReader(folder, column) for name, column in columns.items()}
+    readers: dict[str, ImageReader] = {
+        name: ParquetReader(folder, column) for name, column in columns.items()
+    }
     own = stack(tables)
     if not spec.table:
         return Source(own, dict.fromkeys(columns, refs), readers)
@@ -76,7 +78,7 @@ def is_parquet(name: str) -> bool:
     return name.lower().endswith((".parquet", ".parq", ".pq"))
 
 
-@dataclass(frozen=True)
+@dataclass
 class ParquetReader:
     """Reads images by file and row, a few rows at a time: a file once where rows only ascend."""
 
@@ -171,7 +173,7 @@ def _read_columns(
         raise JobError(f"{folder}/{name} cannot be read as Parquet: {error}") from error
 
 
-def _require_images(schema: pa.Schema, columns: Iterator[str] | Sequence[str], what: str) -> None:
+def _require_images(schema: pa.Schema, columns: Iterable[str], what: str) -> None:
     images = [field.name for field in schema if _holds_images(field.type)]
     for column in columns:
         if column not in images:

@@ -33,7 +33,7 @@ from ray_jobs.sources.containers import (
     require_key_column,
     stack,
 )
-from ray_jobs.sources.refs import ImageRefs, Source
+from ray_jobs.sources.refs import ImageReader, ImageRefs, Source
 from ray_jobs.spec import PrepareSpec
 from ray_jobs.storage import Folder
 
@@ -75,7 +75,7 @@ def open_source(spec: PrepareSpec, categorical: Sequence[str], labelled: bool) -
                 f"are: {', '.join(seen)}); prepare.image_column must name it"
             )
         refs[image] = _without(ImageRefs(paths, starts, sizes), ~has_image)
-    readers = dict.fromkeys(features, PieceReader(folder))
+    readers: dict[str, ImageReader] = dict.fromkeys(features, PieceReader(folder))
     if not spec.table:
         return Source(own, refs, readers)
     require_key_column(own.column_names, spec, f"the records of {spec.images}")
@@ -343,7 +343,9 @@ def _array(cells: list[bytes | int | float | None]) -> pa.Array:
         return pa.array(cells, pa.float32())
     if not kinds:
         return pa.nulls(len(cells))
-    return pa.array([c.decode() if isinstance(c, bytes) else c and str(c) for c in cells])
+    return pa.array(
+        [None if c is None else c.decode() if isinstance(c, bytes) else str(c) for c in cells]
+    )
 
 
 def _scalar(window: _Window, value: _Field) -> bytes | int | float | None:

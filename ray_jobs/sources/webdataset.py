@@ -30,7 +30,7 @@ from ray_jobs.sources.containers import (
     stack,
     table_of_records,
 )
-from ray_jobs.sources.refs import ImageRefs, Source
+from ray_jobs.sources.refs import ImageReader, ImageRefs, Source
 from ray_jobs.spec import PrepareSpec
 from ray_jobs.storage import Folder
 
@@ -77,7 +77,8 @@ def open_source(spec: PrepareSpec, categorical: Sequence[str], labelled: bool) -
             )
     table = stack(tar.records for tar in tars) if own_records else read_user_table(spec)
     refs, unmatched = join(table, spec, indexes)
-    return Source(table, refs, dict.fromkeys(indexes, PieceReader(folder)), unmatched)
+    readers: dict[str, ImageReader] = dict.fromkeys(indexes, PieceReader(folder))
+    return Source(table, refs, readers, unmatched)
 
 
 def is_tar(name: str) -> bool:
@@ -191,7 +192,7 @@ def _members(
             tar = tarfile.TarFile(fileobj=stream, mode="r")
             while (member := tar.next()) is not None:
                 # It would keep all of them.
-                tar.members = []
+                tar.members = []  # pyright: ignore[reportAttributeAccessIssue]
                 start = member.offset_data
                 if start + member.size > size:
                     raise tarfile.ReadError(f"{member.name} ends after the file")
