@@ -17,7 +17,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 _MAGIC = re.compile(r"[*?\[{]")
-_QUERY = re.compile(r"\?\w+=[^/]*$")
+_QUERY = re.compile(r"\?\w+=.*$")
 
 
 class Folder:
@@ -137,17 +137,24 @@ class Folder:
 def split_glob(location: str) -> tuple[str, str | None]:
     """Return the folder in front of a location's first wildcard or brace, and the rest.
 
-    The rest is None where there is no wildcard, or where the location is taken at its word because
-    there is such a file or folder.
+    The rest is None where there is no wildcard, or where there is a local file or folder of this
+    very name; in a URI such characters are written as %2A, %3F, %5B and %7B.
     """
-    options = _QUERY.search(location) if "://" in location else None
-    path = location[: options.start()] if options else location
-    if not _MAGIC.search(path) or _is_there(location):
+    path, options = _split_options(location)
+    if not _MAGIC.search(path) or ("://" not in path and Path(path).expanduser().exists()):
         return location, None
     parts = path.split("/")
     first = next(i for i, part in enumerate(parts) if _MAGIC.search(part))
     base = "/".join(parts[:first]) or ("/" if path.startswith("/") else ".")
-    return base + (options.group() if options else ""), "/".join(parts[first:])
+    return base + options, "/".join(parts[first:])
+
+
+def split_file(location: str) -> tuple[Folder, str]:
+    """Return the folder of a file that is given by path or URI, and its name in that folder."""
+    path, options = _split_options(location)
+    parent, slash, _ = path.rpartition("/")
+    name = Folder(location).path.rpartition("/")[2]
+    return Folder((parent or slash or ".") + options), name
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -192,8 +199,11 @@ def glob_regex(pattern: str) -> str:
 
 def _open(uri: str) -> tuple[fs.FileSystem, str]:
     """Return the filesystem of a URI or absolute path, and the path in it."""
+    # A small object is then written by one request, not by the three of an upload in parts.
+    delayed = "allow_delayed_open=true" if uri.startswith("s3://") else ""
+    mark = "" if not delayed else "&" if "?" in uri else "?"
     try:
-        return fs.FileSystem.from_uri(uri)
+        return fs.FileSystem.from_uri(f"{uri}{mark}{delayed}")
     except pa.ArrowInvalid as error:
         if "Unrecognized filesystem type" not in str(error):
             raise
@@ -206,6 +216,7 @@ def _open(uri: str) -> tuple[fs.FileSystem, str]:
     return fs.PyFileSystem(fs.FSSpecHandler(opened)), path.rstrip("/")
 
 
-def _is_there(location: str) -> bool:
-    folder = Folder(location)
-    return folder.filesystem.get_file_info(folder.path).type != fs.FileType.NotFound
+def _split_options(location: str) -> tuple[str, str]:
+    """Return a URI without its options such as `?region=x`, and these."""
+    options = _QUERY.search(location) if "://" in location else None
+    return (location[: options.start()], options.group()) if options else (location, "")

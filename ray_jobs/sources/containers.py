@@ -27,7 +27,7 @@ from ray_jobs.images import BadImage
 from ray_jobs.numbers import texts
 from ray_jobs.sources.refs import ImageRefs
 from ray_jobs.spec import PrepareSpec
-from ray_jobs.storage import Folder, expand_braces, glob_regex, split_glob
+from ray_jobs.storage import Folder, expand_braces, glob_regex, split_file, split_glob
 
 NUM_THREADS = 8
 """Files indexed or read at once; most of the time a thread waits for its storage."""
@@ -127,8 +127,8 @@ def find_files(
         if kind == fs.FileType.NotFound:
             raise JobError(f"prepare.images={location!r}: there is no such file or folder")
         if kind != fs.FileType.Directory:
-            parent, _, name = location.rpartition("/")
-            return Folder(parent or ("/" if location.startswith("/") else ".")), [name]
+            parent, name = split_file(location)
+            return parent, [name]
         names = [name for name in folder.names() if is_kind(name) and not _is_hidden(name)]
     elif any(re.search(r"[*?\[]", each) for each in patterns):
         listed = list(folder.names())
@@ -146,6 +146,12 @@ def find_files(
     if not names:
         raise JobError(f"prepare.images={location!r}: there are no {what}")
     return folder, list(dict.fromkeys(names))
+
+
+def file_of_each(names: Sequence[str], counts: Iterable[int]) -> pa.Array:
+    """Return the file of each image, given how many each file holds."""
+    rows = [pa.repeat(pa.scalar(name), count) for name, count in zip(names, counts, strict=True)]
+    return pa.concat_arrays(rows)
 
 
 def in_threads(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
@@ -222,14 +228,10 @@ def stack(tables: Iterable[pa.Table]) -> pa.Table:
     of something else there becomes text.
     """
     tables = list(tables)
-    try:
-        return pa.concat_tables(tables, promote_options="permissive")
-    except (pa.ArrowTypeError, pa.ArrowInvalid):
-        pass
     kinds: dict[str, set[pa.DataType]] = {}
     for field in (field for table in tables for field in table.schema):
         kinds.setdefault(field.name, set()).add(field.type)
-    mixed = {name for name, of_name in kinds.items() if len(of_name - {pa.null()}) > 1}
+    mixed = {name for name, of_name in kinds.items() if not _have_common_type(of_name)}
     as_text = [
         table.cast(
             pa.schema([(f.name, pa.string() if f.name in mixed else f.type) for f in table.schema])
@@ -246,8 +248,15 @@ def table_of_records(records: Sequence[Mapping[str, Any]]) -> pa.Table:
         cells = [record.get(name) for record in records]
         if not any(isinstance(cell, list | dict) for cell in cells):
             columns[name] = _array_of_cells(cells)
-    # A table without columns has no rows.
-    return pa.table(columns) if columns else pa.table({"": pa.nulls(len(records))}).select([])
+    return pa.table(columns)
+
+
+def _have_common_type(kinds: set[pa.DataType]) -> bool:
+    try:
+        pa.unify_schemas([pa.schema([("", k)]) for k in kinds], promote_options="permissive")
+    except (pa.ArrowTypeError, pa.ArrowInvalid):
+        return False
+    return True
 
 
 def _array_of_cells(cells: Sequence[Any]) -> pa.Array:

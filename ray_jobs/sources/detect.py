@@ -14,7 +14,7 @@ from ray_jobs.sources.parquet import is_parquet
 from ray_jobs.sources.tfrecord import is_tfrecord
 from ray_jobs.sources.webdataset import is_tar
 from ray_jobs.spec import PrepareSpec
-from ray_jobs.storage import Folder, split_glob
+from ray_jobs.storage import Folder, expand_braces, split_glob
 
 Kind = Literal["folder", "parquet", "webdataset", "tfrecord", "imagefolder"]
 
@@ -40,7 +40,7 @@ def detect_kind(spec: PrepareSpec) -> Kind:
     if not spec.images:
         raise JobError("prepare.images is not set: give the folder, glob or URI of the images")
     base, pattern = split_glob(spec.images)
-    if pattern is not None and (kind := _kind_of(pattern.replace("}", ""))):
+    if pattern is not None and (kind := _kind_of(expand_braces(pattern)[0])):
         return _with_table(kind, spec)
     folder = Folder(base)
     info = folder.filesystem.get_file_info(folder.path)
@@ -55,10 +55,10 @@ def detect_kind(spec: PrepareSpec) -> Kind:
     if "imagefolder" in kinds and "folder" in kinds:
         del kinds["imagefolder" if spec.table else "folder"]
     if len(kinds) > 1:
-        found = ", ".join(f"{_WHAT[k]} ({name})" for k, name in kinds.items())
+        found = " and ".join(f"{_WHAT[k]} ({name})" for k, name in sorted(kinds.items()))
         raise JobError(
             f"prepare.images={spec.images!r} holds {found}; say with prepare.source which of them "
-            f"is meant ({', '.join(kinds)}), or give a glob"
+            f"is meant ({', '.join(sorted(kinds))}), or give a glob"
         )
     if kinds:
         return _with_table(next(iter(kinds)), spec)

@@ -20,6 +20,7 @@ from ray_jobs.images import BadImage
 from ray_jobs.numbers import texts
 from ray_jobs.sources.containers import (
     Index,
+    file_of_each,
     find_files,
     in_threads,
     join,
@@ -56,9 +57,7 @@ def open_source(spec: PrepareSpec, categorical: Sequence[str], labelled: bool) -
         name: name or spec.image_column or DEFAULT_COLUMN for name in spec.image_columns or ("",)
     }
     tables = in_threads(partial(_read_columns, folder, columns, spec), names)
-    paths = pa.concat_arrays(
-        [pa.repeat(pa.scalar(name), len(t)) for name, t in zip(names, tables, strict=True)]
-    )
+    paths = file_of_each(names, map(len, tables))
     refs = ImageRefs(paths, np.concatenate([np.arange(len(t), dtype=np.int64) for t in tables]))
     readers: dict[str, ImageReader] = {
         name: ParquetReader(folder, column) for name, column in columns.items()

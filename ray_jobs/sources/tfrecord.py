@@ -26,6 +26,7 @@ from ray_jobs.sources.containers import (
     CHUNK_RECORDS,
     Index,
     PieceReader,
+    file_of_each,
     find_files,
     in_threads,
     join,
@@ -58,10 +59,10 @@ def open_source(spec: PrepareSpec, categorical: Sequence[str], labelled: bool) -
     folder, names = find_files(spec.images, is_tfrecord, "TFRecord files")
     features = _image_features(spec)
     files = in_threads(partial(_read_file, folder, features, spec), names)
+    left_out = {feature for file in files for feature in file.left_out}
     own = stack(file.records for file in files)
-    paths = pa.concat_arrays(
-        [pa.repeat(pa.scalar(name), len(f.records)) for name, f in zip(names, files, strict=True)]
-    )
+    own = own.select([name for name in own.column_names if name not in left_out])
+    paths = file_of_each(names, (file.num_records for file in files))
     refs: dict[str, ImageRefs] = {}
     for image, candidates in features.items():
         starts = np.concatenate([file.starts[image] for file in files])
@@ -118,11 +119,14 @@ class _Damaged(Exception):
 
 @dataclass
 class _File:
+    num_records: int
     records: pa.Table
     starts: dict[str, np.ndarray]
     sizes: dict[str, np.ndarray]
     """-1 where a record has no such image."""
     features: set[str]
+    left_out: set[str]
+    """Features that are no column."""
 
 
 class _Field(NamedTuple):
@@ -212,11 +216,14 @@ def _read_file(
         ) from error
     except OSError as error:
         raise JobError(f"{folder}/{name} cannot be read: {error}") from error
+    num_records = len(next(iter(starts.values())))
     return _File(
+        num_records,
         columns.table(),
         {image: np.asarray(values, np.int64) for image, values in starts.items()},
         {image: np.asarray(values, np.int64) for image, values in sizes.items()},
         seen,
+        columns.left_out,
     )
 
 
@@ -262,7 +269,7 @@ def _image(window: _Window, feature: str, value: _Field | None) -> tuple[int, in
         return None
     if value.number != 1:
         raise JobError(f"the feature {feature!r} holds numbers; an image's file is bytes")
-    found = list(window.fields(value.start, value.end))
+    found = [field for field in window.fields(value.start, value.end) if field.number == 1]
     if len(found) > 1:
         raise JobError(
             f"the feature {feature!r} holds {len(found)} images a record; one feature holds one, "
@@ -283,13 +290,13 @@ class _Columns:
     def __init__(self, only: str | None) -> None:
         self._only = only
         self._cells: dict[str, list[bytes | int | float | None]] = {}
-        self._left_out: set[str] = set()
+        self.left_out: set[str] = set()
         self._tables: list[pa.Table] = []
         self._num_records = 0
 
     def add(self, window: _Window, feature: str, value: _Field | None) -> None:
         """Take a feature of the record at hand."""
-        if feature in self._left_out or (self._only is not None and feature != self._only):
+        if feature in self.left_out or (self._only is not None and feature != self._only):
             return
         cells = self._cells.setdefault(feature, [])
         cells += [None] * (self._num_records - len(cells))
@@ -298,7 +305,7 @@ class _Columns:
         try:
             cells.append(None if value is None else _scalar(window, value))
         except ValueError:
-            self._left_out.add(feature)
+            self.left_out.add(feature)
 
     def end_record(self) -> None:
         """Go on to the next record."""
@@ -309,22 +316,19 @@ class _Columns:
     def table(self) -> pa.Table:
         """Return all records."""
         self._flush()
-        table = stack(self._tables)
-        return table.select([n for n in table.column_names if n not in self._left_out])
+        return stack(self._tables)
 
     def _flush(self) -> None:
-        columns = {"": pa.nulls(self._num_records)}
+        columns: dict[str, pa.Array] = {}
         for feature, cells in self._cells.items():
-            if feature in self._left_out:
+            if feature in self.left_out:
                 continue
             cells += [None] * (self._num_records - len(cells))
             try:
                 columns[feature] = _array(cells)
             except ValueError:
-                self._left_out.add(feature)
-        # Even without a column a table of records has as many rows.
-        table = pa.table(columns)
-        self._tables.append(table.select([n for n in columns if n]))
+                self.left_out.add(feature)
+        self._tables.append(pa.table(columns))
         self._cells, self._num_records = {}, 0
 
 

@@ -23,6 +23,7 @@ from ray_jobs.sources.containers import (
     CHUNK_RECORDS,
     Index,
     PieceReader,
+    file_of_each,
     find_files,
     in_threads,
     join,
@@ -61,7 +62,7 @@ def open_source(spec: PrepareSpec, categorical: Sequence[str], labelled: bool) -
         image: Index(
             pa.chunked_array([tar.images[image].key_array() for tar in tars], pa.string()),
             ImageRefs(
-                pa.concat_arrays([tar.images[image].path_array(tar.name) for tar in tars]),
+                file_of_each(names, (len(tar.images[image].keys) for tar in tars)),
                 np.concatenate([np.asarray(tar.images[image].starts, np.int64) for tar in tars]),
                 np.concatenate([np.asarray(tar.images[image].sizes, np.int64) for tar in tars]),
             ),
@@ -124,13 +125,9 @@ class _Pieces:
     def key_array(self) -> pa.Array:
         return pa.array(self.keys, pa.string())
 
-    def path_array(self, name: str) -> pa.Array:
-        return pa.repeat(pa.scalar(name), len(self.keys))
-
 
 @dataclass
 class _Tar:
-    name: str
     images: dict[str, _Pieces]
     records: pa.Table
     extensions: set[str]
@@ -163,7 +160,7 @@ def _read_tar(
                 pieces[image].sizes.append(member.size)
             if found is not None and (image is not None or member.content is not None):
                 found.add(member, f"{folder}/{name}")
-    return _Tar(name, pieces, found.table() if found else pa.table({}), seen)
+    return _Tar(pieces, found.table() if found else pa.table({}), seen)
 
 
 class _Member(NamedTuple):

@@ -35,7 +35,10 @@ def write_tar(path: Path, files: dict[str, bytes], format: int = tarfile.GNU_FOR
 
 
 def write_csv(path: Path, columns: dict[str, list]) -> str:
-    lines = [",".join(columns), *(",".join(map(str, row)) for row in zip(*columns.values()))]
+    lines = [
+        ",".join(columns),
+        *(",".join(map(str, row)) for row in zip(*columns.values(), strict=True)),
+    ]
     path.write_text("\n".join(lines) + "\n")
     return str(path)
 

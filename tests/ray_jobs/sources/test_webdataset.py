@@ -2,6 +2,7 @@ import gzip
 import json
 import pickle
 import tarfile
+import uuid
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +12,7 @@ import pytest
 from ray_jobs.cli import JobError
 from ray_jobs.sources import containers
 from ray_jobs.sources.webdataset import open_source
+from ray_jobs.storage import Folder
 from tests.ray_jobs.sources.samples import columns, jpeg, read_all, spec, write_csv, write_tar
 
 
@@ -202,3 +204,11 @@ def test_a_tar_that_is_gone_or_shorter_when_it_is_read_spoils_its_images_alone(t
         "unreadable_file",
         "unreadable_file",
     ]
+
+
+def test_a_filesystem_of_fsspec_serves_as_well(shards, tmp_path):
+    folder = Folder(f"memory://{uuid.uuid4().hex}")
+    folder.upload(shards, "tars")
+    source = opened(images=f"{folder.uri}/tars/part-{{00..02}}.tar")
+    assert columns(source.table)["key"] == [f"{i:03d}" for i in range(12)]
+    assert read_all(source) == [jpeg(i) for i in range(12)]
