@@ -11,7 +11,7 @@ import io
 import json
 import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,7 +23,6 @@ from ray_jobs.sources.containers import (
     CHUNK_RECORDS,
     Index,
     PieceReader,
-    file_of_each,
     find_files,
     in_threads,
     join,
@@ -58,17 +57,7 @@ def open_source(spec: PrepareSpec, categorical: Sequence[str], labelled: bool) -
     images = _ImageNames(spec)
     own_records = not spec.table
     tars = in_threads(partial(_read_tar, folder, images, own_records, spec), names)
-    indexes = {
-        image: Index(
-            pa.chunked_array([tar.images[image].key_array() for tar in tars], pa.string()),
-            ImageRefs(
-                file_of_each(names, (len(tar.images[image].keys) for tar in tars)),
-                np.concatenate([np.asarray(tar.images[image].starts, np.int64) for tar in tars]),
-                np.concatenate([np.asarray(tar.images[image].sizes, np.int64) for tar in tars]),
-            ),
-        )
-        for image in images.names
-    }
+    indexes = {image: _stack_indexes([tar.images[image] for tar in tars]) for image in images.names}
     for image, index in indexes.items():
         if not len(index.keys):
             seen = ", ".join(sorted({f".{e}" for tar in tars for e in tar.extensions})) or "none"
@@ -114,21 +103,29 @@ class _ImageNames:
         return f"files .{self._wanted[self.names.index(name)]}"
 
 
-@dataclass
 class _Pieces:
-    """The images of one name in one tar."""
+    """The images of one name in one tar, while it is read."""
 
-    keys: list[str] = field(default_factory=list)
-    starts: list[int] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.keys: list[str] = []
+        self.starts: list[int] = []
+        self.sizes: list[int] = []
 
-    def key_array(self) -> pa.Array:
-        return pa.array(self.keys, pa.string())
+    def index(self, name: str) -> Index:
+        """Return the images compactly."""
+        return Index(
+            pa.chunked_array([pa.array(self.keys, pa.string())]),
+            ImageRefs(
+                pa.repeat(pa.scalar(name), len(self.keys)),
+                np.array(self.starts, np.int64),
+                np.array(self.sizes, np.int64),
+            ),
+        )
 
 
 @dataclass
 class _Tar:
-    images: dict[str, _Pieces]
+    images: dict[str, Index]
     records: pa.Table
     extensions: set[str]
 
@@ -160,7 +157,20 @@ def _read_tar(
                 pieces[image].sizes.append(member.size)
             if found is not None and (image is not None or member.content is not None):
                 found.add(member, f"{folder}/{name}")
-    return _Tar(pieces, found.table() if found else pa.table({}), seen)
+    indexes = {image: of_image.index(name) for image, of_image in pieces.items()}
+    return _Tar(indexes, found.table() if found else pa.table({}), seen)
+
+
+def _stack_indexes(indexes: Sequence[Index]) -> Index:
+    refs = [index.refs for index in indexes]
+    return Index(
+        pa.chunked_array([chunk for index in indexes for chunk in index.keys.chunks], pa.string()),
+        ImageRefs(
+            pa.concat_arrays([each.path for each in refs]),
+            np.concatenate([each.start for each in refs if each.start is not None]),
+            np.concatenate([each.size for each in refs if each.size is not None]),
+        ),
+    )
 
 
 class _Member(NamedTuple):
