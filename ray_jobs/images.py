@@ -1,4 +1,4 @@
-"""One image: a user's file → an RGB square → stored JPEG → the pixels that a model takes.
+"""One image: a user's file → an RGB square → stored JPEG or pixels → what a model takes.
 
 Enters: encoded bytes of any common format.  Leaves: `BadImage` with a reason, or pixels.
 
@@ -33,16 +33,22 @@ class BadImage(Exception):
 
 
 def prepare_image(
-    content: bytes, size: int, aspect: Aspect, quality: int, max_pixels: int
+    content: bytes,
+    size: int,
+    aspect: Aspect,
+    quality: int,
+    max_pixels: int,
+    store: Literal["jpeg", "raw"] = "jpeg",
 ) -> bytes:
-    """Return a user's image file as a JPEG of `size` × `size` pixels.
+    """Return a user's image file as it is stored: a JPEG of `size` × `size` pixels, or those alone.
 
     Raises:
         BadImage: if it cannot be used.
     """
     # Twice the size that is kept leaves the resampling enough to work with.
     image = decode(content, max_pixels, at_least=2 * size)
-    return encode_jpeg(to_square(image, size, aspect), quality)
+    square = to_square(image, size, aspect)
+    return square.tobytes() if store == "raw" else encode_jpeg(square, quality)
 
 
 def decode(content: bytes, max_pixels: int, at_least: int | None = None) -> Image.Image:

@@ -29,7 +29,8 @@ from ray_jobs.images import BadImage, prepare_image
 from ray_jobs.inference import ERROR, PROBABILITY, TrainedRun
 from ray_jobs.manifest import NAME as MANIFEST
 from ray_jobs.manifest import read_manifest
-from ray_jobs.sources.folder import ImageSource, read_image
+from ray_jobs.sources import open_source
+from ray_jobs.sources.refs import ImageReader, ImageRefs, Source
 from ray_jobs.spec import SPLITS, PredictSpec, PrepareSpec
 from ray_jobs.storage import Folder
 from ray_jobs.table import read_rows, read_table, require_columns
@@ -181,29 +182,28 @@ class RawSource:
 
     def __init__(self, run: TrainedRun, spec: PredictSpec) -> None:
         self.run = run
-        self.image_folder: Folder | None = None
-        rules, location = _rules(run, spec)
-        table = read_table(spec.data)
+        self.reader: ImageReader | None = None
+        rules, has_images = _rules(run, spec)
         try:
-            require_columns(table, rules, labelled=False)
-            images = ImageSource(location) if location else None
+            if has_images:
+                source = open_source(rules, labelled=False)
+                self.reader = source.readers[""]
+            else:
+                source = Source(read_table(spec.data), images={}, readers={})
+                require_columns(source.table, rules, labelled=False)
         except JobError as error:
             raise JobError(_by_flag(str(error), run, spec)) from None
-        rows = read_rows(table, rules, rules.numeric_columns or (), classes=None)
-        if images is not None:
-            self.image_folder = images.folder
-            rows.find_images(images)
-        errors = [
-            None if reason is None else f"{reason}: {detail}"
-            for reason, detail in zip(rows.reasons, rows.details, strict=True)
-        ]
+        rows = read_rows(source, rules, rules.numeric_columns or (), classes=None)
+        errors: list[str | None] = [None] * len(rows)
+        for row, (reason, detail) in rows.bad.items():
+            errors[row] = f"{reason}: {detail}"
         self.num_rows = len(errors)
         self.task_rows = inference.rows_per_task(self.num_rows, spec)
-        keys = pa.array(rows.keys, pa.string())
         numbers = rows.numeric_RF if run.takes_numbers else None
+        paths = rows.images[0].path if rows.images else pa.nulls(len(rows), pa.string())
         self.rows: pa.Table | None = inference.model_rows(
-            keys, None, errors, None, numbers
-        ).append_column(_PATH, pa.array(rows.image_paths, pa.string()))
+            rows.keys, None, errors, None, numbers
+        ).append_column(_PATH, paths)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the rows behind: every task is handed its own."""
@@ -217,67 +217,80 @@ class RawSource:
 
     def read(self, task: pa.Table) -> Iterator[pa.Table]:
         """Yield the rows of one task, with pixels where the model looks at images."""
-        if self.image_folder is None:
+        if self.reader is None:
             yield task.drop_columns([_PATH])
             return
         for start in range(0, task.num_rows, _READ_ROWS):
-            yield self._with_pixels(task.slice(start, _READ_ROWS), self.image_folder)
+            yield self._with_pixels(task.slice(start, _READ_ROWS), self.reader)
 
-    def _with_pixels(self, rows: pa.Table, folder: Folder) -> pa.Table:
+    def _with_pixels(self, rows: pa.Table, reader: ImageReader) -> pa.Table:
         images = np.zeros((rows.num_rows, *self.run.pixel_shape), np.uint8)
         errors: list[str | None] = rows[ERROR].to_pylist()
+        good = [i for i, error in enumerate(errors) if error is None]
+        refs = ImageRefs(rows[_PATH].combine_chunks())
 
-        def fill(i: int, path: str) -> None:
-            if errors[i] is None:
-                try:
-                    images[i] = self._pixels(folder, path)
-                except BadImage as error:
-                    errors[i] = str(error)
+        def fill(i: int, content: bytes | BadImage) -> None:
+            try:
+                images[i] = self._pixels(content)
+            except BadImage as error:
+                errors[i] = f"{error.reason}: {refs.name(i)}: {error.detail}"
 
-        # Threads hide the latency of a store.
         with ThreadPoolExecutor(_READ_ROWS) as threads:
-            list(threads.map(fill, range(rows.num_rows), rows[_PATH].to_pylist()))
+            list(threads.map(fill, good, reader.read(refs.take(good))))
         filled = inference.model_rows(rows[KEY], rows[LABEL], errors, images, None)
         return filled.append_column(NUMERIC, rows[NUMERIC]) if self.run.takes_numbers else filled
 
-    def _pixels(self, folder: Folder, path: str) -> np.ndarray:
+    def _pixels(self, content: bytes | BadImage) -> np.ndarray:
         """Return the pixels of a file, by way of the very bytes that `prepare` would store."""
+        if isinstance(content, BadImage):
+            raise content
         rules = self.run.manifest.prepare
-        try:
-            stored = prepare_image(
-                read_image(folder, path),
-                self.run.manifest.image.width,
-                rules.aspect,
-                rules.jpeg_quality,
-                rules.max_image_pixels,
-            )
-        except BadImage as error:
-            raise BadImage(error.reason, f"{path}: {error.detail}") from error
+        stored = prepare_image(
+            content,
+            self.run.manifest.image.width,
+            rules.aspect,
+            rules.jpeg_quality,
+            rules.max_image_pixels,
+            rules.store,
+        )
+        if rules.store == "raw":
+            return np.frombuffer(stored, np.uint8).reshape(self.run.pixel_shape)
         return inference.stored_pixels(stored, self.run.pixel_shape)
 
 
-def _rules(run: TrainedRun, spec: PredictSpec) -> tuple[PrepareSpec, str | None]:
-    """Return how to read raw rows, and where their images are, if the model looks at any."""
+def _rules(run: TrainedRun, spec: PredictSpec) -> tuple[PrepareSpec, bool]:
+    """Return how to read raw rows, and whether the model looks at their images."""
     rules = run.manifest.prepare
+    if rules.image_columns or run.manifest.vocabularies:
+        what = "several images a row" if rules.image_columns else "categorical columns"
+        raise JobError(
+            f"the run {run.folder} learnt from {what}, which raw rows cannot have yet: prepare "
+            "them, and give the prepared folder as --data"
+        )
     numeric_columns = run.manifest.numeric_columns if run.takes_numbers else ()
-    changes: dict[str, Any] = {"numeric_columns": numeric_columns}
-    location = spec.images
+    changes: dict[str, Any] = {
+        "source": "folder",
+        "table": spec.data,
+        "images": spec.images or "",
+        "numeric_columns": numeric_columns,
+        "number_rules": {n: r for n, r in rules.number_rules.items() if n in numeric_columns},
+    }
     if not run.takes_images:
         # No column has to say where an image is.
         changes |= {"image_column": None, "image_pattern": "{key}"}
-        location = None
-    elif not location:
+    elif not spec.images:
         raise JobError(
             f"the model of {run.folder} looks at images: give --images, such as "
             f"'photos/{rules.image_pattern}', or the folder in which the run's own "
             f"{rules.image_column or rules.image_pattern!r} finds them"
         )
-    elif "{" in location:
-        fixed = location.partition("{")[0]
+    elif "{" in spec.images:
+        fixed = spec.images.partition("{")[0]
         base, slash, _ = fixed.rpartition("/")
-        changes |= {"image_column": None, "image_pattern": location[len(base + slash) :]}
-        location = (base or slash) or "."
-    return rules.model_copy(update=changes), location
+        pattern = spec.images[len(base + slash) :]
+        images = (base or slash) or "."
+        changes |= {"image_column": None, "image_pattern": pattern, "images": images}
+    return rules.model_copy(update=changes), run.takes_images
 
 
 def _by_flag(text: str, run: TrainedRun, spec: PredictSpec) -> str:

@@ -225,7 +225,7 @@ def test_preparing_again_leaves_only_the_files_of_the_new_manifest(raw):
 
 def test_a_damaged_earlier_manifest_is_an_error_with_a_remedy(raw):
     raw.out().mkdir()
-    (raw.out() / "manifest.json").write_text('{"schema_version": 1}')
+    (raw.out() / "manifest.json").write_text('{"schema_version": 2}')
     with pytest.raises(JobError, match=r"(?s)is damaged.*delete this one to split anew"):
         raw.prepare()
 
@@ -288,7 +288,7 @@ def test_every_bad_row_is_in_quarantine_with_its_reason(raw):
         "k16": "non_numeric_text",
         "k17": "non_finite_number",
         None: "missing_key",
-        "k22": "bad_label",
+        "k22": "missing_label",
         "k23": "duplicate_key",
         "../table": "image_outside_folder",
         "/etc/passwd": "image_outside_folder",
@@ -325,9 +325,10 @@ def test_too_many_bad_images_are_an_error_and_no_manifest(raw):
 def test_a_failure_leaves_the_data_before_as_it_was(raw):
     manifest = raw.prepare()
     before = {s.path for info in manifest.splits.values() for s in info.shards}
-    for i in range(10):
+    raw.add(range(48, 58))
+    for i in range(48, 58):
         raw.image(f"k{i}", b"no photo")
-    with pytest.raises(JobError, match="10 of 48 rows"):
+    with pytest.raises(JobError, match="10 of 58 rows"):
         raw.prepare()
     assert read_manifest(Folder(raw.out())) == manifest
     assert before == set(files(raw.out())) - {"quarantine/part-00000.parquet"}
