@@ -161,7 +161,8 @@ def read_image(folder: Folder, path: str) -> bytes:
         return folder.read_bytes(path)
     except FileNotFoundError:
         raise BadImage("missing_image", f"no such file in {folder}") from None
-    except OSError as error:
+    # A name that no file can have, such as one with a zero byte, is refused by Arrow itself.
+    except (OSError, pa.ArrowInvalid) as error:
         raise BadImage("unreadable_file", str(error)) from error
 
 

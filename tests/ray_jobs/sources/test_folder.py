@@ -121,3 +121,9 @@ def test_files_are_read_in_order_and_each_failure_stands_in_its_place(tmp_path):
         else:
             assert content == f"{i}.jpg".encode()
     assert sum(isinstance(content, BadImage) for content in found) == 2
+
+
+def test_a_name_that_no_file_can_have_is_no_crash(tmp_path):
+    (found,) = FileReader(Folder(tmp_path)).read(ImageRefs(pa.array(["a\x00b.jpg"])))
+    assert isinstance(found, BadImage)
+    assert found.reason == "unreadable_file"
