@@ -2,10 +2,10 @@
 
 Method: 1,600 photo-like JPEGs of 320 px and a table, some rows of it bad. One prepare runs through.
 Another is killed with SIGKILL (the whole process group that was started for it) at random points:
-every third at a random time, whatever it does; the others a moment after a random number of further
-shards is there. It is started again after each kill, and the last time left alone. Then every file
-of both folders is compared: manifest, shards, quarantine; and what the killed ones had finished
-must not have been written again.
+every third at a random time before its first shard is there or soon after, the others a moment
+after a random number of further shards. It is started again after each kill, and the last time left
+alone. Then every file of both folders is compared: manifest, shards, quarantine; and what the
+killed ones had finished must not have been written again.
 
 Run:   python -m benchmarks.interrupted [--kills 10] [--rows 1600] [--seed 0]
 Ends in one line of JSON.
@@ -66,10 +66,15 @@ def start(raw: Path, folder: Path) -> subprocess.Popen[bytes]:
     )
 
 
-def finish(process: subprocess.Popen[bytes]) -> None:
-    """Wait for a prepare that is left alone."""
+def finish(process: subprocess.Popen[bytes], folder: Path) -> float:
+    """Wait for a prepare that is left alone; return when its first shard was there, in seconds."""
+    started = time.monotonic()
+    while not finished(folder) and process.poll() is None:
+        time.sleep(0.01)
+    first_s = time.monotonic() - started
     if code := process.wait(TIMEOUT_S):
         raise RuntimeError(f"prepare ended with {code}")
+    return first_s
 
 
 def kill_after(
@@ -77,11 +82,13 @@ def kill_after(
 ) -> int:
     """Kill a prepare some time after it has finished some shards; return how many there are."""
     deadline = time.monotonic() + TIMEOUT_S
-    while finished(folder) < num_shards and process.poll() is None:
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"{num_shards} shards were not finished in {TIMEOUT_S:g} s")
+    while finished(folder) < num_shards:
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise RuntimeError(f"prepare did not finish {num_shards} shards")
         time.sleep(0.01)
     time.sleep(more_s)
+    if process.poll() is not None:
+        raise RuntimeError("prepare ended before it was killed; give more --rows")
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     return finished(folder)
@@ -114,16 +121,18 @@ def main() -> None:
         raw.mkdir()
         write_raw(raw, arguments.rows, rng)
         started = time.monotonic()
-        finish(start(raw, whole))
+        first_s = finish(start(raw, whole), whole)
         seconds = time.monotonic() - started
         expected = hashes(whole)
         num_shards = sum(name.endswith(".parquet") for name in expected) - 1
-        print(f"{num_shards} shards, {seconds:.1f} s without a kill\n")
+        print(
+            f"{num_shards} shards; without a kill {seconds:.1f} s, the first at {first_s:.1f} s\n"
+        )
         print("| kill | point | shards finished |\n|---|---|---|")
         count = killed_among = 0
         for number in range(arguments.kills):
             if number % 3 == 2:
-                target, more_s = 0, rng.uniform(0, seconds)
+                target, more_s = 0, rng.uniform(0, 1.1 * first_s)
                 point = f"after {more_s:.1f} s"
             else:
                 step = (num_shards - count) // (arguments.kills - number)
@@ -136,7 +145,7 @@ def main() -> None:
         shards = [json.loads(path.read_text())["shard"] for path in noted]
         paths = [killed / "prepared" / shard["path"] for shard in shards if shard]
         before = {path: path.stat().st_mtime_ns for path in paths}
-        finish(start(raw, killed))
+        finish(start(raw, killed), killed)
         found = hashes(killed)
         again = sum(path.stat().st_mtime_ns != written for path, written in before.items())
     result = {
