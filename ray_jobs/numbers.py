@@ -23,7 +23,8 @@ _INFINITY = r"^[+-]?inf(inity)?$"
 _CLOSED_RANGE = rf"^(?P<low>{_DECIMAL})\s*(?:-|–|—|to)\s*(?P<high>{_DECIMAL})$"
 _OPEN_RANGE = rf"^(?:(?:<=?|>=?|≤|≥)\s*(?P<end>{_DECIMAL})|(?P<base>{_DECIMAL})\s*\+)$"
 _SPACES = " \u00a0\u2009\u202f"
-_GROUPED = "|".join(rf"[0-9]{{1,3}}(?:{mark}[0-9]{{3}})+" for mark in (r"\.", f"[{_SPACES}]", "['’]"))
+_MARKS = (r"\.", f"[{_SPACES}]", "['’]")
+_GROUPED = "|".join(rf"[0-9]{{1,3}}(?:{mark}[0-9]{{3}})+" for mark in _MARKS)
 _COMMA = rf"^[+-]?(?:(?:[0-9]+|{_GROUPED})(?:,[0-9]+)?|,[0-9]+)(?:e[+-]?[0-9]+)?$"
 _DAY = "|".join(
     f"(?P<y{i}>[0-9]{{4}}){mark}(?P<m{i}>[0-9]{{2}}){mark}(?P<d{i}>[0-9]{{2}})"
@@ -169,7 +170,7 @@ def _parse_dates(lower: pa.ChunkedArray) -> np.ndarray:
     is_date = (
         _mask(pc.is_valid(found))
         # A day beyond the month's last falls into the next.
-        & ((1 <= month) & (month <= 12) & (1 <= day) & (date.astype("datetime64[M]") == first))
+        & ((month >= 1) & (month <= 12) & (day >= 1) & (date.astype("datetime64[M]") == first))
         & ((hour < 24) & (minute < 60) & (second < 60) & (zone_hour < 24) & (zone_minute < 60))
     )
     return np.where(is_date, date.astype(np.int64) + seconds / _DAY_S, np.nan)

@@ -1,14 +1,19 @@
 import math
 import os
 import pickle
-from collections.abc import Callable
+import re
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import quote
 
 import pytest
 from pyarrow import fs
 
-from ray_jobs.storage import Folder
+from ray_jobs.storage import Folder, expand_braces, glob_regex, split_file, split_glob
 
 Open = Callable[[Path], Folder]
 
@@ -152,3 +157,124 @@ def test_a_missing_file_is_an_error_with_its_path(folder, tmp_path):
 def test_a_local_folder_needs_no_scheme_and_has_a_local_filesystem(tmp_path):
     assert isinstance(Folder(tmp_path).filesystem, fs.LocalFileSystem)
     assert str(Folder(f"{tmp_path}/")) == str(tmp_path)
+
+
+def test_a_scheme_of_fsspec_is_a_folder_like_any_other():
+    folder = Folder(f"memory://{uuid.uuid4().hex}/there/")
+    for name in ("b.txt", "a/2 ö%20#.txt", "a/1.txt"):
+        folder.write_text(name, name)
+    assert not folder.is_local
+    assert list(folder.names()) == ["a/1.txt", "a/2 ö%20#.txt", "b.txt"]
+    assert list((folder / "a").names()) == ["1.txt", "2 ö%20#.txt"]
+    assert [folder.exists(n) for n in ("a", "b.txt", "c")] == [True, True, False]
+    assert pickle.loads(pickle.dumps(folder)).read_bytes("b.txt") == b"b.txt"
+    with folder.filesystem.open_input_file(folder.locate("a/1.txt")) as file:
+        assert file.read_at(3, 2) == b"1.t"
+    folder.delete("a")
+    assert list(folder.names()) == ["b.txt"]
+    with pytest.raises(FileNotFoundError):
+        folder.read_bytes("a/1.txt")
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[str]:
+    """The address of a web server that serves a folder."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=tmp_path)) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+def test_files_of_a_web_server_are_read(served, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a b.txt").write_text("here")
+    folder = Folder(f"{served}/in")
+    assert folder.read_bytes("a b.txt") == b"here"
+    assert [folder.exists(name) for name in ("a b.txt", "b.txt")] == [True, False]
+    with pytest.raises(FileNotFoundError):
+        folder.read_bytes("b.txt")
+
+
+@pytest.mark.parametrize("uri", ["nonsense://x/y", "hf-nothing://x"])
+def test_an_unknown_scheme_is_an_error_with_the_uri(uri):
+    with pytest.raises(ValueError, match=f"{uri} cannot be opened: Protocol not known"):
+        Folder(uri)
+
+
+def test_options_of_a_uri_stay_behind_the_path():
+    folder = Folder("s3://bucket/a/?endpoint_override=127.0.0.1:1&scheme=http&region=x")
+    inner = folder / "b c"
+    assert inner.uri == "s3://bucket/a/b%20c?endpoint_override=127.0.0.1:1&scheme=http&region=x"
+    assert inner.path == folder.locate("b c") == "bucket/a/b c"
+
+
+@pytest.mark.parametrize(
+    ("location", "base", "pattern"),
+    [
+        ("/a/b/*.jpg", "/a/b", "*.jpg"),
+        ("/*/x", "/", "*/x"),
+        ("x*.jpg", ".", "x*.jpg"),
+        ("a/{000..012}/b?.tar", "a", "{000..012}/b?.tar"),
+        ("/a/plain.jpg", "/a/plain.jpg", None),
+        ("file:///a/b/**/*.jpg", "file:///a/b", "**/*.jpg"),
+        (
+            "s3://b/x/{0..3}.tar?endpoint_override=127.0.0.1:1&region=x",
+            "s3://b/x?endpoint_override=127.0.0.1:1&region=x",
+            "{0..3}.tar",
+        ),
+    ],
+)
+def test_a_glob_is_a_folder_and_a_pattern(location, base, pattern):
+    assert split_glob(location) == (base, pattern)
+
+
+@pytest.mark.parametrize("options", ["", "?endpoint_override=http://127.0.0.1:1&region=x"])
+def test_a_file_is_split_into_its_folder_and_its_name(tmp_path, monkeypatch, options):
+    folder, name = split_file(f"s3://bucket/a%20b/c%20d.tar{options or '?region=x'}")
+    assert (folder.path, name) == ("bucket/a b", "c d.tar")
+    monkeypatch.chdir(tmp_path)
+    for location in ("x.tar", f"{tmp_path}/x.tar", f"file://{tmp_path}/x.tar"):
+        folder, name = split_file(location)
+        assert (folder.path, name) == (str(tmp_path), "x.tar")
+    assert split_file("/x.tar")[0].path == "/"
+
+
+def test_a_folder_whose_name_looks_like_a_glob_is_that_folder(tmp_path):
+    (tmp_path / "a[1]{x}").mkdir()
+    assert split_glob(f"{tmp_path}/a[1]{{x}}") == (f"{tmp_path}/a[1]{{x}}", None)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("a.tar", ["a.tar"]),
+        ("{08..11}.tar", ["08.tar", "09.tar", "10.tar", "11.tar"]),
+        ("{9..11}", ["9", "10", "11"]),
+        ("{2..0}", ["2", "1", "0"]),
+        ("{a,b}{0..1}.tar", ["a0.tar", "a1.tar", "b0.tar", "b1.tar"]),
+    ],
+)
+def test_braces_stand_for_names(pattern, names):
+    assert expand_braces(pattern) == names
+
+
+def test_braces_that_hold_neither_a_range_nor_a_list_are_an_error():
+    with pytest.raises(ValueError, match=r"a range such as \{000..012\} .*, not \{key\}"):
+        expand_braces("{key}.jpg")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "fits"),
+    [("*.jpg", "a.jpg", True), ("*.jpg", "a/b.jpg", False), ("**/*.jpg", "b.jpg", True),
+     ("**/*.jpg", "a/b/c.jpg", True), ("a?.jpg", "ab.jpg", True), ("a?.jpg", "a/.jpg", False),
+     ("[!a]*", "b", True), ("[!a]*", "ab", False), ("a.b", "axb", False)],
+)  # fmt: skip
+def test_globs_find_names(pattern, name, fits):
+    assert bool(re.fullmatch(glob_regex(pattern), name)) is fits
