@@ -1,4 +1,4 @@
-"""One image: a user's file → an RGB square → stored JPEG → the pixels that a model takes.
+"""One image: a user's file → an RGB square → stored JPEG or pixels → what a model takes.
 
 Enters: encoded bytes of any common format.  Leaves: `BadImage` with a reason, or pixels.
 
@@ -7,6 +7,9 @@ stored, since it is twice as fast.  Imports neither Ray nor TensorFlow.
 """
 
 import io
+import struct
+import threading
+import warnings
 from typing import Literal
 
 import cv2
@@ -27,6 +30,8 @@ _REDUCED = {
     8: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_8,
 }
 _WHITE = (255, 255, 255, 255)
+# How the data of a JPEG 2000 image begins; its sides follow.
+_CODESTREAM = b"\xff\x4f\xff\x51"
 
 
 class BadImage(Exception):
@@ -41,16 +46,22 @@ class BadImage(Exception):
 
 
 def prepare_image(
-    content: bytes, size: int, aspect: Aspect, quality: int, max_pixels: int
+    content: bytes,
+    size: int,
+    aspect: Aspect,
+    quality: int,
+    max_pixels: int,
+    store: Literal["jpeg", "raw"] = "jpeg",
 ) -> bytes:
-    """Return a user's image file as a JPEG of `size` × `size` pixels.
+    """Return a user's image file as it is stored: a JPEG of `size` × `size` pixels, or those alone.
 
     Raises:
         BadImage: if it cannot be used.
     """
     # Twice the size that is kept leaves the resampling enough to work with.
     image = decode(content, max_pixels, at_least=2 * size)
-    return encode_jpeg(to_square(image, size, aspect), quality)
+    square = to_square(image, size, aspect)
+    return square.tobytes() if store == "raw" else encode_jpeg(square, quality)
 
 
 def decode(content: bytes, max_pixels: int, at_least: int | None = None) -> Image.Image:
@@ -72,8 +83,10 @@ def decode(content: bytes, max_pixels: int, at_least: int | None = None) -> Imag
     # Pillow's own limit warns or raises by another number; ours is checked below.
     Image.MAX_IMAGE_PIXELS = None
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        with _silence, Image.open(io.BytesIO(content), formats=FORMATS) as image:
             _require_usable(image, max_pixels)
+            if image.format == "JPEG2000":
+                _require_honest(image, content)
             if at_least:
                 image.draft(None, (at_least, at_least))
             image.load()
@@ -176,6 +189,51 @@ def _require_usable(image: Image.Image, max_pixels: int) -> None:
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO":
         raise BadImage("animated_image", f"it has {frames} frames; give one of them")
+
+
+def _require_honest(image: Image.Image, content: bytes) -> None:
+    """Check that a JPEG 2000 file's data has the size in its header.
+
+    Pillow looks at the header alone, and the decoder would take memory for what the data says.
+    """
+    start = -1
+    while (start := content.find(_CODESTREAM, start + 1)) >= 0:
+        sides = content[start + 8 : start + 24]
+        if len(sides) == 16:
+            right, lower, left, upper = struct.unpack(">IIII", sides)
+            if (right - left, lower - upper) != image.size:
+                raise BadImage(
+                    "unreadable_image",
+                    f"its header says {image.width} × {image.height} pixels and its data "
+                    f"{right - left} × {lower - upper}",
+                )
+
+
+class _Silence:
+    """Keeps Pillow's warnings about odd metadata to itself, in any number of threads.
+
+    Which warnings are shown is the whole process's: the first thread to come in silences them, the
+    last one to go out restores what was.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._caught = warnings.catch_warnings(action="ignore")
+                self._caught.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._caught.__exit__(None, None, None)
+
+
+_silence = _Silence()
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -30,6 +30,8 @@ class Shard(Spec):
     """Rows of each row group, in order."""
     num_bytes: int
     sha256: str
+    rows_sha256: str = ""
+    """Of what the rows were made from; the same again need not be written again."""
 
 
 class SplitInfo(Spec):
@@ -57,6 +59,12 @@ class ImageInfo(Spec):
     width: int
     names: tuple[str, ...] = ()
     """Of several images a row, in order; empty where a row has one."""
+
+    @classmethod
+    def of(cls, spec: PrepareSpec) -> "ImageInfo":
+        """Return what `prepare` stores by a specification."""
+        size = spec.image_size
+        return cls(encoding=spec.store, height=size, width=size, names=spec.image_columns)
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -14,7 +14,6 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ray_jobs import cli, cluster, inference
-from ray_jobs.batch import IMAGE, KEY, LABEL
+from ray_jobs.batch import KEY, LABEL
 from ray_jobs.cli import JobError
-from ray_jobs.images import BadImage, prepare_image
+from ray_jobs.images import BadImage
 from ray_jobs.inference import ERROR, PROBABILITY, TrainedRun
 from ray_jobs.manifest import NAME as MANIFEST
 from ray_jobs.manifest import read_manifest
-from ray_jobs.sources.folder import ImageSource, read_image
+from ray_jobs.shards import RowConverter, ShardRows, StoredImages
+from ray_jobs.sources import open_source
+from ray_jobs.sources.refs import ImageRefs, Source
 from ray_jobs.spec import SPLITS, PredictSpec, PrepareSpec
 from ray_jobs.storage import Folder
 from ray_jobs.table import read_rows, read_table, require_columns
@@ -44,7 +45,10 @@ PREDICTIONS = pa.schema(
     }
 )
 
-_PATH = "path"
+_PATH, _START, _SIZE = "image path ", "image start ", "image size "
+"""Columns of a task's rows that hold the parts of `ImageRefs`, numbered by image."""
+# A column in braces, and not a range of tar files such as {000..012}.
+_COLUMN = re.compile(r"\{[^{}.,]+\}")
 _PART = re.compile(r"part-\d+\.parquet")
 _ROWS_PER_PART = 1 << 18
 _READ_ROWS = 16
@@ -167,7 +171,7 @@ def _open_source(run: TrainedRun, spec: PredictSpec) -> inference.Source:
 
 
 class RawSource:
-    """The rows of a table, read by the rules in the run's own manifest.
+    """Rows that were never prepared, read by the rules in the run's own manifest.
 
     Cells are checked here, as a whole column tells what they are; images are read by the tasks.
 
@@ -181,32 +185,40 @@ class RawSource:
 
     def __init__(self, run: TrainedRun, spec: PredictSpec) -> None:
         self.run = run
-        self.image_folder: Folder | None = None
-        rules, location = _rules(run, spec)
-        table = read_table(spec.data)
+        manifest = run.decoder.manifest
+        categorical = tuple(vocabulary.column for vocabulary in manifest.vocabularies)
+        rules = _rules(run, spec, manifest.numeric_columns)
         try:
-            require_columns(table, rules, labelled=False)
-            images = ImageSource(location) if location else None
+            if run.takes_images or not rules.table:
+                source = open_source(rules, categorical, labelled=False)
+            else:
+                source = Source(read_table(rules.table), images={}, readers={})
+                require_columns(source.table, rules, categorical, labelled=False)
         except JobError as error:
             raise JobError(_by_flag(str(error), run, spec)) from None
-        rows = read_rows(table, rules, rules.numeric_columns or (), classes=None)
-        if images is not None:
-            self.image_folder = images.folder
-            rows.find_images(images)
-        errors = [
-            None if reason is None else f"{reason}: {detail}"
-            for reason, detail in zip(rows.reasons, rows.details, strict=True)
-        ]
-        self.num_rows = len(errors)
+        rows = read_rows(source, rules, manifest.numeric_columns, None, categorical)
+        self.converter = RowConverter(
+            tuple(source.readers[name] for name in rules.image_columns or ("",))
+            if run.takes_images
+            else (),
+            manifest.numeric_columns,
+            categorical,
+            rules,
+        )
+        self.num_rows = len(rows)
         self.task_rows = inference.rows_per_task(self.num_rows, spec)
-        columns = {
-            KEY: pa.array(rows.keys, pa.string()),
-            LABEL: pa.nulls(self.num_rows, pa.int8()),
-            ERROR: pa.array(errors, pa.string()),
-            _PATH: pa.array(rows.image_paths, pa.string()),
-        }
-        for name, numbers in zip(rules.numeric_columns or (), rows.numeric_RF.T, strict=True):
-            columns[name] = pa.array(numbers, from_pandas=True)
+        errors: list[str | None] = [None] * len(rows)
+        for row, (reason, detail) in rows.bad.items():
+            errors[row] = f"{reason}: {detail}"
+        columns: dict[str, Any] = {KEY: rows.keys, ERROR: pa.array(errors, pa.string())}
+        numbers = zip(manifest.numeric_columns, rows.numeric_RF.T, strict=True)
+        columns |= {name: pa.array(column, from_pandas=True) for name, column in numbers}
+        columns |= rows.categories
+        for position, refs in enumerate(rows.images if run.takes_images else ()):
+            columns[f"{_PATH}{position}"] = refs.path
+            for part, values in ((_START, refs.start), (_SIZE, refs.size)):
+                if values is not None:
+                    columns[f"{part}{position}"] = pa.array(values)
         self.rows: pa.Table | None = pa.table(columns)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -214,65 +226,88 @@ class RawSource:
         return {**self.__dict__, "rows": None}
 
     def tasks(self) -> list[pa.Table]:
-        """Return the table's rows, some for each task."""
+        """Return the rows, some for each task."""
         rows = self.rows or pa.table({})
         starts = range(0, self.num_rows, self.task_rows)
         return [rows.slice(start, self.task_rows) for start in starts]
 
     def read(self, task: pa.Table) -> Iterator[pa.Table]:
-        """Yield the rows of one task, with pixels where the model looks at images."""
-        # Threads hide the latency of a store.
-        with ThreadPoolExecutor(_READ_ROWS) as threads:
-            for start in range(0, task.num_rows, _READ_ROWS):
-                rows = task.slice(start, _READ_ROWS)
-                errors: list[str | None] = rows[ERROR].to_pylist()
-                if self.image_folder is not None:
-                    stored = list(threads.map(self._stored, rows[_PATH].to_pylist(), errors))
-                    for i, image in enumerate(stored):
-                        errors[i] = str(image) if isinstance(image, BadImage) else errors[i]
-                    images = [b"" if isinstance(i, BadImage) else i for i in stored]
-                    rows = rows.append_column(IMAGE, pa.array(images, pa.binary()))
-                yield inference.decoded_rows(self.run, rows, errors, "memory")
+        """Yield the rows of one task, by way of the very bytes that `prepare` would store."""
+        if not self.converter.readers:
+            rows = task.append_column(LABEL, pa.nulls(task.num_rows, pa.int8()))
+            yield inference.decoded_rows(self.run, rows, task[ERROR].to_pylist(), "memory")
+            return
+        rows, errors = self._shard_rows(task), task[ERROR].to_pylist()
+        none_there: StoredImages = (None,) * len(rows.images)
+        stored: list[StoredImages] = []
+        for row, images in enumerate(self.converter.images_of(rows)):
+            if isinstance(images, BadImage):
+                errors[row] = errors[row] or str(images)
+                images = none_there
+            stored.append(images)
+            if len(stored) == _READ_ROWS or row + 1 == task.num_rows:
+                here = np.arange(row + 1 - len(stored), row + 1)
+                table = self.converter.table(rows.take(here), stored)
+                some = errors[here[0] : here[-1] + 1]
+                yield inference.decoded_rows(self.run, table, some, "memory")
+                stored.clear()
 
-    def _stored(self, path: str, error: str | None) -> bytes | BadImage:
-        """Return the very bytes that `prepare` would store, empty for a row with an error."""
-        if error is not None or self.image_folder is None:
-            return b""
-        rules = self.run.manifest.prepare
-        try:
-            return prepare_image(
-                read_image(self.image_folder, path),
-                self.run.manifest.image.width,
-                rules.aspect,
-                rules.jpeg_quality,
-                rules.max_image_pixels,
-            )
-        except BadImage as bad:
-            return BadImage(bad.reason, f"{path}: {bad.detail}")
+    def _shard_rows(self, task: pa.Table) -> ShardRows:
+        def column(name: str) -> Any:
+            return task[name].combine_chunks()
+
+        def numbers(name: str) -> np.ndarray | None:
+            return column(name).to_numpy() if name in task.column_names else None
+
+        images = tuple(
+            ImageRefs(column(f"{_PATH}{i}"), numbers(f"{_START}{i}"), numbers(f"{_SIZE}{i}"))
+            for i in range(len(self.converter.readers))
+        )
+        names = self.converter.numeric_columns
+        numeric = np.empty((task.num_rows, len(names)), np.float32)
+        for i, name in enumerate(names):
+            numeric[:, i] = task[name].to_numpy()
+        return ShardRows(
+            split="test",
+            index=0,
+            keys=column(KEY),
+            images=images,
+            numeric_RF=numeric,
+            categories={name: column(name) for name in self.converter.categorical},
+            labels=np.zeros(task.num_rows, np.int8),
+        )
 
 
-def _rules(run: TrainedRun, spec: PredictSpec) -> tuple[PrepareSpec, str | None]:
-    """Return how to read raw rows, and where their images are, if the model looks at any."""
+def _rules(run: TrainedRun, spec: PredictSpec, numeric_columns: tuple[str, ...]) -> PrepareSpec:
+    """Return how to read raw rows: as the run's were, from where this job says."""
     rules = run.manifest.prepare
-    numeric_columns = run.manifest.numeric_columns if run.takes_numbers else ()
-    changes: dict[str, Any] = {"numeric_columns": numeric_columns}
-    location = spec.images
+    number_rules = {n: rule for n, rule in rules.number_rules.items() if n in numeric_columns}
+    changes: dict[str, Any] = {"numeric_columns": numeric_columns, "number_rules": number_rules}
+    if rules.images and not rules.table:
+        if spec.images:
+            raise JobError(
+                f"the records of {run.folder} stood beside its images, in {rules.images}: give "
+                "files of the same kind as --data, and leave --images out"
+            )
+        return rules.model_copy(update={**changes, "images": spec.data})
+    changes["table"] = spec.data
     if not run.takes_images:
         # No column has to say where an image is.
-        changes |= {"image_column": None, "image_pattern": "{key}"}
-        location = None
-    elif not location:
+        changes |= {"image_column": None, "image_columns": (), "image_pattern": "{key}"}
+    elif not spec.images:
         raise JobError(
             f"the model of {run.folder} looks at images: give --images, such as "
             f"'photos/{rules.image_pattern}', or the folder in which the run's own "
             f"{rules.image_column or rules.image_pattern!r} finds them"
         )
-    elif "{" in location:
-        fixed = location.partition("{")[0]
+    elif _COLUMN.search(spec.images):
+        fixed = spec.images.partition("{")[0]
         base, slash, _ = fixed.rpartition("/")
-        changes |= {"image_column": None, "image_pattern": location[len(base + slash) :]}
-        location = (base or slash) or "."
-    return rules.model_copy(update=changes), location
+        changes |= {"image_column": None, "image_pattern": spec.images[len(base + slash) :]}
+        changes |= {"source": "folder", "images": (base or slash) or "."}
+    else:
+        changes["images"] = spec.images
+    return rules.model_copy(update=changes)
 
 
 def _by_flag(text: str, run: TrainedRun, spec: PredictSpec) -> str:

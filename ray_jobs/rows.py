@@ -225,7 +225,9 @@ class RowDecoder:
         target[:] = self._pixels(cell)
 
     def _pixels(self, cell: Any) -> np.ndarray:
-        content = cell.as_buffer() if cell.is_valid else b""
+        if not cell.is_valid:
+            raise ValueError("there is none")
+        content = cell.as_buffer()
         if pa.types.is_fixed_size_binary(cell.type):
             pixels = np.frombuffer(content, np.uint8)
             for shape in (self.pixel_shape, self.stored_shape):

@@ -1,37 +1,56 @@
 """What one task of `prepare` does: the rows of one shard → one Parquet file.
 
-Enters: keys, paths of images, numbers and labels.  Leaves: the file, and a few facts about it.
+Enters: keys, where the images are, numbers, words and labels.  Leaves: the file, and a few facts
+about it.
 
-The columns of a shard, in order: `key` string, `image` binary (a JPEG), each numeric column float32
-with null where missing, `label` int8.  Nothing in a file depends on when or where it was written.
-Imports neither Ray nor TensorFlow.
+The columns of a shard, in order: `key` string; `image`, or of several `image_NAME` with null where
+one is missing, as binary (a JPEG) or as fixed-size binary (the pixels); each numeric column float32
+with null where missing; each categorical column string with null where missing; `label` int8.
+Nothing in a file depends on when or where it was written.  Imports neither Ray nor TensorFlow.
 """
 
+# pyarrow makes the functions of its compute module when it is imported, unseen by pyright.
+# pyright: reportAttributeAccessIssue=false
+
 import hashlib
-import io
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mm_model.spec import Spec
-from ray_jobs.batch import IMAGE, KEY, LABEL
+from ray_jobs.batch import KEY, LABEL
 from ray_jobs.images import BadImage, prepare_image
-from ray_jobs.manifest import Shard
-from ray_jobs.sources.folder import read_image
+from ray_jobs.manifest import ImageInfo, Shard
+from ray_jobs.sources.refs import ImageReader, ImageRefs
 from ray_jobs.spec import PrepareSpec, Split
 from ray_jobs.storage import Folder
 
-T = TypeVar("T")
-R = TypeVar("R")
+StoredImages = tuple[bytes | None, ...]
+"""The images of a row as they are stored, None for one of several that is missing."""
 
-# Files that are read ahead while an image is converted: what hides a store's latency.
-_READ_AHEAD = 8
+# What a shard's bytes and row groups depend on, besides its rows.
+_RULES = (
+    "source",
+    "images",
+    "image_column",
+    "image_columns",
+    "store",
+    "image_size",
+    "aspect",
+    "jpeg_quality",
+    "max_image_pixels",
+    "rows_per_shard",
+    "rows_per_group",
+)
+# A task holds its shard; pixels are large.
+_MOST_SHARD_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -40,16 +59,29 @@ class ShardRows:
 
     split: Split
     index: int
-    keys: Sequence[str]
-    image_paths: Sequence[str]
+    keys: pa.StringArray
+    images: tuple[ImageRefs, ...]
     numeric_RF: np.ndarray
-    labels: Sequence[int]
+    categories: dict[str, pa.StringArray]
+    labels: np.ndarray
+
+    def take(self, rows: np.ndarray) -> "ShardRows":
+        """Return some of the rows."""
+        return ShardRows(
+            split=self.split,
+            index=self.index,
+            keys=self.keys.take(pa.array(rows)),
+            images=tuple(refs.take(rows) for refs in self.images),
+            numeric_RF=self.numeric_RF[rows],
+            categories={n: texts.take(pa.array(rows)) for n, texts in self.categories.items()},
+            labels=self.labels[rows],
+        )
 
 
 class BadRow(Spec):
     """A row that cannot be used, and why."""
 
-    key: str | None
+    key: str
     reason: str
     detail: str
 
@@ -64,124 +96,202 @@ class ShardFacts(Spec):
     bad_rows: tuple[BadRow, ...]
 
 
-def shard_schema(numeric_columns: Sequence[str]) -> pa.Schema:
-    """Return the columns of a shard."""
-    return pa.schema(
-        [
-            pa.field(KEY, pa.string(), nullable=False),
-            pa.field(IMAGE, pa.binary(), nullable=False),
-            *(pa.field(name, pa.float32()) for name in numeric_columns),
-            pa.field(LABEL, pa.int8(), nullable=False),
+@dataclass(frozen=True)
+class RowConverter:
+    """Makes of rows and their images what a shard holds of them, for `prepare` and `predict`."""
+
+    readers: tuple[ImageReader, ...]
+    """Of the images, in the order of `image_columns`."""
+    numeric_columns: tuple[str, ...]
+    categorical: tuple[str, ...]
+    spec: PrepareSpec
+
+    @cached_property
+    def image(self) -> ImageInfo:
+        """How images are stored."""
+        return ImageInfo.of(self.spec)
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        """Columns of a shard."""
+        image = pa.binary(self.spec.image_size**2 * 3 if self.spec.store == "raw" else -1)
+        some_may_be_missing = bool(self.image.names)
+        return pa.schema(
+            [
+                pa.field(KEY, pa.string(), nullable=False),
+                *(pa.field(n, image, nullable=some_may_be_missing) for n in self.image.columns),
+                *(pa.field(name, pa.float32()) for name in self.numeric_columns),
+                *(pa.field(name, pa.string()) for name in self.categorical),
+                pa.field(LABEL, pa.int8(), nullable=False),
+            ]
+        )
+
+    def images_of(self, rows: ShardRows) -> Iterator[StoredImages | BadImage]:
+        """Yield the images of each row as they are stored, or why the row cannot be used."""
+        columns = [
+            _where_there(refs, reader)
+            for refs, reader in zip(rows.images, self.readers, strict=True)
         ]
-    )
-
-
-def write_shard(
-    rows: ShardRows,
-    images: Folder,
-    output: Folder,
-    numeric_columns: Sequence[str],
-    spec: PrepareSpec,
-) -> ShardFacts:
-    """Read, convert and store the images of one shard with the rest of its rows.
-
-    The file's name ends in a piece of its own hash, so that preparing again leaves the files of
-    the manifest before untouched until there is a new manifest.
-
-    Args:
-        rows: of the shard.
-        images: folder that the paths are below.
-        output: prepared folder.
-        numeric_columns: names of the numbers.
-        spec: how images are stored.
-    """
-    schema = shard_schema(numeric_columns)
-    bad_rows: list[BadRow] = []
-    group: list[tuple[int, bytes]] = []
-    row_groups: list[int] = []
-    file = io.BytesIO()
-    with pq.ParquetWriter(file, schema, **_parquet_options(schema)) as writer:
-
-        def flush() -> None:
-            if group:
-                writer.write_table(_row_group(rows, group, schema), row_group_size=len(group))
-                row_groups.append(len(group))
-                group.clear()
-
-        def load(path: str) -> bytes | BadImage:
+        for row, contents in enumerate(zip(*columns, strict=True)):
             try:
-                return read_image(images, path)
+                yield self._stored(rows, row, contents)
             except BadImage as error:
-                return error
+                yield error
 
-        for row, content in enumerate(_read_ahead(load, rows.image_paths)):
+    def table(self, rows: ShardRows, images: Sequence[StoredImages]) -> pa.Table:
+        """Return some rows as a shard holds them."""
+        columns = [
+            rows.keys,
+            *(
+                pa.array(column, self.schema.field(name).type)
+                for name, column in zip(self.image.columns, zip(*images, strict=True), strict=True)
+            ),
+            # from_pandas: NaN becomes null.
+            *(pa.array(column, from_pandas=True) for column in rows.numeric_RF.T),
+            *rows.categories.values(),
+            pa.array(rows.labels, pa.int8()),
+        ]
+        return pa.Table.from_arrays(columns, schema=self.schema)
+
+    def _stored(
+        self, rows: ShardRows, row: int, contents: Sequence[bytes | BadImage | None]
+    ) -> StoredImages:
+        """Return the images of one row as they are stored.
+
+        Raises:
+            BadImage: if one of them cannot be used, or of several all are missing.
+        """
+        stored: list[bytes | None] = []
+        for position, content in enumerate(contents):
             try:
                 if isinstance(content, BadImage):
                     raise content
-                group.append(
-                    (
-                        row,
-                        prepare_image(
-                            content,
-                            spec.image_size,
-                            spec.aspect,
-                            spec.jpeg_quality,
-                            spec.max_image_pixels,
-                        ),
-                    )
-                )
+                stored.append(content if content is None else self._converted(content))
             except BadImage as error:
-                detail = f"{rows.image_paths[row]}: {error.detail}"
-                bad_rows.append(BadRow(key=rows.keys[row], reason=error.reason, detail=detail))
-            if len(group) == spec.rows_per_group:
-                flush()
-        flush()
-    shard = _store(file.getvalue(), rows, row_groups, output) if row_groups else None
-    return ShardFacts(split=rows.split, index=rows.index, shard=shard, bad_rows=tuple(bad_rows))
+                if self.image.names and error.reason == "missing_image":
+                    stored.append(None)
+                    continue
+                of = f"{self.image.names[position]}, " if self.image.names else ""
+                detail = f"{of}{rows.images[position].name(row)}: {error.detail}"
+                raise BadImage(error.reason, detail) from error
+        if all(content is None for content in stored):
+            names = [refs.name(row) for refs in rows.images if refs.path[row].is_valid]
+            raise BadImage("missing_image", f"none of its images is there: {', '.join(names)}")
+        return tuple(stored)
+
+    def _converted(self, content: bytes) -> bytes:
+        return prepare_image(
+            content,
+            self.spec.image_size,
+            self.spec.aspect,
+            self.spec.jpeg_quality,
+            self.spec.max_image_pixels,
+            self.spec.store,
+        )
 
 
-def _store(content: bytes, rows: ShardRows, row_groups: list[int], output: Folder) -> Shard:
-    sha256 = hashlib.sha256(content).hexdigest()
-    path = f"{rows.split}/part-{rows.index:05d}-{sha256[:8]}.parquet"
-    output.write_bytes(path, content)
-    return Shard(
-        path=path,
-        num_rows=sum(row_groups),
-        row_groups=tuple(row_groups),
-        num_bytes=len(content),
-        sha256=sha256,
-    )
+@dataclass(frozen=True)
+class ShardWriter(RowConverter):
+    """Writes shards; one serves all tasks."""
+
+    output: Folder
+    seed: int
+
+    @property
+    def rows_per_shard(self) -> int:
+        """Rows of one shard: as the specification says, or fewer where their pixels are many."""
+        if self.spec.store == "jpeg":
+            return self.spec.rows_per_shard
+        return max(min(self.spec.rows_per_shard, _MOST_SHARD_BYTES // self.image.row_bytes), 1)
+
+    def fingerprint(self, rows: ShardRows) -> str:
+        """Return a hash of all that the content of the rows' shard follows from.
+
+        Images stand in it by their places: they are taken as unchanged there.
+        """
+        rules: dict[str, Any] = self.spec.model_dump(mode="json", include=set(_RULES))
+        rules["images"] = self.spec.images.removeprefix("file://")
+        rules |= {"seed": self.seed, "columns": self.schema.names, "split": rows.split}
+        found = hashlib.sha256(json.dumps(rules, sort_keys=True).encode())
+        for texts in (rows.keys, *rows.categories.values(), *(r.path for r in rows.images)):
+            _update(found, texts)
+        for refs in rows.images:
+            for place in (refs.start, refs.size):
+                found.update(b"" if place is None else place.astype(np.int64).tobytes())
+        # There are many NaN, and one is to be like another.
+        numbers = np.where(np.isnan(rows.numeric_RF), np.float32(np.nan), rows.numeric_RF)
+        found.update(numbers.astype(np.float32).tobytes())
+        found.update(rows.labels.astype(np.int8).tobytes())
+        return found.hexdigest()
+
+    def write(self, rows: ShardRows) -> ShardFacts:
+        """Read, convert and store the images of one shard with the rest of its rows.
+
+        The file's name ends in a piece of its own hash, so that preparing again leaves the files of
+        the manifest before untouched until there is a new manifest.
+        """
+        bad_rows: list[BadRow] = []
+        good: list[int] = []
+        group: list[StoredImages] = []
+        row_groups: list[int] = []
+        file = pa.BufferOutputStream()
+        with pq.ParquetWriter(file, self.schema, **self._parquet_options()) as writer:
+
+            def flush() -> None:
+                if group:
+                    chosen = rows.take(np.array(good[-len(group) :]))
+                    writer.write_table(self.table(chosen, group), row_group_size=len(group))
+                    row_groups.append(len(group))
+                    group.clear()
+
+            for row, images in enumerate(self.images_of(rows)):
+                if isinstance(images, BadImage):
+                    key = rows.keys[row].as_py()
+                    bad_rows.append(BadRow(key=key, reason=images.reason, detail=images.detail))
+                else:
+                    group.append(images)
+                    good.append(row)
+                if len(group) == self.spec.rows_per_group:
+                    flush()
+            flush()
+        shard = None
+        if good:
+            shard = self._store(file.getvalue(), rows.take(np.array(good)), row_groups)
+        return ShardFacts(split=rows.split, index=rows.index, shard=shard, bad_rows=tuple(bad_rows))
+
+    def _parquet_options(self) -> dict[str, Any]:
+        images = self.image.columns
+        others = [name for name in self.schema.names if name not in images]
+        return {
+            # JPEGs do not get smaller, and pixels are to be read as they are; nor is there any use
+            # in the least and greatest of them.
+            "compression": dict.fromkeys(images, "none") | dict.fromkeys(others, "zstd"),
+            "use_dictionary": False,
+            "write_statistics": others,
+        }
+
+    def _store(self, content: pa.Buffer, rows: ShardRows, row_groups: list[int]) -> Shard:
+        sha256 = hashlib.sha256(content).hexdigest()
+        path = f"{rows.split}/part-{rows.index:05d}-{sha256[:8]}.parquet"
+        self.output.write_bytes(path, content)
+        return Shard(
+            path=path,
+            num_rows=sum(row_groups),
+            row_groups=tuple(row_groups),
+            num_bytes=len(content),
+            sha256=sha256,
+            rows_sha256=self.fingerprint(rows),
+        )
 
 
-def _row_group(rows: ShardRows, group: Sequence[tuple[int, bytes]], schema: pa.Schema) -> pa.Table:
-    positions = [row for row, _ in group]
-    columns = [
-        pa.array([rows.keys[row] for row in positions], pa.string()),
-        pa.array([content for _, content in group], pa.binary()),
-        # from_pandas: NaN becomes null.
-        *(pa.array(column, from_pandas=True) for column in rows.numeric_RF[positions].T),
-        pa.array([rows.labels[row] for row in positions], pa.int8()),
-    ]
-    return pa.Table.from_arrays(columns, schema=schema)
+def _where_there(refs: ImageRefs, reader: ImageReader) -> Iterator[bytes | BadImage | None]:
+    found = reader.read(refs.take(np.flatnonzero(refs.is_there)))
+    for is_there in refs.is_there:
+        yield next(found) if is_there else None
 
 
-def _parquet_options(schema: pa.Schema) -> dict:
-    others = [name for name in schema.names if name != IMAGE]
-    return {
-        # JPEGs do not get smaller; nor is there any use in the least and greatest of them.
-        "compression": {IMAGE: "none"} | dict.fromkeys(others, "zstd"),
-        "use_dictionary": False,
-        "write_statistics": others,
-    }
-
-
-def _read_ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """Yield the results in order, while threads work on the next few: no more are held."""
-    pending: deque[Future[R]] = deque()
-    with ThreadPoolExecutor(_READ_AHEAD) as threads:
-        for item in items:
-            pending.append(threads.submit(function, item))
-            if len(pending) >= _READ_AHEAD:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+def _update(found: Any, texts: pa.StringArray) -> None:
+    """Add texts to a hash, nulls and borders between them included."""
+    lengths = pc.binary_length(texts).fill_null(-1).to_numpy()
+    found.update(lengths.astype(np.int64).tobytes())
+    found.update("".join(texts.drop_null().to_pylist()).encode())

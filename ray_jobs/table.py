@@ -1,9 +1,11 @@
 """The table: CSV or Parquet → one row a thing, usable or with the reason why it is not.
 
-Enters: a file by path or URI.  Leaves: `Rows`, column by column, in the table's order.
+Enters: a file by path or URI, then the `Source` made of it.  Leaves: `Rows`, column by column, in
+the table's order.
 
 What concerns a whole column (it is missing, its classes are unclear) is an error; what concerns one
-cell sets that row aside. Imports neither Ray nor TensorFlow.
+cell sets that row aside. Tables have millions of rows: columns stay Arrow and NumPy, only rows that
+are set aside become Python objects. Imports neither Ray nor TensorFlow.
 """
 
 # pyarrow makes the functions of its compute module when it is imported, unseen by pyright.
@@ -22,18 +24,18 @@ import pyarrow.parquet as pq
 from pyarrow import csv, fs
 
 from mm_model.suggest import did_you_mean
-from ray_jobs.batch import IMAGE, KEY, LABEL
+from ray_jobs.batch import KEY, LABEL
 from ray_jobs.cli import JobError
-from ray_jobs.images import BadImage
-from ray_jobs.sources.folder import ImageSource
-from ray_jobs.spec import SPLITS, PrepareSpec, Split
+from ray_jobs.manifest import ImageInfo
+from ray_jobs.numbers import is_number, numbers_of, suggest_rule, texts
+from ray_jobs.sources.refs import ImageRefs, Source
+from ray_jobs.spec import SPLITS, PrepareSpec
 from ray_jobs.storage import Folder
 
-_MISSING_NUMBER = ("nan", "na", "n/a", "#n/a", "<na>", "null", "none", "-nan")
 _MISSING_LABEL = ("nan", "na", "n/a", "<na>", "null")
-_NUMBER = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?$"
-_INFINITY = r"^[+-]?inf(inity)?$"
 _BRACES = re.compile(r"\{([^{}]*)\}")
+# Of each column: to find a cell's rule takes a millisecond, and all cells may lack one.
+_MOST_SUGGESTIONS = 100
 
 
 @dataclass(frozen=True)
@@ -46,32 +48,38 @@ class Classes:
 
 @dataclass
 class Rows:
-    """The table's rows: lists of one length, and why a row is set aside."""
+    """The table's rows: columns of one length, and why a row is set aside."""
 
-    keys: list[str | None]
-    image_paths: list[str]
+    keys: pa.StringArray
+    """Null where missing."""
+    images: tuple[ImageRefs, ...]
+    """One entry an image name, in the specification's order."""
     numeric_RF: np.ndarray
     """float32, NaN where missing."""
-    labels: list[int] = field(default_factory=list)
-    groups: list[str] = field(default_factory=list)
-    splits: list[Split | None] = field(default_factory=list)
-    reasons: list[str | None] = field(default_factory=list)
-    """Why a row cannot be used, in one word; None for the rows that can be."""
-    details: list[str] = field(default_factory=list)
+    categories: dict[str, pa.StringArray]
+    """Texts of the categorical columns, null where missing."""
+    labels: np.ndarray
+    """int8, -1 where there is none to use."""
+    groups: pa.StringArray
+    """The key where there is no group column; never null."""
+    splits: np.ndarray
+    """int8, place in `SPLITS` where the split column says, else -1."""
+    bad: dict[int, tuple[str, str]] = field(default_factory=dict)
+    """Reason (one word) and detail of each row that cannot be used."""
+
+    def __len__(self) -> int:
+        return len(self.keys)
 
     def set_aside(self, row: int, reason: str, detail: str) -> None:
         """Say why a row cannot be used; the first reason counts."""
-        if self.reasons[row] is None:
-            self.reasons[row], self.details[row] = reason, detail
+        self.bad.setdefault(row, (reason, detail))
 
-    def find_images(self, source: ImageSource) -> None:
-        """Replace each path by that of a file of the source; set aside the rows that have none."""
-        for row, path in enumerate(self.image_paths):
-            if self.reasons[row] is None:
-                try:
-                    self.image_paths[row] = source.find(path)
-                except BadImage as error:
-                    self.set_aside(row, error.reason, error.detail)
+    @property
+    def good(self) -> np.ndarray:
+        """Whether each row can be used."""
+        good = np.ones(len(self), bool)
+        good[list(self.bad)] = False
+        return good
 
 
 def read_table(location: str) -> pa.Table:
@@ -103,74 +111,114 @@ def read_table(location: str) -> pa.Table:
     return table
 
 
-def require_columns(table: pa.Table, spec: PrepareSpec, *, labelled: bool = True) -> None:
+def require_columns(
+    table: pa.Table, spec: PrepareSpec, categorical: Sequence[str] = (), *, labelled: bool = True
+) -> None:
     """Check that every column that the spec names is there, and none has two roles.
+
+    Where images are is for the source to check.
 
     Raises:
         JobError: naming the setting, the column, the nearest match and the columns there are.
     """
     named: dict[str, Sequence[str | None]] = {
-        "key_column": [spec.key_column],
-        "image_column": [spec.image_column],
-        "image_pattern": [] if spec.image_column else pattern_columns(spec),
-        "numeric_columns": spec.numeric_columns or (),
+        "prepare.key_column": [spec.key_column],
+        "prepare.numeric_columns": spec.numeric_columns or (),
+        "prepare.number_rules": tuple(spec.number_rules),
+        "data.categorical": categorical,
     }
     if labelled:
         named |= {
-            "label_column": [spec.label_column],
-            "group_column": [spec.group_column],
-            "split_column": [spec.split_column],
-            "exclude_columns": spec.exclude_columns,
+            "prepare.label_column": [spec.label_column],
+            "prepare.group_column": [spec.group_column],
+            "prepare.split_column": [spec.split_column],
+            "prepare.exclude_columns": spec.exclude_columns,
         }
     for setting, columns in named.items():
         for column in columns:
-            if column is not None and column not in table.column_names:
-                raise JobError(
-                    f"prepare.{setting}: the table has no column {column!r}"
-                    f"{did_you_mean(column, table.column_names)} "
-                    f"(it has: {', '.join(table.column_names)})"
-                )
+            if column is not None:
+                require_column(table, column, setting)
     if spec.key_column == spec.label_column:
         raise JobError(f"{spec.key_column!r} cannot be both prepare.key_column and label_column")
-    for column in spec.numeric_columns or ():
-        for role in ("key_column", "label_column", "split_column"):
-            if column == getattr(spec, role):
+    own = (KEY, *ImageInfo.of(spec).columns, LABEL)
+    learnt = {
+        "prepare.numeric_columns": spec.numeric_columns or (),
+        "data.categorical": categorical,
+    }
+    for setting, columns in learnt.items():
+        for column in columns:
+            for role in ("key_column", "label_column", "split_column"):
+                if column == getattr(spec, role):
+                    raise JobError(f"{setting} names {column!r}, the {role}; leave it out")
+            if column in spec.exclude_columns:
+                raise JobError(f"{setting} and prepare.exclude_columns both name {column!r}")
+            if list(columns).count(column) > 1:
+                raise JobError(f"{setting} names {column!r} twice")
+            if column in own:
                 raise JobError(
-                    f"prepare.numeric_columns names {column!r}, the {role}; leave it out"
+                    f"{setting} names {column!r}, which is the name of one of the shards' own "
+                    "columns; rename it in the table"
                 )
-        if column in spec.exclude_columns:
-            raise JobError(f"prepare.numeric_columns and exclude_columns both name {column!r}")
+    for column in set(categorical) & set(spec.numeric_columns or ()):
+        raise JobError(
+            f"prepare.numeric_columns and data.categorical both name {column!r}; a column holds "
+            "numbers or words"
+        )
+    for name in spec.image_columns:
+        if not name or spec.image_columns.count(name) > 1:
+            raise JobError(
+                f"prepare.image_columns={list(spec.image_columns)} must be names, each once"
+            )
+    if spec.image_columns and spec.image_column:
+        raise JobError(
+            f"prepare.image_column={spec.image_column!r} is for one image a row and "
+            "prepare.image_columns for several; keep one of them"
+        )
 
 
-def find_numeric_columns(table: pa.Table, spec: PrepareSpec) -> tuple[str, ...]:
-    """Return the columns to learn from: those named, or all of numbers that have no other role.
-
-    A column of a CSV is one of numbers if more than half of its filled cells are. So a few words
-    among numbers set rows aside, and do not make the column disappear.
+def require_column(table: pa.Table, column: str, setting: str) -> None:
+    """Check that a column that a setting names is there.
 
     Raises:
-        JobError: if a name stands twice or is one of the shards' own, or no column is left.
+        JobError: naming the setting, the column, the nearest match and the columns there are.
     """
-    columns = spec.numeric_columns
-    if columns is None:
-        columns = tuple(
-            name
-            for name in table.column_names
-            if name not in _other_roles(spec) and _holds_numbers(table.column(name))
+    if column not in table.column_names:
+        raise JobError(
+            f"{setting}: the table has no column {column!r}"
+            f"{did_you_mean(column, table.column_names)} (it has: {', '.join(table.column_names)})"
         )
-        if not columns:
-            raise JobError(
-                "no column of numbers is left to learn from; name some in prepare.numeric_columns, "
-                "or make it empty to learn from images alone"
-            )
+
+
+def find_numeric_columns(
+    table: pa.Table, spec: PrepareSpec, categorical: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """Return the columns to learn from: those named, or all of numbers that have no other role.
+
+    A column of a CSV is one of numbers if more than half of its filled cells are, or if there is a
+    rule for it. So a few words among numbers set rows aside, and do not make the column disappear.
+
+    Raises:
+        JobError: if a name is one of the shards' own, or nothing but images is left unawares.
+    """
+    if spec.numeric_columns is not None:
+        return spec.numeric_columns
+    taken = _other_roles(spec) | set(categorical)
+    columns = tuple(
+        name
+        for name in table.column_names
+        if name not in taken and (name in spec.number_rules or _holds_numbers(table.column(name)))
+    )
+    if not columns and not categorical:
+        raise JobError(
+            "no column of numbers is left to learn from; name some in prepare.numeric_columns, "
+            "or make it empty to learn from images alone"
+        )
     for column in columns:
-        if column in (KEY, IMAGE, LABEL):
+        if column in (KEY, *ImageInfo.of(spec).columns, LABEL):
             raise JobError(
                 f"the numeric column {column!r} has the name of one of the shards' own columns; "
                 "rename it in the table, or put it into prepare.exclude_columns"
             )
-        if columns.count(column) > 1:
-            raise JobError(f"prepare.numeric_columns names {column!r} twice")
     return columns
 
 
@@ -183,7 +231,7 @@ def find_classes(column: pa.ChunkedArray, spec: PrepareSpec) -> Classes:
     Raises:
         JobError: if there is one class only, or it is unclear which two.
     """
-    counts = Counter(text for text in _label_texts(column) if text is not None)
+    counts = _label_counts(column)
     name, seen = spec.label_column, _counted(counts)
     if not counts:
         raise JobError(f"the label column {name!r} is empty")
@@ -217,9 +265,9 @@ def find_classes(column: pa.ChunkedArray, spec: PrepareSpec) -> Classes:
         raise JobError(
             f"the label column {name!r} holds one class only ({seen}); a model needs rows of two"
         )
-    strangers = len(column) - counts[classes.negative] - counts[classes.positive]
-    known = sum(counts.values()) - counts[classes.negative] - counts[classes.positive]
-    if known and strangers > spec.max_bad_fraction * len(column):
+    others = counts.total() - counts[classes.negative] - counts[classes.positive]
+    unlabelled = 0 if spec.skip_unlabelled else len(column) - counts.total()
+    if others and others + unlabelled > spec.max_bad_fraction * len(column):
         raise JobError(
             f"the label column {name!r} holds {len(counts)} values ({seen}), a yes/no model needs "
             f"two; correct those other than {classes.negative!r} and {classes.positive!r}, or "
@@ -229,76 +277,76 @@ def find_classes(column: pa.ChunkedArray, spec: PrepareSpec) -> Classes:
 
 
 def read_rows(
-    table: pa.Table,
+    source: Source,
     spec: PrepareSpec,
     numeric_columns: Sequence[str],
     classes: Classes | None,
+    categorical: Sequence[str] = (),
 ) -> Rows:
-    """Return the rows of a table, those that cannot be used with their reason.
+    """Return the rows of a source, those that cannot be used with their reason.
 
     Args:
-        table: as `read_table` returns it, checked by `require_columns`.
+        source: of the rows, its table checked by `require_columns`.
         spec: the roles of the columns.
         numeric_columns: to read, in this order.
         classes: of the label; None leaves label, group and split unread, as for `predict`.
+        categorical: columns of words to read.
     """
+    table = source.table
     keys = texts_of(table.column(spec.key_column))
-    num_rows = len(keys)
+    names = (spec.image_columns or ("",)) if source.images else ()
     rows = Rows(
         keys=keys,
-        image_paths=[""] * num_rows,
-        numeric_RF=np.empty((num_rows, len(numeric_columns)), np.float32),
-        reasons=[None] * num_rows,
-        details=[""] * num_rows,
+        images=tuple(source.images[name] for name in names),
+        numeric_RF=np.empty((len(keys), len(numeric_columns)), np.float32),
+        categories={name: texts_of(table.column(name)) for name in categorical},
+        labels=np.full(len(keys), -1, np.int8),
+        groups=keys.fill_null(""),
+        splits=np.full(len(keys), -1, np.int8),
     )
     _check_keys(rows, spec.key_column)
     if classes is not None:
         _read_labels(rows, table.column(spec.label_column), spec.label_column, classes)
         _read_groups_and_splits(rows, table, spec)
     for position, name in enumerate(numeric_columns):
-        _read_numbers(rows, position, table.column(name), name)
-    _read_image_paths(rows, table, spec)
+        _read_numbers(rows, position, table.column(name), name, spec)
+    for row, (reason, detail) in source.bad.items():
+        rows.set_aside(row, reason, detail)
+    if rows.images:
+        is_there = np.any([images.is_there for images in rows.images], axis=0)
+        detail = "it has none of its images" if spec.image_columns else "there is no image for it"
+        for row in np.flatnonzero(~is_there).tolist():
+            rows.set_aside(row, "missing_image", detail)
     return rows
 
 
-def pattern_columns(spec: PrepareSpec) -> list[str]:
-    """Return the table's columns that the image pattern names.
+def path_pattern(spec: PrepareSpec, name: str = "") -> tuple[list[str], list[str]]:
+    """Return the image pattern as columns, and the texts before, between and after them.
+
+    Args:
+        spec: with the pattern.
+        name: of one of several images, which `{image}` stands for.
 
     Raises:
         JobError: if a brace is not closed or holds no name, or no column is named.
     """
-    names = _BRACES.findall(spec.image_pattern)
-    if not names or not all(names) or set("{}") & set(_BRACES.sub("", spec.image_pattern)):
+    pattern = spec.image_pattern.replace("{image}", name) if name else spec.image_pattern
+    columns = _BRACES.findall(pattern)
+    if not columns or not all(columns) or set("{}") & set(_BRACES.sub("", pattern)):
         raise JobError(
             f"prepare.image_pattern={spec.image_pattern!r} must name columns in braces, such as "
             "'{key}.jpg'"
         )
-    return [_pattern_column(name, spec) for name in names]
+    return [spec.key_column if c == "key" else c for c in columns], _BRACES.split(pattern)[::2]
 
 
-def texts_of(column: pa.ChunkedArray) -> list[str | None]:
-    """Return cells as text without spaces around it, whole numbers without `.0`, None if empty.
+def texts_of(column: pa.ChunkedArray) -> pa.StringArray:
+    """Return cells as text without spaces around it, whole numbers without `.0`, null if empty.
 
     Raises:
         JobError: if the column holds something that is no text, such as lists.
     """
-    return _texts(column).to_pylist()
-
-
-def numbers_of(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """Return cells as float64, NaN where one is missing or no number; and which are no number.
-
-    Raises:
-        JobError: if the column holds neither numbers nor text.
-    """
-    kind = column.type
-    nothing = np.zeros(len(column), bool)
-    if pa.types.is_boolean(kind):
-        column = pc.cast(column, pa.int8())
-    elif not _is_number(kind):
-        return _parse(_texts(column))
-    values = pc.cast(column, pa.float64(), safe=False)
-    return np.asarray(values.to_numpy(), np.float64), nothing
+    return texts(column).combine_chunks()
 
 
 def _read_parquet(content: bytes) -> pa.Table:
@@ -327,64 +375,27 @@ def _read_csv(content: bytes) -> pa.Table:
 
 def _other_roles(spec: PrepareSpec) -> set[str]:
     roles = [spec.key_column, spec.label_column, spec.group_column, spec.split_column]
-    paths = [spec.image_column] if spec.image_column else pattern_columns(spec)
+    paths = [spec.image_column, *spec.image_columns]
+    if not spec.image_column:
+        paths += path_pattern(spec, next(iter(spec.image_columns), ""))[0]
     return {role for role in [*roles, *paths, *spec.exclude_columns] if role is not None}
-
-
-def _pattern_column(name: str, spec: PrepareSpec) -> str:
-    return spec.key_column if name == "key" else name
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    types = pa.types
-    return types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind)
 
 
 def _holds_numbers(column: pa.ChunkedArray) -> bool:
     if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-        return _is_number(column.type) or pa.types.is_boolean(column.type)
+        return is_number(column.type) or pa.types.is_boolean(column.type)
     values, is_text = numbers_of(column)
     return int((~np.isnan(values)).sum()) > int(is_text.sum())
 
 
-def _texts(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    if pa.types.is_dictionary(column.type):
-        column = pc.cast(column, column.type.value_type)
-    if pa.types.is_floating(column.type):
-        column = pa.chunked_array([pa.array(column.to_pylist(), pa.float64(), from_pandas=True)])
-        whole = pc.and_(pc.equal(pc.floor(column), column), pc.less(pc.abs(column), 2.0**63))
-        integers = pc.cast(pc.cast(pc.if_else(whole, column, None), pa.int64()), pa.string())
-        column = pc.coalesce(integers, pc.cast(column, pa.string()))
-    try:
-        texts = pc.utf8_trim_whitespace(pc.cast(column, pa.string()))
-    except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
-        raise JobError(f"a column of type {column.type} cannot be read as text: {error}") from error
-    texts = pc.if_else(pc.equal(texts, ""), None, texts)
-    # What pandas makes of whole numbers in a column where some are missing.
-    if pc.all(pc.match_substring_regex(texts, r"^-?[0-9]+\.0$")).as_py():
-        texts = pc.replace_substring_regex(texts, r"\.0$", "")
-    return texts
-
-
-def _parse(texts: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    lower = pc.utf8_lower(texts)
-    is_number = pc.fill_null(pc.match_substring_regex(lower, _NUMBER), False)
-    is_infinite = pc.fill_null(pc.match_substring_regex(lower, _INFINITY), False)
-    values = pc.cast(pc.if_else(is_number, lower, None), pa.float64())
-    values = np.array(values.to_numpy(), np.float64)
-    missing = pc.or_(pc.is_null(lower), pc.is_in(lower, pa.array(_MISSING_NUMBER)))
-    for word, value in (("true", 1.0), ("false", 0.0)):
-        values[_mask(pc.fill_null(pc.equal(lower, word), False))] = value
-    values[_mask(is_infinite)] = np.inf
-    return values, np.isnan(values) & ~_mask(missing)
-
-
-def _mask(column: pa.ChunkedArray) -> np.ndarray:
-    return column.to_numpy().astype(bool)
-
-
-def _label_texts(column: pa.ChunkedArray) -> list[str | None]:
-    return [None if text is None else _label(text) for text in texts_of(column)]
+def _label_counts(column: pa.ChunkedArray) -> Counter[str]:
+    """Return how often each label occurs, in one spelling; missing ones are left out."""
+    counts: Counter[str] = Counter()
+    for found in pc.value_counts(texts_of(column)).to_pylist():
+        label = None if found["values"] is None else _label(found["values"])
+        if label is not None:
+            counts[label] += found["counts"]
+    return counts
 
 
 def _label(text: str) -> str | None:
@@ -402,71 +413,76 @@ def _counted(counts: Counter[str]) -> str:
 
 
 def _check_keys(rows: Rows, key_column: str) -> None:
-    first_of: dict[str, int] = {}
-    for row, key in enumerate(rows.keys):
-        if key is None:
-            rows.set_aside(row, "missing_key", f"row {row + 1} has no {key_column}")
-        elif key in first_of:
-            detail = f"row {row + 1} has the {key_column} of row {first_of[key] + 1}"
-            rows.set_aside(row, "duplicate_key", detail)
-        else:
-            first_of[key] = row
+    for row in _rows_where(rows.keys.is_null()):
+        rows.set_aside(row, "missing_key", f"row {row + 1} has no {key_column}")
+    codes = rows.keys.dictionary_encode().indices.fill_null(-1).to_numpy()
+    # Written from the last row to the first, so that the first stays.
+    first = np.empty(len(codes) + 1, np.int64)
+    first[codes[::-1]] = np.arange(len(codes))[::-1]
+    for row in np.flatnonzero((first[codes] != np.arange(len(codes))) & (codes >= 0)).tolist():
+        detail = f"row {row + 1} has the {key_column} of row {first[codes[row]] + 1}"
+        rows.set_aside(row, "duplicate_key", detail)
 
 
 def _read_labels(rows: Rows, column: pa.ChunkedArray, name: str, classes: Classes) -> None:
-    number = {classes.negative: 0, classes.positive: 1}
-    for row, text in enumerate(_label_texts(column)):
-        rows.labels.append(-1 if text is None else number.get(text, -1))
-        if rows.labels[-1] < 0:
-            value = "empty" if text is None else repr(text)
-            rows.set_aside(
-                row,
-                "bad_label",
-                f"{name} is {value}, neither {classes.negative!r} nor {classes.positive!r}",
-            )
+    missing, other = -2, -1
+    encoded = texts_of(column).dictionary_encode()
+    spelled = [_label(text) for text in encoded.dictionary.to_pylist()]
+    number = {None: missing, classes.negative: 0, classes.positive: 1}
+    # The last entry is for cells that are null, whose code is -1.
+    numbers = np.array([*(number.get(label, other) for label in spelled), missing], np.int8)
+    codes = encoded.indices.fill_null(-1).to_numpy()
+    labels = numbers[codes]
+    for row in np.flatnonzero(labels == missing).tolist():
+        rows.set_aside(row, "missing_label", f"{name} is empty")
+    for row in np.flatnonzero(labels == other).tolist():
+        rows.set_aside(
+            row,
+            "bad_label",
+            f"{name} is {spelled[codes[row]]!r}, neither {classes.negative!r} nor "
+            f"{classes.positive!r}",
+        )
+    rows.labels = np.maximum(labels, -1)
 
 
 def _read_groups_and_splits(rows: Rows, table: pa.Table, spec: PrepareSpec) -> None:
-    groups = texts_of(table.column(spec.group_column)) if spec.group_column else rows.keys
-    rows.groups = [group or "" for group in groups]
-    rows.splits = [None] * len(rows.keys)
-    for row, group in enumerate(groups):
-        if group is None:
+    if spec.group_column:
+        groups = texts_of(table.column(spec.group_column))
+        rows.groups = groups.fill_null("")
+        for row in _rows_where(groups.is_null()):
             rows.set_aside(row, "missing_group", f"{spec.group_column} is empty")
     if spec.split_column:
-        known: dict[str | None, Split] = {split: split for split in SPLITS}
-        for row, text in enumerate(texts_of(table.column(spec.split_column))):
-            rows.splits[row] = known.get(text)
-            if text not in known:
-                detail = f"{spec.split_column} is {text!r}, none of {', '.join(SPLITS)}"
-                rows.set_aside(row, "bad_split", detail)
+        named = texts_of(table.column(spec.split_column))
+        places = pc.index_in(named, value_set=pa.array(SPLITS))
+        rows.splits = places.fill_null(-1).to_numpy().astype(np.int8)
+        for row in np.flatnonzero(rows.splits < 0).tolist():
+            detail = f"{spec.split_column} is {named[row].as_py()!r}, none of {', '.join(SPLITS)}"
+            rows.set_aside(row, "bad_split", detail)
 
 
-def _read_numbers(rows: Rows, position: int, column: pa.ChunkedArray, name: str) -> None:
+def _read_numbers(
+    rows: Rows, position: int, column: pa.ChunkedArray, name: str, spec: PrepareSpec
+) -> None:
+    rule = spec.number_rules.get(name)
     try:
-        values, is_text = numbers_of(column)
+        values, is_text = numbers_of(column, rule)
     except JobError as error:
         raise JobError(f"the numeric column {name!r} holds no numbers: {error}") from error
-    for row in np.flatnonzero(is_text):
-        rows.set_aside(int(row), "non_numeric_text", f"{name} is {column[int(row)].as_py()!r}")
+    for count, row in enumerate(np.flatnonzero(is_text).tolist()):
+        cell = column[row].as_py()
+        detail = f"{name} is {cell!r}"
+        if rule:
+            detail += f", which the rule {rule} does not read"
+        elif count < _MOST_SUGGESTIONS and (suggested := suggest_rule(str(cell))):
+            detail += f"; prepare.number_rules {{{name}: {suggested}}} would read it"
+        rows.set_aside(row, "non_numeric_text", detail)
     with np.errstate(over="ignore"):
         stored = values.astype(np.float32)
-    for row in np.flatnonzero(np.isinf(stored)):
-        detail = f"{name} is {column[int(row)].as_py()}, more than float32 holds"
-        rows.set_aside(int(row), "non_finite_number", detail)
+    for row in np.flatnonzero(np.isinf(stored)).tolist():
+        detail = f"{name} is {column[row].as_py()}, more than float32 holds"
+        rows.set_aside(row, "non_finite_number", detail)
     rows.numeric_RF[:, position] = stored
 
 
-def _read_image_paths(rows: Rows, table: pa.Table, spec: PrepareSpec) -> None:
-    pattern = f"{{{spec.image_column}}}" if spec.image_column else spec.image_pattern
-    names = [spec.image_column] if spec.image_column else pattern_columns(spec)
-    columns = [texts_of(table.column(name)) for name in names]
-    # Between the braces' names stands the text that all paths share.
-    pieces = _BRACES.split(pattern)[::2]
-    for row, values in enumerate(zip(*columns, strict=True)):
-        if None in values:
-            detail = f"{names[values.index(None)]} is empty, so the image has no path"
-            rows.set_aside(row, "missing_image", detail)
-        else:
-            between = zip(values, pieces[1:], strict=True)
-            rows.image_paths[row] = pieces[0] + "".join(f"{v}{text}" for v, text in between)
+def _rows_where(mask: pa.BooleanArray) -> list[int]:
+    return np.flatnonzero(mask.to_numpy(zero_copy_only=False)).tolist()

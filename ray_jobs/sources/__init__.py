@@ -1,1 +1,46 @@
 """Where rows come from: one module a kind, each turning a `PrepareSpec` into a `Source`."""
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ray_jobs.spec import PrepareSpec
+
+if TYPE_CHECKING:
+    from ray_jobs.sources.refs import Source
+
+SOURCES = {
+    "folder": "ray_jobs.sources.folder:open_source",
+    "parquet": "ray_jobs.sources.parquet:open_source",
+    "webdataset": "ray_jobs.sources.webdataset:open_source",
+    "tfrecord": "ray_jobs.sources.tfrecord:open_source",
+    "imagefolder": "ray_jobs.sources.imagefolder:open_source",
+}
+
+
+def open_source(
+    spec: PrepareSpec, categorical: Sequence[str] = (), labelled: bool = True
+) -> "Source":
+    """Return the records and images that a specification names.
+
+    Args:
+        spec: what is where.
+        categorical: columns of words.
+        labelled: whether there must be a label.
+
+    Raises:
+        JobError: if the source as a whole cannot be used, or a column is missing.
+    """
+    from ray_jobs.table import require_columns
+
+    kind = spec.source
+    if kind == "auto":
+        kind = _resolve("ray_jobs.sources.detect:detect_kind")(spec)
+    source = _resolve(SOURCES[kind])(spec, categorical, labelled)
+    require_columns(source.table, spec, categorical, labelled=labelled)
+    return source
+
+
+def _resolve(name: str) -> Callable[..., Any]:
+    module, _, function = name.partition(":")
+    return getattr(import_module(module), function)

@@ -4,8 +4,8 @@ Pixels are read last, row by row, when it is known which rows are good and where
 Imports neither Ray nor TensorFlow.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -27,6 +27,11 @@ class ImageRefs:
 
     def __len__(self) -> int:
         return len(self.path)
+
+    @property
+    def is_there(self) -> np.ndarray:
+        """Whether each row has an image."""
+        return self.path.is_valid().to_numpy(zero_copy_only=False)
 
     def take(self, rows: np.ndarray | Sequence[int]) -> "ImageRefs":
         """Return the entries of some rows."""
@@ -66,3 +71,5 @@ class Source:
     """By the same names."""
     unmatched: tuple[tuple[str, str, str], ...] = ()
     """Key, reason and detail of images in containers that no record names."""
+    bad: Mapping[int, tuple[str, str]] = field(default_factory=dict)
+    """Row → reason and detail, where what the row says of its image is wrong or unclear."""

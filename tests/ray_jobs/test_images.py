@@ -1,4 +1,8 @@
 import io
+import struct
+import threading
+import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -200,3 +204,102 @@ def test_the_same_image_gives_the_same_bytes_whatever_its_comment():
 def test_stored_bytes_that_are_no_image_are_an_error(content):
     with pytest.raises(ValueError, match="bytes that are no image"):
         decode_stored(content)
+
+
+def lie(content: bytes, place: int, kind: str, width: int, height: int) -> bytes:
+    """Write other sides into a file."""
+    sides = struct.pack(kind, width, height)
+    return content[:place] + sides + content[place + len(sides) :]
+
+
+def chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def test_a_gif_whose_frame_is_larger_than_its_screen_is_too_large():
+    content = lie(encoded(Image.new("P", (2000, 2000)), "GIF"), 6, "<HH", 8, 8)
+    error = reason_of(content, max_pixels=1_000_000)
+    assert error.reason == "too_large_image"
+    assert "2000 × 2000" in error.detail
+
+
+def test_a_jpeg_2000_file_whose_data_is_larger_than_its_header_is_refused():
+    content = encoded(Image.new("L", (2000, 2000)), "JPEG2000")
+    small = lie(content, content.index(b"ihdr") + 4, ">II", 8, 8)
+    assert Image.open(io.BytesIO(small)).size == (8, 8)
+    assert "header says 8 × 8 pixels and its data 2000 × 2000" in reason_of(small).detail
+    assert decode(content, MANY).size == (2000, 2000)
+    bare = content[content.index(b"\xff\x4f\xff\x51") :]
+    assert reason_of(bare, max_pixels=1_000_000).reason == "too_large_image"
+    assert difference(decode(encoded(photo(), "JPEG2000"), MANY), photo()) < 2
+
+
+def test_a_jpeg_with_a_second_larger_header_is_too_large():
+    small, large = encoded(photo(), "JPEG"), encoded(photo(2000, 2000), "JPEG")
+    frames = []
+    for content in (small, large):
+        start = content.index(b"\xff\xc0")
+        frames.append((start, start + 2 + int.from_bytes(content[start + 2 : start + 4], "big")))
+    (_, end), (start, stop) = frames
+    content = small[:end] + large[start:stop] + small[end:]
+    assert reason_of(content, max_pixels=1_000_000).reason == "too_large_image"
+
+
+@pytest.mark.parametrize("name", [b"zTXt", b"iCCP"])
+def test_a_png_with_megabytes_of_packed_metadata_is_refused(name):
+    packed = zlib.compress(bytes(50_000_000), 9)
+    content = encoded(photo(), "PNG")
+    content = content[:33] + chunk(name, b"name\0\0" + packed) + content[33:]
+    assert "too large" in reason_of(content).detail
+
+
+def test_pixels_beyond_a_pngs_last_row_are_not_unpacked():
+    pixels = zlib.compress(bytes(9 * 8) + bytes(50_000_000), 9)
+    header = struct.pack(">IIBBBBB", 8, 8, 8, 0, 0, 0, 0)
+    chunks = chunk(b"IHDR", header), chunk(b"IDAT", pixels), chunk(b"IEND", b"")
+    assert decode(b"\x89PNG\r\n\x1a\n" + b"".join(chunks), MANY).size == (8, 8)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_exif_rotation_gives_the_upright_photo(orientation):
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}
+    stored = photo()
+    if orientation in undo:
+        stored = stored.transpose(Image.Transpose(undo[orientation]))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert difference(decode(encoded(stored, "JPEG", exif=exif, quality=95), MANY), photo()) < 4
+
+
+def damaged_exif() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 1
+    content = encoded(photo(), "JPEG", exif=exif, quality=95)
+    place = content.index(b"Exif\0\0") + 6 + 8
+    return content[:place] + b"\x09\x00" + content[place + 2 :]
+
+
+def test_odd_metadata_gives_no_warning_in_any_thread():
+    content = damaged_exif()
+    with pytest.warns(UserWarning, match="EXIF"):
+        Image.open(io.BytesIO(content)).getexif()
+    before = list(warnings.filters)
+    found: list[object] = []
+
+    def work() -> None:
+        for _ in range(20):
+            found.append(decode(content, MANY).size)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [(60, 40)] * 80
+    assert list(warnings.filters) == before
+
+
+def test_raw_pixels_are_those_of_the_square():
+    content = encoded(photo(), "PNG")
+    stored = prepare_image(content, 32, "crop", 95, MANY, "raw")
+    assert stored == np.asarray(to_square(decode(content, MANY), 32, "crop")).tobytes()

@@ -274,7 +274,7 @@ def no_ray(monkeypatch):
             "photos/{id}.jpg",
             r"^--images: the table has no column 'id' \(it has: house, area, rooms\)$",
         ),
-        ("house,area,rooms\nh1,1,1\n", "photo", "^--images='photo': there is no folder"),
+        ("house,area,rooms\nh1,1,1\n", "photo", "^--images='photo': there is no "),
         (
             "house,area,rooms\nh1,1,1\n",
             None,

@@ -5,9 +5,7 @@ import os
 import subprocess
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -19,98 +17,20 @@ from PIL import Image
 from mm_model.statistics import fit_numeric_statistics
 from ray_jobs.cli import JobError
 from ray_jobs.images import decode_stored
-from ray_jobs.manifest import Manifest, read_manifest
+from ray_jobs.manifest import read_manifest
 from ray_jobs.prepare import main, prepare
 from ray_jobs.spec import SPLITS, RunSpec
 from ray_jobs.storage import Folder
+from tests.ray_jobs.raw import SIZE, Raw, files, jpeg, quarantine, shard_rows, split_of
 
 HOUSES = Path(__file__).parents[2].parent / "shared" / "data" / "houses"
-SIZE = 24
 
 pytestmark = pytest.mark.usefixtures("ray_local")
-
-Row = dict[str, Any]
-
-
-def jpeg(seed: int, kind: str = "JPEG", mode: str = "RGB") -> bytes:
-    colour = np.random.default_rng(seed).integers(30, 220, 3)
-    image = Image.fromarray(np.full((20, 30, 3), colour, np.uint8)).convert(mode)
-    stream = io.BytesIO()
-    image.save(stream, kind)
-    return stream.getvalue()
-
-
-class Raw:
-    """A folder with a table and one image a row."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        (folder / "images").mkdir(parents=True)
-        self.rows: list[Row] = []
-
-    def add(self, numbers: Iterable[int]) -> "Raw":
-        for i in numbers:
-            area = "" if i % 7 == 0 else str(i * 1.5)
-            self.rows.append(
-                {"key": f"k{i}", "area": area, "rooms": i % 5, "label": int(i % 3 == 0)}
-            )
-            (self.folder / "images" / f"k{i}.jpg").write_bytes(jpeg(i))
-        return self
-
-    def image(self, key: str, content: bytes) -> None:
-        (self.folder / "images" / f"{key}.jpg").write_bytes(content)
-
-    def prepare(self, name: str = "out", seed: int = 0, **options: Any) -> Manifest:
-        with open(self.folder / "table.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, list(self.rows[0]))
-            writer.writeheader()
-            writer.writerows(self.rows)
-        paths = {
-            "images": str(self.folder / "images"),
-            "table": str(self.folder / "table.csv"),
-            "output": str(self.out(name)),
-        }
-        sizes = {"image_size": SIZE, "rows_per_shard": 10, "rows_per_group": 4}
-        section = paths | sizes | options
-        return prepare(RunSpec.model_validate({"prepare": section, "run": {"seed": seed}}))
-
-    def out(self, name: str = "out") -> Path:
-        return self.folder / name
 
 
 @pytest.fixture
 def raw(tmp_path: Path) -> Raw:
     return Raw(tmp_path / "raw").add(range(48))
-
-
-def shard_rows(folder: Path, manifest: Manifest) -> dict[str, pa.Table]:
-    return {
-        split: pa.concat_tables(
-            pq.read_table(folder / s.path) for s in manifest.splits[split].shards
-        )
-        for split in SPLITS
-    }
-
-
-def split_of(folder: Path, manifest: Manifest) -> dict[str, str]:
-    return {
-        key: split
-        for split, table in shard_rows(folder, manifest).items()
-        for key in table.column("key").to_pylist()
-    }
-
-
-def quarantine(folder: Path) -> dict[str | None, tuple[str, str]]:
-    rows = pq.read_table(folder / "quarantine").to_pylist()
-    return {row["key"]: (row["reason"], row["detail"]) for row in rows}
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "manifest.json"
-    }
 
 
 def test_the_manifest_says_what_the_shards_hold(raw):
@@ -225,7 +145,7 @@ def test_preparing_again_leaves_only_the_files_of_the_new_manifest(raw):
 
 def test_a_damaged_earlier_manifest_is_an_error_with_a_remedy(raw):
     raw.out().mkdir()
-    (raw.out() / "manifest.json").write_text('{"schema_version": 1}')
+    (raw.out() / "manifest.json").write_text('{"schema_version": 2}')
     with pytest.raises(JobError, match=r"(?s)is damaged.*delete this one to split anew"):
         raw.prepare()
 
@@ -288,7 +208,7 @@ def test_every_bad_row_is_in_quarantine_with_its_reason(raw):
         "k16": "non_numeric_text",
         "k17": "non_finite_number",
         None: "missing_key",
-        "k22": "bad_label",
+        "k22": "missing_label",
         "k23": "duplicate_key",
         "../table": "image_outside_folder",
         "/etc/passwd": "image_outside_folder",
@@ -325,9 +245,10 @@ def test_too_many_bad_images_are_an_error_and_no_manifest(raw):
 def test_a_failure_leaves_the_data_before_as_it_was(raw):
     manifest = raw.prepare()
     before = {s.path for info in manifest.splits.values() for s in info.shards}
-    for i in range(10):
+    raw.add(range(48, 58))
+    for i in range(48, 58):
         raw.image(f"k{i}", b"no photo")
-    with pytest.raises(JobError, match="10 of 48 rows"):
+    with pytest.raises(JobError, match="10 of 58 rows"):
         raw.prepare()
     assert read_manifest(Folder(raw.out())) == manifest
     assert before == set(files(raw.out())) - {"quarantine/part-00000.parquet"}
@@ -416,7 +337,7 @@ def test_a_column_can_hold_the_paths(raw):
 
 @pytest.mark.parametrize(
     ("images", "message"),
-    [("", r"prepare\.images is not set"), ("nowhere", "there is no folder .*nowhere")],
+    [("", r"prepare\.images is not set"), ("nowhere", "there is no .*nowhere")],
 )
 def test_a_missing_folder_of_images_is_an_error(raw, images, message):
     with pytest.raises(JobError, match=message):
@@ -454,6 +375,7 @@ def test_the_command_line_shows_what_it_made(raw, monkeypatch, capsys):
 def test_the_command_line_says_what_is_wrong_in_one_line(tmp_path):
     table = str(tmp_path / "none.csv")
     command = [sys.executable, "-m", "ray_jobs.prepare", "--prepare.table", table]
+    command += ["--prepare.images", str(tmp_path), "--prepare.source", "folder"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 1
     assert ended.stderr == f"error: the table {table} does not exist\n"

@@ -7,13 +7,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from ray_jobs.cli import JobError
+from ray_jobs.numbers import numbers_of
+from ray_jobs.sources.refs import ImageRefs, Source
 from ray_jobs.spec import PrepareSpec
 from ray_jobs.table import (
     Classes,
     Rows,
     find_classes,
     find_numeric_columns,
-    numbers_of,
+    path_pattern,
     read_rows,
     read_table,
     require_columns,
@@ -34,11 +36,31 @@ def written(path: Path, text: str) -> str:
     return str(path)
 
 
-def rows_of(table: dict, numeric: tuple[str, ...] = (), **options: object) -> Rows:
+def source_of(table: pa.Table) -> Source:
+    """A source in which a row has an image where the column photo, if there is one, is filled."""
+    has_photo = "photo" in table.column_names
+    paths = texts_of(table["photo"]) if has_photo else pa.array(["x"] * table.num_rows)
+    return Source(table, {"": ImageRefs(paths)}, {})
+
+
+def rows_of(
+    table: dict,
+    numeric: tuple[str, ...] = (),
+    categorical: tuple[str, ...] = (),
+    **options: object,
+) -> Rows:
     arrow, prepare = pa.table(table), spec(**options)
-    require_columns(arrow, prepare)
+    require_columns(arrow, prepare, categorical)
     classes = find_classes(arrow.column(prepare.label_column), prepare)
-    return read_rows(arrow, prepare, numeric, classes)
+    return read_rows(source_of(arrow), prepare, numeric, classes, categorical)
+
+
+def aside(rows: Rows) -> list[tuple[str, str] | None]:
+    return [rows.bad.get(row) for row in range(len(rows))]
+
+
+def reasons(rows: Rows) -> list[str | None]:
+    return [found and found[0] for found in aside(rows)]
 
 
 def test_csv_and_parquet_say_the_same_by_path_and_by_uri(tmp_path):
@@ -49,16 +71,16 @@ def test_csv_and_parquet_say_the_same_by_path_and_by_uri(tmp_path):
         tmp_path / "t.parquet",
     )
     for table in (csv_table, read_table(f"file://{tmp_path}/t.parquet")):
-        assert texts_of(table.column("id")) == ["007", "008"]
-        assert texts_of(table.column("label")) == ["1", "0"]
+        assert texts_of(table.column("id")).to_pylist() == ["007", "008"]
+        assert texts_of(table.column("label")).to_pylist() == ["1", "0"]
         np.testing.assert_array_equal(numbers_of(table.column("area"))[0], [1.5, np.nan])
 
 
 def test_a_csv_may_have_a_byte_order_mark_tabs_spaces_and_line_breaks_in_quotes(tmp_path):
     table = read_table(written(tmp_path / "t.csv", '\ufeffid\t note \n 1 \t"two\nlines"\n'))
     assert table.column_names == ["id", "note"]
-    assert texts_of(table.column("id")) == ["1"]
-    assert texts_of(table.column("note")) == ["two\nlines"]
+    assert texts_of(table.column("id")).to_pylist() == ["1"]
+    assert texts_of(table.column("note")).to_pylist() == ["two\nlines"]
 
 
 @pytest.mark.parametrize(
@@ -100,8 +122,6 @@ def test_a_missing_table_is_an_error_with_the_nearest_file(tmp_path):
         ("label_column", "arae"),
         ("group_column", "arae"),
         ("split_column", "arae"),
-        ("image_column", "arae"),
-        ("image_pattern", "{arae}.jpg"),
         ("numeric_columns", ("arae",)),
         ("exclude_columns", ("arae",)),
     ],
@@ -116,7 +136,7 @@ def test_a_missing_column_is_an_error_with_setting_and_nearest_match(setting, va
 @pytest.mark.parametrize("pattern", ["photo.jpg", "{}.jpg", "{key.jpg", "key}.jpg"])
 def test_a_pattern_without_a_column_is_an_error(pattern):
     with pytest.raises(JobError, match="must name columns in braces"):
-        require_columns(pa.table({"key": ["1"], "label": [1]}), spec(image_pattern=pattern))
+        path_pattern(spec(image_pattern=pattern))
 
 
 @pytest.mark.parametrize("role", ["key_column", "label_column", "split_column"])
@@ -177,7 +197,7 @@ def test_a_numeric_column_cannot_have_a_shards_own_name_or_stand_twice():
     with pytest.raises(JobError, match="'image' has the name of one of the shards' own"):
         find_numeric_columns(table, spec(key_column="id", label_column="y"))
     with pytest.raises(JobError, match="names 'a' twice"):
-        find_numeric_columns(table, spec(numeric_columns=["a", "a"]))
+        require_columns(table, spec(numeric_columns=["a", "a"], key_column="id", label_column="y"))
 
 
 def test_numbers_are_read_in_every_usual_spelling():
@@ -199,20 +219,20 @@ def test_a_column_of_dates_is_no_column_of_numbers():
 
     table = {"key": ["a", "b"], "label": [0, 1], "day": [datetime.date(2020, 1, 2)] * 2}
     rows = rows_of(table, ("day",), max_bad_fraction=1)
-    assert rows.reasons == ["non_numeric_text"] * 2
+    assert reasons(rows) == ["non_numeric_text"] * 2
     nested = {"key": ["a", "b"], "label": [0, 1], "list": [[1], [2]]}
     with pytest.raises(JobError, match="numeric column 'list' holds no numbers"):
         rows_of(nested, ("list",))
 
 
 def test_whole_numbers_are_texts_without_a_point():
-    assert texts_of(column(1, 2)) == ["1", "2"]
-    assert texts_of(column(1.0, None, 2.5, float("nan"))) == ["1", None, "2.5", None]
-    assert texts_of(column("1.0", "2.0", None)) == ["1", "2", None]
-    assert texts_of(column("1.0", "v2.0")) == ["1.0", "v2.0"]
-    assert texts_of(column(" a ", "", "007")) == ["a", None, "007"]
-    assert texts_of(column(10**17, None)) == ["100000000000000000", None]
-    assert texts_of(column("x", "y", "x").dictionary_encode()) == ["x", "y", "x"]
+    assert texts_of(column(1, 2)).to_pylist() == ["1", "2"]
+    assert texts_of(column(1.0, None, 2.5, float("nan"))).to_pylist() == ["1", None, "2.5", None]
+    assert texts_of(column("1.0", "2.0", None)).to_pylist() == ["1", "2", None]
+    assert texts_of(column("1.0", "v2.0")).to_pylist() == ["1.0", "v2.0"]
+    assert texts_of(column(" a ", "", "007")).to_pylist() == ["a", None, "007"]
+    assert texts_of(column(10**17, None)).to_pylist() == ["100000000000000000", None]
+    assert texts_of(column("x", "y", "x").dictionary_encode()).to_pylist() == ["x", "y", "x"]
 
 
 @pytest.mark.parametrize(
@@ -258,13 +278,12 @@ def test_a_rare_third_label_sets_its_rows_aside():
     keys, labels = [str(i) for i in range(200)], ["yes", "no"] * 99 + ["maybe", "n/a"]
     table = {"key": keys, "label": labels}
     rows = rows_of(table, positive_label="yes", max_bad_fraction=0.05)
-    assert rows.reasons[:198] == [None] * 198
-    assert rows.reasons[198:] == ["bad_label", "bad_label"]
-    assert rows.details[198:] == [
-        "label is 'maybe', neither 'no' nor 'yes'",
-        "label is empty, neither 'no' nor 'yes'",
-    ]
-    assert rows.labels[:2] == [1, 0]
+    assert rows.bad == {
+        198: ("bad_label", "label is 'maybe', neither 'no' nor 'yes'"),
+        199: ("missing_label", "label is empty"),
+    }
+    assert rows.labels.tolist() == [1, 0] * 99 + [-1, -1]
+    assert rows.good.tolist() == [True] * 198 + [False] * 2
 
 
 def test_each_bad_cell_sets_its_row_aside_with_the_value():
@@ -277,15 +296,15 @@ def test_each_bad_cell_sets_its_row_aside_with_the_value():
     }
     options = {"key_column": "id", "image_column": "photo", "split_column": "split"}
     rows = rows_of(table, ("area",), **options)
-    assert list(zip(rows.reasons, rows.details, strict=True)) == [
-        (None, ""),
+    assert aside(rows) == [
+        None,
         ("missing_key", "row 2 has no id"),
         ("duplicate_key", "row 3 has the id of row 1"),
         ("non_numeric_text", "area is 'one'"),
         ("non_finite_number", "area is inf, more than float32 holds"),
         ("non_finite_number", "area is 1e39, more than float32 holds"),
-        (None, ""),
-        ("missing_image", "photo is empty, so the image has no path"),
+        None,
+        ("missing_image", "there is no image for it"),
         ("bad_split", "split is 'dev', none of train, validation, test"),
     ]
     assert np.isnan(rows.numeric_RF[6, 0])
@@ -295,20 +314,13 @@ def test_each_bad_cell_sets_its_row_aside_with_the_value():
 def test_a_row_without_a_group_is_set_aside():
     table = {"key": ["a", "b"], "label": [0, 1], "patient": [7, None]}
     rows = rows_of(table, group_column="patient")
-    assert rows.reasons == [None, "missing_group"]
-    assert rows.groups[0] == "7"
-
-
-def test_paths_are_made_from_columns_and_key_stands_for_the_key_column():
-    table = {"id": [1, 2], "label": [0, 1], "site": ["x", "y"]}
-    pattern = "{site}/{id}_{key}.jpg"
-    rows = rows_of(table, key_column="id", image_pattern=pattern)
-    assert rows.image_paths == ["x/1_1.jpg", "y/2_2.jpg"]
+    assert reasons(rows) == [None, "missing_group"]
+    assert rows.groups.to_pylist() == ["7", ""]
 
 
 def test_rows_for_prediction_need_no_label():
     table = pa.table({"key": ["a", None], "area": [1, 2]})
     require_columns(table, spec(), labelled=False)
-    rows = read_rows(table, spec(), ("area",), None)
-    assert rows.labels == []
-    assert rows.reasons == [None, "missing_key"]
+    rows = read_rows(source_of(table), spec(), ("area",), None)
+    assert rows.labels.tolist() == [-1, -1]
+    assert reasons(rows) == [None, "missing_key"]

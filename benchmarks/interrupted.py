@@ -1,0 +1,165 @@
+"""Does a prepare that is killed again and again end in the same bytes as one that never was?
+
+Method: 1,600 photo-like JPEGs of 320 px and a table, some rows of it bad. One prepare runs through.
+Another is killed with SIGKILL (the whole process group that was started for it) at random points:
+every third at a random time before its first shard is there or soon after, the others a moment
+after a random number of further shards. It is started again after each kill, and the last time left
+alone. Then every file of both folders is compared: manifest, shards, quarantine; and what the
+killed ones had finished must not have been written again.
+
+Run:   python -m benchmarks.interrupted [--kills 10] [--rows 1600] [--seed 0]
+Ends in one line of JSON.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+ROWS_PER_SHARD = 16
+TIMEOUT_S = 300.0
+
+
+def write_raw(folder: Path, num_rows: int, rng: np.random.Generator) -> None:
+    """Write images and table; one row in forty has no image that can be read."""
+    (folder / "images").mkdir()
+    lines = ["key,area,label"]
+    for row in range(num_rows):
+        rough = rng.integers(0, 255, (12, 12, 3), dtype=np.uint8)
+        pixels = cv2.resize(rough, (320, 320), interpolation=cv2.INTER_CUBIC)
+        content = cv2.imencode(".jpg", pixels)[1].tobytes()
+        content = content[: len(content) // 2] if row % 40 == 7 else content
+        (folder / "images" / f"k{row}.jpg").write_bytes(content)
+        lines.append(f"k{row},{rng.normal():.4f},{int(rng.random() < 0.4)}")
+    (folder / "table.csv").write_text("\n".join(lines) + "\n")
+
+
+def start(raw: Path, folder: Path) -> subprocess.Popen[bytes]:
+    """Start a prepare in a folder of its own, in a process group of its own."""
+    folder.mkdir(exist_ok=True)
+    settings = {
+        "images": raw / "images",
+        "table": raw / "table.csv",
+        "output": "prepared",
+        "image_size": 128,
+        "rows_per_shard": ROWS_PER_SHARD,
+        "max_bad_fraction": 0.1,
+    }
+    flags = [f"--prepare.{name}={value}" for name, value in settings.items()]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": ""}
+    return subprocess.Popen(
+        [sys.executable, "-m", "ray_jobs.prepare", *flags],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[bytes], folder: Path) -> float:
+    """Wait for a prepare that is left alone; return when its first shard was there, in seconds."""
+    started = time.monotonic()
+    while not finished(folder) and process.poll() is None:
+        time.sleep(0.01)
+    first_s = time.monotonic() - started
+    if code := process.wait(TIMEOUT_S):
+        raise RuntimeError(f"prepare ended with {code}")
+    return first_s
+
+
+def kill_after(
+    process: subprocess.Popen[bytes], folder: Path, num_shards: int, more_s: float
+) -> int:
+    """Kill a prepare some time after it has finished some shards; return how many there are."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while finished(folder) < num_shards:
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise RuntimeError(f"prepare did not finish {num_shards} shards")
+        time.sleep(0.01)
+    time.sleep(more_s)
+    if process.poll() is not None:
+        raise RuntimeError("prepare ended before it was killed; give more --rows")
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    return finished(folder)
+
+
+def finished(folder: Path) -> int:
+    """Return the number of shards that have been noted as finished."""
+    return sum(1 for _ in (folder / "prepared" / "_progress").glob("*.json"))
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Return the hash of each file of prepared data."""
+    files = [path for path in sorted((folder / "prepared").rglob("*")) if path.is_file()]
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--kills", type=int, default=10, help="how often")
+    parser.add_argument("--rows", type=int, default=1600, help="rows of the table")
+    parser.add_argument("--seed", type=int, default=0, help="of images and points")
+    arguments = parser.parse_args()
+    rng = np.random.default_rng(arguments.seed)
+    with tempfile.TemporaryDirectory() as temporary:
+        raw, whole, killed = (Path(temporary) / name for name in ("raw", "whole", "killed"))
+        raw.mkdir()
+        write_raw(raw, arguments.rows, rng)
+        started = time.monotonic()
+        first_s = finish(start(raw, whole), whole)
+        seconds = time.monotonic() - started
+        expected = hashes(whole)
+        num_shards = sum(name.endswith(".parquet") for name in expected) - 1
+        print(
+            f"{num_shards} shards; without a kill {seconds:.1f} s, the first at {first_s:.1f} s\n"
+        )
+        print("| kill | point | shards finished |\n|---|---|---|")
+        count = killed_among = 0
+        for number in range(arguments.kills):
+            if number % 3 == 2:
+                target, more_s = 0, rng.uniform(0, 1.1 * first_s)
+                point = f"after {more_s:.1f} s"
+            else:
+                step = (num_shards - count) // (arguments.kills - number)
+                target, more_s = count + int(rng.integers(1, step + 2)), rng.uniform(0, 0.1)
+                point = f"a moment after shard {target}"
+            count = kill_after(start(raw, killed), killed, target, more_s)
+            killed_among += 0 < count < num_shards
+            print(f"| {number + 1} | {point} | {count} |", flush=True)
+        noted = (killed / "prepared" / "_progress").glob("*.json")
+        shards = [json.loads(path.read_text())["shard"] for path in noted]
+        paths = [killed / "prepared" / shard["path"] for shard in shards if shard]
+        before = {path: path.stat().st_mtime_ns for path in paths}
+        finish(start(raw, killed), killed)
+        found = hashes(killed)
+        again = sum(path.stat().st_mtime_ns != written for path, written in before.items())
+    result = {
+        "kills": arguments.kills,
+        "same": found == expected,
+        "shards": num_shards,
+        "killed_among_shards": killed_among,
+        "finished_by_killed": len(before),
+        "written_again": again,
+        "seed": arguments.seed,
+    }
+    print(f"\nsame files: {result['same']}")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

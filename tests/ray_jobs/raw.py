@@ -1,0 +1,105 @@
+"""Raw data of a few rows for `prepare`, and what it made of them."""
+
+import csv
+import io
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from ray_jobs.manifest import Manifest
+from ray_jobs.prepare import prepare
+from ray_jobs.spec import SPLITS, RunSpec
+
+SIZE = 24
+
+Row = dict[str, Any]
+
+
+def jpeg(seed: int, kind: str = "JPEG", mode: str = "RGB") -> bytes:
+    colour = np.random.default_rng(seed).integers(30, 220, 3)
+    image = Image.fromarray(np.full((20, 30, 3), colour, np.uint8)).convert(mode)
+    stream = io.BytesIO()
+    image.save(stream, kind)
+    return stream.getvalue()
+
+
+class Raw:
+    """A folder with a table and one image a row."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "images").mkdir(parents=True)
+        self.rows: list[Row] = []
+
+    def add(self, numbers: Iterable[int]) -> "Raw":
+        for i in numbers:
+            area = "" if i % 7 == 0 else str(i * 1.5)
+            self.rows.append(
+                {"key": f"k{i}", "area": area, "rooms": i % 5, "label": int(i % 3 == 0)}
+            )
+            (self.folder / "images" / f"k{i}.jpg").write_bytes(jpeg(i))
+        return self
+
+    def image(self, key: str, content: bytes) -> None:
+        path = self.folder / "images" / f"{key}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+
+    def spec(
+        self, name: str = "out", seed: int = 0, categorical: Iterable[str] = (), **options: Any
+    ) -> RunSpec:
+        """Write the table, and return the specification."""
+        with open(self.folder / "table.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, list(self.rows[0]))
+            writer.writeheader()
+            writer.writerows(self.rows)
+        paths = {
+            "images": str(self.folder / "images"),
+            "table": str(self.folder / "table.csv"),
+            "output": str(self.out(name)),
+        }
+        sizes = {"image_size": SIZE, "rows_per_shard": 10, "rows_per_group": 4}
+        section = paths | sizes | options
+        tree = {"prepare": section, "run": {"seed": seed}, "data": {"categorical": categorical}}
+        return RunSpec.model_validate(tree)
+
+    def prepare(self, name: str = "out", **options: Any) -> Manifest:
+        return prepare(self.spec(name, **options))
+
+    def out(self, name: str = "out") -> Path:
+        return self.folder / name
+
+
+def shard_rows(folder: Path, manifest: Manifest) -> dict[str, pa.Table]:
+    return {
+        split: pa.concat_tables(
+            pq.read_table(folder / s.path) for s in manifest.splits[split].shards
+        )
+        for split in SPLITS
+    }
+
+
+def split_of(folder: Path, manifest: Manifest) -> dict[str, str]:
+    return {
+        key: split
+        for split, table in shard_rows(folder, manifest).items()
+        for key in table.column("key").to_pylist()
+    }
+
+
+def quarantine(folder: Path) -> dict[str | None, tuple[str, str]]:
+    rows = pq.read_table(folder / "quarantine").to_pylist()
+    return {row["key"]: (row["reason"], row["detail"]) for row in rows}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "manifest.json"
+    }
