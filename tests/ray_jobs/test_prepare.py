@@ -374,8 +374,8 @@ def test_the_command_line_shows_what_it_made(raw, monkeypatch, capsys):
 
 def test_the_command_line_says_what_is_wrong_in_one_line(tmp_path):
     table = str(tmp_path / "none.csv")
-    command = [sys.executable, "-m", "ray_jobs.prepare", "--prepare.table", table]
-    command += ["--prepare.images", str(tmp_path), "--prepare.source", "folder"]
+    flags = ["--prepare.table", table, "--prepare.images", str(tmp_path), "--prepare.source=folder"]
+    command = [sys.executable, "-m", "ray_jobs.prepare", *flags]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 1
     assert ended.stderr == f"error: the table {table} does not exist\n"

@@ -1,6 +1,7 @@
 """Several images a row, raw pixels, words, and rows without a label."""
 
 import io
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -249,3 +250,26 @@ def test_a_rule_reads_text_as_numbers_and_without_one_it_is_suggested(raw):
     assert "k3" not in split_of(raw.out(), manifest)
     manifest = raw.prepare(number_rules={"age": "range_mean"})
     assert stored_rows(raw.out(), manifest)["k3"]["age"] == 91.5
+
+
+def test_rows_of_containers_are_read_in_sequence_and_images_without_a_row_reported(raw):
+    order = np.random.default_rng(0).permutation(48)
+    place = {}
+    for number, start in enumerate(range(0, 48, 16)):
+        with tarfile.open(raw.folder / f"{number}.tar", "w") as tar:
+            for i in [*order[start : start + 16].tolist(), *([99] if number == 1 else [])]:
+                content = jpeg(i)
+                place[f"k{i}"] = (number, len(place))
+                info = tarfile.TarInfo(f"k{i}.jpg")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    files_alone = stored_rows(raw.out("files"), raw.prepare("files"))
+    options = {"images": f"{raw.folder}/*.tar", "source": "webdataset"}
+    manifest = raw.prepare("tars", **options)
+    assert manifest.quarantine == {"no_record": 1}
+    assert quarantine(raw.out("tars"))["k99"][0] == "no_record"
+    assert stored_rows(raw.out("tars"), manifest) == files_alone
+    for table in shard_rows(raw.out("tars"), manifest).values():
+        keys = table["key"].to_pylist()
+        assert keys == sorted(keys, key=lambda key: place[key])
+    assert raw.prepare("tars", **options) == manifest
