@@ -200,8 +200,8 @@ def join(
     keys of both sides and three numbers an image. A key that several images have means the first.
 
     Ray Data's own join is not used: it needs polars, which Ray does not bring along, and it took
-    29.5 s for 2,000 rows. Here a million records and a million images in 100 tars took 21 s with the
-    indexing of the tars, and the process 557 MB at most (benchmarks/join.py, two cores).
+    29.5 s for 2,000 rows. Here a million records and a million images in 100 tars took 21 s, with
+    the indexing of the tars, and the process 557 MB at most (benchmarks/join.py, two cores).
 
     Raises:
         JobError: if no record has an image, since the keys are then spelled differently.
