@@ -51,6 +51,7 @@ _RULES = (
 )
 # A task holds its shard; pixels are large.
 _MOST_SHARD_BYTES = 1 << 28
+_MOST_GROUP_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -204,6 +205,13 @@ class ShardWriter(RowConverter):
             return self.spec.rows_per_shard
         return max(min(self.spec.rows_per_shard, _MOST_SHARD_BYTES // self.image.row_bytes), 1)
 
+    @property
+    def rows_per_group(self) -> int:
+        """Rows of one row group, likewise: a feed holds many row groups whole."""
+        if self.spec.store == "jpeg":
+            return self.spec.rows_per_group
+        return max(min(self.spec.rows_per_group, _MOST_GROUP_BYTES // self.image.row_bytes), 1)
+
     def fingerprint(self, rows: ShardRows) -> str:
         """Return a hash of all that the content of the rows' shard follows from.
 
@@ -251,7 +259,7 @@ class ShardWriter(RowConverter):
                 else:
                     group.append(images)
                     good.append(row)
-                if len(group) == self.spec.rows_per_group:
+                if len(group) == self.rows_per_group:
                     flush()
             flush()
         shard = None

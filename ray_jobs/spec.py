@@ -97,9 +97,9 @@ class PrepareSpec(Spec):
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
     """The job fails if a larger share of the rows lands in quarantine."""
     rows_per_shard: PositiveInt = 1024
-    """Rows of one Parquet file."""
+    """Rows of one Parquet file; fewer where pixels are stored raw and are many."""
     rows_per_group: PositiveInt = 64
-    """Rows of one Parquet row group, the least that is read at once."""
+    """Rows of one Parquet row group, the least that is read at once; fewer likewise."""
 
     @model_validator(mode="after")
     def _some_rows_left_to_train(self) -> Self:
