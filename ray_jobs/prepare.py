@@ -55,10 +55,12 @@ def prepare(spec: RunSpec) -> Manifest:
             the rows cannot be used (they are in quarantine/ then, and there is no new manifest),
             or a split would lack a class.
     """
-    options, categorical = spec.prepare, spec.data.categorical
-    output = Folder(options.output)
+    output, categorical = Folder(spec.prepare.output), spec.data.categorical
     earlier = read_earlier(output)
-    source = open_source(options, categorical)
+    source = open_source(spec.prepare, categorical)
+    if source.split_column:
+        spec = spec.overlay({"prepare.split_column": source.split_column})
+    options = spec.prepare
     numeric_columns = find_numeric_columns(source.table, options, categorical)
     classes = find_classes(source.table.column(options.label_column), options)
     rows = read_rows(source, options, numeric_columns, classes, categorical)

@@ -30,7 +30,7 @@ from ray_jobs.manifest import ImageInfo
 from ray_jobs.numbers import is_number, numbers_of, suggest_rule, texts
 from ray_jobs.sources.refs import ImageRefs, Source
 from ray_jobs.spec import SPLITS, PrepareSpec
-from ray_jobs.storage import Folder
+from ray_jobs.storage import split_file
 
 _MISSING_LABEL = ("nan", "na", "n/a", "<na>", "null")
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -90,8 +90,7 @@ def read_table(location: str) -> pa.Table:
     """
     if not location:
         raise JobError("prepare.table is not set: give the path or URI of a CSV or Parquet file")
-    parent, _, name = location.rpartition("/")
-    folder = Folder(parent or ("/" if location.startswith("/") else "."))
+    folder, name = split_file(location)
     kind = folder.filesystem.get_file_info(folder.locate(name)).type
     if kind != fs.FileType.File:
         what = "is a folder" if kind == fs.FileType.Directory else "does not exist"

@@ -83,7 +83,7 @@ def require_trainable(spec: RunSpec, manifest: Manifest) -> None:
     """Check what would end every worker, before any is started.
 
     Raises:
-        JobError: if the data has no numbers for the model, or less than a step's rows.
+        JobError: if the data lacks numbers or words for the model, or a step's rows.
         ValueError: likewise.
     """
     numeric = manifest.statistics is not None or bool(manifest.vocabularies)
@@ -91,6 +91,12 @@ def require_trainable(spec: RunSpec, manifest: Manifest) -> None:
         raise JobError(
             "the prepared data has no numeric columns and no categories; set "
             "model.numeric.kind=none, or prepare it with some"
+        )
+    words = [vocabulary.column for vocabulary in manifest.vocabularies]
+    if absent := [name for name in spec.data.categorical if name not in words]:
+        raise JobError(
+            f"data.categorical names {absent}, of which the prepared data holds no words (it has "
+            f"{words or 'none'}); prepare it again with these settings"
         )
     train = manifest.splits["train"]
     TrainingOrder.of(train, spec.train.global_batch_size, spec.run.seed, spec.data)

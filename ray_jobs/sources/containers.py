@@ -87,15 +87,15 @@ class PieceReader:
             first, end = pieces[0][0], max(start + size for start, size in pieces)
             content = opened.read_at(run.path, first, end - first)
         except FileNotFoundError:
-            bad = BadImage("missing_image", f"there is no {run.path} in {self.folder}")
+            bad = BadImage("missing_image", f"no such file in {self.folder}")
             return [bad] * len(run.pieces)
         # The clients of remote filesystems share no class of errors.
         except Exception as error:
-            return [BadImage("unreadable_file", f"{run.path}: {error}")] * len(run.pieces)
+            return [BadImage("unreadable_file", str(error))] * len(run.pieces)
         return [
             content[start - first : start - first + size]
             if start - first + size <= len(content)
-            else BadImage("unreadable_file", f"{run.path} ends before byte {start + size}")
+            else BadImage("unreadable_file", f"the file ends before byte {start + size}")
             for start, size in pieces
         ]
 

@@ -7,9 +7,7 @@ Imports neither Ray nor TensorFlow.
 # pyright: reportAttributeAccessIssue=false
 
 import re
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -17,15 +15,11 @@ import pyarrow.compute as pc
 from pyarrow import fs
 
 from ray_jobs.cli import JobError
-from ray_jobs.images import BadImage
+from ray_jobs.sources.containers import PieceReader
 from ray_jobs.sources.refs import ImageRefs, Source
 from ray_jobs.spec import PrepareSpec
-from ray_jobs.storage import Folder
+from ray_jobs.storage import Folder, expand_braces, glob_regex, split_glob
 from ray_jobs.table import path_pattern, read_table, require_column, texts_of
-
-_MAGIC = re.compile(r"[*?\[]")
-# Files that are read ahead while an image is converted: what hides a store's latency.
-_READ_AHEAD = 8
 
 Bad = dict[int, tuple[str, str]]
 
@@ -42,6 +36,7 @@ def open_source(
     names = spec.image_columns or ("",)
     patterns = {name: _pattern(table, spec, name) for name in names}
     files = ImageFiles(spec.images)
+    reader = PieceReader(files.folder, in_containers=False)
     images: dict[str, ImageRefs] = {}
     bad: Bad = {}
     for name, (columns, texts) in patterns.items():
@@ -59,37 +54,7 @@ def open_source(
             elif reason != "missing_image":
                 bad.setdefault(row, (reason, f"{name}: {detail}"))
         images[name] = ImageRefs(paths)
-    return Source(table, images, dict.fromkeys(names, FileReader(files.folder)), bad=bad)
-
-
-class FileReader:
-    """Reads images that are files of their own.
-
-    Args:
-        folder: that the paths are below.
-    """
-
-    in_containers = False
-
-    def __init__(self, folder: Folder) -> None:
-        self.folder = folder
-
-    def read(self, refs: ImageRefs) -> Iterator[bytes | BadImage]:
-        """Yield the content of each image, in order, while threads read the next few."""
-        pending: deque[Future[bytes | BadImage]] = deque()
-        with ThreadPoolExecutor(_READ_AHEAD) as threads:
-            for path in refs.path.to_pylist():
-                pending.append(threads.submit(self._read_one, path))
-                if len(pending) >= _READ_AHEAD:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-
-    def _read_one(self, path: str) -> bytes | BadImage:
-        try:
-            return read_image(self.folder, path)
-        except BadImage as error:
-            return error
+    return Source(table, images, dict.fromkeys(names, reader), bad=bad)
 
 
 class ImageFiles:
@@ -105,14 +70,14 @@ class ImageFiles:
     def __init__(self, location: str) -> None:
         if not location:
             raise JobError("prepare.images is not set: give the folder, glob or URI of the images")
-        base, pattern = _split_glob(location)
+        base, pattern = split_glob(location)
         self.folder = Folder(base)
         if not _is_folder(self.folder):
             raise JobError(f"prepare.images={location!r}: there is no folder {self.folder}")
         self._found: pa.StringArray | None = None
         if pattern:
-            matches = re.compile(_glob_regex(pattern)).fullmatch
-            found = [name for name in self.folder.names() if matches(name)]
+            globs = [re.compile(glob_regex(one)) for one in expand_braces(pattern)]
+            found = [n for n in self.folder.names() if any(g.fullmatch(n) for g in globs)]
             self._found = pa.array(found, pa.string())
             if not found:
                 raise JobError(f"prepare.images={location!r} finds no file")
@@ -149,21 +114,6 @@ class ImageFiles:
         for row in np.flatnonzero(lost).tolist():
             bad[row] = unclear.get(row, ("missing_image", f"the glob finds no {paths[row]}"))
         return found, bad
-
-
-def read_image(folder: Folder, path: str) -> bytes:
-    """Return the content of an image file.
-
-    Raises:
-        BadImage: `missing_image`, or `unreadable_file` where there is one.
-    """
-    try:
-        return folder.read_bytes(path)
-    except FileNotFoundError:
-        raise BadImage("missing_image", f"no such file in {folder}") from None
-    # A name that no file can have, such as one with a zero byte, is refused by Arrow itself.
-    except (OSError, pa.ArrowInvalid) as error:
-        raise BadImage("unreadable_file", str(error)) from error
 
 
 def _pattern(table: pa.Table, spec: PrepareSpec, name: str) -> tuple[list[str], list[str]]:
@@ -229,28 +179,3 @@ def _match_ends(paths: pa.StringArray, files: pa.StringArray) -> tuple[pa.String
 
 def _is_folder(folder: Folder) -> bool:
     return folder.filesystem.get_file_info(folder.path).type == fs.FileType.Directory
-
-
-def _split_glob(location: str) -> tuple[str, str | None]:
-    """Return the folder in front of a glob's first wildcard, and the rest; none for a folder."""
-    if not _MAGIC.search(location) or _is_folder(Folder(location)):
-        return location, None
-    parts = location.split("/")
-    first = next(i for i, part in enumerate(parts) if _MAGIC.search(part))
-    return "/".join(parts[:first]) or ("/" if location.startswith("/") else "."), "/".join(
-        parts[first:]
-    )
-
-
-def _glob_regex(pattern: str) -> str:
-    """Return a glob as a regular expression: `*` stays in one folder, `**` goes into all."""
-    pieces = re.split(r"(\*\*/|\*\*|\*|\?|\[!?[^\]]+\])", pattern)
-    meaning = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]", "": ""}
-    return "".join(
-        meaning[piece]
-        if piece in meaning
-        else piece.replace("[!", "[^")
-        if piece.startswith("[")
-        else re.escape(piece)
-        for piece in pieces
-    )

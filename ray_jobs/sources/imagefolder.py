@@ -12,6 +12,7 @@ https://huggingface.co/docs/datasets/image_dataset. Imports neither Ray nor Tens
 import json
 import posixpath
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import PurePosixPath
 
 import pyarrow as pa
@@ -28,7 +29,7 @@ from ray_jobs.sources.containers import (
     table_of_records,
 )
 from ray_jobs.sources.refs import ImageReader, ImageRefs, Source
-from ray_jobs.spec import PrepareSpec, Split
+from ray_jobs.spec import SPLITS, PrepareSpec, Split
 from ray_jobs.storage import Folder
 
 FILE_NAME = "file_name"
@@ -53,8 +54,9 @@ def open_source(spec: PrepareSpec, categorical: Sequence[str], labelled: bool) -
     """Return the rows that the metadata names, or one for each image in its class's folder.
 
     The key is the image's path below the folder, unless the metadata has the key column. Where all
-    folders are named after splits there is a column `split` (or `prepare.split_column`). Several
-    images a row are columns `front_file_name` or `front`.
+    folders are named after splits there is a column `split` (or `prepare.split_column`); where all
+    three splits are there, rows stay in them. Several images a row are columns `front_file_name`
+    or `front`.
 
     Raises:
         JobError: if the folder is none, its metadata cannot be read or names no image that is
@@ -75,8 +77,12 @@ def open_source(spec: PrepareSpec, categorical: Sequence[str], labelled: bool) -
         raise JobError(f"prepare.images={spec.images!r}: there are no images in {folder}")
     has_splits = all(_split_of(name) for name in metadata or images)
     if metadata:
-        return _from_metadata(folder, metadata, names, images, has_splits, spec)
-    return _from_folders(folder, images, has_splits, spec)
+        source = _from_metadata(folder, metadata, names, images, has_splits, spec)
+    else:
+        source = _from_folders(folder, images, has_splits, spec)
+    if {_split_of(name) for name in metadata or images} == set(SPLITS):
+        source = replace(source, split_column=spec.split_column or DEFAULT_SPLIT_COLUMN)
+    return source
 
 
 def _from_metadata(

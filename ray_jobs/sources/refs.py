@@ -73,3 +73,5 @@ class Source:
     """Key, reason and detail of images in containers that no record names."""
     bad: Mapping[int, tuple[str, str]] = field(default_factory=dict)
     """Row → reason and detail, where what the row says of its image is wrong or unclear."""
+    split_column: str | None = None
+    """Column that says the split, where the source itself has all three."""

@@ -237,6 +237,34 @@ def test_the_first_failing_workers_own_words_are_what_the_user_sees(ray_local, t
     assert_nothing_is_left_in_the_cluster()
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"data.categorical": ["colour"]},
+            r"names \['colour'\], of which .* no words \(it has none",
+        ),
+        ({"train.global_batch_size": 128}, "global_batch_size=128 is more than the 101 rows"),
+    ],
+)
+def test_what_the_data_cannot_give_is_said_before_a_worker_is_started(tmp_path, changes, message):
+    from ray_jobs.train import require_trainable
+
+    manifest = prepared_in(tmp_path)
+    with pytest.raises((JobError, ValueError), match=message):
+        require_trainable(spec_in(tmp_path, **changes), manifest)
+
+
+def test_numbers_that_are_not_there_are_missed_before_a_worker_is_started(tmp_path):
+    from ray_jobs.train import require_trainable
+
+    bare = {"numeric_columns": (), "statistics": None}
+    manifest = prepared_in(tmp_path).model_copy(update=bare)
+    with pytest.raises(JobError, match=r"no numeric columns and no categories; set model\.numeric"):
+        require_trainable(spec_in(tmp_path), manifest)
+    require_trainable(spec_in(tmp_path, **{"model.numeric.kind": "none"}), manifest)
+
+
 def test_more_workers_than_the_cluster_has_cpus_for_are_refused(ray_local, tmp_path):
     prepared_in(tmp_path)
     with pytest.raises(JobError, match=r"needs 17 CPUs .* lower num_workers or cpus_per_worker"):

@@ -8,7 +8,8 @@ import pytest
 from ray_jobs.cli import JobError
 from ray_jobs.images import BadImage
 from ray_jobs.sources import SOURCES, open_source
-from ray_jobs.sources.folder import FileReader, ImageFiles
+from ray_jobs.sources.containers import PieceReader
+from ray_jobs.sources.folder import ImageFiles
 from ray_jobs.sources.refs import ImageRefs, Source
 from ray_jobs.spec import PrepareSpec
 from ray_jobs.storage import Folder
@@ -114,7 +115,7 @@ def test_files_are_read_in_order_and_each_failure_stands_in_its_place(tmp_path):
     (folder / "9.jpg").unlink()
     os.mkdir(folder / "9.jpg")
     refs = ImageRefs(pa.array([f"{i}.jpg" for i in range(30)]))
-    found = list(FileReader(Folder(folder)).read(refs))
+    found = list(PieceReader(Folder(folder), in_containers=False).read(refs))
     for i, content in enumerate(found):
         if isinstance(content, BadImage):
             assert (i, content.reason) in ((7, "missing_image"), (9, "unreadable_file"))
@@ -124,6 +125,7 @@ def test_files_are_read_in_order_and_each_failure_stands_in_its_place(tmp_path):
 
 
 def test_a_name_that_no_file_can_have_is_no_crash(tmp_path):
-    (found,) = FileReader(Folder(tmp_path)).read(ImageRefs(pa.array(["a\x00b.jpg"])))
+    reader = PieceReader(Folder(tmp_path), in_containers=False)
+    (found,) = reader.read(ImageRefs(pa.array(["a\x00b.jpg"])))
     assert isinstance(found, BadImage)
     assert found.reason == "unreadable_file"
