@@ -21,15 +21,17 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+# The service's own measures, about half an hour; `python -m benchmarks.houses` takes as long alone.
 bench: $(READY)
-	$(BIN)/python -m benchmarks.houses
+	for name in feed wait memory join interrupted order; do \
+		$(BIN)/python -m benchmarks.$$name || exit 1; done
 
 # After a change of dependencies: the newest versions that fit, for every Python and platform.
 lock: $(READY)
-	$(BIN)/uv pip compile pyproject.toml --universal --upgrade --no-header --no-annotate --quiet \
-		--output-file requirements.lock
-	$(BIN)/uv pip compile pyproject.toml --extra dev --constraint requirements.lock --universal \
-		--no-header --no-annotate --quiet --output-file requirements-dev.lock
+	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --upgrade --no-header \
+		--no-annotate --quiet --output-file requirements-dev.lock
+	$(BIN)/uv pip compile pyproject.toml --constraint requirements-dev.lock --universal --no-header \
+		--no-annotate --quiet --output-file requirements.lock
 
 $(READY): requirements-dev.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)

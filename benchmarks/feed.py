@@ -152,11 +152,10 @@ def ray_documented(folder: Path) -> float:
 
 
 def _feed(folder: Path, store: str, data: DataSpec) -> float:
-    import tensorflow as tf
-
     from ray_jobs.ahead import ahead
     from ray_jobs.cache import choose_kind, make_index, open_cache
     from ray_jobs.dataset import FeedOptions, TrainingFeed
+    from ray_jobs.loop import as_tensor
     from ray_jobs.order import TrainingOrder
 
     manifest = read_manifest(Folder(folder / store))
@@ -174,7 +173,7 @@ def _feed(folder: Path, store: str, data: DataSpec) -> float:
 
     def tensors() -> Iterator[Any]:
         for batch in feed.batches(0, 1 << 40):
-            yield tf.convert_to_tensor(batch["image"])
+            yield as_tensor(batch["image"])
 
     # One stream through all epochs, as the training loop has it.
     stream = ahead(tensors(), data.prefetch_batches)

@@ -21,6 +21,8 @@ from ray_jobs.storage import Folder
 
 Batch = dict[str, np.ndarray]
 
+ALIGNMENT = 64
+"""Bytes at a multiple of which an array must begin for TensorFlow to take it as it is."""
 _FOOTERS = 256
 
 
@@ -158,7 +160,7 @@ class RowDecoder:
             codes = [v.codes(small[v.column].to_pylist()) for v in self.manifest.vocabularies]
             batch[CATEGORY] = np.stack(codes, axis=1)
         if self.image_columns:
-            batch[IMAGE] = np.empty((count, *self.row_shape), np.uint8)
+            batch[IMAGE] = aligned((count, *self.row_shape))
         if self.several:
             batch[IMAGE_MASK] = np.ones((count, len(self.image_columns)), np.float32)
         return batch
@@ -258,6 +260,14 @@ def bytes_column(array: np.ndarray, missing: Any = None) -> pa.Array:
         validity = pa.py_buffer(np.packbits(~missing.to_numpy(), bitorder="little"))
     content = pa.py_buffer(np.ascontiguousarray(array))
     return pa.Array.from_buffers(kind, len(array), [validity, content])
+
+
+def aligned(shape: tuple[int, ...]) -> np.ndarray:
+    """Return a uint8 array, not initialised, that TensorFlow can take without a copy."""
+    num_bytes = int(np.prod(shape))
+    buffer = np.empty(num_bytes + ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % ALIGNMENT
+    return buffer[start : start + num_bytes].reshape(shape)
 
 
 def floats(column: pa.ChunkedArray) -> np.ndarray:
