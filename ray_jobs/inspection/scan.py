@@ -9,9 +9,8 @@ split alike.
 
 import hashlib
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -20,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ray_jobs.ahead import mapped_ahead
 from ray_jobs.batch import KEY, LABEL
 from ray_jobs.images import decode_stored
 from ray_jobs.manifest import ImageInfo, Shard, SplitInfo
@@ -274,11 +274,5 @@ def _in_order(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """Yield the results in order, while threads work on the next few: no more are held."""
     # All the work is in C code that lets go of the interpreter.
     num_threads = len(os.sched_getaffinity(0)) + 1
-    pending: deque[Future[R]] = deque()
     with ThreadPoolExecutor(num_threads) as threads:
-        for item in items:
-            pending.append(threads.submit(function, item))
-            if len(pending) > num_threads:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        yield from mapped_ahead(function, items, threads, num_threads)

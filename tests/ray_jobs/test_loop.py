@@ -324,3 +324,16 @@ def test_a_backbone_of_keras_applications_goes_through_an_epoch(seen):
     assert any("normalization" in name for name in first)
     for name, value in first.items():
         assert value.tobytes() == second[name].tobytes(), name
+
+
+def test_pixels_become_a_tensor_without_a_copy_and_other_arrays_with_one():
+    from ray_jobs.loop import as_tensor
+    from ray_jobs.rows import aligned
+
+    pixels = aligned((2, 5, 5, 3))
+    pixels[:] = np.arange(150).reshape(pixels.shape)
+    shifted = np.zeros(151, np.uint8)[1:]
+    shared, copied = as_tensor(pixels), as_tensor(shifted)
+    np.testing.assert_array_equal(shared, pixels)
+    pixels[0, 0, 0, 0] = shifted[0] = 200
+    assert (int(shared[0, 0, 0, 0]), int(copied[0])) == (200, 0)
