@@ -13,6 +13,7 @@ decoded batch by batch.
 """
 
 import math
+import pickle
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -228,15 +229,17 @@ class _Feed:
         decoder, reader, unfilled = self.decoder, self.reader, self._unfilled
 
         def run(items: Any) -> Iterator[Batch]:
-            for item in items["id"]:
-                piece = pieces[int(item)]
+            for item in items["piece"]:
+                piece: Piece = pickle.loads(item)
                 stored = reader.read(piece.ranges)
                 for batch, rows in unfilled(piece, stored):
                     decoder.fill(batch, stored, rows)
                     yield batch
 
         count = len(pieces)
-        dataset = ray.data.range(count, override_num_blocks=count).map_batches(
+        # As rows, a block and so a task each: in the function they would go to every task.
+        items = [{"piece": pickle.dumps(piece)} for piece in pieces]
+        dataset = ray.data.from_items(items, override_num_blocks=count).map_batches(
             run,
             batch_size=None,
             # A task that waits until its worker takes a batch would hold a CPU that another
