@@ -164,18 +164,23 @@ def test_raw_pixels_are_those_that_would_become_a_jpeg(raw):
     assert "RLE_DICTIONARY" not in column.encodings
 
 
-def test_a_shard_of_raw_pixels_is_no_larger_than_a_task_should_hold():
+def test_shards_and_row_groups_of_raw_pixels_are_no_larger_than_is_held_at_once():
     from ray_jobs.shards import ShardWriter
     from ray_jobs.spec import PrepareSpec
     from ray_jobs.storage import Folder
 
-    def rows(**options: object) -> int:
+    def rows(**options: object) -> tuple[int, int]:
         spec = PrepareSpec.model_validate(options)
-        return ShardWriter((), Folder("out"), (), (), spec, 0).rows_per_shard
+        writer = ShardWriter((), (), (), spec, Folder("out"), 0)
+        return writer.rows_per_shard, writer.rows_per_group
 
-    assert rows(store="raw", image_size=224) == rows(store="jpeg", image_size=2000) == 1024
-    assert rows(store="raw", image_size=456) * 456 * 456 * 3 <= 2**28
-    assert rows(store="raw", image_size=20_000) == 1
+    assert rows(store="jpeg", image_size=2000) == (1024, 64)
+    assert rows(store="raw", image_size=100) == (1024, 64)
+    per_shard, per_group = rows(store="raw", image_size=456)
+    pixels = 456 * 456 * 3
+    assert per_shard * pixels <= 2**28 < (per_shard + 1) * pixels
+    assert per_group * pixels <= 2**22 < (per_group + 1) * pixels
+    assert rows(store="raw", image_size=20_000) == (1, 1)
 
 
 def test_words_are_stored_and_their_vocabulary_is_of_the_training_rows(raw):
