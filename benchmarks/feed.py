@@ -9,7 +9,7 @@ are timed. The ways take turns, three rounds; medians count.
     decoder       one process a core: cv2 decodes and resizes JPEGs that are in memory
     Ray           `read_images` → `map_batches` (resize) → `to_tf`, as Ray's guides show it
     jpeg          ours: store jpeg, decoded by the training process, no cache
-    jpeg, tasks   ours, `data.decode: workers`: decoded by Ray Data tasks
+    tasks         ours, `data.decode: workers`: decoded by Ray Data tasks
     cached        ours: the same shards, decoded rows in Ray's object store
     raw           ours: store raw at 224 px
 
@@ -188,7 +188,7 @@ def jpeg(folder: Path) -> float:
     return _feed(folder, "jpeg", DataSpec(image_size=SIZE, cache="none"))
 
 
-def jpeg_tasks(folder: Path) -> float:
+def tasks(folder: Path) -> float:
     """Time our feed of JPEGs, decoded by Ray Data tasks."""
     return _feed(folder, "jpeg", DataSpec(image_size=SIZE, decode="workers", cache="none"))
 
@@ -208,7 +208,7 @@ WAYS: dict[str, Callable[[Path], float]] = {
     "decoder": decoder,
     "Ray": ray_documented,
     "jpeg": jpeg,
-    "jpeg, tasks": jpeg_tasks,
+    "tasks": tasks,
     "cached": cached,
     "raw": raw,
 }
