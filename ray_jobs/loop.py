@@ -427,7 +427,9 @@ def as_tensor(array: np.ndarray) -> tf.Tensor:
     On the CPU an aligned array is taken as it is: TensorFlow's own copy of a batch of pixels, into
     memory that is new each time, costs as much as decoding a fifth of it.
     """
-    if array.ctypes.data % ALIGNMENT or tf.config.list_logical_devices("GPU"):
+    # Ray Data hands over views of its store that nobody may write to, which DLPack cannot say.
+    shareable = array.flags.writeable and array.ctypes.data % ALIGNMENT == 0
+    if not shareable or tf.config.list_logical_devices("GPU"):
         return tf.convert_to_tensor(array)
     return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
 

@@ -144,7 +144,8 @@ def head(tmp_path) -> Iterator[dict[str, str]]:
         env=environment, stdout=log, stderr=subprocess.STDOUT,
     )  # fmt: skip
     try:
-        while run(["ray", "job", "list"], env=environment).returncode != 0:
+        # Jobs can be listed before there is an agent that runs them.
+        while run(["ray", "job", "submit", "--", "true"], env=environment).returncode != 0:
             assert process.poll() is None, (tmp_path / "head.log").read_text()
         yield environment
     finally:

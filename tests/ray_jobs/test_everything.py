@@ -70,6 +70,8 @@ def done(request, ray_local, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
                 "prepared": str(folder / "prepared"),
                 "categorical": ["material"],
                 "image_size": 16,
+                # Both ways of feeding, too.
+                "decode": "workers" if request.param == "raw" else "trainer",
             },
             "model": {
                 "image": {"kind": "tiny", "weights": None, "units": 8},

@@ -337,3 +337,5 @@ def test_pixels_become_a_tensor_without_a_copy_and_other_arrays_with_one():
     np.testing.assert_array_equal(shared, pixels)
     pixels[0, 0, 0, 0] = shifted[0] = 200
     assert (int(shared[0, 0, 0, 0]), int(copied[0])) == (200, 0)
+    pixels.flags.writeable = False
+    np.testing.assert_array_equal(as_tensor(pixels), pixels)
