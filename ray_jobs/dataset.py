@@ -18,6 +18,7 @@ from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -98,10 +99,14 @@ class _Feed:
         self.decoder = RowDecoder(
             manifest, with_image=options.with_image, size=options.data.image_size
         )
-        self.kept = kept_groups(options.data, manifest, self.decoder.row_bytes)
-        """Row groups that a cache may keep."""
+        self.kept: frozenset[Group] = frozenset()
+        """Row groups that the cache may keep."""
+        if options.cache is not None:
+            self.kept = kept_groups(options.data, manifest, self.decoder.row_bytes)
         shards = manifest.splits[split].shards
         self.reader = ShardReader(folder, shards, self.decoder.columns)
+        self.task = partial(_run_task, self.reader, self.decoder)
+        """What a Ray Data task does with the pieces it is handed."""
 
     def _stream(self, pieces: Iterator[Piece]) -> Generator[Batch]:
         """Yield the batches of pieces, in order."""
@@ -145,11 +150,11 @@ class _Feed:
         readers: ThreadPoolExecutor,
         decoders: ThreadPoolExecutor,
     ) -> dict[tuple[int, int], pa.Table]:
-        cache, kept = self.options.cache, self.kept
+        cache = self.options.cache
         found: dict[tuple[int, int], pa.Table] = {}
         if cache is not None:
             named: list[Group] = [(self.split, *key) for key in keys]
-            cached = cache.get([name for name in named if name in kept])
+            cached = cache.get([name for name in named if name in self.kept])
             found = {(shard, group): table for (_, shard, group), table in cached.items()}
         by_shard: dict[int, list[int]] = {}
         for shard, group in keys:
@@ -164,7 +169,7 @@ class _Feed:
         def keep(item: tuple[tuple[int, int], pa.Table]) -> tuple[tuple[int, int], pa.Table]:
             key, table = item
             name: Group = (self.split, *key)
-            if cache is not None and name in kept:
+            if cache is not None and name in self.kept:
                 table = self.decoder.decoded(table)
                 cache.put(name, table)
             return key, table
@@ -182,7 +187,7 @@ class _Feed:
 
         def calls() -> Iterator[tuple[Batch, StoredRows, np.ndarray, int, bool]]:
             for piece, stored in read:
-                for batch, rows in self._unfilled(piece, stored):
+                for batch, rows in _unfilled(piece, stored, self.decoder):
                     for first in range(0, len(rows), size):
                         some = rows[first : first + size]
                         yield batch, stored, some, first, first + len(some) == len(rows)
@@ -196,15 +201,6 @@ class _Feed:
             # In order: a batch's last call comes back when all of its calls have.
             if batch is not None:
                 yield batch
-
-    def _unfilled(self, piece: Piece, stored: StoredRows) -> Iterator[tuple[Batch, np.ndarray]]:
-        """Yield the batches of a piece without their pixels, and the rows they are of."""
-        last = len(piece.batches_SB) - 1
-        for step, rows in enumerate(piece.batches_SB):
-            batch = self.decoder.batch(stored, rows)
-            if step == last and piece.num_filled:
-                batch[WEIGHT][-piece.num_filled :] = 0.0
-            yield batch, rows
 
     # -- in Ray Data tasks ------------------------------------------------------------------------
 
@@ -226,21 +222,11 @@ class _Feed:
         import ray.data
         from ray.data import ExecutionResources
 
-        decoder, reader, unfilled = self.decoder, self.reader, self._unfilled
-
-        def run(items: Any) -> Iterator[Batch]:
-            for item in items["piece"]:
-                piece: Piece = pickle.loads(item)
-                stored = reader.read(piece.ranges)
-                for batch, rows in unfilled(piece, stored):
-                    decoder.fill(batch, stored, rows)
-                    yield batch
-
         count = len(pieces)
         # As rows, a block and so a task each: in the function they would go to every task.
         items = [{"piece": pickle.dumps(piece)} for piece in pieces]
         dataset = ray.data.from_items(items, override_num_blocks=count).map_batches(
-            run,
+            self.task,
             batch_size=None,
             # A task that waits until its worker takes a batch would hold a CPU that another
             # worker's task needs, while the workers wait for each other: so none is held, and the
@@ -338,6 +324,27 @@ class EvaluationFeed(_Feed):
     def batches(self, passes: int = 1) -> Generator[Batch]:
         """Yield every row of the share once a pass; weight 0 marks rows that only fill a batch."""
         return self._stream(piece for _ in range(passes) for piece in self.pieces)
+
+
+def _unfilled(
+    piece: Piece, stored: StoredRows, decoder: RowDecoder
+) -> Iterator[tuple[Batch, np.ndarray]]:
+    """Yield the batches of a piece without their pixels, and the rows they are of."""
+    last = len(piece.batches_SB) - 1
+    for step, rows in enumerate(piece.batches_SB):
+        batch = decoder.batch(stored, rows)
+        if step == last and piece.num_filled:
+            batch[WEIGHT][-piece.num_filled :] = 0.0
+        yield batch, rows
+
+
+def _run_task(reader: ShardReader, decoder: RowDecoder, items: Any) -> Iterator[Batch]:
+    for item in items["piece"]:
+        piece: Piece = pickle.loads(item)
+        stored = reader.read(piece.ranges)
+        for batch, rows in _unfilled(piece, stored, decoder):
+            decoder.fill(batch, stored, rows)
+            yield batch
 
 
 def _in_order(ranges: Sequence[RowRange], batch_size: int) -> Piece:

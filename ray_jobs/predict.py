@@ -45,8 +45,10 @@ PREDICTIONS = pa.schema(
     }
 )
 
-_PATH, _START, _SIZE = "image path ", "image start ", "image size "
-"""Columns of a task's rows that hold the parts of `ImageRefs`, numbered by image."""
+# Columns of a task's rows beside the user's own, which are named like none of them.
+_REASON = "\0error"
+_PATH, _START, _SIZE = "\0path ", "\0start ", "\0size "
+"""Parts of `ImageRefs`, numbered by image."""
 # A column in braces, and not a range of tar files such as {000..012}.
 _COLUMN = re.compile(r"\{[^{}.,]+\}")
 _PART = re.compile(r"part-\d+\.parquet")
@@ -210,7 +212,7 @@ class RawSource:
         errors: list[str | None] = [None] * len(rows)
         for row, (reason, detail) in rows.bad.items():
             errors[row] = f"{reason}: {detail}"
-        columns: dict[str, Any] = {KEY: rows.keys, ERROR: pa.array(errors, pa.string())}
+        columns: dict[str, Any] = {KEY: rows.keys, _REASON: pa.array(errors, pa.string())}
         numbers = zip(manifest.numeric_columns, rows.numeric_RF.T, strict=True)
         columns |= {name: pa.array(column, from_pandas=True) for name, column in numbers}
         columns |= rows.categories
@@ -235,9 +237,9 @@ class RawSource:
         """Yield the rows of one task, by way of the very bytes that `prepare` would store."""
         if not self.converter.readers:
             rows = task.append_column(LABEL, pa.nulls(task.num_rows, pa.int8()))
-            yield inference.decoded_rows(self.run, rows, task[ERROR].to_pylist(), "memory")
+            yield inference.decoded_rows(self.run, rows, task[_REASON].to_pylist(), "memory")
             return
-        rows, errors = self._shard_rows(task), task[ERROR].to_pylist()
+        rows, errors = self._shard_rows(task), task[_REASON].to_pylist()
         none_there: StoredImages = (None,) * len(rows.images)
         stored: list[StoredImages] = []
         for row, images in enumerate(self.converter.images_of(rows)):

@@ -6,6 +6,7 @@ Imports neither Ray nor TensorFlow.
     B rows of a batch   N images a row   H × W pixels   F numeric, C categorical columns
 """
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ _FOOTERS = 256
 
 
 class ShardReader:
-    """Reads row groups of a split's shards as Arrow tables; of one thread at a time a shard.
+    """Reads row groups of a split's shards as Arrow tables, in any number of threads.
 
     Args:
         folder: prepared data.
@@ -38,6 +39,11 @@ class ShardReader:
     def __init__(self, folder: Folder, shards: Sequence[Shard], columns: Sequence[str]) -> None:
         self.folder, self.shards, self.columns = folder, shards, list(columns)
         self._footers: dict[int, Any] = {}
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Leave the footers behind, which no other process needs."""
+        return ShardReader, (self.folder, self.shards, self.columns)
 
     def read_groups(self, shard: int, groups: Sequence[int]) -> list[pa.Table]:
         """Return some row groups of one shard."""
@@ -58,14 +64,10 @@ class ShardReader:
         return StoredRows.of(ranges, tables)
 
     def _remember(self, shard: int, footer: Any) -> None:
-        if shard not in self._footers:
-            if len(self._footers) >= _FOOTERS:
-                del self._footers[next(iter(self._footers))]
+        with self._lock:
             self._footers[shard] = footer
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the footers behind, which no other process needs."""
-        return {**self.__dict__, "_footers": {}}
+            if len(self._footers) > _FOOTERS:
+                del self._footers[next(iter(self._footers))]
 
 
 def groups_of(ranges: Sequence[RowRange]) -> dict[int, list[int]]:
@@ -127,7 +129,7 @@ class RowDecoder:
         self.image_columns = info.columns if with_image else ()
         self.stored_shape = (info.height, info.width, 3)
         self.pixel_shape = (size, size, 3) if size else self.stored_shape
-        self.several = len(self.image_columns) > 1 or bool(info.names and with_image)
+        self.several = with_image and bool(info.names)
 
     @property
     def columns(self) -> list[str]:

@@ -1,8 +1,10 @@
+import pickle
 import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +174,7 @@ def test_a_feed_goes_on_at_any_step_with_the_rows_of_that_step(folder, manifest,
 
 
 def test_a_row_group_on_the_border_of_two_windows_is_read_once(folder, manifest, monkeypatch):
-    feed = training_feed(folder, manifest, data=DataSpec(shuffle_window_rows=16))
+    feed = training_feed(folder, manifest)
     read: list[tuple[int, int]] = []
     read_groups = feed.reader.read_groups
 
@@ -181,14 +183,26 @@ def test_a_row_group_on_the_border_of_two_windows_is_read_once(folder, manifest,
         return read_groups(shard, groups)
 
     monkeypatch.setattr(feed.reader, "read_groups", noted)
-    windows = list(feed.pieces(0, 2))
-    assert len(windows) == 1
-    list(feed.batches(0, feed.order.steps_before(1)))
-    pieces = list(feed.pieces(0, feed.order.steps_before(1)))
-    wanted = [{(r.shard, r.group) for r in piece.ranges} for piece in pieces]
-    assert sum(map(len, wanted)) > len(read)
-    again = [now - before for before, now in zip([set(), *wanted], wanted, strict=False)]
-    assert len(read) == sum(map(len, again))
+    last = feed.order.steps_before(1)
+    list(feed.batches(0, last))
+    wanted = [{(r.shard, r.group) for r in piece.ranges} for piece in feed.pieces(0, last)]
+    assert len(wanted) > 2
+    new = [wanted[0], *(now - before for before, now in pairwise(wanted))]
+    assert sorted(read) == sorted(group for groups in new for group in groups)
+    assert len(read) < sum(map(len, wanted))
+
+
+def test_what_tasks_are_sent_does_not_hold_the_pieces_of_the_others(tmp_path):
+    """A long validation split has many pieces, and each task needs one of them."""
+    sizes = []
+    for count in (600, 6000):
+        manifest = write_prepared(
+            tmp_path / str(count), {"train": 8, "validation": count, "test": 3}, size=4,
+            rows_per_group=10_000, rows_per_shard=10_000,
+        )  # fmt: skip
+        feed = evaluation_feed(tmp_path / str(count), manifest, decode="workers")
+        sizes.append(len(pickle.dumps(feed.task)))
+    assert abs(sizes[1] - sizes[0]) < 200
 
 
 def test_training_without_images_or_steps(folder, manifest, stored):

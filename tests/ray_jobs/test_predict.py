@@ -239,6 +239,23 @@ def test_a_parquet_table_and_a_path_column_serve_as_well(houses, rules, tmp_path
     assert np.ptp(np.frombuffer(row["image"], np.uint8)) > 0
 
 
+def test_a_column_of_numbers_may_be_named_error(houses, rules, tmp_path):
+    columns = ("error", "rooms")
+    assert rules.statistics is not None
+    statistics = rules.statistics.model_copy(update={"columns": columns})
+    changes = {"numeric_columns": columns, "statistics": statistics}
+    write_run(tmp_path / "run", rules.model_copy(update=changes))
+    (tmp_path / "table.csv").write_text("house,error,rooms\nh1,0.5,1\nh4,2,\nh5,wide,3\n")
+    spec = spec_of(
+        houses, run=str(tmp_path / "run"), data=str(tmp_path / "table.csv"),
+        images=str(houses / "photos"),
+    )  # fmt: skip
+    first, second, third = raw_rows(spec).to_pylist()
+    assert first["error"] is second["error"] is None
+    np.testing.assert_array_equal(np.frombuffer(first["numeric"], np.float32), [0.5, 1])
+    assert third["error"] == "non_numeric_text: error is 'wide'"
+
+
 def test_an_image_outside_the_folder_is_not_read(houses, rules, tmp_path):
     options = rules.prepare.model_copy(update={"image_column": "photo"})
     write_run(tmp_path / "run", rules.model_copy(update={"prepare": options}))

@@ -1,4 +1,7 @@
 import io
+import pickle
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -9,6 +12,7 @@ import pytest
 from PIL import Image
 
 from mm_model.statistics import Vocabulary
+from ray_jobs import rows as rows_module
 from ray_jobs.batch import CATEGORY, IMAGE, IMAGE_MASK, LABEL, NUMERIC, WEIGHT
 from ray_jobs.images import decode_stored
 from ray_jobs.manifest import ImageInfo, Manifest
@@ -43,6 +47,28 @@ def test_a_reader_returns_ranges_in_their_order_and_a_row_group_for_each(folder,
         assert stored.take(["key"], np.arange(5))["key"].to_pylist() == [
             "train-48", "train-49", "train-0", "train-1", "train-45",
         ]  # fmt: skip
+
+
+def test_no_more_than_some_footers_are_kept_however_many_threads_read(
+    folder, manifest, monkeypatch
+):
+    monkeypatch.setattr(rows_module, "_FOOTERS", 2)
+    reader = reader_of(folder, manifest, ["key"])
+
+    def remember(thread: int) -> None:
+        for n in range(5000):
+            reader._remember((7 * n + thread) % 50, None)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(remember, range(8)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(reader._footers) == 2
+    (table,) = pickle.loads(pickle.dumps(reader)).read_groups(1, [0])
+    assert table["key"][0].as_py() == "train-20"
 
 
 def test_a_decoded_batch_keeps_the_contract_and_marks_missing_numbers_by_nan(folder, manifest):
