@@ -3,9 +3,9 @@
 Method: Parquet records and WebDataset tars (10,000 images of 8 × 8 pixels each, of 300 distinct
 encodings), both in random order; 1,000 records have no image, 1,000 images no record. `prepare`
 joins them and writes shards; every key of its quarantine is compared with those that were left out.
-A thread adds up resident memory ten times a second: of this process, and of it with all its
-children, which Ray's processes are. Pages that processes share count once for each, so that the sum
-is an upper bound. Making the data is not measured.
+A thread looks at the resident memory twice a second (PSS: what processes share counts once), of
+this process and of it with all its children, which Ray's processes are. Making the data is not
+measured.
 
 Run:   python -m benchmarks.join [--rows 1000000] [--join_only] [--folder DIR]
 Ends in one line of JSON.
@@ -14,6 +14,7 @@ Ends in one line of JSON.
 import argparse
 import io
 import json
+import os
 import tarfile
 import tempfile
 import threading
@@ -28,6 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from benchmarks.memory import resident_bytes
 from ray_jobs.prepare import prepare
 from ray_jobs.sources.webdataset import open_source
 from ray_jobs.spec import PrepareSpec, RunSpec
@@ -61,25 +63,14 @@ def write_data(folder: Path, rows: int, seed: int) -> None:
 @contextmanager
 def peak_memory() -> Iterator[dict[str, float]]:
     """Measure the most resident MB of this process (`driver`) and with its children (`all`)."""
-    # Ray brings psutil along, and makes it importable.
-    import ray  # noqa: F401
-    import psutil  # type: ignore[import-not-found]  # isort: skip
-
     peaks = {"driver": 0.0, "all": 0.0}
     ended = threading.Event()
-    own = psutil.Process()
 
     def watch() -> None:
-        while not ended.wait(0.1):
-            driver = total = own.memory_info().rss
-            for child in own.children(recursive=True):
-                try:
-                    total += child.memory_info().rss
-                # It ended meanwhile.
-                except psutil.Error:
-                    continue
-            peaks["driver"] = max(peaks["driver"], driver / 1e6)
-            peaks["all"] = max(peaks["all"], total / 1e6)
+        while not ended.wait(0.5):
+            for name, with_children in (("driver", False), ("all", True)):
+                found = resident_bytes(os.getpid(), with_children=with_children) / 1e6
+                peaks[name] = max(peaks[name], found)
 
     thread = threading.Thread(target=watch)
     thread.start()

@@ -26,17 +26,18 @@ from benchmarks.shards import write_shards
 _POLL_S = 0.5
 
 
-def resident_bytes(pid: int) -> int:
-    """Return the memory that a process and all that it started hold, what they share once."""
+def resident_bytes(pid: int, *, with_children: bool = True) -> int:
+    """Return the memory that a process, and all that it started, hold; what is shared once."""
     children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
+    for stat in Path("/proc").glob("[0-9]*/stat") if with_children else ():
         with suppress(OSError):
             # The name in brackets may hold spaces; the parent is the second word behind it.
             parent = int(stat.read_text().rpartition(")")[2].split()[1])
             children.setdefault(parent, []).append(int(stat.parent.name))
-    total, family = 0, [pid]
-    for member in family:
-        family += children.get(member, [])
+    total, todo = 0, [pid]
+    while todo:
+        member = todo.pop()
+        todo += children.get(member, [])
         with suppress(OSError):
             rollup = Path(f"/proc/{member}/smaps_rollup").read_text()
             pss = next(line for line in rollup.splitlines() if line.startswith("Pss:"))

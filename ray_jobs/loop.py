@@ -237,41 +237,28 @@ class Loop:
         # Both streams run through all epochs, since every start of one costs its time, and the next
         # epoch's first rows are made ready while the last one is validated.
         last_step = self.order.steps_before(train.epochs)
-        batches = self._on_device(feed.batches(state.step, last_step))
-        validation_batches = self._on_device(validation.batches(train.epochs - state.epoch))
-        try:
-            return self._run(state, best, batches, validation, validation_batches, on_epoch, post)
-        finally:
-            batches.close()
-            validation_batches.close()
-
-    def _run(
-        self,
-        state: LoopState,
-        best: Arrays,
-        batches: Iterator[Tensors],
-        validation: EvaluationFeed,
-        validation_batches: Iterator[Tensors],
-        on_epoch: OnEpoch,
-        post: "Poster",
-    ) -> Outcome:
-        train = self.spec.train
-        while state.epoch < train.epochs and not self._out_of_patience(state):
-            record = self._train_epoch(state, batches, post)
-            logits_NM, label_N = self.validate(validation, validation_batches)
-            record |= self._validation_record(state.epoch, logits_NM, label_N)
-            improved = self._is_best(state, record)
-            if improved:
-                best = {**model_arrays(self.model), "head_logits": logits_NM, "label": label_N}
-            state = self._after_epoch(state, record, improved)
-            post({"kind": "epoch", **record, "best": improved})
-            # The loop's variables are bound now, since the copy may be asked for a little later.
-            on_epoch(
-                record,
-                lambda state=state, best=best: Saved(
-                    state, model_arrays(self.model), optimizer_arrays(self.optimizer), best
-                ),
-            )
+        with (
+            closing(self._on_device(feed.batches(state.step, last_step))) as batches,
+            closing(
+                self._on_device(validation.batches(train.epochs - state.epoch))
+            ) as validation_batches,
+        ):
+            while state.epoch < train.epochs and not self._out_of_patience(state):
+                record = self._train_epoch(state, batches, post)
+                logits_NM, label_N = self.validate(validation, validation_batches)
+                record |= self._validation_record(state.epoch, logits_NM, label_N)
+                improved = self._is_best(state, record)
+                if improved:
+                    best = {**model_arrays(self.model), "head_logits": logits_NM, "label": label_N}
+                state = self._after_epoch(state, record, improved)
+                post({"kind": "epoch", **record, "best": improved})
+                # The variables are bound now: the copy may be asked for a little later.
+                on_epoch(
+                    record,
+                    lambda state=state, best=best: Saved(
+                        state, model_arrays(self.model), optimizer_arrays(self.optimizer), best
+                    ),
+                )
         variables = {k: v for k, v in best.items() if k not in ("head_logits", "label")}
         return Outcome(state, variables, best["head_logits"], best["label"])
 

@@ -29,10 +29,9 @@ def _leaks(report: Report) -> Iterator[Finding]:
             named = {"its value": facts.leak.auc, "whether it is missing": facts.leak.missing_auc}
             told = {how: auc for how, auc in named.items() if auc is not None}
             how = max(told, key=lambda name: abs(told[name] - 0.5))
-            yield Finding(
-                kind="leak",
-                severity="warning",
-                text=f"{facts.column} alone predicts the label: {how} has an AUC of "
+            yield _warning(
+                "leak",
+                f"{facts.column} alone predicts the label: {how} has an AUC of "
                 f"{told[how]:.4f}. Is it known before the answer is? If not, exclude it.",
             )
 
@@ -40,10 +39,9 @@ def _leaks(report: Report) -> Iterator[Finding]:
 def _keys(report: Report) -> Iterator[Finding]:
     if report.keys.num_shared:
         one = report.keys.examples[0]
-        yield Finding(
-            kind="shared_key",
-            severity="warning",
-            text=f"{_counted(report.keys.num_shared, 'key')} in more than one split, such as "
+        yield _warning(
+            "shared_key",
+            f"{_counted(report.keys.num_shared, 'key')} in more than one split, such as "
             f"{one.key!r} in {' and '.join(one.splits)}.",
         )
 
@@ -54,34 +52,29 @@ def _overlaps(report: Report) -> Iterator[Finding]:
         same = [pair for pair in overlap.examples if pair.exact]
         if same:
             pair = f"{same[0].second.key!r} and {same[0].first.key!r}"
-            yield Finding(
-                kind="same_image",
-                severity="warning",
-                text=f"{_counted(overlap.exact, 'image')} in {between}: the same "
-                f"bytes, such as {pair}.",
+            yield _warning(
+                "same_image",
+                f"{_counted(overlap.exact, 'image')} in {between}: the same bytes, such as {pair}.",
             )
         if overlap.near:
-            yield Finding(
-                kind="near_image",
-                severity="warning",
-                text=f"{_counted(overlap.near, 'image')} nearly the same in {between}; "
+            yield _warning(
+                "near_image",
+                f"{_counted(overlap.near, 'image')} nearly the same in {between}; "
                 "the pairs are shown below.",
             )
         if not overlap.complete:
-            yield Finding(
-                kind="search_cut_short",
-                severity="note",
-                text=f"So many images of {overlap.first} and {overlap.second} look alike that "
+            yield _note(
+                "search_cut_short",
+                f"So many images of {overlap.first} and {overlap.second} look alike that "
                 "the search for near-duplicates was cut short.",
             )
 
 
 def _conflicts(report: Report) -> Iterator[Finding]:
     if report.duplicates.conflicting:
-        yield Finding(
-            kind="conflicting_labels",
-            severity="warning",
-            text=f"{_counted(report.duplicates.conflicting, 'image')} in rows of both classes: "
+        yield _warning(
+            "conflicting_labels",
+            f"{_counted(report.duplicates.conflicting, 'image')} in rows of both classes: "
             "the same bytes, another label.",
         )
 
@@ -106,17 +99,14 @@ def _drift(report: Report) -> Iterator[Finding]:
         if values:
             worst = sorted(values, key=lambda f, s=split: -(f.drift[s].psi or 0))
             named = [f"{facts.column} (PSI {facts.drift[split].psi:.2f})" for facts in worst]
-            yield Finding(
-                kind="drift",
-                severity="warning",
-                text=f"{split} differs from train in {_listed(named)}.",
+            yield _warning(
+                "drift",
+                f"{split} differs from train in {_listed(named)}.",
             )
         if missing := [f.column for f in report.columns if f.drift[split].missing_drifted]:
-            yield Finding(
-                kind="missing_drift",
-                severity="warning",
-                text=f"{split} has another share of missing values than train in "
-                f"{_listed(missing)}.",
+            yield _warning(
+                "missing_drift",
+                f"{split} has another share of missing values than train in {_listed(missing)}.",
             )
 
 
@@ -129,10 +119,9 @@ def _label_drift(report: Report) -> Iterator[Finding]:
         p_value = share_p_value([(s.class_counts[1], s.num_rows) for s in (train, facts)])
         apart = abs(train.positive_share - facts.positive_share)
         if apart >= MISSING_THRESHOLD and p_value is not None and p_value < P_VALUE_THRESHOLD:
-            yield Finding(
-                kind="label_drift",
-                severity="warning",
-                text=f"{facts.positive_share:.1%} of {split} are {report.class_names[1]!r}, "
+            yield _warning(
+                "label_drift",
+                f"{facts.positive_share:.1%} of {split} are {report.class_names[1]!r}, "
                 f"{train.positive_share:.1%} of train.",
             )
 
@@ -142,10 +131,9 @@ def _empty_columns(report: Report) -> Iterator[Finding]:
     shares = {f.column: f.splits["train"].missing / max(f.splits["train"].num_rows, 1)
               for f in columns}  # fmt: skip
     if mostly := [f"{c} ({share:.0%})" for c, share in shares.items() if share > MOSTLY_MISSING]:
-        yield Finding(
-            kind="mostly_missing",
-            severity="note",
-            text=f"Mostly missing in train: {_listed(mostly)}.",
+        yield _note(
+            "mostly_missing",
+            f"Mostly missing in train: {_listed(mostly)}.",
         )
     constant = [
         f.column
@@ -153,10 +141,9 @@ def _empty_columns(report: Report) -> Iterator[Finding]:
         if f.splits["train"].min is not None and f.splits["train"].min == f.splits["train"].max
     ]
     if constant:
-        yield Finding(
-            kind="constant",
-            severity="note",
-            text=f"Only one value in train: {_listed(constant)}.",
+        yield _note(
+            "constant",
+            f"Only one value in train: {_listed(constant)}.",
         )
 
 
@@ -164,10 +151,9 @@ def _within(report: Report) -> Iterator[Finding]:
     counts = report.duplicates.within
     if total := sum(counts.values()):
         where = ", ".join(f"{split} {n:,}" for split, n in counts.items() if n)
-        yield Finding(
-            kind="repeated_image",
-            severity="note",
-            text=f"{_counted(total, 'image')} the same as another one of the split ({where}).",
+        yield _note(
+            "repeated_image",
+            f"{_counted(total, 'image')} the same as another one of the split ({where}).",
         )
 
 
@@ -175,11 +161,9 @@ def _quarantine(report: Report) -> Iterator[Finding]:
     if bad := sum(facts.num_rows for facts in report.quarantine):
         rows = bad + sum(facts.num_rows for facts in report.splits.values())
         reasons = [f"{facts.reason} {facts.num_rows:,}" for facts in report.quarantine]
-        yield Finding(
-            kind="quarantine",
-            severity="note",
-            text=f"{bad:,} of {rows:,} rows ({bad / rows:.2%}) are in quarantine: "
-            f"{_listed(reasons)}.",
+        yield _note(
+            "quarantine",
+            f"{bad:,} of {rows:,} rows ({bad / rows:.2%}) are in quarantine: {_listed(reasons)}.",
         )
 
 
@@ -187,12 +171,19 @@ def _sample(report: Report) -> Iterator[Finding]:
     some = {s: f for s, f in report.splits.items() if f.rows_inspected < f.num_rows}
     if some:
         named = [f"{f.rows_inspected:,} of {f.num_rows:,} of {s}" for s, f in some.items()]
-        yield Finding(
-            kind="sample",
-            severity="note",
-            text=f"Looked at a sample of rows: {_listed(named)}. Figures but the counts are the "
+        yield _note(
+            "sample",
+            f"Looked at a sample of rows: {_listed(named)}. Figures but the counts are the "
             "sample's, and pairs of duplicates outside of it are not seen; --max_rows widens it.",
         )
+
+
+def _warning(kind: str, text: str) -> Finding:
+    return Finding(kind=kind, severity="warning", text=text)
+
+
+def _note(kind: str, text: str) -> Finding:
+    return Finding(kind=kind, severity="note", text=text)
 
 
 def _counted(number: int, thing: str) -> str:

@@ -8,11 +8,11 @@ Imports neither Ray nor TensorFlow.
 
 import re
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 from pyarrow import fs
 
 from mm_model.suggest import did_you_mean
+from ray_jobs.ahead import mapped_ahead
 from ray_jobs.cli import JobError
 from ray_jobs.images import BadImage
 from ray_jobs.numbers import texts
@@ -63,19 +64,10 @@ class PieceReader:
 
         Neighbours in a file are fetched together, and a few fetches run ahead.
         """
-        with ExitStack() as files, ThreadPoolExecutor(NUM_THREADS) as pool:
-            opened = _OpenFiles(self.folder, files)
-            waiting: deque[Future[list[bytes | BadImage]]] = deque()
-            try:
-                for run in _runs(refs):
-                    waiting.append(pool.submit(self._read_run, opened, run))
-                    if len(waiting) > NUM_THREADS:
-                        yield from waiting.popleft().result()
-                while waiting:
-                    yield from waiting.popleft().result()
-            finally:
-                for future in waiting:
-                    future.cancel()
+        with ExitStack() as files, ThreadPoolExecutor(NUM_THREADS) as threads:
+            read = partial(self._read_run, _OpenFiles(self.folder, files))
+            for found in mapped_ahead(read, _runs(refs), threads, NUM_THREADS):
+                yield from found
 
     def _read_run(self, opened: "_OpenFiles", run: "_Run") -> list[bytes | BadImage]:
         if run.path is None:
@@ -156,13 +148,8 @@ def file_of_each(names: Sequence[str], counts: Iterable[int]) -> pa.Array:
 
 def in_threads(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
     """Return the function's answer for each item, in order; the first error ends it."""
-    with ThreadPoolExecutor(NUM_THREADS) as pool:
-        futures = [pool.submit(function, item) for item in items]
-        try:
-            return [future.result() for future in futures]
-        finally:
-            for future in futures:
-                future.cancel()
+    with ThreadPoolExecutor(NUM_THREADS) as threads:
+        return list(mapped_ahead(function, items, threads, NUM_THREADS))
 
 
 def read_user_table(spec: PrepareSpec) -> pa.Table:

@@ -97,10 +97,10 @@ class ParquetReader:
                     yield image
                     given += 1
             except FileNotFoundError:
-                bad = BadImage("missing_image", f"there is no {path} in {self.folder}")
+                bad = BadImage("missing_image", f"no such file in {self.folder}")
                 yield from [bad] * (len(rows) - given)
             except (OSError, pa.ArrowException) as error:
-                bad = BadImage("unreadable_file", f"{path}: {error}")
+                bad = BadImage("unreadable_file", str(error))
                 yield from [bad] * (len(rows) - given)
 
     def _read_run(self, path: str, rows: np.ndarray) -> Iterator[bytes | BadImage]:
@@ -127,7 +127,7 @@ class ParquetReader:
                         given += 1
                 # The other row groups may be whole.
                 except (OSError, pa.ArrowException) as error:
-                    detail = f"{path}, row group {group}: {error}"
+                    detail = f"row group {group}: {error}"
                     yield from [BadImage("unreadable_file", detail)] * (len(wanted) - given)
 
 
