@@ -21,7 +21,7 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-# The service's own measures, about half an hour; `python -m benchmarks.houses` takes as long alone.
+# The service's own measures, about a quarter of an hour; `python -m benchmarks.houses` takes longer alone.
 bench: $(READY)
 	for name in feed wait memory join interrupted order; do \
 		$(BIN)/python -m benchmarks.$$name || exit 1; done

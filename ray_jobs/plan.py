@@ -20,7 +20,9 @@ import pyarrow.parquet as pq
 
 from ray_jobs import manifest
 from ray_jobs.batch import KEY
+from ray_jobs.cells import Rows
 from ray_jobs.cli import JobError
+from ray_jobs.labels import Classes
 from ray_jobs.manifest import Manifest, Shard, read_manifest
 from ray_jobs.progress import is_whole
 from ray_jobs.shards import ShardRows, ShardWriter
@@ -28,7 +30,6 @@ from ray_jobs.sources.refs import ImageRefs
 from ray_jobs.spec import SPLITS, PrepareSpec, RunSpec, Split
 from ray_jobs.splits import TRAIN, Cuts, Groups, assign, join_by_image, make_cuts, split_hashes
 from ray_jobs.storage import Folder
-from ray_jobs.table import Classes, Rows
 
 _AT_ONCE = 16
 _INDEX = re.compile(r"part-(\d+)-")

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from ray_jobs import cli, cluster, inference
 from ray_jobs.batch import KEY, LABEL
+from ray_jobs.cells import read_rows
 from ray_jobs.cli import JobError
 from ray_jobs.images import BadImage
 from ray_jobs.inference import ERROR, PROBABILITY, TrainedRun
@@ -33,7 +34,7 @@ from ray_jobs.sources import open_source
 from ray_jobs.sources.refs import ImageRefs, Source
 from ray_jobs.spec import SPLITS, PredictSpec, PrepareSpec
 from ray_jobs.storage import Folder
-from ray_jobs.table import read_rows, read_table, require_columns
+from ray_jobs.table import read_table, require_columns
 
 PREDICTED_LABEL = "predicted_label"
 PREDICTIONS = pa.schema(

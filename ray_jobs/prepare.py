@@ -31,14 +31,16 @@ from mm_model.statistics import (
     fit_vocabulary,
 )
 from ray_jobs import cli, cluster, progress
+from ray_jobs.cells import Rows, read_rows
 from ray_jobs.cli import JobError
+from ray_jobs.labels import find_classes
 from ray_jobs.manifest import Manifest, Shard, SplitInfo, require_shards
 from ray_jobs.plan import NewShard, Plan, make_plan, read_earlier, select
 from ray_jobs.shards import ShardFacts, ShardWriter
 from ray_jobs.sources import open_source
 from ray_jobs.spec import SPLITS, RunSpec, Split
 from ray_jobs.storage import Folder
-from ray_jobs.table import Rows, find_classes, find_numeric_columns, read_rows
+from ray_jobs.table import find_numeric_columns
 
 QUARANTINE = "quarantine/part-00000.parquet"
 

@@ -8,15 +8,10 @@ import pytest
 
 from ray_jobs.cli import JobError
 from ray_jobs.numbers import numbers_of
-from ray_jobs.sources.refs import ImageRefs, Source
 from ray_jobs.spec import PrepareSpec
 from ray_jobs.table import (
-    Classes,
-    Rows,
-    find_classes,
     find_numeric_columns,
     path_pattern,
-    read_rows,
     read_table,
     require_columns,
     texts_of,
@@ -34,33 +29,6 @@ def column(*cells: object) -> pa.ChunkedArray:
 def written(path: Path, text: str) -> str:
     path.write_text(text)
     return str(path)
-
-
-def source_of(table: pa.Table) -> Source:
-    """A source in which a row has an image where the column photo, if there is one, is filled."""
-    has_photo = "photo" in table.column_names
-    paths = texts_of(table["photo"]) if has_photo else pa.array(["x"] * table.num_rows)
-    return Source(table, {"": ImageRefs(paths)}, {})
-
-
-def rows_of(
-    table: dict,
-    numeric: tuple[str, ...] = (),
-    categorical: tuple[str, ...] = (),
-    **options: object,
-) -> Rows:
-    arrow, prepare = pa.table(table), spec(**options)
-    require_columns(arrow, prepare, categorical)
-    classes = find_classes(arrow.column(prepare.label_column), prepare)
-    return read_rows(source_of(arrow), prepare, numeric, classes, categorical)
-
-
-def aside(rows: Rows) -> list[tuple[str, str] | None]:
-    return [rows.bad.get(row) for row in range(len(rows))]
-
-
-def reasons(rows: Rows) -> list[str | None]:
-    return [found and found[0] for found in aside(rows)]
 
 
 def test_csv_and_parquet_say_the_same_by_path_and_by_uri(tmp_path):
@@ -214,17 +182,6 @@ def test_empty_cells_are_missing_and_words_are_not():
     assert is_text.tolist() == [False] * 7 + [True] * 5
 
 
-def test_a_column_of_dates_is_no_column_of_numbers():
-    import datetime
-
-    table = {"key": ["a", "b"], "label": [0, 1], "day": [datetime.date(2020, 1, 2)] * 2}
-    rows = rows_of(table, ("day",), max_bad_fraction=1)
-    assert reasons(rows) == ["non_numeric_text"] * 2
-    nested = {"key": ["a", "b"], "label": [0, 1], "list": [[1], [2]]}
-    with pytest.raises(JobError, match="numeric column 'list' holds no numbers"):
-        rows_of(nested, ("list",))
-
-
 def test_whole_numbers_are_texts_without_a_point():
     assert texts_of(column(1, 2)).to_pylist() == ["1", "2"]
     assert texts_of(column(1.0, None, 2.5, float("nan"))).to_pylist() == ["1", None, "2.5", None]
@@ -233,94 +190,3 @@ def test_whole_numbers_are_texts_without_a_point():
     assert texts_of(column(" a ", "", "007")).to_pylist() == ["a", None, "007"]
     assert texts_of(column(10**17, None)).to_pylist() == ["100000000000000000", None]
     assert texts_of(column("x", "y", "x").dictionary_encode()).to_pylist() == ["x", "y", "x"]
-
-
-@pytest.mark.parametrize(
-    ("cells", "positive_label", "classes"),
-    [
-        ((0, 1, 1), None, Classes("0", "1")),
-        ((0.0, 1.0, None), None, Classes("0", "1")),
-        (("0", "1", ""), None, Classes("0", "1")),
-        (("0.0", "1.0"), None, Classes("0", "1")),
-        ((True, False), None, Classes("false", "true")),
-        (("True", "FALSE", "true"), None, Classes("false", "true")),
-        (("yes", "no"), "yes", Classes("no", "yes")),
-        ((1, 2), "2", Classes("1", "2")),
-        ((0, 1), "0", Classes("1", "0")),
-        ((0, 1), "1.0", Classes("0", "1")),
-        ((True, False), "False", Classes("true", "false")),
-    ],
-)
-def test_labels_are_0_and_1_or_booleans_or_two_strings(cells, positive_label, classes):
-    assert find_classes(column(*cells), spec(positive_label=positive_label)) == classes
-
-
-@pytest.mark.parametrize(
-    ("cells", "positive_label", "message"),
-    [
-        ((1, 1, 1), None, "holds one class only .'1' 3 times"),
-        (("yes", "yes", None), "yes", "holds one class only"),
-        ((None, float("nan")), None, "is empty"),
-        (("yes", "no"), None, r"say which of them counts as 1, such as --prepare.positive_label"),
-        ((1, 2), None, "say which of them counts as 1"),
-        (("yes", "no"), "yess", "'yess' does not occur .* did you mean 'yes'.*it holds: "),
-        (("a", "b", "c"), None, "holds 3 values .* set prepare.positive_label"),
-        (("a", "b", "c"), "a", "holds 3 values .* raise prepare.max_bad_fraction=0.01"),
-        ((0, 1, 2), None, "holds 3 values .* correct those other than '0' and '1'"),
-    ],
-)
-def test_unclear_classes_are_an_error_with_the_values(cells, positive_label, message):
-    with pytest.raises(JobError, match=message):
-        find_classes(column(*cells), spec(positive_label=positive_label))
-
-
-def test_a_rare_third_label_sets_its_rows_aside():
-    keys, labels = [str(i) for i in range(200)], ["yes", "no"] * 99 + ["maybe", "n/a"]
-    table = {"key": keys, "label": labels}
-    rows = rows_of(table, positive_label="yes", max_bad_fraction=0.05)
-    assert rows.bad == {
-        198: ("bad_label", "label is 'maybe', neither 'no' nor 'yes'"),
-        199: ("missing_label", "label is empty"),
-    }
-    assert rows.labels.tolist() == [1, 0] * 99 + [-1, -1]
-    assert rows.good.tolist() == [True] * 198 + [False] * 2
-
-
-def test_each_bad_cell_sets_its_row_aside_with_the_value():
-    table = {
-        "id": ["a", None, "a", "d", "e", "f", "g", "h", "i"],
-        "area": ["1", "1", "1", "one", "inf", "1e39", "NA", "1", "1"],
-        "photo": ["p"] * 7 + ["", "p"],
-        "label": ["0", "1", "1", "1", "1", "1", "1", "1", "0"],
-        "split": ["train"] * 8 + ["dev"],
-    }
-    options = {"key_column": "id", "image_column": "photo", "split_column": "split"}
-    rows = rows_of(table, ("area",), **options)
-    assert aside(rows) == [
-        None,
-        ("missing_key", "row 2 has no id"),
-        ("duplicate_key", "row 3 has the id of row 1"),
-        ("non_numeric_text", "area is 'one'"),
-        ("non_finite_number", "area is inf, more than float32 holds"),
-        ("non_finite_number", "area is 1e39, more than float32 holds"),
-        None,
-        ("missing_image", "there is no image for it"),
-        ("bad_split", "split is 'dev', none of train, validation, test"),
-    ]
-    assert np.isnan(rows.numeric_RF[6, 0])
-    assert rows.numeric_RF.dtype == np.float32
-
-
-def test_a_row_without_a_group_is_set_aside():
-    table = {"key": ["a", "b"], "label": [0, 1], "patient": [7, None]}
-    rows = rows_of(table, group_column="patient")
-    assert reasons(rows) == [None, "missing_group"]
-    assert rows.groups.to_pylist() == ["7", ""]
-
-
-def test_rows_for_prediction_need_no_label():
-    table = pa.table({"key": ["a", None], "area": [1, 2]})
-    require_columns(table, spec(), labelled=False)
-    rows = read_rows(source_of(table), spec(), ("area",), None)
-    assert rows.labels.tolist() == [-1, -1]
-    assert reasons(rows) == [None, "missing_key"]
