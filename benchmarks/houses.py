@@ -123,7 +123,7 @@ def main() -> None:
     started = time.monotonic()
     with (
         tempfile.TemporaryDirectory() as folder,
-        cluster.connected("local", num_cpus=base.train.num_workers),
+        cluster.connected("local", num_cpus=base.train.workers_range[0]),
     ):
         for number, split in enumerate(folds(label, arguments.seed)):
             test = split == "test"

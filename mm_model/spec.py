@@ -3,7 +3,7 @@
 Imports neither Keras nor TensorFlow, so that `--help` and the cluster's head stay light.
 """
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
@@ -80,6 +80,8 @@ class AugmentationSpec(Spec):
     """Largest relative change of contrast."""
     brightness: Fraction = 0.2
     """Largest shift of brightness, as a share of the 0-255 range."""
+    rand_augment: Fraction = 0.0
+    """Magnitude of RandAugment's two further operations an image; 0 leaves them out."""
 
 
 NO_AUGMENTATION = AugmentationSpec(
@@ -154,13 +156,64 @@ class ModelSpec(Spec):
 class OptimizerSpec(Spec):
     """The optimizer and its learning rate over time."""
 
+    optimizer: Literal["adam", "adamw", "sgd", "lamb"] = "adam"
+    """Adam; with decoupled weight decay; SGD with Nesterov momentum; or LAMB, for large batches."""
     learning_rate: Positive = 1e-4
-    """Peak learning rate of Adam."""
-    schedule: Literal["constant", "cosine", "plateau"] = "cosine"
-    """Learning rate over time: constant, warm-up then cosine to zero, or less at a plateau."""
+    """Peak learning rate."""
+    weight_decay: NonNegative = 0.01
+    """Decoupled decay of `adamw` and `lamb`, of kernels alone."""
+    momentum: Fraction = 0.9
+    """Momentum of `sgd`."""
+    schedule: Literal["constant", "cosine", "exponential", "polynomial", "plateau"] = "cosine"
+    """Learning rate over time: constant; warm-up, then cosine, exponential or polynomial decay; or
+    less at a plateau."""
     warmup_fraction: Fraction = 0.05
-    """Share of all steps in which the cosine schedule climbs to the peak."""
+    """Share of all steps in which a decaying schedule first climbs to the peak."""
+    end_fraction: Fraction | None = None
+    """What a decaying schedule leaves of the peak in the end; by default 0, of an exponential one
+    0.01."""
+    power: Positive = 1.0
+    """Exponent of the polynomial schedule; 1 is a straight line."""
     plateau_factor: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.3
     """What the plateau schedule multiplies the learning rate by."""
     plateau_patience: PositiveInt = 3
     """Epochs without a better validation metric before the plateau schedule acts."""
+    ema_momentum: Fraction | None = None
+    """Validate and keep an exponential moving average of the weights, such as 0.999; its
+    momentum."""
+
+    @model_validator(mode="after")
+    def _exponential_ends_above_zero(self) -> Self:
+        if self.schedule == "exponential" and self.end_fraction == 0:
+            raise ValueError("schedule=exponential never reaches 0; set end_fraction above it")
+        return self
+
+
+class LossSpec(Spec):
+    """What training minimises, beside the L2 penalty of the model."""
+
+    loss: Literal["binary_crossentropy", "focal"] = "binary_crossentropy"
+    """Loss of the output and of each head; focal counts rows that are easy less."""
+    focal_gamma: NonNegative = 2.0
+    """How much less the focal loss counts them; 0 is cross-entropy."""
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share by which labels are drawn to one half."""
+    mixup_alpha: NonNegative = 0.0
+    """Mix pairs of rows, images and numbers alike, by shares from Beta(alpha, alpha); 0: do not."""
+    cutmix_alpha: NonNegative = 0.0
+    """Put a box of another row's image in, its area from Beta(alpha, alpha), and mix the labels
+    likewise; 0: do not. With `mixup_alpha`, too, each step does one of them."""
+
+
+class StageSpec(Spec):
+    """Some epochs in which a part of the backbone stands still."""
+
+    epochs: PositiveInt
+    """Epochs of the stage; the last stage lasts to the end of the training."""
+    backbone: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
+    """Share of the backbone's layers, from the top, that learn; the others are frozen, with their
+    batch norms."""
+    backbone_rate: Positive = 1.0
+    """Learning rate of the backbone, as a multiple of the others'."""
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Multiplies the backbone's rate once more from its top to its bottom, in equal ratios."""

@@ -23,6 +23,7 @@ from mm_model.spec import Spec
 from mm_model.suggest import did_you_mean
 
 S = TypeVar("S", bound=Spec)
+_NONE = type(None)
 
 
 class UsageError(ValueError):
@@ -189,9 +190,11 @@ def _type_text(annotation: Any) -> str:
     if origin is Literal:
         return "|".join(map(str, args))
     if origin in (typing.Union, types.UnionType):
-        return "|".join("none" if a is type(None) else _type_text(a) for a in args)
+        return "|".join("none" if a is _NONE else _type_text(a) for a in args)
     if origin is tuple:
-        return f"{_type_text(args[0])},…"
+        return f"{_type_text(args[0])},…" if args[-1] is ... else ",".join(map(_type_text, args))
+    if _is_spec(annotation):
+        return "{" + ", ".join(annotation.model_fields) + "}"
     if origin is dict:
         return "{name: " + _type_text(args[1]) + "}"
     return {"str": "TEXT", "int": "INT", "float": "NUMBER", "bool": "true|false"}.get(
@@ -239,9 +242,10 @@ def _section_doc(spec_class: type[Spec], path: str) -> str:
 
 def _value(path: str, text: str, annotation: Any) -> Any:
     """Turn a flag's text into what pydantic can validate; scalars it converts by itself."""
-    kinds = [a for a in (annotation, *typing.get_args(annotation))]
-    origins = [typing.get_origin(a) for a in kinds]
-    if text in ("none", "null") and type(None) in kinds:
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    kinds = typing.get_args(annotation) if is_union else (annotation,)
+    origins = [typing.get_origin(kind) for kind in kinds]
+    if text in ("none", "null") and _NONE in kinds:
         return None
     if (tuple in origins or dict in origins) and text.startswith(("[", "{")):
         try:
@@ -249,7 +253,8 @@ def _value(path: str, text: str, annotation: Any) -> Any:
         except yaml.YAMLError as error:
             problem = getattr(error, "problem", error)
             raise UsageError(f"{path}={text!r} is no YAML: {problem}") from None
-    if tuple in origins:
+    takes_one = any(typing.get_origin(kind) is not tuple for kind in kinds if kind is not _NONE)
+    if tuple in origins and ("," in text or not takes_one):
         return [part.strip() for part in text.split(",") if part.strip()]
     return text
 
@@ -277,7 +282,7 @@ def _union_setting(spec_class: type[Spec], location: Sequence[Any]) -> tuple[str
         path = f"{path}.{part}".lstrip(".")
         if not _is_spec(field.annotation):
             origin, args = typing.get_origin(field.annotation), typing.get_args(field.annotation)
-            several = len([a for a in args if a is not type(None)]) > 1
+            several = len([a for a in args if a is not _NONE]) > 1
             return path, field if several and origin in (typing.Union, types.UnionType) else None
         spec_class = typing.cast(type[Spec], field.annotation)
     return path, None
@@ -301,6 +306,8 @@ def _error_line(spec_class: type[Spec], problem: Any) -> str:
             f"(accepted: {', '.join(known)})"
         )
     if problem["type"] == "missing":
+        if any(part.isdigit() for part in location):
+            return f"{path}: is required (accepted: {', '.join(known)})"
         flag = f"{path.upper()} or --{path}" if path == _positional(spec_class) else f"--{path}"
         return f"{path}: is required; give it as {flag}"
     message = str(problem["msg"]).removeprefix("Value error, ")
@@ -320,9 +327,13 @@ def _error_line(spec_class: type[Spec], problem: Any) -> str:
 def _known_keys(spec_class: type[Spec], location: list[str]) -> list[str]:
     for name in location:
         field = spec_class.model_fields.get(name)
-        if field is None or not _is_spec(field.annotation):
+        if field is None:
+            # The place of an item in a list, or the key that is wrong.
+            continue
+        below = [a for a in (field.annotation, *typing.get_args(field.annotation)) if _is_spec(a)]
+        if not below:
             break
-        spec_class = typing.cast(type[Spec], field.annotation)
+        spec_class = typing.cast(type[Spec], below[0])
     return list(spec_class.model_fields)
 
 

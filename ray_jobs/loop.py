@@ -265,7 +265,7 @@ class Loop:
     def _feeds(self) -> tuple[TrainingFeed, EvaluationFeed]:
         place = self.place.rank, self.place.num_workers
         options = replace(self.feeding, with_image="image" in self.model.input_names)
-        batch_size = self.spec.train.per_worker_batch_size
+        batch_size = self.spec.train.global_batch_size // self.place.num_workers
         return (
             TrainingFeed(self.folder, self.manifest, self.order, *place, options),
             EvaluationFeed(self.folder, self.manifest, "validation", batch_size, *place, options),

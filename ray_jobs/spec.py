@@ -7,7 +7,15 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
-from mm_model.spec import Fraction, ModelSpec, OptimizerSpec, Positive, Spec
+from mm_model.spec import (
+    Fraction,
+    LossSpec,
+    ModelSpec,
+    OptimizerSpec,
+    Positive,
+    Spec,
+    StageSpec,
+)
 from ray_jobs.batch import num_lanes
 
 Split = Literal["train", "validation", "test"]
@@ -29,6 +37,22 @@ class RunSection(Spec):
     """Seed of the splits, the order of rows, the weights' start, dropout and augmentation."""
     worker_logs: bool = False
     """Print what workers write to their logs, not only their progress and their errors."""
+    tracking: Literal["none", "mlflow"] = "none"
+    """Where parameters, metrics and the model go, beside the run folder; MLflow needs the extra
+    `mlflow`."""
+    tracking_uri: str | None = None
+    """MLflow's server or store; by default $MLFLOW_TRACKING_URI, else a SQLite file beside the
+    runs."""
+    profile_steps: tuple[PositiveInt, PositiveInt] | None = None
+    """First and last step of which rank 0 writes a trace for TensorBoard's profiler, such as
+    10,13."""
+
+    @field_validator("profile_steps")
+    @classmethod
+    def _first_before_last(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
+        if value is not None and value[0] > value[1]:
+            raise ValueError(f"the first step {value[0]} comes after the last {value[1]}")
+        return value
 
     @field_validator("name")
     @classmethod
@@ -161,13 +185,16 @@ class DataSpec(Spec):
         return max(1, min(self.shuffle_window_rows, int(self.buffer_bytes / (4 * row_bytes))))
 
 
-class TrainSpec(OptimizerSpec):
+class TrainSpec(LossSpec, OptimizerSpec):
     """The training loop and its workers."""
 
-    num_workers: PositiveInt = 1
-    """Worker processes, each with its own replica of the model."""
+    num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
+    """Worker processes, each with its own replica of the model; or the least and the most of them,
+    such as 2,8: as many as the cluster has room for, at every start and whenever it grows."""
     use_gpu: bool = False
-    """Give each worker one GPU."""
+    """Give each worker GPUs."""
+    gpus_per_worker: PositiveInt = 1
+    """GPUs of each worker, each with a replica of its own."""
     cpus_per_worker: Positive = 1.0
     """Logical CPUs of each worker; it computes with as many threads."""
     resources_per_worker: dict[str, Positive] = Field(default_factory=dict)
@@ -176,12 +203,38 @@ class TrainSpec(OptimizerSpec):
     """Rows per optimizer step, summed over all workers."""
     epochs: PositiveInt = 50
     """Most passes over the training rows."""
+    stages: tuple[StageSpec, ...] = ()
+    """Freeze the backbone, train the heads, unfreeze it step by step: the stages in order, such as
+    [{epochs: 3, backbone: 0}, {epochs: 5, backbone: 0.3, backbone_rate: 0.1}]."""
     class_weight: Literal["balanced", "none"] = "balanced"
     """Weigh rows so that both classes count the same, by the manifest's counts."""
     monitor: Literal["val/log_loss", "val/roc_auc", "val/pr_auc"] = "val/log_loss"
     """Validation metric that decides which epoch is best."""
     patience: PositiveInt = 10
     """Epochs without a better one before training stops."""
+    clip_norm: Positive | None = None
+    """Largest global norm of a step's gradient, over all workers."""
+    accumulate_steps: PositiveInt = 1
+    """Parts in which each replica computes its rows of a step, to need less memory."""
+    precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
+    """What layers compute in; weights stay float32. float16 scales the loss as it needs to be."""
+    jit_compile: bool = False
+    """Compile the forward and backward pass with XLA."""
+    steps_per_call: PositiveInt = 1
+    """Steps that one call of TensorFlow takes; more of them save time where steps are short."""
+    all_reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What gradients are exchanged as."""
+    all_reduce_bytes: PositiveInt | None = None
+    """Most bytes of one exchange of gradients; by default all of them at once."""
+    deterministic: bool = False
+    """Choose operations that give the same bits each time on a GPU, too; slower."""
+    checkpoint_every_steps: PositiveInt | None = None
+    """Steps between checkpoints, beside one at the end of each epoch: the most that a failure
+    costs."""
+    keep_checkpoints: PositiveInt = 2
+    """Latest checkpoints that are kept; a damaged one is passed over for the one before."""
+    keep_best: PositiveInt = 1
+    """Best epochs whose weights are kept."""
     calibrate: bool = True
     """Fit blend, scale and bias of the logit on the validation split at the end."""
     decision_threshold: Annotated[float, Field(gt=0, lt=1)] | Literal["f1", "balanced_accuracy"] = (
@@ -190,23 +243,63 @@ class TrainSpec(OptimizerSpec):
     """Probability from which a row counts as positive, or what to choose it by on the validation
     split."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
-    """Failures of workers to recover from, each from the latest checkpoint; -1 for any number."""
+    """Failures to recover from, each from the latest checkpoint; -1 for any number. Errors in the
+    data or the settings are not tried again."""
+    max_preemptions: Annotated[int, Field(ge=-1)] = -1
+    """Nodes taken away by the provider to recover from; -1 for any number."""
+    hang_timeout_s: Positive = 900.0
+    """Seconds without a finished step after which a worker counts as hanging, which is a failure;
+    longer than its start and its first step take."""
 
     @model_validator(mode="after")
     def _workers_share_the_batch(self) -> Self:
-        lanes, workers = num_lanes(self.global_batch_size), self.num_workers
-        if lanes % workers:
-            allowed = [n for n in range(1, lanes + 1) if lanes % n == 0]
+        allowed, (low, high) = self.allowed_workers(), self.workers_range
+        if low > high:
+            raise ValueError(f"num_workers={low},{high}: the least is more than the most")
+        if not allowed:
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size} cannot be split into "
+                f"accumulate_steps={self.accumulate_steps} parts for each of "
+                f"{self.replicas_per_worker} replicas"
+            )
+        if not [n for n in allowed if low <= n <= high]:
+            workers = low if low == high else f"{low},{high}"
             raise ValueError(
                 f"num_workers={workers} cannot share global_batch_size="
                 f"{self.global_batch_size} evenly; it can be {', '.join(map(str, allowed))}"
             )
         return self
 
+    @model_validator(mode="after")
+    def _the_last_stage_is_reached(self) -> Self:
+        before = sum(stage.epochs for stage in self.stages[:-1])
+        if before >= self.epochs:
+            raise ValueError(
+                f"stages: those before the last take {before} of epochs={self.epochs}; the last "
+                "one is never reached"
+            )
+        return self
+
     @property
-    def per_worker_batch_size(self) -> int:
-        """Rows of one step on one worker."""
-        return self.global_batch_size // self.num_workers
+    def workers_range(self) -> tuple[int, int]:
+        """Least and most workers."""
+        given = self.num_workers
+        return (given, given) if isinstance(given, int) else given
+
+    @property
+    def replicas_per_worker(self) -> int:
+        """Replicas of the model on one worker."""
+        return self.gpus_per_worker if self.use_gpu else 1
+
+    def allowed_workers(self) -> list[int]:
+        """Return the numbers of workers that can share the global batch evenly, in order."""
+        lanes = num_lanes(self.global_batch_size)
+        parts = self.replicas_per_worker * self.accumulate_steps
+        return [
+            n
+            for n in range(1, lanes + 1)
+            if lanes % n == 0 and self.global_batch_size // n % parts == 0
+        ]
 
 
 class RunSpec(Spec):

@@ -65,8 +65,8 @@ def fit(spec: RunSpec, callbacks: Sequence["UserCallback"] = ()) -> dict[str, An
     train = spec.train
     with cluster.connected(
         spec.run.address,
-        num_cpus=train.num_workers * train.cpus_per_worker,
-        num_gpus=train.num_workers if train.use_gpu else 0,
+        num_cpus=train.workers_range[0] * train.cpus_per_worker,
+        num_gpus=train.workers_range[0] if train.use_gpu else 0,
         worker_logs=spec.run.worker_logs,
         object_store_memory=spec.data.object_store_memory,
     ):
@@ -196,7 +196,7 @@ def _fit_workers(
             train_on_worker,
             train_loop_config={"spec": spec.model_dump(mode="json"), **shared},
             scaling_config=ScalingConfig(
-                num_workers=train.num_workers,
+                num_workers=train.workers_range[0],
                 use_gpu=train.use_gpu,
                 resources_per_worker={
                     "CPU": train.cpus_per_worker,
@@ -345,7 +345,7 @@ def finish(loop: "Loop", outcome: "Outcome", folder: Folder, train_s: float) -> 
             "validation_log_loss_before": before,
         },
         "num_parameters": model.count_params(),
-        "num_workers": spec.train.num_workers,
+        "num_workers": loop.place.num_workers,
         "train_s": train_s,
     }
     folder.write_json(SUMMARY, summary)
@@ -406,12 +406,13 @@ def _title(spec: RunSpec, manifest: Manifest, folder: Folder) -> str:
         inputs.append(f"{len(manifest.numeric_columns)} numbers")
     if model.numeric.kind != "none" and manifest.vocabularies:
         inputs.append(f"{len(manifest.vocabularies)} categories")
-    workers = "1 worker" if train.num_workers == 1 else f"{train.num_workers} workers"
+    num_workers = train.workers_range[0]
+    workers = "1 worker" if num_workers == 1 else f"{num_workers} workers"
     name = escape(str(spec.run.name))
     return (
         f"[bold]{name}[/bold]: {' + '.join(inputs)}, {rows['train']} rows to train on, "
         f"{rows['validation']} to validate\n"
-        f"  {workers} × {train.per_worker_batch_size} rows a step, "
+        f"  {workers} × {train.global_batch_size // num_workers} rows a step, "
         f"at most {train.epochs} epochs → {escape(str(folder))}"
     )
 

@@ -135,7 +135,7 @@ def test_a_flat_spec_takes_flags_without_a_section():
 def test_a_wrong_flag_names_itself_the_nearest_and_the_accepted_ones():
     message = usage_error("--train.epoch", "3")
     assert message.startswith("--train.epoch is no flag; did you mean 'train.epochs'? ")
-    assert "(accepted in train: learning_rate, " in message
+    assert "(accepted in train: optimizer, learning_rate, " in message
     assert ", epochs, " in message
 
 
@@ -158,7 +158,7 @@ def test_a_wrong_flag_of_a_flat_spec_names_all_accepted_ones():
     ("text", "message"),
     [
         ("train: {epoch: 3}",
-         "train.epoch: train has no key 'epoch'; did you mean 'epochs'? (accepted: learning_rate,"),
+         "train.epoch: train has no key 'epoch'; did you mean 'epochs'? (accepted: optimizer,"),
         ("trian: {epochs: 3}",
          "trian: the spec has no key 'trian'; did you mean 'train'? (accepted: run, prepare,"),
         ("model: {image: {knd: tiny}}",
@@ -429,3 +429,14 @@ def test_a_verb_exits_with_1_and_one_line_where_its_data_is_missing(tmp_path):
     assert result.stderr.startswith(f"error: no manifest.json in {tmp_path}/nothing; has ")
     assert result.stderr.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("text", "workers"), [("2", 2), ("1,4", (1, 4)), ("[1, 4]", (1, 4))])
+def test_a_flag_takes_one_number_or_a_pair(text, workers):
+    assert parse(RunSpec, ["--train.num_workers", text]).train.num_workers == workers
+
+
+def test_a_wrong_key_in_a_list_of_sections_is_named_with_the_accepted_ones():
+    message = r"train.stages.0.epochs: is required .*\n.*no key 'epoch'; did you mean 'epochs'\?"
+    with pytest.raises(UsageError, match=message):
+        parse(RunSpec, ["--train.stages", "[{epoch: 3}]"])

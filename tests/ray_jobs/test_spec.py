@@ -97,10 +97,32 @@ def test_workers_that_cannot_share_the_batch_are_told_which_numbers_can(batch, w
         TrainSpec(global_batch_size=batch, num_workers=workers)
 
 
-@pytest.mark.parametrize("workers", [1, 2, 4, 8, 16, 32])
-def test_workers_share_the_rows_of_a_step(workers):
-    spec = TrainSpec(global_batch_size=32, num_workers=workers)
-    assert spec.per_worker_batch_size * workers == 32
+def test_between_the_least_and_the_most_workers_one_number_must_share_the_batch():
+    spec = TrainSpec(global_batch_size=32, num_workers=(3, 9))
+    assert spec.workers_range == (3, 9)
+    with pytest.raises(ValueError, match="num_workers=5,7 cannot share global_batch_size=32"):
+        TrainSpec(global_batch_size=32, num_workers=(5, 7))
+    with pytest.raises(ValueError, match="num_workers=4,2: the least is more than the most"):
+        TrainSpec(global_batch_size=32, num_workers=(4, 2))
+
+
+def test_replicas_and_parts_of_a_step_must_share_it_too():
+    gpus = {"use_gpu": True, "gpus_per_worker": 2}
+    assert TrainSpec(global_batch_size=16, **gpus, accumulate_steps=2).allowed_workers() == [
+        1,
+        2,
+        4,
+    ]
+    message = "cannot be split into accumulate_steps=3 parts for each of 2 replicas"
+    with pytest.raises(ValueError, match=message):
+        TrainSpec(global_batch_size=32, **gpus, accumulate_steps=3)
+
+
+def test_stages_must_all_be_reached():
+    stages = [{"epochs": 3, "backbone": 0}, {"epochs": 1}]
+    assert TrainSpec.model_validate({"epochs": 4, "stages": stages}).stages[0].backbone == 0
+    with pytest.raises(ValueError, match="those before the last take 3 of epochs=3"):
+        TrainSpec.model_validate({"epochs": 3, "stages": stages})
 
 
 def test_fractions_that_leave_nothing_to_train_on_are_refused():
