@@ -1,12 +1,13 @@
 """The report and some images → inspect.html: one file that needs no network.
 
 Light or dark as the reader's device is, one column on a phone. Everything that comes from the data
-is escaped, and the page may load nothing and run nothing.
+is escaped, and the page may load nothing and run nothing. Its looks are in page.css.
 """
 
 import base64
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
+from importlib import resources
 
 from ray_jobs.inspection.facts import (
     CategoryFacts,
@@ -24,78 +25,6 @@ Images = Mapping[tuple[Split, int, str], bytes]
 
 _PAIRS_SHOWN = 12
 _NONE = "–"
-
-_CSS = """
-:root{color-scheme:light dark;--page:#f5f6f8;--card:#fff;--ink:#1f2a35;--muted:#66727e;
---line:#e2e6ea;--train:#2a6fbb;--validation:#d9722b;--test:#2a9868;--warn:#b3261e;
---warn-back:#fdecea;--good:#1d7a46;--bar:#dfe8f3}
-@media(prefers-color-scheme:dark){:root{--page:#14181d;--card:#1d2329;--ink:#e4e9ee;
---muted:#98a4b0;--line:#313a43;--train:#6aa9ee;--validation:#f0995a;--test:#5cc796;--warn:#ff8a80;
---warn-back:#3a2220;--good:#6fd49c;--bar:#2c3c4e}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--page);color:var(--ink);
-font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-main{max-width:1160px;margin:0 auto;padding:24px 16px 60px}
-h1{font-size:24px;margin:0;overflow-wrap:anywhere}
-h2{font-size:19px;margin:38px 0 10px}
-h3{font-size:15px;margin:0 0 6px;overflow-wrap:anywhere}
-p{margin:4px 0 10px}
-.muted{color:var(--muted)}
-.small{font-size:13px}
-.card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:14px 16px;
-min-width:0}
-.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,460px),1fr));gap:14px}
-.scroll{overflow-x:auto}
-table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
-th{font-weight:500;color:var(--muted);text-align:right;font-size:13px}
-td{text-align:right;white-space:nowrap}
-th,td{padding:4px 0 4px 12px;border-top:1px solid var(--line)}
-thead th{border-top:0}
-th:first-child,td:first-child{text-align:left;padding-left:0}
-.findings{list-style:none;margin:16px 0 0;padding:0}
-.findings li{padding:8px 12px 8px 34px;border-radius:8px;margin:6px 0;position:relative;
-background:var(--card);border:1px solid var(--line);overflow-wrap:anywhere}
-.findings li::before{position:absolute;left:13px;font-weight:700;content:"·"}
-.findings .warning{background:var(--warn-back);border-color:transparent}
-.findings .warning::before{content:"!";color:var(--warn)}
-.picture,.picture+.grid{margin-top:14px}
-.good{color:var(--good);font-weight:600}
-.flag{color:var(--warn);font-weight:600}
-.train{color:var(--train)}.validation{color:var(--validation)}.test{color:var(--test)}
-.dot{white-space:nowrap}
-.dot::before{content:"";display:inline-block;width:9px;height:9px;border-radius:3px;
-background:currentColor;margin-right:6px}
-.stack{display:flex;height:9px;border-radius:5px;overflow:hidden;min-width:90px;
-background:var(--bar)}
-.stack i{background:var(--train)}
-svg{display:block;width:100%;height:96px;margin:2px 0}
-svg path{vector-effect:non-scaling-stroke;stroke:currentColor;stroke-width:1.8;fill:none}
-svg path.train{fill:currentColor;fill-opacity:.16;stroke-opacity:.75}
-.axis{display:flex;justify-content:space-between;border-top:1px solid var(--line);
-font-size:12px;color:var(--muted);margin-bottom:8px}
-.sheet{display:grid;grid-template-columns:repeat(auto-fill,minmax(104px,1fr));gap:10px}
-figure{margin:0;min-width:0}
-figure img,.lost{width:100%;aspect-ratio:1;object-fit:contain;border-radius:6px;display:block;
-border:1px solid var(--line);background:var(--bar)}
-figcaption{font-size:12px;line-height:1.35;margin-top:3px;overflow:hidden;text-overflow:ellipsis}
-.key{display:block;white-space:nowrap;overflow:hidden;text-overflow:ellipsis}
-.strip{display:flex;gap:3px}.strip>*{flex:1;min-width:0}
-.pairs{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,250px),1fr));gap:14px}
-.pair{display:grid;grid-template-columns:1fr 1fr;gap:8px}
-.pair p{grid-column:1/-1;margin:0}
-.words td:first-child{max-width:150px;overflow:hidden;text-overflow:ellipsis}
-.drift tr:not(:nth-child(3n+1)) td{border-top:0;padding-top:0}
-.drift td:first-child{white-space:normal;overflow-wrap:anywhere}.drift b{font-weight:500}
-.bad td,.bad th{text-align:left}
-.bad td{white-space:normal;overflow-wrap:anywhere;min-width:90px;vertical-align:top}
-.sheet.wide{grid-template-columns:repeat(auto-fill,minmax(min(100%,250px),1fr))}
-@media(max-width:520px){main{padding:16px 10px 40px}.card{padding:12px}h2{margin-top:30px}
-table.small{font-size:12px}table.small th{font-size:11px}
-table.small th,table.small td{padding-left:7px}
-table.small th:first-child,table.small td:first-child{padding-left:0}
-table.small .dot::before{margin-right:4px}.words td:first-child{max-width:104px}
-.sheet{grid-template-columns:repeat(auto-fill,minmax(84px,1fr))}}
-"""
 
 
 def html(report: Report, images: Images) -> str:
@@ -117,12 +46,13 @@ def html(report: Report, images: Images) -> str:
         *_quarantine(report),
         *_method(report),
     ]
+    css = resources.files("ray_jobs.inspection").joinpath("page.css").read_text("utf-8")
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Inspection of {escape(report.prepared)}</title><style>{_CSS}</style></head>\n"
+        f"<title>Inspection of {escape(report.prepared)}</title><style>\n{css}</style></head>\n"
         "<body><main>\n" + "\n".join(sections) + "\n</main></body></html>\n"
     )
 
