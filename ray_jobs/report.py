@@ -23,7 +23,27 @@ VAL_PR_AUC = "val/pr_auc"
 VAL_ACCURACY = "val/accuracy"
 ROWS_PER_S = "data/rows_per_s"
 DATA_WAIT_S = "data/wait_s"
+GRADIENT_NORM = "train/gradient_norm"
+
 EPOCH_S = "time/epoch_s"
+STEP_S = "time/step_s"
+COLLECTIVE_S = "time/collective_s"
+VALIDATION_S = "time/validation_s"
+CHECKPOINT_S = "time/checkpoint_s"
+
+STARTUP_S = "time/startup_s"
+STARTUP_RAY_S = "startup/ray_s"
+STARTUP_WORKERS_S = "startup/workers_s"
+STARTUP_IMPORTS_S = "startup/imports_s"
+STARTUP_BUILD_S = "startup/build_s"
+STARTUP_FIRST_STEP_S = "startup/first_step_s"
+
+WORKER_BYTES = "memory/worker_bytes"
+NODE_MEMORY_FRACTION = "memory/node_used_fraction"
+CPU_CORES = "cpu/process_cores"
+GPU_UTILIZATION = "gpu/utilization"
+GPU_BYTES = "gpu/memory_bytes"
+GPU_PEAK_BYTES = "gpu/memory_peak_bytes"
 
 Event = dict[str, Any]
 
