@@ -6,12 +6,12 @@ Leaves: `tensorboard/plugins/profile/TIME/HOST.xplane.pb` in the run folder, whi
 
 import logging
 import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
 from ray_jobs.storage import Folder
-
-TENSORBOARD = "tensorboard"
+from ray_jobs.tracking import TENSORBOARD
 
 _log = logging.getLogger(__name__)
 
@@ -24,10 +24,16 @@ class Profiler:
     Args:
         folder: of the run.
         steps: first and last step to trace, where 1 is the first of the run; None for none.
+        warn: takes a text for the user when that fails; by default logged.
     """
 
-    def __init__(self, folder: Folder, steps: tuple[int, int] | None) -> None:
-        self.folder, self.steps = folder, steps
+    def __init__(
+        self,
+        folder: Folder,
+        steps: tuple[int, int] | None,
+        warn: Callable[[str], None] = _log.warning,
+    ) -> None:
+        self.folder, self.steps, self._warn = folder, steps, warn
         self._trace: ExitStack | None = None
         self._step = ExitStack()
 
@@ -89,7 +95,7 @@ class Profiler:
         except tf.errors.OpError as error:
             stack.close()
             self.steps = None
-            _log.warning("no trace of steps: %s", error)
+            self._warn(f"no trace of steps: {error}")
             return
 
         def stop() -> None:
@@ -98,7 +104,7 @@ class Profiler:
                 profiler.stop()
                 self.folder.upload(local, TENSORBOARD)
             except (tf.errors.OpError, OSError) as error:
-                _log.warning("the trace of steps was lost: %s", error)
+                self._warn(f"the trace of steps was lost: {error}")
 
         stack.callback(stop)
         self._trace = stack
