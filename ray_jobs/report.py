@@ -4,6 +4,7 @@ Rank 0 posts events to a board; the driver reads the board and shows them.  Tune
 keys, so they stand here once.
 """
 
+import textwrap
 import threading
 import time
 from collections.abc import Iterator
@@ -17,27 +18,24 @@ EPOCH = "epoch"
 STEP = "step"
 TRAIN_LOSS = "train/loss"
 LEARNING_RATE = "train/learning_rate"
+GRADIENT_NORM = "train/gradient_norm"
 VAL_LOG_LOSS = "val/log_loss"
 VAL_ROC_AUC = "val/roc_auc"
 VAL_PR_AUC = "val/pr_auc"
 VAL_ACCURACY = "val/accuracy"
 ROWS_PER_S = "data/rows_per_s"
 DATA_WAIT_S = "data/wait_s"
-GRADIENT_NORM = "train/gradient_norm"
-
 EPOCH_S = "time/epoch_s"
 STEP_S = "time/step_s"
 COLLECTIVE_S = "time/collective_s"
 VALIDATION_S = "time/validation_s"
 CHECKPOINT_S = "time/checkpoint_s"
-
 STARTUP_S = "time/startup_s"
 STARTUP_RAY_S = "startup/ray_s"
 STARTUP_WORKERS_S = "startup/workers_s"
 STARTUP_IMPORTS_S = "startup/imports_s"
 STARTUP_BUILD_S = "startup/build_s"
 STARTUP_FIRST_STEP_S = "startup/first_step_s"
-
 WORKER_BYTES = "memory/worker_bytes"
 NODE_MEMORY_FRACTION = "memory/node_used_fraction"
 CPU_CORES = "cpu/process_cores"
@@ -48,6 +46,8 @@ GPU_PEAK_BYTES = "gpu/memory_peak_bytes"
 Event = dict[str, Any]
 
 _POLL_S = 0.25
+_STARTING = "starting workers"
+_UNBROKEN = "\N{NO-BREAK SPACE}"
 
 
 def is_better(key: str, value: float, than: float | None) -> bool:
@@ -121,7 +121,7 @@ def shown(board: Any, title: str) -> Iterator[None]:
 
 
 class Screen:
-    """A line for each epoch, and on a terminal a bar for the steps in between."""
+    """A line for each epoch and incident, and on a terminal a bar for the steps in between."""
 
     def __init__(self, title: str, console: "Console | None" = None) -> None:
         from rich.console import Console
@@ -131,6 +131,7 @@ class Screen:
         self.title = title
         self.started = time.monotonic()
         self.header_shown = False
+        self.saved = ""
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -140,7 +141,7 @@ class Screen:
             transient=True,
             disable=not self.console.is_terminal,
         )
-        self.task = self.bar.add_task("starting workers", total=None, speed="")
+        self.task = self.bar.add_task(_STARTING, total=None, speed="")
 
     def __enter__(self) -> "Screen":
         self.console.print(self.title, soft_wrap=True)
@@ -151,25 +152,72 @@ class Screen:
         self.bar.stop()
 
     def show(self, event: Event) -> None:
-        """Show one event: `step`, `epoch` or `note`."""
-        if event["kind"] == "step":
-            self.bar.update(
-                self.task,
-                description=f"epoch {event[EPOCH] + 1}",
-                completed=event["done"],
-                total=event["total"],
-                speed=f"{event[ROWS_PER_S]:,.0f} rows/s  loss {event[TRAIN_LOSS]:.4f}",
+        """Show one event; one of an unknown kind is left out."""
+        show = {
+            "step": self._step,
+            "epoch": self._epoch,
+            "note": self._note,
+            "stage": self._note,
+            "startup": self._startup,
+            "checkpoint": self._checkpoint,
+            "failure": self._failure,
+        }.get(event["kind"])
+        if show is not None:
+            show(event)
+
+    def _step(self, event: Event) -> None:
+        self.bar.update(
+            self.task,
+            description=f"epoch {event[EPOCH] + 1}",
+            completed=event["done"],
+            total=event["total"],
+            speed=f"{event[ROWS_PER_S]:,.0f} rows/s  loss {event[TRAIN_LOSS]:.4f}{self.saved}",
+        )
+
+    def _epoch(self, event: Event) -> None:
+        if not self.header_shown:
+            self.header_shown = True
+            self.console.print(
+                "  epoch   step  rows/s  data wait  train loss  val loss  val AUC  val acc",
+                style="bold",
             )
-        elif event["kind"] == "note":
-            self.console.print(f"  [dim]{event['text']}[/dim]")
-        elif event["kind"] == "epoch":
-            if not self.header_shown:
-                self.header_shown = True
-                self.console.print(
-                    "  epoch   step  rows/s  data wait  train loss  val loss  val AUC  val acc",
-                    style="bold",
-                )
-            self.console.print(_epoch_line(event))
+        self.console.print(_epoch_line(event))
+
+    def _note(self, event: Event) -> None:
+        self._print(event["text"], "dim")
+
+    def _startup(self, event: Event) -> None:
+        parts, names = event["parts"], {"ray": "Ray", "first_step": "first step"}
+        each = [f"{names.get(name, name)} {s:.1f}" for name, s in parts.items()]
+        # Lines break between the parts, not in them.
+        text = ", ".join(part.replace(" ", _UNBROKEN) for part in each)
+        self._print(f"started in {sum(parts.values()):.1f} s: {text}", "dim")
+
+    def _checkpoint(self, event: Event) -> None:
+        self.saved = f"  saved at {event['step']:,}"
+
+    def _failure(self, event: Event) -> None:
+        most = f" of at most {event['most']}" if event["most"] >= 0 else ""
+        self._print(f"failure {event['attempt']}{most}: {event['text']}", "yellow")
+        self.bar.tasks[0].total = None
+        self.bar.reset(self.task, description=_STARTING, speed="")
+
+    def _print(self, text: str, style: str) -> None:
+        """Print a paragraph, whose further lines stand a little further in."""
+        from rich.text import Text
+
+        lines = textwrap.wrap(
+            text,
+            self.console.width,
+            initial_indent="  ",
+            subsequent_indent="    ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        shown = "\n".join(lines).replace(_UNBROKEN, " ")
+        # As a Text, since the texts of errors are no markup, and since a style of the whole print
+        # would colour the bar below, too.
+        self.console.print(Text(shown, style=style))
 
 
 def _epoch_line(record: Event) -> str:

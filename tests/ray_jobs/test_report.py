@@ -107,6 +107,81 @@ def test_a_terminal_shows_the_steps_of_an_epoch():
         assert text in file.getvalue()
 
 
+PARTS = {"ray": 4.2, "workers": 6.0, "imports": 7.5, "build": 3.44, "first_step": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("width", "lines"),
+    [
+        (90, ["  started in 23.1 s: Ray 4.2, workers 6.0, imports 7.5, build 3.4, "
+              "first step 2.0"]),
+        (80, ["  started in 23.1 s: Ray 4.2, workers 6.0, imports 7.5, build 3.4,",
+              "    first step 2.0"]),
+    ],
+)  # fmt: skip
+def test_a_start_is_a_line_with_its_parts(width, lines):
+    screen, file = screen_of(width)
+    with screen:
+        screen.show({"kind": "startup", "parts": PARTS})
+    assert file.getvalue().splitlines()[1:] == lines
+
+
+@pytest.mark.parametrize(
+    ("most", "begins"),
+    [(3, "  failure 1 of at most 3: worker 1 died"), (-1, "  failure 1: worker 1 died"),
+     (0, "  failure 1 of at most 0: worker 1 died")],
+)  # fmt: skip
+def test_a_failure_is_counted_and_its_text_is_no_markup(most, begins):
+    screen, file = screen_of(60)
+    text = "worker 1 died: [node 10.0.0.3] [red]was taken away[/red] by\n its provider"
+    with screen:
+        screen.show({"kind": "failure", "text": text, "attempt": 1, "most": most})
+    _, *lines = file.getvalue().splitlines()
+    assert lines[0].startswith(begins)
+    assert all(line.startswith("    ") for line in lines[1:])
+    assert text.split() == " ".join(lines).split(": ", 1)[1].split()
+
+
+def test_a_failure_is_yellow_and_puts_the_bar_back_to_the_start():
+    file = io.StringIO()
+    screen = Screen("a run", Console(file=file, width=100, force_terminal=True))
+    with screen:
+        screen.show({"kind": "step", report.EPOCH: 0, "done": 7, "total": 40,
+                     report.ROWS_PER_S: 100.0, report.TRAIN_LOSS: 0.7})  # fmt: skip
+        screen.show({"kind": "failure", "text": "worker 1 died", "attempt": 1, "most": 3})
+        assert "\x1b[33m  failure 1 of at most 3: worker 1 died\x1b[0m\n" in file.getvalue()
+        assert "\x1b[33mstarting" not in file.getvalue()
+        file.truncate(0)
+        screen.bar.refresh()
+        assert "starting workers" in file.getvalue()
+        assert "0/?" in file.getvalue()
+
+
+def test_a_checkpoint_is_seen_in_the_bar_alone():
+    file = io.StringIO()
+    screen = Screen("a run", Console(file=file, width=100, force_terminal=True))
+    step = {"kind": "step", report.EPOCH: 0, "done": 7, "total": 40,
+            report.ROWS_PER_S: 100.0, report.TRAIN_LOSS: 0.7}  # fmt: skip
+    with screen:
+        screen.show({"kind": "checkpoint", "step": 1040})
+        screen.show(step)
+        screen.bar.refresh()
+    assert "loss 0.7000  saved at 1,040" in file.getvalue()
+    screen, plain = screen_of(100)
+    with screen:
+        screen.show({"kind": "checkpoint", "step": 1040})
+        screen.show(step)
+    assert plain.getvalue() == "a run\n"
+
+
+def test_a_stage_is_a_line_and_an_event_of_another_kind_is_none():
+    screen, file = screen_of(80)
+    with screen:
+        screen.show({"kind": "stage", "text": "epochs 1 to 3: backbone [frozen]"})
+        screen.show({"kind": "of a later version"})
+    assert file.getvalue().splitlines() == ["a run", "  epochs 1 to 3: backbone [frozen]"]
+
+
 # -- the board ------------------------------------------------------------------------------------
 
 
