@@ -13,7 +13,9 @@ The data's way, in running order:
     batch.py        the contract of one batch
     loop.py         what one worker does: strategy, build, step, epoch
     checkpoint.py   what is saved, and how it is restored
-    report.py       metrics, history, progress on the terminal
+    report.py       the keys of the history, progress on the terminal
+    tracking.py     history files, TensorBoard, MLflow (mlflow_run.py; resources.py and profile.py
+                    say what a worker uses and where its steps spend their time)
     train.py        job: the `TensorflowTrainer` around the loop, the run folder
     inference.py    run folder + rows → probabilities, exactly one a row
     evaluate.py     job: a split's metrics and plots      (metrics.py plots.py)
