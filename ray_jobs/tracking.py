@@ -9,6 +9,7 @@ history each time, so that nothing stays of what an interrupted attempt wrote fu
 
 import json
 import logging
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -87,7 +88,7 @@ class Tracker:
             record: of this epoch.
             history: all records of the run so far, in order; this one is the last.
         """
-        self.folder.write_text(HISTORY, "".join(json.dumps(epoch) + "\n" for epoch in history))
+        self.folder.write_text(HISTORY, "".join(_line(epoch) for epoch in history))
         self.folder.write_bytes(HISTORY_TABLE, _parquet(history))
         if self._board is None:
             self._board = TensorBoard(self.folder, history[:-1])
@@ -155,6 +156,15 @@ class TensorBoard:
             for key, value in record.items():
                 if isinstance(value, float):
                     tf.summary.scalar(key, value)
+
+
+def _line(record: Record) -> str:
+    """Return a line of JSON, which has no infinity: null where a number is not finite."""
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in record.items()
+    }
+    return json.dumps(finite, allow_nan=False) + "\n"
 
 
 def _parquet(history: Sequence[Record]) -> bytes:

@@ -137,6 +137,19 @@ def test_a_remote_run_folder_has_a_copy_after_each_epoch(tmp_path):
             assert len(scalars(copy)[report.TRAIN_LOSS]) == count
 
 
+def test_a_number_that_is_not_finite_is_null_in_json_and_no_point_in_mlflow(runs):
+    # What the norm of a gradient is in a step that float16 could not hold.
+    epoch = record(0, **{report.GRADIENT_NORM: float("inf")})
+    with Tracker(Folder(runs / "first"), spec_in(runs)) as tracker:
+        tracker.write(epoch, (epoch,))
+    line = json.loads((runs / "first/history.jsonl").read_text())
+    assert line == {**epoch, report.GRADIENT_NORM: None}
+    table = pq.read_table(runs / "first/history.parquet")
+    assert table[report.GRADIENT_NORM].to_pylist() == [float("inf")]
+    assert points(runs, report.GRADIENT_NORM) == []
+    assert points(runs, report.TRAIN_LOSS) == [(0, 0.5)]
+
+
 # -- MLflow ---------------------------------------------------------------------------------------
 
 
