@@ -1,0 +1,91 @@
+import keras
+import numpy as np
+import pytest
+
+import mm_model
+from mm_model.branches.image_application import make_backbone
+from tests.mm_model.examples import SMALLEST_OF_EACH_FAMILY
+
+
+@pytest.mark.parametrize("kind", [k for k in SMALLEST_OF_EACH_FAMILY if k != "tiny"])
+def test_every_backbone_sees_the_range_that_it_was_trained_on(kind):
+    """The first convolution's input, for black and white, as each family's papers have it."""
+    model = mm_model.create_model((32, 32, 3), (3,), image={"kind": kind, "weights": None})
+    backbone = model.network.get_layer(kind)
+    first = next(
+        x
+        for x in backbone.layers
+        if isinstance(x, keras.layers.Conv2D | keras.layers.DepthwiseConv2D)
+    )
+    # ConvNeXt's first convolution is inside a block; its preprocessing stands right before.
+    probe = backbone.layers[1].output if kind == "convnext_tiny" else first.input
+    seen = keras.Model(backbone.input, probe)
+    pixels = np.stack([np.zeros((32, 32, 3)), np.full((32, 32, 3), 255)]).astype("float32")
+    if kind == "resnet50":
+        pixels = np.asarray(model.network.get_layer("image_range")(pixels))
+    inner = np.asarray(seen(pixels))[:, 10:20, 10:20]
+    low, high = inner[0].mean((0, 1)), inner[1].mean((0, 1))
+    expected = {
+        "efficientnet_b0": ([0] * 3, [1] * 3),
+        "efficientnet_v2_b0": (
+            -np.divide([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+            np.divide(np.subtract(1, [0.485, 0.456, 0.406]), [0.229, 0.224, 0.225]),
+        ),
+        "mobilenet_v3_small": ([-1] * 3, [1] * 3),
+        "convnext_tiny": (
+            -np.divide([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+            np.divide(np.subtract(1, [0.485, 0.456, 0.406]), [0.229, 0.224, 0.225]),
+        ),
+        "resnet50": ([-103.939, -116.779, -123.68], [151.061, 138.221, 131.32]),
+    }[kind]
+    np.testing.assert_allclose(low, expected[0], atol=1e-2)
+    np.testing.assert_allclose(high, expected[1], atol=1e-2)
+
+
+def test_a_local_efficientnet_file_gets_the_scale_that_imagenet_weights_get(tmp_path):
+    backbone = keras.applications.EfficientNetB0(
+        include_top=False, weights=None, input_shape=(32, 32, 3)
+    )
+    normalization = next(x for x in backbone.layers if isinstance(x, keras.layers.Normalization))
+    mean, deviation = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    normalization.adapt_mean.assign(mean)
+    normalization.adapt_variance.assign(deviation)  # as the files of keras.applications have it
+    path = tmp_path / "b0.weights.h5"
+    backbone.save_weights(path)
+    for uri in (str(path), path.as_uri()):
+        loaded = make_backbone("efficientnet_b0", (32, 32, 3), uri, synchronized=False)
+        inside = next(x for x in loaded.layers if isinstance(x, keras.layers.Normalization))
+        seen = np.asarray(keras.Model(loaded.input, inside.output)(np.full((1, 32, 32, 3), 255.0)))
+        np.testing.assert_allclose(
+            seen[0, 0, 0], np.divide(np.subtract(1, mean), deviation), rtol=1e-4
+        )
+
+
+def test_weights_of_a_file_are_the_ones_that_were_saved(tmp_path):
+    first = make_backbone("mobilenet_v3_small", (32, 32, 3), None, synchronized=False)
+    first.save_weights(tmp_path / "w.weights.h5")
+    for synchronized in (False, True):
+        again = make_backbone(
+            "mobilenet_v3_small", (32, 32, 3), str(tmp_path / "w.weights.h5"), synchronized
+        )
+        for a, b in zip(first.get_weights(), again.get_weights(), strict=True):
+            np.testing.assert_array_equal(a, b)
+    norms = [x for x in again.layers if isinstance(x, keras.layers.BatchNormalization)]
+    assert norms
+    assert all(norm.synchronized for norm in norms)
+
+
+def test_a_failed_download_names_the_other_ways(monkeypatch):
+    def offline(**_):
+        raise Exception("URL fetch failure")
+
+    monkeypatch.setattr(keras.applications, "EfficientNetB0", offline)
+    with pytest.raises(
+        OSError, match=r"could not be downloaded.*to a file that you have, or to none"
+    ):
+        make_backbone("efficientnet_b0", (32, 32, 3), "imagenet", synchronized=False)
+
+
+def test_a_weights_file_that_is_not_there_names_the_other_ways():
+    with pytest.raises(OSError, match=r"no file nowhere\.h5.*imagenet, or to none"):
+        make_backbone("efficientnet_b0", (32, 32, 3), "nowhere.h5", synchronized=False)

@@ -1,0 +1,57 @@
+"""Rows and models that several tests share."""
+
+import numpy as np
+
+import mm_model
+from mm_model.spec import NO_AUGMENTATION
+from mm_model.statistics import Vocabulary
+
+SMALLEST_OF_EACH_FAMILY = {
+    "tiny": 16,
+    "efficientnet_b0": 32,
+    "efficientnet_v2_b0": 32,
+    "mobilenet_v3_small": 32,
+    "convnext_tiny": 32,
+    "resnet50": 32,
+}
+UNTRAINED = {"image": {"kind": "tiny", "weights": None}}
+NO_CHANCE = {
+    **UNTRAINED,
+    "augmentation": NO_AUGMENTATION.model_dump(),
+    "dropout": 0,
+    "fusion": {"modality_dropout": 0},
+}
+COLOUR = Vocabulary(column="colour", words=("blue", "green", "red"))
+
+
+def rows(
+    count: int = 16, size: int = 16, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    numbers = rng.normal(size=(count, 3)) * [1, 10, 100]
+    y = (numbers[:, 0] > 0).astype(int)
+    y[:2] = 0, 1
+    numbers[rng.random(numbers.shape) < 0.1] = np.nan
+    return rng.integers(0, 256, (count, size, size, 3), dtype=np.uint8), numbers, y
+
+
+def rows_of_everything(
+    count: int = 16, num_images: int = 3, size: int = 16
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Inputs by name, several images a row among them, some of which are missing."""
+    rng = np.random.default_rng(7)
+    _, numbers, y = rows(count)
+    image = rng.integers(0, 256, (count, num_images, size, size, 3), dtype=np.uint8)
+    mask = (rng.random((count, num_images)) < 0.6).astype(np.float32)
+    mask[np.arange(count), rng.integers(0, num_images, count)] = 1
+    category = rng.integers(0, COLOUR.num_codes, (count, 1)).astype(np.int32)
+    return {"image": image, "image_mask": mask, "numeric": numbers, "category": category}, y
+
+
+def told_apart(model: mm_model.FusionModel) -> mm_model.FusionModel:
+    """Give heads that start at zero weights by which different features give different logits."""
+    rng = np.random.default_rng(3)
+    for name in model.heads:
+        head = model.network.get_layer(f"{name}_head")
+        head.set_weights([rng.normal(size=w.shape) for w in head.get_weights()])
+    return model
