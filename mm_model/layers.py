@@ -12,6 +12,7 @@ import keras
 import numpy as np
 from keras import KerasTensor, layers, ops
 
+from mm_model import draws
 from mm_model.spec import AugmentationSpec, ModelSpec
 from mm_model.statistics import NumericStatistics, Vocabulary
 
@@ -39,7 +40,7 @@ class Blocks:
         y_BF = self.kernel(x_BF, units, f"{name}_dense")
         y_BF = self.batch_norm(f"{name}_bn")(y_BF)
         y_BF = layers.Activation("relu", name=f"{name}_relu")(y_BF)
-        y_BF = layers.Dropout(self.dropout, name=f"{name}_dropout")(y_BF)
+        y_BF = RowDropout(self.dropout, name=f"{name}_dropout")(y_BF)
         if not skip:
             return y_BF
         if x_BF.shape[-1] != units:
@@ -58,6 +59,31 @@ class Blocks:
     def logit(self, x_BF: KerasTensor, name: str) -> KerasTensor:
         """Return one logit a row, starting at the same for every row."""
         return layers.Dense(1, kernel_initializer="zeros", name=name, dtype="float32")(x_BF)
+
+
+@register
+class RowDropout(layers.Dropout):
+    """Dropout whose draws for a row do not depend on how many replicas share the batch.
+
+    Takes what `keras.layers.Dropout` takes and, with one replica, drops what that drops; draws are
+    float32 under mixed precision too, where few bits would drop another share than `rate`. A
+    `noise_shape` whose first entry is 1 drops the same of every row, on every replica.
+    """
+
+    def call(self, inputs: Any, training: bool = False) -> Any:
+        """Drop while training."""
+        if not training or not self.rate:
+            return inputs
+        if self.rate == 1:
+            return ops.zeros_like(inputs)
+        given = self.noise_shape or (None,) * len(inputs.shape)
+        of_inputs: Any = ops.shape(inputs)
+        shape = [n if size is None else size for size, n in zip(given, of_inputs, strict=True)]
+        if given[0] == 1:
+            draw: Any = keras.random.uniform(shape, dtype="float32", seed=self.seed_generator)
+        else:
+            draw = draws.uniform(shape, self.seed_generator)
+        return ops.where(draw >= self.rate, inputs * (1 / (1 - self.rate)), 0)
 
 
 @register
@@ -197,7 +223,7 @@ class CategoryEmbedding(layers.Layer):
         return ops.concatenate(features, axis=1)
 
     def _hide(self, codes_BC: Any) -> Any:
-        draw_BC: Any = keras.random.uniform(ops.shape(codes_BC), seed=self.seed_generator)
+        draw_BC: Any = draws.uniform(ops.shape(codes_BC), self.seed_generator)
         hidden_BC = ops.where(
             draw_BC < self.dropout / 2,
             Vocabulary.UNKNOWN,
@@ -306,7 +332,7 @@ class ModalityDropout(layers.Layer):
         if not training or not self.rate:
             return first_BF, second_BF
         shape: Any = ops.shape(first_BF)
-        draw_B1: Any = keras.random.uniform((shape[0], 1), seed=self.seed_generator)
+        draw_B1: Any = draws.uniform((shape[0], 1), self.seed_generator)
         keep_first_B1 = ops.cast(draw_B1 >= self.rate / 2, first_BF.dtype)
         keep_second_B1 = ops.cast(draw_B1 < 1 - self.rate / 2, second_BF.dtype)
         return first_BF * keep_first_B1, second_BF * keep_second_B1

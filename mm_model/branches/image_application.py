@@ -13,7 +13,7 @@ import keras
 import numpy as np
 from keras import KerasTensor, layers
 
-from mm_model.layers import Blocks, register
+from mm_model.layers import Blocks, RowDropout, register
 from mm_model.spec import ImageSpec
 
 APPLICATIONS = {
@@ -44,7 +44,7 @@ def build(image_BHWC: KerasTensor, kind: str, spec: ImageSpec, blocks: Blocks) -
     x = backbone(x)
     pooled_BF = layers.GlobalAveragePooling2D(name="image_pool")(x)
     tokens_BTF = layers.Reshape((-1, x.shape[-1]), name="image_tokens")(x)
-    pooled_BF = layers.Dropout(blocks.dropout, name="image_dropout")(pooled_BF)
+    pooled_BF = RowDropout(blocks.dropout, name="image_dropout")(pooled_BF)
     pooled_BF = blocks.dense(pooled_BF, spec.units, "image_top")
     return {"pooled": pooled_BF, "tokens": tokens_BTF}
 
@@ -91,7 +91,7 @@ def make_backbone(
     backbone.name = kind
     if weights and weights != "imagenet":
         load_backbone_weights(backbone, kind, weights)
-    return _with_synchronized_batch_norm(backbone) if synchronized else backbone
+    return _with_layers_of_ours(backbone, synchronized)
 
 
 def load_backbone_weights(backbone: keras.Model, kind: str, weights: str) -> None:
@@ -141,13 +141,23 @@ def _fold_imagenet_scale(backbone: keras.Model) -> None:
         normalization.finalize_state()
 
 
-def _with_synchronized_batch_norm(backbone: keras.Model) -> keras.Model:
+def _with_layers_of_ours(backbone: keras.Model, synchronized: bool) -> keras.Model:
+    """Return a backbone whose dropout draws by rows and whose batch norms are as asked."""
+
+    def differs(layer: layers.Layer) -> bool:
+        if isinstance(layer, layers.BatchNormalization):
+            return synchronized and not layer.synchronized
+        return type(layer) is layers.Dropout
+
     def clone(layer: layers.Layer) -> layers.Layer:
         config = layer.get_config()
         if isinstance(layer, layers.BatchNormalization):
-            config["synchronized"] = True
-        return layer.__class__.from_config(config)
+            config["synchronized"] = synchronized
+        kind = RowDropout if type(layer) is layers.Dropout else type(layer)
+        return kind.from_config(config)
 
+    if not any(differs(layer) for layer in backbone.layers):
+        return backbone
     cloned = keras.models.clone_model(backbone, clone_function=clone)
     cloned.set_weights(backbone.get_weights())
     for layer in cloned.layers:

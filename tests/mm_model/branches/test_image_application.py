@@ -4,6 +4,7 @@ import pytest
 
 import mm_model
 from mm_model.branches.image_application import make_backbone
+from mm_model.layers import RowDropout
 from tests.mm_model.examples import SMALLEST_OF_EACH_FAMILY
 
 
@@ -89,3 +90,41 @@ def test_a_failed_download_names_the_other_ways(monkeypatch):
 def test_a_weights_file_that_is_not_there_names_the_other_ways():
     with pytest.raises(OSError, match=r"no file nowhere\.h5.*imagenet, or to none"):
         make_backbone("efficientnet_b0", (32, 32, 3), "nowhere.h5", synchronized=False)
+
+
+def test_dropout_in_a_backbone_draws_by_rows_and_its_weights_are_kept(tmp_path):
+    theirs = keras.applications.EfficientNetB0(
+        include_top=False, weights=None, input_shape=(32, 32, 3)
+    )
+    theirs.save_weights(tmp_path / "w.weights.h5")
+    dropped = [x.name for x in theirs.layers if isinstance(x, keras.layers.Dropout)]
+    for synchronized in (False, True):
+        ours = make_backbone(
+            "efficientnet_b0", (32, 32, 3), str(tmp_path / "w.weights.h5"), synchronized
+        )
+        assert ours.name == "efficientnet_b0"
+        assert [x.name for x in ours.layers[1:]] == [x.name for x in theirs.layers[1:]]
+        by_rows = [x for x in ours.layers if isinstance(x, RowDropout)]
+        assert [x.name for x in by_rows] == dropped
+        assert all(x.noise_shape == (None, 1, 1, 1) for x in by_rows)
+        norms = [x for x in ours.layers if isinstance(x, keras.layers.BatchNormalization)]
+        assert all(norm.synchronized == synchronized for norm in norms)
+        image = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3)).astype("float32")
+        np.testing.assert_array_equal(ours(image), theirs(image))
+
+
+@pytest.mark.parametrize("kind", ["mobilenet_v3_small", "convnext_tiny", "resnet50"])
+def test_a_backbone_without_dropout_is_taken_as_it_is(kind, monkeypatch):
+    def clone(*_, **__):
+        raise AssertionError("cloned")
+
+    monkeypatch.setattr(keras.models, "clone_model", clone)
+    make_backbone(kind, (32, 32, 3), None, synchronized=False)
+
+
+@pytest.mark.parametrize("kind", SMALLEST_OF_EACH_FAMILY)
+def test_every_random_layer_of_a_model_draws_by_rows(kind):
+    model = mm_model.create_model((32, 32, 3), (3,), image={"kind": kind, "weights": None})
+    layers = [x for x in model._flatten_layers() if not isinstance(x, keras.Model)]
+    random = [x for x in layers if any("seed_generator" in v.path for v in x.variables)]
+    assert {type(x).__module__.split(".")[0] for x in random} == {"mm_model"}
