@@ -104,7 +104,8 @@ class NumericEncoding(layers.Layer):
     def __init__(
         self, statistics: NumericStatistics | dict, bins: int | None = None, **kwargs
     ) -> None:
-        super().__init__(**kwargs)
+        # Large numbers that differ by little would be one number in half precision.
+        super().__init__(autocast=False, **kwargs)
         statistics = NumericStatistics.model_validate(statistics)
         self.statistics, self.bins = statistics, bins
         num_columns = len(statistics.columns)

@@ -75,7 +75,8 @@ class FusionModel(keras.Model):
         blend: bool,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        # Each layer casts for itself; the raw numbers must reach their encoding as they are.
+        super().__init__(autocast=False, **kwargs)
         self.network = network
         self.heads = list(heads)
         self.head_weights = [float(weight) for weight in head_weights]

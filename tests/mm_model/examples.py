@@ -1,5 +1,9 @@
 """Rows and models that several tests share."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import keras
 import numpy as np
 
 import mm_model
@@ -46,6 +50,16 @@ def rows_of_everything(
     mask[np.arange(count), rng.integers(0, num_images, count)] = 1
     category = rng.integers(0, COLOUR.num_codes, (count, 1)).astype(np.int32)
     return {"image": image, "image_mask": mask, "numeric": numbers, "category": category}, y
+
+
+@contextmanager
+def half_precision() -> Iterator[None]:
+    """Let layers that are made inside compute in bfloat16."""
+    keras.mixed_precision.set_dtype_policy("mixed_bfloat16")
+    try:
+        yield
+    finally:
+        keras.mixed_precision.set_dtype_policy("float32")
 
 
 def told_apart(model: mm_model.FusionModel) -> mm_model.FusionModel:

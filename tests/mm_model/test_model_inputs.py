@@ -13,6 +13,7 @@ from tests.mm_model.examples import (
     NO_CHANCE,
     SMALLEST_OF_EACH_FAMILY,
     UNTRAINED,
+    half_precision,
     rows,
     rows_of_everything,
     told_apart,
@@ -232,3 +233,24 @@ def test_a_model_learns_from_the_one_image_of_several_that_decides():
     model.fit([image[train]], y[train], epochs=6, batch_size=32, verbose=0)
     p = model.predict([image[test]], verbose=0)[:, 0]
     assert roc_auc_score(y[test], p) > 0.99
+
+
+def test_numbers_reach_their_encoding_whole_under_mixed_precision():
+    numbers = np.random.default_rng(0).normal(100_000, 10, (64, 3))
+    statistics = mm_model.fit_numeric_statistics(numbers)
+    inputs = {"image": np.zeros((64, 16, 16, 3), np.uint8), "numeric": numbers.astype(np.float32)}
+
+    def encoded() -> np.ndarray:
+        model = mm_model.create_model((16, 16, 3), (3,), statistics, **UNTRAINED)
+        seen = []
+        encode = model.network.get_layer("numeric_encoding")
+        call = encode.call
+        encode.call = lambda x: seen.append(call(x)) or seen[-1]
+        probability = model(inputs)
+        assert keras.backend.standardize_dtype(probability.dtype) == "float32"
+        return np.asarray(seen[0])
+
+    expected = encoded()
+    with half_precision():
+        np.testing.assert_array_equal(encoded(), expected)
+    assert expected[:, 0].std() == pytest.approx(1, rel=0.01)
