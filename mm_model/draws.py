@@ -2,7 +2,8 @@
 
 Several replicas that share a global batch keep equal seed states, each draws for all rows of the
 batch and takes those of its own. So what a row draws does not depend on how many replicas there
-are, and all seed states advance alike.
+are, and all seed states advance alike. (XLA draws other numbers than TensorFlow without it; they
+are again the same for any number of replicas.)
 """
 
 import threading

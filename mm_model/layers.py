@@ -13,7 +13,7 @@ import numpy as np
 from keras import KerasTensor, layers, ops
 
 from mm_model import draws
-from mm_model.spec import AugmentationSpec, ModelSpec
+from mm_model.spec import ModelSpec
 from mm_model.statistics import NumericStatistics, Vocabulary
 
 register = keras.saving.register_keras_serializable(package="mm_model")
@@ -224,7 +224,8 @@ class CategoryEmbedding(layers.Layer):
         return ops.concatenate(features, axis=1)
 
     def _hide(self, codes_BC: Any) -> Any:
-        draw_BC: Any = draws.uniform(ops.shape(codes_BC), self.seed_generator)
+        shape: Any = ops.shape(codes_BC)
+        draw_BC = draws.uniform(shape, self.seed_generator)
         hidden_BC = ops.where(
             draw_BC < self.dropout / 2,
             Vocabulary.UNKNOWN,
@@ -262,6 +263,10 @@ class FoldImages(layers.Layer):
 
     Input: images (B, N, H, W, 3), mask (B, N), 0 where one is missing.  Output: (B × N, H, W, 3).
     """
+
+    def __init__(self, **kwargs: Any) -> None:
+        # Half precision holds no fraction of a pixel of 255.
+        super().__init__(autocast=False, **kwargs)
 
     def call(self, images_and_mask: Any) -> Any:
         """Replace what is missing and fold."""
@@ -391,36 +396,3 @@ class AffineLogit(layers.Layer):
     def from_config(cls, config: dict) -> "AffineLogit":
         """Make it again; `trainable` and `dtype` are always the same."""
         return cls(**{k: v for k, v in config.items() if k not in ("trainable", "dtype")})
-
-
-def augmentation(spec: AugmentationSpec) -> list[layers.Layer]:
-    """Return the augmentation layers that a spec asks for, for images of range 0-255.
-
-    They run where the training step runs, and do nothing at inference.
-    """
-    made: list[layers.Layer] = []
-    if spec.flip != "none":
-        made.append(layers.RandomFlip(spec.flip, name="augment_flip"))
-    if spec.rotation:
-        made.append(
-            layers.RandomRotation(spec.rotation, fill_mode="reflect", name="augment_rotation")
-        )
-    if spec.zoom:
-        made.append(layers.RandomZoom(spec.zoom, fill_mode="reflect", name="augment_zoom"))
-    if spec.translation:
-        made.append(
-            layers.RandomTranslation(
-                spec.translation, spec.translation, fill_mode="reflect", name="augment_translation"
-            )
-        )
-    if spec.contrast:
-        made.append(
-            layers.RandomContrast(spec.contrast, value_range=(0, 255), name="augment_contrast")
-        )
-    if spec.brightness:
-        made.append(
-            layers.RandomBrightness(
-                spec.brightness, value_range=(0, 255), name="augment_brightness"
-            )
-        )
-    return made

@@ -17,11 +17,12 @@ import warnings
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import keras
 from keras import KerasTensor, layers, ops
 
+from mm_model.augment import augmentation
 from mm_model.branches import IMAGE_BRANCHES, NUMERIC_BRANCHES, Builder
 from mm_model.fusion import FUSIONS
 from mm_model.layers import (
@@ -32,7 +33,6 @@ from mm_model.layers import (
     ModalityDropout,
     NumericEncoding,
     UnfoldImages,
-    augmentation,
     register,
 )
 from mm_model.optimizer import make_optimizer
@@ -248,6 +248,8 @@ def create_model(
         optimizer=make_optimizer(OptimizerSpec(learning_rate=learning_rate, schedule="constant")),
         loss="binary_crossentropy",
         metrics=["accuracy", keras.metrics.AUC(name="auc")],
+        # XLA compiles a large backbone for minutes, and again for an epoch's last, smaller batch.
+        jit_compile=cast(Any, False),
     )
     return model
 

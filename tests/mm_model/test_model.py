@@ -199,7 +199,7 @@ def test_augmentation_changes_training_and_never_inference():
         fusion={"modality_dropout": 0},
     )
     network = model.network
-    augmented = keras.Model(network.input["image"], network.get_layer("augment_brightness").output)
+    augmented = keras.Model(network.input["image"], network.get_layer("augment_colour").output)
     same = np.asarray(augmented(image.astype("float32"), training=False))
     np.testing.assert_array_equal(same, image.astype("float32"))
     changed = np.asarray(augmented(image.astype("float32"), training=True))

@@ -134,7 +134,7 @@ def test_each_image_of_a_row_is_augmented_by_draws_of_its_own():
     network = model.network
     augmented = keras.Model(
         [network.input["image"], network.input["image_mask"]],
-        network.get_layer("augment_brightness").output,
+        network.get_layer("augment_colour").output,
     )
     same = [np.stack([image] * 3, axis=1).astype("float32"), np.ones((2, 3), "float32")]
     seen = np.asarray(augmented(same, training=True)).reshape(2, 3, -1)
