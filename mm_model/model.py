@@ -35,6 +35,7 @@ from mm_model.layers import (
     UnfoldImages,
     register,
 )
+from mm_model.losses import of_logits
 from mm_model.optimizer import make_optimizer
 from mm_model.spec import ModelSpec, OptimizerSpec
 from mm_model.statistics import NumericStatistics, Vocabulary
@@ -116,8 +117,9 @@ class FusionModel(keras.Model):
         sample_weight: Any = None,
         training: bool = True,
     ) -> Any:
-        """Return cross-entropy of the output, of each head while training, and the L2 penalty.
+        """Return the loss of the output, of each head while training, and the L2 penalty.
 
+        The loss of a head is the one that was compiled for the output, computed from its logit.
         Means are over the rows of the global batch, which Keras' losses see to under a strategy.
         """
         loss: Any = super().compute_loss(x, y, y_pred, sample_weight, training=training)
@@ -126,12 +128,12 @@ class FusionModel(keras.Model):
             return loss
         if logits_BM is None:
             raise ValueError("y_pred is not what this model returned: its head logits are gone")
-        cross_entropy = keras.losses.BinaryCrossentropy(from_logits=True)
+        of_head = of_logits(self.loss)
         y_B1 = ops.reshape(y, (-1, 1))
         for i, weight in enumerate(self.head_weights):
             if weight:
                 head_B1 = logits_BM[:, i : i + 1]
-                head_loss: Any = cross_entropy(y_B1, head_B1, sample_weight)
+                head_loss: Any = of_head(y_B1, head_B1, sample_weight)
                 loss = loss + weight * head_loss
         return loss
 
