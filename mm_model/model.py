@@ -66,6 +66,8 @@ class FusionModel(keras.Model):
         heads: name of each head; the last is the one that sees everything.
         head_weights: weight of each head's own loss.
         blend: whether the output is all heads' vote, or the last head's logit alone.
+        backbone: names of the network's layers that make up the image backbone, bottom to top; a
+            nested model stands for its layers.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class FusionModel(keras.Model):
         heads: Sequence[str],
         head_weights: Sequence[float],
         blend: bool,
+        backbone: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
         # Each layer casts for itself; the raw numbers must reach their encoding as they are.
@@ -82,6 +85,9 @@ class FusionModel(keras.Model):
         self.heads = list(heads)
         self.head_weights = [float(weight) for weight in head_weights]
         self.blends = blend
+        self.backbone = list(backbone)
+        self.backbone_trainable = any(layer.trainable for layer in self.backbone_layers())
+        """Whether the backbone was built to learn, wholly or in part."""
         count = len(self.heads)
         start = [1.0 / count] * count if blend else [0.0] * (count - 1) + [1.0]
         self.blend = AffineLogit(start, name="blend")
@@ -94,6 +100,18 @@ class FusionModel(keras.Model):
     def input_names(self) -> list[str]:
         """Names of the network's inputs, in the order of `INPUT_DTYPES`."""
         return [name for name in INPUT_DTYPES if name in self.network.input]
+
+    def backbone_layers(self) -> list[layers.Layer]:
+        """Return the image backbone's layers that have weights to learn, bottom to top."""
+
+        def inside(layer: Any) -> list[layers.Layer]:
+            if isinstance(layer, keras.Model):
+                return [deep for inner in layer.layers for deep in inside(inner)]
+            # The statistics of a normalization of pixels are given, not learnt.
+            learns = layer.weights and not isinstance(layer, layers.Normalization)
+            return [layer] if learns else []
+
+        return [deep for name in self.backbone for deep in inside(self.network.get_layer(name))]
 
     def head_logits(self, inputs: Any, training: bool = False) -> Any:
         """Return the logits (B, M) of all heads, before blend and calibration."""
@@ -144,6 +162,7 @@ class FusionModel(keras.Model):
             "heads": self.heads,
             "head_weights": self.head_weights,
             "blend": self.blends,
+            "backbone": self.backbone,
             "name": self.name,
         }
 
@@ -189,8 +208,9 @@ def build_model(
     blocks = Blocks.of(spec)
     inputs: dict[str, Any] = {}
     branches: dict[str, dict] = {}
+    backbone: list[str] = []
     if spec.image.kind != "none":
-        branches["image"] = _image_branch(inputs, spec, shape_image, blocks)
+        branches["image"], backbone = _image_branch(inputs, spec, shape_image, blocks)
     if spec.numeric.kind != "none":
         x = _encoded(inputs, spec, statistics, shape_numeric, vocabularies)
         build_numeric = _resolve(NUMERIC_BRANCHES[spec.numeric.kind])
@@ -210,6 +230,7 @@ def build_model(
         heads=heads,
         head_weights=[auxiliary] * len(heads),
         blend=spec.fusion.blend,
+        backbone=backbone,
         name="fusion_model",
     )
 
@@ -273,8 +294,11 @@ def load_model(path: str | Path) -> FusionModel:
 
 def _image_branch(
     inputs: dict[str, Any], spec: ModelSpec, shape: Shape, blocks: Blocks
-) -> dict[str, KerasTensor]:
-    """Return the image branch's features of a row, and put what it takes among the inputs."""
+) -> tuple[dict[str, KerasTensor], list[str]]:
+    """Return the image branch's features of a row and the names of its backbone's layers.
+
+    What it takes is put among the inputs.
+    """
     several = len(shape) == 4
     inputs["image"] = x = keras.Input(_image_shape(shape), name="image")
     if several:
@@ -284,13 +308,16 @@ def _image_branch(
         x = layer(x)
     build_image = _resolve(IMAGE_BRANCHES[spec.image.kind])
     features = build_image(x, spec.image.kind, spec.image, blocks)
+    # Tokens are what the backbone gives, before any layer on top of it.
+    below = keras.Model(list(inputs.values()), features["tokens"], name="image_backbone").layers
+    backbone = [layer.name for layer in below if layer.weights]
     if several:
         unfold = UnfoldImages(name="image_unfold")
         pooled_BF, tokens_BTF = unfold(
             [features["pooled"], features["tokens"], inputs["image_mask"]]
         )
         features = {"pooled": pooled_BF, "tokens": tokens_BTF}
-    return features
+    return features, backbone
 
 
 def _encoded(

@@ -13,10 +13,12 @@ def build(image_BHWC: KerasTensor, kind: str, spec: ImageSpec, blocks: Blocks) -
         raise ValueError("image branch 'tiny' takes no weights file; set model.image.weights=none")
     x = layers.Rescaling(1 / 127.5, offset=-1.0, name="image_range")(image_BHWC)
     for i, filters in enumerate((16, 32, 64)):
-        x = layers.Conv2D(
+        convolution = layers.Conv2D(
             filters, 3, strides=2, padding="same", use_bias=False, name=f"image_conv{i}"
-        )(x)
-        x = blocks.batch_norm(f"image_conv{i}_bn")(x)
+        )
+        batch_norm = blocks.batch_norm(f"image_conv{i}_bn")
+        convolution.trainable = batch_norm.trainable = spec.trainable
+        x = batch_norm(convolution(x))
         x = layers.Activation("relu", name=f"image_conv{i}_relu")(x)
     pooled_BF = layers.GlobalAveragePooling2D(name="image_pool")(x)
     tokens_BTF = layers.Reshape((-1, x.shape[-1]), name="image_tokens")(x)
