@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mm_model.fit import balanced_class_weight, default_callbacks
+    from mm_model.losses import make_loss
     from mm_model.model import FusionModel, build_model, create_model, load_model
     from mm_model.optimizer import make_optimizer
-    from mm_model.spec import ModelSpec, OptimizerSpec
+    from mm_model.spec import LossSpec, ModelSpec, OptimizerSpec
     from mm_model.statistics import (
         NumericStatistics,
         Vocabulary,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 _HOME_OF = {
     "FusionModel": "mm_model.model",
+    "LossSpec": "mm_model.spec",
     "ModelSpec": "mm_model.spec",
     "NumericStatistics": "mm_model.statistics",
     "OptimizerSpec": "mm_model.spec",
@@ -36,11 +38,13 @@ _HOME_OF = {
     "fit_numeric_statistics": "mm_model.statistics",
     "fit_vocabulary": "mm_model.statistics",
     "load_model": "mm_model.model",
+    "make_loss": "mm_model.losses",
     "make_optimizer": "mm_model.optimizer",
 }
 
 __all__ = [
     "FusionModel",
+    "LossSpec",
     "ModelSpec",
     "NumericStatistics",
     "OptimizerSpec",
@@ -52,6 +56,7 @@ __all__ = [
     "fit_numeric_statistics",
     "fit_vocabulary",
     "load_model",
+    "make_loss",
     "make_optimizer",
 ]
 

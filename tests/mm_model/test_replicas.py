@@ -1,0 +1,123 @@
+"""The whole model with every random layer: in parts, compiled, saved and exported."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import mm_model
+from mm_model import draws
+from mm_model.augment import augmentation
+from mm_model.model import build_model
+from mm_model.spec import ModelSpec
+from tests.mm_model.examples import COLOUR, half_precision, rows_of_everything, told_apart
+
+EVERY_CHANCE = {
+    "augmentation": {"flip": "horizontal_and_vertical", "rand_augment": 0.5},
+    "numeric": {"category_dropout": 0.3},
+    "fusion": {"modality_dropout": 0.5},
+    "dropout": 0.4,
+}
+SIZE = {"tiny": 16, "efficientnet_b0": 32}
+
+
+def model_of(kind: str, num_images: int = 2) -> mm_model.FusionModel:
+    """A model whose batch norms take no statistics of the batch, as those would differ by part."""
+    keras.utils.set_random_seed(0)
+    options = {**EVERY_CHANCE, "image": {"kind": kind, "weights": None}}
+    shape = (num_images, SIZE[kind], SIZE[kind], 3)
+    statistics = mm_model.fit_numeric_statistics(rows_of_everything()[0]["numeric"])
+    model = build_model(ModelSpec.model_validate(options), statistics, shape, vocabularies=[COLOUR])
+    for layer in model._flatten_layers():
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.trainable = False
+    return told_apart(model)
+
+
+def random_states(model: mm_model.FusionModel) -> list:
+    return [v for v in model.variables if "seed_generator" in v.path]
+
+
+@pytest.mark.parametrize("kind", SIZE)
+def test_parts_of_a_batch_train_as_the_whole_batch_does(kind):
+    inputs, _ = rows_of_everything(8, num_images=2, size=SIZE[kind])
+    model = model_of(kind)
+    states = [np.array(v) for v in random_states(model)]
+    assert len(states) > 5
+
+    def logits(count: int) -> np.ndarray:
+        parts = []
+        for index in range(count):
+            for v, state in zip(random_states(model), states, strict=True):
+                v.assign(state)
+            part = {k: np.split(v, count)[index] for k, v in inputs.items()}
+            with draws.replica(index, count):
+                parts.append(np.asarray(model.head_logits(part, training=True)))
+        return np.concatenate(parts)
+
+    whole = logits(1)
+    advanced = [np.array(v) for v in random_states(model)]
+    still = np.asarray(model.head_logits(inputs))
+    # Rounding that differs by place in the batch, through some layers.
+    tolerance = 1e-3 * np.abs(whole).max()
+    assert np.abs(whole - still).max() > 100 * tolerance
+    for count in (2, 4):
+        np.testing.assert_allclose(logits(count), whole, atol=tolerance)
+        for v, state in zip(random_states(model), advanced, strict=True):
+            np.testing.assert_array_equal(v, state)
+
+
+def test_a_model_with_every_chance_is_loaded_safely_and_exported(tmp_path):
+    inputs, _ = rows_of_everything(num_images=2)
+    model = model_of("tiny")
+    model(inputs, training=True)
+    expected = np.asarray(model(inputs))
+    model.save(tmp_path / "model.keras")
+    again = mm_model.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(np.asarray(again(inputs)), expected)
+    for layer in augmentation(ModelSpec.model_validate(EVERY_CHANCE).augmentation):
+        found = again.network.get_layer(layer.name)
+        assert type(found) is type(layer)
+        assert {**found.get_config(), "dtype": None} == {**layer.get_config(), "dtype": None}
+    signature = [
+        {
+            name: tf.TensorSpec((None, *value.shape[1:]), value.dtype, name)
+            for name, value in inputs.items()
+        }
+    ]
+    model.export(tmp_path / "saved_model", input_signature=signature, verbose=False)
+    exported = tf.saved_model.load(str(tmp_path / "saved_model"))
+    np.testing.assert_allclose(exported.serve(inputs), expected, atol=1e-6)
+
+
+def test_a_step_with_every_chance_compiles():
+    inputs, y = rows_of_everything(num_images=2)
+    inputs = {**inputs, "numeric": inputs["numeric"].astype(np.float32)}
+    model = model_of("tiny")
+    model.compile(loss="binary_crossentropy")
+
+    @tf.function(jit_compile=True)
+    def step(inputs, y):
+        with tf.GradientTape() as tape:
+            p = model(inputs, training=True)
+            loss = model.compute_loss(inputs, y, p, training=True)
+        return loss, tape.gradient(loss, model.trainable_variables)
+
+    with draws.replica(1, 2):
+        loss, gradients = step(inputs, y[:, None].astype(np.float32))
+    assert np.isfinite(loss)
+    assert all(np.isfinite(g).all() for g in gradients)
+
+
+def test_a_step_in_half_precision_keeps_loss_and_gradients_in_full():
+    inputs, y = rows_of_everything(num_images=2)
+    with half_precision():
+        model = model_of("tiny")
+        model.compile(loss="binary_crossentropy")
+        with tf.GradientTape() as tape:
+            p = model(inputs, training=True)
+            loss = model.compute_loss(inputs, y[:, None], p, training=True)
+        gradients = tape.gradient(loss, model.trainable_variables)
+    for tensor in (p, loss, *gradients):
+        assert keras.backend.standardize_dtype(tensor.dtype) == "float32"
+        assert np.isfinite(tensor).all()
