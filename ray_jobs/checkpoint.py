@@ -1,15 +1,22 @@
 """What a checkpoint holds, how it is written, and how a run goes on from it.
 
     state.json      epoch, step, history, early stopping, learning-rate plateau, best epoch
-    model.npz       every variable of the model, by its place and path
-    optimizer.npz   every variable of the optimizer, likewise
-    best.npz        the model's variables and the validation logits at the best epoch
+    model.npz       every variable of the model, by its place and path, random states among them
+    optimizer.npz   every variable of the optimizer and of the step, likewise
+    local.npz       what each replica has for itself: batch-norm statistics, its part of the loss
+
+The weights of a best epoch lie in a folder of their own, since they are written once:
+
+    model.npz       every variable of the model at that epoch
+    validation.npz  logits of every head and labels of the validation rows
 
 Plain arrays and JSON: nothing in a checkpoint is executed when it is read.
 """
 
 import json
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
@@ -24,9 +31,11 @@ if TYPE_CHECKING:
 
 Arrays = dict[str, np.ndarray]
 
+STATE = "state.json"
+
 
 class LoopState(Spec):
-    """Where training stands after an epoch; the same on every worker."""
+    """Where training stands after a step; the same on every worker."""
 
     epoch: NonNegativeInt = 0
     """Epochs done."""
@@ -40,23 +49,33 @@ class LoopState(Spec):
     """Epochs since the plateau schedule last saw a better one, or acted."""
 
 
-def model_arrays(model: "keras.Model") -> Arrays:
-    """Return a copy of every variable of a model; random states follow from seed and epoch."""
-    return _arrays(model.variables)
+@dataclass
+class Best:
+    """The model at one of the best epochs so far, and what it said of the validation rows."""
+
+    model: Arrays
+    head_logits_NM: np.ndarray
+    label_N: np.ndarray
 
 
-def optimizer_arrays(optimizer: "keras.Optimizer") -> Arrays:
-    """Return a copy of every variable of an optimizer."""
-    return _arrays(optimizer.variables)
+@dataclass
+class Saved:
+    """A checkpoint in memory."""
+
+    state: LoopState
+    model: Arrays
+    optimizer: Arrays
+    local: Arrays = field(default_factory=dict)
+    """By name what differs between replicas, their number first: of several replicas only."""
+    best: dict[int, Best] = field(default_factory=dict)
+    """The best epochs that are kept, by their index."""
 
 
-def _arrays(variables: "Sequence[keras.Variable]") -> Arrays:
+def arrays_of(variables: "Sequence[keras.Variable]") -> Arrays:
+    """Return a copy of every variable."""
     # Keras numbers unnamed layers by process, so the place in the list is what identifies a
     # variable; its path is for people.
-    return {
-        f"{i:05d} {v.path}": np.array(v.numpy(), copy=True)
-        for i, v in enumerate(_lasting(variables))
-    }
+    return {f"{i:05d} {v.path}": np.array(v.numpy(), copy=True) for i, v in enumerate(variables)}
 
 
 def assign(variables: "Sequence[keras.Variable]", arrays: Arrays, what: str) -> None:
@@ -65,23 +84,22 @@ def assign(variables: "Sequence[keras.Variable]", arrays: Arrays, what: str) -> 
     Raises:
         ValueError: if there are more or fewer of them, or one has another shape.
     """
-    lasting = _lasting(variables)
     by_place = [arrays[name] for name in sorted(arrays)]
-    shapes = [tuple(v.shape) for v in lasting]
+    shapes = [tuple(v.shape) for v in variables]
     if shapes != [array.shape for array in by_place]:
         odd = next(
-            (v.path for v, a in zip(lasting, by_place, strict=False) if tuple(v.shape) != a.shape),
-            f"{len(lasting)} variables, {len(by_place)} stored",
+            (
+                v.path
+                for v, a in zip(variables, by_place, strict=False)
+                if tuple(v.shape) != a.shape
+            ),
+            f"{len(variables)} variables, {len(by_place)} stored",
         )
         raise ValueError(
             f"the {what} do not fit the model ({odd}); was it changed under the same run name?"
         )
-    for variable, array in zip(lasting, by_place, strict=True):
+    for variable, array in zip(variables, by_place, strict=True):
         variable.assign(array)
-
-
-def _lasting(variables: "Sequence[keras.Variable]") -> "list[keras.Variable]":
-    return [v for v in variables if not is_random_state(v)]
 
 
 def is_random_state(variable: "keras.Variable") -> bool:
@@ -89,41 +107,80 @@ def is_random_state(variable: "keras.Variable") -> bool:
     return "seed_generator_state" in variable.path
 
 
-def write_checkpoint(
-    folder: str | Path, state: LoopState, model: Arrays, optimizer: Arrays, best: Arrays
-) -> None:
-    """Write a checkpoint into an empty local folder."""
+def write_checkpoint(folder: str | Path, saved: Saved) -> None:
+    """Write a checkpoint, without the best epochs, into an empty local folder."""
     folder = Path(folder)
-    for name, arrays in (("model", model), ("optimizer", optimizer), ("best", best)):
-        with open(folder / f"{name}.npz", "wb") as file:
-            named: dict[str, Any] = _escaped(arrays)
-            np.savez(file, **named)
+    parts = {"model": saved.model, "optimizer": saved.optimizer, "local": saved.local}
+    for name, arrays in parts.items():
+        _write_arrays(folder / f"{name}.npz", arrays)
     # Last, so that a folder with a state is whole.
-    (folder / "state.json").write_text(json.dumps(state.model_dump(mode="json")))
+    _write_state(folder, saved.state)
 
 
-def read_checkpoint(folder: str | Path) -> tuple[LoopState, Arrays, Arrays, Arrays]:
-    """Return state, model, optimizer and best of a checkpoint.
+def read_checkpoint(folder: str | Path) -> Saved:
+    """Return a checkpoint, without the best epochs.
 
     Raises:
         ValueError: if it is not whole.
     """
     folder = Path(folder)
     try:
-        state = LoopState.model_validate_json((folder / "state.json").read_text())
-        arrays = []
-        for name in ("model", "optimizer", "best"):
-            # Opened here, since NumPy leaves a file open that it finds to be no archive.
-            with (
-                open(folder / f"{name}.npz", "rb") as stream,
-                np.load(stream, allow_pickle=False) as file,
-            ):
-                arrays.append({key.replace("|", "/"): file[key] for key in file.files})
-    except (OSError, EOFError, BadZipFile, ValueError, KeyError) as error:
+        state = LoopState.model_validate_json((folder / STATE).read_text())
+        model, optimizer, local = (
+            _read_arrays(folder / f"{name}.npz") for name in ("model", "optimizer", "local")
+        )
+        return Saved(state, model, optimizer, local)
+    except _NOT_WHOLE as error:
         raise ValueError(f"the checkpoint in {folder} is not whole: {error}") from error
-    return state, arrays[0], arrays[1], arrays[2]
 
 
-def _escaped(arrays: Arrays) -> Arrays:
-    # A slash in the name would become a folder inside the zip file.
-    return {key.replace("/", "|"): value for key, value in arrays.items()}
+def write_best(folder: str | Path, best: Best) -> None:
+    """Write the model of a best epoch into an empty local folder."""
+    folder = Path(folder)
+    _write_arrays(folder / "model.npz", best.model)
+    validation = {"head_logits": best.head_logits_NM, "label": best.label_N}
+    _write_arrays(folder / "validation.npz", validation)
+
+
+def read_best(folder: str | Path) -> Best:
+    """Return the model of a best epoch.
+
+    Raises:
+        ValueError: if it is not whole.
+    """
+    folder = Path(folder)
+    try:
+        validation = _read_arrays(folder / "validation.npz")
+        model = _read_arrays(folder / "model.npz")
+        return Best(model, validation["head_logits"], validation["label"])
+    except _NOT_WHOLE as error:
+        raise ValueError(f"the best epoch in {folder} is not whole: {error}") from error
+
+
+_NOT_WHOLE = (OSError, EOFError, BadZipFile, ValueError, KeyError)
+
+
+def _write_arrays(path: Path, arrays: Arrays) -> None:
+    with open(path, "wb") as file:
+        # A slash in the name would become a folder inside the zip file.
+        named: dict[str, Any] = {key.replace("/", "|"): value for key, value in arrays.items()}
+        np.savez(file, **named)
+        _flush(file)
+
+
+def _read_arrays(path: Path) -> Arrays:
+    # Opened here, since NumPy leaves a file open that it finds to be no archive.
+    with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
+        return {key.replace("|", "/"): file[key] for key in file.files}
+
+
+def _write_state(folder: Path, state: LoopState) -> None:
+    with open(folder / STATE, "w") as file:
+        file.write(json.dumps(state.model_dump(mode="json")))
+        _flush(file)
+
+
+def _flush(file: Any) -> None:
+    """Wait until the disk has a file: its name must not be there before its content."""
+    file.flush()
+    os.fsync(file.fileno())

@@ -10,16 +10,20 @@ import pytest
 
 from ray_jobs.checkpoint import (
     Arrays,
+    Best,
     LoopState,
+    Saved,
+    arrays_of,
     assign,
     is_random_state,
-    model_arrays,
-    optimizer_arrays,
+    read_best,
     read_checkpoint,
+    write_best,
     write_checkpoint,
 )
 
-FILES = ("model.npz", "optimizer.npz", "best.npz", "state.json")
+FILES = ("model.npz", "optimizer.npz", "local.npz", "state.json")
+BEST_FILES = ("model.npz", "validation.npz")
 
 STATE = LoopState(
     epoch=2,
@@ -50,18 +54,18 @@ def trained(seed: int = 0, dropout: float = 0.0) -> Any:
     return model
 
 
-def arrays() -> tuple[Arrays, Arrays, Arrays]:
+def saved() -> Saved:
     rng = np.random.default_rng(0)
     odd = np.array([np.nan, np.inf, -np.inf, -0.0, 1e-45], np.float32)
     model = {"00000 a/kernel": rng.normal(size=(3, 2)).astype(np.float32), "00001 a/odd": odd}
     optimizer = {"00000 adam/iterations": np.array(7, np.int64), "00001 m": np.empty((0, 3))}
-    best = {**model, "head_logits": rng.normal(size=(5, 3)), "label": np.ones(5, np.float32)}
-    return model, optimizer, best
+    local = {"loss_and_statistics": rng.normal(size=(2, 7)).astype(np.float32)}
+    return Saved(STATE, model, optimizer, local)
 
 
 @pytest.fixture
 def written(tmp_path: Path) -> Path:
-    write_checkpoint(tmp_path, STATE, *arrays())
+    write_checkpoint(tmp_path, saved())
     return tmp_path
 
 
@@ -75,32 +79,48 @@ def same(left: Arrays, right: Arrays) -> bool:
 
 
 def test_a_checkpoint_is_read_back_bit_by_bit(written):
-    state, *read = read_checkpoint(written)
-    assert state == STATE
+    read, before = read_checkpoint(written), saved()
+    assert read.state == STATE
     assert sorted(os.listdir(written)) == sorted(FILES)
-    for before, after in zip(arrays(), read, strict=True):
-        assert same(before, after)
+    for part in ("model", "optimizer", "local"):
+        assert same(getattr(before, part), getattr(read, part))
+
+
+def test_a_best_epoch_is_read_back_bit_by_bit(tmp_path):
+    rng = np.random.default_rng(0)
+    best = Best(saved().model, rng.normal(size=(5, 3)), np.ones(5, np.float32))
+    write_best(tmp_path, best)
+    read = read_best(tmp_path)
+    assert same(read.model, best.model)
+    assert read.head_logits_NM.tobytes() == best.head_logits_NM.tobytes()
+    assert read.label_N.tobytes() == best.label_N.tobytes()
+    for name in BEST_FILES:
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(ValueError, match=r"the best epoch in .* is not whole: "):
+            read_best(tmp_path)
+        (tmp_path / name).write_bytes(whole)
 
 
 def test_a_history_of_any_float_is_read_back_exactly(tmp_path):
     rng = np.random.default_rng(0)
     floats = np.frombuffer(rng.bytes(8 * 2000), np.float64)
     history = tuple({"val/log_loss": float(v)} for v in floats[np.isfinite(floats)])
-    write_checkpoint(tmp_path, LoopState(history=history), {}, {}, {})
-    assert read_checkpoint(tmp_path)[0].history == history
+    write_checkpoint(tmp_path, Saved(LoopState(history=history), {}, {}))
+    assert read_checkpoint(tmp_path).state.history == history
 
 
 def test_a_trained_model_goes_on_in_another_one_bit_by_bit(tmp_path):
     first, other = trained(), make_model(seed=1)
     other.optimizer.build(other.trainable_variables)
-    best = model_arrays(first)
-    write_checkpoint(tmp_path, STATE, best, optimizer_arrays(first.optimizer), best)
-    _, model, optimizer, _ = read_checkpoint(tmp_path)
-    assign(other.variables, model, "model weights")
-    assign(other.optimizer.variables, optimizer, "optimizer weights")
+    now = Saved(STATE, arrays_of(first.variables), arrays_of(first.optimizer.variables))
+    write_checkpoint(tmp_path, now)
+    read = read_checkpoint(tmp_path)
+    assign(other.variables, read.model, "model weights")
+    assign(other.optimizer.variables, read.optimizer, "optimizer weights")
     # Layers are numbered by process, so their paths differ, and places identify variables.
-    assert [*model_arrays(other)] != [*model]
-    assert same(*(dict(enumerate(a.values())) for a in (model_arrays(other), model)))  # type: ignore[arg-type]
+    assert [*arrays_of(other.variables)] != [*read.model]
+    assert same(*(dict(enumerate(a.values())) for a in (arrays_of(other.variables), read.model)))  # type: ignore[arg-type]
     assert other.optimizer.iterations.numpy() == 1
     rng = np.random.default_rng(5)
     x, y = rng.normal(size=(8, 4)), rng.normal(size=(8, 1))
@@ -112,22 +132,21 @@ def test_a_trained_model_goes_on_in_another_one_bit_by_bit(tmp_path):
 
 def test_a_copy_does_not_change_with_the_model():
     model = trained()
-    copy = model_arrays(model)
+    copy = arrays_of(model.variables)
     before = {name: array.copy() for name, array in copy.items()}
     for variable in model.trainable_variables:
         variable.assign(variable + 1.0)
     assert same(copy, before)
 
 
-def test_random_states_are_left_out_and_left_alone():
-    first, other = trained(0, dropout=0.5), trained(1, dropout=0.5)
-    states = [v for v in other.variables if is_random_state(v)]
-    assert len(states) == 1
-    assert len(model_arrays(first)) == len(first.variables) - 1
-    before = states[0].numpy().copy()
-    states[0].assign(before + 1)
-    assign(other.variables, model_arrays(first), "model weights")
-    np.testing.assert_array_equal(states[0].numpy(), before + 1)
+def test_random_states_go_on_where_they_were():
+    first, other = trained(0, dropout=0.5), make_model(seed=1, dropout=0.5)
+    states = [[v for v in m.variables if is_random_state(v)] for m in (first, other)]
+    assert [len(found) for found in states] == [1, 1]
+    assign(other.variables, arrays_of(first.variables), "model weights")
+    np.testing.assert_array_equal(states[0][0].numpy(), states[1][0].numpy())
+    x = np.ones((8, 4))
+    np.testing.assert_array_equal(first(x, training=True), other(x, training=True))
 
 
 def test_places_beyond_the_tenth_keep_their_order():
@@ -138,17 +157,17 @@ def test_places_beyond_the_tenth_keep_their_order():
 
 
 def test_weights_of_another_shape_name_the_first_variable_that_differs():
-    stored, model = model_arrays(make_model(units=5)), make_model(units=3)
-    before = model_arrays(model)
+    stored, model = arrays_of(make_model(units=5).variables), make_model(units=3)
+    before = arrays_of(model.variables)
     message = r"the model weights do not fit the model \(\S*kernel\); was it changed under the same"
     with pytest.raises(ValueError, match=message):
         assign(model.variables, stored, "model weights")
-    assert same(model_arrays(model), before)
+    assert same(arrays_of(model.variables), before)
 
 
 def test_weights_of_another_number_say_both_numbers():
     model = make_model()
-    stored = dict(list(model_arrays(model).items())[:-1])
+    stored = dict(list(arrays_of(model.variables).items())[:-1])
     with pytest.raises(ValueError, match=r"best weights do not fit .*8 variables, 7 stored"):
         assign(model.variables, stored, "best weights")
 
@@ -204,7 +223,7 @@ def test_nothing_in_a_checkpoint_is_executed(written):
 def test_a_pickle_in_place_of_arrays_is_refused(written):
     import pickle
 
-    (written / "best.npz").write_bytes(pickle.dumps(Bomb()))
+    (written / "optimizer.npz").write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(ValueError, match=r"is not whole: .*pickle"):
         read_checkpoint(written)
 
@@ -221,5 +240,5 @@ def test_the_state_is_written_last(tmp_path, monkeypatch):
 
     monkeypatch.setattr(np, "savez", fail)
     with pytest.raises(OSError, match="no space left"):
-        write_checkpoint(tmp_path, STATE, *arrays())
+        write_checkpoint(tmp_path, saved())
     assert not (tmp_path / "state.json").exists()

@@ -1,0 +1,187 @@
+"""Where the checkpoints of a run lie: written in the background, the newest whole one read back.
+
+    checkpoints/steps/00000120/   after step 120: the latest few
+    checkpoints/best/00003/       models of the best epochs, by their index
+
+A folder gets its name when all of it is on the disk, or in an object store its state last; so what
+a killed writer leaves behind is never taken for a checkpoint. One that was damaged later is passed
+over for the one before.
+"""
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from ray_jobs.checkpoint import (
+    STATE,
+    LoopState,
+    Saved,
+    read_best,
+    read_checkpoint,
+    write_best,
+    write_checkpoint,
+)
+from ray_jobs.storage import Folder
+
+STEPS = "checkpoints/steps"
+BEST = "checkpoints/best"
+_PARTIAL = ".partial"
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointStore:
+    """The checkpoints of one run; one process writes, any may read.
+
+    Args:
+        run: folder of the run.
+        keep: latest checkpoints that are kept.
+        warn: told what could not be written, and why.
+    """
+
+    def __init__(
+        self, run: Folder, keep: int = 2, warn: Callable[[str], None] | None = None
+    ) -> None:
+        self.run, self.keep = run, keep
+        self.warn = warn or logger.warning
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
+        self.written = 0
+        """Step of the latest checkpoint that is written, or was gone on from."""
+        self._best: set[int] = set()
+        """Epochs whose models are known to be there, whole."""
+
+    def save(self, saved: Saved) -> None:
+        """Write a checkpoint in the background, once the one before is written.
+
+        A checkpoint that cannot be written costs the run nothing but the steps since the one before
+        in case it fails: training goes on, `warn` is told, and the next one is tried as usual.
+        """
+        self.wait()
+        self._writing = self._writer.submit(self._save, saved)
+
+    def wait(self) -> None:
+        """Wait until what was saved is written, or could not be."""
+        if self._writing is not None:
+            self._writing.result()
+
+    def close(self) -> None:
+        """Wait, and end the thread."""
+        self.wait()
+        self._writer.shutdown()
+
+    def steps(self) -> list[int]:
+        """Return the steps of which there is a checkpoint, whole or damaged, in order."""
+        return _numbers(self.run, STEPS)
+
+    def load(self, step: int) -> Saved:
+        """Return the checkpoint after a step, with the best epochs.
+
+        Raises:
+            ValueError: if it, or the model of its best epoch, is not whole.
+        """
+        saved = self._read(f"{STEPS}/{step:08d}", read_checkpoint)
+        best = saved.state.best_epoch
+        for epoch in _numbers(self.run, BEST):
+            # Those of later epochs are of a future that this checkpoint knows nothing of.
+            if epoch >= saved.state.epoch:
+                continue
+            try:
+                saved.best[epoch] = self._read(f"{BEST}/{epoch:05d}", read_best)
+                self._best.add(epoch)
+            except ValueError:
+                if epoch == best:
+                    raise
+        if best is not None and best not in saved.best:
+            raise ValueError(f"the checkpoint after step {step} lacks its best epoch {best + 1}")
+        self.written = step
+        return saved
+
+    def newest(self) -> Saved | None:
+        """Return the newest checkpoint that is whole, if there is any."""
+        for step in reversed(self.steps()):
+            try:
+                return self.load(step)
+            except ValueError as error:
+                self.warn(f"{error}; going on from the one before")
+        return None
+
+    # -- in the writer's thread -------------------------------------------------------------------
+
+    def _save(self, saved: Saved) -> None:
+        step = saved.state.step
+        try:
+            # First, since a checkpoint without its best epoch is none.
+            for epoch in saved.best.keys() - self._best:
+                best = saved.best[epoch]
+                self._write(f"{BEST}/{epoch:05d}", lambda path, best=best: write_best(path, best))
+                self._best.add(epoch)
+            self._write(f"{STEPS}/{step:08d}", lambda path: write_checkpoint(path, saved))
+            self.written = step
+            self._prune(saved)
+        except OSError as error:
+            self.warn(f"the checkpoint after step {step} could not be written: {error}")
+
+    def _write(self, name: str, write: Callable[[Path], None]) -> None:
+        """Make a folder, there whole or not at all, of what `write` puts into a local one."""
+        if not self.run.is_local:
+            with tempfile.TemporaryDirectory() as path:
+                write(Path(path))
+                for file in sorted(Path(path).iterdir(), key=lambda file: file.name == STATE):
+                    self.run.upload(file, f"{name}/{file.name}")
+            return
+        target = Path(self.run.locate(name))
+        partial = target.with_name(f"{target.name}{_PARTIAL}")
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            write(partial)
+            # Left by a run that went on from an earlier one, this one being damaged.
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(partial, target)
+        except OSError:
+            # At once: what is left of it may be what fills the disk.
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+    def _prune(self, saved: Saved) -> None:
+        """Delete what is no longer needed, now that a checkpoint is written."""
+        steps = self.steps()
+        past = [step for step in steps if step <= saved.state.step][-self.keep :]
+        # Later ones are of a future that this run came back from.
+        for step in set(steps) - set(past):
+            self.run.delete(f"{STEPS}/{step:08d}")
+        needed = {*saved.best, *(self._state(step).best_epoch for step in past)}
+        for epoch in set(_numbers(self.run, BEST)) - needed:
+            self.run.delete(f"{BEST}/{epoch:05d}")
+        for name in [*self.run.names(STEPS), *self.run.names(BEST)]:
+            if _PARTIAL in name:
+                self.run.delete(name.partition(_PARTIAL)[0] + _PARTIAL)
+
+    def _state(self, step: int) -> LoopState:
+        try:
+            return LoopState.model_validate_json(self.run.read_bytes(f"{STEPS}/{step:08d}/{STATE}"))
+        except ValueError:
+            # Damaged, which whoever goes on from it will find.
+            return LoopState()
+
+    def _read(self, name: str, read: Callable[[Path], T]) -> T:
+        if self.run.is_local:
+            return read(Path(self.run.locate(name)))
+        with tempfile.TemporaryDirectory() as path:
+            for file in self.run.names(name):
+                self.run.download(file, Path(path) / Path(file).name)
+            return read(Path(path))
+
+
+def _numbers(run: Folder, below: str) -> list[int]:
+    """Return the numbers that whole folders are named by, in order."""
+    found = {name.removeprefix(f"{below}/").partition("/")[0] for name in run.names(below)}
+    return sorted(int(name) for name in found if name.isdigit())
