@@ -155,8 +155,8 @@ def _feed(folder: Path, store: str, data: DataSpec) -> float:
     from ray_jobs.ahead import ahead
     from ray_jobs.cache import choose_kind, make_index, open_cache
     from ray_jobs.dataset import FeedOptions, TrainingFeed
-    from ray_jobs.loop import as_tensor
     from ray_jobs.order import TrainingOrder
+    from ray_jobs.tensors import as_tensor
 
     manifest = read_manifest(Folder(folder / store))
     kind = choose_kind(data, manifest, SIZE * SIZE * 3, 0)

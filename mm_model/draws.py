@@ -17,16 +17,17 @@ _LOCAL = threading.local()
 
 
 @contextmanager
-def replica(index: int, count: int) -> Iterator[None]:
+def replica(index: Any, count: int) -> Iterator[None]:
     """Let this thread compute part `index` of `count` equal parts of the global batch.
 
-    Where a function is traced, the part becomes a constant of the graph. It is the thread's own,
-    since a strategy of several devices runs each replica in a thread of its own.
+    Where a function is traced, a part that is an int becomes a constant of the graph; it may be a
+    tensor, too. It is the thread's own, since a strategy of several devices runs each replica in a
+    thread of its own.
 
     Raises:
         ValueError: if there is no such part.
     """
-    if not 0 <= index < count:
+    if isinstance(index, int) and not 0 <= index < count:
         raise ValueError(f"part {index} of {count} does not exist; parts count from 0")
     before = _part()
     _LOCAL.part = (index, count)
@@ -59,8 +60,12 @@ def uniform(
     num_rows, *of_a_row = shape
     all_rows = (num_rows * count, *of_a_row)
     drawn: Any = keras.random.uniform(all_rows, minval, maxval, dtype=dtype, seed=seed)
-    return drawn if count == 1 else drawn[index * num_rows : (index + 1) * num_rows]
+    if count == 1:
+        return drawn
+    # Not as drawn[start:stop], whose length would be unknown where the index is a tensor.
+    start = [index * num_rows, *[0] * len(of_a_row)]
+    return keras.ops.slice(drawn, start, shape)
 
 
-def _part() -> tuple[int, int]:
+def _part() -> tuple[Any, int]:
     return getattr(_LOCAL, "part", (0, 1))

@@ -1,0 +1,109 @@
+"""A step in all its ways, compared with each other and with Keras' `Model.fit`; see variants.py."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.multiworker
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+    """Train all variants: in processes of their own, since TensorFlow's devices are set once."""
+    folder, facts = tmp_path_factory.mktemp("variants"), {}
+    for replicas in (1, 2, 4):
+        command = [sys.executable, "-m", "tests.ray_jobs.variants", str(folder), str(replicas)]
+        subprocess.run(command, cwd=ROOT, check=True, timeout=500)
+        facts |= json.loads((folder / f"facts-{replicas}.json").read_text())
+    return folder, facts
+
+
+def weights(trained: tuple[Path, dict[str, Any]], name: str) -> dict[str, np.ndarray]:
+    """Return what was learnt by gradients.
+
+    Statistics of batch norms move once a part, and no variant draws other random states.
+    """
+    with np.load(trained[0] / f"{name}.npz", allow_pickle=False) as file:
+        other = ("moving_", "seed_generator")
+        return {k: file[k] for k in file.files if not any(part in k for part in other)}
+
+
+def distance(trained: Any, name: str, other: str) -> float:
+    """Return the largest distance of two weights, as a share of the largest one in their tensor."""
+    first, second = weights(trained, name), weights(trained, other)
+    pairs = zip(first.values(), second.values(), strict=True)
+    return max(float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-12)) for a, b in pairs)
+
+
+def test_one_worker_learns_bit_for_bit_what_model_fit_learns(trained):
+    """50 steps, AdamW, moving average, focal loss, dropout, augmentation."""
+    assert trained[1]["fifty"]["steps"] == 50
+    assert distance(trained, "fifty", "fifty_by_fit") <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["two", "four"])
+def test_several_replicas_of_a_worker_learn_what_one_learns_with_all_that_is_random(trained, name):
+    assert distance(trained, name, "one") <= 1e-4
+    assert distance(trained, "one", "plain") > 1e-2
+
+
+def test_all_replicas_hold_the_same_bits(trained):
+    alike = {n: f["replicas_alike"] for n, f in trained[1].items() if "replicas_alike" in f}
+    assert alike == dict.fromkeys(
+        ["two", "four", "float16_two", "accumulated_two", "exchanged_bfloat16",
+         "exchanged_in_parts", "clipped_four"], True
+    )  # fmt: skip
+
+
+def test_a_graph_is_made_once(trained):
+    assert {fact["traces"] for fact in trained[1].values()} == {1}
+
+
+def test_xla_learns_the_same(trained):
+    assert distance(trained, "xla", "plain") <= 1e-4
+
+
+@pytest.mark.parametrize("name", ["accumulated", "accumulated_two"])
+def test_parts_of_a_step_add_up_to_the_step(trained, name):
+    """The parts hold the same rows, so that batch norms see the same in each as in all."""
+    assert distance(trained, name, "copies") <= 1e-4
+
+
+def test_parts_of_a_step_draw_what_the_step_would(trained):
+    """Batch norms see other rows, so that only the losses are near each other."""
+    first, second = (trained[1][name]["losses"] for name in ("accumulated_random", "one"))
+    np.testing.assert_allclose(first, second, rtol=0.02)
+
+
+def test_parts_of_an_exchange_are_the_exchange(trained):
+    assert distance(trained, "exchanged_in_parts", "plain") <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "tolerance"), [("bfloat16", 0.01), ("float16", 0.002), ("exchanged_bfloat16", 0.002)]
+)
+def test_less_precision_learns_nearly_the_same(trained, name, tolerance):
+    first, second = (trained[1][n]["losses"] for n in (name, "plain"))
+    np.testing.assert_allclose(first, second, rtol=tolerance)
+    assert weights(trained, name).keys() == weights(trained, "plain").keys()
+    assert distance(trained, name, "plain") > 1e-6
+
+
+def test_workers_skip_a_step_that_overflows_alike(trained):
+    """The scale begins too high for the first steps, and comes down."""
+    for name in ("float16", "float16_two"):
+        assert trained[1][name]["scale"] <= 2**15
+    losses = [trained[1][name]["losses"] for name in ("float16", "float16_two")]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)
+
+
+def test_the_norm_that_is_clipped_is_that_of_the_global_batch(trained):
+    assert distance(trained, "clipped_four", "clipped") <= 1e-4
+    assert distance(trained, "clipped", "plain") > 1e-3

@@ -1,0 +1,196 @@
+"""Trains one model in many ways in a process of its own, which has four CPU devices; see test_step.
+
+Run:   python -m tests.ray_jobs.variants FOLDER REPLICAS [NAME …]
+Leaves: NAME.npz with the model's variables after the last step of each variant of so many replicas,
+and facts-REPLICAS.json.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from mm_model.losses import make_loss
+from mm_model.optimizer import make_optimizer
+from ray_jobs.checkpoint import arrays_of
+from ray_jobs.dataset import FeedOptions, TrainingFeed
+from ray_jobs.hooks import Hooks
+from ray_jobs.loop import Loop, new_model
+from ray_jobs.manifest import Manifest
+from ray_jobs.replicas import Place, set_devices
+from ray_jobs.spec import RunSpec
+from ray_jobs.storage import Folder
+from tests.ray_jobs.tiny import write_prepared
+
+MODEL: dict[str, Any] = {
+    "image": {"kind": "tiny", "weights": None, "units": 8},
+    "numeric": {"units": [8]},
+    "fusion": {"kind": "skip_concat", "units": 8},
+    "batch_norm": "sync",
+}
+STILL = {
+    "dropout": 0, "fusion": {"kind": "skip_concat", "units": 8, "modality_dropout": 0},
+    "augmentation": {
+        "flip": "none", "rotation": 0, "zoom": 0, "translation": 0, "contrast": 0, "brightness": 0,
+    },
+}  # fmt: skip
+"""Nothing is drawn at random."""
+RANDOM = {"augmentation": {"rand_augment": 0.3}}
+TRAIN: dict[str, Any] = {"global_batch_size": 20, "epochs": 3, "learning_rate": 1e-3}
+ALL = {"optimizer": "adamw", "ema_momentum": 0.9, "loss": "focal", "label_smoothing": 0.1}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "fifty": {**ALL, "epochs": 10, "model": RANDOM, "keep_best": 10},
+    "plain": {},
+    "one": {**ALL, "model": RANDOM},
+    "two": {**ALL, "model": RANDOM, "replicas": 2, "steps_per_call": 4},
+    "four": {**ALL, "model": RANDOM, "replicas": 4},
+    "bfloat16": {"precision": "mixed_bfloat16"},
+    "float16": {"precision": "mixed_float16"},
+    "float16_two": {"precision": "mixed_float16", "replicas": 2},
+    "xla": {"jit_compile": True},
+    "copies": {"copies": 4},
+    "accumulated": {"copies": 4, "accumulate_steps": 4},
+    "accumulated_two": {"copies": 4, "accumulate_steps": 2, "replicas": 2},
+    "accumulated_random": {
+        **ALL,
+        "model": {**RANDOM, "batch_norm": "local"},
+        "accumulate_steps": 2,
+    },
+    "exchanged_bfloat16": {"replicas": 2, "all_reduce_dtype": "bfloat16"},
+    "exchanged_in_parts": {"replicas": 2, "all_reduce_bytes": 1000},
+    "clipped": {"clip_norm": 0.1},
+    "clipped_four": {"clip_norm": 0.1, "replicas": 4},
+}
+FITTED = "fifty"
+"""Trained by Keras' own `Model.fit`, too."""
+
+
+class Copies(TrainingFeed):
+    """Yields the rows of each step's first part again and again."""
+
+    def __init__(self, count: int, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.count = count
+
+    def batches(self, start: int, stop: int) -> Any:
+        for batch in super().batches(start, stop):
+            first = {k: v[: len(v) // self.count] for k, v in batch.items()}
+            yield {k: np.concatenate([v] * self.count) for k, v in first.items()}
+
+
+class Variant(Loop):
+    copies = 1
+
+    def _feeds(self) -> Any:
+        train, validation = super()._feeds()
+        if self.copies > 1:
+            arguments = (self.folder, self.manifest, self.order, 0, 1, FeedOptions())
+            return Copies(self.copies, *arguments), validation
+        return train, validation
+
+
+class Last(Hooks):
+    """Keeps the last epoch's checkpoint."""
+
+    def __init__(self) -> None:
+        self.epochs: list[Any] = []
+
+    def on_epoch(self, record: dict[str, Any], copy: Any) -> None:
+        self.epochs.append(copy())
+
+
+def spec_of(folder: Path, variant: dict[str, Any]) -> RunSpec:
+    own = ("model", "replicas", "copies")
+    train = {k: v for k, v in variant.items() if k not in own}
+    return RunSpec.model_validate(
+        {
+            "data": {"prepared": str(folder / "prepared")},
+            "model": {**MODEL, **variant.get("model", STILL)},
+            "train": {**TRAIN, **train},
+        }
+    )
+
+
+def train(folder: Path, manifest: Manifest, name: str, strategy: Any) -> dict[str, Any]:
+    variant = VARIANTS[name]
+    replicas = strategy.num_replicas_in_sync
+    loop = Variant(spec_of(folder, variant), manifest, Place(), strategy)
+    loop.copies = variant.get("copies", 1)
+    hooks = Last()
+    outcome = loop.run(hooks)
+    saved = hooks.epochs[-1]
+    # Keras' fit leaves the averaged weights, which the loop validates.
+    last = saved.best[saved.state.epoch - 1] if name == FITTED else saved
+    save(folder / f"{name}.npz", last.model)
+    facts = {
+        "losses": [record["train/loss"] for record in saved.state.history],
+        "traces": loop.stepper.call.experimental_get_tracing_count(),
+        "steps": outcome.state.step,
+    }
+    if loop.stepper.scale is not None:
+        facts["scale"] = float(loop.stepper.scale.numpy())
+    if replicas > 1:
+        facts["replicas_alike"] = replicas_alike(loop)
+    return facts
+
+
+def replicas_alike(loop: Loop) -> bool:
+    """Whether all replicas hold the same bits in all variables."""
+    for variable in [*loop.model.variables, *loop.stepper.variables]:
+        first, *rest = (copy.numpy() for copy in loop.replicas.results(variable.value))
+        if any(first.tobytes() != copy.tobytes() for copy in rest):
+            return False
+    return True
+
+
+def save(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    named: dict[str, Any] = {k.replace("/", "|"): v for k, v in arrays.items()}
+    np.savez(path, **named)
+
+
+def fit(folder: Path, manifest: Manifest, name: str) -> None:
+    """Train by Keras' own `Model.fit` on the rows of the same steps."""
+    spec = spec_of(folder, VARIANTS[name])
+    keras.utils.set_random_seed(spec.run.seed)
+    model = new_model(spec, manifest)
+    loop = Loop(spec, manifest, Place())
+    num_steps = loop.order.steps_before(spec.train.epochs)
+    optimizer = make_optimizer(spec.train, num_steps)
+    model.compile(optimizer, make_loss(spec.train), jit_compile=False)
+    feed, _ = loop._feeds()
+
+    def batches() -> Any:
+        for batch in feed.batches(0, num_steps):
+            tensors = loop.to_tensors([batch])
+            yield tensors.inputs, tensors.label_B1, tensors.weight_B1
+
+    model.fit(batches(), steps_per_epoch=num_steps, shuffle=False, verbose=0)
+    save(folder / f"{name}_by_fit.npz", arrays_of(model.variables))
+
+
+def main() -> None:
+    folder, replicas = Path(sys.argv[1]), int(sys.argv[2])
+    set_devices(1, use_gpu=False)
+    # Each replica waits in a thread for the others' part of a sum.
+    tf.config.threading.set_inter_op_parallelism_threads(8)
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 4)
+    manifest = write_prepared(folder / "prepared", {"train": 100, "validation": 20, "test": 5})
+    strategy: Any = tf.distribute.get_strategy()
+    if replicas > 1:
+        # One for all: two of them in a process take each other's sums for their own.
+        kind: Any = tf.distribute.MultiWorkerMirroredStrategy
+        strategy = kind._from_local_devices([f"CPU:{i}" for i in range(replicas)])
+    own = [name for name, variant in VARIANTS.items() if variant.get("replicas", 1) == replicas]
+    names = sys.argv[3:] or own
+    facts = {name: train(folder, manifest, name, strategy) for name in names}
+    if FITTED in names:
+        fit(folder, manifest, FITTED)
+    Folder(folder).write_json(f"facts-{replicas}.json", facts)
+
+
+if __name__ == "__main__":
+    main()
