@@ -310,7 +310,7 @@ class Predictor:
         import tensorflow as tf
 
         from mm_model import load_model
-        from ray_jobs.loop import set_devices
+        from ray_jobs.replicas import set_devices
 
         set_devices(num_cpus, use_gpu)
         self.batch_size, self.failure = batch_size, None

@@ -50,9 +50,11 @@ _STARTING = "starting workers"
 _UNBROKEN = "\N{NO-BREAK SPACE}"
 
 
-def is_better(key: str, value: float, than: float | None) -> bool:
-    """Whether a validation metric improved: losses fall, the others rise."""
-    return than is None or (value < than if key == VAL_LOG_LOSS else value > than)
+def rank(key: str, value: float | None) -> float:
+    """Return a number that is lower the better a validation metric is: losses fall, others rise."""
+    if value is None:
+        return float("inf")
+    return value if key == VAL_LOG_LOSS else -value
 
 
 class Poster(Protocol):
@@ -60,27 +62,6 @@ class Poster(Protocol):
 
     def __call__(self, event: Event) -> None:
         """Send one event."""
-
-
-class _Board:
-    """Holds the events that were not read yet."""
-
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-
-    def post(self, event: Event) -> None:
-        self.events.append(event)
-
-    def take(self) -> list[Event]:
-        taken, self.events = self.events, []
-        return taken
-
-
-def make_board() -> Any:
-    """Return the handle of a new board, an actor that takes no CPU and lives as long as the job."""
-    import ray
-
-    return ray.remote(num_cpus=0)(_Board).remote()
 
 
 @contextmanager

@@ -229,8 +229,8 @@ class TrainSpec(LossSpec, OptimizerSpec):
     deterministic: bool = False
     """Choose operations that give the same bits each time on a GPU, too; slower."""
     checkpoint_every_steps: PositiveInt | None = None
-    """Steps between checkpoints, beside one at the end of each epoch: the most that a failure
-    costs."""
+    """Most steps that a failure costs. Checkpoints come a little more often, since they are written
+    while training goes on, and one at the end of each epoch in any case."""
     keep_checkpoints: PositiveInt = 2
     """Latest checkpoints that are kept; a damaged one is passed over for the one before."""
     keep_best: PositiveInt = 1
@@ -291,6 +291,12 @@ class TrainSpec(LossSpec, OptimizerSpec):
         """Replicas of the model on one worker."""
         return self.gpus_per_worker if self.use_gpu else 1
 
+    @property
+    def checkpoint_cadence(self) -> int | None:
+        """Steps between two checkpoints: so many that one may be written in those that are left."""
+        every = self.checkpoint_every_steps
+        return None if every is None else every - every // 4
+
     def allowed_workers(self) -> list[int]:
         """Return the numbers of workers that can share the global batch evenly, in order."""
         lanes = num_lanes(self.global_batch_size)
@@ -310,6 +316,16 @@ class RunSpec(Spec):
     data: DataSpec = DataSpec()
     model: ModelSpec = ModelSpec()
     train: TrainSpec = TrainSpec()
+
+    @model_validator(mode="after")
+    def _xla_exchanges_nothing(self) -> Self:
+        train, most = self.train, self.train.workers_range[1] * self.train.replicas_per_worker
+        if train.jit_compile and self.model.batch_norm == "sync" and most > 1:
+            raise ValueError(
+                "train.jit_compile=true cannot compile the exchanges of model.batch_norm=sync "
+                "between workers; set batch_norm=local, or jit_compile=false"
+            )
+        return self
 
     def overlay(self, changes: dict[str, Any]) -> "RunSpec":
         """Return a copy with fields replaced by path, such as {"train.learning_rate": 1e-3}.

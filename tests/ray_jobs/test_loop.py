@@ -2,13 +2,14 @@
 
 import json
 from collections import Counter
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from ray_jobs.checkpoint import LoopState, Saved
+from ray_jobs.hooks import Hooks, Wish
 from ray_jobs.manifest import read_manifest
 from ray_jobs.order import TrainingOrder
 from ray_jobs.spec import DataSpec, RunSpec
@@ -26,24 +27,25 @@ PLAIN = {
     },
     "dropout": 0,
 }  # fmt: skip
+RANDOM = {"image": PLAIN["image"], "numeric": PLAIN["numeric"], "fusion": {"units": 16}}
+"""Dropout, modality dropout and augmentation as they come."""
 SCENARIOS: dict[str, dict[str, Any]] = {
-    # 20 steps on the same rows, whatever the number of workers.
+    # 20 steps on the same rows with the same draws, whatever the number of workers.
     "synchronised": {
-        "model": {**PLAIN, "batch_norm": "sync"},
-        "train": {"epochs": 4, "global_batch_size": 20},
+        "model": {**RANDOM, "batch_norm": "sync"},
+        "train": {"epochs": 4, "global_batch_size": 20, "checkpoint_every_steps": 3},
     },
     # Everything that is random, and batch norm of each worker's own rows.
     "random": {
-        "model": {
-            "image": PLAIN["image"],
-            "numeric": {"units": [16, 16]},
-            "fusion": {"units": 16, "kind": "gated"},
-        },
+        "model": {**RANDOM, "augmentation": {**PLAIN["augmentation"], "flip": "horizontal"}},
         "train": {
             "epochs": 3,
             "global_batch_size": 16,
             "schedule": "plateau",
             "plateau_patience": 1,
+            "checkpoint_every_steps": 4,
+            "ema_momentum": 0.9,
+            "mixup_alpha": 0.2,
         },
     },
     # What the first epoch is good for, and the next ones spoil: the labels' noise by heart.
@@ -51,14 +53,19 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "model": PLAIN,
         "train": {"epochs": 20, "global_batch_size": 20, "learning_rate": 0.05, "patience": 2},
     },
-    # A backbone of keras.applications, whose variables are not all floats.
+    # A backbone of keras.applications, whose variables are not all floats; frozen at first.
     "application": {
         "model": {**PLAIN, "image": {"kind": "efficientnet_b0", "weights": None, "units": 8}},
-        "train": {"epochs": 1, "global_batch_size": 50},
+        "train": {
+            "epochs": 2,
+            "global_batch_size": 50,
+            "stages": [{"epochs": 1, "backbone": 0}, {"epochs": 1, "backbone_rate": 0.1}],
+        },
     },
     # Nothing divides anything: 101 rows, 37 to validate, steps of 14.
     "uneven": {"model": PLAIN, "train": {"epochs": 20, "global_batch_size": 14}},
 }
+ALSO_ON_FOUR = ("synchronised",)
 
 
 def spec_of(scenario: str, prepared: str, num_workers: int) -> RunSpec:
@@ -74,76 +81,104 @@ def spec_of(scenario: str, prepared: str, num_workers: int) -> RunSpec:
     )
 
 
+class Kept(Hooks):
+    """Keeps every checkpoint and record; wishes to stop when it is time."""
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        self.checkpoints: list[Saved] = []
+        self.epochs: list[dict[str, Any]] = []
+        self.step, self.stop_at = 0, stop_at
+
+    def after_step(self, step: int) -> None:
+        self.step = step
+
+    def wish(self) -> Wish:
+        return Wish(stop=self.stop_at is not None and self.step >= self.stop_at)
+
+    def on_checkpoint(self, step: int, copy: Any) -> None:
+        self.checkpoints.append(copy())
+
+    def on_epoch(self, record: dict[str, Any], copy: Any) -> None:
+        self.checkpoints.append(copy())
+        self.epochs.append(record)
+
+
 def run_scenarios(config: dict[str, Any]) -> None:
     """Run every scenario on one worker; leave what it saw in files for the test."""
     import ray.train
     import tensorflow as tf
 
-    from ray_jobs.loop import Loop, Place, set_devices
+    from ray_jobs.loop import Loop
+    from ray_jobs.replicas import Place, make_strategy, set_devices
 
     context = ray.train.get_context()
     place = Place(context.get_world_rank(), context.get_world_size())
     output = Path(config["output"])
     set_devices(1, use_gpu=False)
-    strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    strategy = make_strategy(place.num_workers)
 
     class Watched(Loop):
         rows: list[list[int]]
-        batches: list[Any]
+        calls: list[Any]
+
+        def _watched(self, tensors: Any) -> Any:
+            real = tensors.weight_B1.numpy()[:, 0] > 0
+            numbers = tensors.inputs["numeric"].numpy()
+            self.rows.append(numbers[real, ROW].astype(int).tolist())
+            return tensors
+
+        def _steps(self, *arguments: Any) -> Any:
+            for tensors in super()._steps(*arguments):
+                self.calls.append((tensors.inputs, tensors.label_B1, tensors.weight_B1))
+                yield self._watched(tensors)
 
         def _on_device(self, batches: Any) -> Any:
-            for tensors in super()._on_device(batches):
-                real = tensors.weight_B1.numpy()[:, 0] > 0
-                numbers = tensors.inputs["numeric"].numpy()
-                self.rows.append(numbers[real, ROW].astype(int).tolist())
-                self.batches.append((tensors.inputs, tensors.label_B1, tensors.weight_B1))
-                yield tensors
+            yield from map(self._watched, super()._on_device(batches))
 
     for name in SCENARIOS:
+        if place.num_workers == 4 and name not in ALSO_ON_FOUR:
+            continue
         if name == "application" and place.num_workers == 1:
             continue
         spec = spec_of(name, config["prepared"], place.num_workers)
-        loop = Watched(spec, read_manifest(Folder(spec.data.prepared)), place, strategy)
-        loop.rows, loop.batches = [], []
-        epochs: list[dict[str, Any]] = []
-
-        def on_epoch(record, copy, name=name, epochs=epochs):
-            saved = copy()
+        manifest = read_manifest(Folder(spec.data.prepared))
+        loop = Watched(spec, manifest, place, strategy)
+        loop.rows, loop.calls, hooks = [], [], Kept()
+        outcome = loop.run(hooks)
+        after_epochs = [c for c in hooks.checkpoints if not c.local]
+        for epoch, saved in enumerate(after_epochs):
             np.savez(
-                output / f"{name}-{len(epochs)}-{place.num_workers}-{place.rank}.npz",
+                output / f"{name}-{epoch}-{place.num_workers}-{place.rank}.npz",
                 **{k.replace("/", "|"): v for k, v in saved.model.items()},
             )
-            epochs.append(record)
-
-        checkpoints: list[Any] = []
-
-        def on_epoch_kept(record, copy, on_epoch=on_epoch, checkpoints=checkpoints):
-            checkpoints.append(copy())
-            on_epoch(record, copy)
-
-        outcome = loop.run(on_epoch_kept, lambda event: None)
-        graph = loop.train_step.get_concrete_function(*loop.batches[0]).graph.as_graph_def()
+        graph = loop.stepper.call.get_concrete_function(*loop.calls[-1]).graph.as_graph_def()
+        best = outcome.best
+        assert best is not None
         facts = {
             "rows": loop.rows,
-            "epochs": epochs,
+            "epochs": hooks.epochs,
             # In the graph and in every function that it calls.
             "collectives": str(graph).count('op: "CollectiveReduceV2"'),
+            "traces": loop.stepper.call.experimental_get_tracing_count(),
             "variables": len(loop.model.trainable_variables),
-            "label": outcome.label_N.tolist(),
+            "label": best.label_N.tolist(),
             "history": [epoch["epoch"] for epoch in outcome.state.history],
             "best_epoch": outcome.state.best_epoch,
+            "steps_of_checkpoints": [c.state.step for c in hooks.checkpoints],
         }
-        best = checkpoints[outcome.state.best_epoch or 0].model
-        facts["best_restored"] = same_arrays(best, outcome.best_model)
+        own = after_epochs[outcome.state.best_epoch or 0].model
+        facts["best_restored"] = same_arrays(own, best.model)
         if name == "random":
-            facts["resumed_alike"] = resumed_alike(loop, checkpoints)
+            facts["resumed_alike"] = resumed_alike(loop, hooks.checkpoints)
+            facts["stopped_alike"] = stopped_alike(loop, hooks.checkpoints)
+        if name == "synchronised":
+            facts["distance_of_resumed"] = distance_of_resumed(loop, output, hooks.checkpoints)
         if name == "uneven":
-            _, y_B1, weight_B1 = loop.batches[0]
+            _, y_B1, weight_B1 = loop.calls[0]
             facts["weights"] = np.concatenate([y_B1, weight_B1], axis=1).tolist()
-        if name == "synchronised" and place.num_workers == 1:
-            facts["distance_to_fit"] = distance_to_fit(loop, spec)
         path = output / f"{name}-{place.num_workers}-{place.rank}.json"
         path.write_text(json.dumps(facts))
+        tf.keras.backend.clear_session()
 
 
 def same_arrays(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> bool:
@@ -152,45 +187,89 @@ def same_arrays(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> 
     return all(a.tobytes() == b.tobytes() for a, b in pairs)
 
 
-def resumed_alike(loop: Any, undisturbed: list[Any]) -> list[bool]:
-    """Go on from the first checkpoint in a loop of its own; compare what the others hold."""
+def same_checkpoints(first: Saved, second: Saved) -> bool:
+    """Whether two checkpoints are bitwise the same, but for times."""
+
+    def untimed(record: dict[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in record.items() if not k.startswith(("time/", "data/"))}
+
+    def state(saved: Saved) -> LoopState:
+        history = tuple(map(untimed, saved.state.history))
+        return saved.state.model_copy(update={"history": history})
+
+    return (
+        state(first) == state(second)
+        and same_arrays(first.model, second.model)
+        and same_arrays(first.optimizer, second.optimizer)
+        and same_arrays(first.local, second.local)
+        and first.best.keys() == second.best.keys()
+        and all(same_arrays(first.best[e].model, second.best[e].model) for e in first.best)
+    )
+
+
+def resumed_alike(loop: Any, undisturbed: list[Saved]) -> list[bool]:
+    """Go on from some checkpoints in loops of their own; compare all later ones bit by bit."""
     from ray_jobs.loop import Loop
 
-    resumed: list[Any] = []
-    again = Loop(loop.spec, loop.manifest, loop.place, loop.strategy)
-    again.run(lambda record, copy: resumed.append(copy()), lambda event: None, undisturbed[0])
-    return [
-        same_arrays(getattr(a, part), getattr(b, part))
-        for a, b in zip(undisturbed[1:], resumed, strict=True)
-        for part in ("model", "optimizer", "best")
-    ]
+    alike = []
+    # In the first epoch, and at its end.
+    for start in (0, 1):
+        hooks = Kept()
+        again = Loop(loop.spec, loop.manifest, loop.place, loop.replicas.strategy)
+        again.run(hooks, undisturbed[start])
+        pairs = zip(undisturbed[start + 1 :], hooks.checkpoints, strict=True)
+        alike.append(all(same_checkpoints(a, b) for a, b in pairs))
+    return alike
 
 
-def distance_to_fit(loop: Any, spec: RunSpec) -> float:
-    """Train a twin with Keras' own step on the same batches; return the largest distance."""
-    import keras
+def stopped_alike(loop: Any, undisturbed: list[Saved]) -> list[Any]:
+    """Stop where no checkpoint is due, go on from there; compare the end."""
+    from ray_jobs import loop as module
+    from ray_jobs.loop import Loop
 
-    from mm_model.optimizer import make_optimizer
-    from ray_jobs.loop import new_model
+    hooks = Kept(stop_at=8)
+    loop = Loop(loop.spec, loop.manifest, loop.place, loop.replicas.strategy)
+    seconds, module._LOOK_UP_S = module._LOOK_UP_S, 0.0
+    outcome = loop.run(hooks)
+    module._LOOK_UP_S = seconds
+    last = hooks.checkpoints[-1]
+    rest = Kept()
+    Loop(loop.spec, loop.manifest, loop.place, loop.replicas.strategy).run(rest, last)
+    alike = same_checkpoints(undisturbed[-1], rest.checkpoints[-1])
+    return [outcome.best is None, outcome.state.step, last.state.step, alike]
 
-    keras.utils.set_random_seed(spec.run.seed)
-    twin = new_model(spec, loop.manifest)
-    total_steps = loop.order.steps_before(spec.train.epochs)
-    twin.compile(make_optimizer(spec.train, total_steps), "binary_crossentropy", jit_compile=False)
-    batches = iter(loop.batches)
-    for epoch in range(spec.train.epochs):
-        for inputs, y, weight in islice(batches, loop.order.num_steps(epoch)):
-            twin.train_on_batch(inputs, y, sample_weight=weight)
-        list(islice(batches, 2))  # 37 validation rows, 20 at once
-    return max(
-        float(np.abs(a.numpy() - b.numpy()).max() / max(np.abs(b.numpy()).max(), 1e-12))
-        for a, b in zip(twin.trainable_variables, loop.model.trainable_variables, strict=True)
-    )
+
+def distance_of_resumed(loop: Any, output: Path, undisturbed: list[Saved]) -> float:
+    """Go on from another number of workers' checkpoint; return the distance to their end."""
+    from ray_jobs.checkpoint import read_checkpoint, write_checkpoint
+    from ray_jobs.loop import Loop
+
+    num_workers = loop.place.num_workers
+    if loop.place.rank == 0:
+        for name, saved in (("middle", undisturbed[2]), ("end", undisturbed[-1])):
+            folder = output / f"{name}-{num_workers}"
+            folder.mkdir()
+            saved.best = {}
+            write_checkpoint(folder, saved)
+    if num_workers == 1:
+        return 0.0
+    middle = read_checkpoint(output / f"middle-{num_workers // 2}")
+    assert middle.local
+    hooks = Kept()
+    Loop(loop.spec, loop.manifest, loop.place, loop.replicas.strategy).run(hooks, middle)
+    end = read_checkpoint(output / f"end-{num_workers // 2}")
+    return distance(hooks.checkpoints[-1].model, end.model)
+
+
+def distance(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> float:
+    """Return the largest distance of two tensors, as a share of the largest weight in them."""
+    pairs = zip(first.values(), second.values(), strict=True)
+    return max(float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-12)) for a, b in pairs)
 
 
 @pytest.fixture(scope="module")
 def seen(ray_local, tmp_path_factory) -> dict[str, Any]:
-    """Train with one and with two workers; return what each left, and the manifest."""
+    """Train with one, two and four workers; return what each left, and the manifest."""
     from ray.train import RunConfig, ScalingConfig
 
     from ray_jobs.tf_backend import KerasTrainer
@@ -198,7 +277,7 @@ def seen(ray_local, tmp_path_factory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("loop")
     rows = {"train": 101, "validation": 37, "test": 5}
     manifest = write_prepared(folder / "prepared", rows, size=32)
-    for num_workers in (1, 2):
+    for num_workers in (1, 2, 4):
         KerasTrainer(
             run_scenarios,
             train_loop_config={"output": str(folder), "prepared": str(folder / "prepared")},
@@ -215,18 +294,20 @@ def arrays(seen: dict[str, Any], scenario: str, epoch: int, num_workers: int, ra
         return {name: file[name] for name in file.files}
 
 
-def test_two_workers_learn_what_one_learns(seen):
-    one, two = arrays(seen, "synchronised", 3, 1, 0), arrays(seen, "synchronised", 3, 2, 0)
+@pytest.mark.parametrize("num_workers", [2, 4])
+def test_many_workers_learn_what_one_learns_with_all_that_is_random(seen, num_workers):
+    one, many = (arrays(seen, "synchronised", 3, n, 0) for n in (1, num_workers))
     start = arrays(seen, "synchronised", 0, 1, 0)
     assert seen["synchronised-1-0"]["epochs"][-1]["step"] == 20
-    assert one.keys() == two.keys()
+    assert one.keys() == many.keys()
     for name, w in one.items():
-        assert np.abs(two[name] - w).max() <= 1e-4 * np.abs(w).max(), name
+        assert np.abs(many[name] - w).max() <= 1e-4 * np.abs(w).max(), name
     assert max(np.abs(w - start[name]).max() for name, w in one.items()) > 1e-3
 
 
-def test_one_worker_learns_what_model_fit_learns(seen):
-    assert seen["synchronised-1-0"]["distance_to_fit"] <= 1e-4
+@pytest.mark.parametrize("num_workers", [2, 4])
+def test_a_run_that_goes_on_with_twice_as_many_workers_learns_the_same(seen, num_workers):
+    assert 0 < seen[f"synchronised-{num_workers}-0"]["distance_of_resumed"] <= 1e-4
 
 
 @pytest.mark.parametrize(("scenario", "epochs"), [("random", 3), ("uneven", 20)])
@@ -302,10 +383,31 @@ def test_training_stops_out_of_patience_and_returns_the_best_epoch(seen):
         assert seen[name]["best_restored"]
 
 
-def test_a_run_resumed_from_a_checkpoint_goes_on_bitwise_alike(seen):
-    """Plateau schedule, dropout, augmentation, batch norm of each worker's own rows."""
+def test_a_run_resumed_from_any_checkpoint_goes_on_bitwise_alike(seen):
+    """In the middle of epochs and between them.
+
+    Plateau schedule, moving average, mixup, dropout, augmentation, batch norm of own rows.
+    """
     for name in ("random-1-0", "random-2-0", "random-2-1"):
-        assert seen[name]["resumed_alike"] == [True] * 6
+        assert seen[name]["resumed_alike"] == [True] * 2
+
+
+def test_checkpoints_come_a_little_before_a_failure_would_cost_too_much(seen):
+    # Epochs of 6, 6 and 6 steps, at most 4 lost, of which one is for the writing.
+    assert seen["random-2-0"]["steps_of_checkpoints"] == [3, 6, 9, 12, 15, 18]
+
+
+def test_a_run_stopped_at_any_step_goes_on_bitwise_alike(seen):
+    for name in ("random-1-0", "random-2-0", "random-2-1"):
+        stopped, step, saved_step, alike = seen[name]["stopped_alike"]
+        assert stopped
+        assert step == saved_step == 8
+        assert alike
+
+
+def test_a_graph_is_made_once_and_once_more_for_another_stage(seen):
+    assert seen["random-2-0"]["traces"] == 1
+    assert seen["uneven-2-0"]["traces"] == 1
 
 
 def test_rows_are_weighed_as_scikit_learn_balances_classes(seen):
@@ -319,16 +421,25 @@ def test_rows_are_weighed_as_scikit_learn_balances_classes(seen):
         assert weight == pytest.approx(expected[int(label)])
 
 
-def test_a_backbone_of_keras_applications_goes_through_an_epoch(seen):
-    first, second = (arrays(seen, "application", 0, 2, rank) for rank in (0, 1))
-    assert any("normalization" in name for name in first)
-    for name, value in first.items():
-        assert value.tobytes() == second[name].tobytes(), name
+def test_a_backbone_of_keras_applications_is_frozen_and_thawed(seen):
+    for epoch in (0, 1):
+        first, second = (arrays(seen, "application", epoch, 2, rank) for rank in (0, 1))
+        assert any("normalization" in name for name in first)
+        for name, value in first.items():
+            assert value.tobytes() == second[name].tobytes(), name
+    frozen, thawed = (arrays(seen, "application", epoch, 2, 0) for epoch in (0, 1))
+    moved = {name for name in frozen if frozen[name].tobytes() != thawed[name].tobytes()}
+    stem = {name for name in frozen if "stem" in name and "normalization" not in name}
+    assert stem
+    assert stem <= moved
+    # Batch norms of the frozen epoch kept their statistics: those that they are made with.
+    means = [name for name in frozen if "stem" in name and "moving_mean" in name]
+    assert all(not frozen[name].any() for name in means)
 
 
 def test_pixels_become_a_tensor_without_a_copy_and_other_arrays_with_one():
-    from ray_jobs.loop import as_tensor
     from ray_jobs.rows import aligned
+    from ray_jobs.tensors import as_tensor
 
     pixels = aligned((2, 5, 5, 3))
     pixels[:] = np.arange(150).reshape(pixels.shape)

@@ -6,7 +6,8 @@ import pytest
 from rich.console import Console
 
 from ray_jobs import report
-from ray_jobs.report import Screen, is_better, shown
+from ray_jobs.board import make_board
+from ray_jobs.report import Screen, rank, shown
 
 HEADER = "  epoch   step  rows/s  data wait  train loss  val loss  val AUC  val acc"
 
@@ -26,21 +27,17 @@ def screen_of(width: int) -> tuple[Screen, io.StringIO]:
 
 
 def test_a_log_loss_that_falls_is_better():
-    assert is_better("val/log_loss", 0.4, than=0.5)
-    assert not is_better("val/log_loss", 0.5, than=0.4)
+    assert rank("val/log_loss", 0.4) < rank("val/log_loss", 0.5)
 
 
 @pytest.mark.parametrize("key", ["val/roc_auc", "val/pr_auc", "val/accuracy"])
 def test_any_other_metric_that_rises_is_better(key):
-    assert is_better(key, 0.9, than=0.8)
-    assert not is_better(key, 0.8, than=0.9)
+    assert rank(key, 0.9) < rank(key, 0.8)
 
 
 @pytest.mark.parametrize("key", ["val/log_loss", "val/roc_auc"])
-def test_the_first_value_is_better_and_an_equal_one_or_nan_is_not(key):
-    assert is_better(key, 0.5, than=None)
-    assert not is_better(key, 0.5, than=0.5)
-    assert not is_better(key, float("nan"), than=0.5)
+def test_any_value_is_better_than_none(key):
+    assert rank(key, 100.0) < rank(key, None)
 
 
 @pytest.mark.parametrize("width", [80, 100])
@@ -189,7 +186,7 @@ def test_a_stage_is_a_line_and_an_event_of_another_kind_is_none():
 def test_everything_posted_before_the_end_is_shown_in_order(capsys):
     import ray
 
-    board = report.make_board()
+    board = make_board()
     with shown(board, "a run"):
         for epoch in range(3):
             board.post.remote(epoch_event(epoch))
@@ -215,7 +212,7 @@ def wait_for_the_end_of(board: Any) -> None:
 def test_the_end_of_the_work_is_not_held_up_by_a_board_that_died(capsys):
     import ray
 
-    board = report.make_board()
+    board = make_board()
     with shown(board, "a run"):
         ray.get(board.post.remote(epoch_event()))
         ray.kill(board)
@@ -227,7 +224,7 @@ def test_the_end_of_the_work_is_not_held_up_by_a_board_that_died(capsys):
 
 @pytest.mark.usefixtures("ray_local")
 def test_an_error_in_the_work_ends_the_show_and_the_board():
-    board = report.make_board()
+    board = make_board()
     with pytest.raises(ValueError, match="the work failed"), shown(board, "a run"):
         raise ValueError("the work failed")
     wait_for_the_end_of(board)
@@ -247,7 +244,7 @@ def test_a_board_that_was_slow_once_is_shown_all_the_same(capsys, monkeypatch):
             raise GetTimeoutError("slow")
         return get(*arguments, **options)
 
-    board = report.make_board()
+    board = make_board()
     get(board.post.remote(epoch_event(0)))
     monkeypatch.setattr(ray, "get", slow_once)
     with shown(board, "a run"):
