@@ -34,10 +34,15 @@ class JobError(Exception):
     """The job cannot go on for a reason that its user can mend; the text says how."""
 
 
+class Interrupted(JobError):
+    """The user stopped the job; the text says how it goes on."""
+
+
 def main(spec_class: type[S], job: Callable[[S], Any], doc: str | None) -> None:
     """Run one job from the command line.
 
-    Exits with status 0 only when the work is done, 2 on wrong usage, 1 on any other failure.
+    Exits with status 0 only when the work is done, 2 on wrong usage, 130 when it was interrupted, 1
+    on any other failure.
     Errors that the user can mend are one line on stderr; others keep their traceback.
     """
     arguments = sys.argv[1:]
@@ -51,6 +56,8 @@ def main(spec_class: type[S], job: Callable[[S], Any], doc: str | None) -> None:
         _exit(f"{error}\nSee {prog} --help.", 2)
     try:
         job(spec)
+    except Interrupted as error:
+        _exit(str(error), 130)
     except (JobError, OSError, ValueError) as error:
         if os.environ.get("RAY_JOBS_TRACEBACK"):
             raise

@@ -7,9 +7,6 @@ Run:   python -m ray_jobs.train ray_jobs/specs/houses.yaml --run.name first
        ray job submit --working-dir . -- python -m ray_jobs.train ray_jobs/specs/houses.yaml
 """
 
-import json
-import math
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,22 +14,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_jobs import cli, cluster, report
-from ray_jobs.batch import INPUT_TYPES
+from ray_jobs.attempts import fit_once, run_attempts
+from ray_jobs.board import make_board
 from ray_jobs.cli import JobError
 from ray_jobs.environment import describe_environment
+from ray_jobs.finish import SUMMARY
 from ray_jobs.manifest import Manifest, read_manifest, require_shards
 from ray_jobs.order import TrainingOrder
 from ray_jobs.spec import RunSpec
 from ray_jobs.storage import Folder
+from ray_jobs.tracking import require_tracking
+from ray_jobs.worker import train_on_worker
 
 if TYPE_CHECKING:
     from ray.train import UserCallback
 
-    from ray_jobs.loop import Loop, Outcome
-
-CHECKPOINTS = "checkpoints"
 SPEC = "run.yaml"
-SUMMARY = "summary.json"
 
 _SAME_RUN = (
     "run.seed", "data.image_size", "data.shuffle_window_rows", "data.buffer_bytes",
@@ -40,7 +37,9 @@ _SAME_RUN = (
 )  # fmt: skip
 """Parts of a spec in which a resumed run must agree with the one it goes on from, with its data."""
 _MAY_DIFFER = (
-    "num_workers", "use_gpu", "cpus_per_worker", "resources_per_worker", "max_failures",
+    "num_workers", "use_gpu", "gpus_per_worker", "cpus_per_worker", "resources_per_worker",
+    "checkpoint_every_steps", "keep_checkpoints", "keep_best", "max_failures", "max_preemptions",
+    "hang_timeout_s",
 )  # fmt: skip
 """Settings of `train` by which no weight differs but in its last bits."""
 
@@ -59,6 +58,7 @@ def fit(spec: RunSpec, callbacks: Sequence["UserCallback"] = ()) -> dict[str, An
     folder = run_folder(spec)
     manifest = read_manifest(Folder(spec.data.prepared))
     require_trainable(spec, manifest)
+    spec = require_tracking(spec)
     if _open_run(spec, manifest, folder):
         print(f"run {spec.run.name} is finished already: {folder}")
         return folder.read_json(SUMMARY)
@@ -70,10 +70,17 @@ def fit(spec: RunSpec, callbacks: Sequence["UserCallback"] = ()) -> dict[str, An
         worker_logs=spec.run.worker_logs,
         object_store_memory=spec.data.object_store_memory,
     ):
-        board = report.make_board()
+        board = make_board()
         title = _title(spec, manifest, folder)
         with report.shown(board, title), _feeding(spec, manifest) as feeding:
-            _fit_workers(spec, folder, {"board": board, **feeding}, callbacks)
+            config = {
+                "spec": spec.model_dump(mode="json"), "run": folder.uri, "board": board, **feeding,
+            }  # fmt: skip
+            run_attempts(
+                train,
+                lambda n: fit_once(train, n, train_on_worker, config, folder.uri, callbacks),
+                board,
+            )
     summary = folder.read_json(SUMMARY)
     _print_summary(summary, folder)
     return summary
@@ -175,221 +182,6 @@ def _feeding(spec: RunSpec, manifest: Manifest) -> Iterator[dict[str, Any]]:
     finally:
         if index is not None:
             ray.kill(index)
-
-
-def _fit_workers(
-    spec: RunSpec,
-    folder: Folder,
-    shared: dict[str, Any],
-    callbacks: Sequence["UserCallback"],
-) -> None:
-    from ray.exceptions import RayError
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
-
-    from ray_jobs.tf_backend import KerasTrainer
-
-    train = spec.train
-    try:
-        # Not bound to a name: a frame that an exception keeps would keep the controller alive.
-        KerasTrainer(
-            train_on_worker,
-            train_loop_config={"spec": spec.model_dump(mode="json"), **shared},
-            scaling_config=ScalingConfig(
-                num_workers=train.workers_range[0],
-                use_gpu=train.use_gpu,
-                resources_per_worker={
-                    "CPU": train.cpus_per_worker,
-                    **({"GPU": 1} if train.use_gpu else {}),
-                    **train.resources_per_worker,
-                },
-            ),
-            run_config=RunConfig(
-                name=CHECKPOINTS,
-                storage_path=folder.uri,
-                # A group that cannot start waits a minute a time: half an hour is enough for an
-                # autoscaler, and then the user should know.
-                failure_config=FailureConfig(
-                    max_failures=train.max_failures, controller_failure_limit=30
-                ),
-                checkpoint_config=CheckpointConfig(num_to_keep=1),
-                callbacks=list(callbacks),
-            ),
-        ).fit()
-    except WorkerGroupError as error:
-        rank, failure = min(error.worker_failures.items())
-        text = f"worker {rank} failed: {_reason(failure)}"
-        raise JobError(text) from error.with_traceback(None)
-    except TrainingFailedError as error:
-        raise JobError(f"training failed: {error}") from error.with_traceback(None)
-    except RayError as error:
-        raise JobError(
-            f"Ray lost the controller of the training ({type(error).__name__}); run the same "
-            "command again, it goes on from the last epoch"
-        ) from error.with_traceback(None)
-
-
-def _reason(failure: BaseException) -> str:
-    cause = getattr(failure, "cause", None) or failure.__cause__ or failure
-    return f"{type(cause).__name__}: {cause}"
-
-
-def train_on_worker(config: dict[str, Any]) -> None:
-    """Run the loop on one Ray worker: checkpoints to Ray, history and model to the run folder.
-
-    Args:
-        config: `spec`; `board` for progress; `decode`, `cache` and `index` of the feed.
-    """
-    import ray.train
-
-    from ray_jobs.cache import open_cache
-    from ray_jobs.checkpoint import read_checkpoint, write_checkpoint
-    from ray_jobs.dataset import FeedOptions
-    from ray_jobs.loop import Loop, Place, Saved, set_devices
-
-    spec = RunSpec.model_validate(config["spec"])
-    folder = run_folder(spec)
-    context = ray.train.get_context()
-    place = Place(context.get_world_rank(), context.get_world_size())
-    first = place.rank == 0
-    set_devices(spec.train.cpus_per_worker, spec.train.use_gpu)
-    board = config["board"]
-
-    def post(event: report.Event) -> None:
-        if first:
-            board.post.remote(event)
-
-    manifest = read_manifest(folder)
-    cache = open_cache(config["cache"], manifest, spec.data.image_size, config["index"])
-    feeding = FeedOptions(
-        data=spec.data,
-        decode=config["decode"],
-        threads=max(math.ceil(spec.train.cpus_per_worker), 1),
-        cache=cache,
-    )
-    loop = Loop(spec, manifest, place, feeding=feeding)
-    checkpoint = ray.train.get_checkpoint()
-    saved = None
-    if checkpoint is not None:
-        with checkpoint.as_directory() as path:
-            saved = Saved(*read_checkpoint(path))
-    writer = TensorBoard(folder) if first else None
-
-    def on_epoch(record: dict[str, Any], copy: Any) -> None:
-        # Every rank reports, since a report waits for all of them; rank 0 brings the files.
-        if not first:
-            ray.train.report(record)
-            return
-        with tempfile.TemporaryDirectory() as path:
-            now: Saved = copy()
-            write_checkpoint(path, now.state, now.model, now.optimizer, now.best)
-            lines = [json.dumps(epoch) + "\n" for epoch in now.state.history]
-            folder.write_text("history.jsonl", "".join(lines))
-            if writer is not None:
-                writer.write(record)
-            ray.train.report(record, checkpoint=ray.train.Checkpoint.from_directory(path))
-
-    started = time.monotonic()
-    outcome = loop.run(on_epoch, post, saved)
-    if cache is not None:
-        cache.close()
-    if first:
-        post({"kind": "note", "text": "writing the best model, calibrated"})
-        finish(loop, outcome, folder, time.monotonic() - started)
-
-
-def finish(loop: "Loop", outcome: "Outcome", folder: Folder, train_s: float) -> dict[str, Any]:
-    """Write the best model, blended and calibrated on the validation rows, and the summary.
-
-    The summary comes last: a run folder that has one is finished.
-    """
-    from mm_model.calibrate import fit_blend, fit_calibration, log_loss, sigmoid
-    from ray_jobs.checkpoint import assign
-    from ray_jobs.loop import new_model
-    from ray_jobs.metrics import choose_threshold, validation_metrics
-
-    spec, label_N = loop.spec, outcome.label_N
-    # A model of its own, outside the strategy, whose variables are plain ones.
-    model = new_model(spec, loop.manifest)
-    assign(model.variables, outcome.best_model, "best weights")
-    blend_M, bias = model.blend.weights_M(), -loop.logit_shift
-    logits_NM = outcome.head_logits_NM.astype("float64")
-    before = log_loss(logits_NM @ blend_M + bias, label_N)
-    scale = 1.0
-    if spec.train.calibrate:
-        if model.blends:
-            blend_M = fit_blend(logits_NM, label_N)
-            model.blend.set(blend_M)
-        scale, bias = fit_calibration(logits_NM @ blend_M, label_N)
-    model.calibration.set([scale], bias)
-    probability_N = sigmoid(scale * (logits_NM @ blend_M) + bias)
-    threshold = choose_threshold(label_N, probability_N, spec.train.decision_threshold)
-    with tempfile.TemporaryDirectory() as path:
-        model.save(f"{path}/model.keras")
-        export_saved_model(model, f"{path}/saved_model")
-        folder.delete("model")
-        folder.upload(path, "model")
-    state = outcome.state
-    summary = {
-        "run": spec.run.name,
-        "epochs": state.epoch,
-        "steps": state.step,
-        "best_epoch": (state.best_epoch or 0) + 1,
-        "stopped_early": state.epoch < spec.train.epochs,
-        "decision_threshold": threshold,
-        "validation": validation_metrics(label_N, probability_N),
-        "calibration": {
-            "scale": scale,
-            "bias": bias,
-            "blend": dict(zip(model.heads, map(float, blend_M), strict=True)),
-            "validation_log_loss_before": before,
-        },
-        "num_parameters": model.count_params(),
-        "num_workers": loop.place.num_workers,
-        "train_s": train_s,
-    }
-    folder.write_json(SUMMARY, summary)
-    return summary
-
-
-def export_saved_model(model: Any, path: str) -> None:
-    """Write a TensorFlow SavedModel: `serve(image uint8, numeric float32, …)` → probability."""
-    import keras
-    import tensorflow as tf
-
-    signature = {
-        name: tf.TensorSpec(tensor.shape, INPUT_TYPES[name], name=name)  # type: ignore[call-arg]
-        for name, tensor in model.network.input.items()
-    }
-    archive: Any = keras.export.ExportArchive()
-    archive.track(model)
-    archive.add_endpoint(
-        "serve", lambda inputs: {"probability": model(inputs, training=False)}, [signature]
-    )
-    archive.write_out(path, verbose=False)
-
-
-class TensorBoard:
-    """Writes the numbers of each epoch for TensorBoard, below the run folder."""
-
-    def __init__(self, folder: Folder) -> None:
-        """Open a log; a remote run folder gets a copy after each epoch."""
-        import tensorflow as tf
-
-        self.folder = folder
-        self.local = Path(tempfile.mkdtemp(prefix="tensorboard-"))
-        self.writer = tf.summary.create_file_writer(str(self.local))
-
-    def write(self, record: dict[str, Any]) -> None:
-        """Write one epoch."""
-        import tensorflow as tf
-
-        with self.writer.as_default(step=record[report.EPOCH]):
-            for key, value in record.items():
-                if isinstance(value, float):
-                    tf.summary.scalar(key, value)
-        self.writer.flush()
-        self.folder.upload(self.local, "tensorboard")
 
 
 def _title(spec: RunSpec, manifest: Manifest, folder: Folder) -> str:

@@ -19,8 +19,8 @@ from ray_jobs.train import fit
 from tests.ray_jobs.tiny import write_prepared
 
 RUN_FILES = {
-    "checkpoints", "environment.json", "history.jsonl", "manifest.json", "model", "run.yaml",
-    "summary.json", "tensorboard",
+    "checkpoints", "environment.json", "history.jsonl", "history.parquet", "manifest.json", "model",
+    "run.yaml", "summary.json", "tensorboard",
 }  # fmt: skip
 
 
@@ -286,7 +286,7 @@ def test_a_run_that_loses_a_worker_ends_in_the_same_weights(trained, tmp_path):
 
     def kill_one_worker() -> None:
         checkpoints = tmp_path / "first" / "checkpoints"
-        while not list(checkpoints.glob("checkpoint_*/state.json")):
+        while not list(checkpoints.glob("steps/*/state.json")):
             if killed.wait(0.05):
                 return
         workers = [actor for actor in living_actors() if actor.class_name == "RayTrainWorker"]

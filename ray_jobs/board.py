@@ -1,0 +1,78 @@
+"""What driver and workers of a run tell each other: an actor without a CPU that both can reach.
+
+Workers post what they do and why they fail; the driver reads it, and asks them to stop. Nobody
+waits for it, and no training depends on it.
+"""
+
+import time
+from typing import Any
+
+from ray_jobs.report import Event
+
+
+class _Board:
+    """Holds the events that were not read yet, the failures, and what workers are asked for."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.failed: list[Event] = []
+        self.stop = False
+
+    def post(self, event: Event) -> None:
+        self.events.append(event)
+
+    def take(self) -> list[Event]:
+        taken, self.events = self.events, []
+        return taken
+
+    def fail(self, failure: Event) -> None:
+        # Times of one clock: those of the workers may differ by more than their failures.
+        self.failed.append({**failure, "time": time.monotonic()})
+
+    def failures(self) -> list[Event]:
+        return self.failed
+
+    def ask_to_stop(self) -> None:
+        self.stop = True
+
+    def asked_to_stop(self) -> bool:
+        return self.stop
+
+    def begin(self) -> None:
+        """Begin another attempt, of which nothing is known yet."""
+        self.failed, self.stop = [], False
+
+
+def make_board() -> Any:
+    """Return the handle of a new board, which lives as long as the job."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    # On the driver's node, which is the one that has to be there anyway.
+    node = ray.get_runtime_context().get_node_id()
+    here = NodeAffinitySchedulingStrategy(node, soft=False)
+    actor: Any = ray.remote(_Board)
+    return actor.options(num_cpus=0, scheduling_strategy=here).remote()
+
+
+class StopRequest:
+    """Tells a worker whether it was asked to stop, without ever waiting for the answer."""
+
+    def __init__(self, board: Any) -> None:
+        self.board, self._answer, self._stop = board, None, False
+
+    def __call__(self) -> bool:
+        """Return the answer to an earlier question, and ask anew."""
+        import ray
+        from ray.exceptions import RayError
+
+        if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
+            try:
+                self._stop = bool(ray.get(self._answer))
+            except RayError:
+                # The board is gone with its job, and soon this worker with it.
+                self._stop = False
+            self._answer = None
+        if self._answer is None:
+            self._answer = self.board.asked_to_stop.remote()
+        return self._stop

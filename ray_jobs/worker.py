@@ -1,0 +1,260 @@
+"""What a Ray worker of the training does around the loop: start, checkpoints, reports, its end.
+
+Runs in the worker's process, which imports TensorFlow here and not before. Rank 0 alone writes to
+the run folder.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+from ray_jobs.board import StopRequest
+from ray_jobs.checkpoint import Saved
+from ray_jobs.checkpoint_store import CheckpointStore
+from ray_jobs.cli import JobError
+from ray_jobs.hooks import Copy, Hooks, Wish
+from ray_jobs.manifest import read_manifest
+from ray_jobs.profile import Profiler
+from ray_jobs.report import Event
+from ray_jobs.resources import Sampler, measure
+from ray_jobs.spec import RunSpec
+from ray_jobs.storage import Folder
+from ray_jobs.tracking import Tracker
+from ray_jobs.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from ray_jobs.dataset import FeedOptions
+    from ray_jobs.loop import Loop
+    from ray_jobs.manifest import Manifest
+
+_ANSWER_S = 10.0
+_PREEMPTION_EVERY = 5
+"""Questions of the loop between two looks for a node that is about to go; each is a barrier."""
+_NOT_TRIED_AGAIN = (
+    JobError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NotImplementedError,
+    TypeError,
+    ValueError,
+)
+"""Errors that come again as often as one tries: in the data, the settings or the program."""
+
+
+def train_on_worker(config: dict[str, Any]) -> None:
+    """Train on one Ray worker.
+
+    Args:
+        config: `spec`, of this attempt; `run`, the folder's URI; `board` for progress; `decode`,
+            `cache` and `index` of the feed; `began`, the time at which the driver did.
+    """
+    import ray.train
+
+    context = ray.train.get_context()
+    rank, num_workers = context.get_world_rank(), context.get_world_size()
+    with _failures_told(config["board"], rank), ThreadPoolExecutor(1) as beside:
+        # Reading the checkpoint takes seconds that the imports and the build take, too.
+        worker = _Worker(config, rank, beside)
+        with worker.part("imports"):
+            from ray_jobs.loop import Loop
+            from ray_jobs.replicas import Place, set_devices
+        train = worker.spec.train
+        set_devices(train.cpus_per_worker, train.use_gpu, train.deterministic)
+        with worker.part("build"):
+            manifest = read_manifest(worker.run)
+            feeding = worker.feeding(manifest)
+            loop = Loop(worker.spec, manifest, Place(rank, num_workers), feeding=feeding)
+        worker.train(loop)
+
+
+class _Worker(Hooks):
+    """One worker's share of an attempt."""
+
+    def __init__(self, config: dict[str, Any], rank: int, beside: ThreadPoolExecutor) -> None:
+        self.config, self.rank, self.first = config, rank, rank == 0
+        self.spec = RunSpec.model_validate(config["spec"])
+        self.board, self.run = config["board"], Folder(config["run"])
+        train = self.spec.train
+        self.watchdog = Watchdog(train.hang_timeout_s, self._tell_hang)
+        self.store = CheckpointStore(self.run, train.keep_checkpoints, self._note)
+        self._newest = beside.submit(self.store.newest) if self.first else None
+        self.startup = {"workers": time.time() - config["began"]}
+        """Seconds that each part of the start took."""
+        self.step: int | None = None
+        """Steps done, once one is."""
+        self._stop = StopRequest(self.board)
+        self._questions = 0
+        self._saved_for_preemption = False
+
+    # -- start ------------------------------------------------------------------------------------
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Measure a part of the start."""
+        started = time.monotonic()
+        yield
+        self.startup[name] = time.monotonic() - started
+
+    def feeding(self, manifest: "Manifest") -> "FeedOptions":
+        """Return how rows are fed."""
+        from ray_jobs.cache import open_cache
+        from ray_jobs.dataset import FeedOptions
+
+        config, spec = self.config, self.spec
+        self.cache = open_cache(config["cache"], manifest, spec.data.image_size, config["index"])
+        return FeedOptions(
+            data=spec.data,
+            decode=config["decode"],
+            threads=max(math.ceil(spec.train.cpus_per_worker), 1),
+            cache=self.cache,
+        )
+
+    def _agreed_checkpoint(self) -> Saved | None:
+        """Return the checkpoint that rank 0 found to be the newest whole one."""
+        from ray.train.collective import broadcast_from_rank_zero
+
+        newest = self._newest.result() if self._newest is not None else None
+        self._newest = None
+        step = broadcast_from_rank_zero(None if newest is None else newest.state.step)
+        if step is None or self.first:
+            return newest
+        return self.store.load(step)
+
+    # -- training ---------------------------------------------------------------------------------
+
+    def train(self, loop: "Loop") -> None:
+        """Train from the newest checkpoint on, and finish the run."""
+        saved = self._agreed_checkpoint()
+        if saved is not None:
+            epoch = saved.state.epoch + 1
+            self._note(f"going on after step {saved.state.step}, in epoch {epoch}")
+        self.watchdog.alive()
+        self.began = time.monotonic()
+        profile = self.spec.run.profile_steps if self.first else None
+        self.sampler = Sampler(self.spec.train.use_gpu)
+        self.tracker = Tracker(self.run, self.spec, self._note) if self.first else None
+        with (
+            closing(self.watchdog),
+            closing(self.sampler),
+            Profiler(self.run, profile, self._note) as self.profiler,
+            self.tracker or nullcontext(),
+        ):
+            outcome = loop.run(self, saved)
+            if self.cache is not None:
+                self.cache.close()
+            self.store.close()
+            if outcome.best is None:
+                self._note(f"stopped after step {outcome.state.step}, which is saved")
+            elif self.tracker is not None:
+                from ray_jobs.finish import finish
+
+                self.watchdog.close()
+                self._note("writing the best model, calibrated")
+                seconds = time.monotonic() - self.began
+                summary = finish(loop, outcome.state, outcome.best, self.run, seconds)
+                self.tracker.finish(summary)
+
+    def post(self, event: Event) -> None:
+        """Send a progress event, which one rank does for all."""
+        if self.first:
+            self.board.post.remote(event)
+
+    def _note(self, text: str) -> None:
+        self.post({"kind": "note", "text": text})
+
+    def before_step(self, step: int, num_steps: int) -> None:
+        """Wait for a checkpoint that is still being written, where a failure would cost more."""
+        every = self.spec.train.checkpoint_every_steps
+        if self.first and every is not None and step + num_steps > self.store.written + every:
+            self.store.wait()
+        self.profiler.before(step + 1, num_steps)
+
+    def after_step(self, step: int) -> None:
+        """Give signs of life."""
+        self.watchdog.alive()
+        self.profiler.after(step)
+        if self.step is None:
+            self.startup["first_step"] = time.monotonic() - self.began
+            self.post({"kind": "startup", "parts": self.startup})
+        self.step = step
+
+    def alive(self) -> None:
+        """Give a sign of life."""
+        self.watchdog.alive()
+
+    def wish(self) -> Wish:
+        """Return what the driver asks for, or a node that is about to be taken away."""
+        import ray.train
+
+        self._questions += 1
+        save = False
+        if self._questions % _PREEMPTION_EVERY == 0 and not self._saved_for_preemption:
+            save = self._saved_for_preemption = ray.train.get_preemption_info() is not None
+        return Wish(save=save, stop=self.first and self._stop())
+
+    def on_checkpoint(self, step: int, copy: Copy) -> None:
+        """Write a checkpoint in the background."""
+        if self.first:
+            self.store.save(copy())
+            self.post({"kind": "checkpoint", "step": step})
+
+    def measures(self) -> dict[str, Any]:
+        """Return what the epoch used, and with the first one what the start took."""
+        startup, self.startup = self.startup, {}
+        parts = {f"startup/{name}_s": seconds for name, seconds in startup.items()}
+        return {**measure(), **self.sampler.take(), **parts}
+
+    def on_epoch(self, record: dict[str, Any], copy: Copy) -> None:
+        """Write checkpoint and history, and report to Ray."""
+        import ray.train
+
+        if self.tracker is not None:
+            saved = copy()
+            self.store.save(saved)
+            self.tracker.write(record, saved.state.history)
+        # Every rank reports, since a report waits for all of them.
+        ray.train.report(record)
+        self.watchdog.alive()
+
+    # -- failures ---------------------------------------------------------------------------------
+
+    def _tell_hang(self, silent_s: float) -> None:
+        """Say why this process is about to be ended."""
+        where = "in its start" if self.step is None else f"after step {self.step}"
+        text = (
+            f"nothing happened for {silent_s:.0f} s {where} (train.hang_timeout_s): this worker or "
+            "one that it waits for hangs"
+        )
+        _tell_failure(self.board, self.rank, text, again=True, echo=True)
+
+
+@contextmanager
+def _failures_told(board: Any, rank: int) -> Iterator[None]:
+    """Tell the driver of an exception, before the others fail of this worker's silence."""
+    try:
+        yield
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"
+        again = not isinstance(error, _NOT_TRIED_AGAIN)
+        # TensorFlow's own errors are mostly those of collectives, whose cause lies elsewhere.
+        echo = type(error).__module__.startswith("tensorflow")
+        _tell_failure(board, rank, text, again, echo)
+        raise
+
+
+def _tell_failure(board: Any, rank: int, text: str, again: bool, echo: bool) -> None:
+    import ray
+    from ray.exceptions import GetTimeoutError, RayError
+
+    failure = {"rank": rank, "text": text, "again": again, "echo": echo}
+    try:
+        ray.get(board.fail.remote(failure), timeout=_ANSWER_S)
+    except (RayError, GetTimeoutError):
+        # Ray tells the driver, too, if with fewer words.
+        return
