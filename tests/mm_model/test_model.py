@@ -14,14 +14,28 @@ from tests.mm_model.examples import (
     rows,
 )
 
+# Of the families whose backbone is a model of its own, the one whose backbone is cloned, too.
+FAST = ("efficientnet_b0",)
+
 
 @pytest.mark.timeout(900)
-def test_the_documented_call_trains_efficientnet_b5_on_plain_arrays():
+@pytest.mark.parametrize(
+    ("image_options", "num_parameters"),
+    [
+        ({"kind": "mobilenet_v3_small"}, 900_000),
+        # The default, EfficientNetB5.
+        pytest.param({}, 28_000_000, marks=pytest.mark.slow),
+    ],
+)
+def test_the_documented_call_trains_on_plain_arrays(image_options, num_parameters):
     image, numbers, y = rows(16, size=32)
     image_val, numbers_val, y_val = rows(8, size=32, seed=1)
     class_weight = mm_model.balanced_class_weight(y)
     model = mm_model.create_model(
-        (32, 32, 3), (3,), mm_model.fit_numeric_statistics(numbers), image={"weights": None}
+        (32, 32, 3),
+        (3,),
+        mm_model.fit_numeric_statistics(numbers),
+        image={"weights": None, **image_options},
     )
     history = model.fit(
         [image, numbers],
@@ -33,16 +47,25 @@ def test_the_documented_call_trains_efficientnet_b5_on_plain_arrays():
         class_weight=class_weight,
         verbose=0,
     )
-    assert model.network.get_layer("efficientnet_b5").count_params() > 28_000_000
+    kind = image_options.get("kind", "efficientnet_b5")
+    assert model.network.get_layer(kind).count_params() > num_parameters
     assert np.isfinite(history.history["val_loss"]).all()
     assert model.predict([image, numbers], verbose=0).shape == (16, 1)
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
-@pytest.mark.parametrize("kind", SMALLEST_OF_EACH_FAMILY)
+# Each fusion sees the tiny branch; the other families see one fusion.
+@pytest.mark.parametrize(
+    ("kind", "fusion"),
+    [
+        *(("tiny", fusion) for fusion in FUSIONS),
+        *(
+            pytest.param(kind, "skip_concat", marks=() if kind in FAST else pytest.mark.slow)
+            for kind in SMALLEST_OF_EACH_FAMILY
+            if kind != "tiny"
+        ),
+    ],
+)
 def test_every_family_and_fusion_builds_steps_saves_and_reloads(kind, fusion, tmp_path):
-    if kind != "tiny" and fusion != "skip_concat":
-        pytest.skip("each fusion sees the tiny branch; the other families see one fusion")
     size = SMALLEST_OF_EACH_FAMILY[kind]
     image, numbers, y = rows(8, size=size)
     spec = ModelSpec(
@@ -138,6 +161,7 @@ def test_a_model_of_one_branch_takes_its_input_from_both(absent):
     del present[absent]
     assert model.input_names == list(present)
     assert model.heads == list(present)
+    model.run_eagerly = True
     model.fit([image, numbers], y, epochs=1, verbose=0)
     np.testing.assert_array_equal(np.asarray(model([image, numbers])), np.asarray(model(present)))
 

@@ -66,7 +66,10 @@ def test_the_backbone_is_its_layers_bottom_to_top(kind):
     assert len(set(names)) == len(names)
 
 
-@pytest.mark.parametrize("kind", SIZE)
+@pytest.mark.parametrize(
+    "kind",
+    ["tiny", "mobilenet_v3_small", pytest.param("efficientnet_b0", marks=pytest.mark.slow)],
+)
 def test_layers_learn_from_the_top_and_frozen_ones_keep_their_statistics(kind):
     model = compiled(kind)
     model.optimizer.build(model.trainable_variables)

@@ -1,18 +1,52 @@
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
 import keras
 import numpy as np
 import pytest
 
 import mm_model
-from mm_model.branches.image_application import make_backbone
+from mm_model.branches.image_application import CaffePixels, make_backbone
 from mm_model.layers import RowDropout
 from tests.mm_model.examples import SMALLEST_OF_EACH_FAMILY
 
 
+@dataclass(frozen=True)
+class Built:
+    model: mm_model.FusionModel
+    was_cloned: bool
+
+    @property
+    def backbone(self) -> keras.Model:
+        return self.model.network.get_layer(self.model.backbone[0])
+
+
+@pytest.fixture(scope="module")
+def built() -> Callable[[str], Built]:
+    """A model of each kind, which a test may look at and must not change, built when asked for."""
+
+    @cache
+    def of(kind: str) -> Built:
+        cloned = []
+        clone = keras.models.clone_model
+
+        def watched(*args, **kwargs):
+            cloned.append(args)
+            return clone(*args, **kwargs)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(keras.models, "clone_model", watched)
+            model = mm_model.create_model((32, 32, 3), (3,), image={"kind": kind, "weights": None})
+        return Built(model, bool(cloned))
+
+    return of
+
+
 @pytest.mark.parametrize("kind", [k for k in SMALLEST_OF_EACH_FAMILY if k != "tiny"])
-def test_every_backbone_sees_the_range_that_it_was_trained_on(kind):
+def test_every_backbone_sees_the_range_that_it_was_trained_on(kind, built):
     """The first convolution's input, for black and white, as each family's papers have it."""
-    model = mm_model.create_model((32, 32, 3), (3,), image={"kind": kind, "weights": None})
-    backbone = model.network.get_layer(kind)
+    model, backbone = built(kind).model, built(kind).backbone
     first = next(
         x
         for x in backbone.layers
@@ -43,27 +77,52 @@ def test_every_backbone_sees_the_range_that_it_was_trained_on(kind):
     np.testing.assert_allclose(high, expected[1], atol=1e-2)
 
 
-def test_a_local_efficientnet_file_gets_the_scale_that_imagenet_weights_get(tmp_path):
-    backbone = keras.applications.EfficientNetB0(
+def test_the_pixels_of_resnet_are_loaded_safely_and_are_the_same(tmp_path):
+    model = keras.Sequential([keras.Input((4, 4, 3)), CaffePixels(name="image_range")])
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras", safe_mode=True)
+    assert isinstance(again.get_layer("image_range"), CaffePixels)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3)).astype("float32")
+    np.testing.assert_array_equal(again(pixels), model(pixels))
+
+
+def test_a_file_of_efficientnet_gets_the_scale_of_imagenet_weights_and_dropout_by_rows(
+    tmp_path, built
+):
+    theirs = keras.applications.EfficientNetB0(
         include_top=False, weights=None, input_shape=(32, 32, 3)
     )
-    normalization = next(x for x in backbone.layers if isinstance(x, keras.layers.Normalization))
+    normalization = next(x for x in theirs.layers if isinstance(x, keras.layers.Normalization))
     mean, deviation = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     normalization.adapt_mean.assign(mean)
     normalization.adapt_variance.assign(deviation)  # as the files of keras.applications have it
     path = tmp_path / "b0.weights.h5"
-    backbone.save_weights(path)
-    for uri in (str(path), path.as_uri()):
-        loaded = make_backbone("efficientnet_b0", (32, 32, 3), uri, synchronized=False)
-        inside = next(x for x in loaded.layers if isinstance(x, keras.layers.Normalization))
-        seen = np.asarray(keras.Model(loaded.input, inside.output)(np.full((1, 32, 32, 3), 255.0)))
-        np.testing.assert_allclose(
-            seen[0, 0, 0], np.divide(np.subtract(1, mean), deviation), rtol=1e-4
-        )
+    theirs.save_weights(path)
+    normalization.adapt_variance.assign(np.square(deviation, dtype=np.float32))
+    normalization.finalize_state()
+    dropped = [x.name for x in theirs.layers if isinstance(x, keras.layers.Dropout)]
+    assert dropped
+    image = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3)).astype("float32")
+    expected = np.asarray(theirs(image))
+    assert expected.std() > 0
+    loaded = make_backbone("efficientnet_b0", (32, 32, 3), path.as_uri(), synchronized=True)
+    assert loaded.name == "efficientnet_b0"
+    inside = next(x for x in loaded.layers if isinstance(x, keras.layers.Normalization))
+    seen = np.asarray(keras.Model(loaded.input, inside.output)(np.full((1, 32, 32, 3), 255.0)))
+    np.testing.assert_allclose(seen[0, 0, 0], np.divide(np.subtract(1, mean), deviation), rtol=1e-4)
+    np.testing.assert_array_equal(loaded(image), expected)
+    for ours, synchronized in ((loaded, True), (built("efficientnet_b0").backbone, False)):
+        for our, their in zip(ours.layers, theirs.layers, strict=True):
+            assert isinstance(our, type(their))
+        by_rows = [x for x in ours.layers if isinstance(x, RowDropout)]
+        assert [x.name for x in by_rows] == dropped
+        assert all(x.noise_shape == (None, 1, 1, 1) for x in by_rows)
+        norms = [x for x in ours.layers if isinstance(x, keras.layers.BatchNormalization)]
+        assert all(norm.synchronized == synchronized for norm in norms)
 
 
-def test_weights_of_a_file_are_the_ones_that_were_saved(tmp_path):
-    first = make_backbone("mobilenet_v3_small", (32, 32, 3), None, synchronized=False)
+def test_weights_of_a_file_are_the_ones_that_were_saved(tmp_path, built):
+    first = built("mobilenet_v3_small").backbone
     first.save_weights(tmp_path / "w.weights.h5")
     for synchronized in (False, True):
         again = make_backbone(
@@ -89,43 +148,16 @@ def test_a_failed_download_names_the_other_ways(monkeypatch):
 
 def test_a_weights_file_that_is_not_there_names_the_other_ways():
     with pytest.raises(OSError, match=r"no file nowhere\.h5.*imagenet, or to none"):
-        make_backbone("efficientnet_b0", (32, 32, 3), "nowhere.h5", synchronized=False)
+        make_backbone("mobilenet_v3_small", (32, 32, 3), "nowhere.h5", synchronized=False)
 
 
-def test_dropout_in_a_backbone_draws_by_rows_and_its_weights_are_kept(tmp_path):
-    theirs = keras.applications.EfficientNetB0(
-        include_top=False, weights=None, input_shape=(32, 32, 3)
-    )
-    theirs.save_weights(tmp_path / "w.weights.h5")
-    dropped = [x.name for x in theirs.layers if isinstance(x, keras.layers.Dropout)]
-    for synchronized in (False, True):
-        ours = make_backbone(
-            "efficientnet_b0", (32, 32, 3), str(tmp_path / "w.weights.h5"), synchronized
-        )
-        assert ours.name == "efficientnet_b0"
-        for our, their in zip(ours.layers, theirs.layers, strict=True):
-            assert isinstance(our, type(their))
-        by_rows = [x for x in ours.layers if isinstance(x, RowDropout)]
-        assert [x.name for x in by_rows] == dropped
-        assert all(x.noise_shape == (None, 1, 1, 1) for x in by_rows)
-        norms = [x for x in ours.layers if isinstance(x, keras.layers.BatchNormalization)]
-        assert all(norm.synchronized == synchronized for norm in norms)
-        image = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3)).astype("float32")
-        np.testing.assert_array_equal(ours(image), theirs(image))
-
-
-@pytest.mark.parametrize("kind", ["mobilenet_v3_small", "convnext_tiny", "resnet50"])
-def test_a_backbone_without_dropout_is_taken_as_it_is(kind, monkeypatch):
-    def clone(*_, **__):
-        raise AssertionError("cloned")
-
-    monkeypatch.setattr(keras.models, "clone_model", clone)
-    make_backbone(kind, (32, 32, 3), None, synchronized=False)
+@pytest.mark.parametrize("kind", [k for k in SMALLEST_OF_EACH_FAMILY if k != "tiny"])
+def test_a_backbone_is_cloned_where_it_has_dropout_and_taken_as_it_is_elsewhere(kind, built):
+    assert built(kind).was_cloned == kind.startswith("efficientnet")
 
 
 @pytest.mark.parametrize("kind", SMALLEST_OF_EACH_FAMILY)
-def test_every_random_layer_of_a_model_draws_by_rows(kind):
-    model = mm_model.create_model((32, 32, 3), (3,), image={"kind": kind, "weights": None})
-    layers = [x for x in model._flatten_layers() if not isinstance(x, keras.Model)]
+def test_every_random_layer_of_a_model_draws_by_rows(kind, built):
+    layers = [x for x in built(kind).model._flatten_layers() if not isinstance(x, keras.Model)]
     random = [x for x in layers if any("seed_generator" in v.path for v in x.variables)]
     assert {type(x).__module__.split(".")[0] for x in random} == {"mm_model"}
