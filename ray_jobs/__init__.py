@@ -11,12 +11,16 @@ The data's way, in running order:
     dataset.py      shards → the batches of one worker, by its threads or by Ray Data tasks
                     (rows.py cache.py ahead.py do its parts)
     batch.py        the contract of one batch
-    loop.py         what one worker does: strategy, build, step, epoch
-    checkpoint.py   what is saved, and how it is restored
+    loop.py         what one worker does: build, epochs, validation (hooks.py: what it calls)
+    step.py         one optimizer step on all replicas (replicas.py tensors.py do its parts)
+    checkpoint.py   what is saved, and how it is restored (checkpoint_store.py: where, and when)
     report.py       the keys of the history, progress on the terminal
     tracking.py     history files, TensorBoard, MLflow (mlflow_run.py; resources.py and profile.py
                     say what a worker uses and where its steps spend their time)
-    train.py        job: the `TensorflowTrainer` around the loop, the run folder
+    worker.py       a Ray worker around the loop: start, checkpoints, reports (watchdog.py)
+    attempts.py     what fails, and whether it is tried again (board.py: driver ↔ workers)
+    finish.py       best epoch → the model that people use, blended and calibrated
+    train.py        job: the run folder, and attempts at a `TensorflowTrainer` until one ends
     inference.py    run folder + rows → probabilities, exactly one a row
     evaluate.py     job: a split's metrics and plots      (metrics.py plots.py)
     predict.py      job: Parquet of probabilities
