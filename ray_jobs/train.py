@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 from ray_jobs import cli, cluster, report
 from ray_jobs.attempts import fit_once, run_attempts
 from ray_jobs.board import make_board
-from ray_jobs.cli import JobError
+from ray_jobs.cli import Interrupted, JobError
 from ray_jobs.environment import describe_environment
 from ray_jobs.finish import SUMMARY
 from ray_jobs.manifest import Manifest, read_manifest, require_shards
 from ray_jobs.order import TrainingOrder
 from ray_jobs.spec import RunSpec
 from ray_jobs.storage import Folder
-from ray_jobs.tracking import require_tracking
+from ray_jobs.tracking import Tracker, require_tracking
 from ray_jobs.worker import train_on_worker
 
 if TYPE_CHECKING:
@@ -62,25 +62,30 @@ def fit(spec: RunSpec, callbacks: Sequence["UserCallback"] = ()) -> dict[str, An
     if _open_run(spec, manifest, folder):
         print(f"run {spec.run.name} is finished already: {folder}")
         return folder.read_json(SUMMARY)
-    train = spec.train
+    train, started = spec.train, time.monotonic()
     with cluster.connected(
         spec.run.address,
         num_cpus=train.workers_range[0] * train.cpus_per_worker,
-        num_gpus=train.workers_range[0] if train.use_gpu else 0,
+        num_gpus=train.workers_range[0] * train.gpus_per_worker if train.use_gpu else 0,
         worker_logs=spec.run.worker_logs,
         object_store_memory=spec.data.object_store_memory,
     ):
-        board = make_board()
+        ray_s, board = time.monotonic() - started, make_board()
         title = _title(spec, manifest, folder)
         with report.shown(board, title), _feeding(spec, manifest) as feeding:
             config = {
-                "spec": spec.model_dump(mode="json"), "run": folder.uri, "board": board, **feeding,
-            }  # fmt: skip
-            run_attempts(
-                train,
-                lambda n: fit_once(train, n, train_on_worker, config, folder.uri, callbacks),
-                board,
-            )
+                "spec": spec.model_dump(mode="json"),
+                "run": folder.uri,
+                "board": board,
+                "ray_s": ray_s,
+                **feeding,
+            }
+            with _failure_tracked(spec, folder):
+                run_attempts(
+                    train,
+                    lambda n: fit_once(train, n, train_on_worker, config, folder.uri, callbacks),
+                    board,
+                )
     summary = folder.read_json(SUMMARY)
     _print_summary(summary, folder)
     return summary
@@ -163,6 +168,18 @@ def _part(tree: dict[str, Any], path: str) -> Any:
 
 
 @contextmanager
+def _failure_tracked(spec: RunSpec, folder: Folder) -> Iterator[None]:
+    """Tell MLflow of a failure that no worker lived to tell."""
+    try:
+        yield
+    except Interrupted:
+        raise
+    except JobError as error:
+        Tracker(folder, spec).fail(str(error))
+        raise
+
+
+@contextmanager
 def _feeding(spec: RunSpec, manifest: Manifest) -> Iterator[dict[str, Any]]:
     """Hold what all workers' feeds share, decided once for all of them."""
     import ray
@@ -198,13 +215,13 @@ def _title(spec: RunSpec, manifest: Manifest, folder: Folder) -> str:
         inputs.append(f"{len(manifest.numeric_columns)} numbers")
     if model.numeric.kind != "none" and manifest.vocabularies:
         inputs.append(f"{len(manifest.vocabularies)} categories")
-    num_workers = train.workers_range[0]
-    workers = "1 worker" if num_workers == 1 else f"{num_workers} workers"
+    low, high = train.workers_range
+    workers = f"{low} to {high} workers" if low < high else f"{low} worker{'s' * (low > 1)}"
     name = escape(str(spec.run.name))
     return (
         f"[bold]{name}[/bold]: {' + '.join(inputs)}, {rows['train']} rows to train on, "
         f"{rows['validation']} to validate\n"
-        f"  {workers} × {train.global_batch_size // num_workers} rows a step, "
+        f"  {workers}, {train.global_batch_size} rows a step, "
         f"at most {train.epochs} epochs → {escape(str(folder))}"
     )
 

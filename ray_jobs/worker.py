@@ -52,7 +52,8 @@ def train_on_worker(config: dict[str, Any]) -> None:
 
     Args:
         config: `spec`, of this attempt; `run`, the folder's URI; `board` for progress; `decode`,
-            `cache` and `index` of the feed; `began`, the time at which the driver did.
+            `cache` and `index` of the feed; `began`, the time at which the attempt did, and
+            `ray_s`, how long the connection to Ray took before.
     """
     import ray.train
 
@@ -84,7 +85,7 @@ class _Worker(Hooks):
         self.watchdog = Watchdog(train.hang_timeout_s, self._tell_hang)
         self.store = CheckpointStore(self.run, train.keep_checkpoints, self._note)
         self._newest = beside.submit(self.store.newest) if self.first else None
-        self.startup = {"workers": time.time() - config["began"]}
+        self.startup = {"ray": config["ray_s"], "workers": time.time() - config["began"]}
         """Seconds that each part of the start took."""
         self.step: int | None = None
         """Steps done, once one is."""
@@ -217,7 +218,11 @@ class _Worker(Hooks):
         if self.tracker is not None:
             saved = copy()
             self.store.save(saved)
-            self.tracker.write(record, saved.state.history)
+            try:
+                self.tracker.write(record, saved.state.history)
+            except OSError as error:
+                # The next epoch writes the whole history again.
+                self._note(f"the history could not be written: {error}")
         # Every rank reports, since a report waits for all of them.
         ray.train.report(record)
         self.watchdog.alive()
