@@ -20,14 +20,11 @@ FAST = ("efficientnet_b0",)
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    ("image_options", "num_parameters"),
-    [
-        ({"kind": "mobilenet_v3_small"}, 900_000),
-        # The default, EfficientNetB5.
-        pytest.param({}, 28_000_000, marks=pytest.mark.slow),
-    ],
+    "image_options",
+    # The latter is the default, EfficientNetB5.
+    [{"kind": "tiny"}, pytest.param({}, marks=pytest.mark.slow)],
 )
-def test_the_documented_call_trains_on_plain_arrays(image_options, num_parameters):
+def test_the_documented_call_trains_on_plain_arrays(image_options):
     image, numbers, y = rows(16, size=32)
     image_val, numbers_val, y_val = rows(8, size=32, seed=1)
     class_weight = mm_model.balanced_class_weight(y)
@@ -47,8 +44,8 @@ def test_the_documented_call_trains_on_plain_arrays(image_options, num_parameter
         class_weight=class_weight,
         verbose=0,
     )
-    kind = image_options.get("kind", "efficientnet_b5")
-    assert model.network.get_layer(kind).count_params() > num_parameters
+    if not image_options:
+        assert model.network.get_layer("efficientnet_b5").count_params() > 28_000_000
     assert np.isfinite(history.history["val_loss"]).all()
     assert model.predict([image, numbers], verbose=0).shape == (16, 1)
 
