@@ -21,9 +21,9 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-# The service's own measures, about a quarter of an hour; `python -m benchmarks.houses` takes longer alone.
+# The service's own measures, about an hour; `python -m benchmarks.houses` takes longer alone.
 bench: $(READY)
-	for name in feed wait memory join interrupted order; do \
+	for name in feed wait memory join interrupted order loop checkpoint startup; do \
 		$(BIN)/python -m benchmarks.$$name || exit 1; done
 
 # After a change of dependencies: the newest versions that fit, for every Python and platform.

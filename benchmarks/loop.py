@@ -1,0 +1,273 @@
+"""Is our loop as fast as Keras' own `fit`, and on two workers as what Ray's documentation has?
+
+Method: the fusion model with an untrained EfficientNetB0 at 96 px, two numbers a row, batches of
+32, Adam, on CPU, all rows ready in memory. Each side runs in processes of its own, both sides in
+turns; steps are timed from the end of the warm-up (in which graphs are traced) to the last one; the
+ratio is the median over the rounds of each round's ratio of rows a second.
+
+    vs_fit                     the real `Loop` in one process, all cores, against
+                               `keras.Model.fit(x, y, batch_size=32, shuffle=False)` of the same
+                               model from the same seed, the same arrays, optimizer and loss,
+                               without XLA, as Keras has it on CPU; losses agree.
+    two_workers_vs_legacy_fit  the real worker (its loop, hooks and board) in two processes of one
+                               CPU each, started by Ray Train, against Ray's `TensorflowTrainer`
+                               with `MultiWorkerMirroredStrategy`, tf_keras and `fit` on a tf.data
+                               dataset of each worker's rows (`benchmarks.legacy`).
+
+In the second, the same: rows, layers and their sizes, dropout, L2, one loss of output and heads,
+Adam at a constant rate, ring collectives, threads. No augmentation, for which legacy Keras has
+slower layers. Not the same: weights at the start, and draws; our dropout draws for all rows of the
+global batch; each step of theirs updates a metric of the loss, which is exchanged; ours asks every
+few seconds whether to stop. Time for start and tracing is in neither: see `benchmarks.startup`.
+
+Steps are timed by the clock, which others who use the machine disturb; their CPU seconds (of the
+process whose steps are timed) stand beside them.
+
+Run:   python -m benchmarks.loop [--rounds 3] [--two-rounds 2] [--steps 40]
+Ends in one line of JSON.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+SIZE, BATCH, WARM_UP = 96, 32, 5
+SIDES = {"one": ("ours", "fit"), "two": ("ours", "legacy")}
+"""By the number of workers: ours, and what it is measured against."""
+
+
+def make_spec(folder: str, workers: str, steps: int) -> Any:
+    """Return the spec of a run; a side that is not ours takes from it what it can."""
+    from ray_jobs.spec import RunSpec
+
+    augmentation = {
+        **dict.fromkeys(("rotation", "zoom", "translation", "contrast", "brightness"), 0),
+        "flip": "none",
+    }
+    two = workers == "two"
+    return RunSpec.model_validate(
+        {
+            "run": {"storage_path": folder, "name": "run"},
+            "data": {"prepared": f"{folder}/prepared", "image_size": SIZE},
+            "model": {
+                "image": {"kind": "efficientnet_b0", "weights": None},
+                **({"augmentation": augmentation} if two else {}),
+            },
+            "train": {
+                "num_workers": 2 if two else 1,
+                "cpus_per_worker": 1 if two else os.cpu_count(),
+                "global_batch_size": BATCH,
+                "class_weight": "none",
+                "schedule": "constant",
+            },
+        }
+    )
+
+
+# -- one worker, in this process ------------------------------------------------------------------
+
+
+def one_ours(folder: str, steps: int, ends: str) -> None:
+    """Train with our loop."""
+    from ray_jobs.replicas import Place, set_devices
+
+    spec = make_spec(folder, "one", steps)
+    set_devices(spec.train.cpus_per_worker, use_gpu=False)
+
+    from benchmarks.memory_loop import TimedLoop
+    from ray_jobs.manifest import read_manifest
+    from ray_jobs.storage import Folder
+
+    manifest = read_manifest(Folder(spec.data.prepared))
+    TimedLoop(spec, manifest, Place(), num_steps=steps, ends=ends).run()
+
+
+def one_fit(folder: str, steps: int, ends: str) -> None:
+    """Train with Keras' loop."""
+    import keras
+
+    from benchmarks.arrays import make_arrays
+    from mm_model.losses import make_loss
+    from mm_model.optimizer import make_optimizer
+    from ray_jobs.loop import new_model
+    from ray_jobs.manifest import read_manifest
+    from ray_jobs.replicas import set_devices
+    from ray_jobs.storage import Folder
+
+    spec = make_spec(folder, "one", steps)
+    set_devices(spec.train.cpus_per_worker, use_gpu=False)
+    manifest = read_manifest(Folder(spec.data.prepared))
+    keras.utils.set_random_seed(spec.run.seed)
+    model = new_model(spec, manifest)
+    off: Any = False
+    model.compile(make_optimizer(spec.train), make_loss(spec.train), jit_compile=off)
+    arrays = make_arrays(steps * BATCH, SIZE, len(manifest.numeric_columns))
+
+    times: list[tuple[float, float]] = []
+
+    class Timer(keras.callbacks.Callback):
+        # Else `fit` would wait for the numbers of each step's logs.
+        async_safe = True
+
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            times.append((time.perf_counter(), time.process_time()))
+
+    inputs = {"image": arrays["image"], "numeric": arrays["numeric"]}
+    options: Any = {"batch_size": BATCH, "verbose": 0, "shuffle": False, "callbacks": [Timer()]}
+    history = model.fit(inputs, arrays["label"], **options)
+    found = {"ends": times, "loss": history.history["loss"][0]}
+    Path(ends).write_text(json.dumps(found))
+
+
+# -- two workers of Ray ---------------------------------------------------------------------------
+
+
+def two_ours(folder: str, steps: int, ends: str) -> None:
+    """Train with our workers."""
+    from ray_jobs import cluster
+    from ray_jobs.attempts import fit_once
+    from ray_jobs.board import make_board
+    from ray_jobs.manifest import read_manifest
+    from ray_jobs.storage import Folder
+
+    spec = make_spec(folder, "two", steps)
+    run = Folder(tempfile.mkdtemp(dir=folder))
+    read_manifest(Folder(spec.data.prepared)).write(run)
+    with cluster.connected("local", num_cpus=2):
+        config = {
+            "spec": spec.model_dump(mode="json"), "run": run.uri, "board": make_board(),
+            "decode": "trainer", "cache": "none", "index": None,
+            "timed": {"num_steps": steps, "ends": ends},
+        }  # fmt: skip
+        fit_once(spec.train, 2, _train_from_memory, config, run.uri, ())
+
+
+def _train_from_memory(config: dict[str, Any]) -> None:
+    """Do what a worker does, with a loop that takes its batches from memory."""
+    from functools import partial
+    from unittest.mock import patch
+
+    from benchmarks.memory_loop import TimedLoop
+    from ray_jobs.worker import train_on_worker
+
+    with patch("ray_jobs.loop.Loop", partial(TimedLoop, **config["timed"])):
+        train_on_worker(config)
+
+
+def two_legacy(folder: str, steps: int, ends: str) -> None:
+    """Train as Ray's documentation has it."""
+    # Before the import that binds `tf.keras` to one Keras or the other.
+    os.environ["TF_USE_LEGACY_KERAS"] = "1"
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.tensorflow import TensorflowTrainer
+
+    from benchmarks.legacy import train_legacy
+    from ray_jobs import cluster
+    from ray_jobs.manifest import read_manifest
+    from ray_jobs.storage import Folder
+
+    spec = make_spec(folder, "two", steps)
+    statistics: Any = read_manifest(Folder(spec.data.prepared)).statistics
+    config = {
+        "steps": steps, "size": SIZE, "batch": BATCH, "learning_rate": spec.train.learning_rate,
+        "model": spec.model.model_dump(mode="json"), "ends": ends,
+        "statistics": statistics.model_dump(mode="json"),
+    }  # fmt: skip
+    with cluster.connected("local", num_cpus=2):
+        TensorflowTrainer(
+            train_legacy,
+            train_loop_config=config,
+            scaling_config=ScalingConfig(num_workers=2, resources_per_worker={"CPU": 1}),
+            run_config=RunConfig(name="legacy", storage_path=tempfile.mkdtemp(dir=folder)),
+        ).fit()
+
+
+# -- both sides in turns --------------------------------------------------------------------------
+
+
+def measure(workers: str, side: str, folder: str, steps: int) -> dict[str, float]:
+    """Run one side in a process of its own; return its rows a second, median step and loss."""
+    ends = f"{folder}/ends.json"
+    command = [sys.executable, "-m", "benchmarks.loop", "--side", f"{workers}_{side}"]
+    command += ["--folder", folder, "--ends", ends, "--steps", str(steps)]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+        "CUDA_VISIBLE_DEVICES": "-1",
+    }
+    started = time.monotonic()
+    subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, check=True)
+    found = json.loads(Path(ends).read_text())
+    wall_s, cpu_s = np.diff(found["ends"][WARM_UP - 1 :], axis=0).T
+    return {
+        "rows_per_s": BATCH * len(wall_s) / float(wall_s.sum()),
+        "step_s": float(np.median(wall_s)),
+        "cpu_s": float(np.median(cpu_s)),
+        "loss": found["loss"],
+        "seconds": time.monotonic() - started,
+    }
+
+
+def compare(workers: str, rounds: int, folder: str, steps: int) -> float:
+    """Print every round of both sides; return the median ratio."""
+    ratios = []
+    for number in range(rounds):
+        rates = []
+        for side in SIDES[workers]:
+            found = measure(workers, side, folder, steps)
+            rates.append(found["rows_per_s"])
+            print(
+                f"| {workers} | {number + 1} | {side} | {found['rows_per_s']:.1f} "
+                f"| {found['step_s']:.3f} | {found['cpu_s']:.3f} | {found['loss']:.4f} "
+                f"| {found['seconds']:.0f} |",
+                flush=True,
+            )
+        ratios.append(rates[0] / rates[1])
+    print(f"\nratios with {workers}: {', '.join(f'{r:.3f}' for r in ratios)}\n", flush=True)
+    return float(np.median(ratios))
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=3, help="of one worker")
+    parser.add_argument("--two-rounds", type=int, default=2, help="of two workers")
+    parser.add_argument("--steps", type=int, default=40, help="of each run, with the warm-up")
+    for name in ("--side", "--folder", "--ends"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.side:
+        globals()[arguments.side](arguments.folder, arguments.steps, arguments.ends)
+        return
+
+    from benchmarks.photos import jpeg, photo
+    from benchmarks.shards import write_shards
+
+    with tempfile.TemporaryDirectory() as folder:
+        # Statistics for the model, and more steps in an epoch than are taken.
+        image = jpeg(photo(np.random.default_rng(0), SIZE))
+        num_rows = {"train": 4 * arguments.steps * BATCH, "validation": BATCH, "test": BATCH}
+        write_shards(Path(folder) / "prepared", num_rows, [image], SIZE)
+        print("| workers | round | side | rows/s | median step, s | its CPU, s | loss | seconds |")
+        print("|---|---|---|---|---|---|---|---|")
+        result = {}
+        if arguments.rounds:
+            result["vs_fit"] = compare("one", arguments.rounds, folder, arguments.steps)
+        if arguments.two_rounds:
+            ratio = compare("two", arguments.two_rounds, folder, arguments.steps)
+            result["two_workers_vs_legacy_fit"] = ratio
+    print(json.dumps({name: round(ratio, 4) for name, ratio in result.items()}))
+
+
+if __name__ == "__main__":
+    main()

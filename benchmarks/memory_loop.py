@@ -1,0 +1,111 @@
+"""The training loop fed from memory, and hooks that time its steps, for benchmarks."""
+
+import json
+import time
+from collections.abc import Generator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from benchmarks.arrays import make_arrays
+from ray_jobs.checkpoint import Saved
+from ray_jobs.hooks import Copy, Hooks, Wish
+from ray_jobs.loop import Loop, Outcome
+from ray_jobs.report import Event
+from ray_jobs.rows import Batch
+
+
+class MemoryFeed:
+    """Yields the same few batches again and again, as arrays that lie ready.
+
+    Args:
+        arrays: of all rows, in order; a number of global batches.
+        global_batch_size: rows of a step.
+        rank: of the worker.
+        num_workers: that share a step.
+    """
+
+    def __init__(
+        self, arrays: Batch, global_batch_size: int, rank: int = 0, num_workers: int = 1
+    ) -> None:
+        self.arrays, self.size = arrays, global_batch_size
+        self.share = global_batch_size // num_workers
+        self.first = rank * self.share
+
+    def batches(self, start: int = 0, stop: int | None = None) -> Generator[Batch]:
+        """Yield this worker's share of the steps `start` to `stop` (exclusive)."""
+        num_rows = len(self.arrays["label"])
+        for step in range(start, stop) if stop is not None else count(start):
+            first = step * self.size % num_rows + self.first
+            yield {name: a[first : first + self.share] for name, a in self.arrays.items()}
+
+
+class MemoryLoop(Loop):
+    """A loop that takes its batches from memory, and all else as it is.
+
+    Args:
+        num_batches: global batches that lie in memory.
+        ...: of `Loop`.
+    """
+
+    def __init__(self, *args: Any, num_batches: int, **options: Any) -> None:
+        super().__init__(*args, **options)
+        size = self.spec.train.global_batch_size
+        pixels = self.spec.data.image_size or self.manifest.image.width
+        columns = len(self.manifest.numeric_columns)
+        self.arrays = make_arrays(num_batches * size, pixels, columns)
+
+    def _feeds(self) -> tuple[Any, Any]:
+        size = self.spec.train.global_batch_size
+        feed = MemoryFeed(self.arrays, size, self.place.rank, self.place.num_workers)
+        return feed, feed
+
+
+class TimedLoop(MemoryLoop):
+    """A loop from memory that stops after some steps and says when each of them ended.
+
+    Args:
+        num_steps: to take at least, fewer than those of an epoch.
+        ends: file for when each of rank 0's steps ended, by the clock and by the process's CPU
+            seconds, and for the mean loss.
+        ...: of `MemoryLoop`.
+    """
+
+    def __init__(self, *args: Any, num_steps: int, ends: str, **options: Any) -> None:
+        super().__init__(*args, num_batches=num_steps, **options)
+        self.num_steps, self.ends = num_steps, ends
+
+    def run(self, hooks: Hooks | None = None, saved: Saved | None = None) -> Outcome:
+        """Take the steps."""
+        timed = _Timed(hooks or Hooks(), self.num_steps)
+        outcome = super().run(timed, saved)
+        if self.place.rank == 0:
+            mean = float(self.loss_sum) * self.place.num_workers / outcome.state.step
+            found = {"ends": timed.ends[: self.num_steps], "loss": mean}
+            Path(self.ends).write_text(json.dumps(found))
+        return outcome
+
+
+class _Timed(Hooks):
+    """Hands everything on to other hooks, but checkpoints; wishes to stop in the end."""
+
+    def __init__(self, inner: Hooks, num_steps: int) -> None:
+        self.inner, self.num_steps = inner, num_steps
+        self.ends: list[tuple[float, float]] = []
+
+    def post(self, event: Event) -> None:
+        self.inner.post(event)
+
+    def before_step(self, step: int, num_steps: int) -> None:
+        self.inner.before_step(step, num_steps)
+
+    def after_step(self, step: int) -> None:
+        self.inner.after_step(step)
+        self.ends.append((time.perf_counter(), time.process_time()))
+
+    def wish(self) -> Wish:
+        self.inner.wish()
+        return Wish(stop=len(self.ends) >= self.num_steps)
+
+    def on_checkpoint(self, step: int, copy: Copy) -> None:
+        pass

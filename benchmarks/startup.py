@@ -1,0 +1,126 @@
+"""How long does a training take from the command to its first step, and where does it go?
+
+Method: the real `train` with two workers, the `tiny` branch at 32 px, a local Ray, in a process of
+its own, several times. `startup/*_s` of history.jsonl are the worker's own measures; Ray's start is
+timed around `ray_jobs.cluster.connected`. The total is from the start of the process to the moment
+at which the terminal says that training has started, a quarter of a second late at most; what no
+part accounts for (Python, the spec, the board, the choice of a cache) is `other`.
+
+    ray         ray.init of a local Ray
+    workers     Ray Train: controller, placement, two processes, their environment
+    imports     TensorFlow and Keras on the worker
+    build       manifest, strategy, model, optimizer
+    first_step  the first batch, the graph, one step
+
+Parts are rank 0's. The medians of all rounds; the first may find a colder disk.
+
+Run:   python -m benchmarks.startup [--rounds 3]
+Ends in one line of JSON: seconds of each part.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PARTS = ("ray", "workers", "imports", "build", "first_step")
+SIZE = 32
+
+
+def train(folder: str) -> None:
+    """Train in this process, and leave what was measured in marks.json."""
+    from unittest.mock import patch
+
+    from ray_jobs import cluster, report
+    from ray_jobs.spec import RunSpec
+    from ray_jobs.train import fit
+
+    marks: dict[str, float] = {}
+    connected = cluster.connected
+
+    @contextmanager
+    def timed(*args: Any, **options: Any) -> Iterator[None]:
+        started = time.monotonic()
+        with connected(*args, **options):
+            marks["ray"] = time.monotonic() - started
+            yield
+
+    class Screen(report.Screen):
+        def show(self, event: report.Event) -> None:
+            if event["kind"] == "startup":
+                marks["shown_at"] = time.time()
+            super().show(event)
+
+    spec = {
+        "run": {"storage_path": folder, "name": "run"},
+        "data": {"prepared": f"{folder}/prepared"},
+        "model": {"image": {"kind": "tiny", "weights": None, "units": 8}},
+        "train": {"num_workers": 2, "epochs": 1},
+    }
+    with patch.object(cluster, "connected", timed), patch.object(report, "Screen", Screen):
+        fit(RunSpec.model_validate(spec))
+    Path(folder, "marks.json").write_text(json.dumps(marks))
+
+
+def measure() -> dict[str, float]:
+    """Train once; return the seconds of each part, of the rest and of all."""
+    import numpy as np
+
+    from benchmarks.photos import jpeg, photo
+    from benchmarks.shards import write_shards
+    from ray_jobs import report
+
+    with tempfile.TemporaryDirectory() as folder:
+        image = jpeg(photo(np.random.default_rng(0), SIZE))
+        num_rows = {"train": 256, "validation": 64, "test": 64}
+        write_shards(Path(folder) / "prepared", num_rows, [image], SIZE)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": ""}
+        command = [sys.executable, "-m", "benchmarks.startup", "--folder", folder]
+        began = time.time()
+        subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, check=True)
+        marks = json.loads(Path(folder, "marks.json").read_text())
+        record = json.loads(Path(folder, "run", "history.jsonl").read_text().splitlines()[0])
+    worker = {
+        "workers": record[report.STARTUP_WORKERS_S],
+        "imports": record[report.STARTUP_IMPORTS_S],
+        "build": record[report.STARTUP_BUILD_S],
+        "first_step": record[report.STARTUP_FIRST_STEP_S],
+    }
+    found = {"ray": marks["ray"], **worker}
+    total = marks["shown_at"] - began
+    return {**found, "other": total - sum(found.values()), "total": total}
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.folder:
+        train(arguments.folder)
+        return
+    import numpy as np
+
+    rounds = []
+    for number in range(arguments.rounds):
+        rounds.append(measure())
+        print(f"round {number + 1}: {rounds[-1]['total']:.1f} s", flush=True)
+    medians = {name: float(np.median([found[name] for found in rounds])) for name in rounds[0]}
+    print("\n| part | seconds | each round | share |\n|---|---|---|---|")
+    for name, seconds in medians.items():
+        each = ", ".join(f"{found[name]:.1f}" for found in rounds)
+        print(f"| {name} | {seconds:.1f} | {each} | {seconds / medians['total']:.0%} |")
+    print(json.dumps({f"{name}_s": round(seconds, 2) for name, seconds in medians.items()}))
+
+
+if __name__ == "__main__":
+    main()
