@@ -106,7 +106,6 @@ class Kept(Hooks):
 def run_scenarios(config: dict[str, Any]) -> None:
     """Run every scenario on one worker; leave what it saw in files for the test."""
     import ray.train
-    import tensorflow as tf
 
     from ray_jobs.loop import Loop
     from ray_jobs.replicas import Place, make_strategy, set_devices
@@ -178,7 +177,6 @@ def run_scenarios(config: dict[str, Any]) -> None:
             facts["weights"] = np.concatenate([y_B1, weight_B1], axis=1).tolist()
         path = output / f"{name}-{place.num_workers}-{place.rank}.json"
         path.write_text(json.dumps(facts))
-        tf.keras.backend.clear_session()
 
 
 def same_arrays(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> bool:
