@@ -154,6 +154,7 @@ class Loop:
         hooks = hooks or Hooks()
         epochs = self.spec.train.epochs
         state = self._restored(saved) if saved is not None else LoopState()
+        del saved  # As large as three models.
         feed, validation = self._feeds()
         # Both streams run through all epochs, since every start of one costs its time, and the next
         # epoch's first rows are made ready while the last one is validated.

@@ -123,18 +123,16 @@ class _Worker(Hooks):
         newest = self._newest.result() if self._newest is not None else None
         self._newest = None
         step = broadcast_from_rank_zero(None if newest is None else newest.state.step)
-        if step is None or self.first:
-            return newest
-        return self.store.load(step)
+        if newest is not None:
+            self._note(f"going on after step {step}, in epoch {newest.state.epoch + 1}")
+        return newest if step is None or self.first else self.store.load(step)
 
     # -- training ---------------------------------------------------------------------------------
 
     def train(self, loop: "Loop") -> None:
         """Train from the newest checkpoint on, and finish the run."""
-        saved = self._agreed_checkpoint()
-        if saved is not None:
-            epoch = saved.state.epoch + 1
-            self._note(f"going on after step {saved.state.step}, in epoch {epoch}")
+        # In a list, from which the loop takes it: three times the weights need not stay in memory.
+        saved = [self._agreed_checkpoint()]
         self.watchdog.alive()
         self.began = time.monotonic()
         profile = self.spec.run.profile_steps if self.first else None
@@ -146,7 +144,7 @@ class _Worker(Hooks):
             Profiler(self.run, profile, self._note) as self.profiler,
             self.tracker or nullcontext(),
         ):
-            outcome = loop.run(self, saved)
+            outcome = loop.run(self, saved.pop())
             if self.cache is not None:
                 self.cache.close()
             self.store.close()
