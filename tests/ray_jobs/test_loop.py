@@ -16,7 +16,7 @@ from ray_jobs.spec import DataSpec, RunSpec
 from ray_jobs.storage import Folder
 from tests.ray_jobs.tiny import ROW, write_prepared
 
-pytestmark = pytest.mark.multiworker
+pytestmark = [pytest.mark.multiworker, pytest.mark.timeout(1200)]
 
 PLAIN = {
     "image": {"kind": "tiny", "weights": None, "units": 16},
