@@ -21,7 +21,8 @@ The data's way, in running order:
     attempts.py     what fails, and whether it is tried again (board.py: driver ↔ workers)
     finish.py       best epoch → the model that people use, blended and calibrated
     train.py        job: the run folder, and attempts at a `TensorflowTrainer` until one ends
-    inference.py    run folder + rows → probabilities, exactly one a row
+    trained_run.py  what those who use a finished run need to know of it
+    inference.py    trained run + rows → probabilities, exactly one a row
     evaluate.py     job: a split's metrics and plots      (metrics.py plots.py)
     predict.py      job: Parquet of probabilities
     demo.py         job: all of the above on generated data (demo_data.py)

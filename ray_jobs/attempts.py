@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from ray_jobs.cli import Interrupted, JobError
+from ray_jobs.cluster import first_line, reason
 from ray_jobs.spec import TrainSpec
 
 if TYPE_CHECKING:
@@ -170,26 +171,20 @@ def _failure(raised: BaseException, board: Any) -> Failure:
             return Failure("preemption", "a node was taken away")
         if not own and lost:
             rank, error = min(lost.items())
-            return Failure("failure", f"worker {rank} died: {_first_line(error)}")
+            return Failure("failure", f"worker {rank} died: {first_line(error)}")
         if told:
             first = (own or told)[0]
             kind = "failure" if first["again"] else "error"
             return Failure(kind, f"worker {first['rank']} failed: {first['text']}")
         rank, error = min(raised.worker_failures.items())
-        cause = getattr(error, "cause", None) or error.__cause__ or error
-        return Failure("failure", f"worker {rank} failed: {type(cause).__name__}: {cause}")
+        return Failure("failure", f"worker {rank} failed: {reason(error)}")
     if isinstance(raised, ControllerError):
         return Failure("error", f"the workers could not be started: {raised}")
     if isinstance(raised, TrainingFailedError):
         return Failure("error", f"training failed: {raised}")
     if isinstance(raised, RayError):
-        return Failure("failure", f"Ray lost the training's controller: {_first_line(raised)}")
+        return Failure("failure", f"Ray lost the training's controller: {first_line(raised)}")
     raise raised
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 # -- how many workers -----------------------------------------------------------------------------

@@ -91,3 +91,16 @@ def _require(num_cpus: int, num_gpus: float) -> None:
         if os.getpid() in _started:
             raise JobError(f"{text}; lower num_workers or cpus_per_worker, or add nodes")
         print(f"{text}; waiting for its autoscaler, or for you, to add nodes", file=sys.stderr)
+
+
+def reason(error: BaseException) -> str:
+    """Return the innermost cause of a failure inside Ray, which has printed the way to it."""
+    cause: BaseException = error
+    while (inner := getattr(cause, "cause", None) or cause.__cause__) is not None:
+        cause = inner
+    return f"{type(cause).__name__} {first_line(cause)}".strip()
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text; Ray's go on with tracebacks."""
+    return next(iter(str(error).strip().splitlines()), "")

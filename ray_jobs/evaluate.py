@@ -18,6 +18,7 @@ from ray_jobs.inference import ERROR, PROBABILITY
 from ray_jobs.manifest import Manifest, read_manifest
 from ray_jobs.spec import EvaluateSpec
 from ray_jobs.storage import Folder
+from ray_jobs.trained_run import open_run
 
 METRICS = "metrics.json"
 
@@ -32,7 +33,7 @@ def evaluate(spec: EvaluateSpec) -> dict[str, Any]:
     from ray_jobs.metrics import binary_metrics
     from ray_jobs.plots import evaluation_plots
 
-    run = inference.open_run(spec.run)
+    run = open_run(spec.run)
     data, output = Folder(spec.data), Folder(spec.output)
     manifest = read_manifest(data)
     if not manifest.splits[spec.split].num_rows:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ray_jobs.loop import Loop
 
 SUMMARY = "summary.json"
+MODEL = "model/model.keras"
 
 
 def finish(

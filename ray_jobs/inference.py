@@ -1,6 +1,6 @@
-"""A run folder and rows → the probability of each row; what `evaluate` and `predict` share.
+"""A trained run and rows → the probability of each row; what `evaluate` and `predict` share.
 
-Reads: manifest.json, summary.json and model/model.keras of a run folder, and a `Source` of rows.
+Enters: a `TrainedRun`, whose model each process loads for itself, and a `Source` of rows.
 Leaves: Arrow tables of `RESULT`, the rows in the source's order, each exactly once.
 
     source ─ read (tasks: bytes → pixels, numbers) ─→ Predictor (actors: one model each) ─→ driver
@@ -10,26 +10,25 @@ Pixels and probabilities stream: no process holds more than a few batches.
     B rows of a batch   H × W pixels   F numeric columns
 """
 
-import json
 import os
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ray_jobs.batch import CATEGORY, IMAGE, INPUT_TYPES, KEY, LABEL, NUMERIC
+from ray_jobs.batch import INPUT_TYPES, KEY, LABEL
 from ray_jobs.cli import JobError
-from ray_jobs.manifest import NAME as MANIFEST
-from ray_jobs.manifest import Manifest, read_manifest, require_shards
-from ray_jobs.rows import RowDecoder, StoredRows, bytes_column
+from ray_jobs.cluster import first_line, reason
+from ray_jobs.finish import MODEL
+from ray_jobs.manifest import Manifest, require_shards
+from ray_jobs.rows import StoredRows, bytes_column
 from ray_jobs.spec import InferenceSpec, Split
 from ray_jobs.storage import Folder
+from ray_jobs.trained_run import TrainedRun, require_fit
 
 if TYPE_CHECKING:
     import ray.data
@@ -45,42 +44,9 @@ RESULT = pa.schema(
 _FAILURE = "failure"
 _PREDICTED = RESULT.append(pa.field(_FAILURE, pa.string()))
 
-_MODEL = "model/model.keras"
-_SUMMARY = "summary.json"
 _MOST_TASK_ROWS = 512
 _TASKS_PER_WORKER = 4
 _LEAST_BLOCK_BYTES = 1 << 20
-
-
-@dataclass(frozen=True)
-class TrainedRun:
-    """A finished run: where it is, how its rows were read, and what its model takes."""
-
-    folder: Folder
-    manifest: Manifest
-    threshold: float
-    """Probability from which a row counts as positive."""
-    input_shapes: dict[str, tuple[int, ...]]
-    """Of a row, by the model's inputs, which are named as in `ray_jobs.batch`."""
-
-    @property
-    def takes_images(self) -> bool:
-        """Whether the model looks at images."""
-        return IMAGE in self.input_shapes
-
-    @property
-    def takes_numbers(self) -> bool:
-        """Whether the model looks at numbers or categories."""
-        return NUMERIC in self.input_shapes or CATEGORY in self.input_shapes
-
-    @property
-    def decoder(self) -> RowDecoder:
-        """What turns stored rows into the model's inputs."""
-        size = self.input_shapes[IMAGE][-2] if self.takes_images else None
-        manifest = self.manifest
-        if not self.takes_numbers:
-            manifest = manifest.model_copy(update={"numeric_columns": (), "vocabularies": ()})
-        return RowDecoder(manifest, with_image=self.takes_images, size=size)
 
 
 class Source(Protocol):
@@ -99,92 +65,6 @@ class Source(Protocol):
             JobError: if they cannot be read, which ends the job.
         """
         ...
-
-
-def open_run(path: str) -> TrainedRun:
-    """Return the run in a folder that `train` finished.
-
-    The model's inputs are read from the file's description, so that the driver needs no TensorFlow.
-
-    Raises:
-        JobError: if there is no finished run, or its model is damaged.
-    """
-    folder = Folder(path)
-    for name in (MANIFEST, _SUMMARY, _MODEL):
-        if not folder.exists(name):
-            state = "is not finished" if folder.exists("run.yaml") else "is no run folder"
-            raise JobError(
-                f"{folder} {state}: it has no {name}; give the folder "
-                "<run.storage_path>/<run.name> of a finished `python -m ray_jobs.train`"
-            )
-    try:
-        with (
-            folder.filesystem.open_input_file(folder.locate(_MODEL)) as file,
-            zipfile.ZipFile(file) as archive,
-        ):
-            config = json.loads(archive.read("config.json"))
-        network = config["config"]["network"]["config"]
-        input_shapes = {
-            layer["config"]["name"]: tuple(layer["config"]["batch_shape"][1:])
-            for layer in network["layers"]
-            if layer["class_name"] == "InputLayer"
-        }
-    except (zipfile.BadZipFile, KeyError, TypeError, ValueError) as error:
-        raise JobError(f"{folder}/{_MODEL} is damaged or no fusion model: {error}") from error
-    try:
-        threshold = float(folder.read_json(_SUMMARY)["decision_threshold"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise JobError(f"{folder}/{_SUMMARY} is damaged: {error}") from error
-    # The statistics are in the model. Without them the run is small enough to travel inside the
-    # call that starts an actor; Ray warns of a larger one, which a restart could miss.
-    manifest = read_manifest(folder).model_copy(update={"statistics": None})
-    return TrainedRun(folder, manifest, threshold, input_shapes)
-
-
-def require_fit(run: TrainedRun, manifest: Manifest, data: Folder) -> None:
-    """Check that prepared data is what the run's model takes.
-
-    Raises:
-        JobError: naming everything in which the data differs from what the run was trained on.
-    """
-    differences: list[str] = []
-    trained = run.manifest
-    if run.takes_numbers and manifest.numeric_columns != trained.numeric_columns:
-        differences.append(_column_difference(manifest.numeric_columns, trained.numeric_columns))
-    stored = [(m.image.names, m.image.width, m.image.height) for m in (manifest, trained)]
-    if run.takes_images and stored[0] != stored[1]:
-        shown = [_images_text(m) for m in (manifest, trained)]
-        differences.append(f"its images have {shown[0]}, the run's {shown[1]}")
-    categories = [[v.column for v in m.vocabularies] for m in (manifest, trained)]
-    if run.takes_numbers and not set(categories[1]) <= set(categories[0]):
-        absent = sorted(set(categories[1]) - set(categories[0]))
-        differences.append(f"it lacks the categorical columns {absent}")
-    if manifest.positive_label != trained.positive_label:
-        differences.append(
-            f"its positive label is {manifest.positive_label!r}, the run's "
-            f"{trained.positive_label!r}"
-        )
-    if differences:
-        raise JobError(
-            f"{data} does not fit the run in {run.folder}: {'; '.join(differences)}. Prepare it "
-            f"by the rules that the run's {MANIFEST} holds"
-        )
-
-
-def _images_text(manifest: Manifest) -> str:
-    image = manifest.image
-    names = f" ({', '.join(image.names)})" if image.names else ""
-    return f"{image.width} × {image.height} pixels{names}"
-
-
-def _column_difference(columns: Sequence[str], trained: Sequence[str]) -> str:
-    absent = [name for name in trained if name not in columns]
-    unknown = [name for name in columns if name not in trained]
-    if not absent and not unknown:
-        return f"its numeric columns stand in the order {list(columns)}, the run's {list(trained)}"
-    parts = [f"{absent} are missing"] if absent else []
-    parts += [f"{unknown} are unknown to the run"] if unknown else []
-    return f"of its numeric columns {' and '.join(parts)}"
 
 
 class PreparedSource:
@@ -238,7 +118,7 @@ class PreparedSource:
                     yield decoded_rows(self.run, table, [None] * table.num_rows, shard)
         except (OSError, pa.ArrowException) as error:
             raise JobError(
-                f"{self.folder}/{shard} cannot be read: {_first_line(error)}; the prepared data is "
+                f"{self.folder}/{shard} cannot be read: {first_line(error)}; the prepared data is "
                 "damaged, prepare it again"
             ) from error
 
@@ -316,9 +196,9 @@ class Predictor:
         self.batch_size, self.failure = batch_size, None
         try:
             with tempfile.TemporaryDirectory() as local:
-                model = load_model(run.folder.download(_MODEL, f"{local}/model.keras"))
+                model = load_model(run.folder.download(MODEL, f"{local}/model.keras"))
         except (OSError, ValueError, KeyError) as error:
-            self.failure = f"{run.folder}/{_MODEL} cannot be loaded: {_first_line(error)}"
+            self.failure = f"{run.folder}/{MODEL} cannot be loaded: {first_line(error)}"
             return
         self.shapes: dict[str, tuple[tuple[int, ...], Any]] = {
             name: ((batch_size, *shape), INPUT_TYPES[name])
@@ -399,7 +279,7 @@ def predict_rows(run: TrainedRun, source: Source, spec: InferenceSpec) -> Iterat
                 yield table.select(RESULT.names)
     except RayError as error:
         raise JobError(
-            f"a process of the job failed: {_reason(error)}; --worker_logs true shows its log"
+            f"a process of the job failed: {reason(error)}; --worker_logs true shows its log"
         ) from error
     if done != source.num_rows:
         raise JobError(
@@ -479,15 +359,3 @@ def _grouped(row_groups: Sequence[int], least_rows: int) -> Iterator[list[int]]:
             group, rows = [], 0
     if group:
         yield group
-
-
-def _reason(error: BaseException) -> str:
-    """Return the innermost cause of a failure inside Ray, which has printed the way to it."""
-    cause: BaseException = error
-    while (inner := getattr(cause, "cause", None) or cause.__cause__) is not None:
-        cause = inner
-    return f"{type(cause).__name__} {_first_line(cause)}".strip()
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), "")

@@ -26,7 +26,7 @@ from ray_jobs.batch import KEY, LABEL
 from ray_jobs.cells import read_rows
 from ray_jobs.cli import JobError
 from ray_jobs.images import BadImage
-from ray_jobs.inference import ERROR, PROBABILITY, TrainedRun
+from ray_jobs.inference import ERROR, PROBABILITY
 from ray_jobs.manifest import NAME as MANIFEST
 from ray_jobs.manifest import read_manifest
 from ray_jobs.shards import RowConverter, ShardRows, StoredImages
@@ -35,6 +35,7 @@ from ray_jobs.sources.refs import ImageRefs, Source
 from ray_jobs.spec import SPLITS, PredictSpec, PrepareSpec
 from ray_jobs.storage import Folder
 from ray_jobs.table import read_table, require_columns
+from ray_jobs.trained_run import TrainedRun, open_run
 
 PREDICTED_LABEL = "predicted_label"
 PREDICTIONS = pa.schema(
@@ -63,7 +64,7 @@ def predict(spec: PredictSpec) -> dict[str, int]:
     Raises:
         JobError: if the run is not finished, or the data as a whole does not fit it.
     """
-    run = inference.open_run(spec.run)
+    run = open_run(spec.run)
     output = Folder(spec.output)
     earlier = [name for name in output.names() if _PART.fullmatch(name)]
     if Folder(spec.data).uri in [f"{output}/{name}" for name in earlier]:

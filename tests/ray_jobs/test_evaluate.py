@@ -17,6 +17,7 @@ from ray_jobs.manifest import Manifest
 from ray_jobs.metrics import binary_metrics
 from ray_jobs.spec import EvaluateSpec
 from ray_jobs.storage import Folder
+from ray_jobs.trained_run import open_run
 from tests.ray_jobs.tiny import COLUMNS, write_prepared
 from tests.ray_jobs.trained import (
     THRESHOLD,
@@ -206,14 +207,14 @@ def test_a_shard_that_is_missing_or_cut_short_is_refused_by_name(world, no_ray, 
 
 def test_a_model_takes_the_inputs_that_its_file_names(world, tmp_path):
     folder, manifest, _ = world
-    assert inference.open_run(str(folder / "run")).input_shapes == {
+    assert open_run(str(folder / "run")).input_shapes == {
         "image": (16, 16, 3),
         "numeric": (3,),
     }
     write_run(tmp_path / "image", manifest, numeric="none")
-    assert inference.open_run(str(tmp_path / "image")).input_shapes == {"image": (16, 16, 3)}
+    assert open_run(str(tmp_path / "image")).input_shapes == {"image": (16, 16, 3)}
     write_run(tmp_path / "numeric", manifest, image="none")
-    assert inference.open_run(str(tmp_path / "numeric")).input_shapes == {"numeric": (3,)}
+    assert open_run(str(tmp_path / "numeric")).input_shapes == {"numeric": (3,)}
 
 
 @pytest.mark.parametrize(
@@ -233,7 +234,7 @@ def test_a_model_is_traced_once_and_sees_only_the_inputs_that_it_takes(
     model = write_run(tmp_path / "run", manifest, *kinds)
     # This process has used TensorFlow already, so that its threads are set.
     monkeypatch.setattr("ray_jobs.replicas.set_devices", lambda num_cpus, use_gpu: None)
-    run = inference.open_run(str(tmp_path / "run"))
+    run = open_run(str(tmp_path / "run"))
     source = inference.PreparedSource(
         run, Folder(folder / "prepared"), manifest, ["test"], spec_of(folder)
     )
@@ -266,7 +267,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_job_in_one_sentence(world, monke
         file.writestr("config.json", config)
         file.writestr("metadata.json", "{}")
         file.writestr("model.weights.h5", b"no weights")
-    run = inference.open_run(str(tmp_path / "run"))
+    run = open_run(str(tmp_path / "run"))
     source = inference.PreparedSource(
         run, Folder(folder / "prepared"), manifest, ["test"], spec_of(folder)
     )
@@ -282,7 +283,7 @@ def test_a_probability_that_is_no_number_becomes_an_error(world, monkeypatch, tm
     model = write_run(tmp_path / "run", manifest, image="none")
     model.calibration.set([float("nan")])
     model.save(tmp_path / "run/model/model.keras")
-    run = inference.open_run(str(tmp_path / "run"))
+    run = open_run(str(tmp_path / "run"))
     source = inference.PreparedSource(
         run, Folder(folder / "prepared"), manifest, ["test"], spec_of(folder)
     )

@@ -12,11 +12,11 @@ from ray_jobs import cluster
 from ray_jobs import predict as predict_job
 from ray_jobs.cli import JobError
 from ray_jobs.images import prepare_image
-from ray_jobs.inference import open_run
 from ray_jobs.manifest import ImageInfo, Manifest, SplitInfo
 from ray_jobs.predict import PREDICTIONS, RawSource, predict
 from ray_jobs.spec import PredictSpec, PrepareSpec
 from ray_jobs.storage import Folder
+from ray_jobs.trained_run import open_run
 from tests.ray_jobs.tiny import write_prepared
 from tests.ray_jobs.trained import (
     THRESHOLD,
