@@ -55,7 +55,9 @@ class FocalLoss(keras.losses.Loss):
 
         y × (1 - p)^gamma × -log(p)  +  (1 - y) × p^gamma × -log(1 - p)
 
-    which for y of 0 or 1 is the paper's, and cross-entropy for gamma 0. Computed from the logit,
+    which for y of 0 or 1 is the paper's, and cross-entropy for gamma 0. Unlike Keras'
+    BinaryFocalCrossentropy it is linear in y, as mixed and smoothed labels need it. Computed from
+    the logit,
     which is found by a probability that `keras.activations.sigmoid` made, so that neither loss nor
     gradient overflows.
 

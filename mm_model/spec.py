@@ -144,7 +144,8 @@ class ModelSpec(Spec):
     l2: NonNegative = 1e-3
     """L2 penalty on the kernels of the dense layers."""
     batch_norm: Literal["local", "sync"] = "local"
-    """Batch statistics of each worker's rows, or of the global batch (more exchanges a step)."""
+    """Batch statistics of each replica's rows, or of the global batch (more exchanges a step); with
+    `train.accumulate_steps`, of one part of them."""
 
     @model_validator(mode="after")
     def _something_enters(self) -> "ModelSpec":
@@ -196,10 +197,11 @@ class LossSpec(Spec):
     """Loss of the output and of each head; focal counts rows that are easy less."""
     focal_gamma: NonNegative = 2.0
     """How much less the focal loss counts them; 0 is cross-entropy."""
-    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    label_smoothing: Fraction = 0.0
     """Share by which labels are drawn to one half."""
     mixup_alpha: NonNegative = 0.0
-    """Mix pairs of rows, images and numbers alike, by shares from Beta(alpha, alpha); 0: do not."""
+    """Mix pairs of rows, images and numbers alike, by shares from Beta(alpha, alpha); 0: do not.
+    Pairs are of one replica, so that what is learnt depends on their number."""
     cutmix_alpha: NonNegative = 0.0
     """Put a box of another row's image in, its area from Beta(alpha, alpha), and mix the labels
     likewise; 0: do not. With `mixup_alpha`, too, each step does one of them."""

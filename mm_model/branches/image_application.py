@@ -91,7 +91,8 @@ def make_backbone(
     backbone.name = kind
     if weights and weights != "imagenet":
         load_backbone_weights(backbone, kind, weights)
-    return _with_layers_of_ours(backbone, synchronized)
+    _give_layers_of_ours(backbone, synchronized)
+    return backbone
 
 
 def load_backbone_weights(backbone: keras.Model, kind: str, weights: str) -> None:
@@ -141,26 +142,13 @@ def _fold_imagenet_scale(backbone: keras.Model) -> None:
         normalization.finalize_state()
 
 
-def _with_layers_of_ours(backbone: keras.Model, synchronized: bool) -> keras.Model:
-    """Return a backbone whose dropout draws by rows and whose batch norms are as asked."""
+def _give_layers_of_ours(backbone: keras.Model, synchronized: bool) -> None:
+    """Let a backbone's dropout draw by rows, and its batch norms take the statistics asked for.
 
-    def differs(layer: layers.Layer) -> bool:
+    In place: a clone would cost as long as the backbone did, and its weights once more.
+    """
+    for layer in backbone.layers:
         if isinstance(layer, layers.BatchNormalization):
-            return synchronized and not layer.synchronized
-        return type(layer) is layers.Dropout
-
-    def clone(layer: layers.Layer) -> layers.Layer:
-        config = layer.get_config()
-        if isinstance(layer, layers.BatchNormalization):
-            config["synchronized"] = synchronized
-        kind = RowDropout if type(layer) is layers.Dropout else type(layer)
-        return kind.from_config(config)
-
-    if not any(differs(layer) for layer in backbone.layers):
-        return backbone
-    cloned = keras.models.clone_model(backbone, clone_function=clone)
-    cloned.set_weights(backbone.get_weights())
-    for layer in cloned.layers:
-        if isinstance(layer, layers.Normalization):
-            layer.finalize_state()
-    return cloned
+            layer.synchronized = synchronized
+        elif type(layer) is layers.Dropout:
+            layer.__class__ = RowDropout

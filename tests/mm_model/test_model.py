@@ -14,7 +14,7 @@ from tests.mm_model.examples import (
     rows,
 )
 
-# Of the families whose backbone is a model of its own, the one whose backbone is cloned, too.
+# Of the families whose backbone is a model of its own, the one that has layers of ours in it.
 FAST = ("efficientnet_b0",)
 
 
