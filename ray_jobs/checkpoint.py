@@ -34,6 +34,10 @@ Arrays = dict[str, np.ndarray]
 STATE = "state.json"
 
 
+class DamagedCheckpointError(Exception):
+    """A checkpoint is not whole; what cannot be read at the moment is another thing."""
+
+
 class LoopState(Spec):
     """Where training stands after a step; the same on every worker."""
 
@@ -66,7 +70,7 @@ class Saved:
     model: Arrays
     optimizer: Arrays
     local: Arrays = field(default_factory=dict)
-    """By name what differs between replicas, their number first: of several replicas only."""
+    """By name what each replica has for itself, their number first; in the middle of epochs."""
     best: dict[int, Best] = field(default_factory=dict)
     """The best epochs that are kept, by their index."""
 
@@ -121,7 +125,8 @@ def read_checkpoint(folder: str | Path) -> Saved:
     """Return a checkpoint, without the best epochs.
 
     Raises:
-        ValueError: if it is not whole.
+        DamagedCheckpointError: if it is not whole.
+        OSError: if it cannot be read.
     """
     folder = Path(folder)
     try:
@@ -131,7 +136,7 @@ def read_checkpoint(folder: str | Path) -> Saved:
         )
         return Saved(state, model, optimizer, local)
     except _NOT_WHOLE as error:
-        raise ValueError(f"the checkpoint in {folder} is not whole: {error}") from error
+        raise DamagedCheckpointError(f"the checkpoint in {folder} is not whole: {error}") from error
 
 
 def write_best(folder: str | Path, best: Best) -> None:
@@ -146,7 +151,8 @@ def read_best(folder: str | Path) -> Best:
     """Return the model of a best epoch.
 
     Raises:
-        ValueError: if it is not whole.
+        DamagedCheckpointError: if it is not whole.
+        OSError: if it cannot be read.
     """
     folder = Path(folder)
     try:
@@ -154,10 +160,10 @@ def read_best(folder: str | Path) -> Best:
         model = _read_arrays(folder / "model.npz")
         return Best(model, validation["head_logits"], validation["label"])
     except _NOT_WHOLE as error:
-        raise ValueError(f"the best epoch in {folder} is not whole: {error}") from error
+        raise DamagedCheckpointError(f"the best epoch in {folder} is not whole: {error}") from error
 
 
-_NOT_WHOLE = (OSError, EOFError, BadZipFile, ValueError, KeyError)
+_NOT_WHOLE = (FileNotFoundError, EOFError, BadZipFile, ValueError, KeyError)
 
 
 def _write_arrays(path: Path, arrays: Arrays) -> None:

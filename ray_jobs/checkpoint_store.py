@@ -14,11 +14,13 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
 from ray_jobs.checkpoint import (
     STATE,
+    DamagedCheckpointError,
     LoopState,
     Saved,
     read_best,
@@ -78,39 +80,50 @@ class CheckpointStore:
         self._writer.shutdown()
 
     def steps(self) -> list[int]:
-        """Return the steps of which there is a checkpoint, whole or damaged, in order."""
-        return _numbers(self.run, STEPS)
+        """Return the steps of which there is a checkpoint, perhaps damaged since, in order."""
+        # The state is the last part to be written: without it an upload was cut off.
+        steps = _numbers(self.run, STEPS)
+        return [step for step in steps if self.run.exists(f"{STEPS}/{step:08d}/{STATE}")]
 
-    def load(self, step: int) -> Saved:
-        """Return the checkpoint after a step, with the best epochs.
+    def load(self, step: int, with_best: bool = True) -> Saved:
+        """Return the checkpoint after a step.
+
+        Args:
+            step: of it.
+            with_best: whether with the models of the best epochs, which only whoever writes needs.
 
         Raises:
-            ValueError: if it, or the model of its best epoch, is not whole.
+            DamagedCheckpointError: if it, or the model of its best epoch, is not whole.
+            OSError: if it cannot be read.
         """
         saved = self._read(f"{STEPS}/{step:08d}", read_checkpoint)
         best = saved.state.best_epoch
-        for epoch in _numbers(self.run, BEST):
-            # Those of later epochs are of a future that this checkpoint knows nothing of.
-            if epoch >= saved.state.epoch:
-                continue
+        # Those of later epochs are of a future that this checkpoint knows nothing of.
+        past = [e for e in _numbers(self.run, BEST) if e < saved.state.epoch]
+        for epoch in past if with_best else ():
             try:
                 saved.best[epoch] = self._read(f"{BEST}/{epoch:05d}", read_best)
-                self._best.add(epoch)
-            except ValueError:
+            except DamagedCheckpointError:
                 if epoch == best:
                     raise
-        if best is not None and best not in saved.best:
-            raise ValueError(f"the checkpoint after step {step} lacks its best epoch {best + 1}")
-        self.written = step
+        if with_best and best is not None and best not in saved.best:
+            raise DamagedCheckpointError(
+                f"the checkpoint after step {step} lacks its best epoch {best + 1}"
+            )
+        self.written, self._best = step, set(saved.best)
         return saved
 
-    def newest(self) -> Saved | None:
-        """Return the newest checkpoint that is whole, if there is any."""
+    def newest(self, with_best: bool = True) -> Saved | None:
+        """Return the newest checkpoint that is whole, if there is any.
+
+        Raises:
+            OSError: if one cannot be read, which says nothing about whether it is whole.
+        """
         for step in reversed(self.steps()):
             try:
-                return self.load(step)
-            except ValueError as error:
-                self.warn(f"{error}; going on from the one before")
+                return self.load(step, with_best)
+            except DamagedCheckpointError as error:
+                self.warn(f"{error}; it is passed over")
         return None
 
     # -- in the writer's thread -------------------------------------------------------------------
@@ -153,24 +166,27 @@ class CheckpointStore:
 
     def _prune(self, saved: Saved) -> None:
         """Delete what is no longer needed, now that a checkpoint is written."""
-        steps = self.steps()
-        past = [step for step in steps if step <= saved.state.step][-self.keep :]
+        states = self._states()
+        past = sorted(step for step in states if step <= saved.state.step)[-self.keep :]
         # Later ones are of a future that this run came back from.
-        for step in set(steps) - set(past):
+        for step in set(_numbers(self.run, STEPS)) - set(past):
             self.run.delete(f"{STEPS}/{step:08d}")
-        needed = {*saved.best, *(self._state(step).best_epoch for step in past)}
+        needed = {*saved.best, *(states[step].best_epoch for step in past)}
         for epoch in set(_numbers(self.run, BEST)) - needed:
+            self._best.discard(epoch)
             self.run.delete(f"{BEST}/{epoch:05d}")
         for name in [*self.run.names(STEPS), *self.run.names(BEST)]:
             if _PARTIAL in name:
                 self.run.delete(name.partition(_PARTIAL)[0] + _PARTIAL)
 
-    def _state(self, step: int) -> LoopState:
-        try:
-            return LoopState.model_validate_json(self.run.read_bytes(f"{STEPS}/{step:08d}/{STATE}"))
-        except ValueError:
-            # Damaged, which whoever goes on from it will find.
-            return LoopState()
+    def _states(self) -> dict[int, LoopState]:
+        """Return the states of checkpoints that have one that can be read, by step."""
+        found = {}
+        for step in self.steps():
+            with suppress(ValueError):
+                content = self.run.read_bytes(f"{STEPS}/{step:08d}/{STATE}")
+                found[step] = LoopState.model_validate_json(content)
+        return found
 
     def _read(self, name: str, read: Callable[[Path], T]) -> T:
         if self.run.is_local:

@@ -11,6 +11,7 @@ import pytest
 from ray_jobs.checkpoint import (
     Arrays,
     Best,
+    DamagedCheckpointError,
     LoopState,
     Saved,
     arrays_of,
@@ -97,7 +98,7 @@ def test_a_best_epoch_is_read_back_bit_by_bit(tmp_path):
     for name in BEST_FILES:
         whole = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(whole[: len(whole) // 2])
-        with pytest.raises(ValueError, match=r"the best epoch in .* is not whole: "):
+        with pytest.raises(DamagedCheckpointError, match=r"the best epoch in .* is not whole: "):
             read_best(tmp_path)
         (tmp_path / name).write_bytes(whole)
 
@@ -175,7 +176,9 @@ def test_weights_of_another_number_say_both_numbers():
 @pytest.mark.parametrize("name", FILES)
 def test_a_checkpoint_without_one_of_its_files_is_not_whole(written, name):
     (written / name).unlink()
-    with pytest.raises(ValueError, match=rf"the checkpoint in {written} is not whole: .*{name}"):
+    with pytest.raises(
+        DamagedCheckpointError, match=rf"the checkpoint in {written} is not whole: .*{name}"
+    ):
         read_checkpoint(written)
 
 
@@ -184,7 +187,7 @@ def test_a_checkpoint_without_one_of_its_files_is_not_whole(written, name):
 def test_a_checkpoint_with_a_truncated_file_is_not_whole(written, name, share):
     content = (written / name).read_bytes()
     (written / name).write_bytes(content[: int(len(content) * share)])
-    with pytest.raises(ValueError, match=r"the checkpoint in .* is not whole: "):
+    with pytest.raises(DamagedCheckpointError, match=r"the checkpoint in .* is not whole: "):
         read_checkpoint(written)
 
 
@@ -194,7 +197,7 @@ def test_a_flipped_byte_in_an_array_is_noticed(written):
         offset = file.infolist()[1].header_offset
     content[offset - 1] ^= 1  # the last byte of the array before
     (written / "model.npz").write_bytes(content)
-    with pytest.raises(ValueError, match=r"is not whole: .*CRC"):
+    with pytest.raises(DamagedCheckpointError, match=r"is not whole: .*CRC"):
         read_checkpoint(written)
 
 
@@ -203,7 +206,7 @@ def test_a_flipped_byte_in_an_array_is_noticed(written):
 )
 def test_a_state_that_does_not_validate_is_not_whole(written, state):
     (written / "state.json").write_text(state)
-    with pytest.raises(ValueError, match=r"is not whole: "):
+    with pytest.raises(DamagedCheckpointError, match=r"is not whole: "):
         read_checkpoint(written)
 
 
@@ -216,7 +219,9 @@ class Bomb:
 
 def test_nothing_in_a_checkpoint_is_executed(written):
     np.savez(written / "model.npz", a=np.array([Bomb()], dtype=object))
-    with pytest.raises(ValueError, match=r"is not whole: Object arrays cannot be loaded"):
+    with pytest.raises(
+        DamagedCheckpointError, match=r"is not whole: Object arrays cannot be loaded"
+    ):
         read_checkpoint(written)
 
 
@@ -224,7 +229,7 @@ def test_a_pickle_in_place_of_arrays_is_refused(written):
     import pickle
 
     (written / "optimizer.npz").write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(ValueError, match=r"is not whole: .*pickle"):
+    with pytest.raises(DamagedCheckpointError, match=r"is not whole: .*pickle"):
         read_checkpoint(written)
 
 

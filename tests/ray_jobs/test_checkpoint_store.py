@@ -193,3 +193,50 @@ def test_a_folder_gets_its_name_when_all_of_it_is_written(tmp_path, monkeypatch)
     store.save(saved(4))
     store.close()
     assert seen == [["local.npz", "model.npz", "optimizer.npz", "state.json"]]
+
+
+def test_what_cannot_be_read_at_the_moment_is_no_damage(tmp_path, monkeypatch):
+    store, _ = store_of(Folder(tmp_path))
+    store.save(saved(4))
+    store.close()
+
+    def load(*arguments: Any, **options: Any) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(np, "load", load)
+    with pytest.raises(OSError, match="Input/output error"):
+        CheckpointStore(Folder(tmp_path)).newest()
+
+
+def test_a_best_epoch_that_was_pruned_or_is_torn_is_written_again(tmp_path):
+    run = Folder(tmp_path)
+    store, _ = store_of(run, keep=1)
+    store.save(saved(8, 1, (0,)))
+    store.save(saved(16, 2, (1,)))
+    store.save(saved(24, 3, (0,)))
+    store.close()
+    assert names(run) == {"steps/00000024", "best/00000"}
+    newest = CheckpointStore(run).newest()
+    assert newest is not None
+    assert set(newest.best) == {0}
+
+
+def test_a_folder_without_its_state_takes_no_place_and_is_cleared_away(tmp_path):
+    run = Folder(tmp_path)
+    store, warnings = store_of(run, keep=2)
+    store.save(saved(4))
+    store.wait()
+    half = tmp_path / "checkpoints/steps/00000006"
+    half.mkdir()
+    (half / "model.npz").write_bytes(b"half")
+    store.save(saved(8, 1, (0,)))
+    store.close()
+    assert names(run) == {"steps/00000004", "steps/00000008", "best/00000"}
+    assert warnings == []
+
+
+def test_whoever_does_not_write_needs_no_best_epoch(run):
+    store, _ = store_of(run)
+    store.save(saved(8, 1, (0,)))
+    store.close()
+    assert CheckpointStore(run).load(8, with_best=False).best == {}
