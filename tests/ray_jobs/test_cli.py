@@ -101,6 +101,11 @@ def test_a_flag_takes_its_value_after_a_space_or_an_equals_sign(path, text, valu
         assert (found, type(found)) == (value, type(value))
 
 
+@pytest.mark.parametrize(("text", "workers"), [("2", 2), ("1,4", (1, 4)), ("[1, 4]", (1, 4))])
+def test_a_flag_takes_one_number_or_a_pair(text, workers):
+    assert parse(RunSpec, ["--train.num_workers", text]).train.num_workers == workers
+
+
 def test_yaml_gives_the_same_types_as_flags(yaml_file):
     path = yaml_file(
         "train: {learning_rate: 1e-3, decision_threshold: f1, resources_per_worker: {a: 2}}\n"
@@ -168,6 +173,12 @@ def test_a_wrong_flag_of_a_flat_spec_names_all_accepted_ones():
 )  # fmt: skip
 def test_a_wrong_yaml_key_names_itself_the_nearest_and_the_accepted_ones(yaml_file, text, message):
     assert usage_error(yaml_file(text)).startswith(message)
+
+
+def test_a_wrong_key_in_a_list_of_sections_is_named_with_the_accepted_ones():
+    message = r"train.stages.0.epochs: is required .*\n.*no key 'epoch'; did you mean 'epochs'\?"
+    with pytest.raises(UsageError, match=message):
+        parse(RunSpec, ["--train.stages", "[{epoch: 3}]"])
 
 
 def test_every_wrong_key_and_value_has_a_line_of_its_own(yaml_file):
@@ -429,14 +440,3 @@ def test_a_verb_exits_with_1_and_one_line_where_its_data_is_missing(tmp_path):
     assert result.stderr.startswith(f"error: no manifest.json in {tmp_path}/nothing; has ")
     assert result.stderr.count("\n") == 1
     assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize(("text", "workers"), [("2", 2), ("1,4", (1, 4)), ("[1, 4]", (1, 4))])
-def test_a_flag_takes_one_number_or_a_pair(text, workers):
-    assert parse(RunSpec, ["--train.num_workers", text]).train.num_workers == workers
-
-
-def test_a_wrong_key_in_a_list_of_sections_is_named_with_the_accepted_ones():
-    message = r"train.stages.0.epochs: is required .*\n.*no key 'epoch'; did you mean 'epochs'\?"
-    with pytest.raises(UsageError, match=message):
-        parse(RunSpec, ["--train.stages", "[{epoch: 3}]"])

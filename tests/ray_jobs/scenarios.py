@@ -1,0 +1,264 @@
+"""Trains a model in several scenarios on the workers of a trainer; see test_loop.
+
+Each leaves what it saw in files: SCENARIO-EPOCH-WORKERS-RANK.npz with the model's variables after
+each epoch, and SCENARIO-WORKERS-RANK.json with facts.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ray_jobs.checkpoint import LoopState, Saved
+from ray_jobs.hooks import Hooks, Wish
+from ray_jobs.manifest import read_manifest
+from ray_jobs.spec import RunSpec
+from ray_jobs.storage import Folder
+from tests.ray_jobs.tiny import ROW
+
+PLAIN = {
+    "image": {"kind": "tiny", "weights": None, "units": 16},
+    "numeric": {"units": [16, 16]},
+    "fusion": {"units": 16, "modality_dropout": 0},
+    "augmentation": {
+        "flip": "none", "rotation": 0, "zoom": 0, "translation": 0, "contrast": 0, "brightness": 0,
+    },
+    "dropout": 0,
+}  # fmt: skip
+RANDOM = {"image": PLAIN["image"], "numeric": PLAIN["numeric"], "fusion": {"units": 16}}
+"""Dropout, modality dropout and augmentation as they come."""
+SCENARIOS: dict[str, dict[str, Any]] = {
+    # 20 steps on the same rows with the same draws, whatever the number of workers.
+    "synchronised": {
+        "model": {**RANDOM, "batch_norm": "sync"},
+        "train": {"epochs": 4, "global_batch_size": 20, "checkpoint_every_steps": 3},
+    },
+    # Everything that is random, and batch norm of each worker's own rows.
+    "random": {
+        "model": {**RANDOM, "augmentation": {**PLAIN["augmentation"], "flip": "horizontal"}},
+        "train": {
+            "epochs": 3,
+            "global_batch_size": 16,
+            "schedule": "plateau",
+            "plateau_patience": 1,
+            "checkpoint_every_steps": 4,
+            "ema_momentum": 0.9,
+            "mixup_alpha": 0.2,
+        },
+    },
+    # What the first epoch is good for, and the next ones spoil: the labels' noise by heart.
+    "patience": {
+        "model": PLAIN,
+        "train": {"epochs": 20, "global_batch_size": 20, "learning_rate": 0.05, "patience": 2},
+    },
+    # A backbone of keras.applications, whose variables are not all floats; frozen at first.
+    "application": {
+        "model": {**PLAIN, "image": {"kind": "efficientnet_b0", "weights": None, "units": 8}},
+        "train": {
+            "epochs": 2,
+            "global_batch_size": 50,
+            "stages": [{"epochs": 1, "backbone": 0}, {"epochs": 1, "backbone_rate": 0.1}],
+        },
+    },
+    # Nothing divides anything: 101 rows, 37 to validate, steps of 14.
+    "uneven": {"model": PLAIN, "train": {"epochs": 20, "global_batch_size": 14}},
+}
+ALSO_ON_FOUR = ("synchronised",)
+
+
+def spec_of(scenario: str, prepared: str, num_workers: int) -> RunSpec:
+    sections = SCENARIOS[scenario]
+    train = {
+        "learning_rate": 1e-3,
+        "patience": 100,
+        **sections["train"],
+        "num_workers": num_workers,
+    }
+    return RunSpec.model_validate(
+        {"data": {"prepared": prepared}, "model": sections["model"], "train": train}
+    )
+
+
+class Kept(Hooks):
+    """Keeps every checkpoint and record; wishes to stop when it is time."""
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        self.checkpoints: list[Saved] = []
+        self.epochs: list[dict[str, Any]] = []
+        self.step, self.stop_at = 0, stop_at
+
+    def after_step(self, step: int) -> None:
+        self.step = step
+
+    def wish(self) -> Wish:
+        return Wish(stop=self.stop_at is not None and self.step >= self.stop_at)
+
+    def on_checkpoint(self, step: int, copy: Any) -> None:
+        self.checkpoints.append(copy())
+
+    def on_epoch(self, record: dict[str, Any], copy: Any) -> None:
+        self.checkpoints.append(copy())
+        self.epochs.append(record)
+
+
+def run_scenarios(config: dict[str, Any]) -> None:
+    """Run every scenario on one worker; leave what it saw in files for the test."""
+    import ray.train
+
+    from ray_jobs.loop import Loop
+    from ray_jobs.replicas import Place, make_strategy, set_devices
+
+    context = ray.train.get_context()
+    place = Place(context.get_world_rank(), context.get_world_size())
+    output = Path(config["output"])
+    set_devices(1, use_gpu=False)
+    strategy = make_strategy(place.num_workers)
+
+    class Watched(Loop):
+        rows: list[list[int]]
+        calls: list[Any]
+
+        def _watched(self, tensors: Any) -> Any:
+            real = tensors.weight_B1.numpy()[:, 0] > 0
+            numbers = tensors.inputs["numeric"].numpy()
+            self.rows.append(numbers[real, ROW].astype(int).tolist())
+            return tensors
+
+        def _steps(self, *arguments: Any) -> Any:
+            for tensors in super()._steps(*arguments):
+                self.calls.append((tensors.inputs, tensors.label_B1, tensors.weight_B1))
+                yield self._watched(tensors)
+
+        def _on_device(self, batches: Any) -> Any:
+            yield from map(self._watched, super()._on_device(batches))
+
+    for name in SCENARIOS:
+        if place.num_workers == 4 and name not in ALSO_ON_FOUR:
+            continue
+        if name == "application" and place.num_workers == 1:
+            continue
+        spec = spec_of(name, config["prepared"], place.num_workers)
+        manifest = read_manifest(Folder(spec.data.prepared))
+        loop = Watched(spec, manifest, place, strategy)
+        loop.rows, loop.calls, hooks = [], [], Kept()
+        outcome = loop.run(hooks)
+        after_epochs = [c for c in hooks.checkpoints if not c.local]
+        for epoch, saved in enumerate(after_epochs):
+            np.savez(
+                output / f"{name}-{epoch}-{place.num_workers}-{place.rank}.npz",
+                **{k.replace("/", "|"): v for k, v in saved.model.items()},
+            )
+        graph = loop.stepper.call.get_concrete_function(*loop.calls[-1]).graph.as_graph_def()
+        facts = {
+            "rows": loop.rows,
+            "epochs": hooks.epochs,
+            # In the graph and in every function that it calls.
+            "collectives": str(graph).count('op: "CollectiveReduceV2"'),
+            "traces": loop.stepper.call.experimental_get_tracing_count(),
+            "variables": len(loop.model.trainable_variables),
+            "history": [epoch["epoch"] for epoch in outcome.state.history],
+            "best_epoch": outcome.state.best_epoch,
+            "steps_of_checkpoints": [c.state.step for c in hooks.checkpoints],
+        }
+        best = outcome.best
+        if best is not None:
+            own = after_epochs[outcome.state.best_epoch or 0].model
+            facts["best_restored"] = same_arrays(own, best.model)
+            facts["label"] = best.label_N.tolist()
+        if name == "random":
+            facts["resumed_alike"] = resumed_alike(loop, hooks.checkpoints)
+            facts["stopped_alike"] = stopped_alike(loop, hooks.checkpoints)
+        if name == "synchronised":
+            facts["distance_of_resumed"] = distance_of_resumed(loop, output, hooks.checkpoints)
+        if name == "uneven":
+            _, y_B1, weight_B1 = loop.calls[0]
+            facts["weights"] = np.concatenate([y_B1, weight_B1], axis=1).tolist()
+        path = output / f"{name}-{place.num_workers}-{place.rank}.json"
+        path.write_text(json.dumps(facts))
+
+
+def same_arrays(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> bool:
+    """Whether two copies of variables are bitwise the same, in the same order."""
+    pairs = zip(first.values(), second.values(), strict=True)
+    return all(a.tobytes() == b.tobytes() for a, b in pairs)
+
+
+def same_checkpoints(first: Saved, second: Saved) -> bool:
+    """Whether two checkpoints are bitwise the same, but for times."""
+
+    def untimed(record: dict[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in record.items() if not k.startswith(("time/", "data/"))}
+
+    def state(saved: Saved) -> LoopState:
+        history = tuple(map(untimed, saved.state.history))
+        return saved.state.model_copy(update={"history": history})
+
+    return (
+        state(first) == state(second)
+        and same_arrays(first.model, second.model)
+        and same_arrays(first.optimizer, second.optimizer)
+        and same_arrays(first.local, second.local)
+        and first.best.keys() == second.best.keys()
+        and all(same_arrays(first.best[e].model, second.best[e].model) for e in first.best)
+    )
+
+
+def resumed_alike(loop: Any, undisturbed: list[Saved]) -> list[bool]:
+    """Go on from some checkpoints in loops of their own; compare all later ones bit by bit."""
+    from ray_jobs.loop import Loop
+
+    alike = []
+    # In the first epoch, and at its end.
+    for start in (0, 1):
+        hooks = Kept()
+        again = Loop(loop.spec, loop.manifest, loop.place, loop.replicas.strategy)
+        again.run(hooks, undisturbed[start])
+        pairs = zip(undisturbed[start + 1 :], hooks.checkpoints, strict=True)
+        alike.append(all(same_checkpoints(a, b) for a, b in pairs))
+    return alike
+
+
+def stopped_alike(loop: Any, undisturbed: list[Saved]) -> list[Any]:
+    """Stop where no checkpoint is due, go on from there; compare the end."""
+    from ray_jobs import loop as module
+    from ray_jobs.loop import Loop
+
+    hooks = Kept(stop_at=8)
+    loop = Loop(loop.spec, loop.manifest, loop.place, loop.replicas.strategy)
+    seconds, module._LOOK_UP_S = module._LOOK_UP_S, 0.0
+    outcome = loop.run(hooks)
+    module._LOOK_UP_S = seconds
+    last = hooks.checkpoints[-1]
+    rest = Kept()
+    Loop(loop.spec, loop.manifest, loop.place, loop.replicas.strategy).run(rest, last)
+    alike = same_checkpoints(undisturbed[-1], rest.checkpoints[-1])
+    return [not outcome.finished, outcome.state.step, last.state.step, alike]
+
+
+def distance_of_resumed(loop: Any, output: Path, undisturbed: list[Saved]) -> float:
+    """Go on from another number of workers' checkpoint; return the distance to their end."""
+    from ray_jobs.checkpoint import read_checkpoint, write_checkpoint
+    from ray_jobs.loop import Loop
+
+    num_workers = loop.place.num_workers
+    if loop.place.rank == 0:
+        for name, saved in (("middle", undisturbed[2]), ("end", undisturbed[-1])):
+            folder = output / f"{name}-{num_workers}"
+            folder.mkdir()
+            saved.best = {}
+            write_checkpoint(folder, saved)
+    if num_workers == 1:
+        return 0.0
+    middle = read_checkpoint(output / f"middle-{num_workers // 2}")
+    assert middle.local
+    hooks = Kept()
+    Loop(loop.spec, loop.manifest, loop.place, loop.replicas.strategy).run(hooks, middle)
+    end = read_checkpoint(output / f"end-{num_workers // 2}")
+    return distance(hooks.checkpoints[-1].model, end.model)
+
+
+def distance(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> float:
+    """Return the largest distance of two tensors, as a share of the largest weight in them."""
+    pairs = zip(first.values(), second.values(), strict=True)
+    return max(float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-12)) for a, b in pairs)
