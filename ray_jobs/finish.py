@@ -18,6 +18,11 @@ SUMMARY = "summary.json"
 MODEL = "model/model.keras"
 
 
+def is_finished(folder: Folder) -> bool:
+    """Whether a run has come to its end, whose last step is to write the summary."""
+    return folder.exists(SUMMARY)
+
+
 def finish(
     loop: "Loop", state: "LoopState", best: "Best", folder: Folder, train_s: float
 ) -> dict[str, Any]:
@@ -38,8 +43,9 @@ def finish(
     from ray_jobs.metrics import choose_threshold, validation_metrics
 
     spec, label_N = loop.spec, best.label_N
-    # A model of its own, outside the strategy, whose variables are plain ones; in float32.
-    model = new_model(spec.overlay({"model.image.weights": None}), loop.manifest)
+    # A model of its own, outside the strategy, whose variables are plain ones; in float32. With the
+    # same weights to start from, since an ImageNet backbone has a layer more than one without.
+    model = new_model(spec, loop.manifest)
     assign(model.variables, best.model, "best weights")
     blend_M, bias = model.blend.weights_M(), -loop.logit_shift
     logits_NM = best.head_logits_NM.astype("float64")

@@ -35,7 +35,6 @@ from ray_jobs.manifest import Manifest
 from ray_jobs.metrics import validation_metrics
 from ray_jobs.order import TrainingOrder
 from ray_jobs.replicas import Place, Replicas, make_strategy
-from ray_jobs.report import Poster
 from ray_jobs.rows import Batch, RowDecoder
 from ray_jobs.spec import RunSpec
 from ray_jobs.step import Stepper
@@ -50,11 +49,13 @@ _MOST_STEPS_UNASKED = 500
 
 @dataclass
 class Outcome:
-    """What training ends with; the same on every worker."""
+    """What training ends with."""
 
     state: LoopState
+    finished: bool
+    """Whether training came to its end; else it was stopped, and its checkpoint is saved."""
     best: Best | None
-    """The model at the best epoch; None where training was stopped before its end."""
+    """The model at the best epoch so far, on rank 0 alone."""
 
 
 @dataclass
@@ -104,10 +105,8 @@ class Loop:
         with self.replicas.strategy.scope():
             keras.utils.set_random_seed(spec.run.seed)
             self.model = new_model(spec, manifest, train.precision)
-            optimizer, synchronized = (
-                make_optimizer(train, total_steps),
-                spec.model.batch_norm == "sync",
-            )
+            optimizer = make_optimizer(train, total_steps)
+            synchronized = spec.model.batch_norm == "sync"
             self.stepper = Stepper(self.model, optimizer, self.replicas, train, synchronized)
             self.optimizer = self.stepper.optimizer
             self.model.compile(self.optimizer, make_loss(train), auto_scale_loss=False)
@@ -123,7 +122,7 @@ class Loop:
         self.to_steps = ToTensors(self.replicas, names, class_weight, train.steps_per_call)
         self.to_tensors = ToTensors(self.replicas, names, class_weight)
         self.best: dict[int, Best] = {}
-        """Models of the best epochs so far, by their index."""
+        """Models of the best epochs so far, by their index; on rank 0 alone."""
         self.loss_sum = np.float32(0)
         """This worker's part of the losses of the epoch's steps so far."""
         self.evaluate_step = tf.function(self._evaluate_step)
@@ -162,21 +161,23 @@ class Loop:
         passes = self._on_device(validation.batches(epochs - state.epoch))
         with closing(steps), closing(passes):
             while state.epoch < epochs and not self._out_of_patience(state):
-                self._set_stage(state.epoch, hooks.post)
+                self._set_stage(state.epoch, hooks)
                 clock = _Clock()
-                state = self._train_epoch(state, steps, hooks, clock)
-                if state.step < self.order.steps_before(state.epoch + 1):
-                    return Outcome(state, None)
-                state = self._end_epoch(state, validation, passes, hooks, clock)
-        return Outcome(state, self.best[int(state.best_epoch or 0)])
+                state, stopped = self._train_epoch(state, steps, hooks, clock)
+                if state.step == self.order.steps_before(state.epoch + 1):
+                    state = self._end_epoch(state, validation, passes, hooks, clock)
+                if stopped:
+                    break
+        finished = state.epoch == epochs or self._out_of_patience(state)
+        return Outcome(state, finished, self.best.get(int(state.best_epoch or 0)))
 
     def _train_epoch(
         self, state: LoopState, steps: Iterator[Tensors], hooks: Hooks, clock: _Clock
-    ) -> LoopState:
-        """Take the steps of an epoch that are left, or those until a wish to stop."""
+    ) -> tuple[LoopState, bool]:
+        """Take the steps of an epoch that are left; return whether a wish to stop cut them off."""
         end = self.order.steps_before(state.epoch + 1)
         cadence = self.spec.train.checkpoint_cadence
-        step, shown = state.step, clock.started
+        step, shown, wish = state.step, clock.started, Wish()
         total: Any = tf.constant(self.loss_sum)
         while step < end:
             asked = time.monotonic()
@@ -199,7 +200,7 @@ class Loop:
             if wish.stop:
                 break
         self.loss_sum = total.numpy()
-        return state.model_copy(update={"step": step})
+        return state.model_copy(update={"step": step}), wish.stop
 
     def _end_epoch(
         self,
@@ -229,7 +230,7 @@ class Loop:
             report.EPOCH_S: seconds,
             report.STEP_S: (seconds - clock.wait_s - clock.checkpoint_s) / max(clock.steps, 1),
             report.CHECKPOINT_S: clock.checkpoint_s,
-            report.COLLECTIVE_S: self._exchange_s(),
+            **self._exchange_s(),
             **hooks.measures(),
         }
         started = time.monotonic()
@@ -238,7 +239,7 @@ class Loop:
             record |= self._validation_record(epoch, logits_NM, label_N)
             record[report.VALIDATION_S] = time.monotonic() - started
             kept = self._best_epochs((*state.history, record))
-            if epoch in kept:
+            if epoch in kept and self.place.rank == 0:
                 self.best[epoch] = Best(arrays_of(self.model.variables), logits_NM, label_N)
         self.best = {e: best for e, best in self.best.items() if e in kept}
         improved = kept[0] == epoch
@@ -355,7 +356,7 @@ class Loop:
             rows_RS = saved.local["loss_and_statistics"]
             self.replicas.write(self._local, rows_RS[:, 1:])
             if len(rows_RS) == self.replicas.count:
-                self.loss_sum = rows_RS[self.place.rank * self.replicas.local_count, 0]
+                self.loss_sum = self.replicas.own(rows_RS)[:, 0].sum()
             else:
                 self.loss_sum = np.float32(rows_RS[:, 0].sum() / self.place.num_workers)
         return saved.state
@@ -372,7 +373,7 @@ class Loop:
         self._next_question = step + int(np.clip(pause, 1, _MOST_STEPS_UNASKED))
         return Wish(save=save > 0, stop=stop > 0)
 
-    def _set_stage(self, epoch: int, post: Poster) -> None:
+    def _set_stage(self, epoch: int, hooks: Hooks) -> None:
         stage = stage_of(self.spec.train.stages, epoch)
         if stage == self.stage:
             return
@@ -381,7 +382,7 @@ class Loop:
         self.stepper.trace(learning_rates(self.model, stage))
         learning = len(self.model.trainable_variables)
         text = f"{learning} of {len(self.trainable)} variables learn"
-        post({"kind": "stage", "text": f"from epoch {epoch + 1} on {text}"})
+        hooks.post({"kind": "stage", "text": f"from epoch {epoch + 1} on {text}"})
 
     def _diverged(self, what: str, epoch: int) -> str:
         rate = self.spec.train.learning_rate
@@ -426,15 +427,16 @@ class Loop:
 
     # -- measures ---------------------------------------------------------------------------------
 
-    def _exchange_s(self) -> float:
-        """Return how long all workers take for one exchange of as many bytes as a gradient has."""
+    def _exchange_s(self) -> dict[str, float]:
+        """Return how long workers take for one exchange of as many bytes as a gradient has."""
         if self.place.num_workers == 1:
-            return 0.0
-        # First they wait for each other, which is no part of it.
-        self.replicas.sum(np.zeros(1, np.float32))
+            return {}
+        gradient = np.zeros(sum(map(_size, self.trainable)), np.float32)
+        # The first is not measured: in it they wait for each other, and trace its shape once.
+        self.replicas.sum(gradient)
         started = time.monotonic()
-        self.replicas.sum(np.zeros(sum(map(_size, self.trainable)), np.float32))
-        return time.monotonic() - started
+        self.replicas.sum(gradient)
+        return {report.COLLECTIVE_S: time.monotonic() - started}
 
     def _step_event(
         self, epoch: int, step: int, loss: float, batch: Tensors, clock: _Clock

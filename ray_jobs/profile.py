@@ -88,11 +88,11 @@ class Profiler:
 
         profiler: Any = tf.profiler.experimental
         stack = ExitStack()
-        local = stack.enter_context(tempfile.TemporaryDirectory(prefix="profile-"))
         try:
+            local = stack.enter_context(tempfile.TemporaryDirectory(prefix="profile-"))
             _wait_for_devices()
             profiler.start(local)
-        except tf.errors.OpError as error:
+        except (tf.errors.OpError, OSError) as error:
             stack.close()
             self.steps = None
             self._warn(f"no trace of steps: {error}")

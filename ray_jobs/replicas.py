@@ -119,9 +119,8 @@ class Replicas:
 
     def gather(self, of_each: Sequence[np.ndarray]) -> np.ndarray:
         """Exchange one row (S,) of each local replica and return those of all: (replicas, S)."""
-        first = self.place.rank * self.local_count
         rows = np.zeros((self.count, *of_each[0].shape), of_each[0].dtype)
-        rows[first : first + self.local_count] = of_each
+        self.own(rows)[:] = of_each
         # Every worker fills its own rows and leaves the others 0, so their sum is all rows.
         return self.sum(rows)
 
@@ -141,6 +140,11 @@ class Replicas:
         copies = [self.results(variable.value) for variable in variables]
         return [np.concatenate([np.ravel(c[i].numpy()) for c in copies]) for i in self._local]
 
+    def own(self, rows_RS: np.ndarray) -> np.ndarray:
+        """Return the rows of this worker's replicas among those of all."""
+        first = self.place.rank * self.local_count
+        return rows_RS[first : first + self.local_count]
+
     def write(self, variables: Sequence[Any], rows_RS: np.ndarray) -> None:
         """Give variables on each local replica the values of its row among those of all replicas.
 
@@ -148,8 +152,7 @@ class Replicas:
         then gets the mean.
         """
         if len(rows_RS) == self.count:
-            first = self.place.rank * self.local_count
-            rows = rows_RS[first : first + self.local_count]
+            rows = self.own(rows_RS)
         else:
             rows = [rows_RS.mean(axis=0, dtype=np.float64).astype(rows_RS.dtype)] * self.local_count
         start = 0

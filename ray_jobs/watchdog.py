@@ -40,6 +40,8 @@ class Watchdog:
         while not self._closed.wait(max(self._last + self.timeout_s - time.monotonic(), 0.0)):
             silent_s = time.monotonic() - self._last
             if silent_s >= self.timeout_s:
-                self.on_hang(silent_s)
-                self.end()
+                try:
+                    self.on_hang(silent_s)
+                finally:
+                    self.end()
                 return
