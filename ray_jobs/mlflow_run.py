@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_jobs import report
 from ray_jobs.cli import JobError
+from ray_jobs.cluster import first_line
 from ray_jobs.spec import RunSpec
 from ray_jobs.storage import Folder
 
@@ -61,6 +62,12 @@ def tracking_uri(spec: RunSpec) -> str:
             f"run.tracking_uri={given}: MLflow writes to no plain folder any more; try "
             f"sqlite:///{Path(path).expanduser().absolute()}/mlflow.db"
         )
+    if _USER_INFO.search(given):
+        raise JobError(
+            f"{masked(given)} holds a user name, perhaps with a password, which would be written "
+            "into the run folder; set run.tracking_uri to the address alone, and "
+            "$MLFLOW_TRACKING_USERNAME and $MLFLOW_TRACKING_PASSWORD on every node"
+        )
     if given.startswith("sqlite:///"):
         # Workers run in another directory, where a relative path would mean something else.
         return f"sqlite:///{Path(given.removeprefix('sqlite:///')).expanduser().absolute()}"
@@ -85,7 +92,7 @@ def require_mlflow(spec: RunSpec) -> str:
     except Exception as error:
         # Of any class: a server's, a database driver's, a disk's.
         raise JobError(
-            f"MLflow at {masked(uri)} cannot be used: {_first_line(error)}; start it, or set "
+            f"MLflow at {masked(uri)} cannot be used: {_text_of(error)}; start it, or set "
             "run.tracking_uri or run.tracking=none"
         ) from error
     return uri
@@ -144,12 +151,20 @@ class MlflowRun:
 
     def fail(self, text: str) -> None:
         """Mark the run as FAILED, if there is one."""
+        self._end("FAILED", text)
+
+    def stop(self) -> None:
+        """Mark the run as KILLED, which is MLflow's word for stopped, if there is one."""
+        self._end("KILLED")
+
+    def _end(self, status: str, failure: str | None = None) -> None:
         with self._going_on():
             if not self._note():
                 return
             client = self._open()
-            client.set_tag(self._run_id, FAILURE, _text(text))
-            client.set_terminated(self._run_id, "FAILED")
+            if failure is not None:
+                client.set_tag(self._run_id, FAILURE, _text(failure))
+            client.set_terminated(self._run_id, status)
 
     @contextmanager
     def _going_on(self) -> Iterator[None]:
@@ -161,7 +176,7 @@ class MlflowRun:
             if not self._in_trouble:
                 self._in_trouble = True
                 self._warn(
-                    f"MLflow cannot be written ({_first_line(error)}); the run goes on, and is "
+                    f"MLflow cannot be written ({_text_of(error)}); the run goes on, and is "
                     "whole in its folder"
                 )
         else:
@@ -308,6 +323,5 @@ def _text(value: Any) -> str:
     return text if len(text) <= _MOST_CHARACTERS else text[: _MOST_CHARACTERS - 1] + "…"
 
 
-def _first_line(error: Exception) -> str:
-    lines = masked(str(error)).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:300]}"
+def _text_of(error: Exception) -> str:
+    return f"{type(error).__name__}: {masked(first_line(error))[:300]}"

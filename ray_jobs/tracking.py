@@ -67,7 +67,7 @@ class Tracker:
     def __init__(
         self, folder: Folder, spec: RunSpec, warn: Callable[[str], None] = _log.warning
     ) -> None:
-        self.folder = folder
+        self.folder, self._warn = folder, warn
         self._board: TensorBoard | None = None
         self._mlflow = MlflowRun(folder, spec, warn) if spec.run.tracking == "mlflow" else None
 
@@ -81,18 +81,22 @@ class Tracker:
             self.fail(f"{type(error).__name__}: {error}")
         self.close()
 
-    def write(self, record: Record, history: Sequence[Record]) -> None:
-        """Write one epoch.
+    def write(self, history: Sequence[Record]) -> None:
+        """Write the epochs that are not written yet.
 
         Args:
-            record: of this epoch.
-            history: all records of the run so far, in order; this one is the last.
+            history: all records of the run so far, in order.
         """
-        self.folder.write_text(HISTORY, "".join(_line(epoch) for epoch in history))
-        self.folder.write_bytes(HISTORY_TABLE, _parquet(history))
-        if self._board is None:
-            self._board = TensorBoard(self.folder, history[:-1])
-        self._board.write(record)
+        import tensorflow as tf
+
+        try:
+            self.folder.write_text(HISTORY, "".join(_line(epoch) for epoch in history))
+            self.folder.write_bytes(HISTORY_TABLE, _parquet(history))
+            self._board = self._board or TensorBoard(self.folder)
+            self._board.write(history)
+        except (OSError, tf.errors.OpError) as error:
+            # The next epoch writes what is missing.
+            self._warn(f"the history could not be written: {error}")
         if self._mlflow is not None:
             self._mlflow.write(history)
 
@@ -106,6 +110,11 @@ class Tracker:
         if self._mlflow is not None:
             self._mlflow.fail(text)
 
+    def stop(self) -> None:
+        """Tell that its user stopped the run."""
+        if self._mlflow is not None:
+            self._mlflow.stop()
+
     def close(self) -> None:
         """Close what is open."""
         if self._board is not None:
@@ -117,11 +126,11 @@ class TensorBoard:
     """The numbers of each epoch, for TensorBoard, below the run folder.
 
     Args:
-        folder: of the run; a remote one gets a copy after each epoch.
-        before: records of the epochs before, which take the place of all that is there.
+        folder: of the run; a remote one gets a copy after each epoch. What is there of an earlier
+            attempt is deleted.
     """
 
-    def __init__(self, folder: Folder, before: Sequence[Record] = ()) -> None:
+    def __init__(self, folder: Folder) -> None:
         import tensorflow as tf
 
         self.folder = folder
@@ -133,12 +142,13 @@ class TensorBoard:
         self._writer = tf.summary.create_file_writer(
             self._copy or folder.locate(TENSORBOARD), filename_suffix=".epochs"
         )
-        for record in before:
-            self._add(record)
+        self._added = 0
 
-    def write(self, record: Record) -> None:
-        """Write one epoch."""
-        self._add(record)
+    def write(self, history: Sequence[Record]) -> None:
+        """Write the epochs of a history that are not written yet."""
+        for record in history[self._added :]:
+            self._add(record)
+        self._added = len(history)
         self._writer.flush()
         if self._copy:
             self.folder.upload(self._copy, TENSORBOARD)

@@ -44,7 +44,7 @@ def spec_in(folder: Path, tracking: str = "mlflow", **changes: Any) -> RunSpec:
 def write_epochs(tracker: Tracker, start: int, stop: int, attempt: int = 0) -> None:
     for count in range(start + 1, stop + 1):
         epochs = (*history(start), *history(count, attempt)[start:])
-        tracker.write(epochs[-1], epochs)
+        tracker.write(epochs)
 
 
 def client_of(folder: Path) -> MlflowClient:
@@ -85,15 +85,15 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 def test_both_histories_hold_every_epoch_and_every_key(tmp_path):
     folder = Folder(tmp_path / "first")
     with Tracker(folder, spec_in(tmp_path, "none")) as tracker:
-        epochs = (*history(2), record(2, **{report.GRADIENT_NORM: 1.5}))
+        epochs = (*history(2), record(2, **{report.STEP_S: 1.5}))
         for count in range(1, 4):
-            tracker.write(epochs[count - 1], epochs[:count])
+            tracker.write(epochs[:count])
     lines = (tmp_path / "first/history.jsonl").read_text().splitlines()
     assert tuple(json.loads(line) for line in lines) == epochs
     table = pq.read_table(tmp_path / "first/history.parquet")
     assert table.schema.field(report.STEP).type == pa.int64()
     assert table.schema.field(report.VAL_ROC_AUC).type == pa.float64()
-    assert table.to_pylist() == [{report.GRADIENT_NORM: None, **epoch} for epoch in epochs]
+    assert table.to_pylist() == [{report.STEP_S: None, **epoch} for epoch in epochs]
     assert not (tmp_path / "mlflow.db").exists()
 
 
@@ -126,6 +126,23 @@ def test_an_attempt_that_ends_before_its_first_epoch_leaves_everything(tmp_path)
     assert len((tmp_path / "first/history.jsonl").read_text().splitlines()) == 2
 
 
+def test_epochs_that_could_not_be_written_are_written_with_the_next_one(tmp_path, monkeypatch):
+    folder, warnings = Folder(tmp_path / "first"), []
+    with Tracker(folder, spec_in(tmp_path, "none"), warnings.append) as tracker:
+        write_epochs(tracker, 0, 1)
+        with monkeypatch.context() as full:
+
+            def no_space(*_: Any) -> None:
+                raise OSError(28, "No space left on device")
+
+            full.setattr(Folder, "write_text", no_space)
+            write_epochs(tracker, 1, 3)
+        write_epochs(tracker, 3, 4)
+    assert warnings == ["the history could not be written: [Errno 28] No space left on device"] * 2
+    assert [step for step, _ in scalars(tmp_path / "first")[report.TRAIN_LOSS]] == [0, 1, 2, 3]
+    assert len((tmp_path / "first/history.jsonl").read_text().splitlines()) == 4
+
+
 def test_a_remote_run_folder_has_a_copy_after_each_epoch(tmp_path):
     folder = Folder("memory://tracking/first")
     with Tracker(folder, spec_in(tmp_path, "none")) as tracker:
@@ -138,15 +155,14 @@ def test_a_remote_run_folder_has_a_copy_after_each_epoch(tmp_path):
 
 
 def test_a_number_that_is_not_finite_is_null_in_json_and_no_point_in_mlflow(runs):
-    # What the norm of a gradient is in a step that float16 could not hold.
-    epoch = record(0, **{report.GRADIENT_NORM: float("inf")})
+    epoch = record(0, **{report.STEP_S: float("inf")})
     with Tracker(Folder(runs / "first"), spec_in(runs)) as tracker:
-        tracker.write(epoch, (epoch,))
+        tracker.write((epoch,))
     line = json.loads((runs / "first/history.jsonl").read_text())
-    assert line == {**epoch, report.GRADIENT_NORM: None}
+    assert line == {**epoch, report.STEP_S: None}
     table = pq.read_table(runs / "first/history.parquet")
-    assert table[report.GRADIENT_NORM].to_pylist() == [float("inf")]
-    assert points(runs, report.GRADIENT_NORM) == []
+    assert table[report.STEP_S].to_pylist() == [float("inf")]
+    assert points(runs, report.STEP_S) == []
     assert points(runs, report.TRAIN_LOSS) == [(0, 0.5)]
 
 
@@ -243,6 +259,16 @@ def test_a_run_whose_workers_died_without_a_word_is_marked_by_the_driver(tmp_pat
     assert the_run(tmp_path).data.tags["failure"] == "worker 1 died; it read s3://***@b/x"
 
 
+def test_a_run_that_its_user_stopped_is_killed_until_it_goes_on(tmp_path):
+    spec, folder = spec_in(tmp_path), Folder(tmp_path / "first")
+    with Tracker(folder, spec) as tracker:
+        write_epochs(tracker, 0, 1)
+    Tracker(folder, spec).stop()
+    assert the_run(tmp_path).info.status == "KILLED"
+    with Tracker(folder, spec):
+        assert the_run(tmp_path).info.status == "RUNNING"
+
+
 def test_what_is_finished_stays_as_it_is(runs):
     spec, folder = spec_in(runs), Folder(runs / "first")
     with Tracker(folder, spec) as tracker:
@@ -283,14 +309,13 @@ def free_port() -> int:
 def test_a_server_that_never_answers_ends_no_training(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     warnings: list[str] = []
-    uri = f"http://user:hunter2@127.0.0.1:{free_port()}"
+    uri = f"http://127.0.0.1:{free_port()}"
     with Tracker(
         Folder(tmp_path / "first"), spec_in(tmp_path, run__tracking_uri=uri), warnings.append
     ) as tracker:
         write_epochs(tracker, 0, 2)
         tracker.finish({})
     assert len(warnings) == 1
-    assert "hunter2" not in warnings[0]
     assert len((tmp_path / "first/history.jsonl").read_text().splitlines()) == 2
 
 
@@ -374,9 +399,18 @@ def test_a_plain_folder_is_refused_with_the_file_to_take(tmp_path, uri):
 
 def test_a_server_that_does_not_answer_is_named_before_the_run(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    uri = f"http://me:hunter2@127.0.0.1:{free_port()}"
-    with pytest.raises(JobError, match=r"MLflow at http://\*\*\*@127.* cannot be used") as error:
+    uri = f"http://127.0.0.1:{free_port()}"
+    with pytest.raises(JobError, match=rf"MLflow at {uri} cannot be used"):
         require_tracking(spec_in(tmp_path, run__tracking_uri=uri))
+
+
+def test_a_password_in_the_address_is_refused_since_the_run_folder_would_hold_it(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:hunter2@host/mlflow")
+    message = r"https://\*\*\*@host/mlflow holds a user name.*MLFLOW_TRACKING_PASSWORD"
+    with pytest.raises(JobError, match=message) as error:
+        require_tracking(spec_in(tmp_path))
     assert "hunter2" not in str(error.value)
 
 
