@@ -145,7 +145,7 @@ def two_ours(folder: str, steps: int, ends: str) -> None:
     with cluster.connected("local", num_cpus=2):
         config = {
             "spec": spec.model_dump(mode="json"), "run": run.uri, "board": make_board(),
-            "decode": "trainer", "cache": "none", "index": None, "ray_s": 0.0,
+            "decode": "trainer", "cache": "none", "index": None, "ray_s": 0.0, "began": time.time(),
             "timed": {"num_steps": steps, "ends": ends},
         }  # fmt: skip
         fit_once(spec.train, 2, _train_from_memory, config, run.uri, ())

@@ -13,80 +13,108 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from ray_jobs.board import begin_attempt
 from ray_jobs.cli import Interrupted, JobError
 from ray_jobs.cluster import first_line, reason
+from ray_jobs.report import Event
 from ray_jobs.spec import TrainSpec
 
 if TYPE_CHECKING:
+    from ray.exceptions import RayActorError
     from ray.train import UserCallback
 
 _STARTS = 30
-"""Tries of Ray to start a group of workers, a minute each: enough for an autoscaler, and then the
-user should know."""
+"""Tries to start the workers, a minute each: enough for an autoscaler, and then the user should
+know."""
 _LOOK_S = 0.5
 _ROOM_EVERY_S = 10.0
+_FREED_S = 10.0
+"""Ray counts what an ended attempt held as free a moment later."""
+_ANSWER_S = 10.0
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why an attempt ended."""
+    """Why an attempt ended; `start` is a start for which there was no room in time."""
 
-    kind: Literal["failure", "preemption", "error"]
+    kind: Literal["failure", "preemption", "error", "start"]
     text: str
 
 
-class _MoreRoom(Exception):
-    """The attempt was ended for one with more workers; its checkpoint is saved."""
+@dataclass(frozen=True)
+class _Ended:
+    """How an attempt ended: what it raised, and what it was asked to stop for."""
+
+    error: Exception | None
+    asked: Literal["interrupt", "room"] | None
 
 
-def run_attempts(train: TrainSpec, attempt: Callable[[int], None], board: Any) -> None:
-    """Run attempts until one comes to its end.
+def run_attempts(
+    train: TrainSpec, attempt: Callable[[int], None], finished: Callable[[], bool], board: Any
+) -> None:
+    """Run attempts until the training has come to its end.
 
     Args:
         train: workers, and what may fail how often.
         attempt: one of them, with so many workers; raises what Ray raises.
+        finished: whether the training has come to its end.
         board: that its workers post to.
 
     Raises:
-        JobError: if none does; the text is that of the first worker that failed.
+        JobError: if none comes to it; the text is that of the first worker that failed.
         Interrupted: if the user stopped it.
     """
-    import ray
-
     counts = {"failure": 0, "preemption": 0}
+    most_workers, starts = train.workers_range[1], 0
     while True:
-        num_workers = _num_workers(train)
-        ray.get(board.begin.remote())
-        try:
-            _attempted(lambda n=num_workers: attempt(n), train, num_workers, board)
+        num_workers = _num_workers(train, most_workers)
+        begin_attempt(board)
+        ended = _attempted(lambda n=num_workers: attempt(n), train, num_workers, board)
+        if finished():
             return
-        except _MoreRoom:
+        if ended.error is None:
+            if ended.asked == "interrupt":
+                raise Interrupted("stopped; the same command again goes on from its checkpoint")
+            if ended.asked is None:
+                raise JobError("the workers ended, and the training did not; this is a bug")
             continue
-        except Exception as error:
-            if isinstance(error, Interrupted):
-                raise
-            failure = _failure(error, board)
-        if failure.kind == "error":
-            raise JobError(failure.text)
+        failure = _failure(ended.error, _told(board), num_workers)
+        if failure is None:
+            raise ended.error
+        # Without its frames, which hold handles that would keep Ray's actors alive.
+        cause = ended.error.with_traceback(None)
+        if failure.kind == "error" or ended.asked == "interrupt":
+            raise JobError(failure.text) from cause
+        if failure.kind == "start":
+            starts += 1
+            if starts == _STARTS:
+                raise JobError(f"{failure.text}, for the {starts}th time") from cause
+            most_workers = max((n for n in _allowed(train) if n < num_workers), default=num_workers)
+            text = f"{failure.text}; trying again with {most_workers}"
+            board.post.remote({"kind": "note", "text": text})
+            continue
+        most_workers, starts = train.workers_range[1], 0
         setting = f"max_{failure.kind}s"
         most, before = getattr(train, setting), counts[failure.kind]
         if 0 <= most <= before:
             raise JobError(
                 f"{failure.text}\n(train.{setting}={most} of them are survived; the same command "
                 "again goes on from the newest checkpoint)"
-            )
+            ) from cause
         counts[failure.kind] += 1
         event = {"kind": "failure", "text": failure.text, "attempt": before + 1, "most": most}
         board.post.remote(event)
 
 
-def _attempted(attempt: Callable[[], None], train: TrainSpec, num_workers: int, board: Any) -> None:
-    """Run one attempt in a thread, so that this one can be interrupted; raise what it raises."""
+def _attempted(
+    attempt: Callable[[], None], train: TrainSpec, num_workers: int, board: Any
+) -> _Ended:
+    """Run one attempt in a thread, so that this one can be interrupted."""
     raised: list[Exception] = []
     done = threading.Event()
 
@@ -99,46 +127,40 @@ def _attempted(attempt: Callable[[], None], train: TrainSpec, num_workers: int, 
             done.set()
 
     thread = threading.Thread(target=work, name="attempt", daemon=True)
-    interrupted = grows = False
-    with _terminated_as_interrupted():
+    asked: Literal["interrupt", "room"] | None = None
+    with _interrupts_noted() as interrupted:
         thread.start()
         looked = time.monotonic()
-        # Not by joining the thread, which Python takes for ended when that is interrupted.
-        while not done.is_set():
-            try:
-                done.wait(_LOOK_S)
-                if not grows and time.monotonic() - looked > _ROOM_EVERY_S:
-                    looked = time.monotonic()
-                    if grows := _has_room_for_more(train, num_workers):
-                        board.ask_to_stop.remote()
-            except KeyboardInterrupt:
-                if interrupted:
-                    raise
-                interrupted = True
+        while not done.wait(_LOOK_S):
+            if interrupted.is_set() and asked != "interrupt":
+                asked = "interrupt"
                 print("\nsaving a checkpoint; once more ends at once", file=sys.stderr)
                 board.ask_to_stop.remote()
-    if interrupted:
-        raise Interrupted("stopped; the same command again goes on from the saved checkpoint")
-    if raised:
-        raise raised[0]
-    if grows:
-        raise _MoreRoom
+            if asked is None and time.monotonic() - looked > _ROOM_EVERY_S:
+                looked = time.monotonic()
+                if _has_room_for_more(train, num_workers):
+                    asked = "room"
+                    board.ask_to_stop.remote()
+    return _Ended(raised[0] if raised else None, "interrupt" if interrupted.is_set() else asked)
 
 
 @contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """Take SIGTERM, which `ray job stop` sends, for Ctrl-C."""
+def _interrupts_noted() -> Iterator[threading.Event]:
+    """Note a Ctrl-C, and SIGTERM, which `ray job stop` sends; a second one interrupts as usual."""
+    noted = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         # Signals go to the main thread, which is somebody else's.
-        yield
+        yield noted
         return
 
-    def interrupt(signum: int, frame: Any) -> None:
-        raise KeyboardInterrupt
+    def note(signum: int, frame: Any) -> None:
+        if noted.is_set():
+            raise KeyboardInterrupt
+        noted.set()
 
-    before = {s: signal.signal(s, interrupt) for s in (signal.SIGTERM, signal.SIGINT)}
+    before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield
+        yield noted
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -147,10 +169,28 @@ def _terminated_as_interrupted() -> Iterator[None]:
 # -- why an attempt failed ------------------------------------------------------------------------
 
 
-def _failure(raised: BaseException, board: Any) -> Failure:
-    """Return what ended an attempt: the first of its workers' failures that is no other's echo."""
+def _told(board: Any) -> list[Event]:
+    """Return what workers told of their failures, the first one first."""
     import ray
-    from ray.exceptions import RayActorError, RayError
+    from ray.exceptions import RayError
+
+    with suppress(RayError):
+        told = ray.get(board.failures.remote(), timeout=_ANSWER_S)
+        return sorted(told, key=lambda failure: failure["time"])
+    return []
+
+
+def _failure(raised: Exception, told: Sequence[Event], num_workers: int) -> Failure | None:
+    """Return what ended an attempt; None if it was nothing of Ray's.
+
+    Of its workers' failures the first that is no other's echo: an error of its own, then a hang,
+    then a death of which Ray knows, and at last what others noticed of one that said nothing.
+    """
+    from ray.exceptions import RayError
+    from ray.train.v2._internal.exceptions import (
+        WorkerGroupStartupFailedError,
+        WorkerGroupStartupTimeoutError,
+    )
     from ray.train.v2.api.exceptions import (
         ControllerError,
         PreemptionError,
@@ -158,71 +198,101 @@ def _failure(raised: BaseException, board: Any) -> Failure:
         WorkerGroupError,
     )
 
-    try:
-        told = sorted(ray.get(board.failures.remote(), timeout=10), key=lambda f: f["time"])
-    except RayError:
-        told = []
-    own = [failure for failure in told if not failure["echo"]]
     if isinstance(raised, PreemptionError):
         return Failure("preemption", "a node was taken away")
     if isinstance(raised, WorkerGroupError):
-        lost = {r: e for r, e in raised.worker_failures.items() if isinstance(e, RayActorError)}
-        if any(getattr(error, "preempted", False) for error in lost.values()):
+        died = {rank: _death(error) for rank, error in raised.worker_failures.items()}
+        lost = {rank: death for rank, death in died.items() if death is not None}
+        if any(death.preempted for death in lost.values()):
             return Failure("preemption", "a node was taken away")
-        if not own and lost:
-            rank, error = min(lost.items())
-            return Failure("failure", f"worker {rank} died: {first_line(error)}")
+        for of_kind in ("own", "hang"):
+            for first in (failure for failure in told if failure["of"] == of_kind):
+                kind = "failure" if first["again"] else "error"
+                return Failure(kind, f"worker {first['rank']} failed: {first['text']}")
+        if lost:
+            rank, death = min(lost.items())
+            return Failure("failure", f"worker {rank} died: {first_line(death)}")
         if told:
-            first = (own or told)[0]
-            kind = "failure" if first["again"] else "error"
-            return Failure(kind, f"worker {first['rank']} failed: {first['text']}")
+            noticed = f"worker {told[0]['rank']} noticed: {told[0]['text'].splitlines()[0]}"
+            silent = sorted(set(range(num_workers)) - {failure["rank"] for failure in told})
+            if silent:
+                which = " or ".join(map(str, silent))
+                return Failure("failure", f"worker {which} died or hangs; {noticed}")
+            return Failure("failure", noticed)
         rank, error = min(raised.worker_failures.items())
         return Failure("failure", f"worker {rank} failed: {reason(error)}")
     if isinstance(raised, ControllerError):
+        why = raised.controller_failure
+        if isinstance(why, WorkerGroupStartupTimeoutError):
+            return Failure("start", f"there was no room for {num_workers} workers for a minute")
+        if isinstance(why, WorkerGroupStartupFailedError):
+            return Failure("failure", f"a worker died while it started: {first_line(why)}")
         return Failure("error", f"the workers could not be started: {raised}")
     if isinstance(raised, TrainingFailedError):
         return Failure("error", f"training failed: {raised}")
     if isinstance(raised, RayError):
         return Failure("failure", f"Ray lost the training's controller: {first_line(raised)}")
-    raise raised
+    return None
+
+
+def _death(error: Exception) -> "RayActorError | None":
+    """Return how a worker's process died, if it did; Ray wraps what its look at one raises."""
+    from ray.exceptions import RayActorError
+
+    inner = getattr(error, "health_check_failure", error)
+    return inner if isinstance(inner, RayActorError) else None
 
 
 # -- how many workers -----------------------------------------------------------------------------
 
 
-def _num_workers(train: TrainSpec) -> int:
-    """Return how many workers to start: of those allowed the most that there is room for."""
+def _allowed(train: TrainSpec) -> list[int]:
     low, high = train.workers_range
-    allowed = [n for n in train.allowed_workers() if low <= n <= high]
-    room = _room(train) if low < high else high
+    return [n for n in train.allowed_workers() if low <= n <= high]
+
+
+def _num_workers(train: TrainSpec, most: int) -> int:
+    """Return how many workers to start: of those allowed the most that there is room for."""
+    allowed = [n for n in _allowed(train) if n <= most]
     # With room for none, the least: Ray waits for it, and so does an autoscaler's request.
+    if len(allowed) == 1:
+        return allowed[0]
+    deadline = time.monotonic() + _FREED_S
+    while (room := _room(train, _free())) < _room(train, _nodes()) and room < allowed[-1]:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(_LOOK_S)
     return max([n for n in allowed if n <= room], default=allowed[0])
 
 
 def _has_room_for_more(train: TrainSpec, num_workers: int) -> bool:
-    low, high = train.workers_range
-    if low == high:
-        return False
+    more = [n for n in _allowed(train) if n > num_workers]
+    return bool(more) and num_workers + _room(train, _free()) >= more[0]
+
+
+def _nodes() -> list[dict[str, float]]:
+    """Return the resources of the nodes that are there."""
     import ray
 
+    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
+def _free() -> list[dict[str, float]]:
+    """Return what nobody holds of them."""
+    from ray._private.state import available_resources_per_node
+
+    return [dict(node) for node in available_resources_per_node().values()]
+
+
+def _room(train: TrainSpec, nodes: Sequence[Mapping[str, float]]) -> int:
+    """Return how many workers nodes could hold, a CPU left to Ray Data."""
     needed = worker_resources(train)
-    free = ray.available_resources()
-    more = min(int(free.get(name, 0) / amount) for name, amount in needed.items())
-    room = min(_room(train), num_workers + more)
-    return any(num_workers < n <= min(high, room) for n in train.allowed_workers())
-
-
-def _room(train: TrainSpec) -> int:
-    """Return how many workers the nodes that are there could hold, a CPU left to Ray Data."""
-    import ray
-
-    needed = worker_resources(train)
-    nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
     roomiest = max(nodes, key=lambda node: node.get("CPU", 0), default={})
-    roomiest["CPU"] = roomiest.get("CPU", 0) - 1
+    for_data = {"CPU": roomiest.get("CPU", 0) - 1}
+    each = [{**node, **for_data} if node is roomiest else node for node in nodes]
     return sum(
         max(min(int(node.get(name, 0) / amount) for name, amount in needed.items()), 0)
-        for node in nodes
+        for node in each
     )
 
 
@@ -248,7 +318,7 @@ def fit_once(
     # Not bound to a name: a frame that an exception keeps would keep the controller alive.
     KerasTrainer(
         loop,
-        train_loop_config={**config, "began": time.time()},
+        train_loop_config=config,
         scaling_config=ScalingConfig(
             num_workers=num_workers,
             use_gpu=train.use_gpu,
@@ -258,7 +328,7 @@ def fit_once(
             name="checkpoints",
             storage_path=storage_path,
             failure_config=FailureConfig(
-                max_failures=0, max_preemption_failures=0, controller_failure_limit=_STARTS
+                max_failures=0, max_preemption_failures=0, controller_failure_limit=0
             ),
             callbacks=list(callbacks),
         ),

@@ -1,13 +1,17 @@
 """What driver and workers of a run tell each other: an actor without a CPU that both can reach.
 
 Workers post what they do and why they fail; the driver reads it, and asks them to stop. Nobody
-waits for it, and no training depends on it.
+waits for it long, and no training depends on it.
 """
 
 import time
+from contextlib import suppress
 from typing import Any
 
 from ray_jobs.report import Event
+
+_ANSWER_S = 10.0
+_AT_ONCE_S = 0.1
 
 
 class _Board:
@@ -55,24 +59,35 @@ def make_board() -> Any:
     return actor.options(num_cpus=0, scheduling_strategy=here).remote()
 
 
+def begin_attempt(board: Any) -> None:
+    """Let a board forget the attempt before."""
+    import ray
+    from ray.exceptions import RayError
+
+    # A busy board does it later, before anything that is asked of it then; a lost one tells
+    # nothing any more, and the training does not depend on it.
+    with suppress(RayError):
+        ray.get(board.begin.remote(), timeout=_ANSWER_S)
+
+
 class StopRequest:
-    """Tells a worker whether it was asked to stop, without ever waiting for the answer."""
+    """Tells a worker whether it was asked to stop, without waiting long for the answer."""
 
     def __init__(self, board: Any) -> None:
         self.board, self._answer, self._stop = board, None, False
 
     def __call__(self) -> bool:
-        """Return the answer to an earlier question, and ask anew."""
+        """Return the answer, or if it does not come at once, the one before."""
         import ray
         from ray.exceptions import RayError
 
-        if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
+        if self._answer is None:
+            self._answer = self.board.asked_to_stop.remote()
+        if ray.wait([self._answer], timeout=_AT_ONCE_S)[0]:
             try:
                 self._stop = bool(ray.get(self._answer))
             except RayError:
                 # The board is gone with its job, and soon this worker with it.
                 self._stop = False
             self._answer = None
-        if self._answer is None:
-            self._answer = self.board.asked_to_stop.remote()
         return self._stop

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,7 +18,6 @@ EPOCH = "epoch"
 STEP = "step"
 TRAIN_LOSS = "train/loss"
 LEARNING_RATE = "train/learning_rate"
-GRADIENT_NORM = "train/gradient_norm"
 VAL_LOG_LOSS = "val/log_loss"
 VAL_ROC_AUC = "val/roc_auc"
 VAL_PR_AUC = "val/pr_auc"
@@ -30,11 +29,11 @@ STEP_S = "time/step_s"
 COLLECTIVE_S = "time/collective_s"
 VALIDATION_S = "time/validation_s"
 CHECKPOINT_S = "time/checkpoint_s"
-STARTUP_S = "time/startup_s"
 STARTUP_RAY_S = "startup/ray_s"
 STARTUP_WORKERS_S = "startup/workers_s"
 STARTUP_IMPORTS_S = "startup/imports_s"
 STARTUP_BUILD_S = "startup/build_s"
+STARTUP_CHECKPOINT_S = "startup/checkpoint_s"
 STARTUP_FIRST_STEP_S = "startup/first_step_s"
 WORKER_BYTES = "memory/worker_bytes"
 NODE_MEMORY_FRACTION = "memory/node_used_fraction"
@@ -47,6 +46,15 @@ Event = dict[str, Any]
 
 _POLL_S = 0.25
 _STARTING = "starting workers"
+_WORTH_SAYING_S = 0.05
+_PARTS = {
+    STARTUP_RAY_S: "Ray",
+    STARTUP_WORKERS_S: "workers",
+    STARTUP_IMPORTS_S: "imports",
+    STARTUP_BUILD_S: "build",
+    STARTUP_CHECKPOINT_S: "checkpoint",
+    STARTUP_FIRST_STEP_S: "first step",
+}
 _UNBROKEN = "\N{NO-BREAK SPACE}"
 
 
@@ -55,13 +63,6 @@ def rank(key: str, value: float | None) -> float:
     if value is None:
         return float("inf")
     return value if key == VAL_LOG_LOSS else -value
-
-
-class Poster(Protocol):
-    """Where the loop sends its events; it never waits for them."""
-
-    def __call__(self, event: Event) -> None:
-        """Send one event."""
 
 
 @contextmanager
@@ -168,8 +169,8 @@ class Screen:
         self._print(event["text"], "dim")
 
     def _startup(self, event: Event) -> None:
-        parts, names = event["parts"], {"ray": "Ray", "first_step": "first step"}
-        each = [f"{names.get(name, name)} {s:.1f}" for name, s in parts.items()]
+        parts = event["parts"]
+        each = [f"{_PARTS[key]} {s:.1f}" for key, s in parts.items() if s >= _WORTH_SAYING_S]
         # Lines break between the parts, not in them.
         text = ", ".join(part.replace(" ", _UNBROKEN) for part in each)
         self._print(f"started in {sum(parts.values()):.1f} s: {text}", "dim")

@@ -18,7 +18,7 @@ from ray_jobs.attempts import fit_once, run_attempts
 from ray_jobs.board import make_board
 from ray_jobs.cli import Interrupted, JobError
 from ray_jobs.environment import describe_environment
-from ray_jobs.finish import SUMMARY
+from ray_jobs.finish import SUMMARY, is_finished
 from ray_jobs.manifest import Manifest, read_manifest, require_shards
 from ray_jobs.order import TrainingOrder
 from ray_jobs.spec import RunSpec
@@ -41,7 +41,9 @@ _MAY_DIFFER = (
     "checkpoint_every_steps", "keep_checkpoints", "keep_best", "max_failures", "max_preemptions",
     "hang_timeout_s",
 )  # fmt: skip
-"""Settings of `train` by which no weight differs but in its last bits."""
+"""Settings of `train` that a run may go on with otherwise: rows and steps stay the same ones. So do
+weights but for their last bits, unless a replica computes for itself: with batch norm of its own
+rows, or mixup, the number of replicas has a part in them."""
 
 
 def fit(spec: RunSpec, callbacks: Sequence["UserCallback"] = ()) -> dict[str, Any]:
@@ -58,10 +60,15 @@ def fit(spec: RunSpec, callbacks: Sequence["UserCallback"] = ()) -> dict[str, An
     folder = run_folder(spec)
     manifest = read_manifest(Folder(spec.data.prepared))
     require_trainable(spec, manifest)
-    spec = require_tracking(spec)
-    if _open_run(spec, manifest, folder):
+    goes_on = folder.exists(SPEC)
+    if goes_on:
+        _require_same_run(spec, manifest, folder)
+    if is_finished(folder):
         print(f"run {spec.run.name} is finished already: {folder}")
-        return folder.read_json(SUMMARY)
+        return _summary(spec, folder)
+    spec = require_tracking(spec)
+    if not goes_on:
+        _begin_run(spec, manifest, folder)
     train, started = spec.train, time.monotonic()
     with cluster.connected(
         spec.run.address,
@@ -70,23 +77,25 @@ def fit(spec: RunSpec, callbacks: Sequence["UserCallback"] = ()) -> dict[str, An
         worker_logs=spec.run.worker_logs,
         object_store_memory=spec.data.object_store_memory,
     ):
-        ray_s, board = time.monotonic() - started, make_board()
+        # The attempts after the first one find the connection there.
+        connecting_s = iter([time.monotonic() - started])
+        board = make_board()
         title = _title(spec, manifest, folder)
         with report.shown(board, title), _feeding(spec, manifest) as feeding:
             config = {
                 "spec": spec.model_dump(mode="json"),
                 "run": folder.uri,
                 "board": board,
-                "ray_s": ray_s,
                 **feeding,
             }
-            with _failure_tracked(spec, folder):
-                run_attempts(
-                    train,
-                    lambda n: fit_once(train, n, train_on_worker, config, folder.uri, callbacks),
-                    board,
-                )
-    summary = folder.read_json(SUMMARY)
+
+            def attempt(num_workers: int) -> None:
+                own = {**config, "ray_s": next(connecting_s, 0.0), "began": time.time()}
+                fit_once(train, num_workers, train_on_worker, own, folder.uri, callbacks)
+
+            with _end_tracked(spec, folder):
+                run_attempts(train, attempt, lambda: is_finished(folder), board)
+    summary = _summary(spec, folder)
     _print_summary(summary, folder)
     return summary
 
@@ -134,28 +143,37 @@ def _resolved(spec: RunSpec) -> RunSpec:
     return spec.overlay(changes)
 
 
-def _open_run(spec: RunSpec, manifest: Manifest, folder: Folder) -> bool:
-    """Begin a run folder, or find that it goes on; return whether the run has finished already."""
+def _require_same_run(spec: RunSpec, manifest: Manifest, folder: Folder) -> None:
+    """Check that a run folder is one that this spec goes on with."""
     import yaml
 
-    if folder.exists(SPEC):
-        try:
-            before = yaml.safe_load(folder.read_bytes(SPEC))
-        except yaml.YAMLError as error:
-            raise JobError(f"{folder}/{SPEC} is damaged: {error}") from error
-        now = spec.model_dump(mode="json")
-        differing = [part for part in _SAME_RUN if _part(before, part) != _part(now, part)]
-        if differing or read_manifest(folder) != manifest:
-            what = ", ".join(differing) or "the prepared data"
-            raise JobError(
-                f"{folder} holds a run with other settings ({what}); choose another --run.name, "
-                "or delete the folder"
-            )
-        return folder.exists(SUMMARY)
+    try:
+        before = yaml.safe_load(folder.read_bytes(SPEC))
+    except yaml.YAMLError as error:
+        raise JobError(f"{folder}/{SPEC} is damaged: {error}") from error
+    now = spec.model_dump(mode="json")
+    differing = [part for part in _SAME_RUN if _part(before, part) != _part(now, part)]
+    if differing or read_manifest(folder) != manifest:
+        what = ", ".join(differing) or "the prepared data"
+        raise JobError(
+            f"{folder} holds a run with other settings ({what}); choose another --run.name, "
+            "or delete the folder"
+        )
+
+
+def _begin_run(spec: RunSpec, manifest: Manifest, folder: Folder) -> None:
+    import yaml
+
     manifest.write(folder)
     folder.write_json("environment.json", describe_environment(spec))
     folder.write_text(SPEC, yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False))
-    return False
+
+
+def _summary(spec: RunSpec, folder: Folder) -> dict[str, Any]:
+    """Return the summary of a finished run, which its last worker may not have lived to track."""
+    summary = folder.read_json(SUMMARY)
+    Tracker(folder, spec).finish(summary)
+    return summary
 
 
 def _part(tree: dict[str, Any], path: str) -> Any:
@@ -168,11 +186,12 @@ def _part(tree: dict[str, Any], path: str) -> Any:
 
 
 @contextmanager
-def _failure_tracked(spec: RunSpec, folder: Folder) -> Iterator[None]:
-    """Tell MLflow of a failure that no worker lived to tell."""
+def _end_tracked(spec: RunSpec, folder: Folder) -> Iterator[None]:
+    """Tell MLflow of a stop, and of a failure that no worker lived to tell."""
     try:
         yield
     except Interrupted:
+        Tracker(folder, spec).stop()
         raise
     except JobError as error:
         Tracker(folder, spec).fail(str(error))

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+from ray_jobs import report
 from ray_jobs.board import StopRequest
 from ray_jobs.checkpoint import Saved
 from ray_jobs.checkpoint_store import CheckpointStore
@@ -45,6 +46,8 @@ _NOT_TRIED_AGAIN = (
     ValueError,
 )
 """Errors that come again as often as one tries: in the data, the settings or the program."""
+_OF_THE_PROGRAM = ("InvalidArgumentError", "ResourceExhaustedError", "UnimplementedError")
+"""Those of TensorFlow, by their names, since it is imported later."""
 
 
 def train_on_worker(config: dict[str, Any]) -> None:
@@ -62,12 +65,12 @@ def train_on_worker(config: dict[str, Any]) -> None:
     with _failures_told(config["board"], rank), ThreadPoolExecutor(1) as beside:
         # Reading the checkpoint takes seconds that the imports and the build take, too.
         worker = _Worker(config, rank, beside)
-        with worker.part("imports"):
+        with worker.part(report.STARTUP_IMPORTS_S):
             from ray_jobs.loop import Loop
             from ray_jobs.replicas import Place, set_devices
         train = worker.spec.train
         set_devices(train.cpus_per_worker, train.use_gpu, train.deterministic)
-        with worker.part("build"):
+        with worker.part(report.STARTUP_BUILD_S):
             manifest = read_manifest(worker.run)
             feeding = worker.feeding(manifest)
             loop = Loop(worker.spec, manifest, Place(rank, num_workers), feeding=feeding)
@@ -84,8 +87,12 @@ class _Worker(Hooks):
         train = self.spec.train
         self.watchdog = Watchdog(train.hang_timeout_s, self._tell_hang)
         self.store = CheckpointStore(self.run, train.keep_checkpoints, self._note)
-        self._newest = beside.submit(self.store.newest) if self.first else None
-        self.startup = {"ray": config["ray_s"], "workers": time.time() - config["began"]}
+        self._newest = beside.submit(self.store.newest, with_best=self.first)
+        # By the clocks of two machines, whose difference is in it.
+        self.startup = {
+            report.STARTUP_RAY_S: config["ray_s"],
+            report.STARTUP_WORKERS_S: time.time() - config["began"],
+        }
         """Seconds that each part of the start took."""
         self.step: int | None = None
         """Steps done, once one is."""
@@ -96,11 +103,11 @@ class _Worker(Hooks):
     # -- start ------------------------------------------------------------------------------------
 
     @contextmanager
-    def part(self, name: str) -> Iterator[None]:
+    def part(self, key: str) -> Iterator[None]:
         """Measure a part of the start."""
         started = time.monotonic()
         yield
-        self.startup[name] = time.monotonic() - started
+        self.startup[key] = time.monotonic() - started
 
     def feeding(self, manifest: "Manifest") -> "FeedOptions":
         """Return how rows are fed."""
@@ -120,27 +127,33 @@ class _Worker(Hooks):
         """Return the checkpoint that rank 0 found to be the newest whole one."""
         from ray.train.collective import broadcast_from_rank_zero
 
-        newest = self._newest.result() if self._newest is not None else None
-        self._newest = None
-        step = broadcast_from_rank_zero(None if newest is None else newest.state.step)
-        if newest is not None:
-            self._note(f"going on after step {step}, in epoch {newest.state.epoch + 1}")
-        return newest if step is None or self.first else self.store.load(step)
+        newest = self._newest.result()
+        del self._newest  # As large as three models.
+        found = None if newest is None else newest.state.step
+        step = broadcast_from_rank_zero(found)
+        if step is None:
+            return None
+        if newest is None or found != step:
+            # Not as this rank has it: its view of a shared disk may be an old one.
+            newest = self.store.load(step, with_best=False)
+        self._note(f"going on after step {step}, in epoch {newest.state.epoch + 1}")
+        return newest
 
     # -- training ---------------------------------------------------------------------------------
 
     def train(self, loop: "Loop") -> None:
         """Train from the newest checkpoint on, and finish the run."""
         # In a list, from which the loop takes it: three times the weights need not stay in memory.
-        saved = [self._agreed_checkpoint()]
+        with self.part(report.STARTUP_CHECKPOINT_S):
+            saved = [self._agreed_checkpoint()]
         self.watchdog.alive()
         self.began = time.monotonic()
         profile = self.spec.run.profile_steps if self.first else None
-        self.sampler = Sampler(self.spec.train.use_gpu)
+        self.sampler = Sampler(self.spec.train.use_gpu) if self.first else None
         self.tracker = Tracker(self.run, self.spec, self._note) if self.first else None
         with (
             closing(self.watchdog),
-            closing(self.sampler),
+            closing(self.sampler) if self.sampler is not None else nullcontext(),
             Profiler(self.run, profile, self._note) as self.profiler,
             self.tracker or nullcontext(),
         ):
@@ -148,9 +161,12 @@ class _Worker(Hooks):
             if self.cache is not None:
                 self.cache.close()
             self.store.close()
-            if outcome.best is None:
-                self._note(f"stopped after step {outcome.state.step}, which is saved")
-            elif self.tracker is not None:
+            if not outcome.finished:
+                step, saved_step = outcome.state.step, self.store.written
+                lost = "" if saved_step == step else f"; the newest is that after step {saved_step}"
+                is_saved = "which is saved" if saved_step == step else "which could not be saved"
+                self._note(f"stopped after step {step}, {is_saved}{lost}")
+            elif self.tracker is not None and outcome.best is not None:
                 from ray_jobs.finish import finish
 
                 self.watchdog.close()
@@ -179,7 +195,7 @@ class _Worker(Hooks):
         self.watchdog.alive()
         self.profiler.after(step)
         if self.step is None:
-            self.startup["first_step"] = time.monotonic() - self.began
+            self.startup[report.STARTUP_FIRST_STEP_S] = time.monotonic() - self.began
             self.post({"kind": "startup", "parts": self.startup})
         self.step = step
 
@@ -204,10 +220,11 @@ class _Worker(Hooks):
             self.post({"kind": "checkpoint", "step": step})
 
     def measures(self) -> dict[str, Any]:
-        """Return what the epoch used, and with the first one what the start took."""
+        """Return what rank 0 used, which stands for all; with the first epoch its start, too."""
+        if self.sampler is None:
+            return {}
         startup, self.startup = self.startup, {}
-        parts = {f"startup/{name}_s": seconds for name, seconds in startup.items()}
-        return {**measure(), **self.sampler.take(), **parts}
+        return {**measure(), **self.sampler.take(), **startup}
 
     def on_epoch(self, record: dict[str, Any], copy: Copy) -> None:
         """Write checkpoint and history, and report to Ray."""
@@ -216,11 +233,7 @@ class _Worker(Hooks):
         if self.tracker is not None:
             saved = copy()
             self.store.save(saved)
-            try:
-                self.tracker.write(record, saved.state.history)
-            except OSError as error:
-                # The next epoch writes the whole history again.
-                self._note(f"the history could not be written: {error}")
+            self.tracker.write(saved.state.history)
         # Every rank reports, since a report waits for all of them.
         ray.train.report(record)
         self.watchdog.alive()
@@ -234,7 +247,7 @@ class _Worker(Hooks):
             f"nothing happened for {silent_s:.0f} s {where} (train.hang_timeout_s): this worker or "
             "one that it waits for hangs"
         )
-        _tell_failure(self.board, self.rank, text, again=True, echo=True)
+        _tell_failure(self.board, {"rank": self.rank, "text": text, "again": True, "of": "hang"})
 
 
 @contextmanager
@@ -243,21 +256,21 @@ def _failures_told(board: Any, rank: int) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        text = f"{type(error).__name__}: {error}"
-        again = not isinstance(error, _NOT_TRIED_AGAIN)
+        name, text = type(error).__name__, f"{type(error).__name__}: {error}"
+        comes_again = isinstance(error, _NOT_TRIED_AGAIN) or name in _OF_THE_PROGRAM
         # TensorFlow's own errors are mostly those of collectives, whose cause lies elsewhere.
-        echo = type(error).__module__.startswith("tensorflow")
-        _tell_failure(board, rank, text, again, echo)
+        echo = type(error).__module__.startswith("tensorflow") and not comes_again
+        of = "echo" if echo else "own"
+        _tell_failure(board, {"rank": rank, "text": text, "again": not comes_again, "of": of})
         raise
 
 
-def _tell_failure(board: Any, rank: int, text: str, again: bool, echo: bool) -> None:
+def _tell_failure(board: Any, failure: Event) -> None:
     import ray
-    from ray.exceptions import GetTimeoutError, RayError
+    from ray.exceptions import RayError
 
-    failure = {"rank": rank, "text": text, "again": again, "echo": echo}
     try:
         ray.get(board.fail.remote(failure), timeout=_ANSWER_S)
-    except (RayError, GetTimeoutError):
+    except RayError:
         # Ray tells the driver, too, if with fewer words.
         return

@@ -21,6 +21,13 @@ def epoch_event(epoch: int = 0, changes: report.Event | None = None) -> report.E
     }  # fmt: skip
 
 
+def step_event(epoch: int, done: int) -> report.Event:
+    return {
+        "kind": "step", report.EPOCH: epoch, "done": done, "total": 40,
+        report.ROWS_PER_S: 1234.0, report.TRAIN_LOSS: 0.7,
+    }  # fmt: skip
+
+
 def screen_of(width: int) -> tuple[Screen, io.StringIO]:
     file = io.StringIO()
     return Screen("a run", Console(file=file, width=width, highlight=False)), file
@@ -44,8 +51,7 @@ def test_any_value_is_better_than_none(key):
 def test_the_screen_shows_a_title_a_header_and_one_line_an_epoch(width):
     screen, file = screen_of(width)
     with screen:
-        screen.show({"kind": "step", report.EPOCH: 0, "done": 1, "total": 40,
-                     report.ROWS_PER_S: 100.0, report.TRAIN_LOSS: 0.7})  # fmt: skip
+        screen.show(step_event(0, 1))
         screen.show(epoch_event(0, {"best": True}))
         screen.show({"kind": "note", "text": "writing the best model"})
         screen.show(epoch_event(1))
@@ -97,14 +103,20 @@ def test_a_terminal_shows_the_steps_of_an_epoch():
     file = io.StringIO()
     screen = Screen("a run", Console(file=file, width=100, force_terminal=True))
     with screen:
-        screen.show({"kind": "step", report.EPOCH: 2, "done": 7, "total": 40,
-                     report.ROWS_PER_S: 1234.0, report.TRAIN_LOSS: 0.7})  # fmt: skip
+        screen.show(step_event(2, 7))
         screen.bar.refresh()
     for text in ("epoch 3", "7/40", "1,234 rows/s", "loss 0.7000"):
         assert text in file.getvalue()
 
 
-PARTS = {"ray": 4.2, "workers": 6.0, "imports": 7.5, "build": 3.44, "first_step": 2.0}
+PARTS = {
+    report.STARTUP_RAY_S: 4.2,
+    report.STARTUP_WORKERS_S: 6.0,
+    report.STARTUP_IMPORTS_S: 7.5,
+    report.STARTUP_BUILD_S: 3.44,
+    report.STARTUP_CHECKPOINT_S: 0.0,  # A part that took no time is not worth saying.
+    report.STARTUP_FIRST_STEP_S: 2.0,
+}
 
 
 @pytest.mark.parametrize(
@@ -143,8 +155,7 @@ def test_a_failure_is_yellow_and_puts_the_bar_back_to_the_start():
     file = io.StringIO()
     screen = Screen("a run", Console(file=file, width=100, force_terminal=True))
     with screen:
-        screen.show({"kind": "step", report.EPOCH: 0, "done": 7, "total": 40,
-                     report.ROWS_PER_S: 100.0, report.TRAIN_LOSS: 0.7})  # fmt: skip
+        screen.show(step_event(0, 7))
         screen.show({"kind": "failure", "text": "worker 1 died", "attempt": 1, "most": 3})
         assert "\x1b[33m  failure 1 of at most 3: worker 1 died\x1b[0m\n" in file.getvalue()
         assert "\x1b[33mstarting" not in file.getvalue()
@@ -157,17 +168,15 @@ def test_a_failure_is_yellow_and_puts_the_bar_back_to_the_start():
 def test_a_checkpoint_is_seen_in_the_bar_alone():
     file = io.StringIO()
     screen = Screen("a run", Console(file=file, width=100, force_terminal=True))
-    step = {"kind": "step", report.EPOCH: 0, "done": 7, "total": 40,
-            report.ROWS_PER_S: 100.0, report.TRAIN_LOSS: 0.7}  # fmt: skip
     with screen:
         screen.show({"kind": "checkpoint", "step": 1040})
-        screen.show(step)
+        screen.show(step_event(0, 7))
         screen.bar.refresh()
     assert "loss 0.7000  saved at 1,040" in file.getvalue()
     screen, plain = screen_of(100)
     with screen:
         screen.show({"kind": "checkpoint", "step": 1040})
-        screen.show(step)
+        screen.show(step_event(0, 7))
     assert plain.getvalue() == "a run\n"
 
 
