@@ -8,7 +8,8 @@ alone. Then every run is disturbed once, at a random step, in one of these ways:
     controller  SIGKILL of Ray Train's controller
     driver      SIGKILL of `train`, which is then started again by the same command
     node        a node of the cluster is removed with the worker on it, and another one added
-    disk        the disk of the run folder is full for a while (a small tmpfs, filled up)
+    disk        the disk of the run folder is full for a while (a small tmpfs, filled up; to mount
+                it needs root)
     torn        SIGKILL of rank 0 while it writes a checkpoint
     hang        SIGSTOP of a worker, for ever; found by train.hang_timeout_s
     damaged     the newest checkpoint is cut short on the disk, then a worker is killed
@@ -33,7 +34,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,22 +49,20 @@ ROOT = Path(__file__).parents[1]
 KINDS = ("worker", "controller", "driver", "node", "disk", "torn", "hang", "damaged")
 EVERY = 8
 TIMEOUT_S = 420.0
-STEPS = "chaos-steps.log"
 _SLOT = "slot"
 """A resource of which each node has one, so that workers lie on different nodes."""
 _POLL_S = 0.002
 
 
-def train_recorded(config: dict[str, Any]) -> None:
+def train_recorded(config: dict[str, Any], steps_file: str) -> None:
     """Train on one worker, and write down each step that is done; runs in the worker's process."""
     from ray_jobs import worker
 
-    log = Path(config["run"]) / STEPS
     after_step = worker._Worker.after_step
 
     def recorded(self: Any, step: int) -> None:
         after_step(self, step)
-        with open(log, "a") as file:
+        with open(steps_file, "a") as file:
             file.write(f"{self.rank} {os.getpid()} {step}\n")
 
     worker._Worker.after_step = recorded
@@ -74,8 +74,9 @@ def drive() -> None:
     from ray_jobs import cli, train
     from ray_jobs.spec import RunSpec
 
-    train.train_on_worker = train_recorded
-    sys.argv = [sys.argv[0], *sys.argv[2:]]
+    steps_file = sys.argv[2]
+    train.train_on_worker = partial(train_recorded, steps_file=steps_file)
+    sys.argv = [sys.argv[0], *sys.argv[3:]]
     cli.main(RunSpec, train.fit, __doc__)
 
 
@@ -87,23 +88,35 @@ class Run:
     name: str
     address: str
     settings: dict[str, Any]
+    logs: Path
+    """Where the driver writes what it says, and rank 0 its steps: not on a disk that fills up."""
     driver: Any = None
-    output: list[str] = field(default_factory=list)
 
     @property
     def path(self) -> Path:
         """The run's folder."""
         return self.folder / self.name
 
+    @property
+    def log(self) -> Path:
+        """What the driver said."""
+        return self.logs / f"{self.name}.log"
+
+    @property
+    def steps_file(self) -> Path:
+        """The steps that were done."""
+        return self.logs / f"{self.name}.steps"
+
     def start(self) -> None:
         """Start the driver."""
         spec = {"run": {"storage_path": str(self.folder), "name": self.name}, **self.settings}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file = self.folder / f"{self.name}.yaml"
+        self.logs.mkdir(parents=True, exist_ok=True)
+        file = self.logs / f"{self.name}.yaml"
         file.write_text(yaml.safe_dump(spec))
-        with open(self.folder / f"{self.name}.log", "a") as log:
+        command = [sys.executable, "-m", "benchmarks.chaos", "--drive"]
+        with open(self.log, "a") as log:
             self.driver = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.chaos", "--drive", str(file)],
+                [*command, str(self.steps_file), str(file)],
                 cwd=ROOT,
                 env={**os.environ, "RAY_ADDRESS": self.address},
                 stdout=log,
@@ -113,15 +126,13 @@ class Run:
     def wait(self) -> None:
         """Wait for the end."""
         if code := self.driver.wait(TIMEOUT_S):
-            log = (self.folder / f"{self.name}.log").read_text()
-            raise RuntimeError(f"{self.name} ended with {code}:\n{log[-3000:]}")
+            raise RuntimeError(f"{self.name} ended with {code}:\n{self.log.read_text()[-3000:]}")
 
     def steps(self) -> list[tuple[int, int, int]]:
         """Return rank, process and step of all steps that were done so far."""
-        file = self.path / STEPS
-        if not file.exists():
+        if not self.steps_file.exists():
             return []
-        lines = file.read_text().splitlines()
+        lines = self.steps_file.read_text().splitlines()
         return [tuple(map(int, line.split())) for line in lines if len(line.split()) == 3]  # type: ignore[misc]
 
     def pid_of(self, rank: int) -> int:
@@ -129,12 +140,20 @@ class Run:
         return [pid for r, pid, _ in self.steps() if r == rank][-1]
 
     def wait_for_step(self, step: int) -> None:
-        """Wait until rank 0 has done a step."""
+        """Wait until both ranks have done a step."""
         deadline = time.monotonic() + TIMEOUT_S
-        while max((s for rank, _, s in self.steps() if rank == 0), default=0) < step:
+        while {rank for rank, _, done in self.steps() if done >= step} != {0, 1}:
             if self.driver.poll() is not None or time.monotonic() > deadline:
-                log = (self.folder / f"{self.name}.log").read_text()
+                log = self.log.read_text()
                 raise RuntimeError(f"{self.name} never came to step {step}:\n{log[-3000:]}")
+            time.sleep(_POLL_S)
+
+    def wait_for_checkpoint(self) -> None:
+        """Wait until there is a checkpoint, whole."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while not list(self.path.glob("checkpoints/steps/*[0-9]/state.json")):
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{self.name} never had a checkpoint")
             time.sleep(_POLL_S)
 
     def lost(self) -> int:
@@ -158,7 +177,7 @@ class Run:
     def weights(self) -> dict[str, np.ndarray]:
         """Return everything that the run ends in: last checkpoint, best epoch, finished model."""
         arrays = {}
-        for path in (self.checkpoint(), *(self.path / "checkpoints/best").iterdir()):
+        for path in (self.checkpoint(), *sorted((self.path / "checkpoints/best").iterdir())):
             for name in ("model", "optimizer"):
                 if (path / f"{name}.npz").exists():
                     with np.load(path / f"{name}.npz", allow_pickle=False) as file:
@@ -246,6 +265,7 @@ def disturb(kind: str, run: Run, cluster: LocalCluster, rng: np.random.Generator
         run.wait_for_step(before + 2 * EVERY)
         ballast.unlink()
     elif kind == "torn":
+        run.wait_for_checkpoint()
         steps = run.path / "checkpoints/steps"
         deadline = time.monotonic() + TIMEOUT_S
         while not any(path.name.endswith(".partial") for path in steps.iterdir()):
@@ -253,6 +273,7 @@ def disturb(kind: str, run: Run, cluster: LocalCluster, rng: np.random.Generator
                 raise RuntimeError("no checkpoint was seen while it was written")
         os.kill(run.pid_of(0), signal.SIGKILL)
     elif kind == "damaged":
+        run.wait_for_checkpoint()
         files = sorted(run.checkpoint().iterdir())
         file = files[int(rng.integers(len(files)))]
         os.truncate(file, file.stat().st_size // 2)
@@ -327,7 +348,8 @@ def measure(
     total = 3 * (32 * 24 + 5) // 32
 
     def run_of(name: str, where: Path, **options: Any) -> Run:
-        run = Run(where, name, address, settings(folder / "prepared", **options))
+        sections = settings(folder / "prepared", **options)
+        run = Run(where, name, address, sections, folder / "logs")
         run.start()
         return run
 
@@ -341,7 +363,10 @@ def measure(
     equal, lost, lost_damaged = 0, 0, 0
     for number in range(num_runs):
         kind = kinds[number % len(kinds)]
-        at = int(rng.integers(1, total - 3 * EVERY))
+        # A full disk lasts two checkpoints, and another one has to come before the end. A worker
+        # that hangs when it has nothing more to do is Ray's to find, which takes ten minutes.
+        margin = {"disk": 3 * EVERY, "hang": 2}.get(kind, 1)
+        at = int(rng.integers(1, total - margin))
         started = time.monotonic()
         if kind == "disk":
             with small_disk(folder, 64) as where:
