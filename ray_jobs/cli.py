@@ -270,8 +270,8 @@ def _error_lines(spec_class: type[Spec], problems: Sequence[Any]) -> list[str]:
     """Return a line for each wrong key or value."""
     lines: dict[Any, str] = {}
     for problem in problems:
-        path, field = _union_setting(spec_class, problem["loc"])
-        if field is None:
+        path, field = _setting(spec_class, problem["loc"])
+        if field is None or not _has_several_types(field):
             lines[problem["loc"]] = _error_line(spec_class, problem)
         # A value that fits no member of a union has a problem for each; a bound says the most.
         elif path not in lines or problem["type"].startswith(("greater_than", "less_than")):
@@ -279,8 +279,8 @@ def _error_lines(spec_class: type[Spec], problems: Sequence[Any]) -> list[str]:
     return list(lines.values())
 
 
-def _union_setting(spec_class: type[Spec], location: Sequence[Any]) -> tuple[str, FieldInfo | None]:
-    """Return path and field of the setting with several types that a problem is about, if any."""
+def _setting(spec_class: type[Spec], location: Sequence[Any]) -> tuple[str, FieldInfo | None]:
+    """Return path and field of the setting that a problem is about; None where it is a section."""
     path = ""
     for part in location:
         field = spec_class.model_fields.get(str(part))
@@ -288,11 +288,21 @@ def _union_setting(spec_class: type[Spec], location: Sequence[Any]) -> tuple[str
             break
         path = f"{path}.{part}".lstrip(".")
         if not _is_spec(field.annotation):
-            origin, args = typing.get_origin(field.annotation), typing.get_args(field.annotation)
-            several = len([a for a in args if a is not _NONE]) > 1
-            return path, field if several and origin in (typing.Union, types.UnionType) else None
+            return path, field
         spec_class = typing.cast(type[Spec], field.annotation)
     return path, None
+
+
+def _has_several_types(field: FieldInfo) -> bool:
+    origin, args = typing.get_origin(field.annotation), typing.get_args(field.annotation)
+    several = len([a for a in args if a is not _NONE]) > 1
+    return several and origin in (typing.Union, types.UnionType)
+
+
+def _is_of_wrong_length(problem: Any) -> bool:
+    """Whether a problem is that of numbers separated by commas there are too few or too many."""
+    kind, last = problem["type"], problem["loc"][-1]
+    return kind in ("tuple_type", "too_long") or (kind == "missing" and isinstance(last, int))
 
 
 def _union_line(path: str, field: FieldInfo, problem: Any) -> str:
@@ -312,6 +322,9 @@ def _error_line(spec_class: type[Spec], problem: Any) -> str:
             f"{path}: {where} has no key {key!r}{did_you_mean(key, known)} "
             f"(accepted: {', '.join(known)})"
         )
+    setting, field = _setting(spec_class, location)
+    if field is not None and _is_of_wrong_length(problem):
+        return f"{setting}: accepted: {type_text(field)}"
     if problem["type"] == "missing":
         if any(part.isdigit() for part in location):
             return f"{path}: is required (accepted: {', '.join(known)})"

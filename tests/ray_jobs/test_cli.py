@@ -106,6 +106,13 @@ def test_a_flag_takes_one_number_or_a_pair(text, workers):
     assert parse(RunSpec, ["--train.num_workers", text]).train.num_workers == workers
 
 
+def test_one_number_or_three_where_two_are_needed_are_told_what_is_accepted():
+    for value in ("10", "1,2,3", "[]"):
+        with pytest.raises(UsageError) as error:
+            parse(RunSpec, ["--run.profile_steps", value])
+        assert set(str(error.value).splitlines()) == {"run.profile_steps: accepted: INT,INT|none"}
+
+
 def test_yaml_gives_the_same_types_as_flags(yaml_file):
     path = yaml_file(
         "train: {learning_rate: 1e-3, decision_threshold: f1, resources_per_worker: {a: 2}}\n"
