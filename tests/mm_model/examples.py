@@ -1,12 +1,14 @@
 """Rows and models that several tests share."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import keras
 import numpy as np
 
 import mm_model
+from mm_model import draws
 from mm_model.spec import NO_AUGMENTATION
 from mm_model.statistics import Vocabulary
 
@@ -50,6 +52,27 @@ def rows_of_everything(
     mask[np.arange(count), rng.integers(0, num_images, count)] = 1
     category = rng.integers(0, COLOUR.num_codes, (count, 1)).astype(np.int32)
     return {"image": image, "image_mask": mask, "numeric": numbers, "category": category}, y
+
+
+def model_of_everything(inputs: dict[str, np.ndarray], **options: Any) -> mm_model.FusionModel:
+    """A model for `rows_of_everything`, whose rows it tells apart."""
+    statistics = mm_model.fit_numeric_statistics(inputs["numeric"])
+    shapes = inputs["image"].shape[1:], inputs["numeric"].shape[1:]
+    model = mm_model.create_model(
+        *shapes, statistics, vocabularies=[COLOUR], **UNTRAINED, **options
+    )
+    return told_apart(model)
+
+
+def in_parts(
+    call: Callable[[], Callable[[np.ndarray], Any]], rows: np.ndarray, count: int
+) -> np.ndarray:
+    """What `count` replicas of equal seed states make of their parts of the rows, side by side."""
+    parts = []
+    for index, part in enumerate(np.split(rows, count)):
+        with draws.replica(index, count):
+            parts.append(np.asarray(call()(part)))
+    return np.concatenate(parts)
 
 
 @contextmanager

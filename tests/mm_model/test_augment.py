@@ -1,3 +1,5 @@
+from functools import partial
+
 import keras
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from mm_model.augment import (
     resampled,
 )
 from mm_model.spec import NO_AUGMENTATION, AugmentationSpec
-from tests.mm_model.examples import half_precision
+from tests.mm_model.examples import half_precision, in_parts
 
 EVERYTHING = AugmentationSpec(flip="horizontal_and_vertical", rand_augment=0.5)
 
@@ -239,12 +241,9 @@ def test_what_changes_an_image_does_not_depend_on_the_number_of_parts(count):
     ]
     for new in made:
         whole = np.asarray(new()(images, training=True))
-        parts = []
-        for index, part in enumerate(np.split(images, count)):
-            with draws.replica(index, count):
-                parts.append(np.asarray(new()(part, training=True)))
+        parts = in_parts(lambda new=new: partial(new(), training=True), images, count)
         # Sines of a batch are rounded by place: vectors and what is left over.
-        np.testing.assert_allclose(np.concatenate(parts), whole, atol=1e-3)
+        np.testing.assert_allclose(parts, whole, atol=1e-3)
 
 
 def test_all_of_it_compiles_to_the_same_and_takes_any_number_of_rows(monkeypatch):

@@ -14,6 +14,7 @@ from tests.mm_model.examples import (
     SMALLEST_OF_EACH_FAMILY,
     UNTRAINED,
     half_precision,
+    model_of_everything,
     rows,
     rows_of_everything,
     told_apart,
@@ -59,15 +60,7 @@ def test_every_family_takes_several_images_and_categories(kind, tmp_path):
 def test_neither_a_missing_image_nor_the_order_of_the_images_changes_a_logit(fusion):
     keras.utils.set_random_seed(0)
     inputs, _ = rows_of_everything()
-    model = mm_model.create_model(
-        (3, 16, 16, 3),
-        (3,),
-        mm_model.fit_numeric_statistics(inputs["numeric"]),
-        vocabularies=[COLOUR],
-        **UNTRAINED,
-        fusion={"kind": fusion},
-    )
-    told_apart(model)
+    model = model_of_everything(inputs, fusion={"kind": fusion})
     expected = np.asarray(model.head_logits(inputs))
     image, mask = inputs["image"], inputs["image_mask"]
     other = np.where(mask[:, :, None, None, None] > 0, image, 255 - image)
@@ -117,14 +110,7 @@ def test_missing_images_do_not_move_the_statistics_of_batch_norm():
 
 def test_without_a_mask_all_images_are_there():
     inputs, y = rows_of_everything()
-    model = mm_model.create_model(
-        (3, 16, 16, 3),
-        (3,),
-        mm_model.fit_numeric_statistics(inputs["numeric"]),
-        vocabularies=[COLOUR],
-        **UNTRAINED,
-    )
-    told_apart(model)
+    model = model_of_everything(inputs)
     as_list = [inputs["image"], inputs["numeric"], inputs["category"]]
     as_dict = {name: inputs[name] for name in ("category", "image", "numeric")}
     model.run_eagerly = True

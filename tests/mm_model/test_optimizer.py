@@ -160,7 +160,7 @@ def test_weight_decay_leaves_biases_and_batch_norms_alone(kind, in_graph, variab
     assert seen == {"kernel", "bias", "gamma", "beta"}
 
 
-def test_weight_decay_of_several_replicas_leaves_the_same_alone():
+def test_weight_decay_under_a_strategy_leaves_the_same_alone():
     cpu = tf.config.list_logical_devices("CPU")[0].name
     strategy = tf.distribute.MirroredStrategy([cpu])
     with strategy.scope():

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from mm_model.spec import NO_AUGMENTATION
 from ray_jobs.checkpoint import LoopState, Saved
 from ray_jobs.hooks import Hooks, Wish
 from ray_jobs.manifest import read_manifest
@@ -21,11 +22,9 @@ PLAIN = {
     "image": {"kind": "tiny", "weights": None, "units": 16},
     "numeric": {"units": [16, 16]},
     "fusion": {"units": 16, "modality_dropout": 0},
-    "augmentation": {
-        "flip": "none", "rotation": 0, "zoom": 0, "translation": 0, "contrast": 0, "brightness": 0,
-    },
+    "augmentation": NO_AUGMENTATION.model_dump(),
     "dropout": 0,
-}  # fmt: skip
+}
 RANDOM = {"image": PLAIN["image"], "numeric": PLAIN["numeric"], "fusion": {"units": 16}}
 """Dropout, modality dropout and augmentation as they come."""
 SCENARIOS: dict[str, dict[str, Any]] = {
@@ -106,14 +105,25 @@ def run_scenarios(config: dict[str, Any]) -> None:
     """Run every scenario on one worker; leave what it saw in files for the test."""
     import ray.train
 
+    from ray_jobs import loop as module
     from ray_jobs.loop import Loop
     from ray_jobs.replicas import Place, make_strategy, set_devices
+    from ray_jobs.step import Stepper
 
     context = ray.train.get_context()
     place = Place(context.get_world_rank(), context.get_world_size())
     output = Path(config["output"])
     set_devices(1, use_gpu=False)
     strategy = make_strategy(place.num_workers)
+
+    class Counted(Stepper):
+        traces = 0
+
+        def _one(self, *arguments: Any) -> Any:
+            self.traces += 1
+            return super()._one(*arguments)
+
+    module.Stepper = Counted
 
     class Watched(Loop):
         rows: list[list[int]]
@@ -155,7 +165,7 @@ def run_scenarios(config: dict[str, Any]) -> None:
             "epochs": hooks.epochs,
             # In the graph and in every function that it calls.
             "collectives": str(graph).count('op: "CollectiveReduceV2"'),
-            "traces": loop.stepper.call.experimental_get_tracing_count(),
+            "traces": loop.stepper.traces,
             "variables": len(loop.model.trainable_variables),
             "history": [epoch["epoch"] for epoch in outcome.state.history],
             "best_epoch": outcome.state.best_epoch,

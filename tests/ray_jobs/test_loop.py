@@ -157,6 +157,7 @@ def test_a_run_stopped_at_any_step_goes_on_bitwise_alike(seen):
 def test_a_graph_is_made_once_and_once_more_for_another_stage(seen):
     assert seen["random-2-0"]["traces"] == 1
     assert seen["uneven-2-0"]["traces"] == 1
+    assert seen["application-2-0"]["traces"] == 2
 
 
 def test_rows_are_weighed_as_scikit_learn_balances_classes(seen):

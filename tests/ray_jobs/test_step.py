@@ -42,7 +42,7 @@ def distance(trained: Any, name: str, other: str) -> float:
     return max(float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-12)) for a, b in pairs)
 
 
-def test_one_worker_learns_bit_for_bit_what_model_fit_learns(trained):
+def test_one_worker_learns_what_model_fit_learns(trained):
     """50 steps, AdamW, moving average, focal loss, dropout, augmentation."""
     assert trained[1]["fifty"]["steps"] == 50
     assert distance(trained, "fifty", "fifty_by_fit") <= 1e-5
@@ -102,6 +102,14 @@ def test_workers_skip_a_step_that_overflows_alike(trained):
         assert trained[1][name]["scale"] <= 2**15
     losses = [trained[1][name]["losses"] for name in ("float16", "float16_two")]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)
+
+
+def test_steps_that_overflow_change_no_weight_until_the_scale_has_come_down(trained):
+    """It begins at 2**40, and every step that overflows halves it."""
+    fact = trained[1]["float16_high"]
+    assert fact["still_after_epochs"] == [True, True, True, True, False, False]
+    assert fact["scale"] < 2**25
+    assert fact["finite"]
 
 
 def test_the_norm_that_is_clipped_is_that_of_the_global_batch(trained):

@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from mm_model.losses import make_loss
 from mm_model.optimizer import make_optimizer
+from mm_model.spec import NO_AUGMENTATION
 from ray_jobs.checkpoint import arrays_of
 from ray_jobs.dataset import FeedOptions, TrainingFeed
 from ray_jobs.hooks import Hooks
@@ -32,11 +33,10 @@ MODEL: dict[str, Any] = {
     "batch_norm": "sync",
 }
 STILL = {
-    "dropout": 0, "fusion": {"kind": "skip_concat", "units": 8, "modality_dropout": 0},
-    "augmentation": {
-        "flip": "none", "rotation": 0, "zoom": 0, "translation": 0, "contrast": 0, "brightness": 0,
-    },
-}  # fmt: skip
+    "dropout": 0,
+    "fusion": {"kind": "skip_concat", "units": 8, "modality_dropout": 0},
+    "augmentation": NO_AUGMENTATION.model_dump(),
+}
 """Nothing is drawn at random."""
 RANDOM = {"augmentation": {"rand_augment": 0.3}}
 TRAIN: dict[str, Any] = {"global_batch_size": 20, "epochs": 3, "learning_rate": 1e-3}
@@ -50,6 +50,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bfloat16": {"precision": "mixed_bfloat16"},
     "float16": {"precision": "mixed_float16"},
     "float16_two": {"precision": "mixed_float16", "replicas": 2},
+    "float16_high": {"precision": "mixed_float16", "epochs": 6, "scale": 2.0**40},
     "xla": {"jit_compile": True},
     "copies": {"copies": 4},
     "accumulated": {"copies": 4, "accumulate_steps": 4},
@@ -103,7 +104,7 @@ class Last(Hooks):
 
 
 def spec_of(folder: Path, variant: dict[str, Any]) -> RunSpec:
-    own = ("model", "replicas", "copies")
+    own = ("model", "replicas", "copies", "scale")
     train = {k: v for k, v in variant.items() if k not in own}
     return RunSpec.model_validate(
         {
@@ -119,6 +120,9 @@ def train(folder: Path, manifest: Manifest, name: str, strategy: Any) -> dict[st
     replicas = strategy.num_replicas_in_sync
     loop = Variant(spec_of(folder, variant), manifest, Place(), strategy)
     loop.copies = variant.get("copies", 1)
+    if "scale" in variant:
+        loop.stepper.scale.assign(variant["scale"])
+    start = arrays_of(loop.trainable)
     hooks = Last()
     outcome = loop.run(hooks)
     saved = hooks.epochs[-1]
@@ -132,6 +136,20 @@ def train(folder: Path, manifest: Manifest, name: str, strategy: Any) -> dict[st
     }
     if loop.stepper.scale is not None:
         facts["scale"] = float(loop.stepper.scale.numpy())
+        paths = {variable.path for variable in loop.trainable}
+        facts["still_after_epochs"] = [
+            all(
+                a.tobytes() == b.tobytes()
+                for a, b in zip(
+                    start.values(),
+                    (w for k, w in epoch.model.items() if k.split(" ", 1)[1] in paths),
+                    strict=True,
+                )
+            )
+            for epoch in hooks.epochs
+        ]
+        floats = [w for w in saved.optimizer.values() if w.dtype.kind == "f"]
+        facts["finite"] = all(np.isfinite(w).all() for w in floats)
     if replicas > 1:
         facts["replicas_alike"] = replicas_alike(loop)
     return facts
