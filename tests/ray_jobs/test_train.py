@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from mm_model.calibrate import log_loss
-from ray_jobs.cli import JobError
+from ray_jobs.cli import Interrupted, JobError
 from ray_jobs.manifest import Manifest
 from ray_jobs.spec import EvaluateSpec, RunSpec
 from ray_jobs.train import fit
@@ -274,6 +274,48 @@ def test_more_workers_than_the_cluster_has_cpus_for_are_refused(ray_local, tmp_p
 def test_data_without_a_manifest_names_the_job_that_makes_one(tmp_path):
     with pytest.raises(JobError, match=r"no manifest.json in .*ray_jobs.prepare"):
         fit(spec_in(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.multiworker
+def test_a_run_that_its_user_stops_goes_on_and_ends_in_mlflow_too(ray_local, tmp_path):
+    from mlflow.tracking import MlflowClient
+
+    from ray_jobs.mlflow_run import EXPERIMENT
+
+    prepared_in(tmp_path)
+    spec = spec_in(tmp_path, run__tracking="mlflow", train__epochs=20, train__patience=20)
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/runs/mlflow.db")
+
+    def the_run() -> Any:
+        experiment = client.get_experiment_by_name(EXPERIMENT)
+        (run,) = client.search_runs([experiment.experiment_id])
+        return run
+
+    ended = threading.Event()
+
+    def stop() -> None:
+        while not list((tmp_path / "runs/first/checkpoints").glob("steps/*/state.json")):
+            if ended.wait(0.05):
+                return
+        os.kill(os.getpid(), signal.SIGINT)
+
+    stopper = threading.Thread(target=stop)
+    stopper.start()
+    with pytest.raises(Interrupted, match="the same command again goes on"):
+        fit(spec)
+    ended.set()
+    stopper.join()
+    assert the_run().info.status == "KILLED"
+    summary = fit(spec)
+    assert summary["epochs"] == 20
+    lines = (tmp_path / "runs/first/history.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == list(range(20))
+    run = the_run()
+    assert run.info.status == "FINISHED"
+    steps = [point.step for point in client.get_metric_history(run.info.run_id, "train/loss")]
+    assert steps == list(range(20))
+    assert_nothing_is_left_in_the_cluster()
 
 
 @pytest.mark.slow

@@ -1,0 +1,99 @@
+"""What a worker does around its loop: waits, wishes, and what it tells of a failure."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from typing import Any
+
+import pytest
+
+from ray_jobs import worker as module
+from ray_jobs.board import make_board
+from ray_jobs.checkpoint import DamagedCheckpointError
+from ray_jobs.profile import Profiler
+from ray_jobs.spec import RunSpec
+from ray_jobs.worker import _failures_told, _Worker
+
+
+@pytest.fixture
+def board(ray_local) -> Any:
+    import ray
+
+    made = make_board()
+    yield made
+    ray.kill(made)
+
+
+@pytest.fixture
+def worker(board, tmp_path) -> Any:
+    spec = RunSpec.model_validate({"train": {"checkpoint_every_steps": 4}})
+    config = {
+        "spec": spec.model_dump(mode="json"), "run": str(tmp_path), "board": board,
+        "ray_s": 1.0, "began": time.time(),
+    }  # fmt: skip
+    with ThreadPoolExecutor(1) as beside:
+        made = _Worker(config, 0, beside)
+        made.profiler = Profiler(made.run, None, made._note)
+        with closing(made.watchdog):
+            yield made
+
+
+def failures(board: Any) -> list[dict[str, Any]]:
+    import ray
+
+    return ray.get(board.failures.remote())
+
+
+def test_a_checkpoint_is_waited_for_before_a_failure_would_cost_too_much(worker, monkeypatch):
+    waits: list[int] = []
+    monkeypatch.setattr(worker.store, "wait", lambda: waits.append(worker.store.written))
+    worker.before_step(3, 1)
+    assert waits == []
+    worker.before_step(4, 1)
+    worker.before_step(3, 2)
+    assert waits == [0, 0]
+    worker.store.written = 4
+    worker.before_step(4, 4)
+    assert len(waits) == 2
+
+
+def test_a_node_that_is_about_to_go_is_saved_for_once(worker, monkeypatch):
+    import ray.train
+
+    told: list[Any] = [None]
+    monkeypatch.setattr(ray.train, "get_preemption_info", lambda: told[0])
+    every = module._PREEMPTION_EVERY
+    assert not any(worker.wish().save for _ in range(2 * every))
+    told[0] = "soon"
+    assert [worker.wish().save for _ in range(2 * every)].count(True) == 1
+
+
+@pytest.mark.parametrize(("step", "where"), [(None, "in its start"), (7, "after step 7")])
+def test_a_hang_is_told_with_its_place_and_its_setting(worker, board, step, where):
+    worker.step = step
+    worker._tell_hang(46.2)
+    (told,) = failures(board)
+    assert told["text"] == (
+        f"nothing happened for 46 s {where} (train.hang_timeout_s): this worker or one that it "
+        "waits for hangs"
+    )
+    assert (told["rank"], told["again"], told["of"]) == (0, True, "hang")
+
+
+def test_what_is_tried_again_and_what_is_an_echo_follows_from_the_kind_of_an_error(board):
+    import tensorflow as tf
+
+    cases = [
+        (ValueError("row 'a' cannot be used"), False, "own"),
+        (OSError("no space left"), True, "own"),
+        (DamagedCheckpointError("cut short"), True, "own"),
+        (tf.errors.UnavailableError(None, None, "connection reset"), True, "echo"),
+        (tf.errors.ResourceExhaustedError(None, None, "out of memory"), False, "own"),
+        (tf.errors.InvalidArgumentError(None, None, "shapes"), False, "own"),
+    ]
+    for error, _, _ in cases:
+        with pytest.raises(type(error)), _failures_told(board, 1):
+            raise error
+    told = failures(board)
+    assert [(f["again"], f["of"]) for f in told] == [(again, of) for _, again, of in cases]
+    assert told[0]["text"] == "ValueError: row 'a' cannot be used"
