@@ -65,7 +65,7 @@ class TimedLoop(MemoryLoop):
     """A loop from memory that stops after some steps and says when each of them ended.
 
     Args:
-        num_steps: to take at least, fewer than those of an epoch.
+        num_steps: to take, fewer than those of an epoch.
         ends: file for when each of rank 0's steps ended, by the clock and by the process's CPU
             seconds, and for the mean loss.
         ...: of `MemoryLoop`.
@@ -77,20 +77,24 @@ class TimedLoop(MemoryLoop):
 
     def run(self, hooks: Hooks | None = None, saved: Saved | None = None) -> Outcome:
         """Take the steps."""
-        timed = _Timed(hooks or Hooks(), self.num_steps)
+        timed = _Timed(hooks or Hooks())
         outcome = super().run(timed, saved)
         if self.place.rank == 0:
             mean = float(self.loss_sum) * self.place.num_workers / outcome.state.step
-            found = {"ends": timed.ends[: self.num_steps], "loss": mean}
-            Path(self.ends).write_text(json.dumps(found))
+            Path(self.ends).write_text(json.dumps({"ends": timed.ends, "loss": mean}))
         return outcome
+
+    def _wish(self, step: int, hooks: Hooks, clock: Any) -> Wish:
+        # Asked as ever, since asking is a part of the step; all ranks are at the same one.
+        super()._wish(step, hooks, clock)
+        return Wish(stop=step >= self.num_steps)
 
 
 class _Timed(Hooks):
-    """Hands everything on to other hooks, but checkpoints; wishes to stop in the end."""
+    """Hands everything on to other hooks, but checkpoints."""
 
-    def __init__(self, inner: Hooks, num_steps: int) -> None:
-        self.inner, self.num_steps = inner, num_steps
+    def __init__(self, inner: Hooks) -> None:
+        self.inner = inner
         self.ends: list[tuple[float, float]] = []
 
     def post(self, event: Event) -> None:
@@ -103,9 +107,17 @@ class _Timed(Hooks):
         self.inner.after_step(step)
         self.ends.append((time.perf_counter(), time.process_time()))
 
+    def alive(self) -> None:
+        self.inner.alive()
+
     def wish(self) -> Wish:
-        self.inner.wish()
-        return Wish(stop=len(self.ends) >= self.num_steps)
+        return self.inner.wish()
+
+    def measures(self) -> dict[str, Any]:
+        return self.inner.measures()
+
+    def on_epoch(self, record: dict[str, Any], copy: Copy) -> None:
+        self.inner.on_epoch(record, copy)
 
     def on_checkpoint(self, step: int, copy: Copy) -> None:
         pass
