@@ -3,6 +3,9 @@
 Every row draws for itself (`mm_model.draws`), everything is one static graph of dense operations in
 float32 that XLA can compile, and nothing happens at inference.
 
+Keras' own layers do none of this: their draws depend on the number of replicas, they resample once
+a change, and neither RandAugment nor their rotation compiles with XLA.
+
 Shapes: B rows, H × W pixels, C channels.
 """
 

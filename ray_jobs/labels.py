@@ -56,9 +56,7 @@ def find_classes(column: pa.ChunkedArray, spec: PrepareSpec) -> Classes:
         others = sorted(counts.keys() - {positive}, key=lambda value: (-counts[value], value))
         classes = Classes(others[0] if others else "", positive)
     elif len(counts) == 1:
-        raise JobError(
-            f"the label column {name!r} holds one class only ({seen}); a model needs rows of two"
-        )
+        classes = Classes("", *counts)
     elif pairs:
         classes = Classes(*pairs[0])
     elif len(counts) == 2:
