@@ -52,6 +52,8 @@ TIMEOUT_S = 420.0
 _SLOT = "slot"
 """A resource of which each node has one, so that workers lie on different nodes."""
 _POLL_S = 0.002
+_SMALL_MB = 512
+"""Room for a run whose disk nobody else fills."""
 
 
 def train_recorded(config: dict[str, Any], steps_file: str) -> None:
@@ -369,7 +371,7 @@ def measure(
         at = int(rng.integers(1, total - margin))
         started = time.monotonic()
         if kind == "disk":
-            with small_disk(folder, 64) as where:
+            with small_disk(folder, _SMALL_MB) as where:
                 run = run_of(f"{number}-{kind}", where)
                 alike = disturbed_alike(run, kind, at, cluster, rng, expected)
                 again, attempts = run.lost(), run.attempts()
