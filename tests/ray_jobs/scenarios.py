@@ -27,6 +27,11 @@ PLAIN = {
 }
 RANDOM = {"image": PLAIN["image"], "numeric": PLAIN["numeric"], "fusion": {"units": 16}}
 """Dropout, modality dropout and augmentation as they come."""
+STAGES = {
+    "epochs": 2,
+    "global_batch_size": 50,
+    "stages": [{"epochs": 1, "backbone": 0}, {"epochs": 1, "backbone_rate": 0.1}],
+}
 SCENARIOS: dict[str, dict[str, Any]] = {
     # 20 steps on the same rows with the same draws, whatever the number of workers.
     "synchronised": {
@@ -51,19 +56,17 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "model": PLAIN,
         "train": {"epochs": 20, "global_batch_size": 20, "learning_rate": 0.05, "patience": 2},
     },
-    # A backbone of keras.applications, whose variables are not all floats; frozen at first.
+    # A backbone that is frozen at first.
+    "stages": {"model": PLAIN, "train": STAGES},
+    # One of keras.applications, whose variables are not all floats; its graphs take long.
     "application": {
         "model": {**PLAIN, "image": {"kind": "efficientnet_b0", "weights": None, "units": 8}},
-        "train": {
-            "epochs": 2,
-            "global_batch_size": 50,
-            "stages": [{"epochs": 1, "backbone": 0}, {"epochs": 1, "backbone_rate": 0.1}],
-        },
+        "train": STAGES,
     },
     # Nothing divides anything: 101 rows, 37 to validate, steps of 14.
     "uneven": {"model": PLAIN, "train": {"epochs": 20, "global_batch_size": 14}},
 }
-ALSO_ON_FOUR = ("synchronised",)
+FAST = tuple(name for name in SCENARIOS if name != "application")
 
 
 def spec_of(scenario: str, prepared: str, num_workers: int) -> RunSpec:
@@ -102,7 +105,7 @@ class Kept(Hooks):
 
 
 def run_scenarios(config: dict[str, Any]) -> None:
-    """Run every scenario on one worker; leave what it saw in files for the test."""
+    """Run some scenarios on one worker; leave what it saw in files for the test."""
     import ray.train
 
     from ray_jobs import loop as module
@@ -143,11 +146,7 @@ def run_scenarios(config: dict[str, Any]) -> None:
         def _on_device(self, batches: Any) -> Any:
             yield from map(self._watched, super()._on_device(batches))
 
-    for name in SCENARIOS:
-        if place.num_workers == 4 and name not in ALSO_ON_FOUR:
-            continue
-        if name == "application" and place.num_workers == 1:
-            continue
+    for name in config["scenarios"]:
         spec = spec_of(name, config["prepared"], place.num_workers)
         manifest = read_manifest(Folder(spec.data.prepared))
         loop = Watched(spec, manifest, place, strategy)
@@ -177,7 +176,8 @@ def run_scenarios(config: dict[str, Any]) -> None:
             facts["best_restored"] = same_arrays(own, best.model)
             facts["label"] = best.label_N.tolist()
         if name == "random":
-            facts["resumed_alike"] = resumed_alike(loop, hooks.checkpoints)
+            if place.num_workers > 1:
+                facts["resumed_alike"] = resumed_alike(loop, hooks.checkpoints)
             facts["stopped_alike"] = stopped_alike(loop, hooks.checkpoints)
         if name == "synchronised":
             facts["distance_of_resumed"] = distance_of_resumed(loop, output, hooks.checkpoints)
