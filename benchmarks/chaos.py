@@ -33,7 +33,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -91,7 +91,7 @@ class Run:
     address: str
     settings: dict[str, Any]
     logs: Path
-    """Where the driver writes what it says, and rank 0 its steps: not on a disk that fills up."""
+    """Where the driver writes what it says, and ranks their steps: not on a disk that fills up."""
     driver: Any = None
 
     @property
@@ -154,7 +154,7 @@ class Run:
         """Wait until there is a checkpoint, whole."""
         deadline = time.monotonic() + TIMEOUT_S
         while not list(self.path.glob("checkpoints/steps/*[0-9]/state.json")):
-            if time.monotonic() > deadline:
+            if self.driver.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"{self.name} never had a checkpoint")
             time.sleep(_POLL_S)
 
@@ -238,13 +238,11 @@ def small_disk(parent: Path, megabytes: int) -> Iterator[Path]:
 def fill(path: Path) -> Path:
     """Fill a file system up; return the file that does."""
     ballast = path / "ballast"
-    with open(ballast, "wb") as file:
-        try:
-            while True:
-                file.write(b"\0" * 65536)
-                file.flush()
-        except OSError:
-            return ballast
+    # Without a buffer, whose rest would find no room when the file is closed.
+    with open(ballast, "wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(b"\0" * (1 << 20))
+    return ballast
 
 
 def disturb(kind: str, run: Run, cluster: LocalCluster, rng: np.random.Generator) -> None:
@@ -254,7 +252,10 @@ def disturb(kind: str, run: Run, cluster: LocalCluster, rng: np.random.Generator
     elif kind == "hang":
         os.kill(run.pid_of(int(rng.integers(2))), signal.SIGSTOP)
     elif kind == "controller":
-        for pid in cluster.controllers():
+        pids = cluster.controllers()
+        if not pids:
+            raise RuntimeError("there is no controller any more")
+        for pid in pids:
             os.kill(pid, signal.SIGKILL)
     elif kind == "driver":
         run.driver.kill()
@@ -263,7 +264,7 @@ def disturb(kind: str, run: Run, cluster: LocalCluster, rng: np.random.Generator
     elif kind == "node":
         cluster.replace(int(rng.integers(len(cluster.nodes))))
     elif kind == "disk":
-        ballast, before = fill(run.folder), run.steps()[-1][2]
+        before, ballast = run.steps()[-1][2], fill(run.folder)
         run.wait_for_step(before + 2 * EVERY)
         ballast.unlink()
     elif kind == "torn":
@@ -271,7 +272,7 @@ def disturb(kind: str, run: Run, cluster: LocalCluster, rng: np.random.Generator
         steps = run.path / "checkpoints/steps"
         deadline = time.monotonic() + TIMEOUT_S
         while not any(path.name.endswith(".partial") for path in steps.iterdir()):
-            if time.monotonic() > deadline:
+            if run.driver.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError("no checkpoint was seen while it was written")
         os.kill(run.pid_of(0), signal.SIGKILL)
     elif kind == "damaged":
@@ -365,9 +366,10 @@ def measure(
     equal, lost, lost_damaged = 0, 0, 0
     for number in range(num_runs):
         kind = kinds[number % len(kinds)]
-        # A full disk lasts two checkpoints, and another one has to come before the end. A worker
-        # that hangs when it has nothing more to do is Ray's to find, which takes ten minutes.
-        margin = {"disk": 3 * EVERY, "hang": 2}.get(kind, 1)
+        # A full disk lasts two checkpoints, and another one has to come before the end; one that is
+        # torn has to be seen; a controller has to be there. A worker that hangs when it has nothing
+        # more to do is Ray's to find, which takes ten minutes.
+        margin = {"disk": 3 * EVERY, "torn": EVERY, "controller": 4, "hang": 2}.get(kind, 1)
         at = int(rng.integers(1, total - margin))
         started = time.monotonic()
         if kind == "disk":
