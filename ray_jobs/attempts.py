@@ -6,6 +6,7 @@ damaged, and it counts a killed controller as neither.
 
     failure     a worker that died, hung or lost another: up to `train.max_failures`
     preemption  a node that its provider took away: up to `train.max_preemptions`
+    start       no room for the workers: half an hour, then the user should know
     error       in data, settings or program: never, since it would come again
 """
 
@@ -14,11 +15,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from ray_jobs.board import begin_attempt
+from ray_jobs.board import begin_attempt, failures_told
 from ray_jobs.cli import Interrupted, JobError
 from ray_jobs.cluster import first_line, reason
 from ray_jobs.report import Event
@@ -29,29 +30,29 @@ if TYPE_CHECKING:
     from ray.train import UserCallback
 
 _STARTS = 30
-"""Tries to start the workers, a minute each: enough for an autoscaler, and then the user should
-know."""
+"""Tries to start the workers in a row, a minute each: enough for an autoscaler."""
 _LOOK_S = 0.5
 _ROOM_EVERY_S = 10.0
 _FREED_S = 10.0
 """Ray counts what an ended attempt held as free a moment later."""
-_ANSWER_S = 10.0
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why an attempt ended; `start` is a start for which there was no room in time."""
+    """Why an attempt ended before the training did."""
 
-    kind: Literal["failure", "preemption", "error", "start"]
+    kind: Literal["failure", "preemption", "error", "start", "room", "stop"]
+    """As above; `room` is for more workers, and a `stop` is what it was asked to do."""
     text: str
+    cause: Exception | None = None
 
 
 @dataclass(frozen=True)
 class _Ended:
-    """How an attempt ended: what it raised, and what it was asked to stop for."""
+    """How an attempt ended: what it raised, and whether it was to make room for a larger one."""
 
     error: Exception | None
-    asked: Literal["interrupt", "room"] | None
+    grows: bool
 
 
 def run_attempts(
@@ -69,50 +70,70 @@ def run_attempts(
         JobError: if none comes to it; the text is that of the first worker that failed.
         Interrupted: if the user stopped it.
     """
-    counts = {"failure": 0, "preemption": 0}
-    most_workers, starts = train.workers_range[1], 0
-    while True:
-        num_workers = _num_workers(train, most_workers)
-        begin_attempt(board)
-        ended = _attempted(lambda n=num_workers: attempt(n), train, num_workers, board)
-        if finished():
-            return
-        if ended.error is None:
-            if ended.asked == "interrupt":
-                raise Interrupted("stopped; the same command again goes on from its checkpoint")
-            if ended.asked is None:
-                raise JobError("the workers ended, and the training did not; this is a bug")
-            continue
-        failure = _failure(ended.error, _told(board), num_workers)
-        if failure is None:
-            raise ended.error
-        # Without its frames, which hold handles that would keep Ray's actors alive.
-        cause = ended.error.with_traceback(None)
-        if failure.kind == "error" or ended.asked == "interrupt":
-            raise JobError(failure.text) from cause
+    budget = _Budget(train)
+    with _interrupts_noted() as interrupted:
+        while True:
+            num_workers = _num_workers(train, budget.most_workers, interrupted)
+            begin_attempt(board)
+            ended = _attempted(
+                lambda n=num_workers: attempt(n), train, num_workers, board, interrupted
+            )
+            failure = _why_unfinished(ended, finished, board, num_workers)
+            if failure is None:
+                return
+            if interrupted.is_set():
+                if failure.kind in ("room", "start", "stop"):
+                    raise Interrupted("stopped; the same command again goes on from its checkpoint")
+                raise JobError(failure.text) from failure.cause
+            board.post.remote(budget.spend(failure, num_workers))
+
+
+class _Budget:
+    """What has failed so far, and how many workers are tried next."""
+
+    def __init__(self, train: TrainSpec) -> None:
+        self.train = train
+        self.most_workers = train.workers_range[1]
+        self._counts = {"failure": 0, "preemption": 0}
+        self._starts = 0
+
+    def spend(self, failure: Failure, num_workers: int) -> Event:
+        """Return what to tell the user of a failure after which the training is tried again.
+
+        Raises:
+            JobError: if it is not.
+        """
+        if failure.kind in ("error", "stop"):
+            raise JobError(failure.text) from failure.cause
         if failure.kind == "start":
-            starts += 1
-            if starts == _STARTS:
-                raise JobError(f"{failure.text}, for the {starts}th time") from cause
-            most_workers = max((n for n in _allowed(train) if n < num_workers), default=num_workers)
-            text = f"{failure.text}; trying again with {most_workers}"
-            board.post.remote({"kind": "note", "text": text})
-            continue
-        most_workers, starts = train.workers_range[1], 0
-        setting = f"max_{failure.kind}s"
-        most, before = getattr(train, setting), counts[failure.kind]
+            self._starts += 1
+            if self._starts == _STARTS:
+                text = f"{failure.text}, for the {_STARTS}th time"
+                raise JobError(text) from failure.cause
+            fewer = [n for n in _allowed(self.train) if n < num_workers]
+            self.most_workers = max(fewer, default=num_workers)
+            text = f"{failure.text}; trying again with {self.most_workers}"
+            return {"kind": "note", "text": text}
+        self.most_workers, self._starts = self.train.workers_range[1], 0
+        if failure.kind == "room":
+            return {"kind": "note", "text": failure.text}
+        setting, before = f"max_{failure.kind}s", self._counts[failure.kind]
+        most = getattr(self.train, setting)
         if 0 <= most <= before:
             raise JobError(
                 f"{failure.text}\n(train.{setting}={most} of them are survived; the same command "
                 "again goes on from the newest checkpoint)"
-            ) from cause
-        counts[failure.kind] += 1
-        event = {"kind": "failure", "text": failure.text, "attempt": before + 1, "most": most}
-        board.post.remote(event)
+            ) from failure.cause
+        self._counts[failure.kind] += 1
+        return {"kind": "failure", "text": failure.text, "attempt": before + 1, "most": most}
 
 
 def _attempted(
-    attempt: Callable[[], None], train: TrainSpec, num_workers: int, board: Any
+    attempt: Callable[[], None],
+    train: TrainSpec,
+    num_workers: int,
+    board: Any,
+    interrupted: threading.Event,
 ) -> _Ended:
     """Run one attempt in a thread, so that this one can be interrupted."""
     raised: list[Exception] = []
@@ -126,22 +147,18 @@ def _attempted(
         finally:
             done.set()
 
-    thread = threading.Thread(target=work, name="attempt", daemon=True)
-    asked: Literal["interrupt", "room"] | None = None
-    with _interrupts_noted() as interrupted:
-        thread.start()
-        looked = time.monotonic()
-        while not done.wait(_LOOK_S):
-            if interrupted.is_set() and asked != "interrupt":
-                asked = "interrupt"
-                print("\nsaving a checkpoint; once more ends at once", file=sys.stderr)
+    threading.Thread(target=work, name="attempt", daemon=True).start()
+    looked, told, grows = time.monotonic(), False, False
+    while not done.wait(_LOOK_S):
+        if interrupted.is_set() and not told:
+            told = True
+            print("\nsaving a checkpoint; once more ends at once", file=sys.stderr)
+            board.ask_to_stop.remote()
+        if not (told or grows) and time.monotonic() - looked > _ROOM_EVERY_S:
+            looked = time.monotonic()
+            if grows := _has_room_for_more(train, num_workers):
                 board.ask_to_stop.remote()
-            if asked is None and time.monotonic() - looked > _ROOM_EVERY_S:
-                looked = time.monotonic()
-                if _has_room_for_more(train, num_workers):
-                    asked = "room"
-                    board.ask_to_stop.remote()
-    return _Ended(raised[0] if raised else None, "interrupt" if interrupted.is_set() else asked)
+    return _Ended(raised[0] if raised else None, grows)
 
 
 @contextmanager
@@ -169,15 +186,24 @@ def _interrupts_noted() -> Iterator[threading.Event]:
 # -- why an attempt failed ------------------------------------------------------------------------
 
 
-def _told(board: Any) -> list[Event]:
-    """Return what workers told of their failures, the first one first."""
-    import ray
-    from ray.exceptions import RayError
-
-    with suppress(RayError):
-        told = ray.get(board.failures.remote(), timeout=_ANSWER_S)
-        return sorted(told, key=lambda failure: failure["time"])
-    return []
+def _why_unfinished(
+    ended: _Ended, finished: Callable[[], bool], board: Any, num_workers: int
+) -> Failure | None:
+    """Return why the training is to go on after an attempt; None if it has come to its end."""
+    try:
+        if finished():
+            return None
+    except OSError as error:
+        return Failure("failure", f"the run folder could not be read: {error}")
+    if ended.error is not None:
+        failure = _failure(ended.error, failures_told(board), num_workers)
+        if failure is None:
+            raise ended.error
+        # Without its frames, which hold handles that would keep Ray's actors alive.
+        return replace(failure, cause=ended.error.with_traceback(None))
+    if ended.grows:
+        return Failure("room", f"there is room for more workers than {num_workers}")
+    return Failure("stop", "the workers ended, and the training did not; this is a bug")
 
 
 def _failure(raised: Exception, told: Sequence[Event], num_workers: int) -> Failure | None:
@@ -186,7 +212,7 @@ def _failure(raised: Exception, told: Sequence[Event], num_workers: int) -> Fail
     Of its workers' failures the first that is no other's echo: an error of its own, then a hang,
     then a death of which Ray knows, and at last what others noticed of one that said nothing.
     """
-    from ray.exceptions import RayError
+    from ray.exceptions import RayError, RayTaskError
     from ray.train.v2._internal.exceptions import (
         WorkerGroupStartupFailedError,
         WorkerGroupStartupTimeoutError,
@@ -226,7 +252,10 @@ def _failure(raised: Exception, told: Sequence[Event], num_workers: int) -> Fail
         if isinstance(why, WorkerGroupStartupTimeoutError):
             return Failure("start", f"there was no room for {num_workers} workers for a minute")
         if isinstance(why, WorkerGroupStartupFailedError):
-            return Failure("failure", f"a worker died while it started: {first_line(why)}")
+            # A sentence of Ray's, and a traceback that ends in the reason.
+            return Failure("failure", f"a worker died while it started: {_last_line(why)}")
+        if isinstance(why, RayError) and not isinstance(why, RayTaskError):
+            return Failure("failure", f"a worker or its node was lost: {first_line(why)}")
         return Failure("error", f"the workers could not be started: {raised}")
     if isinstance(raised, TrainingFailedError):
         return Failure("error", f"training failed: {raised}")
@@ -243,6 +272,10 @@ def _death(error: Exception) -> "RayActorError | None":
     return inner if isinstance(inner, RayActorError) else None
 
 
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1]
+
+
 # -- how many workers -----------------------------------------------------------------------------
 
 
@@ -251,7 +284,7 @@ def _allowed(train: TrainSpec) -> list[int]:
     return [n for n in train.allowed_workers() if low <= n <= high]
 
 
-def _num_workers(train: TrainSpec, most: int) -> int:
+def _num_workers(train: TrainSpec, most: int, interrupted: threading.Event) -> int:
     """Return how many workers to start: of those allowed the most that there is room for."""
     allowed = [n for n in _allowed(train) if n <= most]
     # With room for none, the least: Ray waits for it, and so does an autoscaler's request.
@@ -259,9 +292,8 @@ def _num_workers(train: TrainSpec, most: int) -> int:
         return allowed[0]
     deadline = time.monotonic() + _FREED_S
     while (room := _room(train, _free())) < _room(train, _nodes()) and room < allowed[-1]:
-        if time.monotonic() > deadline:
+        if time.monotonic() > deadline or interrupted.wait(_LOOK_S):
             break
-        time.sleep(_LOOK_S)
     return max([n for n in allowed if n <= room], default=allowed[0])
 
 
@@ -287,13 +319,17 @@ def _free() -> list[dict[str, float]]:
 def _room(train: TrainSpec, nodes: Sequence[Mapping[str, float]]) -> int:
     """Return how many workers nodes could hold, a CPU left to Ray Data."""
     needed = worker_resources(train)
-    roomiest = max(nodes, key=lambda node: node.get("CPU", 0), default={})
-    for_data = {"CPU": roomiest.get("CPU", 0) - 1}
-    each = [{**node, **for_data} if node is roomiest else node for node in nodes]
-    return sum(
-        max(min(int(node.get(name, 0) / amount) for name, amount in needed.items()), 0)
-        for node in each
-    )
+
+    def fit(node: Mapping[str, float]) -> int:
+        return min(int(node.get(name, 0) / amount) for name, amount in needed.items())
+
+    # Where it costs the fewest workers.
+    costs = [
+        fit(node) - fit({**node, "CPU": node["CPU"] - 1})
+        for node in nodes
+        if node.get("CPU", 0) >= 1
+    ]
+    return sum(map(fit, nodes)) - min(costs) if costs else 0
 
 
 def worker_resources(train: TrainSpec) -> dict[str, float]:

@@ -70,6 +70,33 @@ def begin_attempt(board: Any) -> None:
         ray.get(board.begin.remote(), timeout=_ANSWER_S)
 
 
+def tell_failure(board: Any, failure: Event) -> None:
+    """Tell the driver of a worker's failure.
+
+    Args:
+        board: of the run.
+        failure: `rank`; `text`; `again`, whether trying again is worth it; and `of`, which is
+            `own`, a `hang`, or the `echo` of another worker's.
+    """
+    import ray
+    from ray.exceptions import RayError
+
+    # Else Ray tells the driver, too, if with fewer words.
+    with suppress(RayError):
+        ray.get(board.fail.remote(failure), timeout=_ANSWER_S)
+
+
+def failures_told(board: Any) -> list[Event]:
+    """Return what workers told of their failures in this attempt, the first one first."""
+    import ray
+    from ray.exceptions import RayError
+
+    with suppress(RayError):
+        told = ray.get(board.failures.remote(), timeout=_ANSWER_S)
+        return sorted(told, key=lambda failure: failure["time"])
+    return []
+
+
 class StopRequest:
     """Tells a worker whether it was asked to stop, without waiting long for the answer."""
 

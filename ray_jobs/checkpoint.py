@@ -39,7 +39,7 @@ class DamagedCheckpointError(Exception):
 
 
 class LoopState(Spec):
-    """Where training stands after a step; the same on every worker."""
+    """Where training stands after a step; the same on every worker but for rank 0's measures."""
 
     epoch: NonNegativeInt = 0
     """Epochs done."""

@@ -138,9 +138,14 @@ class CheckpointStore:
                 self._best.add(epoch)
             self._write(f"{STEPS}/{step:08d}", lambda path: write_checkpoint(path, saved))
             self.written = step
-            self._prune(saved)
-        except OSError as error:
+        except Exception as error:
+            # Of any class: a disk's, or a remote file system's.
             self.warn(f"the checkpoint after step {step} could not be written: {error}")
+            return
+        try:
+            self._prune(saved)
+        except Exception as error:
+            self.warn(f"checkpoints that are not needed could not be deleted: {error}")
 
     def _write(self, name: str, write: Callable[[Path], None]) -> None:
         """Make a folder, there whole or not at all, of what `write` puts into a local one."""

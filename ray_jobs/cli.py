@@ -276,7 +276,7 @@ def _error_lines(spec_class: type[Spec], problems: Sequence[Any]) -> list[str]:
         # A value that fits no member of a union has a problem for each; a bound says the most.
         elif path not in lines or problem["type"].startswith(("greater_than", "less_than")):
             lines[path] = _union_line(path, field, problem)
-    return list(lines.values())
+    return list(dict.fromkeys(lines.values()))
 
 
 def _setting(spec_class: type[Spec], location: Sequence[Any]) -> tuple[str, FieldInfo | None]:
@@ -324,7 +324,9 @@ def _error_line(spec_class: type[Spec], problem: Any) -> str:
         )
     setting, field = _setting(spec_class, location)
     if field is not None and _is_of_wrong_length(problem):
-        return f"{setting}: accepted: {type_text(field)}"
+        given = problem["input"]
+        shown = ",".join(map(str, given)) if isinstance(given, list | tuple) else given
+        return f"{setting}={str(shown)!r}: accepted: {type_text(field)}"
     if problem["type"] == "missing":
         if any(part.isdigit() for part in location):
             return f"{path}: is required (accepted: {', '.join(known)})"

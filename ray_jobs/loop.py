@@ -174,7 +174,7 @@ class Loop:
     def _train_epoch(
         self, state: LoopState, steps: Iterator[Tensors], hooks: Hooks, clock: _Clock
     ) -> tuple[LoopState, bool]:
-        """Take the steps of an epoch that are left; return whether a wish to stop cut them off."""
+        """Take the steps of an epoch that are left; return whether one wished to stop."""
         end = self.order.steps_before(state.epoch + 1)
         cadence = self.spec.train.checkpoint_cadence
         step, shown, wish = state.step, clock.started, Wish()

@@ -30,9 +30,10 @@ NOTE = "mlflow.json"
 """What the run folder remembers of its MLflow run."""
 FAILURE = "failure"
 """Tag of a run that failed: why."""
+HISTORY = "history.jsonl"
+"""A record an epoch, as a line of JSON."""
 ARTIFACTS = (
-    "run.yaml", "manifest.json", "environment.json", "history.jsonl", "history.parquet",
-    "summary.json",
+    "run.yaml", "manifest.json", "environment.json", HISTORY, "history.parquet", "summary.json",
 )  # fmt: skip
 
 _MOST_CHARACTERS = 6000
@@ -65,8 +66,9 @@ def tracking_uri(spec: RunSpec) -> str:
     if _USER_INFO.search(given):
         raise JobError(
             f"{masked(given)} holds a user name, perhaps with a password, which would be written "
-            "into the run folder; set run.tracking_uri to the address alone, and "
-            "$MLFLOW_TRACKING_USERNAME and $MLFLOW_TRACKING_PASSWORD on every node"
+            "into the run folder; for a server set $MLFLOW_TRACKING_USERNAME and "
+            "$MLFLOW_TRACKING_PASSWORD on every node, for a database what it reads itself, such as "
+            "$PGPASSWORD"
         )
     if given.startswith("sqlite:///"):
         # Workers run in another directory, where a relative path would mean something else.
@@ -127,23 +129,21 @@ class MlflowRun:
     def write(self, history: Sequence[Mapping[str, Any]]) -> None:
         """Log the epochs that are not there yet."""
         with self._going_on():
-            client = self._open()
-            for record in history:
-                epoch = record[report.EPOCH]
-                if epoch not in self._logged:
-                    metrics = {k: v for k, v in record.items() if k != report.EPOCH}
-                    self._log_metrics(client, metrics, epoch)
-                    self._logged.add(epoch)
+            self._log_epochs(self._open(), history)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Log the summary's numbers, the run's files and its model; the run is FINISHED then.
 
-        Where that was done before, nothing is.
+        Epochs of the history that are not there yet are logged, too. Where all was done before,
+        nothing is.
         """
         with self._going_on():
             if self._note().get("finished"):
                 return
             client = self._open()
+            if self.folder.exists(HISTORY):
+                lines = self.folder.read_bytes(HISTORY).decode("utf-8").splitlines()
+                self._log_epochs(client, [json.loads(line) for line in lines])
             self._log_metrics(client, _flat({"summary": summary}, "/"), 0)
             self._log_files(client)
             client.set_terminated(self._run_id, "FINISHED")
@@ -190,6 +190,8 @@ class MlflowRun:
         note = self._note()
         if note:
             run = client.get_run(note["run_id"])
+            note.pop("finished", None)
+            self.folder.write_json(NOTE, note)
             client.update_run(run.info.run_id, status="RUNNING")
             if FAILURE in run.data.tags:
                 client.delete_tag(run.info.run_id, FAILURE)
@@ -233,6 +235,14 @@ class MlflowRun:
         for start in range(0, len(parameters), _PARAMETERS_AT_ONCE):
             part = parameters[start : start + _PARAMETERS_AT_ONCE]
             client.log_batch(self._run_id, params=part)
+
+    def _log_epochs(self, client: "MlflowClient", history: Sequence[Mapping[str, Any]]) -> None:
+        for record in history:
+            epoch = record[report.EPOCH]
+            if epoch not in self._logged:
+                metrics = {k: v for k, v in record.items() if k != report.EPOCH}
+                self._log_metrics(client, metrics, epoch)
+                self._logged.add(epoch)
 
     def _log_metrics(self, client: "MlflowClient", values: Mapping[str, Any], step: int) -> None:
         from mlflow.entities import Metric

@@ -13,6 +13,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,11 +21,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ray_jobs import report
-from ray_jobs.mlflow_run import MlflowRun, require_mlflow
+from ray_jobs.mlflow_run import HISTORY, MlflowRun, require_mlflow
 from ray_jobs.spec import RunSpec
 from ray_jobs.storage import Folder
 
-HISTORY = "history.jsonl"
 HISTORY_TABLE = "history.parquet"
 TENSORBOARD = "tensorboard"
 
@@ -87,15 +87,15 @@ class Tracker:
         Args:
             history: all records of the run so far, in order.
         """
-        import tensorflow as tf
-
         try:
             self.folder.write_text(HISTORY, "".join(_line(epoch) for epoch in history))
             self.folder.write_bytes(HISTORY_TABLE, _parquet(history))
             self._board = self._board or TensorBoard(self.folder)
             self._board.write(history)
-        except (OSError, tf.errors.OpError) as error:
-            # The next epoch writes what is missing.
+        except Exception as error:
+            # Of any class: a disk's, TensorFlow's, a remote file system's. The next epoch writes
+            # what is missing, and TensorBoard's log anew.
+            self._board = None
             self._warn(f"the history could not be written: {error}")
         if self._mlflow is not None:
             self._mlflow.write(history)
@@ -118,7 +118,9 @@ class Tracker:
     def close(self) -> None:
         """Close what is open."""
         if self._board is not None:
-            self._board.close()
+            # Every epoch was flushed; a full disk has been warned of then.
+            with suppress(Exception):
+                self._board.close()
             self._board = None
 
 

@@ -190,10 +190,10 @@ def _end_tracked(spec: RunSpec, folder: Folder) -> Iterator[None]:
     """Tell MLflow of a stop, and of a failure that no worker lived to tell."""
     try:
         yield
-    except Interrupted:
+    except (Interrupted, KeyboardInterrupt):
         Tracker(folder, spec).stop()
         raise
-    except JobError as error:
+    except Exception as error:
         Tracker(folder, spec).fail(str(error))
         raise
 

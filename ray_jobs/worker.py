@@ -12,7 +12,7 @@ from contextlib import closing, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from ray_jobs import report
-from ray_jobs.board import StopRequest
+from ray_jobs.board import StopRequest, tell_failure
 from ray_jobs.checkpoint import Saved
 from ray_jobs.checkpoint_store import CheckpointStore
 from ray_jobs.cli import JobError
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from ray_jobs.loop import Loop
     from ray_jobs.manifest import Manifest
 
-_ANSWER_S = 10.0
 _PREEMPTION_EVERY = 5
 """Questions of the loop between two looks for a node that is about to go; each is a barrier."""
 _NOT_TRIED_AGAIN = (
@@ -48,6 +47,8 @@ _NOT_TRIED_AGAIN = (
 """Errors that come again as often as one tries: in the data, the settings or the program."""
 _OF_THE_PROGRAM = ("InvalidArgumentError", "ResourceExhaustedError", "UnimplementedError")
 """Those of TensorFlow, by their names, since it is imported later."""
+_OF_THE_OTHERS = ("AbortedError", "CancelledError", "DeadlineExceededError", "UnavailableError")
+"""Those of TensorFlow that a collective ends in whose cause lies on another worker."""
 
 
 def train_on_worker(config: dict[str, Any]) -> None:
@@ -162,14 +163,13 @@ class _Worker(Hooks):
                 self.cache.close()
             self.store.close()
             if not outcome.finished:
-                step, saved_step = outcome.state.step, self.store.written
-                lost = "" if saved_step == step else f"; the newest is that after step {saved_step}"
-                is_saved = "which is saved" if saved_step == step else "which could not be saved"
-                self._note(f"stopped after step {step}, {is_saved}{lost}")
+                self._note(_stopped_text(outcome.state.step, self.store.written))
             elif self.tracker is not None and outcome.best is not None:
                 from ray_jobs.finish import finish
 
                 self.watchdog.close()
+                # An attempt before this one may not have come to it.
+                self.tracker.write(outcome.state.history)
                 self._note("writing the best model, calibrated")
                 seconds = time.monotonic() - self.began
                 summary = finish(loop, outcome.state, outcome.best, self.run, seconds)
@@ -247,30 +247,33 @@ class _Worker(Hooks):
             f"nothing happened for {silent_s:.0f} s {where} (train.hang_timeout_s): this worker or "
             "one that it waits for hangs"
         )
-        _tell_failure(self.board, {"rank": self.rank, "text": text, "again": True, "of": "hang"})
+        tell_failure(self.board, {"rank": self.rank, "text": text, "again": True, "of": "hang"})
+
+
+def _stopped_text(step: int, saved_step: int) -> str:
+    if saved_step == step:
+        return f"stopped after step {step}, which is saved"
+    newest = f"the newest is that after step {saved_step}" if saved_step else "there is none"
+    return f"stopped after step {step}, whose checkpoint could not be written; {newest}"
 
 
 @contextmanager
 def _failures_told(board: Any, rank: int) -> Iterator[None]:
-    """Tell the driver of an exception, before the others fail of this worker's silence."""
+    """Tell the driver of an exception, with more words than Ray has."""
     try:
         yield
     except Exception as error:
         name, text = type(error).__name__, f"{type(error).__name__}: {error}"
         comes_again = isinstance(error, _NOT_TRIED_AGAIN) or name in _OF_THE_PROGRAM
-        # TensorFlow's own errors are mostly those of collectives, whose cause lies elsewhere.
-        echo = type(error).__module__.startswith("tensorflow") and not comes_again
-        of = "echo" if echo else "own"
-        _tell_failure(board, {"rank": rank, "text": text, "again": not comes_again, "of": of})
+        of = "echo" if _is_echo(error) else "own"
+        tell_failure(board, {"rank": rank, "text": text, "again": not comes_again, "of": of})
         raise
 
 
-def _tell_failure(board: Any, failure: Event) -> None:
-    import ray
-    from ray.exceptions import RayError
+def _is_echo(error: Exception) -> bool:
+    """Whether an error is that of a collective or a call whose other side has failed."""
+    from ray.exceptions import RayActorError
 
-    try:
-        ray.get(board.fail.remote(failure), timeout=_ANSWER_S)
-    except RayError:
-        # Ray tells the driver, too, if with fewer words.
-        return
+    of_tensorflow = type(error).__module__.startswith("tensorflow")
+    lost = type(error).__name__ in _OF_THE_OTHERS or "ollective" in str(error)
+    return isinstance(error, RayActorError) or (of_tensorflow and lost)

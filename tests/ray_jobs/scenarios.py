@@ -7,6 +7,7 @@ each epoch, and SCENARIO-WORKERS-RANK.json with facts.
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
@@ -178,6 +179,8 @@ def run_scenarios(config: dict[str, Any]) -> None:
         if name == "random":
             if place.num_workers > 1:
                 facts["resumed_alike"] = resumed_alike(loop, hooks.checkpoints)
+            else:
+                facts["stopped_between"] = stopped_between_epochs(loop, hooks.checkpoints)
             facts["stopped_alike"] = stopped_alike(loop, hooks.checkpoints)
         if name == "synchronised":
             facts["distance_of_resumed"] = distance_of_resumed(loop, output, hooks.checkpoints)
@@ -229,16 +232,31 @@ def resumed_alike(loop: Any, undisturbed: list[Saved]) -> list[bool]:
     return alike
 
 
-def stopped_alike(loop: Any, undisturbed: list[Saved]) -> list[Any]:
-    """Stop where no checkpoint is due, go on from there; compare the end."""
+def stopped(loop: Any, stop_at: int) -> tuple[Any, Kept]:
+    """Train in a loop of its own until a wish to stop; return how it ended, and the hooks."""
     from ray_jobs import loop as module
     from ray_jobs.loop import Loop
 
-    hooks = Kept(stop_at=8)
+    hooks = Kept(stop_at)
     loop = Loop(loop.spec, loop.manifest, loop.place, loop.replicas.strategy)
-    seconds, module._LOOK_UP_S = module._LOOK_UP_S, 0.0
-    outcome = loop.run(hooks)
-    module._LOOK_UP_S = seconds
+    with patch.object(module, "_LOOK_UP_S", 0.0):
+        return loop.run(hooks), hooks
+
+
+def stopped_between_epochs(loop: Any, undisturbed: list[Saved]) -> list[Any]:
+    """Stop at the last step of an epoch, which ends as any other one."""
+    outcome, hooks = stopped(loop, 6)
+    last = hooks.checkpoints[-1]
+    expected = next(saved for saved in undisturbed if saved.state.epoch == 1)
+    alike = same_checkpoints(last, expected)
+    return [not outcome.finished, outcome.state.step, outcome.state.epoch, alike]
+
+
+def stopped_alike(loop: Any, undisturbed: list[Saved]) -> list[Any]:
+    """Stop where no checkpoint is due, go on from there; compare the end."""
+    from ray_jobs.loop import Loop
+
+    outcome, hooks = stopped(loop, 8)
     last = hooks.checkpoints[-1]
     rest = Kept()
     Loop(loop.spec, loop.manifest, loop.place, loop.replicas.strategy).run(rest, last)

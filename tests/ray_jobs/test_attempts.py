@@ -9,18 +9,9 @@ from typing import Any
 import pytest
 
 from ray_jobs.attempts import run_attempts
-from ray_jobs.board import StopRequest, make_board
+from ray_jobs.board import StopRequest
 from ray_jobs.cli import Interrupted, JobError
 from ray_jobs.spec import TrainSpec
-
-
-@pytest.fixture
-def board(ray_local) -> Any:
-    import ray
-
-    made = make_board()
-    yield made
-    ray.kill(made)
 
 
 def failed(*ranks: int, error: Exception | None = None) -> Exception:
@@ -221,37 +212,121 @@ def test_a_worker_lost_in_its_start_is_a_failure_like_another(board):
     from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
     from ray.train.v2.api.exceptions import ControllerError
 
-    lost = ControllerError(WorkerGroupStartupFailedError("the node is gone"))
-    attempts = Attempts(board, lost)
-    attempts.run(max_failures=1)
-    assert events(board)[0]["text"] == "a worker died while it started: the node is gone"
+    text = "One of the worker actors failed to initialize due to error:\nTraceback\n  …\nits end\n"
+    lost = ControllerError(WorkerGroupStartupFailedError(text))
+    attempts = Attempts(board, lost, ControllerError(lost_actor()))
+    attempts.run(max_failures=2)
+    first, second = events(board)
+    assert first["text"] == "a worker died while it started: its end"
+    assert second["text"].startswith("a worker or its node was lost: ")
 
 
-def test_a_run_grows_when_there_is_room_and_goes_on_with_more_workers(board, monkeypatch):
+def test_a_run_grows_when_there_is_room_and_not_before(board, monkeypatch):
     import ray
 
     from ray_jobs import attempts as module
 
     monkeypatch.setattr(module, "_ROOM_EVERY_S", 0.0)
-    monkeypatch.setattr(module, "_FREED_S", 0.0)
+    looked, has_room = threading.Semaphore(0), module._has_room_for_more
 
-    @ray.remote(num_cpus=3)
-    class Other:
-        """Holds the room at first."""
+    def counted(*arguments: Any) -> bool:
+        looked.release()
+        return has_room(*arguments)
 
-    other = Other.remote()
-    ray.get(other.__ray_ready__.remote())
+    monkeypatch.setattr(module, "_has_room_for_more", counted)
+
+    @ray.remote
+    class Holder:
+        """Holds CPUs."""
+
+    def held(num_cpus: int) -> Any:
+        holder = Holder.options(num_cpus=num_cpus).remote()
+        ray.get(holder.__ray_ready__.remote())
+        return holder
+
+    other = held(3)
+    numbers: list[int] = []
+
+    def attempt(num_workers: int) -> None:
+        numbers.append(num_workers)
+        worker = held(num_workers)
+        if len(numbers) == 1:
+            for _ in range(3):
+                assert looked.acquire(timeout=30)
+            assert not ray.get(board.asked_to_stop.remote())
+            ray.kill(other)
+            while not ray.get(board.asked_to_stop.remote()):
+                pass
+        ray.kill(worker)
+
+    run_attempts(TrainSpec(num_workers=(1, 4)), attempt, lambda: len(numbers) == 2, board)
+    assert numbers == [1, 4]
+    assert [event["text"] for event in events(board)] == ["there is room for more workers than 1"]
+
+
+def test_a_start_without_room_is_forgotten_once_there_is_some(board, monkeypatch):
+    import ray
+
+    from ray_jobs import attempts as module
+
+    monkeypatch.setattr(module, "_ROOM_EVERY_S", 0.0)
     numbers: list[int] = []
 
     def attempt(num_workers: int) -> None:
         numbers.append(num_workers)
         if len(numbers) == 1:
-            ray.kill(other)
-            while not ray.get(board.asked_to_stop.remote()):
-                pass
+            raise no_room(num_workers)
+        while len(numbers) == 2 and not ray.get(board.asked_to_stop.remote()):
+            pass
 
-    run_attempts(TrainSpec(num_workers=(1, 4)), attempt, lambda: len(numbers) == 2, board)
-    assert numbers == [1, 4]
+    run_attempts(TrainSpec(num_workers=(1, 4)), attempt, lambda: len(numbers) == 3, board)
+    assert numbers == [4, 2, 4]
+
+
+def test_room_that_a_run_grows_into_is_there_when_it_starts_again():
+    from ray_jobs.attempts import _room
+
+    train = TrainSpec(global_batch_size=24, num_workers=(2, 4), cpus_per_worker=4)
+    # Two workers on the larger node: what is free, with them, is no more than there is at all.
+    assert _room(train, [{"CPU": 5}, {"CPU": 12}]) == 4
+    assert _room(train, [{"CPU": 5}, {"CPU": 4}]) == 2
+    assert _room(train, [{"CPU": 4}, {"CPU": 8}]) == 2
+    assert _room(train, [{"CPU": 0.5}, {"GPU": 1}]) == 0
+    assert _room(train, []) == 0
+
+
+def test_an_interrupt_while_there_is_no_room_is_no_failure(board):
+    began = threading.Event()
+
+    def attempt(num_workers: int) -> None:
+        began.set()
+        ended.wait(30)
+        raise no_room(num_workers)
+
+    ended = threading.Event()
+
+    def interrupt() -> None:
+        began.wait(30)
+        os.kill(os.getpid(), signal.SIGINT)
+        ended.set()
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(Interrupted, match="the same command again goes on"):
+        run_attempts(TrainSpec(), attempt, lambda: False, board)
+
+
+def test_a_run_folder_that_cannot_be_read_for_a_moment_is_a_failure(board):
+    answers: list[Exception | bool] = [OSError("the network is down"), True]
+
+    def finished() -> bool:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    run_attempts(TrainSpec(), lambda num_workers: None, finished, board)
+    text = "the run folder could not be read: the network is down"
+    assert [event["text"] for event in events(board)] == [text]
 
 
 def test_a_failure_after_an_interrupt_is_shown_and_not_tried_again(board):
@@ -287,7 +362,9 @@ def test_an_interrupt_asks_workers_to_stop_and_waits_for_their_checkpoint(board,
         saved.set()
 
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
-    threading.Thread(target=lambda: began.wait(30) and os.kill(os.getpid(), number)).start()
+    threading.Thread(
+        target=lambda: began.wait(30) and os.kill(os.getpid(), number), daemon=True
+    ).start()
     with pytest.raises(Interrupted, match="the same command again goes on"):
         run_attempts(TrainSpec(), attempt, lambda: False, board)
     assert saved.is_set()

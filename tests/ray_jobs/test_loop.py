@@ -162,6 +162,10 @@ def test_a_run_stopped_at_any_step_goes_on_bitwise_alike(seen):
         assert alike
 
 
+def test_a_run_stopped_at_the_last_step_of_an_epoch_ends_with_the_epoch(seen):
+    assert seen["random-1-0"]["stopped_between"] == [True, 6, 1, True]
+
+
 def test_a_graph_is_made_once_and_once_more_for_another_stage(seen):
     assert seen["random-2-0"]["traces"] == 1
     assert seen["uneven-2-0"]["traces"] == 1

@@ -269,6 +269,28 @@ def test_a_run_that_its_user_stopped_is_killed_until_it_goes_on(tmp_path):
         assert the_run(tmp_path).info.status == "RUNNING"
 
 
+def test_a_store_that_was_gone_at_the_last_epochs_has_them_when_the_run_is_finished(runs):
+    spec, folder = spec_in(runs), Folder(runs / "first")
+    with Tracker(folder, spec) as tracker:
+        write_epochs(tracker, 0, 1)
+    without = spec_in(runs, "none")
+    with Tracker(folder, without) as tracker:
+        write_epochs(tracker, 1, 3)
+    Tracker(folder, spec).finish({"train_s": 1.0})
+    assert [step for step, _ in points(runs, report.TRAIN_LOSS)] == [0, 1, 2]
+    assert the_run(runs).info.status == "FINISHED"
+
+
+def test_a_finished_run_that_goes_on_is_finished_again(runs):
+    spec, folder = spec_in(runs), Folder(runs / "first")
+    for _ in range(2):
+        with Tracker(folder, spec) as tracker:
+            assert the_run(runs).info.status == "RUNNING"
+            write_epochs(tracker, 0, 1)
+            tracker.finish({"train_s": 1.0})
+        assert the_run(runs).info.status == "FINISHED"
+
+
 def test_what_is_finished_stays_as_it_is(runs):
     spec, folder = spec_in(runs), Folder(runs / "first")
     with Tracker(folder, spec) as tracker:

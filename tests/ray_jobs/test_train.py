@@ -300,12 +300,14 @@ def test_a_run_that_its_user_stops_goes_on_and_ends_in_mlflow_too(ray_local, tmp
                 return
         os.kill(os.getpid(), signal.SIGINT)
 
-    stopper = threading.Thread(target=stop)
+    stopper = threading.Thread(target=stop, daemon=True)
     stopper.start()
-    with pytest.raises(Interrupted, match="the same command again goes on"):
-        fit(spec)
-    ended.set()
-    stopper.join()
+    try:
+        with pytest.raises(Interrupted, match="the same command again goes on"):
+            fit(spec)
+    finally:
+        ended.set()
+        stopper.join()
     assert the_run().info.status == "KILLED"
     summary = fit(spec)
     assert summary["epochs"] == 20
@@ -335,12 +337,14 @@ def test_a_run_that_loses_a_worker_ends_in_the_same_weights(trained, tmp_path):
         os.kill(workers[-1].pid, signal.SIGKILL)
         killed.set()
 
-    killer = threading.Thread(target=kill_one_worker)
+    killer = threading.Thread(target=kill_one_worker, daemon=True)
     killer.start()
-    fit(spec)
-    was_killed = killed.is_set()
-    killed.set()
-    killer.join()
+    try:
+        fit(spec)
+    finally:
+        was_killed = killed.is_set()
+        killed.set()
+        killer.join()
     assert was_killed
     for a, b in zip(
         weights_of(folder / "runs" / "first"), weights_of(tmp_path / "first"), strict=True

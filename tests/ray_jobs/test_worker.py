@@ -8,20 +8,11 @@ from typing import Any
 import pytest
 
 from ray_jobs import worker as module
-from ray_jobs.board import make_board
+from ray_jobs.board import failures_told
 from ray_jobs.checkpoint import DamagedCheckpointError
 from ray_jobs.profile import Profiler
 from ray_jobs.spec import RunSpec
 from ray_jobs.worker import _failures_told, _Worker
-
-
-@pytest.fixture
-def board(ray_local) -> Any:
-    import ray
-
-    made = make_board()
-    yield made
-    ray.kill(made)
 
 
 @pytest.fixture
@@ -36,12 +27,6 @@ def worker(board, tmp_path) -> Any:
         made.profiler = Profiler(made.run, None, made._note)
         with closing(made.watchdog):
             yield made
-
-
-def failures(board: Any) -> list[dict[str, Any]]:
-    import ray
-
-    return ray.get(board.failures.remote())
 
 
 def test_a_checkpoint_is_waited_for_before_a_failure_would_cost_too_much(worker, monkeypatch):
@@ -72,7 +57,7 @@ def test_a_node_that_is_about_to_go_is_saved_for_once(worker, monkeypatch):
 def test_a_hang_is_told_with_its_place_and_its_setting(worker, board, step, where):
     worker.step = step
     worker._tell_hang(46.2)
-    (told,) = failures(board)
+    (told,) = failures_told(board)
     assert told["text"] == (
         f"nothing happened for 46 s {where} (train.hang_timeout_s): this worker or one that it "
         "waits for hangs"
@@ -88,12 +73,14 @@ def test_what_is_tried_again_and_what_is_an_echo_follows_from_the_kind_of_an_err
         (OSError("no space left"), True, "own"),
         (DamagedCheckpointError("cut short"), True, "own"),
         (tf.errors.UnavailableError(None, None, "connection reset"), True, "echo"),
+        (tf.errors.InternalError(None, None, "Collective ops is aborted"), True, "echo"),
+        (tf.errors.InternalError(None, None, "cuDNN could not start"), True, "own"),
         (tf.errors.ResourceExhaustedError(None, None, "out of memory"), False, "own"),
         (tf.errors.InvalidArgumentError(None, None, "shapes"), False, "own"),
     ]
     for error, _, _ in cases:
         with pytest.raises(type(error)), _failures_told(board, 1):
             raise error
-    told = failures(board)
+    told = failures_told(board)
     assert [(f["again"], f["of"]) for f in told] == [(again, of) for _, again, of in cases]
     assert told[0]["text"] == "ValueError: row 'a' cannot be used"
