@@ -53,8 +53,10 @@ class Blocks:
         return layers.Dense(units, use_bias=False, kernel_regularizer=penalty, name=name)(x_BF)
 
     def batch_norm(self, name: str) -> layers.Layer:
-        """Return a batch-norm layer; `synchronized` only where the spec asks for it."""
-        return layers.BatchNormalization(synchronized=self.synchronized, name=name)
+        """Return a batch-norm layer, synchronised only where the spec asks for it."""
+        if self.synchronized:
+            return SynchronizedBatchNormalization(synchronized=True, name=name)
+        return layers.BatchNormalization(name=name)
 
     def logit(self, x_BF: KerasTensor, name: str) -> KerasTensor:
         """Return one logit a row, starting at the same for every row."""
@@ -84,6 +86,26 @@ class RowDropout(layers.Dropout):
         else:
             draw = draws.uniform(shape, self.seed_generator)
         return ops.where(draw >= self.rate, inputs * (1 / (1 - self.rate)), 0)
+
+
+@register
+class SynchronizedBatchNormalization(layers.BatchNormalization):
+    """Batch norm by statistics of the global batch, to float32's last bits.
+
+    Keras takes the variance as E[x²] - E[x]². Where the mean is large beside the deviation, little
+    is left of its digits, and what is left depends on the number of replicas. Here the mean is
+    taken off first, at the price of one more pass and exchange.
+    """
+
+    def _moments(self, inputs: Any, mask: Any) -> Any:
+        if mask is not None:
+            return super()._moments(inputs, mask)
+        axes: Any = self._reduction_axes
+        first, _ = ops.moments(inputs, axes, keepdims=True, synchronized=True)
+        # A constant to the gradient, which by the rest is that of mean and variance.
+        shift = ops.stop_gradient(first)
+        mean, variance = ops.moments(inputs - shift, axes, synchronized=True)
+        return mean + ops.squeeze(shift, axes), variance
 
 
 @register

@@ -13,7 +13,7 @@ import keras
 import numpy as np
 from keras import KerasTensor, layers
 
-from mm_model.layers import Blocks, RowDropout, register
+from mm_model.layers import Blocks, RowDropout, SynchronizedBatchNormalization, register
 from mm_model.spec import ImageSpec
 
 APPLICATIONS = {
@@ -148,7 +148,8 @@ def _give_layers_of_ours(backbone: keras.Model, synchronized: bool) -> None:
     In place: a clone would cost as long as the backbone did, and its weights once more.
     """
     for layer in backbone.layers:
-        if isinstance(layer, layers.BatchNormalization):
-            layer.synchronized = synchronized
+        if synchronized and type(layer) is layers.BatchNormalization:
+            layer.__class__ = SynchronizedBatchNormalization
+            layer.synchronized = True
         elif type(layer) is layers.Dropout:
             layer.__class__ = RowDropout
