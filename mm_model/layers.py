@@ -101,10 +101,11 @@ class SynchronizedBatchNormalization(layers.BatchNormalization):
         if mask is not None:
             return super()._moments(inputs, mask)
         axes: Any = self._reduction_axes
-        first, _ = ops.moments(inputs, axes, keepdims=True, synchronized=True)
+        moments: Any = ops.moments
+        first, _ = moments(inputs, axes, keepdims=True, synchronized=True)
         # A constant to the gradient, which by the rest is that of mean and variance.
         shift = ops.stop_gradient(first)
-        mean, variance = ops.moments(inputs - shift, axes, synchronized=True)
+        mean, variance = moments(inputs - shift, axes, synchronized=True)
         return mean + ops.squeeze(shift, axes), variance
 
 
