@@ -1,0 +1,35 @@
+"""Records of epochs, and a tracker that writes them, for tests of what follows a run."""
+
+from pathlib import Path
+from typing import Any
+
+from ray_jobs import report
+from ray_jobs.spec import RunSpec
+from ray_jobs.tracking import Tracker
+
+
+def record(epoch: int, attempt: int = 0, **changes: Any) -> dict[str, Any]:
+    """Numbers of an epoch; each attempt's are other ones."""
+    return {
+        report.EPOCH: epoch,
+        report.STEP: 10 * (epoch + 1),
+        report.TRAIN_LOSS: 0.5 / (epoch + 1) + attempt,
+        report.VAL_ROC_AUC: None,
+        **changes,
+    }
+
+
+def history(count: int, attempt: int = 0) -> tuple[dict[str, Any], ...]:
+    return tuple(record(epoch, attempt) for epoch in range(count))
+
+
+def spec_in(folder: Path, tracking: str = "mlflow", **changes: Any) -> RunSpec:
+    run = {"storage_path": str(folder), "name": "first", "tracking": tracking}
+    spec = RunSpec.model_validate({"run": run})
+    return spec.overlay({name.replace("__", "."): value for name, value in changes.items()})
+
+
+def write_epochs(tracker: Tracker, start: int, stop: int, attempt: int = 0) -> None:
+    for count in range(start + 1, stop + 1):
+        epochs = (*history(start), *history(count, attempt)[start:])
+        tracker.write(epochs)
