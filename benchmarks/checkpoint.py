@@ -74,7 +74,7 @@ class Checkpoints(Hooks):
         if len(self.offered) > self.num_blocks:
             return
         if len(self.offered) % 2 == 0:
-            self.store.save(copy())
+            self.store.save(copy(self.store.spare()))
         else:
             # Else the next one would be late by what this one was left out.
             self.store.written = step

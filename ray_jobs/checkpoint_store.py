@@ -55,6 +55,7 @@ class CheckpointStore:
         self.warn = warn or logger.warning
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
+        self._latest: Saved | None = None
         self.written = 0
         """Step of the latest checkpoint that is written, or was gone on from."""
         self._best: set[int] = set()
@@ -67,7 +68,14 @@ class CheckpointStore:
         in case it fails: training goes on, `warn` is told, and the next one is tried as usual.
         """
         self.wait()
-        self._writing = self._writer.submit(self._save, saved)
+        self._latest, self._writing = saved, self._writer.submit(self._save, saved)
+
+    def spare(self) -> Saved | None:
+        """Give away what was saved last, if it is written by now, for another copy to overwrite."""
+        if self._writing is None or not self._writing.done():
+            return None
+        spare, self._latest = self._latest, None
+        return spare
 
     def wait(self) -> None:
         """Wait until what was saved is written, or could not be."""

@@ -1,14 +1,18 @@
 """What the loop calls while it trains: for checkpoints and records, and to learn when to stop."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from ray_jobs.checkpoint import Saved
 from ray_jobs.report import Event
 
-Copy = Callable[[], Saved]
-"""Copies a checkpoint out of the model; at once or never, since the next step changes it."""
+
+class Copy(Protocol):
+    """Copies a checkpoint out of the model; at once or never, since the next step changes it."""
+
+    def __call__(self, spare: Saved | None = None) -> Saved:
+        """Return the checkpoint; `spare` is an earlier one that nobody needs, to be overwritten."""
+        ...
 
 
 @dataclass(frozen=True)

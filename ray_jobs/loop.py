@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -245,7 +246,7 @@ class Loop:
         improved = kept[0] == epoch
         state = self._after_epoch(state, record, improved)
         hooks.post({"kind": "epoch", **record, "best": improved})
-        hooks.on_epoch(record, lambda: self._copy(state, {}))
+        hooks.on_epoch(record, partial(self._copy, state, {}))
         return state
 
     def validate(
@@ -340,11 +341,12 @@ class Loop:
         losses = [self.loss_sum] + [np.float32(0)] * (len(rows) - 1)
         own = [np.append(loss, row) for loss, row in zip(losses, rows, strict=True)]
         local = {"loss_and_statistics": self.replicas.gather(own)}
-        hooks.on_checkpoint(state.step, lambda: self._copy(state, local))
+        hooks.on_checkpoint(state.step, partial(self._copy, state, local))
         clock.checkpoint_s += time.monotonic() - started
 
-    def _copy(self, state: LoopState, local: Arrays) -> Saved:
-        model, optimizer = arrays_of(self.model.variables), arrays_of(self.stepper.variables)
+    def _copy(self, state: LoopState, local: Arrays, spare: Saved | None = None) -> Saved:
+        model = arrays_of(self.model.variables, spare and spare.model)
+        optimizer = arrays_of(self.stepper.variables, spare and spare.optimizer)
         return Saved(state, model, optimizer, local, dict(self.best))
 
     def _restored(self, saved: Saved) -> LoopState:

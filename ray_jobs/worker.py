@@ -216,7 +216,7 @@ class _Worker(Hooks):
     def on_checkpoint(self, step: int, copy: Copy) -> None:
         """Write a checkpoint in the background."""
         if self.first:
-            self.store.save(copy())
+            self.store.save(copy(self.store.spare()))
             self.post({"kind": "checkpoint", "step": step})
 
     def measures(self) -> dict[str, Any]:
@@ -231,7 +231,7 @@ class _Worker(Hooks):
         import ray.train
 
         if self.tracker is not None:
-            saved = copy()
+            saved = copy(self.store.spare())
             self.store.save(saved)
             self.tracker.write(saved.state.history)
         # Every rank reports, since a report waits for all of them.

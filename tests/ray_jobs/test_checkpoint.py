@@ -140,6 +140,17 @@ def test_a_copy_does_not_change_with_the_model():
     assert same(copy, before)
 
 
+def test_a_copy_into_an_earlier_one_is_a_copy_in_the_same_memory():
+    model = trained()
+    first = arrays_of(model.variables)
+    places = [array.ctypes.data for array in first.values()]
+    for variable in model.trainable_variables:
+        variable.assign(variable + 1.0)
+    again = arrays_of(model.variables, first)
+    assert same(again, arrays_of(model.variables))
+    assert [array.ctypes.data for array in again.values()] == places
+
+
 def test_random_states_go_on_where_they_were():
     first, other = trained(0, dropout=0.5), make_model(seed=1, dropout=0.5)
     states = [[v for v in m.variables if is_random_state(v)] for m in (first, other)]

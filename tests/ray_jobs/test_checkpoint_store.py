@@ -56,6 +56,27 @@ def test_the_newest_checkpoint_is_read_back_with_its_best_epochs(run):
     np.testing.assert_array_equal(found.best[0].head_logits_NM, np.zeros((3, 2)))
 
 
+def test_what_is_saved_is_given_away_once_and_not_while_it_is_written(tmp_path, monkeypatch):
+    store, _ = store_of(Folder(tmp_path))
+    assert store.spare() is None
+    writes = threading.Event()
+    write = CheckpointStore._save
+
+    def late(self: CheckpointStore, given: Saved) -> None:
+        writes.wait(30)
+        write(self, given)
+
+    monkeypatch.setattr(CheckpointStore, "_save", late)
+    given = saved(4)
+    store.save(given)
+    assert store.spare() is None
+    writes.set()
+    store.wait()
+    assert store.spare() is given
+    assert store.spare() is None
+    store.close()
+
+
 def test_a_run_without_a_checkpoint_has_none(run):
     assert CheckpointStore(run).newest() is None
 
