@@ -20,7 +20,7 @@ from ray_jobs.checkpoint import arrays_of
 from ray_jobs.dataset import FeedOptions, TrainingFeed
 from ray_jobs.hooks import Hooks
 from ray_jobs.loop import Loop, new_model
-from ray_jobs.manifest import Manifest
+from ray_jobs.manifest import read_manifest
 from ray_jobs.replicas import Place, set_devices
 from ray_jobs.spec import RunSpec
 from ray_jobs.storage import Folder
@@ -103,22 +103,23 @@ class Last(Hooks):
         self.epochs.append(copy())
 
 
-def spec_of(folder: Path, variant: dict[str, Any]) -> RunSpec:
+def spec_of(prepared: Path, variant: dict[str, Any]) -> RunSpec:
     own = ("model", "replicas", "copies", "scale")
     train = {k: v for k, v in variant.items() if k not in own}
     return RunSpec.model_validate(
         {
-            "data": {"prepared": str(folder / "prepared")},
+            "data": {"prepared": str(prepared)},
             "model": {**MODEL, **variant.get("model", STILL)},
             "train": {**TRAIN, **train},
         }
     )
 
 
-def train(folder: Path, manifest: Manifest, name: str, strategy: Any) -> dict[str, Any]:
+def train(folder: Path, prepared: Path, name: str, strategy: Any) -> dict[str, Any]:
     variant = VARIANTS[name]
     replicas = strategy.num_replicas_in_sync
-    loop = Variant(spec_of(folder, variant), manifest, Place(), strategy)
+    manifest = read_manifest(Folder(prepared))
+    loop = Variant(spec_of(prepared, variant), manifest, Place(), strategy)
     loop.copies = variant.get("copies", 1)
     if "scale" in variant:
         loop.stepper.scale.assign(variant["scale"])
@@ -169,9 +170,9 @@ def save(path: Path, arrays: dict[str, np.ndarray]) -> None:
     np.savez(path, **named)
 
 
-def fit(folder: Path, manifest: Manifest, name: str) -> None:
+def fit(folder: Path, prepared: Path, name: str) -> None:
     """Train by Keras' own `Model.fit` on the rows of the same steps."""
-    spec = spec_of(folder, VARIANTS[name])
+    spec, manifest = spec_of(prepared, VARIANTS[name]), read_manifest(Folder(prepared))
     keras.utils.set_random_seed(spec.run.seed)
     model = new_model(spec, manifest)
     loop = Loop(spec, manifest, Place())
@@ -196,7 +197,8 @@ def main() -> None:
     tf.config.threading.set_inter_op_parallelism_threads(8)
     cpu = tf.config.list_physical_devices("CPU")[0]
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 4)
-    manifest = write_prepared(folder / "prepared", {"train": 100, "validation": 20, "test": 5})
+    prepared = folder / f"prepared-{replicas}"
+    write_prepared(prepared, {"train": 100, "validation": 20, "test": 5})
     strategy: Any = tf.distribute.get_strategy()
     if replicas > 1:
         # One for all: two of them in a process take each other's sums for their own.
@@ -204,9 +206,9 @@ def main() -> None:
         strategy = kind._from_local_devices([f"CPU:{i}" for i in range(replicas)])
     own = [name for name, variant in VARIANTS.items() if variant.get("replicas", 1) == replicas]
     names = sys.argv[3:] or own
-    facts = {name: train(folder, manifest, name, strategy) for name in names}
+    facts = {name: train(folder, prepared, name, strategy) for name in names}
     if FITTED in names:
-        fit(folder, manifest, FITTED)
+        fit(folder, prepared, FITTED)
     Folder(folder).write_json(f"facts-{replicas}.json", facts)
 
 
