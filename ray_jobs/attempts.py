@@ -14,15 +14,16 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from ray_jobs.board import begin_attempt, failures_told
+from ray_jobs.board import begin_attempt, failures_told, workers_were_heard
 from ray_jobs.cli import Interrupted, JobError
 from ray_jobs.cluster import first_line, reason
 from ray_jobs.report import Event
+from ray_jobs.room import has_room_for_more, numbers_allowed, worker_resources, workers_to_start
 from ray_jobs.spec import TrainSpec
 
 if TYPE_CHECKING:
@@ -33,8 +34,7 @@ _STARTS = 30
 """Tries to start the workers in a row, a minute each: enough for an autoscaler."""
 _LOOK_S = 0.5
 _ROOM_EVERY_S = 10.0
-_FREED_S = 10.0
-"""Ray counts what an ended attempt held as free a moment later."""
+_STOPPED = "stopped; the same command again goes on from its checkpoint"
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,10 @@ def run_attempts(
     budget = _Budget(train)
     with _interrupts_noted() as interrupted:
         while True:
-            num_workers = _num_workers(train, budget.most_workers, interrupted)
+            num_workers = workers_to_start(train, budget.most_workers, interrupted)
             begin_attempt(board)
+            if interrupted.is_set():
+                raise Interrupted(_STOPPED)
             ended = _attempted(
                 lambda n=num_workers: attempt(n), train, num_workers, board, interrupted
             )
@@ -83,7 +85,7 @@ def run_attempts(
                 return
             if interrupted.is_set():
                 if failure.kind in ("room", "start", "stop"):
-                    raise Interrupted("stopped; the same command again goes on from its checkpoint")
+                    raise Interrupted(_STOPPED)
                 raise JobError(failure.text) from failure.cause
             board.post.remote(budget.spend(failure, num_workers))
 
@@ -110,7 +112,7 @@ class _Budget:
             if self._starts == _STARTS:
                 text = f"{failure.text}, for the {_STARTS}th time"
                 raise JobError(text) from failure.cause
-            fewer = [n for n in _allowed(self.train) if n < num_workers]
+            fewer = [n for n in numbers_allowed(self.train) if n < num_workers]
             self.most_workers = max(fewer, default=num_workers)
             text = f"{failure.text}; trying again with {self.most_workers}"
             return {"kind": "note", "text": text}
@@ -156,7 +158,8 @@ def _attempted(
             board.ask_to_stop.remote()
         if not (told or grows) and time.monotonic() - looked > _ROOM_EVERY_S:
             looked = time.monotonic()
-            if grows := _has_room_for_more(train, num_workers):
+            # Until its workers are there, their own room would count as free, too.
+            if grows := workers_were_heard(board) and has_room_for_more(train, num_workers):
                 board.ask_to_stop.remote()
     return _Ended(raised[0] if raised else None, grows)
 
@@ -194,7 +197,9 @@ def _why_unfinished(
         if finished():
             return None
     except OSError as error:
-        return Failure("failure", f"the run folder could not be read: {error}")
+        # What ended the attempt, if anything did, says more.
+        if ended.error is None:
+            return Failure("failure", f"the run folder could not be read: {error}")
     if ended.error is not None:
         failure = _failure(ended.error, failures_told(board), num_workers)
         if failure is None:
@@ -276,66 +281,7 @@ def _last_line(error: Exception) -> str:
     return str(error).strip().splitlines()[-1]
 
 
-# -- how many workers -----------------------------------------------------------------------------
-
-
-def _allowed(train: TrainSpec) -> list[int]:
-    low, high = train.workers_range
-    return [n for n in train.allowed_workers() if low <= n <= high]
-
-
-def _num_workers(train: TrainSpec, most: int, interrupted: threading.Event) -> int:
-    """Return how many workers to start: of those allowed the most that there is room for."""
-    allowed = [n for n in _allowed(train) if n <= most]
-    # With room for none, the least: Ray waits for it, and so does an autoscaler's request.
-    if len(allowed) == 1:
-        return allowed[0]
-    deadline = time.monotonic() + _FREED_S
-    while (room := _room(train, _free())) < _room(train, _nodes()) and room < allowed[-1]:
-        if time.monotonic() > deadline or interrupted.wait(_LOOK_S):
-            break
-    return max([n for n in allowed if n <= room], default=allowed[0])
-
-
-def _has_room_for_more(train: TrainSpec, num_workers: int) -> bool:
-    more = [n for n in _allowed(train) if n > num_workers]
-    return bool(more) and num_workers + _room(train, _free()) >= more[0]
-
-
-def _nodes() -> list[dict[str, float]]:
-    """Return the resources of the nodes that are there."""
-    import ray
-
-    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
-
-
-def _free() -> list[dict[str, float]]:
-    """Return what nobody holds of them."""
-    from ray._private.state import available_resources_per_node
-
-    return [dict(node) for node in available_resources_per_node().values()]
-
-
-def _room(train: TrainSpec, nodes: Sequence[Mapping[str, float]]) -> int:
-    """Return how many workers nodes could hold, a CPU left to Ray Data."""
-    needed = worker_resources(train)
-
-    def fit(node: Mapping[str, float]) -> int:
-        return min(int(node.get(name, 0) / amount) for name, amount in needed.items())
-
-    # Where it costs the fewest workers.
-    costs = [
-        fit(node) - fit({**node, "CPU": node["CPU"] - 1})
-        for node in nodes
-        if node.get("CPU", 0) >= 1
-    ]
-    return sum(map(fit, nodes)) - min(costs) if costs else 0
-
-
-def worker_resources(train: TrainSpec) -> dict[str, float]:
-    """Return the Ray resources of one worker."""
-    gpus = {"GPU": float(train.gpus_per_worker)} if train.use_gpu else {}
-    return {"CPU": train.cpus_per_worker, **gpus, **train.resources_per_worker}
+# -- one attempt ----------------------------------------------------------------------------------
 
 
 def fit_once(

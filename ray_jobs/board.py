@@ -20,7 +20,7 @@ class _Board:
     def __init__(self) -> None:
         self.events: list[Event] = []
         self.failed: list[Event] = []
-        self.stop = False
+        self.stop = self.heard = False
 
     def post(self, event: Event) -> None:
         self.events.append(event)
@@ -40,11 +40,17 @@ class _Board:
         self.stop = True
 
     def asked_to_stop(self) -> bool:
+        # Only workers ask, and no sooner than in their first step.
+        self.heard = True
         return self.stop
+
+    def were_heard(self) -> bool:
+        return self.heard
 
     def begin(self) -> None:
         """Begin another attempt, of which nothing is known yet."""
-        self.failed, self.stop = [], False
+        self.failed = []
+        self.stop = self.heard = False
 
 
 def make_board() -> Any:
@@ -68,6 +74,16 @@ def begin_attempt(board: Any) -> None:
     # nothing any more, and the training does not depend on it.
     with suppress(RayError):
         ray.get(board.begin.remote(), timeout=_ANSWER_S)
+
+
+def workers_were_heard(board: Any) -> bool:
+    """Return whether the workers of this attempt have come to their first step."""
+    import ray
+    from ray.exceptions import RayError
+
+    with suppress(RayError):
+        return ray.get(board.were_heard.remote(), timeout=_ANSWER_S)
+    return False
 
 
 def tell_failure(board: Any, failure: Event) -> None:

@@ -1,5 +1,6 @@
 """What is tried again and what not, by real boards and the exceptions that Ray Train raises."""
 
+import asyncio
 import os
 import signal
 import threading
@@ -39,6 +40,19 @@ def no_room(num_workers: int) -> Exception:
     from ray.train.v2.api.exceptions import ControllerError
 
     return ControllerError(WorkerGroupStartupTimeoutError(num_workers))
+
+
+def held(num_cpus: int) -> Any:
+    """An actor that holds CPUs, as a run's workers do."""
+    import ray
+
+    @ray.remote
+    class Holder:
+        pass
+
+    holder = Holder.options(num_cpus=num_cpus).remote()
+    ray.get(holder.__ray_ready__.remote())
+    return holder
 
 
 class Attempts:
@@ -227,29 +241,25 @@ def test_a_run_grows_when_there_is_room_and_not_before(board, monkeypatch):
     from ray_jobs import attempts as module
 
     monkeypatch.setattr(module, "_ROOM_EVERY_S", 0.0)
-    looked, has_room = threading.Semaphore(0), module._has_room_for_more
 
-    def counted(*arguments: Any) -> bool:
-        looked.release()
-        return has_room(*arguments)
+    def counted(name: str) -> threading.Semaphore:
+        calls, function = threading.Semaphore(0), getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args: (calls.release(), function(*args))[1])
+        return calls
 
-    monkeypatch.setattr(module, "_has_room_for_more", counted)
-
-    @ray.remote
-    class Holder:
-        """Holds CPUs."""
-
-    def held(num_cpus: int) -> Any:
-        holder = Holder.options(num_cpus=num_cpus).remote()
-        ray.get(holder.__ray_ready__.remote())
-        return holder
-
+    listened, looked = counted("workers_were_heard"), counted("has_room_for_more")
     other = held(3)
     numbers: list[int] = []
 
     def attempt(num_workers: int) -> None:
         numbers.append(num_workers)
+        if len(numbers) == 1:
+            # The room of its own workers is still free, and not for more.
+            for _ in range(3):
+                assert listened.acquire(timeout=30)
+            assert not looked.acquire(blocking=False)
         worker = held(num_workers)
+        assert not ray.get(board.asked_to_stop.remote())
         if len(numbers) == 1:
             for _ in range(3):
                 assert looked.acquire(timeout=30)
@@ -276,23 +286,33 @@ def test_a_start_without_room_is_forgotten_once_there_is_some(board, monkeypatch
         numbers.append(num_workers)
         if len(numbers) == 1:
             raise no_room(num_workers)
+        workers = held(num_workers)
         while len(numbers) == 2 and not ray.get(board.asked_to_stop.remote()):
             pass
+        ray.kill(workers)
 
     run_attempts(TrainSpec(num_workers=(1, 4)), attempt, lambda: len(numbers) == 3, board)
     assert numbers == [4, 2, 4]
 
 
-def test_room_that_a_run_grows_into_is_there_when_it_starts_again():
-    from ray_jobs.attempts import _room
+def test_an_interrupt_between_two_attempts_starts_no_other(board, monkeypatch):
+    from ray_jobs import attempts as module
 
-    train = TrainSpec(global_batch_size=24, num_workers=(2, 4), cpus_per_worker=4)
-    # Two workers on the larger node: what is free, with them, is no more than there is at all.
-    assert _room(train, [{"CPU": 5}, {"CPU": 12}]) == 4
-    assert _room(train, [{"CPU": 5}, {"CPU": 4}]) == 2
-    assert _room(train, [{"CPU": 4}, {"CPU": 8}]) == 2
-    assert _room(train, [{"CPU": 0.5}, {"GPU": 1}]) == 0
-    assert _room(train, []) == 0
+    numbers: list[int] = []
+
+    def workers_to_start(*arguments: Any) -> int:
+        if numbers:
+            os.kill(os.getpid(), signal.SIGINT)
+        return 1
+
+    def attempt(num_workers: int) -> None:
+        numbers.append(num_workers)
+        raise failed(0, error=died())
+
+    monkeypatch.setattr(module, "workers_to_start", workers_to_start)
+    with pytest.raises(Interrupted, match="the same command again goes on"):
+        run_attempts(TrainSpec(max_failures=3), attempt, lambda: False, board)
+    assert numbers == [1]
 
 
 def test_an_interrupt_while_there_is_no_room_is_no_failure(board):
@@ -327,6 +347,17 @@ def test_a_run_folder_that_cannot_be_read_for_a_moment_is_a_failure(board):
     run_attempts(TrainSpec(), lambda num_workers: None, finished, board)
     text = "the run folder could not be read: the network is down"
     assert [event["text"] for event in events(board)] == [text]
+
+
+def test_what_ended_an_attempt_says_more_than_a_folder_that_cannot_be_read(board):
+    def finished() -> bool:
+        raise OSError("the network is down")
+
+    attempts = Attempts(board)
+    attempts.failures = [attempts.told({"rank": 1, "text": "ValueError: row 'a'", "again": False})]
+    with pytest.raises(JobError, match="worker 1 failed: ValueError: row 'a'"):
+        run_attempts(TrainSpec(), attempts, finished, board)
+    assert len(attempts.num_workers) == 1
 
 
 def test_a_failure_after_an_interrupt_is_shown_and_not_tried_again(board):
@@ -383,7 +414,7 @@ def test_as_many_workers_are_started_as_there_is_room_for(board, num_workers, cp
     assert attempts.num_workers == [expected]
 
 
-def test_a_worker_learns_of_a_stop_without_waiting(board):
+def test_a_worker_learns_of_a_stop_and_that_it_is_over(board):
     import ray
 
     asked = StopRequest(board)
@@ -392,5 +423,34 @@ def test_a_worker_learns_of_a_stop_without_waiting(board):
     while not asked():
         pass
     ray.get(board.begin.remote())
+    while asked():
+        pass
+
+
+def test_a_worker_does_not_wait_for_an_answer_that_is_late(ray_local):
+    import ray
+
+    @ray.remote(num_cpus=0)
+    class Late:
+        """Answers when it may."""
+
+        def __init__(self) -> None:
+            self.may = asyncio.Event()
+
+        async def answer(self) -> None:
+            self.may.set()
+
+        async def asked_to_stop(self) -> bool:
+            await self.may.wait()
+            return True
+
+    late = Late.remote()
+    asked = StopRequest(late)
+    assert [asked(), asked()] == [False, False]
+    ray.get(late.answer.remote())
+    while not asked():
+        pass
+    ray.kill(late)
+    # A board that is lost asks nobody to stop.
     while asked():
         pass
