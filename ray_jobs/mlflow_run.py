@@ -30,10 +30,9 @@ NOTE = "mlflow.json"
 """What the run folder remembers of its MLflow run."""
 FAILURE = "failure"
 """Tag of a run that failed: why."""
-HISTORY = "history.jsonl"
-"""A record an epoch, as a line of JSON."""
 ARTIFACTS = (
-    "run.yaml", "manifest.json", "environment.json", HISTORY, "history.parquet", "summary.json",
+    "run.yaml", "manifest.json", "environment.json", report.HISTORY, report.HISTORY_TABLE,
+    "summary.json",
 )  # fmt: skip
 
 _MOST_CHARACTERS = 6000
@@ -141,8 +140,8 @@ class MlflowRun:
             if self._note().get("finished"):
                 return
             client = self._open()
-            if self.folder.exists(HISTORY):
-                lines = self.folder.read_bytes(HISTORY).decode("utf-8").splitlines()
+            if self.folder.exists(report.HISTORY):
+                lines = self.folder.read_bytes(report.HISTORY).decode("utf-8").splitlines()
                 self._log_epochs(client, [json.loads(line) for line in lines])
             self._log_metrics(client, _flat({"summary": summary}, "/"), 0)
             self._log_files(client)
@@ -159,7 +158,9 @@ class MlflowRun:
 
     def _end(self, status: str, failure: str | None = None) -> None:
         with self._going_on():
-            if not self._note():
+            note = self._note()
+            # A finished run stays one, whatever becomes of its job.
+            if not note or note.get("finished"):
                 return
             client = self._open()
             if failure is not None:

@@ -42,6 +42,11 @@ GPU_UTILIZATION = "gpu/utilization"
 GPU_BYTES = "gpu/memory_bytes"
 GPU_PEAK_BYTES = "gpu/memory_peak_bytes"
 
+HISTORY = "history.jsonl"
+"""File of a run folder: a record an epoch, as a line of JSON."""
+HISTORY_TABLE = "history.parquet"
+"""The same as a table."""
+
 Event = dict[str, Any]
 
 _POLL_S = 0.25

@@ -21,11 +21,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ray_jobs import report
-from ray_jobs.mlflow_run import HISTORY, MlflowRun, require_mlflow
+from ray_jobs.mlflow_run import MlflowRun, require_mlflow
+from ray_jobs.report import HISTORY, HISTORY_TABLE
 from ray_jobs.spec import RunSpec
 from ray_jobs.storage import Folder
 
-HISTORY_TABLE = "history.parquet"
 TENSORBOARD = "tensorboard"
 
 Record = Mapping[str, Any]
@@ -69,6 +69,7 @@ class Tracker:
     ) -> None:
         self.folder, self._warn = folder, warn
         self._board: TensorBoard | None = None
+        self._num_written = 0
         self._mlflow = MlflowRun(folder, spec, warn) if spec.run.tracking == "mlflow" else None
 
     def __enter__(self) -> Self:
@@ -87,18 +88,23 @@ class Tracker:
         Args:
             history: all records of the run so far, in order.
         """
+        if self._num_written < len(history):
+            self._write_files(history)
+        if self._mlflow is not None:
+            self._mlflow.write(history)
+
+    def _write_files(self, history: Sequence[Record]) -> None:
         try:
             self.folder.write_text(HISTORY, "".join(_line(epoch) for epoch in history))
             self.folder.write_bytes(HISTORY_TABLE, _parquet(history))
             self._board = self._board or TensorBoard(self.folder)
             self._board.write(history)
+            self._num_written = len(history)
         except Exception as error:
             # Of any class: a disk's, TensorFlow's, a remote file system's. The next epoch writes
             # what is missing, and TensorBoard's log anew.
-            self._board = None
+            self.close()
             self._warn(f"the history could not be written: {error}")
-        if self._mlflow is not None:
-            self._mlflow.write(history)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Tell that the run is finished, when model and summary are in the run folder."""
@@ -157,9 +163,11 @@ class TensorBoard:
 
     def close(self) -> None:
         """Close the log."""
-        self._writer.close()
-        if self._copy:
-            shutil.rmtree(self._copy, ignore_errors=True)
+        try:
+            self._writer.close()
+        finally:
+            if self._copy:
+                shutil.rmtree(self._copy, ignore_errors=True)
 
     def _add(self, record: Record) -> None:
         import tensorflow as tf

@@ -170,6 +170,18 @@ def test_what_is_finished_stays_as_it_is(runs):
     assert the_run(runs).info.end_time == ended
 
 
+def test_a_run_that_is_finished_stays_so_when_its_job_is_stopped_or_fails(runs):
+    spec, folder = spec_in(runs), Folder(runs / "first")
+    with Tracker(folder, spec) as tracker:
+        write_epochs(tracker, 0, 1)
+        tracker.finish({})
+    Tracker(folder, spec).stop()
+    Tracker(folder, spec).fail("a second Ctrl-C")
+    run = the_run(runs)
+    assert run.info.status == "FINISHED"
+    assert "failure" not in run.data.tags
+
+
 def test_a_store_that_is_gone_for_a_while_is_one_warning_and_misses_nothing(runs):
     spec, warnings = spec_in(runs), []
     store = runs / "mlflow.db"

@@ -1,4 +1,5 @@
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,37 @@ def test_epochs_that_could_not_be_written_are_written_with_the_next_one(tmp_path
     assert warnings == ["the history could not be written: [Errno 28] No space left on device"] * 2
     assert [step for step, _ in scalars(tmp_path / "first")[report.TRAIN_LOSS]] == [0, 1, 2, 3]
     assert len((tmp_path / "first/history.jsonl").read_text().splitlines()) == 4
+
+
+def test_an_outage_leaves_no_copy_of_the_log_behind(tmp_path, monkeypatch):
+    copies = []
+    folder, made = Folder("memory://tracking/outage"), tempfile.mkdtemp
+
+    def mkdtemp(*args: Any, **options: Any) -> str:
+        copies.append(Path(made(*args, **options)))
+        return str(copies[-1])
+
+    monkeypatch.setattr(tempfile, "mkdtemp", mkdtemp)
+    with Tracker(folder, spec_in(tmp_path, "none"), lambda text: None) as tracker:
+        with monkeypatch.context() as gone:
+
+            def no_answer(*_: Any) -> None:
+                raise OSError("the network is down")
+
+            gone.setattr(Folder, "upload", no_answer)
+            write_epochs(tracker, 0, 2)
+        write_epochs(tracker, 2, 3)
+    assert len(copies) == 3
+    assert not any(copy.exists() for copy in copies)
+
+
+def test_what_is_written_is_not_written_again(tmp_path, monkeypatch):
+    folder = Folder(tmp_path / "first")
+    with Tracker(folder, spec_in(tmp_path, "none")) as tracker:
+        write_epochs(tracker, 0, 2)
+        written = (tmp_path / "first/history.jsonl").stat().st_mtime_ns
+        tracker.write(history(2))
+    assert (tmp_path / "first/history.jsonl").stat().st_mtime_ns == written
 
 
 def test_a_remote_run_folder_has_a_copy_after_each_epoch(tmp_path):
