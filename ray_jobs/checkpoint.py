@@ -87,10 +87,10 @@ def arrays_of(variables: "Sequence[keras.Variable]", into: Arrays | None = None)
     # variable; its path is for people.
     named = {f"{i:05d} {variable.path}": variable for i, variable in enumerate(variables)}
     if into is None:
-        return {name: np.array(v.numpy(), copy=True) for name, v in named.items()}
+        into = {name: np.empty(v.shape, v.value.dtype.as_numpy_dtype) for name, v in named.items()}
     for name, variable in named.items():
-        # Not that of Keras, which makes a copy of the copy.
-        np.copyto(into[name], variable.value.numpy())
+        # Not by `numpy()`, which makes a copy of its own.
+        np.copyto(into[name], variable.value.read_value())
     return into
 
 

@@ -12,9 +12,10 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -68,10 +69,15 @@ class CheckpointStore:
         in case it fails: training goes on, `warn` is told, and the next one is tried as usual.
         """
         self.wait()
-        self._latest, self._writing = saved, self._writer.submit(self._save, saved)
+        # Best epochs are not for overwriting, and would be kept longer than they are needed.
+        self._latest = replace(saved, best={}, local={})
+        self._writing = self._writer.submit(self._save, saved)
 
     def spare(self) -> Saved | None:
-        """Give away what was saved last, if it is written by now, for another copy to overwrite."""
+        """Give away what was saved last, if it is written by now, for another copy to overwrite.
+
+        Until then the store keeps it: model and optimizer, once.
+        """
         if self._writing is None or not self._writing.done():
             return None
         spare, self._latest = self._latest, None
@@ -89,9 +95,7 @@ class CheckpointStore:
 
     def steps(self) -> list[int]:
         """Return the steps of which there is a checkpoint, perhaps damaged since, in order."""
-        # The state is the last part to be written: without it an upload was cut off.
-        steps = _numbers(self.run, STEPS)
-        return [step for step in steps if self.run.exists(f"{STEPS}/{step:08d}/{STATE}")]
+        return _whole_steps(self.run.names(STEPS))
 
     def load(self, step: int, with_best: bool = True) -> Saved:
         """Return the checkpoint after a step.
@@ -107,7 +111,7 @@ class CheckpointStore:
         saved = self._read(f"{STEPS}/{step:08d}", read_checkpoint)
         best = saved.state.best_epoch
         # Those of later epochs are of a future that this checkpoint knows nothing of.
-        past = [e for e in _numbers(self.run, BEST) if e < saved.state.epoch]
+        past = [e for e in _numbers(self.run.names(BEST)) if e < saved.state.epoch]
         for epoch in past if with_best else ():
             try:
                 saved.best[epoch] = self._read(f"{BEST}/{epoch:05d}", read_best)
@@ -179,23 +183,25 @@ class CheckpointStore:
 
     def _prune(self, saved: Saved) -> None:
         """Delete what is no longer needed, now that a checkpoint is written."""
-        states = self._states()
+        # Listed once: of an object store every list is a question over the network.
+        of_steps, of_best = list(self.run.names(STEPS)), list(self.run.names(BEST))
+        states = self._states(_whole_steps(of_steps))
         past = sorted(step for step in states if step <= saved.state.step)[-self.keep :]
         # Later ones are of a future that this run came back from.
-        for step in set(_numbers(self.run, STEPS)) - set(past):
+        for step in set(_numbers(of_steps)) - set(past):
             self.run.delete(f"{STEPS}/{step:08d}")
         needed = {*saved.best, *(states[step].best_epoch for step in past)}
-        for epoch in set(_numbers(self.run, BEST)) - needed:
+        for epoch in set(_numbers(of_best)) - needed:
             self._best.discard(epoch)
             self.run.delete(f"{BEST}/{epoch:05d}")
-        for name in [*self.run.names(STEPS), *self.run.names(BEST)]:
-            if _PARTIAL in name:
-                self.run.delete(name.partition(_PARTIAL)[0] + _PARTIAL)
+        for folder in {name.rpartition("/")[0] for name in (*of_steps, *of_best)}:
+            if folder.endswith(_PARTIAL):
+                self.run.delete(folder)
 
-    def _states(self) -> dict[int, LoopState]:
+    def _states(self, steps: list[int]) -> dict[int, LoopState]:
         """Return the states of checkpoints that have one that can be read, by step."""
         found = {}
-        for step in self.steps():
+        for step in steps:
             with suppress(ValueError):
                 content = self.run.read_bytes(f"{STEPS}/{step:08d}/{STATE}")
                 found[step] = LoopState.model_validate_json(content)
@@ -210,7 +216,12 @@ class CheckpointStore:
             return read(Path(path))
 
 
-def _numbers(run: Folder, below: str) -> list[int]:
-    """Return the numbers that whole folders are named by, in order."""
-    found = {name.removeprefix(f"{below}/").partition("/")[0] for name in run.names(below)}
-    return sorted(int(name) for name in found if name.isdigit())
+def _numbers(files: Iterable[str]) -> list[int]:
+    """Return the numbers that the folders of files are named by, in order."""
+    folders = {Path(file).parent.name for file in files}
+    return sorted(int(folder) for folder in folders if folder.isdigit())
+
+
+def _whole_steps(files: Iterable[str]) -> list[int]:
+    """Return the steps whose state, which is written last, is among files, in order."""
+    return _numbers(file for file in files if Path(file).name == STATE)

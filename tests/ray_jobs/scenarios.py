@@ -5,6 +5,7 @@ each epoch, and SCENARIO-WORKERS-RANK.json with facts.
 """
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -13,10 +14,11 @@ import numpy as np
 
 from mm_model.spec import NO_AUGMENTATION
 from ray_jobs.checkpoint import LoopState, Saved
-from ray_jobs.hooks import Hooks, Wish
+from ray_jobs.hooks import Copy, Hooks, Wish
 from ray_jobs.manifest import read_manifest
 from ray_jobs.spec import RunSpec
 from ray_jobs.storage import Folder
+from tests.ray_jobs.arrays import distance, same_arrays
 from tests.ray_jobs.tiny import ROW
 
 PLAIN = {
@@ -88,6 +90,7 @@ class Kept(Hooks):
 
     def __init__(self, stop_at: int | None = None) -> None:
         self.checkpoints: list[Saved] = []
+        self._spare: Saved | None = None
         self.epochs: list[dict[str, Any]] = []
         self.step, self.stop_at = 0, stop_at
 
@@ -97,11 +100,13 @@ class Kept(Hooks):
     def wish(self) -> Wish:
         return Wish(stop=self.stop_at is not None and self.step >= self.stop_at)
 
-    def on_checkpoint(self, step: int, copy: Any) -> None:
-        self.checkpoints.append(copy())
+    def on_checkpoint(self, step: int, copy: Copy) -> None:
+        # Into the memory of the one before, as in a run, where that is written by then.
+        self._spare = copy(self._spare)
+        self.checkpoints.append(deepcopy(self._spare))
 
-    def on_epoch(self, record: dict[str, Any], copy: Any) -> None:
-        self.checkpoints.append(copy())
+    def on_epoch(self, record: dict[str, Any], copy: Copy) -> None:
+        self.on_checkpoint(0, copy)
         self.epochs.append(record)
 
 
@@ -191,12 +196,6 @@ def run_scenarios(config: dict[str, Any]) -> None:
         path.write_text(json.dumps(facts))
 
 
-def same_arrays(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> bool:
-    """Whether two copies of variables are bitwise the same, in the same order."""
-    pairs = zip(first.values(), second.values(), strict=True)
-    return all(a.tobytes() == b.tobytes() for a, b in pairs)
-
-
 def same_checkpoints(first: Saved, second: Saved) -> bool:
     """Whether two checkpoints are bitwise the same, but for times."""
 
@@ -284,9 +283,3 @@ def distance_of_resumed(loop: Any, output: Path, undisturbed: list[Saved]) -> fl
     Loop(loop.spec, loop.manifest, loop.place, loop.replicas.strategy).run(hooks, middle)
     end = read_checkpoint(output / f"end-{num_workers // 2}")
     return distance(hooks.checkpoints[-1].model, end.model)
-
-
-def distance(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> float:
-    """Return the largest distance of two tensors, as a share of the largest weight in them."""
-    pairs = zip(first.values(), second.values(), strict=True)
-    return max(float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-12)) for a, b in pairs)

@@ -67,12 +67,15 @@ def test_what_is_saved_is_given_away_once_and_not_while_it_is_written(tmp_path, 
         write(self, given)
 
     monkeypatch.setattr(CheckpointStore, "_save", late)
-    given = saved(4)
+    given = saved(4, 1, (0,))
     store.save(given)
     assert store.spare() is None
     writes.set()
     store.wait()
-    assert store.spare() is given
+    spare = store.spare()
+    assert spare is not None
+    assert (spare.model, spare.optimizer) == (given.model, given.optimizer)
+    assert spare.best == {}
     assert store.spare() is None
     store.close()
 

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.ray_jobs import arrays
+
 pytestmark = [pytest.mark.multiworker, pytest.mark.timeout(1200)]
 
 ROOT = Path(__file__).parents[2]
@@ -44,10 +46,7 @@ def weights(trained: tuple[Path, dict[str, Any]], name: str) -> dict[str, np.nda
 
 
 def distance(trained: Any, name: str, other: str) -> float:
-    """Return the largest distance of two weights, as a share of the largest one in their tensor."""
-    first, second = weights(trained, name), weights(trained, other)
-    pairs = zip(first.values(), second.values(), strict=True)
-    return max(float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-12)) for a, b in pairs)
+    return arrays.distance(weights(trained, name), weights(trained, other))
 
 
 def test_one_worker_learns_what_model_fit_learns(trained):
