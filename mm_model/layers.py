@@ -93,8 +93,8 @@ class SynchronizedBatchNormalization(layers.BatchNormalization):
     """Batch norm by statistics of the global batch, to float32's last bits.
 
     Keras takes the variance as E[x²] - E[x]². Where the mean is large beside the deviation, little
-    is left of its digits, and what is left depends on the number of replicas. Here the mean is
-    taken off first, at the price of one more pass and exchange.
+    is left of its digits, and what is left depends on the number of replicas. Here a mean is taken
+    off first: that of all replicas' own, whose exchange is small.
     """
 
     def _moments(self, inputs: Any, mask: Any) -> Any:
@@ -102,9 +102,10 @@ class SynchronizedBatchNormalization(layers.BatchNormalization):
             return super()._moments(inputs, mask)
         axes: Any = self._reduction_axes
         moments: Any = ops.moments
-        first, _ = moments(inputs, axes, keepdims=True, synchronized=True)
+        own: Any = ops.mean(inputs, axes, keepdims=True)
+        near, _ = moments(own, axes, keepdims=True, synchronized=True)
         # A constant to the gradient, which by the rest is that of mean and variance.
-        shift = ops.stop_gradient(first)
+        shift = ops.stop_gradient(near)
         mean, variance = moments(inputs - shift, axes, synchronized=True)
         return mean + ops.squeeze(shift, axes), variance
 

@@ -57,9 +57,8 @@ class FocalLoss(keras.losses.Loss):
 
     which for y of 0 or 1 is the paper's, and cross-entropy for gamma 0. Unlike Keras'
     BinaryFocalCrossentropy it is linear in y, as mixed and smoothed labels need it. Computed from
-    the logit,
-    which is found by a probability that `keras.activations.sigmoid` made, so that neither loss nor
-    gradient overflows.
+    the logit, which is found by a probability that `keras.activations.sigmoid` made, so that
+    neither loss nor gradient overflows.
 
     Args:
         gamma: how much less rows count that the model is sure and right about.
