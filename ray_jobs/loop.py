@@ -128,6 +128,7 @@ class Loop:
         """This worker's part of the losses of the epoch's steps so far."""
         self.evaluate_step = tf.function(self._evaluate_step)
         self._next_question = 0
+        self._exchanged = 0
 
     def _evaluate_step(self, inputs: dict[str, Any]) -> Any:
         """Return the head logits (B, M) of one batch; no worker waits for another in it."""
@@ -430,12 +431,16 @@ class Loop:
     # -- measures ---------------------------------------------------------------------------------
 
     def _exchange_s(self) -> dict[str, float]:
-        """Return how long workers take for one exchange of as many bytes as a gradient has."""
+        """Return how long workers take to exchange as many numbers as this stage's gradient has.
+
+        In float32, from the processor's memory and back into it.
+        """
         if self.place.num_workers == 1:
             return {}
-        gradient = np.zeros(sum(map(_size, self.trainable)), np.float32)
-        # The first is not measured: in it they wait for each other, and trace its shape once.
-        self.replicas.sum(gradient)
+        gradient = np.zeros(sum(map(_size, self.model.trainable_variables)), np.float32)
+        # Not measured: in this one they wait for each other, and trace a size that is new.
+        is_new, self._exchanged = gradient.size != self._exchanged, gradient.size
+        self.replicas.sum(gradient if is_new else gradient[:1])
         started = time.monotonic()
         self.replicas.sum(gradient)
         return {report.COLLECTIVE_S: time.monotonic() - started}

@@ -168,7 +168,7 @@ class _Worker(Hooks):
                 from ray_jobs.finish import finish
 
                 self.watchdog.close()
-                # An attempt before this one may not have come to it.
+                # What the last epoch, or that of an attempt before this one, could not write.
                 self.tracker.write(outcome.state.history)
                 self._note("writing the best model, calibrated")
                 seconds = time.monotonic() - self.began

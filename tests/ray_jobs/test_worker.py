@@ -1,32 +1,42 @@
 """What a worker does around its loop: waits, wishes, and what it tells of a failure."""
 
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ray_jobs import worker as module
 from ray_jobs.board import failures_told
-from ray_jobs.checkpoint import DamagedCheckpointError
+from ray_jobs.checkpoint import DamagedCheckpointError, LoopState, Saved
+from ray_jobs.checkpoint_store import CheckpointStore
 from ray_jobs.profile import Profiler
 from ray_jobs.spec import RunSpec
+from ray_jobs.storage import Folder
 from ray_jobs.worker import _failures_told, _Worker
+
+
+@contextmanager
+def worker_of(board: Any, run: Path, rank: int = 0) -> Iterator[Any]:
+    spec = RunSpec.model_validate({"train": {"checkpoint_every_steps": 4}})
+    config = {
+        "spec": spec.model_dump(mode="json"), "run": str(run), "board": board,
+        "ray_s": 1.0, "began": time.time(),
+    }  # fmt: skip
+    with ThreadPoolExecutor(1) as beside:
+        made = _Worker(config, rank, beside)
+        made.profiler = Profiler(made.run, None, made._note)
+        with closing(made.watchdog):
+            yield made
 
 
 @pytest.fixture
 def worker(board, tmp_path) -> Any:
-    spec = RunSpec.model_validate({"train": {"checkpoint_every_steps": 4}})
-    config = {
-        "spec": spec.model_dump(mode="json"), "run": str(tmp_path), "board": board,
-        "ray_s": 1.0, "began": time.time(),
-    }  # fmt: skip
-    with ThreadPoolExecutor(1) as beside:
-        made = _Worker(config, 0, beside)
-        made.profiler = Profiler(made.run, None, made._note)
-        with closing(made.watchdog):
-            yield made
+    with worker_of(board, tmp_path) as made:
+        yield made
 
 
 def test_a_checkpoint_is_waited_for_before_a_failure_would_cost_too_much(worker, monkeypatch):
@@ -51,6 +61,33 @@ def test_a_node_that_is_about_to_go_is_saved_for_once(worker, monkeypatch):
     assert not any(worker.wish().save for _ in range(2 * every))
     told[0] = "soon"
     assert [worker.wish().save for _ in range(2 * every)].count(True) == 1
+
+
+def test_all_workers_go_on_from_the_checkpoint_that_rank_0_found(board, tmp_path, monkeypatch):
+    import ray.train.collective
+
+    store = CheckpointStore(Folder(tmp_path))
+    for step in (4, 8):
+        store.save(Saved(LoopState(step=step), {}, {}))
+    store.close()
+    monkeypatch.setattr(ray.train.collective, "broadcast_from_rank_zero", lambda own: 4)
+    with worker_of(board, tmp_path, rank=1) as worker:
+        found = worker._agreed_checkpoint()
+    # It has found the one after step 8, which rank 0's view of the disk does not show.
+    assert found.state.step == 4
+
+
+@pytest.mark.parametrize(
+    ("saved", "text"),
+    [
+        (7, "stopped after step 7, which is saved"),
+        (4, "stopped after step 7, whose checkpoint could not be written; the newest is that after "
+            "step 4"),
+        (0, "stopped after step 7, whose checkpoint could not be written; there is none"),
+    ],
+)  # fmt: skip
+def test_a_stop_is_told_with_what_is_saved_of_it(saved, text):
+    assert module._stopped_text(7, saved) == text
 
 
 @pytest.mark.parametrize(("step", "where"), [(None, "in its start"), (7, "after step 7")])
