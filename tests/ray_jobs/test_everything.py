@@ -47,7 +47,7 @@ def write_raw(folder: Path) -> None:
     csv.write_csv(table, folder / "table.csv")
 
 
-@pytest.fixture(scope="module", params=["jpeg", "raw"])
+@pytest.fixture(scope="module", params=["jpeg", pytest.param("raw", marks=pytest.mark.slow)])
 def done(request, ray_local, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp(request.param)
     write_raw(folder / "photos")

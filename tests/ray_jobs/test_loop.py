@@ -1,4 +1,4 @@
-"""The loop on real workers: a trainer of one, of two and of four, through all scenarios."""
+"""The loop on real workers: a trainer of one and of two through all scenarios, of four in one."""
 
 import json
 from collections import Counter
@@ -38,10 +38,21 @@ def trained(folder: Path, scenarios: dict[int, tuple[str, ...]]) -> dict[str, An
 
 @pytest.fixture(scope="module")
 def seen(ray_local, tmp_path_factory) -> dict[str, Any]:
-    """What was seen of the scenarios with one, two and four workers."""
+    """What was seen of the scenarios with one and two workers."""
     alone = tuple(name for name in FAST if name != "stages")
-    scenarios = {1: alone, 2: FAST, 4: ("synchronised",)}
-    return trained(tmp_path_factory.mktemp("loop"), scenarios)
+    return trained(tmp_path_factory.mktemp("loop"), {1: alone, 2: FAST})
+
+
+@pytest.fixture(scope="module")
+def seen_of_four(ray_local, tmp_path_factory) -> dict[str, Any]:
+    """What was seen of one scenario with one, two and four workers."""
+    scenarios = dict.fromkeys((1, 2, 4), ("synchronised",))
+    return trained(tmp_path_factory.mktemp("four"), scenarios)
+
+
+MANY_WORKERS = pytest.mark.parametrize(
+    ("of", "num_workers"), [("seen", 2), pytest.param("seen_of_four", 4, marks=pytest.mark.slow)]
+)
 
 
 def arrays(seen: dict[str, Any], scenario: str, epoch: int, num_workers: int, rank: int) -> dict:
@@ -50,8 +61,9 @@ def arrays(seen: dict[str, Any], scenario: str, epoch: int, num_workers: int, ra
         return {name: file[name] for name in file.files}
 
 
-@pytest.mark.parametrize("num_workers", [2, 4])
-def test_many_workers_learn_what_one_learns_with_all_that_is_random(seen, num_workers):
+@MANY_WORKERS
+def test_many_workers_learn_what_one_learns_with_all_that_is_random(request, of, num_workers):
+    seen = request.getfixturevalue(of)
     one, many = (arrays(seen, "synchronised", 3, n, 0) for n in (1, num_workers))
     start = arrays(seen, "synchronised", 0, 1, 0)
     assert seen["synchronised-1-0"]["epochs"][-1]["step"] == 20
@@ -61,8 +73,9 @@ def test_many_workers_learn_what_one_learns_with_all_that_is_random(seen, num_wo
     assert max(np.abs(w - start[name]).max() for name, w in one.items()) > 1e-3
 
 
-@pytest.mark.parametrize("num_workers", [2, 4])
-def test_a_run_that_goes_on_with_twice_as_many_workers_learns_the_same(seen, num_workers):
+@MANY_WORKERS
+def test_a_run_that_goes_on_with_twice_as_many_workers_learns_the_same(request, of, num_workers):
+    seen = request.getfixturevalue(of)
     assert 0 < seen[f"synchronised-{num_workers}-0"]["distance_of_resumed"] <= 1e-4
 
 
