@@ -29,7 +29,7 @@ from mm_model.optimizer import make_optimizer
 from mm_model.stages import apply_stage, learning_rates, stage_of
 from ray_jobs import report
 from ray_jobs.ahead import ahead
-from ray_jobs.checkpoint import Arrays, Best, LoopState, Saved, arrays_of, assign
+from ray_jobs.checkpoint import Arrays, Best, Copier, LoopState, Saved, arrays_of, assign
 from ray_jobs.dataset import EvaluationFeed, FeedOptions, TrainingFeed
 from ray_jobs.hooks import Hooks, Wish
 from ray_jobs.manifest import Manifest
@@ -127,6 +127,8 @@ class Loop:
         self.loss_sum = np.float32(0)
         """This worker's part of the losses of the epoch's steps so far."""
         self.evaluate_step = tf.function(self._evaluate_step)
+        self._copy_model = self._copier(self.model.variables)
+        self._copy_optimizer = self._copier(self.stepper.variables)
         self._next_question = 0
         self._exchanged = 0
 
@@ -242,7 +244,7 @@ class Loop:
             record[report.VALIDATION_S] = time.monotonic() - started
             kept = self._best_epochs((*state.history, record))
             if epoch in kept and self.place.rank == 0:
-                self.best[epoch] = Best(arrays_of(self.model.variables), logits_NM, label_N)
+                self.best[epoch] = Best(self._copy_model(), logits_NM, label_N)
         self.best = {e: best for e, best in self.best.items() if e in kept}
         improved = kept[0] == epoch
         state = self._after_epoch(state, record, improved)
@@ -345,9 +347,12 @@ class Loop:
         hooks.on_checkpoint(state.step, partial(self._copy, state, local))
         clock.checkpoint_s += time.monotonic() - started
 
+    def _copier(self, variables: list[Any]) -> Copier:
+        return Copier(variables, [self.replicas.results(v.value)[0] for v in variables])
+
     def _copy(self, state: LoopState, local: Arrays, spare: Saved | None = None) -> Saved:
-        model = arrays_of(self.model.variables, spare and spare.model)
-        optimizer = arrays_of(self.stepper.variables, spare and spare.optimizer)
+        model = self._copy_model(spare and spare.model)
+        optimizer = self._copy_optimizer(spare and spare.optimizer)
         return Saved(state, model, optimizer, local, dict(self.best))
 
     def _restored(self, saved: Saved) -> LoopState:

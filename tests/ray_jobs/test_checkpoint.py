@@ -11,6 +11,7 @@ import pytest
 from ray_jobs.checkpoint import (
     Arrays,
     Best,
+    Copier,
     DamagedCheckpointError,
     LoopState,
     Saved,
@@ -142,12 +143,18 @@ def test_a_copy_does_not_change_with_the_model():
 
 def test_a_copy_into_an_earlier_one_is_a_copy_in_the_same_memory():
     model = trained()
-    first = arrays_of(model.variables)
+    copy = Copier(model.variables, [variable.value for variable in model.variables])
+    first = copy()
+    assert same(first, arrays_of(model.variables))
     places = [array.ctypes.data for array in first.values()]
+    kept = copy()
+    before = arrays_of(model.variables)
     for variable in model.trainable_variables:
         variable.assign(variable + 1.0)
-    again = arrays_of(model.variables, first)
+    again = copy(first)
     assert same(again, arrays_of(model.variables))
+    assert same(kept, before)
+    assert not same(again, before)
     assert [array.ctypes.data for array in again.values()] == places
 
 
