@@ -22,7 +22,7 @@ check: $(READY)
 	$(BIN)/pyright
 
 # The service's own measures, about an hour. Left out: benchmarks.houses, which takes longer alone,
-# and benchmarks.chaos, 40 minutes, which mounts a small disk as root.
+# and benchmarks.chaos, 50 minutes, which mounts a small disk as root.
 bench: $(READY)
 	for name in feed wait memory join interrupted order loop checkpoint startup; do \
 		$(BIN)/python -m benchmarks.$$name || exit 1; done
