@@ -1,6 +1,5 @@
 """What is tried again and what not, by real boards and the exceptions that Ray Train raises."""
 
-import asyncio
 import os
 import signal
 import threading
@@ -10,7 +9,6 @@ from typing import Any
 import pytest
 
 from ray_jobs.attempts import run_attempts
-from ray_jobs.board import StopRequest
 from ray_jobs.cli import Interrupted, JobError
 from ray_jobs.spec import TrainSpec
 
@@ -412,45 +410,3 @@ def test_as_many_workers_are_started_as_there_is_room_for(board, num_workers, cp
     attempts = Attempts(board)
     attempts.run(global_batch_size=24, num_workers=num_workers, cpus_per_worker=cpus)
     assert attempts.num_workers == [expected]
-
-
-def test_a_worker_learns_of_a_stop_and_that_it_is_over(board):
-    import ray
-
-    asked = StopRequest(board)
-    assert asked() is False
-    ray.get(board.ask_to_stop.remote())
-    while not asked():
-        pass
-    ray.get(board.begin.remote())
-    while asked():
-        pass
-
-
-def test_a_worker_does_not_wait_for_an_answer_that_is_late(ray_local):
-    import ray
-
-    @ray.remote(num_cpus=0)
-    class Late:
-        """Answers when it may."""
-
-        def __init__(self) -> None:
-            self.may = asyncio.Event()
-
-        async def answer(self) -> None:
-            self.may.set()
-
-        async def asked_to_stop(self) -> bool:
-            await self.may.wait()
-            return True
-
-    late = Late.remote()
-    asked = StopRequest(late)
-    assert [asked(), asked()] == [False, False]
-    ray.get(late.answer.remote())
-    while not asked():
-        pass
-    ray.kill(late)
-    # A board that is lost asks nobody to stop.
-    while asked():
-        pass
