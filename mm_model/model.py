@@ -24,14 +24,13 @@ from keras import KerasTensor, layers, ops
 
 from mm_model.augment import augmentation
 from mm_model.branches import IMAGE_BRANCHES, NUMERIC_BRANCHES, Builder
+from mm_model.encodings import CategoryEmbedding, NumericEncoding
 from mm_model.fusion import FUSIONS
 from mm_model.layers import (
     AffineLogit,
     Blocks,
-    CategoryEmbedding,
     FoldImages,
     ModalityDropout,
-    NumericEncoding,
     UnfoldImages,
     register,
 )

@@ -6,7 +6,8 @@ import pytest
 from keras import ops
 
 from mm_model import draws
-from mm_model.layers import CategoryEmbedding, ModalityDropout, RowDropout
+from mm_model.encodings import CategoryEmbedding
+from mm_model.layers import ModalityDropout, RowDropout
 from mm_model.statistics import Vocabulary
 from tests.mm_model.examples import in_parts
 
