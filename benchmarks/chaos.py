@@ -73,7 +73,7 @@ def distance(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> flo
     """
     pairs = zip(first.values(), second.values(), strict=True)
     floats = [(a, b) for a, b in pairs if a.dtype == np.float32 and b.size]
-    return max(float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-12)) for a, b in floats)
+    return float(np.max([np.abs(a - b).max() / max(np.abs(b).max(), 1e-12) for a, b in floats]))
 
 
 def same(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> bool:
