@@ -158,8 +158,8 @@ def _attempted(
             board.ask_to_stop.remote()
         if not (told or grows) and time.monotonic() - looked > _ROOM_EVERY_S:
             looked = time.monotonic()
-            # Until its workers are there, their own room would count as free, too.
-            if grows := workers_were_heard(board) and has_room_for_more(train, num_workers):
+            # Until its workers are there, their own room counts as free, too.
+            if grows := has_room_for_more(train, num_workers) and workers_were_heard(board):
                 board.ask_to_stop.remote()
     return _Ended(raised[0] if raised else None, grows)
 
