@@ -76,7 +76,7 @@ class CheckpointStore:
     def spare(self) -> Saved | None:
         """Give away what was saved last, if it is written by now, for another copy to overwrite.
 
-        Until then the store keeps it: model and optimizer, once.
+        To have it at hand the store keeps model and optimizer of the last checkpoint in memory.
         """
         if self._writing is None or not self._writing.done():
             return None
@@ -89,9 +89,10 @@ class CheckpointStore:
             self._writing.result()
 
     def close(self) -> None:
-        """Wait, and end the thread."""
+        """Wait, end the thread, and let go of what was saved last."""
         self.wait()
         self._writer.shutdown()
+        self._latest = None
 
     def steps(self) -> list[int]:
         """Return the steps of which there is a checkpoint, perhaps damaged since, in order."""
@@ -111,8 +112,8 @@ class CheckpointStore:
         saved = self._read(f"{STEPS}/{step:08d}", read_checkpoint)
         best = saved.state.best_epoch
         # Those of later epochs are of a future that this checkpoint knows nothing of.
-        past = [e for e in _numbers(self.run.names(BEST)) if e < saved.state.epoch]
-        for epoch in past if with_best else ():
+        there = _numbers(self.run.names(BEST)) if with_best else []
+        for epoch in (e for e in there if e < saved.state.epoch):
             try:
                 saved.best[epoch] = self._read(f"{BEST}/{epoch:05d}", read_best)
             except DamagedCheckpointError:
