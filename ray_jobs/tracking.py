@@ -142,11 +142,12 @@ class TensorBoard:
         import tensorflow as tf
 
         self.folder = folder
-        self._copy = None if folder.is_local else tempfile.mkdtemp(prefix="tensorboard-")
         # Traces of the profiler are no numbers of epochs, and stay.
         for name in list(folder.names(TENSORBOARD)):
             if Path(name).name.startswith("events.out"):
                 folder.delete(name)
+        # Last, since nobody would delete it for a log that could not be made.
+        self._copy = None if folder.is_local else tempfile.mkdtemp(prefix="tensorboard-")
         self._writer = tf.summary.create_file_writer(
             self._copy or folder.locate(TENSORBOARD), filename_suffix=".epochs"
         )
