@@ -130,7 +130,6 @@ class Loop:
         self._copy_model = self._copier(self.model.variables)
         self._copy_optimizer = self._copier(self.stepper.variables)
         self._next_question = 0
-        self._exchanged = 0
 
     def _evaluate_step(self, inputs: dict[str, Any]) -> Any:
         """Return the head logits (B, M) of one batch; no worker waits for another in it."""
@@ -443,9 +442,8 @@ class Loop:
         if self.place.num_workers == 1:
             return {}
         gradient = np.zeros(sum(map(_size, self.model.trainable_variables)), np.float32)
-        # Not measured: in this one they wait for each other, and trace a size that is new.
-        is_new, self._exchanged = gradient.size != self._exchanged, gradient.size
-        self.replicas.sum(gradient if is_new else gradient[:1])
+        # The first is not measured: in it they wait for each other, and trace a size that is new.
+        self.replicas.sum(gradient)
         started = time.monotonic()
         self.replicas.sum(gradient)
         return {report.COLLECTIVE_S: time.monotonic() - started}
