@@ -19,6 +19,7 @@ The data's way, in running order:
                     say what a worker uses and where its steps spend their time)
     worker.py       a Ray worker around the loop: start, checkpoints, reports (watchdog.py)
     attempts.py     what fails, and whether it is tried again (board.py: driver ↔ workers)
+    room.py         how many workers there is room for
     finish.py       best epoch → the model that people use, blended and calibrated
     train.py        job: the run folder, and attempts at a `TensorflowTrainer` until one ends
     trained_run.py  what those who use a finished run need to know of it

@@ -33,7 +33,13 @@ def numbers_allowed(train: TrainSpec) -> list[int]:
 def workers_to_start(train: TrainSpec, most: int, interrupted: threading.Event) -> int:
     """Return the most workers, of those allowed, that there is room for.
 
-    With room for none it is the least: Ray waits for it, and so does an autoscaler's request.
+    With room for none it is the least: Ray waits for it, and so does an autoscaler's request. Where
+    there is a choice, it waits some seconds for what an ended attempt held to be free.
+
+    Args:
+        train: of the run.
+        most: workers.
+        interrupted: ends the wait.
     """
     allowed = [n for n in numbers_allowed(train) if n <= most]
     if len(allowed) == 1:
