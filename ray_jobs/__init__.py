@@ -13,7 +13,8 @@ The data's way, in running order:
     batch.py        the contract of one batch
     loop.py         what one worker does: build, epochs, validation (hooks.py: what it calls)
     step.py         one optimizer step on all replicas (replicas.py tensors.py do its parts)
-    checkpoint.py   what is saved, and how it is restored (checkpoint_store.py: where, and when)
+    checkpoint.py   what is saved (checkpoint_store.py: where, and when; snapshot.py: how it is
+                    taken out of a model and put back)
     report.py       the keys of the history, progress on the terminal
     tracking.py     history files, TensorBoard, MLflow (mlflow_run.py; resources.py and profile.py
                     say what a worker uses and where its steps spend their time)

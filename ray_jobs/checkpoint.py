@@ -75,48 +75,6 @@ class Saved:
     """The best epochs that are kept, by their index."""
 
 
-class Copier:
-    """Copies variables again and again, while no step is taken.
-
-    Args:
-        variables: to copy.
-        on_replica: what TensorFlow has of each of them on one replica.
-    """
-
-    def __init__(self, variables: "Sequence[keras.Variable]", on_replica: Sequence[Any]) -> None:
-        self._variables = dict(zip(_names(variables), on_replica, strict=True))
-
-    def __call__(self, into: Arrays | None = None) -> Arrays:
-        """Return a copy of every variable.
-
-        Args:
-            into: an earlier one, which is overwritten and returned: memory that is new takes four
-                times as long.
-        """
-        import tensorflow as tf
-
-        if into is None:
-            variables = self._variables.items()
-            into = {name: np.empty(v.shape, v.dtype.as_numpy_dtype) for name, v in variables}
-        for name, variable in self._variables.items():
-            # As raw as it can be: a large model has thousands, and its steps wait for this.
-            value = tf.raw_ops.ReadVariableOp(resource=variable.handle, dtype=variable.dtype)
-            np.copyto(into[name], value)
-        return into
-
-
-def arrays_of(variables: "Sequence[keras.Variable]") -> Arrays:
-    """Return a copy of every variable."""
-    values = [np.array(variable.numpy(), copy=True) for variable in variables]
-    return dict(zip(_names(variables), values, strict=True))
-
-
-def _names(variables: "Sequence[keras.Variable]") -> list[str]:
-    # Keras numbers unnamed layers by process, so the place in the list is what identifies a
-    # variable; its path is for people.
-    return [f"{i:05d} {variable.path}" for i, variable in enumerate(variables)]
-
-
 def assign(variables: "Sequence[keras.Variable]", arrays: Arrays, what: str) -> None:
     """Give variables the values that were copied from others of the same places.
 

@@ -29,7 +29,7 @@ from mm_model.optimizer import make_optimizer
 from mm_model.stages import apply_stage, learning_rates, stage_of
 from ray_jobs import report
 from ray_jobs.ahead import ahead
-from ray_jobs.checkpoint import Arrays, Best, Copier, LoopState, Saved, arrays_of, assign
+from ray_jobs.checkpoint import Best, LoopState, Saved, assign
 from ray_jobs.dataset import EvaluationFeed, FeedOptions, TrainingFeed
 from ray_jobs.hooks import Hooks, Wish
 from ray_jobs.manifest import Manifest
@@ -37,6 +37,7 @@ from ray_jobs.metrics import validation_metrics
 from ray_jobs.order import TrainingOrder
 from ray_jobs.replicas import Place, Replicas, make_strategy
 from ray_jobs.rows import Batch, RowDecoder
+from ray_jobs.snapshot import Copier, Snapshots
 from ray_jobs.spec import RunSpec
 from ray_jobs.step import Stepper
 from ray_jobs.storage import Folder
@@ -127,8 +128,8 @@ class Loop:
         self.loss_sum = np.float32(0)
         """This worker's part of the losses of the epoch's steps so far."""
         self.evaluate_step = tf.function(self._evaluate_step)
-        self._copy_model = self._copier(self.model.variables)
-        self._copy_optimizer = self._copier(self.stepper.variables)
+        self.snapshots = Snapshots(self.model, self.stepper, self.replicas)
+        self._copy_trainable = Copier(self.trainable, self.replicas)
         self._next_question = 0
 
     def _evaluate_step(self, inputs: dict[str, Any]) -> Any:
@@ -137,12 +138,6 @@ class Loop:
             lambda x: self.model.head_logits(x, training=False), args=(inputs,)
         )
         return tf.concat(self.replicas.results(run), axis=0)
-
-    @property
-    def _local(self) -> list[Any]:
-        """Batch-norm statistics, which each replica updates from its own rows."""
-        moving = ("moving_mean", "moving_variance")
-        return [v for v in self.model.variables if v.path.endswith(moving)]
 
     # -- epochs -----------------------------------------------------------------------------------
 
@@ -155,7 +150,10 @@ class Loop:
         """
         hooks = hooks or Hooks()
         epochs = self.spec.train.epochs
-        state = self._restored(saved) if saved is not None else LoopState()
+        state = LoopState()
+        if saved is not None:
+            state, self.best = saved.state, dict(saved.best)
+            self.loss_sum = self.snapshots.restore(saved)
         del saved  # As large as three models.
         feed, validation = self._feeds()
         # Both streams run through all epochs, since every start of one costs its time, and the next
@@ -221,7 +219,7 @@ class Loop:
         if not np.isfinite(loss):
             # The sum over all workers, so that all of them end here alike.
             raise ValueError(self._diverged(f"the training loss is {loss}", epoch))
-        self.replicas.agree(self._local)
+        self.replicas.agree(self.snapshots.statistics)
         rows_per_s = clock.steps * self.spec.train.global_batch_size / seconds
         record = {
             report.EPOCH: epoch,
@@ -243,12 +241,12 @@ class Loop:
             record[report.VALIDATION_S] = time.monotonic() - started
             kept = self._best_epochs((*state.history, record))
             if epoch in kept and self.place.rank == 0:
-                self.best[epoch] = Best(self._copy_model(), logits_NM, label_N)
+                self.best[epoch] = Best(self.snapshots.copy_model(), logits_NM, label_N)
         self.best = {e: best for e, best in self.best.items() if e in kept}
         improved = kept[0] == epoch
         state = self._after_epoch(state, record, improved)
         hooks.post({"kind": "epoch", **record, "best": improved})
-        hooks.on_epoch(record, partial(self._copy, state, {}))
+        hooks.on_epoch(record, partial(self.snapshots.take, state, {}, self.best))
         return state
 
     def validate(
@@ -287,7 +285,7 @@ class Loop:
         if self.spec.train.ema_momentum is None:
             yield
             return
-        own = arrays_of(self.trainable)
+        own = self._copy_trainable()
         self.optimizer.finalize_variable_values(self.trainable)
         yield
         assign(self.trainable, own, "weights")
@@ -334,39 +332,12 @@ class Loop:
 
         return ahead(tensors(), self.spec.data.prefetch_batches)
 
-    # -- checkpoints ------------------------------------------------------------------------------
-
     def _save(self, state: LoopState, hooks: Hooks, clock: _Clock) -> None:
         """Offer a checkpoint in the middle of an epoch; an exchange."""
         started = time.monotonic()
-        rows = self.replicas.read(self._local)
-        losses = [self.loss_sum] + [np.float32(0)] * (len(rows) - 1)
-        own = [np.append(loss, row) for loss, row in zip(losses, rows, strict=True)]
-        local = {"loss_and_statistics": self.replicas.gather(own)}
-        hooks.on_checkpoint(state.step, partial(self._copy, state, local))
+        own = self.snapshots.gather(self.loss_sum)
+        hooks.on_checkpoint(state.step, partial(self.snapshots.take, state, own, self.best))
         clock.checkpoint_s += time.monotonic() - started
-
-    def _copier(self, variables: list[Any]) -> Copier:
-        return Copier(variables, [self.replicas.results(v.value)[0] for v in variables])
-
-    def _copy(self, state: LoopState, local: Arrays, spare: Saved | None = None) -> Saved:
-        model = self._copy_model(spare and spare.model)
-        optimizer = self._copy_optimizer(spare and spare.optimizer)
-        return Saved(state, model, optimizer, local, dict(self.best))
-
-    def _restored(self, saved: Saved) -> LoopState:
-        assign(self.model.variables, saved.model, "model weights")
-        assign(self.stepper.variables, saved.optimizer, "optimizer weights")
-        self.best = dict(saved.best)
-        self.loss_sum = np.float32(0)
-        if saved.local:
-            rows_RS = saved.local["loss_and_statistics"]
-            self.replicas.write(self._local, rows_RS[:, 1:])
-            if len(rows_RS) == self.replicas.count:
-                self.loss_sum = self.replicas.own(rows_RS)[:, 0].sum()
-            else:
-                self.loss_sum = np.float32(rows_RS[:, 0].sum() / self.place.num_workers)
-        return saved.state
 
     # -- decisions, from numbers that all workers hold alike --------------------------------------
 

@@ -1,10 +1,19 @@
-"""Comparing the weights of two models."""
+"""Copying weights, and comparing them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-Arrays = Mapping[str, np.ndarray]
+if TYPE_CHECKING:
+    import keras
+
+Arrays = Mapping[Any, np.ndarray]
+
+
+def arrays_of(variables: "Sequence[keras.Variable]") -> dict[str, np.ndarray]:
+    """Return a copy of every variable, by its place and path, as checkpoints have it."""
+    return {f"{i:05d} {v.path}": np.array(v.numpy()) for i, v in enumerate(variables)}
 
 
 def distance(first: Arrays, second: Arrays) -> float:
@@ -18,3 +27,12 @@ def same_arrays(first: Arrays, second: Arrays) -> bool:
     """Whether two copies of variables are bitwise the same, in the same order."""
     pairs = zip(first.values(), second.values(), strict=True)
     return all(a.tobytes() == b.tobytes() for a, b in pairs)
+
+
+def identical(first: Arrays, second: Arrays) -> bool:
+    """Whether names, dtypes, shapes and bits are equal, in any order."""
+
+    def bits(arrays: Arrays) -> dict[str, object]:
+        return {name: (v.dtype, v.shape, v.tobytes()) for name, v in arrays.items()}
+
+    return bits(first) == bits(second)

@@ -9,13 +9,10 @@ import numpy as np
 import pytest
 
 from ray_jobs.checkpoint import (
-    Arrays,
     Best,
-    Copier,
     DamagedCheckpointError,
     LoopState,
     Saved,
-    arrays_of,
     assign,
     is_random_state,
     read_best,
@@ -23,6 +20,7 @@ from ray_jobs.checkpoint import (
     write_best,
     write_checkpoint,
 )
+from tests.ray_jobs.arrays import arrays_of, identical
 
 FILES = ("model.npz", "optimizer.npz", "local.npz", "state.json")
 BEST_FILES = ("model.npz", "validation.npz")
@@ -71,21 +69,12 @@ def written(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def same(left: Arrays, right: Arrays) -> bool:
-    """Whether names, dtypes, shapes and bits are equal."""
-
-    def bits(arrays: Arrays) -> dict[str, Any]:
-        return {name: (v.dtype, v.shape, v.tobytes()) for name, v in arrays.items()}
-
-    return bits(left) == bits(right)
-
-
 def test_a_checkpoint_is_read_back_bit_by_bit(written):
     read, before = read_checkpoint(written), saved()
     assert read.state == STATE
     assert sorted(os.listdir(written)) == sorted(FILES)
     for part in ("model", "optimizer", "local"):
-        assert same(getattr(before, part), getattr(read, part))
+        assert identical(getattr(before, part), getattr(read, part))
 
 
 def test_a_best_epoch_is_read_back_bit_by_bit(tmp_path):
@@ -93,7 +82,7 @@ def test_a_best_epoch_is_read_back_bit_by_bit(tmp_path):
     best = Best(saved().model, rng.normal(size=(5, 3)), np.ones(5, np.float32))
     write_best(tmp_path, best)
     read = read_best(tmp_path)
-    assert same(read.model, best.model)
+    assert identical(read.model, best.model)
     assert read.head_logits_NM.tobytes() == best.head_logits_NM.tobytes()
     assert read.label_N.tobytes() == best.label_N.tobytes()
     for name in BEST_FILES:
@@ -122,7 +111,8 @@ def test_a_trained_model_goes_on_in_another_one_bit_by_bit(tmp_path):
     assign(other.optimizer.variables, read.optimizer, "optimizer weights")
     # Layers are numbered by process, so their paths differ, and places identify variables.
     assert [*arrays_of(other.variables)] != [*read.model]
-    assert same(*(dict(enumerate(a.values())) for a in (arrays_of(other.variables), read.model)))  # type: ignore[arg-type]
+    own, its = (dict(enumerate(a.values())) for a in (arrays_of(other.variables), read.model))
+    assert identical(own, its)
     assert other.optimizer.iterations.numpy() == 1
     rng = np.random.default_rng(5)
     x, y = rng.normal(size=(8, 4)), rng.normal(size=(8, 1))
@@ -130,32 +120,6 @@ def test_a_trained_model_goes_on_in_another_one_bit_by_bit(tmp_path):
         one.train_on_batch(x, y)
     for a, b in zip(first.trainable_variables, other.trainable_variables, strict=True):
         np.testing.assert_array_equal(a.numpy(), b.numpy())
-
-
-def test_a_copy_does_not_change_with_the_model():
-    model = trained()
-    copy = arrays_of(model.variables)
-    before = {name: array.copy() for name, array in copy.items()}
-    for variable in model.trainable_variables:
-        variable.assign(variable + 1.0)
-    assert same(copy, before)
-
-
-def test_a_copy_into_an_earlier_one_is_a_copy_in_the_same_memory():
-    model = trained()
-    copy = Copier(model.variables, [variable.value for variable in model.variables])
-    first = copy()
-    assert same(first, arrays_of(model.variables))
-    places = [array.ctypes.data for array in first.values()]
-    kept = copy()
-    before = arrays_of(model.variables)
-    for variable in model.trainable_variables:
-        variable.assign(variable + 1.0)
-    again = copy(first)
-    assert same(again, arrays_of(model.variables))
-    assert same(kept, before)
-    assert not same(again, before)
-    assert [array.ctypes.data for array in again.values()] == places
 
 
 def test_random_states_go_on_where_they_were():
@@ -181,7 +145,7 @@ def test_weights_of_another_shape_name_the_first_variable_that_differs():
     message = r"the model weights do not fit the model \(\S*kernel\); was it changed under the same"
     with pytest.raises(ValueError, match=message):
         assign(model.variables, stored, "model weights")
-    assert same(arrays_of(model.variables), before)
+    assert identical(arrays_of(model.variables), before)
 
 
 def test_weights_of_another_number_say_both_numbers():

@@ -5,12 +5,13 @@ import numpy as np
 
 from mm_model import load_model
 from ray_jobs import finish as module
-from ray_jobs.checkpoint import Best, LoopState, arrays_of
+from ray_jobs.checkpoint import Best, LoopState
 from ray_jobs.finish import MODEL, finish, is_finished
 from ray_jobs.loop import Loop
 from ray_jobs.replicas import Place
 from ray_jobs.spec import RunSpec
 from ray_jobs.storage import Folder
+from tests.ray_jobs.arrays import arrays_of
 from tests.ray_jobs.tiny import write_prepared
 
 

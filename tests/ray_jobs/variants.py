@@ -16,7 +16,6 @@ import tensorflow as tf
 from mm_model.losses import make_loss
 from mm_model.optimizer import make_optimizer
 from mm_model.spec import NO_AUGMENTATION
-from ray_jobs.checkpoint import arrays_of
 from ray_jobs.dataset import FeedOptions, TrainingFeed
 from ray_jobs.hooks import Hooks
 from ray_jobs.loop import Loop, new_model
@@ -24,6 +23,7 @@ from ray_jobs.manifest import read_manifest
 from ray_jobs.replicas import Place, set_devices
 from ray_jobs.spec import RunSpec
 from ray_jobs.storage import Folder
+from tests.ray_jobs.arrays import arrays_of
 from tests.ray_jobs.tiny import write_prepared
 
 MODEL: dict[str, Any] = {
