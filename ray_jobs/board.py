@@ -24,6 +24,8 @@ class _Board:
 
     def post(self, event: Event) -> None:
         self.events.append(event)
+        # Rank 0 tells of its start when its first step is done.
+        self.heard |= event["kind"] == "startup"
 
     def take(self) -> list[Event]:
         taken, self.events = self.events, []
@@ -40,8 +42,6 @@ class _Board:
         self.stop = True
 
     def asked_to_stop(self) -> bool:
-        # Only workers ask, and no sooner than in their first step.
-        self.heard = True
         return self.stop
 
     def were_heard(self) -> bool:
@@ -77,7 +77,7 @@ def begin_attempt(board: Any) -> None:
 
 
 def workers_were_heard(board: Any) -> bool:
-    """Return whether the workers of this attempt have come to their first step."""
+    """Return whether a step was done in this attempt."""
     import ray
     from ray.exceptions import RayError
 
