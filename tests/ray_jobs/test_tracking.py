@@ -88,9 +88,10 @@ def test_epochs_that_could_not_be_written_are_written_with_the_next_one(tmp_path
     assert len((tmp_path / "first/history.jsonl").read_text().splitlines()) == 4
 
 
-def test_an_outage_leaves_no_copy_of_the_log_behind(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("gone", "num_copies"), [("upload", 3), ("names", 1)])
+def test_an_outage_leaves_no_copy_of_the_log_behind(tmp_path, monkeypatch, gone, num_copies):
     copies = []
-    folder, made = Folder("memory://tracking/outage"), tempfile.mkdtemp
+    folder, made = Folder(f"memory://tracking/{gone}"), tempfile.mkdtemp
 
     def mkdtemp(*args: Any, **options: Any) -> str:
         copies.append(Path(made(*args, **options)))
@@ -98,15 +99,15 @@ def test_an_outage_leaves_no_copy_of_the_log_behind(tmp_path, monkeypatch):
 
     monkeypatch.setattr(tempfile, "mkdtemp", mkdtemp)
     with Tracker(folder, spec_in(tmp_path, "none"), lambda text: None) as tracker:
-        with monkeypatch.context() as gone:
+        with monkeypatch.context() as outage:
 
             def no_answer(*_: Any) -> None:
                 raise OSError("the network is down")
 
-            gone.setattr(Folder, "upload", no_answer)
+            outage.setattr(Folder, gone, no_answer)
             write_epochs(tracker, 0, 2)
         write_epochs(tracker, 2, 3)
-    assert len(copies) == 3
+    assert len(copies) == num_copies
     assert not any(copy.exists() for copy in copies)
 
 
