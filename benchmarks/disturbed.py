@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,15 +36,7 @@ def train_recorded(config: dict[str, Any], steps_file: str, rounded: bool) -> No
         steps_file: where to write them.
         rounded: whether the weights begin one rounding away from where they otherwise do.
     """
-    from ray_jobs import loop, worker
-
-    class Rounded(loop.Loop):
-        def __init__(self, *arguments: Any, **options: Any) -> None:
-            super().__init__(*arguments, **options)
-            rng = np.random.default_rng(0)
-            for variable in self.trainable:
-                factor = 1 + rng.choice([-1, 1], variable.shape) * np.finfo(np.float32).eps
-                variable.assign(variable.value.numpy() * factor.astype(np.float32))
+    from ray_jobs import worker
 
     after_step = worker._Worker.after_step
 
@@ -55,9 +47,26 @@ def train_recorded(config: dict[str, Any], steps_file: str, rounded: bool) -> No
 
     with (
         patch.object(worker._Worker, "after_step", recorded),
-        patch.object(loop, "Loop", Rounded if rounded else loop.Loop),
+        _rounded_weights() if rounded else nullcontext(),
     ):
         worker.train_on_worker(config)
+
+
+@contextmanager
+def _rounded_weights() -> Iterator[None]:
+    """Let the weights of a loop begin one rounding away."""
+    from ray_jobs import loop
+
+    class Rounded(loop.Loop):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            rng = np.random.default_rng(0)
+            for variable in self.trainable:
+                factor = 1 + rng.choice([-1, 1], variable.shape) * np.finfo(np.float32).eps
+                variable.assign(variable.value.numpy() * factor.astype(np.float32))
+
+    with patch.object(loop, "Loop", Rounded):
+        yield
 
 
 def drive() -> None:
