@@ -1,5 +1,4 @@
 import pickle
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -9,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from ray_jobs.batch import IMAGE, LABEL, NUMERIC, WEIGHT
-from ray_jobs.cache import choose_kind, make_index, open_cache
 from ray_jobs.dataset import EvaluationFeed, FeedOptions, TrainingFeed, choose_decode
 from ray_jobs.images import decode_stored
 from ray_jobs.manifest import Manifest
@@ -22,10 +19,8 @@ from ray_jobs.order import TrainingOrder
 from ray_jobs.rows import Batch
 from ray_jobs.spec import DataSpec
 from ray_jobs.storage import Folder
-from tests.ray_jobs.tiny import COLUMNS, ROW, with_image, write_prepared
-
-SIZE = 16
-COUNTS = {"train": 53, "validation": 22, "test": 3}
+from tests.ray_jobs.feeds import COUNTS, SIZE, order_of, row_ids, training_feed
+from tests.ray_jobs.tiny import COLUMNS, with_image, write_prepared
 
 
 @pytest.fixture(scope="module")
@@ -50,19 +45,6 @@ def stored(folder: Path) -> dict[str, list[dict[str, Any]]]:
                 for row in pq.read_table(path).to_pylist()]
         for split in COUNTS
     }  # fmt: skip
-
-
-def order_of(manifest: Manifest, batch_size: int = 8, window_rows: int = 16) -> TrainingOrder:
-    data = DataSpec(shuffle_window_rows=window_rows)
-    return TrainingOrder.of(manifest.splits["train"], batch_size, 0, data)
-
-
-def training_feed(
-    folder: Path, manifest: Manifest, rank: int = 0, num_workers: int = 1,
-    order: TrainingOrder | None = None, **options: Any,
-) -> TrainingFeed:  # fmt: skip
-    order = order or order_of(manifest)
-    return TrainingFeed(Folder(folder), manifest, order, rank, num_workers, FeedOptions(**options))
 
 
 def evaluation_feed(
@@ -103,11 +85,6 @@ def ordered_rows(
                 for i in shuffle[step]
             ])  # fmt: skip
     return found
-
-
-def row_ids(batch: Batch, real: bool = False) -> list[int]:
-    rows = batch[NUMERIC][batch[WEIGHT][:, 0] > 0] if real else batch[NUMERIC]
-    return rows[:, ROW].astype(int).tolist()
 
 
 def assert_is_stored(batch: Batch, rows: list[dict[str, Any]]) -> None:
@@ -223,39 +200,6 @@ def test_damaged_prepared_data_fails_the_training_with_the_rows_key(tmp_path, de
         list(feed.batches(0, 1))
 
 
-@pytest.mark.parametrize("kind", ["object_store", "disk"])
-@pytest.mark.parametrize("num_kept", [0, 20, 1000])
-def test_a_cache_changes_no_batch_and_decodes_a_row_group_once(
-    folder, manifest, monkeypatch, tmp_path, kind, num_kept
-):
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr(tempfile, "tempdir", None)
-    data = DataSpec(cache=kind, cache_bytes=num_kept * SIZE * SIZE * 3, image_size=12)
-    plain = training_feed(folder, manifest, data=DataSpec(cache="none", image_size=12))
-    cache = open_cache(kind, manifest, 12, make_index())
-    feed = training_feed(folder, manifest, data=data, cache=cache, threads=2)
-    decoded: list[int] = []
-    decode = feed.decoder.decoded
-
-    def noted(table: pa.Table) -> pa.Table:
-        decoded.append(table.num_rows)
-        return decode(table)
-
-    monkeypatch.setattr(feed.decoder, "decoded", noted)
-    for start, stop in ((0, 13), (13, 26)):
-        for batch, expected in zip(
-            feed.batches(start, stop), plain.batches(start, stop), strict=True
-        ):
-            for name, values in expected.items():
-                np.testing.assert_array_equal(batch[name], values)
-    sizes = [rows for shard in manifest.splits["train"].shards for rows in shard.row_groups]
-    budget = num_kept * SIZE * SIZE // 12**2
-    kept = [rows for i, rows in enumerate(sizes) if sum(sizes[: i + 1]) <= budget]
-    assert sorted(decoded) == sorted(kept)
-    assert cache is not None
-    cache.close()
-
-
 # -- evaluation -----------------------------------------------------------------------------------
 
 
@@ -368,50 +312,7 @@ def test_an_iterator_that_is_read_to_the_end_leaves_no_task_and_no_cpu_taken(fol
     assert until(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"])
 
 
-# -- where rows are decoded and kept --------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("cache_bytes", "object_store", "kind"),
-    [
-        (75 * SIZE * SIZE * 3, 150 * SIZE * SIZE * 3, "object_store"),
-        (75 * SIZE * SIZE * 3, 149 * SIZE * SIZE * 3, "disk"),
-        (75 * SIZE * SIZE * 3 - 1, 1 << 30, "none"),
-    ],
-)
-def test_auto_keeps_rows_where_all_that_are_trained_and_validated_on_fit(
-    manifest, cache_bytes, object_store, kind
-):
-    data = DataSpec(cache_bytes=cache_bytes)
-    assert choose_kind(data, manifest, SIZE * SIZE * 3, object_store) == kind
-
-
-def test_auto_keeps_nothing_that_is_stored_as_the_model_takes_it(manifest):
-    raw = manifest.model_copy(
-        update={"image": manifest.image.model_copy(update={"encoding": "raw"})}
-    )
-    assert choose_kind(DataSpec(), raw, SIZE * SIZE * 3, 1 << 40) == "none"
-    assert choose_kind(DataSpec(), raw, 12 * 12 * 3, 1 << 40) == "object_store"
-    assert choose_kind(DataSpec(), manifest, 0, 1 << 40) == "none"
-
-
-def test_a_lost_object_is_decoded_anew(folder, manifest):
-    import ray
-
-    cache = open_cache("object_store", manifest, None, make_index())
-    data = DataSpec(cache="object_store")
-
-    @ray.remote(num_cpus=0)
-    class Worker:
-        def run(self, cache: Any) -> list[list[int]]:
-            feed = training_feed(folder, manifest, data=data, cache=cache)
-            return [row_ids(batch) for batch in feed.batches(0, 6)]
-
-    first = Worker.remote()
-    expected = ray.get(first.run.remote(cache))
-    ray.kill(first)
-    second = Worker.remote()
-    assert ray.get(second.run.remote(cache), timeout=120) == expected
+# -- where rows are decoded -----------------------------------------------------------------------
 
 
 def test_decoding_is_left_to_tasks_only_where_there_are_nodes_without_gpus():

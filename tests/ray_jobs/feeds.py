@@ -1,0 +1,34 @@
+"""Feeds of small prepared data, for the tests of feeds and of their cache."""
+
+from pathlib import Path
+from typing import Any
+
+from ray_jobs.batch import NUMERIC, WEIGHT
+from ray_jobs.dataset import FeedOptions, TrainingFeed
+from ray_jobs.manifest import Manifest
+from ray_jobs.order import TrainingOrder
+from ray_jobs.rows import Batch
+from ray_jobs.spec import DataSpec
+from ray_jobs.storage import Folder
+from tests.ray_jobs.tiny import ROW
+
+SIZE = 16
+COUNTS = {"train": 53, "validation": 22, "test": 3}
+
+
+def order_of(manifest: Manifest, batch_size: int = 8, window_rows: int = 16) -> TrainingOrder:
+    data = DataSpec(shuffle_window_rows=window_rows)
+    return TrainingOrder.of(manifest.splits["train"], batch_size, 0, data)
+
+
+def training_feed(
+    folder: Path, manifest: Manifest, rank: int = 0, num_workers: int = 1,
+    order: TrainingOrder | None = None, **options: Any,
+) -> TrainingFeed:  # fmt: skip
+    order = order or order_of(manifest)
+    return TrainingFeed(Folder(folder), manifest, order, rank, num_workers, FeedOptions(**options))
+
+
+def row_ids(batch: Batch, real: bool = False) -> list[int]:
+    rows = batch[NUMERIC][batch[WEIGHT][:, 0] > 0] if real else batch[NUMERIC]
+    return rows[:, ROW].astype(int).tolist()
