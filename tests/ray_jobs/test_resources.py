@@ -72,7 +72,8 @@ def test_memory_that_processes_share_counts_by_each_ones_part(tmp_path):
     file.write_bytes(b"x" * size)
     look = (
         "import mmap, sys; file = open(sys.argv[1], 'rb'); "
-        "shared = mmap.mmap(file.fileno(), 0, prot=1); shared[:: mmap.PAGESIZE]; print(flush=True); input()"
+        "shared = mmap.mmap(file.fileno(), 0, prot=1); shared[:: mmap.PAGESIZE]; "
+        "print(flush=True); input()"
     )
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ) as shared:
         shared[:: mmap.PAGESIZE]

@@ -63,7 +63,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "exchanged_bfloat16": {"replicas": 2, "all_reduce_dtype": "bfloat16"},
     "exchanged_in_parts": {"replicas": 2, "all_reduce_bytes": 1000},
     "clipped": {"clip_norm": 0.1},
-    "clipped_four": {"clip_norm": 0.1, "replicas": 4},
+    "clipped_two": {"clip_norm": 0.1, "replicas": 2},
 }
 FITTED = "fifty"
 """Trained by Keras' own `Model.fit`, too."""
