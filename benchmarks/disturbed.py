@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,13 +28,12 @@ SLOT = "slot"
 _POLL_S = 0.002
 
 
-def train_recorded(config: dict[str, Any], steps_file: str, rounded: bool) -> None:
+def train_recorded(config: dict[str, Any], steps_file: str) -> None:
     """Train on one worker, and write down each step that is done; runs in the worker's process.
 
     Args:
         config: of `train_on_worker`.
         steps_file: where to write them.
-        rounded: whether the weights begin one rounding away from where they otherwise do.
     """
     from ray_jobs import worker
 
@@ -45,28 +44,8 @@ def train_recorded(config: dict[str, Any], steps_file: str, rounded: bool) -> No
         with open(steps_file, "a") as file:
             file.write(f"{self.rank} {os.getpid()} {step}\n")
 
-    with (
-        patch.object(worker._Worker, "after_step", recorded),
-        _rounded_weights() if rounded else nullcontext(),
-    ):
+    with patch.object(worker._Worker, "after_step", recorded):
         worker.train_on_worker(config)
-
-
-@contextmanager
-def _rounded_weights() -> Iterator[None]:
-    """Let the weights of a loop begin one rounding away."""
-    from ray_jobs import loop
-
-    class Rounded(loop.Loop):
-        def __init__(self, *arguments: Any, **options: Any) -> None:
-            super().__init__(*arguments, **options)
-            rng = np.random.default_rng(0)
-            for variable in self.trainable:
-                factor = 1 + rng.choice([-1, 1], variable.shape) * np.finfo(np.float32).eps
-                variable.assign(variable.value.numpy() * factor.astype(np.float32))
-
-    with patch.object(loop, "Loop", Rounded):
-        yield
 
 
 def drive() -> None:
@@ -74,9 +53,8 @@ def drive() -> None:
     from ray_jobs import cli, train
     from ray_jobs.spec import RunSpec
 
-    name, steps_file, rounded, *rest = sys.argv
-    options = {"steps_file": steps_file, "rounded": rounded == "rounded"}
-    train.train_on_worker = partial(train_recorded, **options)
+    name, steps_file, *rest = sys.argv
+    train.train_on_worker = partial(train_recorded, steps_file=steps_file)
     sys.argv = [name, *rest]
     cli.main(RunSpec, train.fit, __doc__)
 
@@ -91,8 +69,6 @@ class Run:
     settings: dict[str, Any]
     logs: Path
     """Where the driver writes what it says, and ranks their steps: not on a disk that fills up."""
-    rounded: bool = False
-    """Whether its weights begin one rounding away."""
     driver: Any = None
 
     @property
@@ -116,8 +92,7 @@ class Run:
         self.logs.mkdir(parents=True, exist_ok=True)
         file = self.logs / f"{self.name}.yaml"
         file.write_text(yaml.safe_dump(spec))
-        begins = "rounded" if self.rounded else "as-ever"
-        command = [sys.executable, "-m", "benchmarks.disturbed", str(self.steps_file), begins]
+        command = [sys.executable, "-m", "benchmarks.disturbed", str(self.steps_file)]
         with open(self.log, "a") as log:
             self.driver = subprocess.Popen(
                 [*command, str(file)],

@@ -19,8 +19,9 @@ register = keras.saving.register_keras_serializable(package="mm_model")
 
 @dataclass(frozen=True)
 class Blocks:
-    """Makes the blocks that every part of one model shares: same dropout, L2 and batch norm."""
+    """Makes the blocks of one model: all have its activation, dropout, L2 and batch norm."""
 
+    activation: str
     dropout: float
     l2: float
     synchronized: bool
@@ -28,16 +29,17 @@ class Blocks:
     @classmethod
     def of(cls, spec: ModelSpec) -> "Blocks":
         """Return the blocks that a spec asks for."""
-        return cls(spec.dropout, spec.l2, spec.batch_norm == "sync")
+        return cls(spec.activation, spec.dropout, spec.l2, spec.batch_norm == "sync")
 
     def dense(self, x_BF: KerasTensor, units: int, name: str, skip: bool = False) -> KerasTensor:
-        """Dense, batch norm, ReLU, dropout; with `skip` the input is added (projected if needed).
+        """Dense, batch norm, activation, dropout.
 
-        The dense layer has no bias: batch norm would take it away again.
+        With `skip` the input is added, projected if needed. The dense layer has no bias: batch norm
+        would take it away again.
         """
         y_BF = self.kernel(x_BF, units, f"{name}_dense")
         y_BF = self.batch_norm(f"{name}_bn")(y_BF)
-        y_BF = layers.Activation("relu", name=f"{name}_relu")(y_BF)
+        y_BF = layers.Activation(self.activation, name=f"{name}_activation")(y_BF)
         y_BF = RowDropout(self.dropout, name=f"{name}_dropout")(y_BF)
         if not skip:
             return y_BF

@@ -139,6 +139,9 @@ class ModelSpec(Spec):
     augmentation: AugmentationSpec = AugmentationSpec()
     numeric: NumericSpec = NumericSpec()
     fusion: FusionSpec = FusionSpec()
+    activation: Literal["relu", "silu", "gelu"] = "relu"
+    """Of every dense block and of the image branch `tiny`. With a smooth one, runs on different
+    numbers of workers stay alike for longer: ReLU's kink makes rounding grow."""
     dropout: Fraction = 0.3
     """Dropout rate of every dense block."""
     l2: NonNegative = 1e-3

@@ -19,7 +19,7 @@ def build(image_BHWC: KerasTensor, kind: str, spec: ImageSpec, blocks: Blocks) -
         batch_norm = blocks.batch_norm(f"image_conv{i}_bn")
         convolution.trainable = batch_norm.trainable = spec.trainable
         x = batch_norm(convolution(x))
-        x = layers.Activation("relu", name=f"image_conv{i}_relu")(x)
+        x = layers.Activation(blocks.activation, name=f"image_conv{i}_activation")(x)
     pooled_BF = layers.GlobalAveragePooling2D(name="image_pool")(x)
     tokens_BTF = layers.Reshape((-1, x.shape[-1]), name="image_tokens")(x)
     pooled_BF = blocks.dense(pooled_BF, spec.units, "image_top")

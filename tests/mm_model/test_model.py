@@ -90,12 +90,12 @@ def test_a_model_of_one_image_and_numbers_alone_has_no_layer_for_more():
     )
     statistics = mm_model.fit_numeric_statistics(rows()[1])
     model = build_model(spec, statistics, (16, 16, 3))
-    dense = ("dense", "bn", "relu", "dropout")
+    dense = ("dense", "bn", "activation", "dropout")
     skipped = (*dense, "skip", "add")
     assert {layer.name for layer in model.network.layers} == {
         "image",
         "image_range",
-        *(f"image_conv{i}{end}" for i in range(3) for end in ("", "_bn", "_relu")),
+        *(f"image_conv{i}{end}" for i in range(3) for end in ("", "_bn", "_activation")),
         "image_pool",
         *(f"image_top_{end}" for end in dense),
         "numeric",
@@ -110,6 +110,14 @@ def test_a_model_of_one_image_and_numbers_alone_has_no_layer_for_more():
         "joint_head",
         "heads",
     }
+
+
+def test_the_spec_says_the_activation_of_all_blocks():
+    spec = ModelSpec(image=ImageSpec(kind="tiny", weights=None), activation="silu")
+    model = build_model(spec, mm_model.fit_numeric_statistics(rows()[1]), (16, 16, 3))
+    own = [n for n in model.network.layers if n.name.endswith("_activation")]
+    assert {"image_conv0_activation", "numeric_0_activation"} <= {n.name for n in own}
+    assert {n.activation for n in own} == {keras.activations.silu}
 
 
 def test_a_foreign_branch_and_fusion_need_an_entry_in_the_dicts_alone(monkeypatch):
