@@ -1,19 +1,23 @@
 """What share of the training's time do checkpoints take that come every 20 steps at the most?
 
 Method: the fusion model with EfficientNetB5 (28 million weights, some 340 MB a checkpoint with
-Adam's moments) at 64 px in batches of 16, one process on all cores, rows ready in memory. With
+Adam's moments) at 96 px in batches of 32, one process on all cores, rows ready in memory. With
 `train.checkpoint_every_steps=20` the real loop offers a checkpoint every 15 steps; every other one
 is written, by the real `CheckpointStore` to the disk, in the background, and awaited where a worker
-awaits it. So blocks of 15 steps that begin with a checkpoint, and are disturbed by its writing,
-take turns with blocks without one, in one process. The first steps, in which the graph is traced,
-are in neither. Two shares of the wall time:
+awaits it. So blocks of 15 steps that begin with a checkpoint take turns with blocks without one, in
+one process. The first steps, in which the graph is traced, are in neither.
 
-    checkpoint_cost   by what the blocks take: 1 - median without / median with
-    paused            by the clock: the pauses of the loop for the copy, and waits for the writer
+A checkpoint costs the loop's pause for the copy, waits for the writer, and what the first three
+steps take longer than the others of their block (by their median, so that a machine that is slower
+for minutes does not matter), less the same in blocks without one. The writer is done long before
+the third step is. Two figures:
+
+    seconds           that a checkpoint costs, the mean over blocks
+    checkpoint_cost   as a share of the wall time
 
 What rank 0 writes at the end of an epoch is another matter, and no step waits for other workers.
 
-Run:   python -m benchmarks.checkpoint [--blocks 8] [--folder WHERE]
+Run:   python -m benchmarks.checkpoint [--blocks 8] [--size 96] [--batch 32] [--folder WHERE]
 Ends in one line of JSON.
 """
 
@@ -22,6 +26,7 @@ import json
 import os
 import tempfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +34,37 @@ import numpy as np
 
 from ray_jobs.hooks import Copy, Hooks, Wish
 
-SIZE, BATCH, EVERY = 64, 16, 20
+EVERY = 20
+_DISTURBED = 3
+"""First steps of a block, in which a checkpoint is written."""
+
+
+@dataclass
+class Block:
+    """The steps from one checkpoint to the next."""
+
+    written: bool
+    pause_s: float = 0.0
+    """From the step before the checkpoint to the next one."""
+    waited_s: float = 0.0
+    """For the writer."""
+    steps_s: list[float] = field(default_factory=list)
+
+    @property
+    def step_s(self) -> float:
+        """What a step takes that nothing disturbs."""
+        return float(np.median(self.steps_s[_DISTURBED:]))
+
+    @property
+    def longer_s(self) -> float:
+        """What the first steps take longer than others."""
+        return sum(self.steps_s[:_DISTURBED]) - _DISTURBED * self.step_s
+
+    @property
+    def lost_s(self) -> float:
+        """What this block takes longer than steps alone would."""
+        # The loop reads the batch norms' statistics for a checkpoint that is then not written, too.
+        return self.longer_s + (self.pause_s + self.waited_s if self.written else 0.0)
 
 
 class Checkpoints(Hooks):
@@ -42,51 +77,53 @@ class Checkpoints(Hooks):
 
     def __init__(self, store: Any, num_blocks: int) -> None:
         self.store, self.num_blocks = store, num_blocks
-        self.offered: list[tuple[float, float]] = []
-        """When the step before each checkpoint ended, and the process's CPU seconds then."""
-        self.pauses_s: list[float] = []
-        """From there to the next step."""
-        self.waits_s: list[float] = []
-        """For the writer, in the steps that follow."""
-        self.ended = time.perf_counter()
+        self.blocks: list[Block] = []
+        self.started = self.ended = time.perf_counter()
 
     def before_step(self, step: int, num_steps: int) -> None:
         """Wait as a worker does."""
-        if len(self.pauses_s) < len(self.offered):
-            self.pauses_s.append(time.perf_counter() - self.ended)
-            self.waits_s.append(0.0)
+        paused = time.perf_counter()
         if step + num_steps > self.store.written + EVERY:
-            started = time.perf_counter()
             self.store.wait()
-            if self.waits_s:
-                self.waits_s[-1] += time.perf_counter() - started
+        self.started = time.perf_counter()
+        if self.blocks:
+            block = self.blocks[-1]
+            block.waited_s += self.started - paused
+            if not block.steps_s:
+                block.pause_s = paused - self.ended
 
     def after_step(self, step: int) -> None:
         """Note the time."""
         self.ended = time.perf_counter()
+        if self.blocks:
+            self.blocks[-1].steps_s.append(self.ended - self.started)
 
     def wish(self) -> Wish:
         """Stop after the last block."""
-        return Wish(stop=len(self.offered) > self.num_blocks)
+        return Wish(stop=len(self.blocks) > self.num_blocks)
 
     def on_checkpoint(self, step: int, copy: Copy) -> None:
         """Write, or take for written."""
-        if len(self.offered) > self.num_blocks:
+        block = Block(written=len(self.blocks) % 2 == 0)
+        self.blocks.append(block)
+        if len(self.blocks) > self.num_blocks:
             return
-        if len(self.offered) % 2 == 0:
+        if block.written:
             self.store.save(copy(self.store.spare()))
         else:
             # Else the next one would be late by what this one was left out.
             self.store.written = step
-        self.offered.append((self.ended, time.process_time()))
 
 
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--blocks", type=int, default=8, help="of 15 steps, half with a checkpoint")
+    parser.add_argument("--size", type=int, default=96, help="of images, in pixels")
+    parser.add_argument("--batch", type=int, default=32, help="rows of a step")
     parser.add_argument("--folder", help="where checkpoints go for a while; by default as Python")
     arguments = parser.parse_args()
+    size, batch = arguments.size, arguments.batch
 
     from benchmarks.photos import jpeg, photo
     from benchmarks.shards import write_shards
@@ -100,14 +137,14 @@ def main() -> None:
     from benchmarks.memory_loop import MemoryLoop
 
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        image = jpeg(photo(np.random.default_rng(0), SIZE))
-        num_rows = {"train": BATCH * EVERY * (arguments.blocks + 2), "validation": 16, "test": 16}
-        manifest = write_shards(Path(folder) / "prepared", num_rows, [image], SIZE)
+        image = jpeg(photo(np.random.default_rng(0), size))
+        num_rows = {"train": batch * EVERY * (arguments.blocks + 2), "validation": 16, "test": 16}
+        manifest = write_shards(Path(folder) / "prepared", num_rows, [image], size)
         spec = RunSpec.model_validate(
             {
                 "data": {"prepared": f"{folder}/prepared"},
                 "model": {"image": {"kind": "efficientnet_b5", "weights": None}},
-                "train": {"global_batch_size": BATCH, "checkpoint_every_steps": EVERY},
+                "train": {"global_batch_size": batch, "checkpoint_every_steps": EVERY},
             }
         )
         store = CheckpointStore(Folder(f"{folder}/run"))
@@ -116,25 +153,22 @@ def main() -> None:
         store.close()
         newest = Path(folder) / "run" / "checkpoints" / "steps" / f"{store.steps()[-1]:08d}"
         num_bytes = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
-    block_s, cpu_s = np.diff(hooks.offered, axis=0).T
-    pauses_s, waits_s = np.asarray(hooks.pauses_s), np.asarray(hooks.waits_s)
-    # The loop reads the batch norms' statistics for a checkpoint that is then not written, too.
-    block_s[1::2] -= pauses_s[1 : len(block_s) : 2]
-    print("\n| block | checkpoint | seconds | CPU seconds | pause, s | waited, s |")
+    blocks = hooks.blocks[: arguments.blocks]
+    print("\n| block | checkpoint | a step, s | pause, s | waited, s | first steps longer, s |")
     print("|---|---|---|---|---|---|")
-    for i, (seconds, cpu) in enumerate(zip(block_s, cpu_s, strict=True)):
-        written = "no" if i % 2 else "yes"
+    for number, block in enumerate(blocks, 1):
         print(
-            f"| {i + 1} | {written} | {seconds:.2f} | {cpu:.2f} | {pauses_s[i]:.3f} "
-            f"| {waits_s[i]:.3f} |"
+            f"| {number} | {'yes' if block.written else 'no'} | {block.step_s:.2f} "
+            f"| {block.pause_s:.3f} | {block.waited_s:.3f} | {block.longer_s:.2f} |"
         )
-    print(f"\na checkpoint: {num_bytes / 1e6:,.0f} MB; {block_s[1::2].mean() / 15:.2f} s a step\n")
-    paused_s = (pauses_s + waits_s)[: len(block_s) : 2].sum()
-    result = {
-        "checkpoint_cost": 1 - np.median(block_s[1::2]) / np.median(block_s[::2]),
-        "paused": paused_s / block_s[::2].sum(),
-    }
-    print(json.dumps({name: round(float(share), 4) for name, share in result.items()}))
+    print(f"\na checkpoint: {num_bytes / 1e6:,.0f} MB\n")
+    with_one, without = (
+        [block.lost_s for block in blocks if block.written is written] for written in (True, False)
+    )
+    seconds = float(np.mean(with_one) - np.mean(without))
+    rest_s = float(np.mean([len(block.steps_s) * block.step_s for block in blocks]))
+    result = {"seconds": seconds, "checkpoint_cost": seconds / (seconds + rest_s)}
+    print(json.dumps({name: round(value, 4) for name, value in result.items()}))
 
 
 if __name__ == "__main__":
