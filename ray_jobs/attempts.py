@@ -34,7 +34,7 @@ _STARTS = 30
 """Tries to start the workers in a row, a minute each: enough for an autoscaler."""
 _LOOK_S = 0.5
 _ROOM_EVERY_S = 10.0
-_STOPPED = "stopped; the same command again goes on from its checkpoint"
+_STOPPED = "stopped; the same command again goes on with the run"
 
 
 @dataclass(frozen=True)

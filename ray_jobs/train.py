@@ -42,8 +42,8 @@ _MAY_DIFFER = (
     "hang_timeout_s",
 )  # fmt: skip
 """Settings of `train` that a run may go on with otherwise: rows and steps stay the same ones. So do
-weights but for their last bits, unless a replica computes for itself: with batch norm of its own
-rows, or mixup, the number of replicas has a part in them."""
+weights but for rounding (which ReLU lets grow), unless a replica computes for itself: with batch
+norm of its own rows, or mixup, the number of replicas has a part in them."""
 
 
 def fit(spec: RunSpec, callbacks: Sequence["UserCallback"] = ()) -> dict[str, Any]:
