@@ -1,6 +1,6 @@
 """Serialisable building blocks of the fusion model.
 
-Shapes: B rows, N images a row, T tokens, F features, M heads, H × W pixels.
+Shapes: B rows, N images a row, V views, T tokens, F features, M heads, H × W pixels.
 """
 
 from collections.abc import Sequence
@@ -119,6 +119,8 @@ class FoldImages(layers.Layer):
     `UnfoldImages`. What a missing image holds (black, as a rule) is like no photo: in training it
     would move the batch-norm statistics by which the real ones are scaled.
 
+    Features that were computed before, (V, F) of an image, are folded likewise.
+
     Input: images (B, N, H, W, 3), mask (B, N), 0 where one is missing.  Output: (B × N, H, W, 3).
     """
 
@@ -173,6 +175,38 @@ class UnfoldImages(layers.Layer):
         """Return (B, F) and (B, N × T, G)."""
         pooled, tokens, (rows, num_images) = input_shape
         return (rows, pooled[-1]), (rows, num_images * tokens[1], tokens[2])
+
+
+@register
+class PickView(layers.Layer):
+    """The features of one view of each image, of several that were computed before.
+
+    Inference takes the first, of the image as it is; training draws one of the others, which are of
+    augmented images, for each image anew. Where there is one view alone, nothing is drawn.
+
+    Input: (B, V, F).  Output: (B, F).
+    """
+
+    def __init__(self, seed: int | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.seed_generator = keras.random.SeedGenerator(seed)
+
+    def call(self, features_BVF: Any, training: bool = False) -> Any:
+        """Pick a view."""
+        num_views, width = features_BVF.shape[1:]
+        if not training or num_views == 1:
+            return features_BVF[:, 0]
+        shape: Any = ops.shape(features_BVF)
+        draw_B: Any = draws.uniform((shape[0],), self.seed_generator, 1.0, float(num_views))
+        drawn_B: Any = ops.cast(ops.floor(draw_B), "int32")
+        # What is drawn below the end may be rounded to it.
+        view_B: Any = ops.minimum(drawn_B, num_views - 1)
+        start_B: Any = ops.arange(shape[0], dtype="int32") * num_views
+        return ops.take(ops.reshape(features_BVF, (-1, width)), start_B + view_B, axis=0)
+
+    def compute_output_shape(self, input_shape):
+        """Return (B, F)."""
+        return (input_shape[0], input_shape[2])
 
 
 @register

@@ -3,7 +3,7 @@
 Each row is mixed with its neighbour in the batch, all by the one share that a step draws. The rows
 are those of one replica, so who is mixed with whom does depend on the number of replicas.
 
-Shapes: B rows, N images a row, H × W pixels, F columns, C categories.
+Shapes: B rows, N images a row, H × W pixels, V views, F columns, C categories.
 """
 
 from functools import lru_cache
@@ -36,6 +36,9 @@ def mixed(
     those of the row with the larger share stand. Where one of two images of several is missing, it
     is the other. The loss of a mixed row is the mixed loss of both: their labels count by weight.
 
+    Features in place of images mix as images do, view by view; what comes of it is not what the
+    backbone would give of mixed images.
+
     Args:
         inputs: by name, as `FusionModel` takes them.
         y_B1: labels, 0 to 1.
@@ -50,9 +53,10 @@ def mixed(
         return inputs, y_B1, weight_B1
     image = inputs.get("image")
     if image is None and spec.cutmix_alpha:
+        instead = "features of them" if "features" in inputs else "none"
         raise ValueError(
-            f"cutmix_alpha={spec.cutmix_alpha:g} puts boxes into images, and the model takes none; "
-            "set it to 0"
+            f"cutmix_alpha={spec.cutmix_alpha:g} puts boxes into images, and the model takes "
+            f"{instead}; set it to 0"
         )
     size = (1, 1) if image is None else tuple(image.shape[-3:-1])
     kept_HW, share = _kept(size, spec, seed)
@@ -60,7 +64,10 @@ def mixed(
     for name, own in inputs.items():
         other = _neighbour(own)
         if name == "image":
-            result[name] = _images(own, other, kept_HW, inputs.get("image_mask"))
+            kept_HW1 = kept_HW[:, :, None]
+            result[name] = _images(own, other, kept_HW1, inputs.get("image_mask"))
+        elif name == "features":
+            result[name] = _images(own, other, share, inputs.get("image_mask"))
         elif name == "numeric":
             result[name] = _numbers(own, other, share)
         else:
@@ -105,13 +112,12 @@ def _outside_box(size: tuple[int, int], share: Any, x: Any, y: Any) -> tuple[Any
     return outside_HW, ops.mean(outside_HW)
 
 
-def _images(own: Any, other: Any, kept_HW: Any, mask_BN: Any) -> Any:
+def _images(own: Any, other: Any, kept: Any, mask_BN: Any) -> Any:
     own, other = _float(own), _float(other)
-    kept_HW1 = kept_HW[:, :, None]
-    result = kept_HW1 * own + (1.0 - kept_HW1) * other
+    result = kept * own + (1.0 - kept) * other
     if mask_BN is None:
         return result
-    there = mask_BN[:, :, None, None, None] > 0
+    there = ops.reshape(mask_BN > 0, (-1, own.shape[1], *[1] * (len(own.shape) - 2)))
     return ops.where(_neighbour(there), ops.where(there, result, other), own)
 
 

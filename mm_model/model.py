@@ -8,6 +8,10 @@
 Several images a row (B, N, H, W, 3), with image_mask (B, N), become a batch of B × N images before
 augmentation, and their features those of B rows after the image branch.
 
+A frozen backbone gives the same features again and again. A network can be built on them: its input
+`features` (B, V, F), or (B, N, V, F), stands for image, augmentation and backbone. All above these
+has the same names in both, so that weights can be carried over by their paths.
+
 Every head learns from the label, so that each branch can stand alone; `blend` weighs their logits
 (evenly while training, as the validation split shows afterwards), `calibration` then gives the sum
 its scale and bias, and a sigmoid makes it p.
@@ -23,7 +27,7 @@ import keras
 from keras import KerasTensor, layers, ops
 
 from mm_model.augment import augmentation
-from mm_model.branches import IMAGE_BRANCHES, NUMERIC_BRANCHES, Builder
+from mm_model.branches import IMAGE_BRANCHES, IMAGE_TOPS, NUMERIC_BRANCHES, Builder
 from mm_model.encodings import CategoryEmbedding, NumericEncoding
 from mm_model.fusion import FUSIONS
 from mm_model.layers import (
@@ -31,6 +35,7 @@ from mm_model.layers import (
     Blocks,
     FoldImages,
     ModalityDropout,
+    PickView,
     UnfoldImages,
     register,
 )
@@ -43,12 +48,15 @@ Shape = Sequence[int]
 
 INPUT_DTYPES = {
     "image": "float32",
+    "features": "float32",
     "image_mask": "float32",
     "numeric": "float32",
     "category": "int32",
 }
 """Every input that a network may have, in order, and what it is cast to."""
 _POSITIONAL = ("image", "numeric", "category")
+_FOLDED, _POOLED = "image_fold", "image_pool"
+"""Layers between which one image goes through augmentation and backbone."""
 
 
 @register
@@ -58,7 +66,8 @@ class FusionModel(keras.Model):
     Takes `{"image": …, "numeric": …, "category": …}` or a list in this order, or those of them that
     it was built with: pixels 0-255 of any number type, raw numbers with NaN where one is missing,
     codes of the vocabularies. With several images a row the dict may hold `image_mask`, 0 where an
-    image is missing; without it all are there.
+    image is missing; without it all are there. `features` take the place of `image` where the
+    network was built on them.
 
     Args:
         network: functional model from the named inputs to the logits (B, M) of its heads.
@@ -185,9 +194,10 @@ class FusionModel(keras.Model):
 def build_model(
     spec: ModelSpec,
     statistics: NumericStatistics | None,
-    shape_image: Shape,
+    shape_image: Shape | None,
     shape_numeric: Shape | None = None,
     vocabularies: Sequence[Vocabulary] = (),
+    shape_features: Shape | None = None,
 ) -> FusionModel:
     """Return the uncompiled model that a spec describes.
 
@@ -198,6 +208,8 @@ def build_model(
             several.
         shape_numeric: (columns,); by default as many as `statistics` names.
         vocabularies: of the categorical columns.
+        shape_features: views, width of what the backbone gave before, on which the model is built
+            in place of images; likewise with several.
 
     Raises:
         ValueError: if the shapes do not fit, the backbone cannot take them, or a branch is left
@@ -209,7 +221,10 @@ def build_model(
     branches: dict[str, dict] = {}
     backbone: list[str] = []
     if spec.image.kind != "none":
-        branches["image"], backbone = _image_branch(inputs, spec, shape_image, blocks)
+        if shape_features is not None:
+            branches["image"] = _features_branch(inputs, spec, shape_features, blocks)
+        else:
+            branches["image"], backbone = _image_branch(inputs, spec, shape_image or (), blocks)
     if spec.numeric.kind != "none":
         x = _encoded(inputs, spec, statistics, shape_numeric, vocabularies)
         build_numeric = _resolve(NUMERIC_BRANCHES[spec.numeric.kind])
@@ -278,6 +293,27 @@ def create_model(
     return model
 
 
+def backbone_model(model: FusionModel) -> keras.Model:
+    """Return the part of a model from single images (B, H, W, 3) to its pooled backbone (B, F).
+
+    It shares the model's layers. Called with `training=True` it augments; its batch norms then keep
+    their statistics only if the backbone was built frozen.
+
+    Raises:
+        ValueError: if the model takes no images, or its branch has no layer `image_pool`.
+    """
+    network: Any = model.network
+    if "image" not in network.input:
+        raise ValueError(f"a model of {model.input_names} has no image backbone")
+    pooled = [layer.output for layer in network.layers if layer.name == _POOLED]
+    if not pooled:
+        raise ValueError(f"the image branch has no layer {_POOLED!r}, which ends its backbone")
+    start = network.input["image"]
+    if "image_mask" in network.input:
+        start = network.get_layer(_FOLDED).output
+    return keras.Model(start, pooled[0], name="image_backbone")
+
+
 def load_model(path: str | Path) -> FusionModel:
     """Return a saved model, loaded in Keras' safe mode: no code of the file's is run.
 
@@ -304,7 +340,7 @@ def _image_branch(
     inputs["image"] = x = keras.Input(_image_shape(shape), name="image")
     if several:
         inputs["image_mask"] = keras.Input((int(shape[0]),), name="image_mask")
-        x = FoldImages(name="image_fold")([x, inputs["image_mask"]])
+        x = FoldImages(name=_FOLDED)([x, inputs["image_mask"]])
     for layer in augmentation(spec.augmentation):
         x = layer(x)
     build_image = _resolve(IMAGE_BRANCHES[spec.image.kind])
@@ -312,13 +348,44 @@ def _image_branch(
     # Tokens are what the backbone gives, before any layer on top of it.
     below = keras.Model(list(inputs.values()), features["tokens"], name="image_backbone").layers
     backbone = [layer.name for layer in below if layer.weights]
-    if several:
-        unfold = UnfoldImages(name="image_unfold")
-        pooled_BF, tokens_BTF = unfold(
-            [features["pooled"], features["tokens"], inputs["image_mask"]]
+    return _of_rows(features, inputs), backbone
+
+
+def _features_branch(
+    inputs: dict[str, Any], spec: ModelSpec, shape: Shape, blocks: Blocks
+) -> dict[str, KerasTensor]:
+    """Return the image branch's features of a row from those that its backbone gave before.
+
+    Their one token is the pooled backbone; it gave others, but they were not kept.
+    """
+    kind = spec.image.kind
+    if len(shape) not in (2, 3) or min(shape) < 1:
+        raise ValueError(
+            "features are (views, width), of several images a row (images, views, width), got "
+            f"shape {tuple(shape)}"
         )
-        features = {"pooled": pooled_BF, "tokens": tokens_BTF}
-    return features, backbone
+    if kind not in IMAGE_TOPS:
+        raise ValueError(
+            f"image branch {kind!r} cannot be built on features: IMAGE_TOPS does not say what it "
+            "puts on its backbone"
+        )
+    inputs["features"] = x = keras.Input(tuple(map(int, shape)), name="features")
+    if len(shape) == 3:
+        inputs["image_mask"] = keras.Input((int(shape[0]),), name="image_mask")
+        x = FoldImages(name=_FOLDED)([x, inputs["image_mask"]])
+    picked_BF = PickView(name="image_view")(x)
+    tokens_BTF = layers.Reshape((1, int(shape[-1])), name="image_tokens")(picked_BF)
+    pooled_BF = _resolve(IMAGE_TOPS[kind])(picked_BF, kind, spec.image, blocks)
+    return _of_rows({"pooled": pooled_BF, "tokens": tokens_BTF}, inputs)
+
+
+def _of_rows(features: dict[str, KerasTensor], inputs: dict[str, Any]) -> dict[str, KerasTensor]:
+    """Return the features of rows from those of single images."""
+    if "image_mask" not in inputs:
+        return features
+    unfold = UnfoldImages(name="image_unfold")
+    pooled_BF, tokens_BTF = unfold([features["pooled"], features["tokens"], inputs["image_mask"]])
+    return {"pooled": pooled_BF, "tokens": tokens_BTF}
 
 
 def _encoded(
@@ -364,8 +431,9 @@ def _resolve(builder: Builder) -> Any:
 def _named(inputs: Any, names: list[str]) -> dict[str, Any]:
     """Return the network's inputs by name, cast, from a dict or a list of what users give."""
     given = inputs if isinstance(inputs, Mapping) else _by_name(inputs, names)
-    if "image_mask" in names and "image" in given and "image_mask" not in given:
-        shape: Any = ops.shape(given["image"])
+    image = "features" if "features" in names else "image"
+    if "image_mask" in names and image in given and "image_mask" not in given:
+        shape: Any = ops.shape(given[image])
         given = {**given, "image_mask": ops.ones(shape[:2])}
     absent = [name for name in names if name not in given]
     if absent:
@@ -376,15 +444,15 @@ def _named(inputs: Any, names: list[str]) -> dict[str, Any]:
 def _by_name(inputs: Any, names: list[str]) -> dict[str, Any]:
     """Return inputs by name of a list, in which those of a branch that is left out may stand."""
     given = list(inputs) if isinstance(inputs, list | tuple) else [inputs]
-    wanted = [name for name in _POSITIONAL if name in names]
+    positional = _POSITIONAL
+    if "features" in names:
+        positional = ("features", *_POSITIONAL[1:])
+    wanted = [name for name in positional if name in names]
     if len(given) == len(wanted):
         return dict(zip(wanted, given, strict=True))
-    all_names = _POSITIONAL[: len(given)]
-    if (
-        len(given) > len(wanted)
-        and len(given) <= len(_POSITIONAL)
-        and set(wanted) <= set(all_names)
-    ):
+    all_names = positional[: len(given)]
+    more = len(wanted) < len(given) <= len(positional)
+    if more and set(wanted) <= set(all_names):
         return dict(zip(all_names, given, strict=True))
     raise ValueError(f"the model takes {wanted}; got {len(given)} inputs")
 

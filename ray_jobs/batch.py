@@ -1,6 +1,8 @@
 """The contract of one batch: names, types and shapes; and how a global batch is shared out.
 
     image       uint8    (B, H, W, 3); of several images a row (B, N, H, W, 3)
+    features    float32  (B, V, F), views and width of what a frozen backbone gave, where the shards
+                         hold it in place of images; of several images a row (B, N, V, F)
     image_mask  float32  (B, N), 0 where an image is missing; with several images a row only
     numeric     float32  (B, F), NaN where missing, columns in the manifest's order
     category    int32    (B, C), codes of the manifest's vocabularies; with categories only
@@ -14,6 +16,7 @@ import numpy as np
 
 KEY = "key"
 IMAGE = "image"
+FEATURES = "features"
 IMAGE_MASK = "image_mask"
 NUMERIC = "numeric"
 CATEGORY = "category"
@@ -22,6 +25,7 @@ WEIGHT = "weight"
 
 INPUT_TYPES = {
     IMAGE: np.uint8,
+    FEATURES: np.float32,
     IMAGE_MASK: np.float32,
     NUMERIC: np.float32,
     CATEGORY: np.int32,

@@ -149,6 +149,9 @@ def choose_kind(spec: DataSpec, manifest: Manifest, row_bytes: int, object_store
         row_bytes: of a decoded row.
         object_store: bytes of the cluster's object stores.
     """
+    if manifest.image.features:
+        # There is nothing to decode.
+        return "none"
     if spec.cache != "auto":
         return spec.cache
     num_rows = sum(manifest.splits[split].num_rows for split in ("train", "validation"))

@@ -204,9 +204,13 @@ def _type_text(annotation: Any) -> str:
         return "{" + ", ".join(annotation.model_fields) + "}"
     if origin is dict:
         return "{name: " + _type_text(args[1]) + "}"
-    return {"str": "TEXT", "int": "INT", "float": "NUMBER", "bool": "true|false"}.get(
-        getattr(annotation, "__name__", ""), str(annotation)
-    )
+    return {
+        "str": "TEXT",
+        "int": "INT",
+        "float": "NUMBER",
+        "bool": "true|false",
+        "Any": "VALUE",
+    }.get(getattr(annotation, "__name__", ""), str(annotation))
 
 
 def _with_empty_sections(spec_class: type[Spec], tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -343,7 +347,8 @@ def _error_line(spec_class: type[Spec], problem: Any) -> str:
         message = f"accepted: {', '.join(choices)}{did_you_mean(str(problem['input']), choices)}"
     given = problem["input"]
     shown = f"={given!r}" if isinstance(given, str | int | float | bool | None) else ""
-    return f"{path}{shown}: {message}"
+    # What concerns several sections names them itself.
+    return f"{path}{shown}: {message}" if path else message
 
 
 def _known_keys(spec_class: type[Spec], location: list[str]) -> list[str]:

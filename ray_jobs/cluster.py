@@ -19,6 +19,7 @@ def connected(
     *,
     num_cpus: float,
     num_gpus: float = 0,
+    data_cpus: int = 1,
     worker_logs: bool = False,
     object_store_memory: int | None = None,
 ) -> Iterator[None]:
@@ -26,9 +27,10 @@ def connected(
 
     Args:
         address: of a cluster; None for $RAY_ADDRESS, and without that for a local Ray.
-        num_cpus: logical CPUs that the job's processes take. A local Ray gets one more at least,
-            since Ray Data waits for ever where workers hold every CPU.
+        num_cpus: logical CPUs that the job's processes take.
         num_gpus: GPUs that they take.
+        data_cpus: CPUs beside them for Ray Data, which waits for ever where workers hold every one;
+            0 where it has nothing to do while they run.
         worker_logs: whether workers' output comes to this terminal.
         object_store_memory: bytes of a local Ray's shared memory; Ray's own choice by default.
 
@@ -42,7 +44,7 @@ def connected(
     import ray
     from ray.exceptions import RayError
 
-    needed = math.ceil(num_cpus) + 1
+    needed = math.ceil(num_cpus) + data_cpus
     if ray.is_initialized():
         _require(needed, num_gpus)
         yield
@@ -85,7 +87,7 @@ def _require(num_cpus: int, num_gpus: float) -> None:
         if (found := total.get(name, 0)) >= needed:
             continue
         text = (
-            f"the job needs {needed:g} {name}s (one CPU of them for Ray Data) and the cluster has "
+            f"the job needs {needed:g} {name}s (with what Ray Data takes) and the cluster has "
             f"{found:g}"
         )
         if os.getpid() in _started:

@@ -67,7 +67,7 @@ class FeedOptions:
     """How a feed works; none of it changes what it yields.
 
     Args:
-        with_image: whether the model takes images.
+        with_image: whether the model takes images, or features of them.
         data: settings of the data.
         decode: where.
         threads: that decode, of the training process.

@@ -6,6 +6,7 @@ pr.png, calibration.png and confusion.png into the output folder.
 Run:   python -m ray_jobs.evaluate --run runs/first --data prepared --split test --output eval
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,12 +24,36 @@ from ray_jobs.trained_run import open_run
 METRICS = "metrics.json"
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What a run's model says of a split."""
+
+    metrics: dict[str, Any]
+    """As in metrics.json."""
+    label: np.ndarray
+    """0 or 1, (N,), in stored order."""
+    probability: np.ndarray
+    """Of 1, (N,)."""
+
+
 def evaluate(spec: EvaluateSpec) -> dict[str, Any]:
     """Return the metrics of a run on a split; each of its rows counts once.
 
     Raises:
         JobError: if the run is not finished, the data does not fit it, the split is empty, or a row
             of it cannot be read.
+    """
+    found = evaluation(spec)
+    manifest, output = read_manifest(Folder(spec.data)), Folder(spec.output)
+    _print(found.metrics, manifest, spec, output)
+    return found.metrics
+
+
+def evaluation(spec: EvaluateSpec) -> Evaluation:
+    """Write metrics and plots of a run on a split, and return what they are made of.
+
+    Raises:
+        JobError: as `evaluate`.
     """
     from ray_jobs.metrics import binary_metrics
     from ray_jobs.plots import evaluation_plots
@@ -53,8 +78,7 @@ def evaluate(spec: EvaluateSpec) -> dict[str, Any]:
     for name, content in evaluation_plots(label, probability, metrics, class_names).items():
         output.write_bytes(name, content)
     output.write_json(METRICS, metrics)
-    _print(metrics, manifest, spec, output)
-    return metrics
+    return Evaluation(metrics, label, probability)
 
 
 def _require_whole(rows: pa.Table, spec: EvaluateSpec, data: Folder) -> None:

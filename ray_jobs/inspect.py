@@ -39,6 +39,10 @@ def inspect(spec: InspectSpec) -> "Report":
 
     folder = Folder(spec.prepared)
     manifest = read_manifest(folder)
+    if manifest.image.features:
+        raise JobError(
+            f"{folder} holds features in place of images; inspect the data that they are of"
+        )
     require_shards(folder, manifest)
     output = Folder(spec.output) if spec.output else folder
     try:

@@ -29,6 +29,7 @@ from mm_model.optimizer import make_optimizer
 from mm_model.stages import apply_stage, learning_rates, stage_of
 from ray_jobs import report
 from ray_jobs.ahead import ahead
+from ray_jobs.batch import FEATURES, IMAGE
 from ray_jobs.checkpoint import Best, LoopState, Saved, assign
 from ray_jobs.dataset import EvaluationFeed, FeedOptions, TrainingFeed
 from ray_jobs.hooks import Hooks, Wish
@@ -148,29 +149,48 @@ class Loop:
             hooks: what to call.
             saved: checkpoint to go on from.
         """
+        held = [saved]
+        del saved  # As large as three models, and not needed for long.
+        with closing(self.epochs(hooks, held.pop())) as epochs:
+            outcome = next(epochs)
+            for outcome in epochs:  # noqa: B007
+                pass
+        return outcome
+
+    def epochs(self, hooks: Hooks | None = None, saved: Saved | None = None) -> Generator[Outcome]:
+        """Train as `run` does, and yield how training stands after each epoch.
+
+        Whoever asks for the next one decides whether there is one; all workers alike. A training
+        that has come to its end before yields once.
+        """
         hooks = hooks or Hooks()
         epochs = self.spec.train.epochs
         state = LoopState()
         if saved is not None:
             state, self.best = saved.state, dict(saved.best)
             self.loss_sum = self.snapshots.restore(saved)
-        del saved  # As large as three models.
+        del saved
+        if self._is_finished(state):
+            yield self._outcome(state)
+            return
         feed, validation = self._feeds()
         # Both streams run through all epochs, since every start of one costs its time, and the next
         # epoch's first rows are made ready while the last one is validated.
         steps = self._steps(feed, state.step, self.order.steps_before(epochs))
         passes = self._on_device(validation.batches(epochs - state.epoch))
         with closing(steps), closing(passes):
-            while state.epoch < epochs and not self._out_of_patience(state):
+            stopped = False
+            while not (stopped or self._is_finished(state)):
                 self._set_stage(state.epoch, hooks)
                 clock = _Clock()
                 state, stopped = self._train_epoch(state, steps, hooks, clock)
                 if state.step == self.order.steps_before(state.epoch + 1):
                     state = self._end_epoch(state, validation, passes, hooks, clock)
-                if stopped:
-                    break
-        finished = state.epoch == epochs or self._out_of_patience(state)
-        return Outcome(state, finished, self.best.get(int(state.best_epoch or 0)))
+                yield self._outcome(state)
+
+    def _outcome(self, state: LoopState) -> Outcome:
+        best = self.best.get(int(state.best_epoch or 0))
+        return Outcome(state, self._is_finished(state), best)
 
     def _train_epoch(
         self, state: LoopState, steps: Iterator[Tensors], hooks: Hooks, clock: _Clock
@@ -294,7 +314,8 @@ class Loop:
 
     def _feeds(self) -> tuple[TrainingFeed, EvaluationFeed]:
         place = self.place.rank, self.place.num_workers
-        options = replace(self.feeding, with_image="image" in self.model.input_names)
+        with_image = not {IMAGE, FEATURES}.isdisjoint(self.model.input_names)
+        options = replace(self.feeding, with_image=with_image)
         batch_size = self.spec.train.global_batch_size // self.place.num_workers
         return (
             TrainingFeed(self.folder, self.manifest, self.order, *place, options),
@@ -398,7 +419,9 @@ class Loop:
         # A tensor under a schedule, else a variable, which as a mirrored one is no float itself.
         return float(self.optimizer.learning_rate.numpy())
 
-    def _out_of_patience(self, state: LoopState) -> bool:
+    def _is_finished(self, state: LoopState) -> bool:
+        if state.epoch == self.spec.train.epochs:
+            return True
         if state.best_epoch is None:
             return False
         return state.epoch - 1 - state.best_epoch >= self.spec.train.patience
@@ -440,7 +463,11 @@ def new_model(spec: RunSpec, manifest: Manifest, precision: str = "float32") -> 
     keras.config.set_dtype_policy(precision)
     try:
         return build_model(
-            spec.model, manifest.statistics, decoder.row_shape, vocabularies=manifest.vocabularies
+            spec.model,
+            manifest.statistics,
+            decoder.row_shape,
+            vocabularies=manifest.vocabularies,
+            shape_features=decoder.row_shape if manifest.image.features else None,
         )
     finally:
         keras.config.set_dtype_policy(before)

@@ -42,6 +42,11 @@ class SplitInfo(Spec):
     """Rows labelled 0, rows labelled 1."""
     shards: tuple[Shard, ...]
 
+    @property
+    def row_bytes(self) -> float:
+        """Bytes of a stored row, on the average."""
+        return max(sum(shard.num_bytes for shard in self.shards) / max(self.num_rows, 1), 1)
+
 
 class Cut(Spec):
     """Where the hash order of one class is cut: below `test`, below `validation`, the rest."""
@@ -59,6 +64,9 @@ class ImageInfo(Spec):
     width: int
     names: tuple[str, ...] = ()
     """Of several images a row, in order; empty where a row has one."""
+    features: tuple[int, int] | None = None
+    """Views and width of what a frozen backbone gave of each image, where the columns hold that in
+    place of images: views × width float32 numbers as fixed-size binary."""
 
     @classmethod
     def of(cls, spec: PrepareSpec) -> "ImageInfo":
@@ -68,7 +76,7 @@ class ImageInfo(Spec):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Columns of the shards that hold images; those of several may be null: missing."""
+        """Columns of the shards that hold images or features; those of several may be null."""
         return tuple(f"{IMAGE}_{name}" for name in self.names) or (IMAGE,)
 
     @property

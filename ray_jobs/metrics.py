@@ -61,6 +61,31 @@ def validation_metrics(label: np.ndarray, probability: np.ndarray) -> dict[str, 
     return {name: found[name] for name in names}
 
 
+def auc_gain(
+    label: np.ndarray, ours: np.ndarray, theirs: np.ndarray, num_draws: int = 10_000
+) -> dict[str, float]:
+    """Return `difference` of two models' ROC AUC, ours less theirs, and its 95 % interval.
+
+    From `low` to `high`, by a paired bootstrap: rows are drawn with replacement, for both models
+    alike (Efron and Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13: percentiles).
+
+    Args:
+        label: 0 or 1, (N,), both of them there.
+        ours: probabilities of 1, (N,).
+        theirs: likewise.
+        num_draws: draws of the bootstrap; some 3 ms each.
+    """
+    auc, rng, differences = metrics.roc_auc_score, np.random.default_rng(0), []
+    while len(differences) < num_draws:
+        rows = rng.integers(0, len(label), len(label))
+        drawn = label[rows]
+        if 0 < drawn.sum() < len(drawn):
+            differences.append(auc(drawn, ours[rows]) - auc(drawn, theirs[rows]))
+    low, high = np.quantile(differences, [0.025, 0.975])
+    whole = auc(label, ours) - auc(label, theirs)
+    return {"difference": float(whole), "low": float(low), "high": float(high)}
+
+
 def expected_calibration_error(label: np.ndarray, probability: np.ndarray) -> float:
     """Return how far probabilities are from frequencies, on average over the rows.
 

@@ -98,8 +98,7 @@ class TrainingOrder:
     ) -> "TrainingOrder":
         """Return the order of a split in a manifest; windows as `data` bounds them."""
         row_groups = [shard.row_groups for shard in split.shards]
-        row_bytes = max(sum(shard.num_bytes for shard in split.shards) / max(split.num_rows, 1), 1)
-        return cls(row_groups, global_batch_size, seed, data.window_rows(row_bytes))
+        return cls(row_groups, global_batch_size, seed, data.window_rows(split.row_bytes))
 
     def steps_before(self, epoch: int) -> int:
         """Return the number of steps in all epochs before this one."""

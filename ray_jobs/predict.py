@@ -171,6 +171,11 @@ def _open_source(run: TrainedRun, spec: PredictSpec) -> inference.Source:
             f"--split is for prepared data, and there is no {MANIFEST} in {data}; leave --split "
             "out, or give the folder that `python -m ray_jobs.prepare` wrote"
         )
+    if run.manifest.image.features and run.takes_images:
+        raise JobError(
+            f"the model of {run.folder} is a trial's, which looks at features in place of images; "
+            "give a run that was trained on images"
+        )
     return RawSource(run, spec)
 
 

@@ -22,6 +22,7 @@ VAL_LOG_LOSS = "val/log_loss"
 VAL_ROC_AUC = "val/roc_auc"
 VAL_PR_AUC = "val/pr_auc"
 VAL_ACCURACY = "val/accuracy"
+INFERENCE_ROW_S = "inference/row_s"
 ROWS_PER_S = "data/rows_per_s"
 DATA_WAIT_S = "data/wait_s"
 EPOCH_S = "time/epoch_s"
@@ -41,6 +42,9 @@ CPU_CORES = "cpu/process_cores"
 GPU_UTILIZATION = "gpu/utilization"
 GPU_BYTES = "gpu/memory_bytes"
 GPU_PEAK_BYTES = "gpu/memory_peak_bytes"
+
+FALLING = (VAL_LOG_LOSS, INFERENCE_ROW_S)
+"""Keys of what is better the less it is; of the other metrics it is the more."""
 
 HISTORY = "history.jsonl"
 """File of a run folder: a record an epoch, as a line of JSON."""
@@ -64,10 +68,10 @@ _UNBROKEN = "\N{NO-BREAK SPACE}"
 
 
 def rank(key: str, value: float | None) -> float:
-    """Return a number that is lower the better a validation metric is: losses fall, others rise."""
+    """Return a number that is lower the better a metric is."""
     if value is None:
         return float("inf")
-    return value if key == VAL_LOG_LOSS else -value
+    return value if key in FALLING else -value
 
 
 @contextmanager

@@ -4,6 +4,8 @@ Reads: the shards that a manifest lists.  Leaves: batches as `ray_jobs.batch` de
 Imports neither Ray nor TensorFlow.
 
     B rows of a batch   N images a row   H × W pixels   F numeric, C categorical columns
+
+Where the shards hold features in place of images, `features` take the place of `image`.
 """
 
 import threading
@@ -14,7 +16,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ray_jobs.batch import CATEGORY, IMAGE, IMAGE_MASK, KEY, LABEL, NUMERIC, WEIGHT
+from ray_jobs.batch import (
+    CATEGORY,
+    FEATURES,
+    IMAGE,
+    IMAGE_MASK,
+    INPUT_TYPES,
+    KEY,
+    LABEL,
+    NUMERIC,
+    WEIGHT,
+)
 from ray_jobs.images import decode_stored, resized
 from ray_jobs.manifest import Manifest, Shard
 from ray_jobs.order import RowRange
@@ -119,7 +131,7 @@ class RowDecoder:
 
     Args:
         manifest: of the rows.
-        with_image: whether the model takes images.
+        with_image: whether the model takes images, or features of them.
         size: side in pixels at which it takes them; None for the stored size.
     """
 
@@ -129,6 +141,9 @@ class RowDecoder:
         self.image_columns = info.columns if with_image else ()
         self.stored_shape = (info.height, info.width, 3)
         self.pixel_shape = (size, size, 3) if size else self.stored_shape
+        self.features_shape = info.features
+        self.image_input = FEATURES if info.features else IMAGE
+        """Which input of the model holds what is in the image columns."""
         self.several = with_image and bool(info.names)
 
     @property
@@ -139,13 +154,15 @@ class RowDecoder:
 
     @property
     def row_shape(self) -> tuple[int, ...]:
-        """Shape of a row's images."""
-        return (len(self.image_columns), *self.pixel_shape) if self.several else self.pixel_shape
+        """Shape of a row's images, or of their features."""
+        shape = self.features_shape or self.pixel_shape
+        return (len(self.image_columns), *shape) if self.several else shape
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a row's images, decoded."""
-        return int(np.prod(self.row_shape)) if self.image_columns else 0
+        """Bytes of a row's images, decoded, or of their features."""
+        item_bytes = np.dtype(INPUT_TYPES[self.image_input]).itemsize
+        return int(np.prod(self.row_shape)) * item_bytes if self.image_columns else 0
 
     def batch(self, stored: StoredRows, rows: np.ndarray) -> Batch:
         """Return the batch of some stored rows, pixels not yet filled in, weights 1."""
@@ -162,7 +179,9 @@ class RowDecoder:
             codes = [v.codes(small[v.column].to_pylist()) for v in self.manifest.vocabularies]
             batch[CATEGORY] = np.stack(codes, axis=1)
         if self.image_columns:
-            batch[IMAGE] = aligned((count, *self.row_shape))
+            batch[self.image_input] = aligned(
+                (count, *self.row_shape), INPUT_TYPES[self.image_input]
+            )
         if self.several:
             batch[IMAGE_MASK] = np.ones((count, len(self.image_columns)), np.float32)
         return batch
@@ -195,7 +214,7 @@ class RowDecoder:
             except ValueError as error:
                 if on_error is None:
                     raise _damaged(stored.cell(KEY, row), error) from error
-                batch[IMAGE][place] = 0
+                batch[self.image_input][place] = 0
                 on_error(place, error)
 
     def decode(self, table: pa.Table) -> Batch:
@@ -207,6 +226,8 @@ class RowDecoder:
 
     def decoded(self, table: pa.Table) -> pa.Table:
         """Return a table with pixels at the model's size in place of encoded images."""
+        if self.features_shape:
+            return table
         for name in self.image_columns:
             cells = table.column(name)
             pixels = np.zeros((table.num_rows, *self.pixel_shape), np.uint8)
@@ -221,12 +242,20 @@ class RowDecoder:
         return table
 
     def _fill_image(self, batch: Batch, place: int, n: int, cell: Any) -> None:
-        target = batch[IMAGE][place, n] if self.several else batch[IMAGE][place]
+        images = batch[self.image_input]
+        target = images[place, n] if self.several else images[place]
         if self.several and not cell.is_valid:
             target[:] = 0
             batch[IMAGE_MASK][place, n] = 0
             return
-        target[:] = self._pixels(cell)
+        target[:] = self._features(cell) if self.features_shape else self._pixels(cell)
+
+    def _features(self, cell: Any) -> np.ndarray:
+        content = cell.as_buffer() if cell.is_valid else b""
+        features, shape = np.frombuffer(content, np.float32), self.row_shape[-2:]
+        if features.size != int(np.prod(shape)):
+            raise ValueError(f"it has {features.size} features, the manifest says {shape}")
+        return features.reshape(shape)
 
     def _pixels(self, cell: Any) -> np.ndarray:
         if not cell.is_valid:
@@ -264,12 +293,12 @@ def bytes_column(array: np.ndarray, missing: Any = None) -> pa.Array:
     return pa.Array.from_buffers(kind, len(array), [validity, content])
 
 
-def aligned(shape: tuple[int, ...]) -> np.ndarray:
-    """Return a uint8 array, not initialised, that TensorFlow can take without a copy."""
-    num_bytes = int(np.prod(shape))
+def aligned(shape: tuple[int, ...], kind: Any = np.uint8) -> np.ndarray:
+    """Return an array, not initialised, that TensorFlow can take without a copy."""
+    num_bytes = int(np.prod(shape)) * np.dtype(kind).itemsize
     buffer = np.empty(num_bytes + ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % ALIGNMENT
-    return buffer[start : start + num_bytes].reshape(shape)
+    return buffer[start : start + num_bytes].view(kind).reshape(shape)
 
 
 def floats(column: pa.ChunkedArray) -> np.ndarray:

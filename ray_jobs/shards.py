@@ -243,7 +243,8 @@ class ShardWriter(RowConverter):
         group: list[StoredImages] = []
         row_groups: list[int] = []
         file = pa.BufferOutputStream()
-        with pq.ParquetWriter(file, self.schema, **self._parquet_options()) as writer:
+        options = parquet_options(self.schema, self.image)
+        with pq.ParquetWriter(file, self.schema, **options) as writer:
 
             def flush() -> None:
                 if group:
@@ -267,17 +268,6 @@ class ShardWriter(RowConverter):
             shard = self._store(file.getvalue(), rows.take(np.array(good)), row_groups)
         return ShardFacts(split=rows.split, index=rows.index, shard=shard, bad_rows=tuple(bad_rows))
 
-    def _parquet_options(self) -> dict[str, Any]:
-        images = self.image.columns
-        others = [name for name in self.schema.names if name not in images]
-        return {
-            # JPEGs do not get smaller, and pixels are to be read as they are; nor is there any use
-            # in the least and greatest of them.
-            "compression": dict.fromkeys(images, "none") | dict.fromkeys(others, "zstd"),
-            "use_dictionary": False,
-            "write_statistics": others,
-        }
-
     def _store(self, content: pa.Buffer, rows: ShardRows, row_groups: list[int]) -> Shard:
         sha256 = hashlib.sha256(content).hexdigest()
         path = f"{rows.split}/part-{rows.index:05d}-{sha256[:8]}.parquet"
@@ -290,6 +280,18 @@ class ShardWriter(RowConverter):
             sha256=sha256,
             rows_sha256=self.fingerprint(rows),
         )
+
+
+def parquet_options(schema: pa.Schema, image: ImageInfo) -> dict[str, Any]:
+    """Return how a shard's columns are written."""
+    others = [name for name in schema.names if name not in image.columns]
+    return {
+        # JPEGs do not get smaller, and pixels are to be read as they are; nor is there any use in
+        # the least and greatest of them.
+        "compression": dict.fromkeys(image.columns, "none") | dict.fromkeys(others, "zstd"),
+        "use_dictionary": False,
+        "write_statistics": others,
+    }
 
 
 def _where_there(refs: ImageRefs, reader: ImageReader) -> Iterator[bytes | BadImage | None]:

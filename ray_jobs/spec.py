@@ -17,6 +17,7 @@ from mm_model.spec import (
     StageSpec,
 )
 from ray_jobs.batch import num_lanes
+from ray_jobs.tuning.spec import TuneSpec
 
 Split = Literal["train", "validation", "test"]
 NumberRule = Literal["range_low", "range_mean", "range_high", "decimal_comma", "date", "missing"]
@@ -316,6 +317,15 @@ class RunSpec(Spec):
     data: DataSpec = DataSpec()
     model: ModelSpec = ModelSpec()
     train: TrainSpec = TrainSpec()
+    tune: TuneSpec = TuneSpec()
+
+    @model_validator(mode="after")
+    def _space_fits(self) -> Self:
+        if self.tune.space or self.tune.first:
+            from ray_jobs.tuning.space import Space
+
+            Space(self)
+        return self
 
     @model_validator(mode="after")
     def _xla_exchanges_nothing(self) -> Self:

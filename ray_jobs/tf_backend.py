@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,16 +55,17 @@ class KerasConfig(BackendConfig):
 
 class _KerasBackend(Backend):
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
-        addresses = worker_group.execute(_free_address)
+        addresses = worker_group.execute(free_address)
         ray.get(
             [
-                worker_group.execute_single_async(rank, _set_environment, addresses, rank)
+                worker_group.execute_single_async(rank, set_environment, addresses, rank)
                 for rank in range(len(worker_group))
             ]
         )
 
 
-def _free_address() -> str:
+def free_address() -> str:
+    """Return an address of this node at which nothing listens."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = probe.getsockname()[1]
@@ -72,9 +73,15 @@ def _free_address() -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _set_environment(addresses: list[str], rank: int) -> None:
+def set_environment(addresses: Sequence[str], rank: int) -> None:
+    """Tell this process of the workers of its group; before it imports TensorFlow or Keras.
+
+    Args:
+        addresses: of all of them.
+        rank: of this one.
+    """
     os.environ["TF_CONFIG"] = json.dumps(
-        {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": rank}}
+        {"cluster": {"worker": list(addresses)}, "task": {"type": "worker", "index": rank}}
     )
     os.environ.pop("TF_USE_LEGACY_KERAS", None)
     os.environ["KERAS_BACKEND"] = "tensorflow"

@@ -95,7 +95,7 @@ class Tracker:
 
     def _write_files(self, history: Sequence[Record]) -> None:
         try:
-            self.folder.write_text(HISTORY, "".join(_line(epoch) for epoch in history))
+            self.folder.write_text(HISTORY, history_text(history))
             self.folder.write_bytes(HISTORY_TABLE, _parquet(history))
             self._board = self._board or TensorBoard(self.folder)
             self._board.write(history)
@@ -177,6 +177,11 @@ class TensorBoard:
             for key, value in record.items():
                 if isinstance(value, float):
                     tf.summary.scalar(key, value)
+
+
+def history_text(history: Sequence[Record]) -> str:
+    """Return what history.jsonl holds of some records."""
+    return "".join(map(_line, history))
 
 
 def _line(record: Record) -> str:

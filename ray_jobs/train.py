@@ -56,7 +56,7 @@ def fit(spec: RunSpec, callbacks: Sequence["UserCallback"] = ()) -> dict[str, An
     Raises:
         JobError: if the data, the cluster or the run folder does not allow it, or training failed.
     """
-    spec = _resolved(spec)
+    spec = resolved(spec)
     folder = run_folder(spec)
     manifest = read_manifest(Folder(spec.data.prepared))
     require_trainable(spec, manifest)
@@ -68,7 +68,7 @@ def fit(spec: RunSpec, callbacks: Sequence["UserCallback"] = ()) -> dict[str, An
         return _summary(spec, folder)
     spec = require_tracking(spec)
     if not goes_on:
-        _begin_run(spec, manifest, folder)
+        begin_run(spec, manifest, folder)
     train, started = spec.train, time.monotonic()
     with cluster.connected(
         spec.run.address,
@@ -81,12 +81,12 @@ def fit(spec: RunSpec, callbacks: Sequence["UserCallback"] = ()) -> dict[str, An
         connecting_s = iter([time.monotonic() - started])
         board = make_board()
         title = _title(spec, manifest, folder)
-        with report.shown(board, title), _feeding(spec, manifest) as feeding:
+        with report.shown(board, title), feeding(spec, manifest) as feed:
             config = {
                 "spec": spec.model_dump(mode="json"),
                 "run": folder.uri,
                 "board": board,
-                **feeding,
+                **feed,
             }
 
             def attempt(num_workers: int) -> None:
@@ -129,8 +129,15 @@ def run_folder(spec: RunSpec) -> Folder:
     return Folder(spec.run.storage_path) / str(spec.run.name)
 
 
-def _resolved(spec: RunSpec) -> RunSpec:
-    # Workers run elsewhere, where a relative path would mean something else.
+def resolved(spec: RunSpec) -> RunSpec:
+    """Return a spec with a name, and with paths that mean the same everywhere."""
+    if spec.run.name is None:
+        spec = spec.overlay({"run.name": time.strftime("%Y%m%d-%H%M%S")})
+    return with_absolute_paths(spec)
+
+
+def with_absolute_paths(spec: RunSpec) -> RunSpec:
+    """Return a spec for workers: they run elsewhere, where a relative path would mean another."""
     changes: dict[str, Any] = {
         "data.prepared": Folder(spec.data.prepared).uri,
         "run.storage_path": Folder(spec.run.storage_path).uri,
@@ -138,8 +145,6 @@ def _resolved(spec: RunSpec) -> RunSpec:
     weights = spec.model.image.weights
     if weights and weights != "imagenet" and "://" not in weights:
         changes["model.image.weights"] = str(Path(weights).expanduser().absolute())
-    if spec.run.name is None:
-        changes["run.name"] = time.strftime("%Y%m%d-%H%M%S")
     return spec.overlay(changes)
 
 
@@ -161,7 +166,8 @@ def _require_same_run(spec: RunSpec, manifest: Manifest, folder: Folder) -> None
         )
 
 
-def _begin_run(spec: RunSpec, manifest: Manifest, folder: Folder) -> None:
+def begin_run(spec: RunSpec, manifest: Manifest, folder: Folder) -> None:
+    """Write what a run folder begins with."""
     import yaml
 
     manifest.write(folder)
@@ -199,8 +205,12 @@ def _end_tracked(spec: RunSpec, folder: Folder) -> Iterator[None]:
 
 
 @contextmanager
-def _feeding(spec: RunSpec, manifest: Manifest) -> Iterator[dict[str, Any]]:
-    """Hold what all workers' feeds share, decided once for all of them."""
+def feeding(spec: RunSpec, manifest: Manifest) -> Iterator[dict[str, Any]]:
+    """Hold what all workers' feeds share, decided once for all of them.
+
+    Yields:
+        `decode`; the kind of `cache`; and its `index`, an actor, where it has one.
+    """
     import ray
 
     from ray_jobs.cache import choose_kind, make_index
@@ -229,7 +239,8 @@ def _title(spec: RunSpec, manifest: Manifest, folder: Folder) -> str:
     if model.image.kind != "none":
         size = spec.data.image_size or manifest.image.width
         several = f"{len(manifest.image.names)} × " if manifest.image.names else ""
-        inputs.append(f"{several}{model.image.kind} at {size} px")
+        stored = "features of " if manifest.image.features else ""
+        inputs.append(f"{stored}{several}{model.image.kind} at {size} px")
     if model.numeric.kind != "none" and manifest.numeric_columns:
         inputs.append(f"{len(manifest.numeric_columns)} numbers")
     if model.numeric.kind != "none" and manifest.vocabularies:

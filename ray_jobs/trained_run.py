@@ -8,7 +8,7 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ray_jobs.batch import CATEGORY, IMAGE, NUMERIC
+from ray_jobs.batch import CATEGORY, FEATURES, IMAGE, NUMERIC
 from ray_jobs.cli import JobError
 from ray_jobs.finish import MODEL, SUMMARY
 from ray_jobs.manifest import NAME as MANIFEST
@@ -30,8 +30,8 @@ class TrainedRun:
 
     @property
     def takes_images(self) -> bool:
-        """Whether the model looks at images."""
-        return IMAGE in self.input_shapes
+        """Whether the model looks at images, or at features of them."""
+        return IMAGE in self.input_shapes or FEATURES in self.input_shapes
 
     @property
     def takes_numbers(self) -> bool:
@@ -41,7 +41,7 @@ class TrainedRun:
     @property
     def decoder(self) -> RowDecoder:
         """What turns stored rows into the model's inputs."""
-        size = self.input_shapes[IMAGE][-2] if self.takes_images else None
+        size = self.input_shapes[IMAGE][-2] if IMAGE in self.input_shapes else None
         manifest = self.manifest
         if not self.takes_numbers:
             manifest = manifest.model_copy(update={"numeric_columns": (), "vocabularies": ()})
@@ -98,7 +98,10 @@ def require_fit(run: TrainedRun, manifest: Manifest, data: Folder) -> None:
     trained = run.manifest
     if run.takes_numbers and manifest.numeric_columns != trained.numeric_columns:
         differences.append(_column_difference(manifest.numeric_columns, trained.numeric_columns))
-    stored = [(m.image.names, m.image.width, m.image.height) for m in (manifest, trained)]
+    stored = [
+        (m.image.names, m.image.width, m.image.height, m.image.features)
+        for m in (manifest, trained)
+    ]
     if run.takes_images and stored[0] != stored[1]:
         shown = [_images_text(m) for m in (manifest, trained)]
         differences.append(f"its images have {shown[0]}, the run's {shown[1]}")
@@ -121,6 +124,8 @@ def require_fit(run: TrainedRun, manifest: Manifest, data: Folder) -> None:
 def _images_text(manifest: Manifest) -> str:
     image = manifest.image
     names = f" ({', '.join(image.names)})" if image.names else ""
+    if image.features:
+        return "{} views of {} features{}".format(*image.features, names)
     return f"{image.width} × {image.height} pixels{names}"
 
 

@@ -263,11 +263,15 @@ def _failures_told(board: Any, rank: int) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        name, text = type(error).__name__, f"{type(error).__name__}: {error}"
-        comes_again = isinstance(error, _NOT_TRIED_AGAIN) or name in _OF_THE_PROGRAM
+        text, again = f"{type(error).__name__}: {error}", not comes_again(error)
         of = "echo" if _is_echo(error) else "own"
-        tell_failure(board, {"rank": rank, "text": text, "again": not comes_again, "of": of})
+        tell_failure(board, {"rank": rank, "text": text, "again": again, "of": of})
         raise
+
+
+def comes_again(error: Exception) -> bool:
+    """Whether an error lies in data, settings or program, and would come as often as one tries."""
+    return isinstance(error, _NOT_TRIED_AGAIN) or type(error).__name__ in _OF_THE_PROGRAM
 
 
 def _is_echo(error: Exception) -> bool:

@@ -6,7 +6,8 @@ branch in a spec imports neither Keras nor TensorFlow. A branch of your own is o
     IMAGE_BRANCHES["mine"] = my_branch      # my_branch(image, kind, spec, blocks) -> Features
 
 An image branch sees single images, also where a row has several. Its backbone, which
-`mm_model.stages` freezes and thaws, is the layers that its tokens come from.
+`mm_model.stages` freezes and thaws, is the layers that its tokens come from. Where it has a top of
+its own in `IMAGE_TOPS`, a model can also be built on features that the backbone gave before.
 """
 
 from collections.abc import Callable
@@ -26,6 +27,14 @@ IMAGE_BRANCHES: dict[str, Builder] = {
     **{f"convnext_{size}": _APPLICATION for size in ("tiny", "small", "base", "large", "xlarge")},
     "resnet50": _APPLICATION,
 }
+
+IMAGE_TOPS: dict[str, Builder] = {
+    kind: builder.replace(":build", ":top")
+    for kind, builder in IMAGE_BRANCHES.items()
+    if isinstance(builder, str)
+}
+"""What each kind puts on its pooled backbone, the output of its layer `image_pool`, as
+`my_top(pooled, kind, spec, blocks) -> (B, F)`."""
 
 NUMERIC_BRANCHES: dict[str, Builder] = {
     "mlp": "mm_model.branches.numeric_mlp:build",

@@ -44,9 +44,14 @@ def build(image_BHWC: KerasTensor, kind: str, spec: ImageSpec, blocks: Blocks) -
     x = backbone(x)
     pooled_BF = layers.GlobalAveragePooling2D(name="image_pool")(x)
     tokens_BTF = layers.Reshape((-1, x.shape[-1]), name="image_tokens")(x)
+    return {"pooled": top(pooled_BF, kind, spec, blocks), "tokens": tokens_BTF}
+
+
+def top(pooled_BF: KerasTensor, kind: str, spec: ImageSpec, blocks: Blocks) -> KerasTensor:
+    """Return the branch's features of what its backbone gave."""
+    del kind
     pooled_BF = RowDropout(blocks.dropout, name="image_dropout")(pooled_BF)
-    pooled_BF = blocks.dense(pooled_BF, spec.units, "image_top")
-    return {"pooled": pooled_BF, "tokens": tokens_BTF}
+    return blocks.dense(pooled_BF, spec.units, "image_top")
 
 
 @register

@@ -8,7 +8,6 @@ from mm_model.spec import ImageSpec
 
 def build(image_BHWC: KerasTensor, kind: str, spec: ImageSpec, blocks: Blocks) -> dict:
     """Return pooled features and tokens of pixels 0-255."""
-    del kind
     if spec.weights:
         raise ValueError("image branch 'tiny' takes no weights file; set model.image.weights=none")
     x = layers.Rescaling(1 / 127.5, offset=-1.0, name="image_range")(image_BHWC)
@@ -22,5 +21,10 @@ def build(image_BHWC: KerasTensor, kind: str, spec: ImageSpec, blocks: Blocks) -
         x = layers.Activation(blocks.activation, name=f"image_conv{i}_activation")(x)
     pooled_BF = layers.GlobalAveragePooling2D(name="image_pool")(x)
     tokens_BTF = layers.Reshape((-1, x.shape[-1]), name="image_tokens")(x)
-    pooled_BF = blocks.dense(pooled_BF, spec.units, "image_top")
-    return {"pooled": pooled_BF, "tokens": tokens_BTF}
+    return {"pooled": top(pooled_BF, kind, spec, blocks), "tokens": tokens_BTF}
+
+
+def top(pooled_BF: KerasTensor, kind: str, spec: ImageSpec, blocks: Blocks) -> KerasTensor:
+    """Return the branch's features of what its backbone gave."""
+    del kind
+    return blocks.dense(pooled_BF, spec.units, "image_top")

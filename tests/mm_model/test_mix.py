@@ -212,3 +212,33 @@ def test_mixing_compiles():
             assert {k: v.shape for k, v in got.items()} == {k: v.shape for k, v in inputs.items()}
             assert np.isfinite(got_y).all()
             np.testing.assert_allclose(got_weight, weight, rtol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_features_mix_as_images_do_view_by_view(seed):
+    inputs, y, weight = batch(seed=seed)
+    pixels = inputs["image"].astype(np.float32)
+    inputs["features"] = inputs.pop("image").reshape(6, 10, -1).astype(np.float32)
+    got, _, _ = step(inputs, y, weight, MIXUP, seed)
+    as_images, _, _ = step({"image": pixels}, y, weight, MIXUP, seed)
+    np.testing.assert_array_equal(got["features"], as_images["image"].reshape(6, 10, -1))
+    assert (got["features"] != inputs["features"]).any()
+
+
+def test_features_of_an_image_that_is_missing_are_not_mixed_in():
+    inputs, y = rows_of_everything()
+    y, weight = y[:, None].astype(np.float32), np.ones((16, 1), np.float32)
+    mask = inputs["image_mask"]
+    features = np.random.default_rng(0).random((*mask.shape, 2, 5)).astype(np.float32)
+    features[mask == 0] = 1e9
+    for seed in range(4):
+        got, _, _ = step({"features": features, "image_mask": mask}, y, weight, MIXUP, seed)
+        assert got["features"].shape == features.shape
+        assert got["features"][got["image_mask"] > 0].max() <= 1
+
+
+def test_boxes_for_a_model_on_features_are_refused():
+    inputs, y, weight = batch()
+    inputs["features"] = inputs.pop("image").reshape(6, 10, -1)
+    with pytest.raises(ValueError, match=r"cutmix_alpha=1 .* takes features of them; set it to 0"):
+        step(inputs, y, weight, CUTMIX, 0)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from mm_model.statistics import Vocabulary
 from ray_jobs import rows as rows_module
-from ray_jobs.batch import CATEGORY, IMAGE, IMAGE_MASK, LABEL, NUMERIC, WEIGHT
+from ray_jobs.batch import CATEGORY, FEATURES, IMAGE, IMAGE_MASK, LABEL, NUMERIC, WEIGHT
 from ray_jobs.images import decode_stored
 from ray_jobs.manifest import ImageInfo, Manifest
 from ray_jobs.order import RowRange
@@ -253,3 +253,46 @@ def test_categories_become_the_codes_of_their_vocabularies():
     batch = RowDecoder(manifest, with_image=False).decode(table)
     assert batch[CATEGORY].dtype == np.int32
     assert batch[CATEGORY].tolist() == [[3, 2], [0, 2], [1, 0]]
+
+
+def test_features_take_the_place_of_images_as_they_are_stored():
+    features = np.random.default_rng(0).normal(size=(3, 2, 5)).astype(np.float32)
+    image = ImageInfo(encoding="raw", height=32, width=32, features=(2, 5))
+    decoder = RowDecoder(tiny_manifest(image), with_image=True, size=16)
+    label = pa.array([1, 0, 1], pa.int8())
+    table = pa.table({"key": ["a", "b", "c"], "image": bytes_column(features), "label": label})
+    batch = decoder.decode(table)
+    assert IMAGE not in batch
+    assert batch[FEATURES].dtype == np.float32
+    np.testing.assert_array_equal(batch[FEATURES], features)
+    assert (decoder.row_shape, decoder.row_bytes) == ((2, 5), 40)
+    assert decoder.decoded(table) is table
+    assert FEATURES not in RowDecoder(tiny_manifest(image), with_image=False).decode(table)
+
+
+def test_features_of_several_images_have_a_place_each_and_zeros_where_one_is_missing():
+    features = np.random.default_rng(0).normal(size=(2, 1, 5)).astype(np.float32)
+    image = ImageInfo(encoding="raw", height=32, width=32, names=("front", "back"), features=(1, 5))
+    decoder = RowDecoder(tiny_manifest(image), with_image=True)
+    table = pa.table(
+        {
+            "key": ["a", "b"],
+            "image_front": bytes_column(features, pa.chunked_array([[False, True]])),
+            "image_back": bytes_column(features[::-1]),
+            "label": pa.array([1, 0], pa.int8()),
+        }
+    )
+    batch = decoder.decode(table)
+    assert batch[IMAGE_MASK].tolist() == [[1, 1], [0, 1]]
+    np.testing.assert_array_equal(batch[FEATURES][0], features)
+    np.testing.assert_array_equal(batch[FEATURES][1], [np.zeros((1, 5)), features[0]])
+    assert (decoder.row_shape, decoder.row_bytes) == ((2, 1, 5), 40)
+
+
+def test_features_of_another_number_name_their_row():
+    cells = bytes_column(np.zeros((1, 2, 4), np.float32))
+    table = pa.table({"key": ["a"], "image": cells, "label": pa.array([1], pa.int8())})
+    image = ImageInfo(encoding="raw", height=32, width=32, features=(2, 5))
+    decoder = RowDecoder(tiny_manifest(image), with_image=True)
+    with pytest.raises(ValueError, match=r"row 'a' cannot be used: it has 8 features, .*\(2, 5\)"):
+        decoder.decode(table)

@@ -1,0 +1,135 @@
+"""Search for the settings that train the best model, and train it.
+
+Reads: manifest.json from `prepare`.  Writes: a search folder with a folder of each trial, the
+leaderboard, a page, the best trial's specification and its run folder. The same name again goes on
+with a search that did not finish.
+
+Run:   python -m ray_jobs.tune ray_jobs/specs/houses_tune.yaml --run.name search
+       ray job submit --working-dir . -- python -m ray_jobs.tune ray_jobs/specs/houses_tune.yaml
+"""
+
+from typing import Any
+
+from ray_jobs import cli, cluster
+from ray_jobs.cli import JobError
+from ray_jobs.manifest import Manifest, read_manifest
+from ray_jobs.spec import RunSpec
+from ray_jobs.storage import Folder
+from ray_jobs.train import feeding, require_trainable, resolved, run_folder
+from ray_jobs.tuning.result import Objective, Search
+from ray_jobs.tuning.space import Space
+
+SPEC = "tune.yaml"
+SUMMARY = "summary.json"
+
+_MAY_DIFFER = ("budget", "max_concurrent_trials", "max_failures", "checkpoint_every_s", "promote")
+"""Settings of `tune` that a search may go on with otherwise."""
+_NO_DECODING = {"decode": "trainer", "cache": "none", "index": None}
+_SAME_SEARCH = ("run.seed", "data.image_size", "model", "train", "tune")
+
+
+def search(spec: RunSpec) -> dict[str, Any]:
+    """Search, train the best, and return the search's summary.
+
+    Raises:
+        JobError: if the data, the cluster or the search folder does not allow it, or every trial
+            failed.
+        ValueError: if the space does not fit the settings.
+        Interrupted: if the user stopped it.
+    """
+    spec = resolved(spec)
+    folder = run_folder(spec)
+    manifest = read_manifest(Folder(spec.data.prepared))
+    space = Space(spec)
+    if not space.distributions:
+        raise JobError("tune.space is empty; say which settings to search over")
+    require_trainable(spec, manifest)
+    if folder.exists(SPEC):
+        _require_same_search(spec, manifest, folder)
+    if folder.exists(SUMMARY):
+        print(f"search {spec.run.name} is finished already: {folder}")
+        return folder.read_json(SUMMARY)
+    _begin(spec, manifest, folder)
+    train = spec.train
+    workers = spec.tune.workers_per_trial or train.workers_range[0]
+    gpus = workers * (spec.tune.gpus_per_worker or train.gpus_per_worker)
+    # A local Ray has room for a trial, and afterwards for the training of the best.
+    in_full = train.workers_range[0] * train.cpus_per_worker + 1
+    found = Search(
+        name=str(spec.run.name),
+        objectives=objectives_of(spec),
+        trials=[],
+        budget=spec.tune.budget.model_dump(exclude_none=True),
+    )
+    with cluster.connected(
+        spec.run.address,
+        num_cpus=max(workers * train.cpus_per_worker, in_full),
+        num_gpus=gpus if train.use_gpu else 0,
+        data_cpus=0,
+        worker_logs=spec.run.worker_logs,
+        object_store_memory=spec.data.object_store_memory,
+    ):
+        from ray_jobs.tuning.cheap import all_features, uses_features
+        from ray_jobs.tuning.finish import finish_search, write_results
+        from ray_jobs.tuning.run import run_trials
+
+        on_features = uses_features(spec, space)
+        try:
+            if on_features:
+                print("computing the features of the frozen backbone, where they are not there yet")
+                features = all_features(spec, space)
+                run_trials(spec, space, folder, found, _NO_DECODING, features)
+            else:
+                with feeding(spec, manifest) as feed:
+                    run_trials(spec, space, folder, found, feed)
+        finally:
+            if found.trials:
+                write_results(found, folder)
+        return finish_search(spec, space, folder, found, on_features)
+
+
+def objectives_of(spec: RunSpec) -> list[Objective]:
+    """Return what a search improves."""
+    from ray_jobs.report import FALLING
+
+    metrics = spec.tune.metrics or (spec.train.monitor,)
+    return [Objective(metric, "min" if metric in FALLING else "max") for metric in metrics]
+
+
+def _begin(spec: RunSpec, manifest: Manifest, folder: Folder) -> None:
+    import yaml
+
+    manifest.write(folder)
+    folder.write_text(SPEC, yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False))
+
+
+def _require_same_search(spec: RunSpec, manifest: Manifest, folder: Folder) -> None:
+    """Check that a search folder is one that this spec goes on with."""
+    import yaml
+
+    before = cli.validate_spec(RunSpec, yaml.safe_load(folder.read_bytes(SPEC)))
+    differing = [part for part in _SAME_SEARCH if _part(before, part) != _part(spec, part)]
+    if differing or read_manifest(folder) != manifest:
+        what = ", ".join(differing) or "the prepared data"
+        raise JobError(
+            f"{folder} holds a search with other settings ({what}); choose another --run.name, or "
+            "delete the folder"
+        )
+
+
+def _part(spec: RunSpec, path: str) -> Any:
+    value: Any = spec.model_dump(mode="json")
+    for name in path.split("."):
+        value = value[name]
+    if path == "tune":
+        return {name: setting for name, setting in value.items() if name not in _MAY_DIFFER}
+    return value
+
+
+def main() -> None:
+    """Run from the command line."""
+    cli.main(RunSpec, search, __doc__)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Searches of tiny trials, and whether anything of them is left."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from ray_jobs.manifest import Manifest
+from ray_jobs.spec import RunSpec
+from ray_jobs.tune import objectives_of
+from ray_jobs.tuning.result import Search
+from ray_jobs.tuning.space import Space
+from tests.ray_jobs.tiny import write_prepared
+
+SPACE = {
+    "train.learning_rate": {"loguniform": [1e-4, 1e-2]},
+    "model.dropout": {"uniform": [0.1, 0.5]},
+}
+
+
+def spec_in(folder: Path, **changes: Any) -> RunSpec:
+    """Return a search over the data in a folder; `tune__scheduler="pbt"` changes a setting."""
+    tree = {
+        "run": {"storage_path": str(folder / "runs"), "name": "search"},
+        "data": {"prepared": str(folder / "prepared")},
+        "model": {
+            "image": {"kind": "tiny", "weights": None, "units": 8},
+            "numeric": {"units": [8]},
+            "fusion": {"units": 8},
+        },
+        "train": {"global_batch_size": 16, "epochs": 4, "max_failures": 0},
+        "tune": {"space": SPACE, "budget": {"trials": 4}, "max_concurrent_trials": 2},
+    }
+    spec = RunSpec.model_validate(tree)
+    return spec.overlay({name.replace("__", "."): value for name, value in changes.items()})
+
+
+def prepared_in(folder: Path) -> Manifest:
+    return write_prepared(folder / "prepared", {"train": 64, "validation": 32, "test": 32})
+
+
+def run_search(spec: RunSpec) -> Search:
+    """Run the trials of a search, in the Ray that is there."""
+    from ray_jobs.manifest import read_manifest
+    from ray_jobs.storage import Folder
+    from ray_jobs.train import feeding, resolved, run_folder
+    from ray_jobs.tuning.run import run_trials
+
+    spec = resolved(spec)
+    search = Search(
+        "search", objectives_of(spec), [], budget=spec.tune.budget.model_dump(exclude_none=True)
+    )
+    with feeding(spec, read_manifest(Folder(spec.data.prepared))) as feed:
+        run_trials(spec, Space(spec), run_folder(spec), search, feed)
+    return search
+
+
+def require_nothing_left(timeout_s: float = 20.0) -> None:
+    """Wait until the cluster is empty again: no actor, no placement group, all resources free.
+
+    Raises:
+        AssertionError: naming what is left.
+    """
+    deadline = time.monotonic() + timeout_s
+    while (left := _left()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not left, left
+
+
+def _left() -> dict[str, Any]:
+    import ray
+    from ray.util import placement_group_table
+    from ray.util.state import list_actors
+
+    address = ray.get_runtime_context().gcs_address
+    actors = list_actors(address=address, filters=[("state", "!=", "DEAD")])
+    groups = [group["state"] for group in placement_group_table().values()]
+    total, free = ray.cluster_resources(), ray.available_resources()
+    held = {name: total[name] - free.get(name, 0) for name in ("CPU", "GPU") if name in total}
+    left = {
+        "actors": [actor.class_name for actor in actors],
+        "placement groups": [state for state in groups if state != "REMOVED"],
+        "held": {name: amount for name, amount in held.items() if amount > 1e-6},
+    }
+    return {what: found for what, found in left.items() if found}
