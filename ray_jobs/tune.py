@@ -55,12 +55,6 @@ def search(spec: RunSpec) -> dict[str, Any]:
     gpus = workers * (spec.tune.gpus_per_worker or train.gpus_per_worker)
     # A local Ray has room for a trial, and afterwards for the training of the best.
     in_full = train.workers_range[0] * train.cpus_per_worker + 1
-    found = Search(
-        name=str(spec.run.name),
-        objectives=objectives_of(spec),
-        trials=[],
-        budget=spec.tune.budget.model_dump(exclude_none=True),
-    )
     with cluster.connected(
         spec.run.address,
         num_cpus=max(workers * train.cpus_per_worker, in_full),
@@ -69,23 +63,45 @@ def search(spec: RunSpec) -> dict[str, Any]:
         worker_logs=spec.run.worker_logs,
         object_store_memory=spec.data.object_store_memory,
     ):
-        from ray_jobs.tuning.cheap import all_features, uses_features
-        from ray_jobs.tuning.finish import finish_search, write_results
-        from ray_jobs.tuning.run import run_trials
+        from ray_jobs.tuning.cheap import uses_features
+        from ray_jobs.tuning.finish import finish_search
 
-        on_features = uses_features(spec, space)
-        try:
-            if on_features:
-                print("computing the features of the frozen backbone, where they are not there yet")
-                features = all_features(spec, space)
-                run_trials(spec, space, folder, found, _NO_DECODING, features)
-            else:
-                with feeding(spec, manifest) as feed:
-                    run_trials(spec, space, folder, found, feed)
-        finally:
-            if found.trials:
-                write_results(found, folder)
-        return finish_search(spec, space, folder, found, on_features)
+        found = trials_of(spec, manifest, space)
+        return finish_search(spec, space, folder, found, uses_features(spec, space))
+
+
+def trials_of(spec: RunSpec, manifest: Manifest, space: Space) -> Search:
+    """Run the trials of a search, in the Ray that is connected, and return how they ended.
+
+    Leaderboard and page are written in any case.
+
+    Raises:
+        JobError: as `search`.
+        Interrupted: likewise.
+    """
+    from ray_jobs.tuning.cheap import all_features, uses_features
+    from ray_jobs.tuning.finish import write_results
+    from ray_jobs.tuning.run import run_trials
+
+    folder = run_folder(spec)
+    found = Search(
+        name=str(spec.run.name),
+        objectives=objectives_of(spec),
+        trials=[],
+        budget=spec.tune.budget.model_dump(exclude_none=True),
+    )
+    try:
+        if uses_features(spec, space):
+            print("features of the frozen backbone: computing those that are not there yet")
+            features = all_features(spec, space)
+            run_trials(spec, space, folder, found, _NO_DECODING, features)
+        else:
+            with feeding(spec, manifest) as feed:
+                run_trials(spec, space, folder, found, feed)
+    finally:
+        if found.trials:
+            write_results(found, folder)
+    return found
 
 
 def objectives_of(spec: RunSpec) -> list[Objective]:

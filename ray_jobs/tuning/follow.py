@@ -143,13 +143,21 @@ class Follower(Callback):
             if name not in known:
                 # Of a trial that began after the snapshot; nobody will ask for it.
                 self.job.trials.delete(name)
+        self.settle(trials)
+        for row in self.search.trials:
+            if row.state == "running":
+                row.state = "pending"
+
+    def settle(self, trials: Sequence[Trial]) -> None:
+        """Take note of trials whose end Tune has not told: it ends all without, at a budget's."""
         for trial in trials:
             row = self._row(trial)
             if trial.is_finished() and row.ended_s is None:
                 self._learn(row, trial.last_result)
-                self.on_trial_complete(0, trials, trial)
-            elif row.state == "running":
-                row.state = "pending"
+                if trial.status == Trial.ERROR:
+                    self.on_trial_error(0, [], trial)
+                else:
+                    self.on_trial_complete(0, [], trial)
 
     # -- what is enough ---------------------------------------------------------------------------
 

@@ -123,6 +123,7 @@ def run_trials(
                 resume=goes_on,
                 verbose=0,
             )
+        follower.settle(analysis.trials or ())
     if not all(trial.is_finished() for trial in analysis.trials or ()):
         raise Interrupted(_STOPPED)
     if not any(row.scores for row in search.trials):

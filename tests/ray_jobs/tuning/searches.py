@@ -4,9 +4,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ray_jobs.manifest import Manifest
+from ray_jobs.manifest import Manifest, read_manifest
 from ray_jobs.spec import RunSpec
-from ray_jobs.tune import objectives_of
+from ray_jobs.storage import Folder
+from ray_jobs.train import resolved
+from ray_jobs.tune import trials_of
 from ray_jobs.tuning.result import Search
 from ray_jobs.tuning.space import Space
 from tests.ray_jobs.tiny import write_prepared
@@ -40,18 +42,8 @@ def prepared_in(folder: Path) -> Manifest:
 
 def run_search(spec: RunSpec) -> Search:
     """Run the trials of a search, in the Ray that is there."""
-    from ray_jobs.manifest import read_manifest
-    from ray_jobs.storage import Folder
-    from ray_jobs.train import feeding, resolved, run_folder
-    from ray_jobs.tuning.run import run_trials
-
     spec = resolved(spec)
-    search = Search(
-        "search", objectives_of(spec), [], budget=spec.tune.budget.model_dump(exclude_none=True)
-    )
-    with feeding(spec, read_manifest(Folder(spec.data.prepared))) as feed:
-        run_trials(spec, Space(spec), run_folder(spec), search, feed)
-    return search
+    return trials_of(spec, read_manifest(Folder(spec.data.prepared)), Space(spec))
 
 
 def require_nothing_left(timeout_s: float = 20.0) -> None:
