@@ -33,6 +33,7 @@ from unittest.mock import patch
 
 import numpy as np
 
+from benchmarks.documented import run_documented
 from benchmarks.photos import jpeg, photo
 from benchmarks.shards import write_shards
 from ray_jobs.spec import RunSpec
@@ -87,75 +88,6 @@ def run_ours(spec: RunSpec) -> list[str]:
     return [row.state for row in found.trials]
 
 
-def train_on_worker(config: dict[str, Any]) -> None:
-    """Train on the worker of a documented trial."""
-    import ray.train
-
-    from ray_jobs.dataset import FeedOptions
-    from ray_jobs.hooks import Copy, Hooks
-    from ray_jobs.loop import Loop
-    from ray_jobs.manifest import read_manifest
-    from ray_jobs.replicas import Place, set_devices
-    from ray_jobs.storage import Folder
-
-    class Report(Hooks):
-        def on_epoch(self, record: dict[str, Any], copy: Copy) -> None:
-            ray.train.report(record)
-
-    set_devices(1, use_gpu=False)
-    spec = RunSpec.model_validate(config)
-    manifest = read_manifest(Folder(spec.data.prepared))
-    Loop(spec, manifest, Place(), feeding=FeedOptions(data=spec.data)).run(Report())
-
-
-def run_documented(spec: RunSpec, trials: int) -> list[str]:
-    """Run trials in the documented way, and return how they ended."""
-    from ray import tune
-    from ray.train import RunConfig, ScalingConfig
-    from ray.tune.integration.ray_train import TuneReportCallback
-    from ray.tune.search.basic_variant import BasicVariantGenerator
-
-    from ray_jobs.tf_backend import KerasTrainer
-    from ray_jobs.tuning.space import Space
-
-    space, storage = Space(spec), spec.run.storage_path
-
-    def trial(values: dict[str, Any]) -> None:
-        KerasTrainer(
-            train_on_worker,
-            train_loop_config=space.spec_of(values).model_dump(mode="json"),
-            scaling_config=ScalingConfig(num_workers=1, resources_per_worker={"CPU": 1}),
-            run_config=RunConfig(
-                name=f"{spec.run.name}-{tune.get_context().get_trial_id()}",
-                storage_path=f"{storage}/documented",
-                callbacks=[TuneReportCallback()],
-            ),
-        ).fit()
-
-    rng = np.random.default_rng(0)
-    points = [space.values(lambda _, values: _drawn(rng, values)) for _ in range(trials)]
-    tuner = tune.Tuner(
-        tune.with_resources(trial, {"CPU": 1}),
-        # Its values are replaced by the points'.
-        param_space=points[0],
-        tune_config=tune.TuneConfig(
-            search_alg=BasicVariantGenerator(points_to_evaluate=points, max_concurrent=AT_ONCE),
-            num_samples=trials,
-        ),
-        run_config=tune.RunConfig(storage_path=f"{storage}/documented-tune", verbose=0),
-    )
-    results = tuner.fit()
-    return ["failed" if result.error else "finished" for result in results]
-
-
-def _drawn(rng: np.random.Generator, values: Any) -> Any:
-    if values.kind == "choice":
-        return values.values()[rng.integers(len(values.values()))]
-    if values.is_log:
-        return float(np.exp(rng.uniform(np.log(values.low), np.log(values.high))))
-    return float(rng.uniform(values.low, values.high))
-
-
 def rate(name: str, run: Any, *arguments: Any) -> float:
     """Run some trials, and return how many finish in an hour.
 
@@ -191,8 +123,7 @@ def main() -> None:
             for kind in MODELS:
                 ours = make_spec(folder, kind, arguments.trials)
                 theirs = make_spec(folder, kind, arguments.documented)
-                number = arguments.documented
-                slow = rate(f"{kind}, documented", run_documented, theirs, number)
+                slow = rate(f"{kind}, documented", run_documented, theirs, AT_ONCE)
                 ratios[f"{kind}_vs_documented"] = rate(f"{kind}, ours", run_ours, ours) / slow
     print(json.dumps({name: round(ratio, 2) for name, ratio in ratios.items()}))
 

@@ -11,7 +11,8 @@ import numpy as np
 from keras import layers, ops
 
 from mm_model import draws
-from mm_model.layers import register
+from mm_model.dials import number
+from mm_model.layers import penalty, register
 from mm_model.statistics import NumericStatistics, Vocabulary
 
 
@@ -126,7 +127,7 @@ class CategoryEmbedding(layers.Layer):
                 # About as long as a standardised number, however wide (as in the code of Gorishniy
                 # et al. 2021, arXiv 2106.11959); Keras' ±0.05 would be drowned by the numbers.
                 initializer=keras.initializers.RandomUniform(-(width**-0.5), width**-0.5),
-                regularizer=keras.regularizers.L2(self.l2) if self.l2 else None,
+                regularizer=penalty(self.l2),
                 # Not the column's name, which may hold what no variable's name may.
                 name=f"entries_{i}",
             )
@@ -156,9 +157,9 @@ class CategoryEmbedding(layers.Layer):
         shape: Any = ops.shape(codes_BC)
         draw_BC = draws.uniform(shape, self.seed_generator)
         hidden_BC = ops.where(
-            draw_BC < self.dropout / 2,
+            draw_BC < number(self.dropout) / 2,
             Vocabulary.UNKNOWN,
-            ops.where(draw_BC < self.dropout, Vocabulary.MISSING, codes_BC),
+            ops.where(draw_BC < number(self.dropout), Vocabulary.MISSING, codes_BC),
         )
         # What is missing or unknown in truth stays so, since that may say something.
         return ops.where(codes_BC > Vocabulary.UNKNOWN, hidden_BC, codes_BC)

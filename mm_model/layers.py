@@ -12,6 +12,7 @@ import numpy as np
 from keras import KerasTensor, layers, ops
 
 from mm_model import draws
+from mm_model.dials import Dial, number
 from mm_model.spec import ModelSpec
 
 register = keras.saving.register_keras_serializable(package="mm_model")
@@ -49,8 +50,9 @@ class Blocks:
 
     def kernel(self, x_BF: KerasTensor, units: int, name: str) -> KerasTensor:
         """Return a linear map without bias."""
-        penalty = keras.regularizers.L2(self.l2) if self.l2 else None
-        return layers.Dense(units, use_bias=False, kernel_regularizer=penalty, name=name)(x_BF)
+        return layers.Dense(units, use_bias=False, kernel_regularizer=penalty(self.l2), name=name)(
+            x_BF
+        )
 
     def batch_norm(self, name: str) -> layers.Layer:
         """Return a batch-norm layer, synchronised only where the spec asks for it."""
@@ -61,6 +63,24 @@ class Blocks:
     def logit(self, x_BF: KerasTensor, name: str) -> KerasTensor:
         """Return one logit a row, starting at the same for every row."""
         return layers.Dense(1, kernel_initializer="zeros", name=name, dtype="float32")(x_BF)
+
+
+def penalty(l2: float) -> keras.Regularizer | None:
+    """Return the L2 penalty of a kernel; none for 0."""
+    if isinstance(l2, Dial):
+        return _DialledL2(l2)
+    return keras.regularizers.L2(l2) if l2 else None
+
+
+class _DialledL2(keras.regularizers.Regularizer):
+    """Keras' L2 penalty with a dial for its factor."""
+
+    def __init__(self, dial: Dial) -> None:
+        self.dial = dial
+
+    def __call__(self, x: Any) -> Any:
+        """Return the penalty of a kernel."""
+        return number(self.dial, x) * ops.sum(ops.square(x))
 
 
 @register
@@ -85,7 +105,10 @@ class RowDropout(layers.Dropout):
             draw: Any = keras.random.uniform(shape, dtype="float32", seed=self.seed_generator)
         else:
             draw = draws.uniform(shape, self.seed_generator)
-        return ops.where(draw >= self.rate, inputs * (1 / (1 - self.rate)), 0)
+        scale = 1 / (1 - number(self.rate))
+        if isinstance(self.rate, Dial):
+            scale = ops.cast(scale, inputs.dtype)
+        return ops.where(draw >= number(self.rate), inputs * scale, 0)
 
 
 @register
@@ -231,8 +254,9 @@ class ModalityDropout(layers.Layer):
             return first_BF, second_BF
         shape: Any = ops.shape(first_BF)
         draw_B1: Any = draws.uniform((shape[0], 1), self.seed_generator)
-        keep_first_B1 = ops.cast(draw_B1 >= self.rate / 2, first_BF.dtype)
-        keep_second_B1 = ops.cast(draw_B1 < 1 - self.rate / 2, second_BF.dtype)
+        half = number(self.rate) / 2
+        keep_first_B1 = ops.cast(draw_B1 >= half, first_BF.dtype)
+        keep_second_B1 = ops.cast(draw_B1 < 1 - half, second_BF.dtype)
         return first_BF * keep_first_B1, second_BF * keep_second_B1
 
     def compute_output_shape(self, input_shape):

@@ -28,6 +28,7 @@ from keras import KerasTensor, layers, ops
 
 from mm_model.augment import augmentation
 from mm_model.branches import IMAGE_BRANCHES, IMAGE_TOPS, NUMERIC_BRANCHES, Builder
+from mm_model.dials import number
 from mm_model.encodings import CategoryEmbedding, NumericEncoding
 from mm_model.fusion import FUSIONS
 from mm_model.layers import (
@@ -91,7 +92,7 @@ class FusionModel(keras.Model):
         super().__init__(autocast=False, **kwargs)
         self.network = network
         self.heads = list(heads)
-        self.head_weights = [float(weight) for weight in head_weights]
+        self.head_weights = list(head_weights)
         self.blends = blend
         self.backbone = list(backbone)
         self.backbone_trainable = any(layer.trainable for layer in self.backbone_layers())
@@ -160,7 +161,7 @@ class FusionModel(keras.Model):
             if weight:
                 head_B1 = logits_BM[:, i : i + 1]
                 head_loss: Any = of_head(y_B1, head_B1, sample_weight)
-                loss = loss + weight * head_loss
+                loss = loss + number(weight) * head_loss
         return loss
 
     def get_config(self) -> dict:

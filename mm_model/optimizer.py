@@ -18,6 +18,7 @@ import keras
 from keras import ops
 from keras.optimizers import schedules
 
+from mm_model.dials import Dial, number
 from mm_model.layers import register
 from mm_model.spec import OptimizerSpec
 
@@ -54,6 +55,10 @@ def make_optimizer(spec: OptimizerSpec, total_steps: int | None = None) -> keras
 
 def _learning_rate(spec: OptimizerSpec, total_steps: int | None) -> Any:
     peak = spec.learning_rate
+    if isinstance(peak, Dial) and spec.schedule not in ("constant", "plateau"):
+        # Every schedule is its peak times what it would be with 1.
+        unit = spec.model_copy(update={"learning_rate": 1.0})
+        return _Scaled(_learning_rate(unit, total_steps), peak)
     if spec.schedule in ("constant", "plateau"):
         return peak
     if not total_steps:
@@ -78,6 +83,17 @@ def _learning_rate(spec: OptimizerSpec, total_steps: int | None) -> Any:
     else:
         decay = schedules.PolynomialDecay(peak, steps, peak * end, spec.power)
     return WarmUp(decay, peak, warmup_steps, steps)
+
+
+class _Scaled(schedules.LearningRateSchedule):
+    """Another schedule times a dial."""
+
+    def __init__(self, schedule: Any, dial: Dial) -> None:
+        self.schedule, self.dial = schedule, dial
+
+    def __call__(self, step: Any) -> Any:
+        """Return the learning rate of a step."""
+        return self.schedule(step) * number(self.dial)
 
 
 @register

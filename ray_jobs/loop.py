@@ -43,6 +43,7 @@ from ray_jobs.spec import RunSpec
 from ray_jobs.step import Stepper
 from ray_jobs.storage import Folder
 from ray_jobs.tensors import Tensors, ToTensors
+from ray_jobs.turning import dials_of, same_graph, value_of, with_dials
 
 _STEP_EVENT_S = 1.0
 _LOOK_UP_S = 2.0
@@ -84,6 +85,7 @@ class Loop:
         place: of this worker.
         strategy: to compute under; by default the one for its devices and the number of workers.
         feeding: how rows are fed; by default decoded in this process, without a cache.
+        turnable: whether it can become the loop of another spec by `becomes`.
 
     Raises:
         ValueError: if the workers differ in their replicas, or the data is too small.
@@ -96,6 +98,7 @@ class Loop:
         place: Place,
         strategy: tf.distribute.Strategy | None = None,
         feeding: FeedOptions | None = None,
+        turnable: bool = False,
     ) -> None:
         self.spec, self.manifest, self.place = spec, manifest, place
         self.feeding = feeding or FeedOptions(data=spec.data)
@@ -106,6 +109,10 @@ class Loop:
         self.replicas = Replicas(strategy or make_strategy(place.num_workers), place)
         total_steps = self.order.steps_before(train.epochs)
         with self.replicas.strategy.scope():
+            self.dials = dials_of(spec) if turnable else {}
+            if self.dials:
+                spec = with_dials(spec, self.dials)
+                train = spec.train
             keras.utils.set_random_seed(spec.run.seed)
             self.model = new_model(spec, manifest, train.precision)
             optimizer = make_optimizer(train, total_steps)
@@ -132,6 +139,8 @@ class Loop:
         self.snapshots = Snapshots(self.model, self.stepper, self.replicas)
         self._copy_trainable = Copier(self.trainable, self.replicas)
         self._next_question = 0
+        self._start = self.snapshots.take(LoopState(), {}, {}) if turnable else None
+        """What model and optimizer began with."""
 
     def _evaluate_step(self, inputs: dict[str, Any]) -> Any:
         """Return the head logits (B, M) of one batch; no worker waits for another in it."""
@@ -139,6 +148,23 @@ class Loop:
             lambda x: self.model.head_logits(x, training=False), args=(inputs,)
         )
         return tf.concat(self.replicas.results(run), axis=0)
+
+    def becomes(self, spec: RunSpec) -> bool:
+        """Become the untrained loop of another spec, if its graph is the same; say whether it is.
+
+        A new loop of that spec would train the same but for rounding: what is a constant there is a
+        variable here.
+        """
+        if self._start is None or not same_graph(spec, self.spec, list(self.dials)):
+            return False
+        for path, dial in self.dials.items():
+            dial.turn(value_of(spec, path))
+        self.snapshots.restore(self._start)
+        self.spec, self.best, self.loss_sum = spec, {}, np.float32(0)
+        self._next_question = 0
+        if spec.train.schedule in ("constant", "plateau"):
+            self.optimizer.learning_rate.assign(spec.train.learning_rate)
+        return True
 
     # -- epochs -----------------------------------------------------------------------------------
 
@@ -169,6 +195,9 @@ class Loop:
         if saved is not None:
             state, self.best = saved.state, dict(saved.best)
             self.loss_sum = self.snapshots.restore(saved)
+            if self.spec.train.schedule == "constant":
+                # The checkpoint may be another trial's, at another rate.
+                self.optimizer.learning_rate.assign(self.spec.train.learning_rate)
         del saved
         if self._is_finished(state):
             yield self._outcome(state)

@@ -16,6 +16,7 @@ import keras
 import tensorflow as tf
 
 from mm_model import draws
+from mm_model.dials import number
 from mm_model.mix import mixed
 from mm_model.model import FusionModel
 from ray_jobs.checkpoint import is_random_state
@@ -220,7 +221,7 @@ class _OnEachReplica:
             for gradient, variable in zip(grads, trainable_variables, strict=True):
                 rate = learning_rate * self.rates.get(variable.path, 1.0)
                 if self.weight_decay and self._use_weight_decay(variable):
-                    variable.assign(variable - variable * self.weight_decay * rate)
+                    variable.assign(variable - variable * number(self.weight_decay) * rate)
                 self.update_step(gradient, variable, rate)
 
         if self.usable is None:

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 _OTHERS_END_S = 10.0
 """An error of all members reaches the first one by itself in this time; else it waits for ever."""
 _INFERENCE_CALLS = 5
+_MOST_LOOPS = 8
+_MOST_PARAMETERS = 10_000_000
+"""Of all earlier trials' models whose graphs are kept."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class Member:
         self.rank, self.num_workers = rank, num_workers
         self._ready = False
         self._strategy: Any = None
+        self._loops: list[Any] = []
+        """Of earlier trials, the latest last: their graphs may be another trial's, too."""
         self._loop: Any = None
         self._epochs: Any = None
         self._hooks = _FirstStep()
@@ -93,7 +98,12 @@ class Member:
             self._ready = True
         manifest = read_manifest(Folder(spec.data.prepared))
         place = Place(self.rank, self.num_workers)
-        self._loop = Loop(spec, manifest, place, self._strategy, _feeding(spec, manifest, feeding))
+        self._loop = next((loop for loop in self._loops if loop.becomes(spec)), None)
+        if self._loop is None:
+            self._make_room()
+            feed = _feeding(spec, manifest, feeding)
+            self._loop = Loop(spec, manifest, place, self._strategy, feed, turnable=True)
+        self._loops = [loop for loop in self._loops if loop is not self._loop] + [self._loop]
         self._hooks = _FirstStep()
         self._epochs = self._loop.epochs(self._hooks, saved)
         self._build_s = time.monotonic() - started
@@ -127,15 +137,19 @@ class Member:
         return median(seconds[1:]) / rows
 
     def end(self) -> None:
-        """Let go of the trial's model."""
-        if self._loop is None:
-            return
-        import keras
+        """End the trial; its graph stays for others."""
+        if self._loop is not None:
+            self._epochs.close()
+            self._epochs = self._loop = None
 
-        self._epochs.close()
-        self._epochs = self._loop = None
-        keras.utils.clear_session()
-        gc.collect()
+    def _make_room(self) -> None:
+        """Let go of graphs of earlier trials, the oldest first, where they are many or large."""
+        while self._loops and (
+            len(self._loops) >= _MOST_LOOPS
+            or sum(loop.model.count_params() for loop in self._loops) > _MOST_PARAMETERS
+        ):
+            del self._loops[0]
+            gc.collect()
 
 
 class Group:

@@ -6,6 +6,7 @@ It is `tune.run`, and not a `Tuner`, because that one restores its settings from
 budget, or other resources of the trials, would be ignored by a search that goes on.
 """
 
+import logging
 import os
 import random
 import signal
@@ -96,7 +97,13 @@ def run_trials(
     random.seed(settings.seed)
     np.random.seed(settings.seed)
     scheduler = make_scheduler(spec, _most_epochs(space), search.objectives[0])
-    with Screen(_title(spec, folder, search.slots)) as screen, _environment(search.slots):
+    with (
+        Screen(_title(spec, folder, search.slots)) as screen,
+        _environment(search.slots),
+        _harmless_unsaid(),
+    ):
+        if goes_on:
+            screen.note("going on with the search that is there")
         follower = Follower(search, job, settings, scheduler, screen.show)
         algorithm = follower.algorithm = _search_algorithm(spec, space, search)
         trainable: Any = tune.with_parameters(Trial, job=job)
@@ -124,11 +131,14 @@ def run_trials(
                 verbose=0,
             )
         follower.settle(analysis.trials or ())
+        if spent := follower.is_spent():
+            screen.note(f"the budget's {spent} are spent; trials that ran were stopped")
     if not all(trial.is_finished() for trial in analysis.trials or ()):
         raise Interrupted(_STOPPED)
     if not any(row.scores for row in search.trials):
-        first = next((row.error for row in search.trials if row.error), "no trial was run")
-        raise JobError(f"no trial has a score; the first error: {first}")
+        errors = [f"the first error: {row.error}" for row in search.trials if row.error]
+        why = errors[0] if errors else "none came to the end of its first epoch"
+        raise JobError(f"no trial has a score; {why}")
 
 
 def _search_algorithm(spec: RunSpec, space: Space, search: Search) -> SearchAlgorithm:
@@ -209,6 +219,24 @@ def _environment(slots: int) -> Iterator[None]:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
+
+
+@contextmanager
+def _harmless_unsaid() -> Iterator[None]:
+    """Keep a complaint of Tune's off the terminal that the next second settles.
+
+    It copies its snapshot while it writes the next one, and may miss a file that gets its name.
+    """
+
+    def matters(record: logging.LogRecord) -> bool:
+        return not (record.exc_info and isinstance(record.exc_info[1], FileNotFoundError))
+
+    log = logging.getLogger("ray.tune.execution.experiment_state")
+    log.addFilter(matters)
+    try:
+        yield
+    finally:
+        log.removeFilter(matters)
 
 
 @contextmanager

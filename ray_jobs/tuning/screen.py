@@ -39,6 +39,10 @@ class Screen:
     def __exit__(self, *_: object) -> None:
         self.live.stop()
 
+    def note(self, text: str) -> None:
+        """Show a line."""
+        self.console.print(f"  {text}", style="dim", soft_wrap=True, markup=False)
+
     def show(self, search: Search, ended: TrialRow | None) -> None:
         """Show how a search stands, and which trial has just ended, if one has."""
         if ended is not None:

@@ -140,6 +140,11 @@ class Space:
                 f"tune.scheduler={tune.scheduler} goes on from another trial's weights, which "
                 f"{', '.join(wrong)} may not fit (accepted: {', '.join(_KEEP_THE_WEIGHTS)})"
             )
+        if self.base.train.schedule == "plateau" and "train.learning_rate" in self.distributions:
+            raise ValueError(
+                f"tune.scheduler={tune.scheduler} would take over another trial's learning rate, "
+                "which train.schedule=plateau has lowered; choose another schedule"
+            )
         conditional = [path for path, d in self.distributions.items() if d.when]
         if conditional:
             raise ValueError(

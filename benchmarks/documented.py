@@ -1,0 +1,81 @@
+"""Ray's documented way to tune a distributed training, for `benchmarks.tuning` to measure against.
+
+Each trial is a function that makes a trainer and calls `fit()`, with `TuneReportCallback` among its
+callbacks: a trial's process, a controller and a worker each time.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from ray_jobs.hooks import Copy, Hooks
+from ray_jobs.spec import RunSpec
+from ray_jobs.tuning.space import Space
+from ray_jobs.tuning.spec import DistributionSpec
+
+
+class _Report(Hooks):
+    def on_epoch(self, record: dict[str, Any], copy: Copy) -> None:
+        import ray.train
+
+        ray.train.report(record)
+
+
+def train_on_worker(config: dict[str, Any]) -> None:
+    """Train on the worker of a trial."""
+    from ray_jobs.dataset import FeedOptions
+    from ray_jobs.loop import Loop
+    from ray_jobs.manifest import read_manifest
+    from ray_jobs.replicas import Place, set_devices
+    from ray_jobs.storage import Folder
+
+    set_devices(1, use_gpu=False)
+    spec = RunSpec.model_validate(config)
+    manifest = read_manifest(Folder(spec.data.prepared))
+    Loop(spec, manifest, Place(), feeding=FeedOptions(data=spec.data)).run(_Report())
+
+
+def run_documented(spec: RunSpec, at_once: int) -> list[str]:
+    """Run the trials of a search in the documented way, and return how they ended."""
+    from ray import tune
+    from ray.train import RunConfig, ScalingConfig
+    from ray.tune.integration.ray_train import TuneReportCallback
+    from ray.tune.search.basic_variant import BasicVariantGenerator
+
+    from ray_jobs.tf_backend import KerasTrainer
+
+    space, storage, count = Space(spec), spec.run.storage_path, spec.tune.budget.trials
+
+    def trial(values: dict[str, Any]) -> None:
+        KerasTrainer(
+            train_on_worker,
+            train_loop_config=space.spec_of(values).model_dump(mode="json"),
+            scaling_config=ScalingConfig(num_workers=1, resources_per_worker={"CPU": 1}),
+            run_config=RunConfig(
+                name=f"{spec.run.name}-{tune.get_context().get_trial_id()}",
+                storage_path=f"{storage}/documented",
+                callbacks=[TuneReportCallback()],
+            ),
+        ).fit()
+
+    rng = np.random.default_rng(0)
+    points = [space.values(lambda _, values: _drawn(rng, values)) for _ in range(count)]
+    tuner = tune.Tuner(
+        tune.with_resources(trial, {"CPU": 1}),
+        # Its values are replaced by the points'.
+        param_space=points[0],
+        tune_config=tune.TuneConfig(
+            search_alg=BasicVariantGenerator(points_to_evaluate=points, max_concurrent=at_once),
+            num_samples=count,
+        ),
+        run_config=tune.RunConfig(storage_path=f"{storage}/documented-tune", verbose=0),
+    )
+    return ["failed" if result.error else "finished" for result in tuner.fit()]
+
+
+def _drawn(rng: np.random.Generator, values: DistributionSpec) -> Any:
+    if values.kind == "choice":
+        return values.values()[rng.integers(len(values.values()))]
+    if values.is_log:
+        return float(np.exp(rng.uniform(np.log(values.low), np.log(values.high))))
+    return float(rng.uniform(values.low, values.high))
