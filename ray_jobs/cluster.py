@@ -69,6 +69,11 @@ def connected(
         ray.shutdown()
 
 
+def is_our_own() -> bool:
+    """Whether Ray is a local one that this process started, to which nobody adds nodes."""
+    return os.getpid() in _started
+
+
 def quiet() -> None:
     """Keep Ray Data's bars and start-up lines off the terminal; the jobs show their own."""
     import ray.data
@@ -90,7 +95,7 @@ def _require(num_cpus: int, num_gpus: float) -> None:
             f"the job needs {needed:g} {name}s (with what Ray Data takes) and the cluster has "
             f"{found:g}"
         )
-        if os.getpid() in _started:
+        if is_our_own():
             raise JobError(f"{text}; lower num_workers or cpus_per_worker, or add nodes")
         print(f"{text}; waiting for its autoscaler, or for you, to add nodes", file=sys.stderr)
 

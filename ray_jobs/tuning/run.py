@@ -90,8 +90,7 @@ def run_trials(
         features=features or {},
     )
     bundle = member_resources(job.spec_of({}).train, settings.gpus_per_worker)
-    slots = trial_slots(bundle, job.num_workers)
-    search.slots = min(slots, settings.max_concurrent_trials or slots)
+    search.slots = trial_slots(bundle, job.num_workers, settings.max_concurrent_trials)
     pauses = settings.scheduler in PAUSING
     goes_on = _has_state(job.trials)
     random.seed(settings.seed)

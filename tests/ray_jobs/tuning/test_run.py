@@ -1,3 +1,7 @@
+import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -7,7 +11,9 @@ import yaml
 
 from ray_jobs.cli import JobError
 from ray_jobs.tuning.run import TRIALS
+from ray_jobs.tuning.slots import _nodes_of_ray_up, slots_on
 from ray_jobs.tuning.trial import ENDED
+from tests.ray_jobs.autoscaling import autoscaling_cluster
 from tests.ray_jobs.tuning.searches import (
     prepared_in,
     require_nothing_left,
@@ -113,6 +119,7 @@ def test_trials_of_two_workers_clone_each_other_and_leave_nothing(ray_local, dat
     require_nothing_left()
 
 
+@pytest.mark.slow
 def test_a_search_ends_when_its_budget_is_spent(ray_local, data):
     spec = spec_in(
         data,
@@ -120,11 +127,11 @@ def test_a_search_ends_when_its_budget_is_spent(ray_local, data):
         train__epochs=1000,
         train__patience=1000,
         tune__scheduler="fifo",
-        tune__budget__cpu_hours=20 / 3600,
+        tune__budget__cpu_hours=90 / 3600,
     )
     search = run_search(spec)
     assert {row.state for row in search.trials} == {"stopped"}
-    assert search.spent["cpu_hours"] >= 20 / 3600
+    assert search.spent["cpu_hours"] >= 90 / 3600
     assert all(row.epochs < 1000 for row in search.trials)
     require_nothing_left()
 
@@ -177,3 +184,42 @@ def test_of_thirty_trials_half_are_stopped_early_and_none_leaks(ray_local, data)
     # Two trials at once, of a placement group each.
     assert watch.most <= 2
     require_nothing_left()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_nodes_come_for_a_search_and_go_after_it(tmp_path):
+    with autoscaling_cluster(tmp_path, {"CPU": 1}, most=2) as address:
+        result = subprocess.run(
+            [sys.executable, "-m", "tests.ray_jobs.tuning.autoscaled", str(tmp_path), address],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "RAY_AUTH_MODE": "token"},
+        )
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert (found["before"], found["most"], found["after"]) == (0, 2, 0)
+    assert len(found["states"]) == 4
+    assert set(found["states"]) <= {"finished", "stopped"}
+
+
+def test_what_an_autoscaler_may_add_counts(tmp_path):
+    config = {
+        "max_workers": 3,
+        "head_node_type": "head",
+        "available_node_types": {
+            "head": {"resources": {"CPU": 2}},
+            "small": {"resources": {"CPU": 4}},
+            "large": {"resources": {"CPU": 8, "GPU": 1}, "max_workers": 2},
+        },
+    }
+    path = tmp_path / "ray_bootstrap_config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    nodes = _nodes_of_ray_up(path)
+    assert [node["CPU"] for node in nodes] == [2, 4, 4, 4, 8, 8]
+    assert slots_on(nodes, {"CPU": 4}, 1) == 3 + 2 * 2
+    assert slots_on(nodes, {"CPU": 1, "GPU": 0.25}, 1) == 8
+    assert slots_on(nodes, {"CPU": 4}, 2) == 3
+    assert slots_on(nodes, {"CPU": 9}, 1) == 0
+    path.write_text("head_node_type: head")
+    assert _nodes_of_ray_up(path) == _nodes_of_ray_up(tmp_path / "absent.yaml") == []
