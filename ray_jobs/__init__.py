@@ -23,6 +23,8 @@ The data's way, in running order:
     room.py         how many workers there is room for
     finish.py       best epoch → the model that people use, blended and calibrated
     train.py        job: the run folder, and attempts at a `TensorflowTrainer` until one ends
+    tune.py         job: a search over settings of all that (tuning/; turning.py: trials whose
+                    graph is the same)
     trained_run.py  what those who use a finished run need to know of it
     inference.py    trained run + rows → probabilities, exactly one a row
     evaluate.py     job: a split's metrics and plots      (metrics.py plots.py)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from ray_jobs import cli
 from ray_jobs.spec import DemoSpec, EvaluateSpec, InspectSpec, PredictSpec, RunSpec
@@ -25,6 +26,7 @@ SPECS = {
     "prepare": RunSpec,
     "inspect": InspectSpec,
     "train": RunSpec,
+    "tune": RunSpec,
     "evaluate": EvaluateSpec,
     "predict": PredictSpec,
     "demo": DemoSpec,
@@ -72,6 +74,13 @@ def test_the_tree_names_only_files_that_are_there():
     assert {name for name in names if name.rstrip("/") not in there} == set()
 
 
+def test_the_yaml_example_is_a_specification():
+    (example,) = blocks("yaml")
+    spec = cli.validate_spec(RunSpec, yaml.safe_load(example))
+    assert spec.tune.budget.trials == 200
+    assert len(spec.tune.space) == 4
+
+
 def test_the_python_example_runs():
     rng = np.random.default_rng(0)
     arrays = {
@@ -89,17 +98,22 @@ def test_the_python_example_runs():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not HOUSES.exists(), reason="the houses are not beside the project")
-def test_the_four_commands_take_the_houses_the_whole_way(tmp_path):
-    four = [command for command in job_commands() if "OUT/" in command]
-    assert len(four) == 4
-    for command in four:
-        words = shlex.split(command.replace("OUT/", f"{tmp_path}/").replace("NAME", "houses"))
-        result = run([sys.executable, *words[1:]])
+def test_the_commands_take_the_houses_the_whole_way(tmp_path):
+    # The search takes as long as forty trials do; here it has two, and no time to learn.
+    fewer = ["--tune.budget.trials", "2", "--train.epochs", "2"]
+    five = [command for command in job_commands() if "OUT/" in command]
+    assert len(five) == 5
+    for command in five:
+        for name in ("NAME", "SEARCH"):
+            command = command.replace(name, name.lower())
+        words = shlex.split(command.replace("OUT/", f"{tmp_path}/"))
+        result = run([sys.executable, *words[1:], *(fewer if "ray_jobs.tune" in words else [])])
         assert result.returncode == 0, result.stderr
         assert "Traceback" not in result.stderr
     assert (tmp_path / "eval" / "metrics.json").exists()
     assert (tmp_path / "eval" / "calibration.png").exists()
     assert list((tmp_path / "predictions").glob("part-*.parquet"))
+    assert (tmp_path / "runs" / "search" / "tune.html").exists()
 
 
 @pytest.mark.slow
