@@ -4,10 +4,12 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from scipy.stats import bootstrap
 from sklearn import calibration, metrics
 
 from ray_jobs.metrics import (
     ECE_BINS,
+    auc_gain,
     binary_metrics,
     choose_threshold,
     expected_calibration_error,
@@ -194,3 +196,25 @@ def test_a_threshold_by_an_unknown_metric_is_refused():
 def test_rows_that_have_no_metrics_are_refused_by_name(label, probability, message):
     with pytest.raises(ValueError, match=message):
         binary_metrics(np.array(label), np.array(probability), 0.5)
+
+
+def test_the_interval_of_a_gain_is_that_of_scipys_paired_bootstrap():
+    rng = np.random.default_rng(0)
+    label = np.arange(120) % 3 == 0
+    ours = label + rng.normal(size=120)
+    theirs = label + 2 * rng.normal(size=120)
+    label = label.astype(int)
+    found = auc_gain(label, ours, theirs, num_draws=1000)
+
+    def gain(y, a, b):
+        return metrics.roc_auc_score(y, a) - metrics.roc_auc_score(y, b)
+
+    expected = bootstrap(
+        (label, ours, theirs), gain, paired=True, vectorized=False, n_resamples=1000,
+        method="percentile", rng=1,
+    ).confidence_interval  # fmt: skip
+    assert found["difference"] == pytest.approx(gain(label, ours, theirs))
+    assert found["low"] == pytest.approx(expected.low, abs=0.02)
+    assert found["high"] == pytest.approx(expected.high, abs=0.02)
+    same = auc_gain(label, ours, ours, num_draws=50)
+    assert same == {"difference": 0.0, "low": 0.0, "high": 0.0}
