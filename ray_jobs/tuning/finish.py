@@ -211,6 +211,7 @@ def _compared(
         low=gain["low"],
         high=gain["high"],
         num_rows=test.num_rows,
+        same=best is untuned,
     )
 
 
@@ -226,7 +227,12 @@ def _print(summary: dict[str, Any], search: Search, folder: Folder) -> None:
         console.width = 160
     console.print(table(search))
     test = search.comparison
-    if test is not None:
+    if test is not None and test.same:
+        console.print(
+            f"  no trial was better than the specification's own values: AUC {test.best:.4f} on "
+            f"{test.num_rows:,} test rows"
+        )
+    elif test is not None:
         noise = ", which is within the noise" if test.low <= 0 <= test.high else ""
         console.print(
             f"  on {test.num_rows:,} test rows: AUC {test.best:.4f}, untuned {test.untuned:.4f}; "

@@ -119,6 +119,13 @@ def _comparison(search: Search) -> Iterator[str]:
     found = search.comparison
     yield "<h2>Against the untuned model</h2>"
     values = [found.best, found.untuned, found.low, found.high]
+    if found.same:
+        yield (
+            "<p class='card'>On the validation rows no trial was better than the untuned model, "
+            f"which has {text(found.metric)} <b>{found.best:.4f}</b> on "
+            f"{found.num_rows:,} test rows.</p>"
+        )
+        return
     numbers = [number for number in map(finite, values) if number is not None]
     if len(numbers) < len(values):
         yield f"<p class='card'>{text(found.metric)} cannot be told of both models.</p>"

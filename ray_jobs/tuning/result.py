@@ -74,6 +74,8 @@ class Comparison:
     high: float
     """Upper end of it."""
     num_rows: int
+    same: bool = False
+    """Whether the untuned model is the best one itself."""
 
 
 @dataclass

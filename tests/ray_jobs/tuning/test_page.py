@@ -132,6 +132,14 @@ def test_the_comparison_says_what_the_interval_means(metric, difference, words):
         assert "On 1,234 test rows" in shown
 
 
+def test_an_untuned_model_that_is_the_best_is_not_compared_with_itself():
+    found = search(trial(0, 0.5))
+    found.comparison = Comparison("roc_auc", 0.8, 0.8, 0.0, 0.0, 1234, same=True)
+    shown = texts(main(found))
+    assert "no trial was better than the untuned model, which has roc_auc 0.8000" in shown
+    assert "noise" not in shown
+
+
 def test_the_leaderboard_holds_the_best_and_counts_the_rest():
     rows = [
         trial(i, 1 - i / 100, epochs=9, best_epoch=6, began_s=5.0, ended_s=i + 5.0)
