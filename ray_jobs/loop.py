@@ -157,6 +157,9 @@ class Loop:
         """
         if self._start is None or not same_graph(spec, self.spec, list(self.dials)):
             return False
+        if not all(value_of(spec, path) for path in self.dials):
+            # A number that is 0 leaves a part of the graph out, and of what a checkpoint holds.
+            return False
         for path, dial in self.dials.items():
             dial.turn(value_of(spec, path))
         self.snapshots.restore(self._start)

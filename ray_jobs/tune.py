@@ -25,7 +25,11 @@ SUMMARY = "summary.json"
 _MAY_DIFFER = ("budget", "max_concurrent_trials", "max_failures", "checkpoint_every_s", "promote")
 """Settings of `tune` that a search may go on with otherwise."""
 _NO_DECODING = {"decode": "trainer", "cache": "none", "index": None}
-_SAME_SEARCH = ("run.seed", "data.image_size", "model", "train", "tune")
+_SAME_SEARCH = (
+    "run.seed", "data.image_size", "data.shuffle_window_rows", "data.buffer_bytes",
+    "model", "train", "tune",
+)  # fmt: skip
+"""Parts of a spec in which a search that goes on must agree with what it was begun with."""
 
 
 def search(spec: RunSpec) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Enters: the space and the search's settings.  Leaves: features by what they foll
 from collections.abc import Iterator
 from itertools import product
 
+from mm_model.branches import IMAGE_TOPS
 from ray_jobs.cli import JobError
 from ray_jobs.report import INFERENCE_ROW_S
 from ray_jobs.spec import RunSpec
@@ -44,17 +45,26 @@ def all_features(spec: RunSpec, space: Space) -> dict[str, Folder]:
     num_views = 1 + spec.tune.feature_views
     found: dict[str, Folder] = {}
     for values in _combinations(space):
-        key = features_key(values, space.base)
+        key = features_key(values, space)
         if key not in found:
             found[key] = features_of(space.spec_of(values), num_views)
     return found
 
 
 def _why_not(spec: RunSpec, space: Space) -> str | None:
+    kinds = {spec.model.image.kind}
+    if "model.image.kind" in space.distributions:
+        kinds |= set(space.distributions["model.image.kind"].values())
+    if without := [kind for kind in sorted(kinds) if kind not in IMAGE_TOPS]:
+        return f"model.image.kind={', '.join(without)} has no backbone whose features are known"
+    if thawing := [
+        p for p in ("model.image.trainable", "train.stages") if p in space.distributions
+    ]:
+        return f"{', '.join(thawing)} would make no difference to trials on features"
     paths = _relevant(space)
     if continuous := [path for path in paths if space.distributions[path].is_continuous]:
         return f"every value of {', '.join(continuous)} would make other features"
-    keys = {features_key(values, space.base) for values in _combinations(space)}
+    keys = {features_key(values, space) for values in _combinations(space)}
     if len(keys) > _MOST and spec.tune.feature_cache == "auto":
         return f"the space has {len(keys)} sets of features"
     if INFERENCE_ROW_S in spec.tune.metrics:

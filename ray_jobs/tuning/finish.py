@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from ray_jobs.checkpoint_store import CheckpointStore
 from ray_jobs.finish import SUMMARY as RUN_SUMMARY
 from ray_jobs.manifest import read_manifest
 from ray_jobs.report import HISTORY
@@ -154,12 +155,14 @@ def _trained(
             "train.num_workers": spec.train.num_workers,
         }
     )
-    if not on_features and not trial.exists("checkpoints"):
+    if not on_features and not CheckpointStore(trial).steps():
+        # PBT has changed its values since it began.
+        begin_run(run, read_manifest(Folder(run.data.prepared)), trial)
         checkpoint = newest_checkpoint(trial)
+        # In their order, a step's state last: without it there is no checkpoint yet.
         if checkpoint is not None:
             for name in checkpoint.names():
                 trial.write_bytes(name, checkpoint.read_bytes(name))
-        begin_run(run, read_manifest(Folder(run.data.prepared)), trial)
     fit(run)
     return run
 

@@ -15,11 +15,11 @@ from ray_jobs import report
 from ray_jobs.cluster import first_line
 from ray_jobs.storage import Folder
 from ray_jobs.tuning.result import Search, State, TrialRow
-from ray_jobs.tuning.scheduler import EPOCHS
+from ray_jobs.tuning.scheduler import EPOCHS, HyperBand
 from ray_jobs.tuning.scheduler_state import dumps, restore
 from ray_jobs.tuning.searcher import scores_of
 from ray_jobs.tuning.spec import PAUSING, TuneSpec
-from ray_jobs.tuning.trial import BEST_EPOCH, ENDED, ERROR, FINISHED, Job, seconds_of
+from ray_jobs.tuning.trial import BEST_EPOCH, ENDED, ERROR, FINISHED, WRITTEN, Job, seconds_of
 
 _STATES: dict[str, State] = {
     Trial.PENDING: "pending",
@@ -51,15 +51,19 @@ class Follower(Callback):
         self.search, self.job, self.tune, self.show = search, job, tune, show
         self.scheduler = scheduler
         self.algorithm: Any = None
-        """The search algorithm, where it has to be told how many trials there are."""
+        """The search algorithm, where it has to be told which trials there are."""
         self.rows: dict[str, TrialRow] = {row.name: row for row in search.trials}
         self._ticked: float | None = None
         self._scheduler_state: bytes | None = None
+        self._paused: frozenset[str] = frozenset()
+        self._trials: list[Trial] = []
+        self._seconds_before: dict[str, dict[str, float]] = {}
 
     # -- Tune's events ----------------------------------------------------------------------------
 
     def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
-        """Count what running trials have spent since the last look."""
+        """Learn of new trials, and count what running ones have spent since the last look."""
+        self._trials = trials
         if self._scheduler_state is not None:
             # The first moment at which all trials are there again.
             self._go_on(self._scheduler_state, trials)
@@ -69,6 +73,9 @@ class Follower(Callback):
         spent = self.search.spent
         spent["hours"] = spent.get("hours", 0.0) + hours
         for trial in trials:
+            row = self._row(trial)
+            if row.ended_s is None:
+                row.state = _STATES.get(trial.status, row.state)
             if trial.status == Trial.RUNNING:
                 placement: Any = trial.placement_group_factory
                 held = placement.required_resources
@@ -81,6 +88,10 @@ class Follower(Callback):
         """Take note of a trial that begins, or goes on."""
         row = self._row(trial)
         row.state = "running"
+        if not row.history:
+            row.began_s = self._now_s()
+        # A process counts its own seconds, from 0 each time that it takes a trial on.
+        self._seconds_before[row.name] = dict(row.seconds)
         self.show(self.search, None)
 
     def on_trial_result(
@@ -111,9 +122,11 @@ class Follower(Callback):
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
         """Take note of a trial that lost its processes too often."""
-        row = self._row(trial)
+        row, folder = self._row(trial), self.job.trials / trial.trial_id
         lines = str(trial.get_pickled_error() or "its processes were lost").strip().splitlines()
-        row.state, row.error, row.scores = "failed", lines[-1], {}
+        # What the trial wrote down itself says more than that its process is gone.
+        written = folder.read_json(ENDED).get(ERROR) if folder.exists(ENDED) else None
+        row.state, row.error, row.scores = "failed", written or lines[-1], {}
         self._end(row, {ERROR: row.error})
 
     def get_state(self) -> dict[str, Any]:
@@ -121,7 +134,8 @@ class Follower(Callback):
         return {
             "trials": self.search.trials,
             "spent": self.search.spent,
-            "scheduler": dumps(self.scheduler),
+            "scheduler": dumps(self.scheduler, self._trials),
+            "paused": [t.trial_id for t in self._trials if t.status == Trial.PAUSED],
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -129,13 +143,16 @@ class Follower(Callback):
         self.search.trials[:] = state["trials"]
         self.search.spent.update(state["spent"])
         self._scheduler_state = state["scheduler"]
+        self._paused = frozenset(state["paused"])
         self.rows = {row.name: row for row in self.search.trials}
 
     def _go_on(self, scheduler_state: bytes, trials: list[Trial]) -> None:
         """Bring together what snapshots of perhaps different moments say."""
         restore(self.scheduler, scheduler_state, trials)
-        if hasattr(self.algorithm, "count"):
-            self.algorithm.count(len(trials))
+        if isinstance(self.scheduler, HyperBand):
+            self.scheduler.waiting = self._paused
+        if hasattr(self.algorithm, "agree_with"):
+            self.algorithm.agree_with([trial.trial_id for trial in trials])
         known = {trial.trial_id: trial for trial in trials}
         self.search.trials[:] = [row for row in self.search.trials if row.name in known]
         self.rows = {row.name: row for row in self.search.trials}
@@ -185,7 +202,9 @@ class Follower(Callback):
             return
         row.epochs, row.best_epoch = result[EPOCHS], result[BEST_EPOCH]
         row.scores = scores_of(result, self.search.objectives)
-        row.seconds = seconds_of(result)
+        before = {} if result.get(WRITTEN) else self._seconds_before.get(row.name, {})
+        own = seconds_of(result)
+        row.seconds = {part: before.get(part, 0.0) + seconds for part, seconds in own.items()}
         kept = (report.EPOCH, report.TRAIN_LOSS, *(o.metric for o in self.search.objectives))
         record = {key: result[key] for key in kept if key in result}
         # A trial that lost its process trains some epochs again.

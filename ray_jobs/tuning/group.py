@@ -11,8 +11,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ray_jobs.hooks import Hooks
 from ray_jobs.spec import RunSpec, TrainSpec
 from ray_jobs.tf_backend import free_address, set_environment
+from ray_jobs.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from ray_jobs.checkpoint import LoopState, Saved
@@ -63,8 +64,8 @@ class Member:
         """Of earlier trials, the latest last: their graphs may be another trial's, too."""
         self._loop: Any = None
         self._epochs: Any = None
-        self._hooks = _FirstStep()
-        self._build_s = 0.0
+        self._hooks = _Signs()
+        self._build_s = self._hang_timeout_s = 0.0
 
     def address(self) -> str:
         """Return where this member can listen."""
@@ -104,13 +105,16 @@ class Member:
             feed = _feeding(spec, manifest, feeding)
             self._loop = Loop(spec, manifest, place, self._strategy, feed, turnable=True)
         self._loops = [loop for loop in self._loops if loop is not self._loop] + [self._loop]
-        self._hooks = _FirstStep()
+        self._hooks = _Signs()
         self._epochs = self._loop.epochs(self._hooks, saved)
         self._build_s = time.monotonic() - started
+        self._hang_timeout_s = train.hang_timeout_s
 
     def epoch(self) -> EpochDone:
         """Train an epoch."""
-        outcome = next(self._epochs)
+        with closing(Watchdog(self._hang_timeout_s, _tell_hang)) as watchdog:
+            self._hooks.watchdog = watchdog
+            outcome = next(self._epochs)
         record = outcome.state.history[-1]
         build_s, self._build_s = self._build_s, 0.0
         return EpochDone(record, outcome.state, outcome.finished, build_s, self._hooks.take())
@@ -153,11 +157,16 @@ class Member:
 
 
 class Group:
-    """All processes of a trial, seen from the first one, whose placement group is theirs, too."""
+    """All processes of a trial, seen from the first one, whose placement group is theirs, too.
 
-    def __init__(self) -> None:
+    Args:
+        told: takes what another one failed of, before this one ends since it waits for that.
+    """
+
+    def __init__(self, told: Callable[[Exception], None]) -> None:
         import ray
 
+        self.told = told
         placement: Any = ray.util.get_current_placement_group()
         bundles = placement.bundle_specs if placement else [{}]
         self.first = Member(0, len(bundles))
@@ -184,12 +193,12 @@ class Group:
         # The best epochs' models are for whoever writes.
         stripped = ray.put(replace(saved, best={})) if saved and self.others else None
         begun = [m.begin.remote(spec, feeding, self.addresses, stripped) for m in self.others]
-        with _together(begun):
+        with _together(begun, self.told):
             self.first.begin(spec, feeding, self.addresses, saved)
 
     def epoch(self) -> EpochDone:
         """Train an epoch on every member, and return how the first one stands."""
-        with _together([member.epoch.remote() for member in self.others]):
+        with _together([member.epoch.remote() for member in self.others], self.told):
             return self.first.epoch()
 
     def saved(self, state: "LoopState") -> "Saved":
@@ -198,7 +207,7 @@ class Group:
 
     def end(self) -> None:
         """Let go of the trial's model on every member."""
-        with _together([member.end.remote() for member in self.others]):
+        with _together([member.end.remote() for member in self.others], self.told):
             self.first.end()
 
     def close(self) -> None:
@@ -224,18 +233,24 @@ def _start(member: type[Member], placement: Any, rank: int, bundle: Mapping[str,
     ).remote(rank, len(placement.bundle_specs))
 
 
-class _FirstStep(Hooks):
-    """Measures the first step."""
+class _Signs(Hooks):
+    """Gives signs of life, and measures the first step."""
 
     def __init__(self) -> None:
+        self.watchdog: Watchdog | None = None
         self.began: float | None = None
         self.seconds: float | None = None
+
+    def alive(self) -> None:
+        if self.watchdog is not None:
+            self.watchdog.alive()
 
     def before_step(self, step: int, num_steps: int) -> None:
         if self.began is None:
             self.began = time.monotonic()
 
     def after_step(self, step: int) -> None:
+        self.alive()
         if self.seconds is None and self.began is not None:
             self.seconds = time.monotonic() - self.began
 
@@ -245,12 +260,19 @@ class _FirstStep(Hooks):
         return seconds
 
 
+def _tell_hang(silent_s: float) -> None:
+    text = (
+        f"nothing happened for {silent_s:.0f} s (train.hang_timeout_s): this trial's worker hangs"
+    )
+    print(text, file=sys.stderr, flush=True)
+
+
 class BrokenGroupError(Exception):
     """Members do not stand alike any more; what broke them is the cause."""
 
 
 @contextmanager
-def _together(calls: Sequence[Any]) -> Iterator[None]:
+def _together(calls: Sequence[Any], told: Callable[[Exception], None]) -> Iterator[None]:
     """Do something while other members do the same, and raise what any of them raises.
 
     One that died leaves this one waiting in a collective, from which there is no way back: then the
@@ -274,7 +296,10 @@ def _together(calls: Sequence[Any]) -> Iterator[None]:
             raised.append(error)
             if not done.wait(_OTHERS_END_S):
                 print(f"another worker of this trial failed: {error}", file=sys.stderr, flush=True)
-                os._exit(1)
+                try:
+                    told(error)
+                finally:
+                    os._exit(1)
 
     follower = threading.Thread(target=follow, name="others", daemon=True)
     follower.start()

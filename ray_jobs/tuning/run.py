@@ -11,7 +11,7 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,7 +28,7 @@ from ray_jobs.storage import Folder
 from ray_jobs.tuning.follow import BudgetStopper, Follower
 from ray_jobs.tuning.group import member_resources
 from ray_jobs.tuning.result import Search
-from ray_jobs.tuning.scheduler import make_scheduler
+from ray_jobs.tuning.scheduler import make_scheduler, perturbation_epochs
 from ray_jobs.tuning.screen import Screen
 from ray_jobs.tuning.searcher import make_searcher
 from ray_jobs.tuning.slots import trial_slots
@@ -39,8 +39,8 @@ from ray_jobs.tuning.whole_files import filesystem_of
 
 TRIALS = "trials"
 
-_KEPT_BY_PAUSING = 6
-"""Checkpoints of a trial that others may go on from while it trains on."""
+_KEPT = 2
+"""Checkpoints of a trial: the newest, and that which a killed driver's snapshot still names."""
 _ENVIRONMENT = {
     # Our own records and the leaderboard say the same in fewer files.
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -89,13 +89,17 @@ def run_trials(
         feeding=feed,
         features=features or {},
     )
-    bundle = member_resources(job.spec_of({}).train, settings.gpus_per_worker)
+    bundle = member_resources(spec.train, settings.gpus_per_worker)
     search.slots = trial_slots(bundle, job.num_workers, settings.max_concurrent_trials)
-    pauses = settings.scheduler in PAUSING
+    most_epochs = _most_epochs(space)
+    kept = _KEPT
+    if settings.scheduler in EXPLOITING:
+        # A clone goes on from what its donor saved at its last look, one an epoch at the most.
+        kept += perturbation_epochs(spec, most_epochs) + 1
     goes_on = _has_state(job.trials)
     random.seed(settings.seed)
     np.random.seed(settings.seed)
-    scheduler = make_scheduler(spec, _most_epochs(space), search.objectives[0])
+    scheduler = make_scheduler(spec, most_epochs, search.objectives[0])
     with (
         Screen(_title(spec, folder, search.slots)) as screen,
         _environment(search.slots),
@@ -104,7 +108,8 @@ def run_trials(
         if goes_on:
             screen.note("going on with the search that is there")
         follower = Follower(search, job, settings, scheduler, screen.show)
-        algorithm = follower.algorithm = _search_algorithm(spec, space, search)
+        algorithm, num_trials = _search_algorithm(spec, space, search)
+        follower.algorithm = algorithm
         trainable: Any = tune.with_parameters(Trial, job=job)
         with _terminated_as_interrupted():
             analysis = tune.run(
@@ -112,16 +117,14 @@ def run_trials(
                 name=TRIALS,
                 storage_path=folder.uri,
                 storage_filesystem=filesystem_of(folder),
-                num_samples=settings.budget.trials,
+                num_samples=num_trials,
                 # Values that PBT's own generator replaces; the others bring theirs.
                 config=dict(space.first[0]) if settings.scheduler in EXPLOITING else {},
                 search_alg=algorithm,
                 scheduler=scheduler,
                 stop=BudgetStopper(follower),
                 callbacks=[follower],
-                checkpoint_config=CheckpointConfig(
-                    num_to_keep=_KEPT_BY_PAUSING if pauses else 1, checkpoint_at_end=True
-                ),
+                checkpoint_config=CheckpointConfig(num_to_keep=kept, checkpoint_at_end=True),
                 max_failures=settings.max_failures,
                 reuse_actors=True,
                 trial_dirname_creator=_trial_id,
@@ -140,37 +143,44 @@ def run_trials(
         raise JobError(f"no trial has a score; {why}")
 
 
-def _search_algorithm(spec: RunSpec, space: Space, search: Search) -> SearchAlgorithm:
-    settings = spec.tune
+def _search_algorithm(spec: RunSpec, space: Space, search: Search) -> tuple[SearchAlgorithm, int]:
+    """Return what suggests trials, and how many."""
+    settings, num_trials = spec.tune, spec.tune.budget.trials
     searcher = make_searcher(space, settings, list(search.objectives))
     if settings.scheduler in EXPLOITING:
         # Ray's PBT takes no searcher: the whole population is chosen at once.
-        names = map(str, range(settings.budget.trials))
+        names = map(str, range(num_trials))
         points = [searcher.suggest(name) for name in names]
         population = [point for point in points if isinstance(point, dict)]
-        return BasicVariantGenerator(points_to_evaluate=population)
+        return BasicVariantGenerator(points_to_evaluate=population), len(population)
     if settings.scheduler in PAUSING:
         # Those that wait for each other all have to be there.
-        return _Generator(searcher, settings.budget.trials)
-    limited = ConcurrencyLimiter(searcher, max_concurrent=search.slots)
-    return _Generator(limited, settings.budget.trials)
+        return _Generator(searcher, num_trials), num_trials
+    return _Generator(searcher, num_trials, search.slots), num_trials
 
 
 class _Generator(SearchGenerator):
     """Suggests so many trials, also where a search goes on that had another budget."""
 
-    def __init__(self, searcher: Any, num_trials: int) -> None:
-        super().__init__(searcher)
-        self._num_trials = num_trials
+    def __init__(self, searcher: Any, num_trials: int, at_once: int | None = None) -> None:
+        limited = searcher if at_once is None else ConcurrencyLimiter(searcher, at_once)
+        super().__init__(limited)
+        self._num_trials, self._at_once = num_trials, at_once
 
-    def count(self, num_trials: int) -> None:
-        """Learn how many trials there are, which a snapshot of another moment may not say."""
-        self._counter = num_trials
+    def agree_with(self, trials: Sequence[str]) -> None:
+        """Learn which trials there are, which a snapshot of another moment may not say.
+
+        Args:
+            trials: their names.
+        """
+        self._counter = len(trials)
+        if isinstance(self.searcher, ConcurrencyLimiter) and self._at_once is not None:
+            self.searcher.live_trials &= set(trials)
+            self.searcher.max_concurrent = self._at_once
 
     def set_state(self, state: dict[str, Any]) -> None:
-        more = state["total_samples"] < self._num_trials
-        super().set_state({**state, "total_samples": self._num_trials})
-        self._finished = self._finished and not more
+        # A grid says again that it is at its end; a budget that was spent may be larger now.
+        super().set_state({**state, "total_samples": self._num_trials, "finished": False})
 
 
 def _has_state(trials: Folder) -> bool:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from ray import tune
+from ray.tune.experiment import Trial
 from ray.tune.schedulers import (
     ASHAScheduler,
     FIFOScheduler,
@@ -27,6 +28,29 @@ EPOCHS = "epochs"
 """Key of a trial's results: epochs trained."""
 
 
+class _Median(MedianStoppingRule):
+    """Ray's, which cannot bear a last result without a metric, such as that of a trial's error."""
+
+    def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict) -> None:
+        if EPOCHS in result:
+            super().on_trial_complete(tune_controller, trial, result)
+
+
+class HyperBand(HyperBandScheduler):
+    """Ray's, which a search can go on with: trials that waited for others wait again."""
+
+    waiting: frozenset[str] = frozenset()
+    """Names of the trials that waited when the search was stopped, until they do again."""
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
+        """Return the next trial; at first let those wait that Tune has made ready to run."""
+        waiting, self.waiting = self.waiting, frozenset()
+        for trial in tune_controller.get_trials() if waiting else ():
+            if trial.trial_id in waiting and trial.status == Trial.PENDING:
+                tune_controller._set_trial_status(trial, Trial.PAUSED)
+        return super().choose_trial_to_run(tune_controller)
+
+
 def make_scheduler(spec: RunSpec, most_epochs: int, objective: Objective) -> TrialScheduler:
     """Return the scheduler that a spec asks for.
 
@@ -41,7 +65,7 @@ def make_scheduler(spec: RunSpec, most_epochs: int, objective: Objective) -> Tri
     best: dict[str, Any] = {"metric": result_key(objective.metric), "mode": objective.mode}
     # A trial that exploits another one takes its weights of now.
     now: dict[str, Any] = {"metric": objective.metric, "mode": objective.mode}
-    perturb = settings.perturbation_epochs or max(most_epochs // 10, 1)
+    perturb = perturbation_epochs(spec, most_epochs)
     if settings.scheduler == "asha":
         return ASHAScheduler(
             time_attr=EPOCHS,
@@ -52,14 +76,14 @@ def make_scheduler(spec: RunSpec, most_epochs: int, objective: Objective) -> Tri
             **best,
         )
     if settings.scheduler == "hyperband":
-        return HyperBandScheduler(
+        return HyperBand(
             time_attr=EPOCHS,
             max_t=most_epochs,
             reduction_factor=settings.reduction_factor,
             **best,
         )
     if settings.scheduler == "median":
-        return MedianStoppingRule(time_attr=EPOCHS, grace_period=grace, **best)
+        return _Median(time_attr=EPOCHS, grace_period=grace, **best)
     if settings.scheduler == "pbt":
         return PopulationBasedTraining(
             time_attr=EPOCHS,
@@ -67,6 +91,7 @@ def make_scheduler(spec: RunSpec, most_epochs: int, objective: Objective) -> Tri
             hyperparam_mutations={p: _mutations(d) for p, d in settings.space.items()},
             custom_explore_fn=partial(within, settings.space),
             log_config=False,
+            require_attrs=False,
             **now,
         )
     if settings.scheduler == "pb2":
@@ -75,9 +100,15 @@ def make_scheduler(spec: RunSpec, most_epochs: int, objective: Objective) -> Tri
             perturbation_interval=perturb,
             hyperparam_bounds={p: [d.low, d.high] for p, d in settings.space.items()},
             log_config=False,
+            require_attrs=False,
             **now,
         )
     return FIFOScheduler()
+
+
+def perturbation_epochs(spec: RunSpec, most_epochs: int) -> int:
+    """Return the epochs between two looks of `pbt` and `pb2`."""
+    return spec.tune.perturbation_epochs or max(most_epochs // 10, 1)
 
 
 def within(space: dict[str, DistributionSpec], config: dict[str, Any]) -> dict[str, Any]:

@@ -13,10 +13,11 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
 
-def dumps(scheduler: TrialScheduler) -> bytes:
-    """Return the state of a scheduler."""
+def dumps(scheduler: TrialScheduler, trials: Sequence[Trial]) -> bytes:
+    """Return the state of a scheduler that has been told of some trials."""
     stream = io.BytesIO()
-    _Pickler(stream).dump(vars(scheduler))
+    names = {trial.trial_id for trial in trials}
+    _Pickler(stream).dump((names, vars(scheduler)))
     return stream.getvalue()
 
 
@@ -29,7 +30,34 @@ def restore(scheduler: TrialScheduler, state: bytes, trials: Sequence[Trial]) ->
         trials: the same, made anew; one that the state knows and that is no more stays away.
     """
     by_name = {trial.trial_id: trial for trial in trials}
-    vars(scheduler).update(_Unpickler(io.BytesIO(state), by_name).load())
+    known, earlier = _Unpickler(io.BytesIO(state), by_name).load()
+    for value in earlier.values():
+        _forget_nobody(value)
+    vars(scheduler).update(earlier)
+    controller: Any = _NoController()
+    for trial in trials:
+        if trial.trial_id not in known:
+            # Begun after the state was written, which took away what was known of it.
+            scheduler.on_trial_add(controller, trial)
+
+
+class _NoController:
+    """What schedulers ask of Tune's controller when they are told of a trial."""
+
+    search_alg = None
+
+
+def _forget_nobody(value: Any) -> None:
+    """Take out of what a scheduler holds the trials that are no more, which are None there."""
+    if isinstance(value, dict):
+        value.pop(None, None)
+    elif isinstance(value, set):
+        value.discard(None)
+    elif isinstance(value, list):
+        for part in value:
+            _forget_nobody(part)
+    elif hasattr(value, "_live_trials"):
+        _forget_nobody(value._live_trials)
 
 
 class _Pickler(ray.cloudpickle.Pickler):

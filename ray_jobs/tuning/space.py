@@ -5,7 +5,7 @@ Enters: `tune.space` and the spec around it.  Leaves: values by path, and the sp
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
-from typing import Any
+from typing import Any, get_args
 
 from mm_model.suggest import did_you_mean
 from ray_jobs.spec import RunSpec
@@ -41,8 +41,8 @@ class Space:
     def __init__(self, spec: RunSpec) -> None:
         self.base = spec.model_copy(update={"tune": TuneSpec()})
         """What trials are trained by, but for the values."""
-        self.distributions = dict(spec.tune.space)
         self._own = self.base.model_dump(mode="json")
+        self.distributions = {p: _with_none(d, p) for p, d in spec.tune.space.items()}
         self.order = self._ordered()
         """Paths, each after those that its `when` asks about."""
         self._require_searchable(spec.tune)
@@ -203,7 +203,8 @@ class Space:
 
     def _first(self, points: Sequence[Mapping[str, Any]]) -> list[Values]:
         first = []
-        for place, point in enumerate(({}, *points)):
+        for place, given in enumerate(({}, *points)):
+            point = {path: _none_by_name(path, value) for path, value in given.items()}
             unknown = [path for path in point if path not in self.distributions]
             if unknown:
                 raise ValueError(f"tune.first: {', '.join(unknown)} not in tune.space")
@@ -221,7 +222,27 @@ class Space:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two values of a setting are the same; YAML's word `none` is no value."""
-    one, other = (None if value in ("none", "null") else value for value in (one, other))
+    """Whether two values of a setting are the same: true is not 1, and a tuple is a list."""
     one, other = (list(value) if isinstance(value, tuple) else value for value in (one, other))
     return one == other and isinstance(one, bool) == isinstance(other, bool)
+
+
+def _with_none(values: DistributionSpec, path: str) -> DistributionSpec:
+    """Return a distribution with no value in place of the word `none`."""
+    choice = values.choice
+    if choice is not None:
+        choice = tuple(_none_by_name(path, value) for value in choice)
+    when = {
+        other: tuple(_none_by_name(other, value) for value in allowed)
+        for other, allowed in values.when.items()
+    }
+    return values.model_copy(update={"choice": choice, "when": when})
+
+
+def _none_by_name(path: str, value: Any) -> Any:
+    """Return a setting's value, None for the word `none` where the setting may have no value."""
+    from ray_jobs.cli import flatten
+
+    field = flatten(RunSpec).get(path)
+    optional = field is not None and type(None) in get_args(field.annotation)
+    return None if optional and value in ("none", "null") else value

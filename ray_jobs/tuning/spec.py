@@ -145,7 +145,7 @@ class TuneSpec(Spec):
     (`fifo`); or `pbt` and `pb2`, where the worst go on from the weights of the best with other
     values."""
     grace_epochs: PositiveInt | None = None
-    """Epochs that every trial is given; by default a ninth of train.epochs."""
+    """Epochs that `asha` and `median` give every trial; by default a ninth of train.epochs."""
     reduction_factor: Annotated[int, Field(ge=2)] = 3
     """Of so many trials, `asha` and `hyperband` let one go on at each of their looks."""
     perturbation_epochs: PositiveInt | None = None
@@ -158,7 +158,8 @@ class TuneSpec(Spec):
     """GPUs of each worker of a trial, such as 0.25 for small ones; by default
     train.gpus_per_worker."""
     max_concurrent_trials: PositiveInt | None = None
-    """Most trials at once; by default as many as the cluster can ever hold."""
+    """Most trials at once; by default as many as the cluster can ever hold, which schedulers that
+    let trials wait for each other (`hyperband`, `pbt`, `pb2`) always take."""
     max_failures: NonNegativeInt = 2
     """Losses of a trial's processes or nodes to recover from, each from its checkpoint. An error in
     data or settings ends the trial at once; the search goes on."""
@@ -198,4 +199,9 @@ class TuneSpec(Spec):
             )
         if self.scheduler in EXPLOITING and len(self.metrics) > 1:
             raise ValueError(f"scheduler={self.scheduler} takes one metric")
+        if self.scheduler in EXPLOITING and self.metrics == ("inference/row_s",):
+            raise ValueError(
+                f"scheduler={self.scheduler} compares what trials learn, and metrics="
+                "inference/row_s is none of it"
+            )
         return self

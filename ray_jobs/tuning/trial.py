@@ -38,6 +38,8 @@ BEST_EPOCH = "best_epoch"
 """Key of results: index of the best epoch so far."""
 FINISHED = "finished"
 """Key of results: whether the trial came to its own end."""
+WRITTEN = "written"
+"""Key of a result that was read from `ended.json`, and not trained for."""
 _SECONDS = "seconds/"
 
 
@@ -77,15 +79,15 @@ class Job:
         spec = self.space.spec_of({**changes, **values})
         if not self.features:
             return spec
-        return on_features(spec, self.features[features_key(values, self.space.base)])
+        return on_features(spec, self.features[features_key(values, self.space)])
 
     def resources_of(self, values: Values) -> "tune.PlacementGroupFactory":
         """Return what a trial holds: a bundle for each process, on as few nodes as can be."""
         try:
-            train = self.spec_of(values).train
+            train = self.space.spec_of(values).train
         except ValueError:
             # Values that do not go together: the trial says so, and fails.
-            train = self.spec_of({}).train
+            train = self.space.base.train
         bundle = member_resources(train, self.gpus_per_worker)
         return tune.PlacementGroupFactory([bundle] * self.num_workers, strategy="PACK")
 
@@ -96,7 +98,7 @@ class Trial(tune.Trainable):
     def setup(self, config: dict[str, Any], job: Job) -> None:  # type: ignore[override]
         """Begin the first trial of this actor."""
         self.job = job
-        self.group = Group()
+        self.group = Group(lambda error: self._write_down(error))
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -118,15 +120,14 @@ class Trial(tune.Trainable):
         """Train an epoch, and return its result; an error of the trial's own is one, too."""
         # Its end was written down, and the search's driver did not live to note it.
         if not self._running and self.folder.exists(ENDED):
-            return {**self.folder.read_json(ENDED), "done": True}
+            return {**self.folder.read_json(ENDED), "done": True, WRITTEN: True}
         try:
             if not self._running:
                 self._start()
             return self._epoch()
         except BrokenGroupError as error:
-            cause = error.__cause__
-            if isinstance(cause, Exception) and comes_again(cause):
-                self.folder.write_json(ENDED, _failure(cause))
+            if isinstance(error.__cause__, Exception):
+                self._write_down(error.__cause__)
             os._exit(1)
         except Exception as error:
             if not comes_again(error):
@@ -160,6 +161,11 @@ class Trial(tune.Trainable):
         """End the trial's other processes."""
         self.group.close()
 
+    def _write_down(self, error: Exception) -> None:
+        """Leave an error to the process that takes the trial on, if it would come again there."""
+        if comes_again(error):
+            self.folder.write_json(ENDED, _failure(error))
+
     def _start(self) -> None:
         from ray_jobs.manifest import read_manifest
         from ray_jobs.train import SPEC, begin_run
@@ -176,9 +182,11 @@ class Trial(tune.Trainable):
         record, history = done.record, done.state.history
         best = history[int(done.state.best_epoch or 0)]
         self._add_seconds(done)
+        scores = {result_key(o.metric): self._score(o.metric, best) for o in self.job.objectives}
+        # Schedulers pass over a metric that is not there, and stumble over one that is None.
+        known = {key: value for key, value in (record | scores).items() if value is not None}
         return {
-            **record,
-            **{result_key(o.metric): self._score(o.metric, best) for o in self.job.objectives},
+            **known,
             **{f"{_SECONDS}{part}": seconds for part, seconds in self._seconds.items()},
             EPOCHS: done.state.epoch,
             BEST_EPOCH: done.state.best_epoch,
@@ -205,8 +213,10 @@ class Trial(tune.Trainable):
         self._seconds["checkpoint"] += saved
 
 
-def features_key(values: Values, base: RunSpec) -> str:
+def features_key(values: Values, space: Space) -> str:
     """Return those of a trial's values that its features follow from, as a text."""
+    # The base says what its own kind of branch goes by; where there are several, one may go by all.
+    base = None if "model.image.kind" in space.distributions else space.base
     affecting = {p: value for p, value in values.items() if affects_features(p, base)}
     return json.dumps(affecting, sort_keys=True)
 
@@ -217,6 +227,8 @@ def seconds_of(result: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _failure(error: Exception) -> dict[str, Any]:
+    # Another process's comes wrapped, with that one's traceback.
+    error = getattr(error, "cause", None) or error
     return {"done": True, ERROR: f"{type(error).__name__}: {error}"}
 
 

@@ -83,6 +83,8 @@ def test_a_loop_does_not_become_one_with_another_graph(spec):
         "model.l2": 1e-3, "data.image_size": 8, "train.label_smoothing": 0.1,
     }.items():  # fmt: skip
         assert not loop.becomes(spec.overlay({**FIRST, "model.l2": 0, path: value})), path
+    # Without it there is no layer, and a checkpoint holds no random state of one.
+    assert not loop.becomes(spec.overlay({**FIRST, "model.l2": 0, "model.dropout": 0}))
     assert not loop_of(spec, turnable=False).becomes(spec)
 
 

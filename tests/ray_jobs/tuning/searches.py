@@ -64,12 +64,13 @@ def _left() -> dict[str, Any]:
     from ray.util.state import list_actors
 
     address = ray.get_runtime_context().gcs_address
-    actors = list_actors(address=address, filters=[("state", "!=", "DEAD")])
+    actors = list_actors(address=address, filters=[("state", "!=", "DEAD")], detail=True)
     groups = [group["state"] for group in placement_group_table().values()]
     total, free = ray.cluster_resources(), ray.available_resources()
     held = {name: total[name] - free.get(name, 0) for name in ("CPU", "GPU") if name in total}
     left = {
-        "actors": [actor.class_name for actor in actors],
+        # Ray Data keeps a few detached ones of its own, without CPUs, for the cluster's life.
+        "actors": [actor.class_name for actor in actors if not actor.is_detached],
         "placement groups": [state for state in groups if state != "REMOVED"],
         "held": {name: amount for name, amount in held.items() if amount > 1e-6},
     }

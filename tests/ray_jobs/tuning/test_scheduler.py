@@ -28,6 +28,9 @@ class Controller:
     def get_live_trials(self) -> set[Trial]:
         return {trial for trial in self.trials if not trial.is_finished()}
 
+    def _set_trial_status(self, trial: Trial, status: str) -> None:
+        trial.set_status(status)
+
     def _schedule_trial_save(self, trial: Trial, result: dict[str, Any]) -> None:
         return None
 
@@ -79,7 +82,7 @@ def test_asha_goes_on_as_if_it_had_not_been_stopped():
     assert {"STOP", "CONTINUE"} == set(expected)
     first = make_scheduler(spec, 9, LOSS)
     begun = decisions(first, told(first, trials_of("abcdef")), "abc", losses[:3])
-    state = dumps(first)
+    state = dumps(first, trials_of("abcdef"))
     second = make_scheduler(spec, 9, LOSS)
     controller = told(second, trials_of("abcdef"))
     restore(second, state, controller.trials)
@@ -97,7 +100,7 @@ def test_every_schedulers_state_survives_a_restart_with_new_trials(name):
     for trial, loss in zip(controller.trials, (0.5, 0.4), strict=True):
         trial.set_status(Trial.RUNNING)
         first.on_trial_result(controller, trial, result(1, loss))
-    state = dumps(first)
+    state = dumps(first, controller.trials)
     second = make_scheduler(spec, 9, LOSS)
     trials = told(second, trials_of("ab")).trials
     restore(second, state, trials)
@@ -107,9 +110,51 @@ def test_every_schedulers_state_survives_a_restart_with_new_trials(name):
     assert held or name in ("asha", "fifo")
 
 
+@pytest.mark.parametrize("name", ["asha", "hyperband", "median", "pbt", "pb2", "fifo"])
+def test_a_state_of_another_moment_loses_no_trial_and_knows_none_that_is_gone(name):
+    spec = spec_with(scheduler=name, perturbation_epochs=2)
+    first = make_scheduler(spec, 9, LOSS)
+    # `b` began after the trials were written down, and `c` after the scheduler was.
+    state = dumps(first, told(first, trials_of("ab")).trials)
+    second = make_scheduler(spec, 9, LOSS)
+    controller = told(second, trials_of("ac"))
+    restore(second, state, controller.trials)
+    for trial in controller.trials:
+        trial.set_status(Trial.RUNNING)
+        for epochs in (1, 2):
+            second.on_trial_result(controller, trial, result(epochs, 0.5))
+    held = [trial for value in vars(second).values() for trial in trials_in(value)]
+    assert None not in held
+
+
+def test_median_bears_a_trial_that_failed():
+    scheduler = make_scheduler(spec_with(scheduler="median", grace_epochs=1), 9, LOSS)
+    controller = told(scheduler, trials_of("abc"))
+    failed, *others = controller.trials
+    scheduler.on_trial_complete(controller, failed, {"done": True, "error": "ValueError: nan"})
+    for trial in others:
+        # It puts one aside while there are too few to compare with.
+        assert scheduler.on_trial_result(controller, trial, result(2, 0.5)) in ("CONTINUE", "PAUSE")
+
+
+def test_hyperband_lets_those_wait_again_that_waited():
+    scheduler = make_scheduler(spec_with(scheduler="hyperband"), 9, LOSS)
+    controller = told(scheduler, trials_of("abc"))
+    scheduler.waiting = frozenset("ac")
+    assert scheduler.choose_trial_to_run(controller) is controller.trials[1]
+    states = [trial.status for trial in controller.trials]
+    assert states == [Trial.PAUSED, Trial.PENDING, Trial.PAUSED]
+    # Once: what is ready later is ready.
+    controller.trials[0].set_status(Trial.PENDING)
+    scheduler.choose_trial_to_run(controller)
+    assert controller.trials[0].status == Trial.PENDING
+
+
 def trials_in(value: Any) -> list[Trial]:
     if isinstance(value, Trial):
         return [value]
+    if hasattr(value, "_live_trials"):
+        return list(value._live_trials)
     if isinstance(value, dict):
         return [t for pair in value.items() for part in pair for t in trials_in(part)]
     if isinstance(value, list | tuple | set):

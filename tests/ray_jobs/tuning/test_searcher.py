@@ -134,6 +134,23 @@ def test_the_grid_ends():
     assert searcher.suggest("d") == "FINISHED"
 
 
+@pytest.mark.parametrize("searcher", ["tpe", "grid"])
+def test_no_value_is_a_choice_like_others(searcher):
+    spaces = {
+        "train.ema_momentum": {"choice": ["none", 0.99]},
+        "train.class_weight": {"choice": ["none", "balanced"]},
+    }
+    one, space = made(spaces, searcher=searcher)
+    tried = run(one, "abcd", learn=False)
+    # `none` is no value of the one and a word of the other.
+    assert tried[0] == {"train.ema_momentum": None, "train.class_weight": "balanced"}
+    assert {values["train.ema_momentum"] for values in tried} <= {None, 0.99}
+    assert {values["train.class_weight"] for values in tried} <= {"none", "balanced"}
+    assert searcher == "tpe" or len({str(values) for values in tried}) == 4
+    for values in tried:
+        space.spec_of(values)
+
+
 def test_a_searcher_can_be_pickled():
     searcher, _ = made()
     run(searcher, map(str, range(3)))

@@ -124,8 +124,8 @@ def test_trials_on_features_are_promoted_to_images(ray_local, data):
 def start(spec: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "ray_jobs.tune", str(spec)]
     environment = {**os.environ, "RAY_JOBS_TRACEBACK": "1"}
-    log = open(spec.with_suffix(".log"), "ab")  # noqa: SIM115
-    return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    with open(spec.with_suffix(".log"), "ab") as log:
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
 
 def ended(folder: Path) -> dict[str, Any]:
