@@ -69,7 +69,11 @@ def finish_search(
         every = [row for row in search.trials if row.scores_in_full]
         best = min(every, key=lambda row: first.rank(row.scores_in_full.get(first.metric)))
     best_spec = runs[best.name]
-    folder.write_text(BEST, yaml.safe_dump(best_spec.model_dump(mode="json"), sort_keys=False))
+    # As a run of its own beside the search, which is there already.
+    own = best_spec.overlay(
+        {"run.name": f"{search.name}-best", "run.storage_path": spec.run.storage_path}
+    )
+    folder.write_text(BEST, yaml.safe_dump(own.model_dump(mode="json"), sort_keys=False))
     search.comparison = _compared(spec, folder, runs, best, untuned)
     write_results(search, folder)
     for row in search.trials:

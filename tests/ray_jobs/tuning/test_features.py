@@ -370,7 +370,7 @@ def carry_over(source: Any, target: Any) -> None:
 # -- training on them -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("frozen_by", ["trainable", "stages"])
+@pytest.mark.parametrize("frozen_by", ["trainable", pytest.param("stages", marks=pytest.mark.slow)])
 def test_training_on_features_learns_what_a_frozen_backbone_lets_learn(folder, stored, frozen_by):
     spec = spec_of(folder, train__optimizer="adamw", train__learning_rate=0.01)
     if frozen_by == "stages":

@@ -196,6 +196,7 @@ def test_a_trial_leaves_a_run_folder_behind(call, data, tmp_path):
     assert (tmp_path / "checkpoint/checkpoints/steps/00000004/state.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.multiworker
 def test_both_workers_of_a_clone_start_from_what_the_donor_had(ray_local, data, tmp_path):
     with actor(data, num_workers=2) as call:

@@ -82,7 +82,8 @@ def test_a_search_ends_with_the_best_trained_and_evaluated(ray_local, data, caps
     require_nothing_left()
     # The best trial's specification is one that `train` takes, and it trains the same.
     tree = yaml.safe_load((folder / "best.yaml").read_text())
-    again = RunSpec.model_validate(tree).overlay({"run.name": "again"})
+    again = RunSpec.model_validate(tree)
+    assert (again.run.name, again.run.storage_path) == ("whole-best", str(data / "runs"))
     assert fit(again)["best_epoch"] == record["best_epoch"]
     before = (folder / "summary.json").stat().st_mtime
     assert search(spec) == summary
@@ -178,3 +179,36 @@ def test_a_search_whose_driver_is_killed_runs_no_finished_trial_again(data, tmp_
         scores[name] = sorted(float(row["val/log_loss"]) for row in rows)
     # The same values were tried, to the same end.
     assert scores["killed"] == pytest.approx(scores["whole"], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("scheduler", ["asha", "hyperband", "median", "pbt", "pb2"])
+def test_a_killed_search_goes_on_to_its_end_under_every_scheduler(data, tmp_path, scheduler):
+    spec = spec_in(
+        data,
+        run__name="killed",
+        run__storage_path=str(tmp_path),
+        tune__scheduler=scheduler,
+        tune__budget__trials=6,
+        tune__checkpoint_every_s=0.01,
+        tune__perturbation_epochs=2,
+        train__epochs=9,
+    )
+    path, folder = tmp_path / "killed.yaml", tmp_path / "killed"
+    path.write_text(yaml.safe_dump(spec.model_dump(mode="json")))
+    process = start(path)
+    # In the middle: trials have stopped, wait for each other, or were cloned.
+    while len(list(folder.glob("trials/*/checkpoint_*"))) < 8 and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = ended(folder)
+    process = start(path)
+    assert process.wait() == 0, path.with_suffix(".log").read_text()
+    now = ended(folder)
+    assert {trial: now[trial] for trial in before} == before
+    rows = leaderboard_of(folder)
+    assert len(rows) == len(now) == 6
+    assert {row["state"] for row in rows} <= {"finished", "stopped"}
+    assert "finished" in {row["state"] for row in rows}
