@@ -214,7 +214,8 @@ class Follower(Callback):
     def _end(self, row: TrialRow, result: dict[str, Any]) -> None:
         row.ended_s = self._now_s()
         self.search.spent["trials"] = sum(r.ended_s is not None for r in self.search.trials)
-        (self.job.trials / row.name).write_json(ENDED, _plain(result))
+        if not result.get(WRITTEN):
+            (self.job.trials / row.name).write_json(ENDED, _plain(result))
         self._prune()
         self.show(self.search, row)
 
