@@ -18,7 +18,7 @@ from ray_jobs.report import HISTORY
 from ray_jobs.spec import EvaluateSpec, RunSpec
 from ray_jobs.storage import Folder
 from ray_jobs.train import run_folder
-from ray_jobs.tuning.follow import delete_checkpoints, newest_checkpoint
+from ray_jobs.tuning.kept import delete_checkpoints, newest_checkpoint
 from ray_jobs.tuning.result import PARTS, Comparison, Search, TrialRow
 from ray_jobs.tuning.run import TRIALS
 from ray_jobs.tuning.space import Space

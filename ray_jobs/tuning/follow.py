@@ -13,7 +13,7 @@ from ray.tune.schedulers import TrialScheduler
 
 from ray_jobs import report
 from ray_jobs.cluster import first_line
-from ray_jobs.storage import Folder
+from ray_jobs.tuning.kept import delete_checkpoints
 from ray_jobs.tuning.result import Search, State, TrialRow
 from ray_jobs.tuning.scheduler import EPOCHS, HyperBand
 from ray_jobs.tuning.scheduler_state import dumps, restore
@@ -261,24 +261,6 @@ class BudgetStopper(Stopper):
 
 def _newest_stopper() -> BudgetStopper | None:
     return BudgetStopper.newest
-
-
-def delete_checkpoints(trial: Folder) -> None:
-    """Delete Tune's checkpoints of a trial."""
-    for name in {path.split("/")[0] for path in trial.names()}:
-        if name.startswith("checkpoint_"):
-            trial.delete(name)
-
-
-def newest_checkpoint(trial: Folder) -> Folder | None:
-    """Return Tune's newest checkpoint of a trial that holds one, if any does."""
-    names = {path.split("/")[0] for path in trial.names()}
-    for name in sorted(names, reverse=True):
-        if name.startswith("checkpoint_") and any(
-            path.endswith("state.json") for path in trial.names(name)
-        ):
-            return trial / name
-    return None
 
 
 def _plain(result: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 import time
 from typing import TYPE_CHECKING, Any
 
+from ray_jobs.tuning.figures import score_text
 from ray_jobs.tuning.result import Search, TrialRow
+from ray_jobs.tuning.standing import settings, value_text
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -57,7 +59,7 @@ def table(search: Search, rows: int = _ROWS) -> "RenderableType":
     """Return the best trials as a table, with what was spent below it."""
     from rich.table import Table
 
-    names = setting_names([path for row in search.trials for path in row.values])
+    names = {setting.path: setting.name for setting in settings(search.trials)}
     metrics = [o.metric for o in search.objectives]
     shown = Table(caption=spent_text(search), caption_justify="left", box=None, pad_edge=False)
     for column in ("trial", "state", "epochs", *metrics, *names.values()):
@@ -67,7 +69,7 @@ def table(search: Search, rows: int = _ROWS) -> "RenderableType":
             row.name,
             row.state,
             str(row.epochs),
-            *(number_text(row.scores.get(metric)) for metric in metrics),
+            *(score_text(row.scores.get(metric)) for metric in metrics),
             *(value_text(row.values[path]) if path in row.values else "–" for path in names),
             style=_ENDS.get(row.state),
         )
@@ -89,37 +91,14 @@ def spent_text(search: Search) -> str:
     return "  ".join(parts)
 
 
-def setting_names(paths: list[str]) -> dict[str, str]:
-    """Return settings' names for tables by their paths: the last part, where that is no other's."""
-    paths = list(dict.fromkeys(paths))
-    last = [path.rpartition(".")[2] for path in paths]
-    return {
-        path: name if last.count(name) == 1 else path
-        for path, name in zip(paths, last, strict=True)
-    }
-
-
-def number_text(value: float | None) -> str:
-    """Return a score for tables."""
-    return "–" if value is None else f"{value:.4f}" if abs(value) >= 0.01 else f"{value:.3g}"
-
-
-def value_text(value: Any) -> str:
-    """Return a setting's value for tables."""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return "none" if value is None else str(value)
-
-
 def _ended_line(search: Search, row: TrialRow) -> Any:
     from rich.text import Text
 
     objective = search.objectives[0]
-    names = setting_names(list(row.values))
-    values = ", ".join(f"{names[path]} {value_text(value)}" for path, value in row.values.items())
+    values = ", ".join(f"{s.name} {value_text(row.values[s.path])}" for s in settings([row]))
     score = row.scores.get(objective.metric)
     best = score is not None and search.ranked()[0] is row
-    what = row.error or f"{objective.metric} {number_text(score)}"
+    what = row.error or f"{objective.metric} {score_text(score)}"
     mark = "  best" if best else ""
     return Text(
         f"  {row.name}  {row.state:<8}  epoch {row.epochs:>3}  {what}{mark}  ({values})",

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Any
 
 from ray import tune
@@ -24,6 +25,7 @@ from ray_jobs.storage import Folder
 from ray_jobs.tracking import history_text
 from ray_jobs.tuning.features import affects_features, on_features
 from ray_jobs.tuning.group import BrokenGroupError, EpochDone, Group, member_resources
+from ray_jobs.tuning.kept import newest_saved
 from ray_jobs.tuning.result import PARTS, Objective
 from ray_jobs.tuning.scheduler import EPOCHS
 from ray_jobs.tuning.searcher import result_key
@@ -152,6 +154,17 @@ class Trial(tune.Trainable):
         self.folder.write_text(HISTORY, history_text(saved.state.history))
         self._saved_at = time.monotonic()
         self._seconds["checkpoint"] += self._saved_at - started
+
+    def restore(self, checkpoint_path: Any) -> None:
+        """Go on from a checkpoint; from the trial's newest, where that one is no more.
+
+        A killed driver's snapshot may be older than what its trials have deleted since.
+        """
+        path = PurePosixPath(getattr(getattr(checkpoint_path, "checkpoint", None), "path", "/"))
+        if path.parent.name == self.trial_id and not self.folder.exists(path.name):
+            self._saved = newest_saved(self.folder)
+            return
+        super().restore(checkpoint_path)
 
     def load_checkpoint(self, checkpoint: str | dict | None) -> None:
         """Read the checkpoint that the trial goes on from, perhaps another trial's."""
