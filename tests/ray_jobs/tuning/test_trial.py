@@ -59,6 +59,13 @@ def trial_class() -> Any:
             result = self._epoch()
             return begun[0], result
 
+        def restore_from(self, path: str) -> None:
+            """Restore as Tune does, which hands over what a checkpoint came with."""
+            from ray.tune import Checkpoint
+            from ray.tune.trainable.trainable import _TrainingResult
+
+            self.restore(_TrainingResult(Checkpoint.from_directory(path), {}))
+
         def fresh_run(self, **values: float) -> Saved:
             """What the run that `train` would make of some values ends with, in this process."""
             from ray_jobs.loop import Loop
@@ -183,6 +190,22 @@ def test_a_trial_whose_end_was_written_down_is_not_run_again(call, data):
     assert {name: result[name] for name in ("epochs", "best/val/log_loss", "done")} == {
         "epochs": 4, "best/val/log_loss": 0.5, "done": True,
     }  # fmt: skip
+
+
+def test_a_trial_whose_checkpoint_is_gone_goes_on_from_its_newest_whole_one(call, data):
+    folder = data / "trials-1/gone"
+    call("become", "gone", learning_rate=2e-3, dropout=0.2)
+    for number in (1, 2, 3):
+        call("step")
+        call("save", str(folder / f"checkpoint_{number:06d}"))
+    # The driver was killed while the last one was copied.
+    (folder / "checkpoint_000003/checkpoints/steps/00000012/model.npz").unlink()
+    call("become", "gone", learning_rate=2e-3, dropout=0.2)
+    call("restore_from", str(folder / "checkpoint_000000"))
+    assert call("step")["epochs"] == 3
+    # Another trial's is not made up for: its clone would not be one.
+    with pytest.raises(Exception, match="does not exist on storage"):
+        call("restore_from", str(data / "trials-1/other/checkpoint_000000"))
 
 
 def test_a_trial_leaves_a_run_folder_behind(call, data, tmp_path):
