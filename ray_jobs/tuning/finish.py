@@ -7,7 +7,6 @@ the search folder, and the run folder of the best.
 import csv
 import io
 import json
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -22,6 +21,7 @@ from ray_jobs.tuning.kept import delete_checkpoints, newest_checkpoint
 from ray_jobs.tuning.result import PARTS, Comparison, Search, TrialRow
 from ray_jobs.tuning.run import TRIALS
 from ray_jobs.tuning.space import Space
+from ray_jobs.tuning.spec import EXPLOITING
 
 LEADERBOARD = "leaderboard.csv"
 BEST = "best.yaml"
@@ -74,7 +74,11 @@ def finish_search(
         {"run.name": f"{search.name}-best", "run.storage_path": spec.run.storage_path}
     )
     folder.write_text(BEST, yaml.safe_dump(own.model_dump(mode="json"), sort_keys=False))
-    search.comparison = _compared(spec, folder, runs, best, untuned)
+    untuned_run = runs.get(untuned.name)
+    if spec.tune.scheduler in EXPLOITING:
+        # The first trial has had other values since.
+        untuned_run = _trained_untuned(spec, space, folder)
+    search.comparison = _compared(spec, folder, best_spec, untuned_run)
     write_results(search, folder)
     for row in search.trials:
         delete_checkpoints(folder / TRIALS / row.name)
@@ -171,6 +175,15 @@ def _trained(
     return run
 
 
+def _trained_untuned(spec: RunSpec, space: Space, folder: Folder) -> RunSpec:
+    """Let `train` train what the specification says, and return the spec of that run."""
+    from ray_jobs.train import fit
+
+    run = space.base.overlay({"run.name": "untuned", "run.storage_path": (folder / IN_FULL).uri})
+    fit(run)
+    return run
+
+
 def _scores(run: RunSpec, search: Search) -> dict[str, float]:
     """Return what a training in full reached in the objectives, at its best epoch."""
     folder = run_folder(run)
@@ -180,36 +193,31 @@ def _scores(run: RunSpec, search: Search) -> dict[str, float]:
 
 
 def _compared(
-    spec: RunSpec,
-    folder: Folder,
-    runs: Mapping[str, RunSpec],
-    best: TrialRow,
-    untuned: TrialRow,
+    spec: RunSpec, folder: Folder, best: RunSpec, untuned: RunSpec | None
 ) -> Comparison | None:
     """Evaluate the best run and the untuned one on the test rows; None where that says nothing."""
-    from ray_jobs.evaluate import evaluation
+    from ray_jobs.evaluate import Evaluation, evaluation
     from ray_jobs.metrics import auc_gain
+
+    def evaluated(run: RunSpec, name: str) -> Evaluation:
+        job = EvaluateSpec(
+            run=str(run_folder(run)),
+            data=spec.data.prepared,
+            output=str(folder / EVALUATIONS / name),
+            use_gpu=spec.train.use_gpu,
+            cpus_per_worker=spec.train.cpus_per_worker,
+            address=spec.run.address,
+        )
+        return evaluation(job)
 
     test = read_manifest(Folder(spec.data.prepared)).splits["test"]
     if not all(test.class_counts):
         return None
-    found = {
-        row.name: evaluation(
-            EvaluateSpec(
-                run=str(run_folder(runs[row.name])),
-                data=spec.data.prepared,
-                output=str(folder / EVALUATIONS / ("best" if row is best else "untuned")),
-                use_gpu=spec.train.use_gpu,
-                cpus_per_worker=spec.train.cpus_per_worker,
-                address=spec.run.address,
-            )
-        )
-        for row in (best, untuned)
-        if row.name in runs
-    }
-    ours, theirs = found[best.name], found.get(untuned.name)
-    if theirs is None:
+    ours = evaluated(best, "best")
+    if untuned is None:
         return None
+    same = run_folder(untuned).uri == run_folder(best).uri
+    theirs = ours if same else evaluated(untuned, "untuned")
     gain = auc_gain(ours.label, ours.probability, theirs.probability, _BOOTSTRAP_DRAWS)
     return Comparison(
         metric="roc_auc",
@@ -218,7 +226,7 @@ def _compared(
         low=gain["low"],
         high=gain["high"],
         num_rows=test.num_rows,
-        same=best is untuned,
+        same=same,
     )
 
 

@@ -208,8 +208,8 @@ class Follower(Callback):
         kept = (report.EPOCH, report.TRAIN_LOSS, *(o.metric for o in self.search.objectives))
         record = {key: result[key] for key in kept if key in result}
         # A trial that lost its process trains some epochs again.
-        before = [past for past in row.history if past[report.EPOCH] < record[report.EPOCH]]
-        row.history = (*before, record)
+        earlier = [past for past in row.history if past[report.EPOCH] < record[report.EPOCH]]
+        row.history = (*earlier, record)
 
     def _end(self, row: TrialRow, result: dict[str, Any]) -> None:
         row.ended_s = self._now_s()

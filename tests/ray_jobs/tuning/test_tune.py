@@ -147,7 +147,9 @@ def test_a_search_whose_driver_is_killed_runs_no_finished_trial_again(data, tmp_
         "tune__searcher": "random",
         "tune__scheduler": "fifo",
         "tune__checkpoint_every_s": 1,
-        "train__epochs": 6,
+        # So long that the search does not come to its end between two kills.
+        "train__epochs": 40,
+        "train__patience": 40,
         "run__storage_path": str(tmp_path),
     }
     scores = {}
@@ -161,7 +163,7 @@ def test_a_search_whose_driver_is_killed_runs_no_finished_trial_again(data, tmp_
             # Some trials further on, at any moment of one.
             while len(ended(folder)) < len(before) + 2 and process.poll() is None:
                 time.sleep(0.1)
-            time.sleep(choose.uniform(0, 4))
+            time.sleep(choose.uniform(0, 2))
             assert process.poll() is None, path.with_suffix(".log").read_text()
             process.send_signal(signal.SIGKILL)
             process.wait()
