@@ -8,7 +8,7 @@ Run:   python -m ray_jobs.train ray_jobs/specs/houses.yaml --run.name first
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,7 +62,7 @@ def fit(spec: RunSpec, callbacks: Sequence["UserCallback"] = ()) -> dict[str, An
     require_trainable(spec, manifest)
     goes_on = folder.exists(SPEC)
     if goes_on:
-        _require_same_run(spec, manifest, folder)
+        require_same("run", spec, manifest, folder, SPEC, _SAME_RUN, {"train": _MAY_DIFFER})
     if is_finished(folder):
         print(f"run {spec.run.name} is finished already: {folder}")
         return _summary(spec, folder)
@@ -148,20 +148,41 @@ def with_absolute_paths(spec: RunSpec) -> RunSpec:
     return spec.overlay(changes)
 
 
-def _require_same_run(spec: RunSpec, manifest: Manifest, folder: Folder) -> None:
-    """Check that a run folder is one that this spec goes on with."""
+def require_same(
+    what: str,
+    spec: RunSpec,
+    manifest: Manifest,
+    folder: Folder,
+    name: str,
+    parts: Sequence[str],
+    may_differ: Mapping[str, Sequence[str]],
+) -> None:
+    """Check that a folder is one that a spec goes on with.
+
+    Args:
+        what: the folder holds, for the text.
+        spec: to go on with.
+        manifest: of its data.
+        folder: that was begun with another spec, perhaps.
+        name: of the file that holds that one.
+        parts: of the specs that must agree, by their paths.
+        may_differ: settings that need not, by their section.
+
+    Raises:
+        JobError: naming the parts that differ.
+    """
     import yaml
 
     try:
-        before = yaml.safe_load(folder.read_bytes(SPEC))
+        before = yaml.safe_load(folder.read_bytes(name))
     except yaml.YAMLError as error:
-        raise JobError(f"{folder}/{SPEC} is damaged: {error}") from error
+        raise JobError(f"{folder}/{name} is damaged: {error}") from error
     now = spec.model_dump(mode="json")
-    differing = [part for part in _SAME_RUN if _part(before, part) != _part(now, part)]
+    differing = [p for p in parts if _part(before, p, may_differ) != _part(now, p, may_differ)]
     if differing or read_manifest(folder) != manifest:
-        what = ", ".join(differing) or "the prepared data"
+        why = ", ".join(differing) or "the prepared data"
         raise JobError(
-            f"{folder} holds a run with other settings ({what}); choose another --run.name, "
+            f"{folder} holds a {what} with other settings ({why}); choose another --run.name, "
             "or delete the folder"
         )
 
@@ -182,12 +203,12 @@ def _summary(spec: RunSpec, folder: Folder) -> dict[str, Any]:
     return summary
 
 
-def _part(tree: dict[str, Any], path: str) -> Any:
+def _part(tree: dict[str, Any], path: str, may_differ: Mapping[str, Sequence[str]]) -> Any:
     value: Any = tree
     for name in path.split("."):
         value = value.get(name) if isinstance(value, dict) else None
-    if path == "train" and isinstance(value, dict):
-        return {name: setting for name, setting in value.items() if name not in _MAY_DIFFER}
+    if path in may_differ and isinstance(value, dict):
+        return {name: one for name, one in value.items() if name not in may_differ[path]}
     return value
 
 

@@ -12,15 +12,15 @@ from typing import Any
 
 from ray_jobs import cli, cluster
 from ray_jobs.cli import JobError
+from ray_jobs.finish import SUMMARY
 from ray_jobs.manifest import Manifest, read_manifest
 from ray_jobs.spec import RunSpec
 from ray_jobs.storage import Folder
-from ray_jobs.train import feeding, require_trainable, resolved, run_folder
+from ray_jobs.train import feeding, require_same, require_trainable, resolved, run_folder
 from ray_jobs.tuning.result import Objective, Search
 from ray_jobs.tuning.space import Space
 
 SPEC = "tune.yaml"
-SUMMARY = "summary.json"
 
 _MAY_DIFFER = ("budget", "max_concurrent_trials", "max_failures", "checkpoint_every_s", "promote")
 """Settings of `tune` that a search may go on with otherwise."""
@@ -49,7 +49,8 @@ def search(spec: RunSpec) -> dict[str, Any]:
         raise JobError("tune.space is empty; say which settings to search over")
     require_trainable(spec, manifest)
     if folder.exists(SPEC):
-        _require_same_search(spec, manifest, folder)
+        may_differ = {"tune": _MAY_DIFFER}
+        require_same("search", spec, manifest, folder, SPEC, _SAME_SEARCH, may_differ)
     if folder.exists(SUMMARY):
         print(f"search {spec.run.name} is finished already: {folder}")
         return folder.read_json(SUMMARY)
@@ -121,29 +122,6 @@ def _begin(spec: RunSpec, manifest: Manifest, folder: Folder) -> None:
 
     manifest.write(folder)
     folder.write_text(SPEC, yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False))
-
-
-def _require_same_search(spec: RunSpec, manifest: Manifest, folder: Folder) -> None:
-    """Check that a search folder is one that this spec goes on with."""
-    import yaml
-
-    before = cli.validate_spec(RunSpec, yaml.safe_load(folder.read_bytes(SPEC)))
-    differing = [part for part in _SAME_SEARCH if _part(before, part) != _part(spec, part)]
-    if differing or read_manifest(folder) != manifest:
-        what = ", ".join(differing) or "the prepared data"
-        raise JobError(
-            f"{folder} holds a search with other settings ({what}); choose another --run.name, or "
-            "delete the folder"
-        )
-
-
-def _part(spec: RunSpec, path: str) -> Any:
-    value: Any = spec.model_dump(mode="json")
-    for name in path.split("."):
-        value = value[name]
-    if path == "tune":
-        return {name: setting for name, setting in value.items() if name not in _MAY_DIFFER}
-    return value
 
 
 def main() -> None:

@@ -11,9 +11,9 @@ from ray_jobs.cli import JobError
 from ray_jobs.report import INFERENCE_ROW_S
 from ray_jobs.spec import RunSpec
 from ray_jobs.storage import Folder
-from ray_jobs.tuning.features import affects_features, features_of, is_frozen
+from ray_jobs.tuning.features import features_of, is_frozen
 from ray_jobs.tuning.space import Space, Values
-from ray_jobs.tuning.trial import features_key
+from ray_jobs.tuning.trial import features_key, tells_features
 
 _MOST = 16
 """Sets of features that are computed by themselves, without being asked for."""
@@ -76,7 +76,7 @@ def _why_not(spec: RunSpec, space: Space) -> str | None:
 
 def _relevant(space: Space) -> list[str]:
     """Return the settings that make features differ, and those that their `when` asks about."""
-    found = [path for path in space.order if affects_features(path, space.base)]
+    found = [path for path in space.order if tells_features(path, space)]
     for path in found:
         asked = space.distributions[path].when
         found += [other for other in asked if other in space.distributions and other not in found]

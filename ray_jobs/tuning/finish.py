@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ray_jobs.checkpoint_store import CheckpointStore
-from ray_jobs.finish import SUMMARY as RUN_SUMMARY
+from ray_jobs.finish import SUMMARY
 from ray_jobs.manifest import read_manifest
 from ray_jobs.report import HISTORY
 from ray_jobs.spec import EvaluateSpec, RunSpec
@@ -26,7 +26,6 @@ from ray_jobs.tuning.spec import EXPLOITING
 LEADERBOARD = "leaderboard.csv"
 BEST = "best.yaml"
 PAGE = "tune.html"
-SUMMARY = "summary.json"
 EVALUATIONS = "evaluation"
 IN_FULL = "full"
 """Folder of the runs that trials on features went on to."""
@@ -188,7 +187,7 @@ def _scores(run: RunSpec, search: Search) -> dict[str, float]:
     """Return what a training in full reached in the objectives, at its best epoch."""
     folder = run_folder(run)
     lines = folder.read_bytes(HISTORY).decode().splitlines()
-    best = json.loads(lines[folder.read_json(RUN_SUMMARY)["best_epoch"] - 1])
+    best = json.loads(lines[folder.read_json(SUMMARY)["best_epoch"] - 1])
     return {o.metric: best[o.metric] for o in search.objectives if best.get(o.metric) is not None}
 
 

@@ -90,7 +90,10 @@ def run_trials(
         features=features or {},
     )
     bundle = member_resources(spec.train, settings.gpus_per_worker)
-    search.slots = trial_slots(bundle, job.num_workers, settings.max_concurrent_trials)
+    wanted = settings.max_concurrent_trials
+    search.slots = trial_slots(bundle, job.num_workers, wanted)
+    if wanted and settings.scheduler not in PAUSING:
+        search.slots = min(search.slots, wanted)
     most_epochs = _most_epochs(space)
     kept = _KEPT
     if settings.scheduler in EXPLOITING:

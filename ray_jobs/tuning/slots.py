@@ -22,8 +22,8 @@ def trial_slots(bundle: Mapping[str, float], num_workers: int, wanted: int | Non
     Args:
         bundle: Ray resources of each process of a trial.
         num_workers: processes of it.
-        wanted: most of them. It is taken at its word where the nodes that are there hold none, and
-            nobody says what an autoscaler could add.
+        wanted: taken at its word where the nodes that are there hold none, and nobody says what an
+            autoscaler could add.
 
     Raises:
         JobError: if not even one can.
@@ -35,7 +35,7 @@ def trial_slots(bundle: Mapping[str, float], num_workers: int, wanted: int | Non
     if not slots and not possible and wanted and not is_our_own():
         return wanted
     if slots:
-        return min(slots, wanted or slots)
+        return slots
     needs = " and ".join(f"{amount:g} {name}" for name, amount in bundle.items())
     has = "; ".join(map(_text, there)) or "no node"
     if possible:

@@ -226,11 +226,16 @@ class Trial(tune.Trainable):
         self._seconds["checkpoint"] += saved
 
 
-def features_key(values: Values, space: Space) -> str:
-    """Return those of a trial's values that its features follow from, as a text."""
+def tells_features(path: str, space: Space) -> bool:
+    """Whether trials with other values of a setting may see other features."""
     # The base says what its own kind of branch goes by; where there are several, one may go by all.
     base = None if "model.image.kind" in space.distributions else space.base
-    affecting = {p: value for p, value in values.items() if affects_features(p, base)}
+    return affects_features(path, base)
+
+
+def features_key(values: Values, space: Space) -> str:
+    """Return those of a trial's values that its features follow from, as a text."""
+    affecting = {path: value for path, value in values.items() if tells_features(path, space)}
     return json.dumps(affecting, sort_keys=True)
 
 
