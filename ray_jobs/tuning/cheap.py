@@ -1,22 +1,41 @@
-"""Whether the trials of a search may see features in place of images, and which ones.
+"""Trials that see features in place of images: whether they may, which ones, and as what training.
 
-Enters: the space and the search's settings.  Leaves: features by what they follow from.
+Enters: the space and the search's settings.  Leaves: features by what they follow from, and the
+specification of a training on them.
 """
 
+import json
 from collections.abc import Iterator
 from itertools import product
 
 from mm_model.branches import IMAGE_TOPS
 from ray_jobs.cli import JobError
+from ray_jobs.manifest import read_manifest
 from ray_jobs.report import INFERENCE_ROW_S
 from ray_jobs.spec import RunSpec
 from ray_jobs.storage import Folder
-from ray_jobs.tuning.features import features_of, is_frozen
+from ray_jobs.tuning.features import features_of, has_activation_of_ours
 from ray_jobs.tuning.space import Space, Values
-from ray_jobs.tuning.trial import features_key, tells_features
 
 _MOST = 16
 """Sets of features that are computed by themselves, without being asked for."""
+_AFFECTING = (
+    "data.prepared",
+    "data.image_size",
+    "model.image.kind",
+    "model.image.weights",
+    "model.augmentation",
+    "model.activation",
+    "run.seed",
+)
+
+
+def is_frozen(spec: RunSpec) -> bool:
+    """Whether the image backbone stands still, at least in a training's first stage."""
+    image, stages = spec.model.image, spec.train.stages
+    if image.kind == "none":
+        return False
+    return not image.trainable or (bool(stages) and stages[0].backbone == 0)
 
 
 def uses_features(spec: RunSpec, space: Space) -> bool:
@@ -49,6 +68,76 @@ def all_features(spec: RunSpec, space: Space) -> dict[str, Folder]:
         if key not in found:
             found[key] = features_of(space.spec_of(values), num_views)
     return found
+
+
+def on_features(spec: RunSpec, features: Folder) -> RunSpec:
+    """Return the specification of a trial on features, from that of the training it stands for.
+
+    The order of its rows is that of the training on images: as many of them are shuffled together,
+    where need be by a larger `data.buffer_bytes`. What layers draw at random is not, since there
+    are fewer of them.
+
+    Args:
+        spec: with the prepared images.
+        features: of them, from `features_of`.
+
+    Raises:
+        ValueError: if cutmix is asked for, which features cannot do.
+    """
+    train = spec.train
+    if train.cutmix_alpha:
+        raise ValueError(
+            f"train.cutmix_alpha={train.cutmix_alpha:g} puts boxes into images, and a trial on "
+            "features of a frozen backbone sees none; set it to 0, or search on images"
+        )
+    image_bytes, feature_bytes = (
+        read_manifest(folder).splits["train"].row_bytes
+        for folder in (Folder(spec.data.prepared), features)
+    )
+    data, window_rows = spec.data, spec.data.window_rows(image_bytes)
+    while data.window_rows(feature_bytes) < window_rows:
+        data = data.model_copy(update={"buffer_bytes": 2 * data.buffer_bytes})
+    return spec.overlay(
+        {
+            "data.prepared": features.uri,
+            "data.shuffle_window_rows": window_rows,
+            "data.buffer_bytes": data.buffer_bytes,
+            # There is nothing to decode, so nothing to hand out to others or to keep.
+            "data.decode": "trainer",
+            "data.cache": "none",
+            "model.image.weights": None,
+            "train.stages": (),
+        }
+    )
+
+
+def tells_features(path: str, space: Space) -> bool:
+    """Whether trials with other values of a setting may see other features."""
+    # The base says what its own kind of branch goes by; where there are several, one may go by all.
+    base = None if "model.image.kind" in space.distributions else space.base
+    return affects_features(path, base)
+
+
+def features_key(values: Values, space: Space) -> str:
+    """Return those of a trial's values that its features follow from, as a text."""
+    affecting = {path: value for path, value in values.items() if tells_features(path, space)}
+    return json.dumps(affecting, sort_keys=True)
+
+
+def affects_features(path: str, spec: RunSpec | None = None) -> bool:
+    """Whether features may be others under another value of a setting.
+
+    Args:
+        path: of a field or a section, such as `model.image.kind`.
+        spec: of the search; without it every image branch counts, also those in which the backbone
+            has `model.activation`, too.
+    """
+    own = spec is None or has_activation_of_ours(spec.model.image.kind)
+    return any(
+        f"{path}.".startswith(f"{other}.") or f"{other}.".startswith(f"{path}.")
+        for other in _AFFECTING
+        if own or other != "model.activation"
+    )
 
 
 def _why_not(spec: RunSpec, space: Space) -> str | None:

@@ -55,84 +55,7 @@ _FORMAT = 1
 """Goes up when the same settings give other features."""
 _IMAGES_AT_ONCE = 32
 _READ_THREADS = 8
-_AFFECTING = (
-    "data.prepared",
-    "data.image_size",
-    "model.image.kind",
-    "model.image.weights",
-    "model.augmentation",
-    "model.activation",
-    "run.seed",
-)
 _PART = re.compile(r"part-(\d{5,})-([0-9a-f]{8})\.parquet")
-
-
-# -- what a search asks ---------------------------------------------------------------------------
-
-
-def is_frozen(spec: RunSpec) -> bool:
-    """Whether the image backbone stands still, at least in a training's first stage."""
-    image, stages = spec.model.image, spec.train.stages
-    if image.kind == "none":
-        return False
-    return not image.trainable or (bool(stages) and stages[0].backbone == 0)
-
-
-def affects_features(path: str, spec: RunSpec | None = None) -> bool:
-    """Whether features may be others under another value of a setting.
-
-    Args:
-        path: of a field or a section, such as `model.image.kind`.
-        spec: of the search; without it every image branch counts, also those in which the backbone
-            has `model.activation`, too.
-    """
-    own = spec is None or _has_activation_of_ours(spec.model.image.kind)
-    return any(
-        f"{path}.".startswith(f"{other}.") or f"{other}.".startswith(f"{path}.")
-        for other in _AFFECTING
-        if own or other != "model.activation"
-    )
-
-
-def on_features(spec: RunSpec, features: Folder) -> RunSpec:
-    """Return the specification of a trial on features, from that of the training it stands for.
-
-    The order of its rows is that of the training on images: as many of them are shuffled together,
-    where need be by a larger `data.buffer_bytes`. What layers draw at random is not, since there
-    are fewer of them.
-
-    Args:
-        spec: with the prepared images.
-        features: of them, from `features_of`.
-
-    Raises:
-        ValueError: if cutmix is asked for, which features cannot do.
-    """
-    train = spec.train
-    if train.cutmix_alpha:
-        raise ValueError(
-            f"train.cutmix_alpha={train.cutmix_alpha:g} puts boxes into images, and a trial on "
-            "features of a frozen backbone sees none; set it to 0, or search on images"
-        )
-    image_bytes, feature_bytes = (
-        read_manifest(folder).splits["train"].row_bytes
-        for folder in (Folder(spec.data.prepared), features)
-    )
-    data, window_rows = spec.data, spec.data.window_rows(image_bytes)
-    while data.window_rows(feature_bytes) < window_rows:
-        data = data.model_copy(update={"buffer_bytes": 2 * data.buffer_bytes})
-    return spec.overlay(
-        {
-            "data.prepared": features.uri,
-            "data.shuffle_window_rows": window_rows,
-            "data.buffer_bytes": data.buffer_bytes,
-            # There is nothing to decode, so nothing to hand out to others or to keep.
-            "data.decode": "trainer",
-            "data.cache": "none",
-            "model.image.weights": None,
-            "train.stages": (),
-        }
-    )
 
 
 def features_folder(spec: RunSpec, num_views: int) -> Folder:
@@ -181,7 +104,8 @@ def features_of(spec: RunSpec, num_views: int = 1, num_workers: int | None = Non
 # -- what they follow from ------------------------------------------------------------------------
 
 
-def _has_activation_of_ours(kind: str) -> bool:
+def has_activation_of_ours(kind: str) -> bool:
+    """Whether an image branch has `model.activation`, and not that of its own weights."""
     return kind not in has_imagenet_weights()
 
 
@@ -194,7 +118,7 @@ def _key(spec: RunSpec, manifest: Manifest, num_views: int) -> str:
         "format": _FORMAT,
         "kind": model.image.kind,
         "weights": _weights(model.image.weights),
-        "activation": model.activation if _has_activation_of_ours(model.image.kind) else None,
+        "activation": model.activation if has_activation_of_ours(model.image.kind) else None,
         "augmentation": model.augmentation.model_dump() if random else None,
         "seed": spec.run.seed if random else None,
         "num_views": num_views,

@@ -7,7 +7,6 @@ Tune reuses the actor, so that imports and the strategy are paid for once; and i
 placement group, in which every process of the trial lives, so that nothing outlives the trial.
 """
 
-import json
 import os
 import time
 from collections.abc import Mapping
@@ -23,7 +22,7 @@ from ray_jobs.report import HISTORY
 from ray_jobs.spec import RunSpec
 from ray_jobs.storage import Folder
 from ray_jobs.tracking import history_text
-from ray_jobs.tuning.features import affects_features, on_features
+from ray_jobs.tuning.cheap import features_key, on_features
 from ray_jobs.tuning.group import BrokenGroupError, EpochDone, Group, member_resources
 from ray_jobs.tuning.kept import newest_saved
 from ray_jobs.tuning.result import PARTS, Objective
@@ -224,19 +223,6 @@ class Trial(tune.Trainable):
         self._seconds["compute"] += max(steps_s, 0.0)
         self._seconds["validation"] += record[report.VALIDATION_S]
         self._seconds["checkpoint"] += saved
-
-
-def tells_features(path: str, space: Space) -> bool:
-    """Whether trials with other values of a setting may see other features."""
-    # The base says what its own kind of branch goes by; where there are several, one may go by all.
-    base = None if "model.image.kind" in space.distributions else space.base
-    return affects_features(path, base)
-
-
-def features_key(values: Values, space: Space) -> str:
-    """Return those of a trial's values that its features follow from, as a text."""
-    affecting = {path: value for path, value in values.items() if tells_features(path, space)}
-    return json.dumps(affecting, sort_keys=True)
 
 
 def seconds_of(result: Mapping[str, Any]) -> dict[str, float]:

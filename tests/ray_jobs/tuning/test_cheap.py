@@ -1,9 +1,16 @@
 from itertools import product
 
+import pytest
+
 from ray_jobs.spec import RunSpec
-from ray_jobs.tuning.cheap import _combinations, uses_features
+from ray_jobs.tuning.cheap import (
+    _combinations,
+    affects_features,
+    features_key,
+    is_frozen,
+    uses_features,
+)
 from ray_jobs.tuning.space import Space
-from ray_jobs.tuning.trial import features_key
 
 FROZEN = {"kind": "efficientnet_b0", "weights": None, "trainable": False}
 
@@ -41,3 +48,57 @@ def test_trials_see_images_where_features_cannot_tell_them_apart():
     assert uses_features(*space_of({"model.dropout": {"uniform": [0, 0.5]}}))
     learning = {**FROZEN, "trainable": True}
     assert not uses_features(*space_of({"model.dropout": {"uniform": [0, 0.5]}}, learning))
+
+
+@pytest.mark.parametrize(
+    ("changes", "frozen"),
+    [
+        ({}, True),
+        ({"model.image.trainable": True}, False),
+        ({"model.image.kind": "none"}, False),
+        ({"model.image.trainable": True, "train.stages": [{"epochs": 2, "backbone": 0}]}, True),
+        ({"model.image.trainable": True, "train.stages": [{"epochs": 2}]}, False),
+        (
+            {
+                "model.image.trainable": True,
+                "train.stages": [{"epochs": 2, "backbone": 0.1}, {"epochs": 1, "backbone": 0}],
+            },
+            False,
+        ),
+    ],
+)
+def test_a_backbone_is_frozen_that_stands_still_at_first(changes, frozen):
+    spec, _ = space_of({})
+    assert is_frozen(spec.overlay(changes)) == frozen
+
+
+@pytest.mark.parametrize(
+    ("path", "affects"),
+    [
+        ("model.image.kind", True),
+        ("model.image.weights", True),
+        ("model.image.units", False),
+        ("model.image", True),
+        ("model.augmentation.zoom", True),
+        ("model.augmentation", True),
+        ("model.activation", True),
+        ("model.dropout", False),
+        ("model.fusion.kind", False),
+        ("data.image_size", True),
+        ("data.prepared", True),
+        ("data.prefetch_batches", False),
+        ("run.seed", True),
+        ("run.storage_path", False),
+        ("train.learning_rate", False),
+    ],
+)
+def test_settings_affect_features_or_do_not(path, affects):
+    assert affects_features(path) == affects
+
+
+def test_the_activation_affects_the_features_of_a_backbone_that_has_it():
+    spec, _ = space_of({}, {**FROZEN, "kind": "tiny"})
+    assert affects_features("model.activation", spec)
+    spec = spec.overlay({"model.image.kind": "mobilenet_v3_small"})
+    assert not affects_features("model.activation", spec)
+    assert affects_features("model.image.kind", spec)

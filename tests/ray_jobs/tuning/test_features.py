@@ -26,14 +26,8 @@ from ray_jobs.spec import EvaluateSpec, InspectSpec, PredictSpec, RunSpec, Split
 from ray_jobs.storage import Folder
 from ray_jobs.train import fit
 from ray_jobs.tuning import features as module
-from ray_jobs.tuning.features import (
-    Extractor,
-    affects_features,
-    features_folder,
-    features_of,
-    is_frozen,
-    on_features,
-)
+from ray_jobs.tuning.cheap import is_frozen, on_features
+from ray_jobs.tuning.features import Extractor, features_folder, features_of
 from tests.ray_jobs.scenarios import PLAIN
 from tests.ray_jobs.tiny import with_image, write_prepared
 
@@ -472,59 +466,3 @@ def test_a_trial_on_features_is_a_run_that_evaluates_features_and_refuses_images
     (tmp_path / "raw.csv").write_text("key,alpha,beta,row\na,1,2,3\n")
     with pytest.raises(JobError, match="looks at features in place of images"):
         predict(PredictSpec(**where, data=str(tmp_path / "raw.csv"), images=str(tmp_path)))
-
-
-# -- what a search asks ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("changes", "frozen"),
-    [
-        ({}, True),
-        ({"model__image__trainable": True}, False),
-        ({"model__image__kind": "none"}, False),
-        ({"model__image__trainable": True, "train__stages": [{"epochs": 2, "backbone": 0}]}, True),
-        ({"model__image__trainable": True, "train__stages": [{"epochs": 2}]}, False),
-        (
-            {
-                "model__image__trainable": True,
-                "train__stages": [{"epochs": 2, "backbone": 0.1}, {"epochs": 1, "backbone": 0}],
-            },
-            False,
-        ),
-    ],
-)
-def test_a_backbone_is_frozen_that_stands_still_at_first(folder, changes, frozen):
-    assert is_frozen(spec_of(folder, **changes)) == frozen
-
-
-@pytest.mark.parametrize(
-    ("path", "affects"),
-    [
-        ("model.image.kind", True),
-        ("model.image.weights", True),
-        ("model.image.units", False),
-        ("model.image", True),
-        ("model.augmentation.zoom", True),
-        ("model.augmentation", True),
-        ("model.activation", True),
-        ("model.dropout", False),
-        ("model.fusion.kind", False),
-        ("data.image_size", True),
-        ("data.prepared", True),
-        ("data.prefetch_batches", False),
-        ("run.seed", True),
-        ("run.storage_path", False),
-        ("train.learning_rate", False),
-    ],
-)
-def test_settings_affect_features_or_do_not(path, affects):
-    assert affects_features(path) == affects
-
-
-def test_the_activation_affects_the_features_of_a_backbone_that_has_it(folder):
-    spec = spec_of(folder)
-    assert affects_features("model.activation", spec)
-    spec = spec.overlay({"model.image.kind": "mobilenet_v3_small"})
-    assert not affects_features("model.activation", spec)
-    assert affects_features("model.image.kind", spec)
