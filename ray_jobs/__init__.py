@@ -3,7 +3,7 @@
 The data's way, in running order:
 
     prepare.py      raw images + table → shards + manifest.json
-                    (sources/ table.py labels.py cells.py numbers.py splits.py plan.py
+                    (sources/ table.py labels.py cells.py numbers.py splits.py shard_plan.py
                      shards.py images.py progress.py do its parts)
     inspect.py      job: what is in prepared data, and what in it deserves a look (inspection/)
     manifest.py     what every later stage knows of the prepared data

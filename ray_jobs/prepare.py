@@ -35,7 +35,7 @@ from ray_jobs.cells import Rows, read_rows
 from ray_jobs.cli import JobError
 from ray_jobs.labels import find_classes
 from ray_jobs.manifest import Manifest, Shard, SplitInfo, require_shards
-from ray_jobs.plan import NewShard, Plan, make_plan, read_earlier, select
+from ray_jobs.shard_plan import NewShard, Plan, make_plan, read_earlier, select
 from ray_jobs.shards import ShardFacts, ShardWriter
 from ray_jobs.sources import open_source
 from ray_jobs.spec import SPLITS, RunSpec, Split
