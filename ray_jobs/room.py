@@ -6,16 +6,14 @@ does not spread over two of them.
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
+from ray_jobs.nodes import Nodes, nodes_free, nodes_there
 from ray_jobs.spec import TrainSpec
 
 _FREED_S = 10.0
 """Ray counts what an ended attempt held as free a moment later."""
 _LOOK_S = 0.5
-
-Nodes = Sequence[Mapping[str, float]]
-"""What nodes have, or have free, by the names of Ray's resources."""
 
 
 def worker_resources(train: TrainSpec) -> dict[str, float]:
@@ -45,7 +43,8 @@ def workers_to_start(train: TrainSpec, most: int, interrupted: threading.Event) 
     if len(allowed) == 1:
         return allowed[0]
     deadline = time.monotonic() + _FREED_S
-    while (room := room_on(_free(), train)) < room_on(_nodes(), train) and room < allowed[-1]:
+    most_room = min(room_on(nodes_there(), train), allowed[-1])
+    while (room := room_on(nodes_free(), train)) < most_room:
         if time.monotonic() > deadline or interrupted.wait(_LOOK_S):
             break
     return max([n for n in allowed if n <= room], default=allowed[0])
@@ -54,7 +53,7 @@ def workers_to_start(train: TrainSpec, most: int, interrupted: threading.Event) 
 def has_room_for_more(train: TrainSpec, num_workers: int) -> bool:
     """Whether a training of so many workers, which have theirs, would find room for more."""
     more = [n for n in numbers_allowed(train) if n > num_workers]
-    return bool(more) and num_workers + room_on(_free(), train) >= more[0]
+    return bool(more) and num_workers + room_on(nodes_free(), train) >= more[0]
 
 
 def room_on(nodes: Nodes, train: TrainSpec) -> int:
@@ -71,17 +70,3 @@ def room_on(nodes: Nodes, train: TrainSpec) -> int:
         if node.get("CPU", 0) >= 1
     ]
     return sum(map(fit, nodes)) - min(costs) if costs else 0
-
-
-def _nodes() -> Nodes:
-    """Return the resources of the nodes that are there."""
-    import ray
-
-    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
-
-
-def _free() -> Nodes:
-    """Return what nobody holds of them."""
-    from ray._private.state import available_resources_per_node
-
-    return [dict(node) for node in available_resources_per_node().values()]

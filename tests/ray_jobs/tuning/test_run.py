@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from ray_jobs.cli import JobError
+from ray_jobs.nodes import _nodes_of_ray_up
 from ray_jobs.tuning.run import TRIALS
-from ray_jobs.tuning.slots import _nodes_of_ray_up, slots_on
+from ray_jobs.tuning.slots import slots_on
 from ray_jobs.tuning.trial import ENDED
 from tests.ray_jobs.autoscaling import autoscaling_cluster
 from tests.ray_jobs.tuning.searches import (
