@@ -49,7 +49,7 @@ def make_group(region: str, ssh_from: str, vpc: str | None = None) -> str:
 
 def main() -> None:
     """Make the group that the command line describes."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="Make the security group of cluster.yaml.")
     parser.add_argument("region")
     parser.add_argument("ssh_from", help="network that may use ssh, such as 203.0.113.7/32")
     parser.add_argument("--vpc", help="id; the region's default one if left out")

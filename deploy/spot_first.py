@@ -5,13 +5,12 @@ provider has refused, and does not count that against a kind of node: left alone
 same spot nodes for ever.
 """
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 
 def score(
-    node_resources: Mapping[str, float],
-    resources: Sequence[Mapping[str, float]],
+    node_resources: dict[str, Any],
+    resources: list[dict[str, Any]],
     node_type: str,
     *,
     node_availability_summary: Any,
@@ -27,10 +26,7 @@ def score(
     from ray.autoscaler._private.resource_demand_scheduler import _default_utilization_scorer
 
     usual = _default_utilization_scorer(
-        dict(node_resources),
-        [dict(wanted) for wanted in resources],
-        node_type,
-        node_availability_summary=node_availability_summary,
+        node_resources, resources, node_type, node_availability_summary=node_availability_summary
     )
     if usual is None:
         return None

@@ -564,6 +564,23 @@ def test_aws_makes_every_node_as_it_is_written(aws):
         assert (found.get("InstanceLifecycle") == "spot") == (name == "gpu_spot")
 
 
+def test_what_aws_refuses_is_what_the_autoscaler_remembers(aws, monkeypatch):
+    from botocore.exceptions import ClientError
+    from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+    from ray.autoscaler.node_launch_exception import NodeLaunchException
+
+    def refuse(**node: Any) -> None:
+        answer = {"Error": {"Code": "InsufficientInstanceCapacity", "Message": "no spot"}}
+        raise ClientError(answer, "RunInstances")
+
+    config = load("cluster.yaml")
+    provider = AWSNodeProvider(config["provider"], config["cluster_name"])
+    monkeypatch.setattr(provider.ec2_fail_fast, "create_instances", refuse)
+    node = {**config["available_node_types"]["gpu_spot"]["node_config"], "SubnetIds": ["a", "b"]}
+    with pytest.raises(NodeLaunchException, match="no spot"):
+        provider.create_node(node, {"ray-node-type": "worker"}, 1)
+
+
 @pytest.fixture
 def checkout(tmp_path) -> Path:
     """A project whose `ray` only writes down what it was asked to do."""
