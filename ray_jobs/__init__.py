@@ -30,6 +30,7 @@ The data's way, in running order:
     evaluate.py     job: a split's metrics and plots      (metrics.py plots.py)
     predict.py      job: Parquet of probabilities
     demo.py         job: all of the above on generated data (demo_data.py)
+    submit.py       sends jobs to a cluster, follows and stops them (submission/)
 
     spec.py cli.py storage.py cluster.py tf_backend.py environment.py serve every job.
 """

@@ -23,6 +23,7 @@ from mm_model.spec import Spec
 from mm_model.suggest import did_you_mean
 
 S = TypeVar("S", bound=Spec)
+T = TypeVar("T")
 _NONE = type(None)
 
 
@@ -41,21 +42,34 @@ class Interrupted(JobError):
 def main(spec_class: type[S], job: Callable[[S], Any], doc: str | None) -> None:
     """Run one job from the command line.
 
+    Exits as `run` does.
+    """
+    arguments = sys.argv[1:]
+    prog = f"python -m {getattr(sys.modules['__main__'].__spec__, 'name', 'ray_jobs')}"
+    if asks_for_help(arguments):
+        print(help_text(spec_class, prog, doc or ""))
+        return
+    run(prog, lambda: parse(spec_class, arguments), job)
+
+
+def asks_for_help(arguments: Sequence[str]) -> bool:
+    """Whether the user wants to know how a job is called."""
+    return bool({"-h", "--help"} & set(arguments))
+
+
+def run(prog: str, parsed: Callable[[], T], job: Callable[[T], Any]) -> None:
+    """Run one job on what the command line says.
+
     Exits with status 0 only when the work is done, 2 on wrong usage, 130 when it was interrupted, 1
     on any other failure.
     Errors that the user can mend are one line on stderr; others keep their traceback.
     """
-    arguments = sys.argv[1:]
-    prog = f"python -m {getattr(sys.modules['__main__'].__spec__, 'name', 'ray_jobs')}"
-    if {"-h", "--help"} & set(arguments):
-        print(help_text(spec_class, prog, doc or ""))
-        return
     try:
-        spec = parse(spec_class, arguments)
+        asked = parsed()
     except UsageError as error:
         _exit(f"{error}\nSee {prog} --help.", 2)
     try:
-        job(spec)
+        job(asked)
     except Interrupted as error:
         _exit(str(error), 130)
     except (JobError, OSError, ValueError) as error:

@@ -8,6 +8,8 @@ from unittest.mock import patch
 
 import pytest
 
+from tests.ray_jobs.heads import running_head
+
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
@@ -33,3 +35,10 @@ def board(ray_local: None) -> Iterator[Any]:
     made = make_board()
     yield made
     ray.kill(made)
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A real Ray head on loopback with token authentication; yields its clients' environment."""
+    with running_head(tmp_path_factory.mktemp("head") / "head.log") as environment:
+        yield environment

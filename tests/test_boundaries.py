@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-VERBS = ("prepare", "train", "tune", "evaluate", "predict", "inspect", "demo")
+VERBS = ("prepare", "train", "tune", "evaluate", "predict", "inspect", "demo", "submit")
 HEAVY = ("tensorflow", "keras", "ray", "mlflow", "optuna")
 
 
@@ -22,7 +22,8 @@ def loaded_by(code: str) -> set[str]:
     ["mm_model", "mm_model.spec", "mm_model.statistics", "ray_jobs.spec", "ray_jobs.cli",
      "ray_jobs.batch", "ray_jobs.manifest", "ray_jobs.order", "ray_jobs.metrics",
      "ray_jobs.tracking", "ray_jobs.resources", "ray_jobs.profile", "ray_jobs.tuning.spec",
-     "ray_jobs.tuning.space", "ray_jobs.tuning.result", "ray_jobs.tuning.page"],
+     "ray_jobs.tuning.space", "ray_jobs.tuning.result", "ray_jobs.tuning.page",
+     "ray_jobs.submission.spec"],
 )  # fmt: skip
 def test_light_modules_import_nothing_heavy(module):
     assert loaded_by(f"import {module}") == set()

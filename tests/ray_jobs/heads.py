@@ -1,0 +1,54 @@
+"""A real Ray head on loopback, with token authentication, that jobs are sent to."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+TOKEN = "0123456789abcdef" * 4
+
+
+@contextmanager
+def running_head(log: Path) -> Iterator[dict[str, str]]:
+    """Start a head, and yield its clients' environment; it ends with the block."""
+    with socket.socket() as gcs, socket.socket() as dashboard:
+        gcs.bind(("127.0.0.1", 0))
+        dashboard.bind(("127.0.0.1", 0))
+        ports = gcs.getsockname()[1], dashboard.getsockname()[1]
+    binaries = Path(sys.executable).parent
+    environment = {
+        **{k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
+        "PATH": f"{binaries}:{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": TOKEN,
+        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports[1]}",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    # Ray's sockets lie below, whose paths must be short.
+    folder = tempfile.mkdtemp(prefix="ray-")
+    with open(log, "w") as written:
+        process = subprocess.Popen(
+            [
+                *("ray", "start", "--head", "--block", "--num-cpus", "4"),
+                *("--node-ip-address", "127.0.0.1", "--port", str(ports[0])),
+                *("--dashboard-host", "127.0.0.1", "--dashboard-port", str(ports[1])),
+                *("--temp-dir", folder),
+            ],
+            env=environment, stdout=written, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        try:
+            # Jobs can be listed before there is an agent that runs them.
+            ready = ["ray", "job", "submit", "--", "true"]
+            while subprocess.run(ready, env=environment, capture_output=True).returncode != 0:
+                assert process.poll() is None, log.read_text()
+            yield environment
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
+            shutil.rmtree(folder, ignore_errors=True)
