@@ -20,7 +20,7 @@ The data's way, in running order:
                     say what a worker uses and where its steps spend their time)
     worker.py       a Ray worker around the loop: start, checkpoints, reports (watchdog.py)
     attempts.py     what fails, and whether it is tried again (board.py: driver ↔ workers)
-    room.py         how many workers there is room for
+    room.py         how many workers there is room for (nodes.py: on what)
     finish.py       best epoch → the model that people use, blended and calibrated
     train.py        job: the run folder, and attempts at a `TensorflowTrainer` until one ends
     tune.py         job: a search over settings of all that (tuning/; turning.py: trials whose
@@ -30,6 +30,7 @@ The data's way, in running order:
     evaluate.py     job: a split's metrics and plots      (metrics.py plots.py)
     predict.py      job: Parquet of probabilities
     demo.py         job: all of the above on generated data (demo_data.py)
+    doctor.py       finds what would stop a job, before it starts (checks/)
     submit.py       sends jobs to a cluster, follows and stops them (submission/)
 
     spec.py cli.py storage.py cluster.py tf_backend.py environment.py serve every job.

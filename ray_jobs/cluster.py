@@ -3,12 +3,16 @@
 import logging
 import math
 import os
+import re
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ray_jobs.cli import JobError
 
+_ANSWERS_S = 5.0
+"""In which a cluster's head takes a connection."""
 _started: set[int] = set()
 """This process, while it holds a local Ray of its own, to which nobody will add a node."""
 
@@ -52,6 +56,7 @@ def connected(
     address = address or os.environ.get("RAY_ADDRESS")
     options = {"log_to_driver": worker_logs, "logging_level": logging.ERROR}
     if address and address != "local":
+        _require_answer(address)
         try:
             ray.init(address=address, **options)
         except (ConnectionError, RuntimeError, RayError) as error:
@@ -67,6 +72,17 @@ def connected(
     finally:
         _started.clear()
         ray.shutdown()
+
+
+def _require_answer(address: str) -> None:
+    """Check that something listens at an address; Ray itself gives up after two minutes."""
+    parts = re.fullmatch(r"(?:ray://)?\[?([^/\[\]]+)\]?:(\d+)", address)
+    if not parts:
+        return
+    try:
+        socket.create_connection((parts[1], int(parts[2])), timeout=_ANSWERS_S).close()
+    except OSError as error:
+        raise JobError(f"no Ray cluster answers at {address}: {error}") from error
 
 
 def is_our_own() -> bool:

@@ -38,6 +38,9 @@ class RunSection(Spec):
     """Seed of the splits, the order of rows, the weights' start, dropout and augmentation."""
     worker_logs: bool = False
     """Print what workers write to their logs, not only their progress and their errors."""
+    preflight: bool = True
+    """Look at versions, storage, data and weights on every node before work starts, where the
+    cluster has other nodes than this one: what `doctor` does, less what takes long."""
     tracking: Literal["none", "mlflow"] = "none"
     """Where parameters, metrics and the model go, beside the run folder; MLflow needs the extra
     `mlflow`."""
@@ -337,7 +340,7 @@ class RunSpec(Spec):
             )
         return self
 
-    def overlay(self, changes: dict[str, Any]) -> "RunSpec":
+    def overlay(self, changes: dict[str, Any]) -> Self:
         """Return a copy with fields replaced by path, such as {"train.learning_rate": 1e-3}.
 
         Raises:
@@ -348,7 +351,7 @@ class RunSpec(Spec):
         tree = self.model_dump(mode="json")
         for path, value in changes.items():
             tree = with_value(tree, path, value)
-        return validate_spec(RunSpec, tree)
+        return validate_spec(type(self), tree)
 
 
 class InferenceSpec(Spec):

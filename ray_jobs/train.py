@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ray_jobs import cli, cluster, report
 from ray_jobs.attempts import fit_once, run_attempts
@@ -25,6 +25,8 @@ from ray_jobs.spec import RunSpec
 from ray_jobs.storage import Folder
 from ray_jobs.tracking import Tracker, require_tracking
 from ray_jobs.worker import train_on_worker
+
+S = TypeVar("S", bound=RunSpec)
 
 if TYPE_CHECKING:
     from ray.train import UserCallback
@@ -77,6 +79,9 @@ def fit(spec: RunSpec, callbacks: Sequence["UserCallback"] = ()) -> dict[str, An
         worker_logs=spec.run.worker_logs,
         object_store_memory=spec.data.object_store_memory,
     ):
+        from ray_jobs.checks.preflight import preflight
+
+        preflight(spec, manifest)
         # The attempts after the first one find the connection there.
         connecting_s = iter([time.monotonic() - started])
         board = make_board()
@@ -136,7 +141,7 @@ def resolved(spec: RunSpec) -> RunSpec:
     return with_absolute_paths(spec)
 
 
-def with_absolute_paths(spec: RunSpec) -> RunSpec:
+def with_absolute_paths(spec: S) -> S:
     """Return a spec for workers: they run elsewhere, where a relative path would mean another."""
     changes: dict[str, Any] = {
         "data.prepared": Folder(spec.data.prepared).uri,

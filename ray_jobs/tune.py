@@ -68,9 +68,11 @@ def search(spec: RunSpec) -> dict[str, Any]:
         worker_logs=spec.run.worker_logs,
         object_store_memory=spec.data.object_store_memory,
     ):
+        from ray_jobs.checks.preflight import preflight
         from ray_jobs.tuning.cheap import uses_features
         from ray_jobs.tuning.finish import finish_search
 
+        preflight(spec, manifest)
         found = trials_of(spec, manifest, space)
         return finish_search(spec, space, folder, found, uses_features(spec, space))
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-VERBS = ("prepare", "train", "tune", "evaluate", "predict", "inspect", "demo", "submit")
+VERBS = ("prepare", "train", "tune", "evaluate", "predict", "inspect", "demo", "doctor", "submit")
 HEAVY = ("tensorflow", "keras", "ray", "mlflow", "optuna")
 
 
@@ -23,7 +23,8 @@ def loaded_by(code: str) -> set[str]:
      "ray_jobs.batch", "ray_jobs.manifest", "ray_jobs.order", "ray_jobs.metrics",
      "ray_jobs.tracking", "ray_jobs.resources", "ray_jobs.profile", "ray_jobs.tuning.spec",
      "ray_jobs.tuning.space", "ray_jobs.tuning.result", "ray_jobs.tuning.page",
-     "ray_jobs.submission.spec"],
+     "ray_jobs.submission.spec", "ray_jobs.nodes", "ray_jobs.checks.here",
+     "ray_jobs.checks.nodes", "ray_jobs.checks.reach", "ray_jobs.checks.fit"],
 )  # fmt: skip
 def test_light_modules_import_nothing_heavy(module):
     assert loaded_by(f"import {module}") == set()

@@ -1,0 +1,35 @@
+"""What `train` and `tune` look at by themselves, in seconds, before work starts."""
+
+import sys
+
+from ray_jobs.cli import JobError
+from ray_jobs.manifest import Manifest
+from ray_jobs.spec import RunSpec
+
+
+def preflight(spec: RunSpec, manifest: Manifest) -> None:
+    """Check nodes, storage, data and weights, where the cluster has other nodes than this one.
+
+    Raises:
+        JobError: with all errors that were found, and what mends them.
+    """
+    import ray
+
+    from ray_jobs.checks import nodes, reach
+    from ray_jobs.checks.probe import probed
+
+    here = ray.get_runtime_context().get_node_id()
+    others = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
+    if not spec.run.preflight or not others:
+        return
+    with probed() as there:
+        able, found = nodes.answering(there)
+        found += nodes.versions(able)
+        found += reach.storage(spec, able)
+        found += reach.data(spec, manifest, able, num_shards=0)
+        found += reach.weights(spec, able)
+    for finding in found:
+        if finding.status == "warning":
+            print(f"warning: {finding.sentence}", file=sys.stderr)
+    if errors := [finding.sentence for finding in found if finding.status == "error"]:
+        raise JobError("\n".join(errors))
