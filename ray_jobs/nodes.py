@@ -50,17 +50,21 @@ def _nodes_of_ray_up(path: Path) -> Nodes:
 
     try:
         config: Any = yaml.safe_load(path.read_text())
-        most, kinds = config["max_workers"], config["available_node_types"]
-        groups = [
-            (
-                kind.get("resources", {}),
-                1 if name == config["head_node_type"] else min(kind.get("max_workers", most), most),
-            )
-            for name, kind in kinds.items()
-        ]
+        most, kinds, head = (
+            config[name] for name in ("max_workers", "available_node_types", "head_node_type")
+        )
+        workers = _nodes(
+            [
+                (kind.get("resources", {}), min(kind.get("max_workers", most), most))
+                for name, kind in kinds.items()
+                if name != head
+            ]
+        )
+        # Not all kinds can be at their most at once; who needs GPUs asks for those that have them.
+        largest = sorted(workers, key=lambda n: (n.get("GPU", 0), n.get("CPU", 0)), reverse=True)
+        return [dict(kinds[head].get("resources", {})), *largest[:most]]
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):
         return []
-    return _nodes(groups)
 
 
 def _nodes(groups: Sequence[tuple[dict[str, float], int]]) -> Nodes:
