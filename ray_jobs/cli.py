@@ -8,10 +8,11 @@ Imports neither Ray nor TensorFlow: `--help` answers at once.
 """
 
 import os
+import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from textwrap import fill
 from typing import Any, Literal, NoReturn, TypeVar
 
@@ -25,6 +26,7 @@ from mm_model.suggest import did_you_mean
 S = TypeVar("S", bound=Spec)
 T = TypeVar("T")
 _NONE = type(None)
+_PASSWORD = re.compile(r"://[^/?#@\s]*:[^/?#@\s]+@")
 
 
 class UsageError(ValueError):
@@ -129,10 +131,28 @@ def validate_spec(spec_class: type[S], tree: Mapping[str, Any]) -> S:
     Raises:
         UsageError: one line for each wrong key or value.
     """
+    if secret := next(_with_password(tree, ""), None):
+        raise UsageError(
+            f"{secret} holds a password, which would stand in run folders and logs; give it by the "
+            "environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        )
     try:
         return spec_class.model_validate(tree)
     except ValidationError as error:
         raise UsageError("\n".join(_error_lines(spec_class, error.errors()))) from None
+
+
+def _with_password(value: Any, path: str) -> Iterator[str]:
+    """Yield the paths of the settings in a tree that are URIs with a password."""
+    if isinstance(value, str) and _PASSWORD.search(value):
+        yield path
+    elif isinstance(value, Mapping):
+        for name, below in value.items():
+            yield from _with_password(below, f"{path}.{name}".lstrip("."))
+    elif isinstance(value, list | tuple):
+        for below in value:
+            yield from _with_password(below, path)
 
 
 def read_yaml(path: str) -> dict[str, Any]:

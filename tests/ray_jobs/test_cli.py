@@ -197,6 +197,21 @@ def test_every_wrong_key_and_value_has_a_line_of_its_own(yaml_file):
 
 
 @pytest.mark.parametrize(
+    ("flag", "uri"),
+    [
+        ("data.prepared", "s3://key:hunter2@bucket/prepared"),
+        ("run.tracking_uri", "https://me:hunter2@host/mlflow"),
+        ("model.image.weights", "https://:hunter2@host/x.weights.h5"),
+    ],
+)
+def test_a_password_in_a_setting_is_refused_and_not_repeated(flag, uri):
+    with pytest.raises(UsageError, match=rf"{flag} holds a password.*AWS_ACCESS_KEY_ID") as error:
+        parse(RunSpec, [f"--{flag}", uri])
+    assert "hunter2" not in str(error.value)
+    parse(RunSpec, [f"--{flag}", "hdfs://me@host:8020/a:b@c"])
+
+
+@pytest.mark.parametrize(
     ("flag", "message"),
     [
         ("train.epochs=x", "train.epochs='x': Input should be a valid integer"),

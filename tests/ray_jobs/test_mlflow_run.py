@@ -223,7 +223,7 @@ def test_a_server_that_never_answers_ends_no_training(tmp_path, monkeypatch):
 
 def test_no_secret_and_no_environment_variable_reaches_mlflow(runs, monkeypatch):
     monkeypatch.setenv("SOME_TOKEN", "swordfish")
-    spec = spec_in(runs, data__prepared="s3://key:hunter2@bucket/prepared")
+    spec = spec_in(runs, data__prepared="s3://hunter2@bucket/prepared")
     write_run_files(runs / "first")
     with Tracker(Folder(runs / "first"), spec) as tracker:
         write_epochs(tracker, 0, 1)
