@@ -1,0 +1,175 @@
+"""What `plan` says of this machine's CPU against what steps take: time and memory.
+
+Every configuration trains some steps through the real loop, rows from memory, in a process of its
+own. One of them sets how fast the machine is: all rates of the entry `cpu` in
+ray_jobs/planning/gpus.yaml are multiplied by one number, so that what is said of this one is right.
+The others are then compared.
+
+    step     median of the steps after the first ones
+    memory   most that the process ever had, less what it had before the model was built; `plan`
+             adds to it what the process itself takes (`reserved_gib`), which is not looked at here
+
+Run:   python -m benchmarks.plan [--steps 12]
+Ends in one line of JSON: the largest factor by which plan and measure differ, either way.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+WARM_UP = 3
+CALIBRATES = "efficientnet_b0, 96 px"
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    CALIBRATES: {},
+    "the same, half the rows": {"train.global_batch_size": 16},
+    "the same, in 4 parts": {"train.accumulate_steps": 4},
+    "the same, backbone frozen": {"model.image.trainable": False},
+    "the same, one core": {"train.cpus_per_worker": 1, "train.global_batch_size": 16},
+    "efficientnet_b0, 160 px": {"data.image_size": 160, "train.global_batch_size": 16},
+    "efficientnet_b5, 96 px": {
+        "model.image.kind": "efficientnet_b5", "train.global_batch_size": 16,
+    },
+    "resnet50, 96 px": {"model.image.kind": "resnet50"},
+    "mobilenet_v3_small, 128 px": {
+        "model.image.kind": "mobilenet_v3_small", "data.image_size": 128,
+        "train.global_batch_size": 64,
+    },
+    "convnext_tiny, 96 px": {"model.image.kind": "convnext_tiny", "train.global_batch_size": 16},
+    "tiny, 128 px": {"model.image.kind": "tiny", "data.image_size": 128},
+}  # fmt: skip
+
+
+def make_spec(folder: str, name: str) -> Any:
+    """Return the spec of a configuration."""
+    from ray_jobs.spec import RunSpec
+
+    base = {
+        "run": {"storage_path": folder, "name": "run"},
+        "data": {"prepared": f"{folder}/prepared", "image_size": 96},
+        "model": {"image": {"kind": "efficientnet_b0", "weights": None}},
+        "train": {"cpus_per_worker": os.cpu_count(), "schedule": "constant"},
+    }
+    return RunSpec.model_validate(base).overlay(CONFIGURATIONS[name])
+
+
+def run(folder: str, name: str, steps: int) -> None:
+    """Train a configuration and write down what its steps took."""
+    from ray_jobs.replicas import Place, set_devices
+
+    spec = make_spec(folder, name)
+    set_devices(spec.train.cpus_per_worker, use_gpu=False)
+
+    from benchmarks.memory_loop import TimedLoop
+    from ray_jobs.manifest import read_manifest
+    from ray_jobs.storage import Folder
+
+    manifest = read_manifest(Folder(spec.data.prepared))
+    before = _memory("VmRSS")
+    ends = f"{folder}/ends.json"
+    loop = TimedLoop(spec, manifest, Place(), num_steps=steps, ends=ends)
+    arrays = sum(array.nbytes for array in loop.arrays.values())
+    loop.run()
+    wall_s, _ = np.diff(json.loads(Path(ends).read_text())["ends"][WARM_UP - 1 :], axis=0).T
+    found = {
+        "step_s": float(np.median(wall_s)),
+        "memory": _memory("VmHWM") - before - arrays,
+    }
+    Path(f"{folder}/found.json").write_text(json.dumps(found))
+
+
+def _memory(name: str) -> int:
+    """Return bytes of this process, by Linux' own name: VmRSS now, VmHWM the most ever."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    (line,) = [line for line in status if line.startswith(f"{name}:")]
+    return int(line.split()[1]) * 1024
+
+
+def measure(folder: str, name: str, steps: int) -> dict[str, float]:
+    """Return what a configuration takes, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.plan", "--folder", folder, "--name", name]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"}
+    subprocess.run([*command, "--steps", str(steps)], cwd=ROOT, env=environment, check=True)
+    return json.loads(Path(f"{folder}/found.json").read_text())
+
+
+def planned(folder: str, name: str, machine: Any) -> dict[str, float]:
+    """Return what `plan` says of a configuration."""
+    from ray_jobs.manifest import read_manifest
+    from ray_jobs.planning.estimate import Estimator
+    from ray_jobs.planning.layers import model_costs
+    from ray_jobs.storage import Folder
+
+    spec = make_spec(folder, name)
+    manifest = read_manifest(Folder(spec.data.prepared))
+    plan = Estimator("cpu", machine, model_costs(spec, manifest), manifest).plan(spec)
+    (stage,) = plan.stages
+    return {
+        "step_s": stage.compute_s,
+        "memory": stage.memory.total - stage.memory.reserved,
+    }
+
+
+def scaled(machine: Any, factor: float) -> Any:
+    """Return a machine that is so many times as fast."""
+    return machine.model_copy(
+        update={
+            "tflops": {name: value * factor for name, value in machine.tflops.items()},
+            "bandwidth_gb_s": machine.bandwidth_gb_s * factor,
+            "layer_us": machine.layer_us / factor,
+        }
+    )
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--steps", type=int, default=12, help="of each run, with the first ones")
+    for name in ("--folder", "--name"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.name:
+        run(arguments.folder, arguments.name, arguments.steps)
+        return
+
+    from benchmarks.photos import jpeg, photo
+    from benchmarks.shards import write_shards
+    from ray_jobs.planning.spec import TABLE, read_machines
+
+    machine = read_machines(str(TABLE))["cpu"]
+    with tempfile.TemporaryDirectory() as folder:
+        image = jpeg(photo(np.random.default_rng(0), 96))
+        num_rows = {"train": 4 * arguments.steps * 64, "validation": 32, "test": 32}
+        write_shards(Path(folder) / "prepared", num_rows, [image], 96)
+        measured = {}
+        for name in CONFIGURATIONS:
+            measured[name] = measure(folder, name, arguments.steps)
+            print(name, measured[name], file=sys.stderr, flush=True)
+        own = planned(folder, CALIBRATES, machine)["step_s"]
+        speed = own / measured[CALIBRATES]["step_s"]
+        machine = scaled(machine, speed)
+        print(f"this machine is {speed:.2f} times as fast as the table's `cpu`\n")
+        print("| configuration | step, s | planned | ratio | memory, MB | planned | ratio |")
+        print("|---|---|---|---|---|---|---|")
+        worst = {"step_s": 1.0, "memory": 1.0}
+        for name in CONFIGURATIONS:
+            said, row = planned(folder, name, machine), name
+            for key, unit, digits in (("step_s", 1.0, 3), ("memory", 1e6, 0)):
+                ratio = said[key] / measured[name][key]
+                row += f" | {measured[name][key] / unit:.{digits}f} | {said[key] / unit:.{digits}f}"
+                row += f" | {ratio:.2f}"
+                worst[key] = max(worst[key], ratio, 1 / ratio)
+            print(f"| {row} |", flush=True)
+    factors = {"step_time_factor": worst["step_s"], "memory_factor": worst["memory"]}
+    print(json.dumps({name: round(factor, 2) for name, factor in factors.items()}))
+
+
+if __name__ == "__main__":
+    main()
