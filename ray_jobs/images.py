@@ -12,10 +12,11 @@ import threading
 import warnings
 from typing import Literal
 
-import cv2
 import numpy as np
 import pyarrow as pa
 from PIL import Image, ImageOps
+
+from ray_jobs.opencv import cv2
 
 Aspect = Literal["stretch", "crop", "pad"]
 
@@ -158,7 +159,10 @@ def decode_stored(
         reduced = max(n for n in _REDUCED if n == 1 or n * max(shape[:2]) <= min(stored_shape[:2]))
     pixels = None
     if len(content):
-        pixels = cv2.imdecode(np.frombuffer(content, np.uint8), _REDUCED[reduced])
+        try:
+            pixels = cv2.imdecode(np.frombuffer(content, np.uint8), _REDUCED[reduced])
+        except cv2.error as error:
+            raise ValueError(f"{len(content)} bytes that OpenCV refuses: {error.err}") from error
     if pixels is None:
         raise ValueError(f"{len(content)} bytes that are no image")
     if stored_shape and pixels.shape[:2] != tuple(-(-side // reduced) for side in stored_shape[:2]):

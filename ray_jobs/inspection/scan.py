@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,6 +22,7 @@ from ray_jobs.ahead import mapped_ahead
 from ray_jobs.batch import KEY, LABEL
 from ray_jobs.images import decode_stored
 from ray_jobs.manifest import ImageInfo, Shard, SplitInfo
+from ray_jobs.opencv import cv2
 from ray_jobs.spec import Split
 from ray_jobs.storage import Folder
 
@@ -157,7 +157,10 @@ def grey_pixels(content: Any, image: ImageInfo) -> np.ndarray:
     data = np.frombuffer(content, np.uint8)
     if image.encoding == "raw":
         return cv2.cvtColor(data.reshape(*shape, 3), cv2.COLOR_RGB2GRAY)
-    grey = cv2.imdecode(data, cv2.IMREAD_GRAYSCALE) if len(data) else None
+    try:
+        grey = cv2.imdecode(data, cv2.IMREAD_GRAYSCALE) if len(data) else None
+    except cv2.error:
+        grey = None
     if grey is None or grey.shape != shape:
         raise ValueError("it cannot be decoded, or has another size than the manifest says")
     return grey

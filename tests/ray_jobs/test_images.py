@@ -206,6 +206,15 @@ def test_stored_bytes_that_are_no_image_are_an_error(content):
         decode_stored(content)
 
 
+def test_a_stored_image_that_says_it_is_huge_is_refused_before_it_takes_memory():
+    content = bytearray(encode_jpeg(Image.new("RGB", (16, 16)), 90))
+    size = content.index(b"\xff\xc0") + 5
+    # 3 GB of pixels, within OpenCV's own limit.
+    content[size : size + 4] = (32_000).to_bytes(2, "big") * 2
+    with pytest.raises(ValueError, match="OpenCV refuses: .*MAX_IMAGE_PIXELS"):
+        decode_stored(bytes(content), (16, 16, 3))
+
+
 def lie(content: bytes, place: int, kind: str, width: int, height: int) -> bytes:
     """Write other sides into a file."""
     sides = struct.pack(kind, width, height)
