@@ -6,8 +6,8 @@ node can reach them.
 
 Run:   python -m ray_jobs.submit train ray_jobs/specs/houses.yaml --run.storage_path s3://bucket/runs
 
-    VERB ARGUMENTS   prepare, inspect, train, tune, evaluate or predict, with the arguments that
-                     `python -m ray_jobs.VERB` takes: they are checked before anything is sent.
+    VERB ARGUMENTS   doctor, prepare, inspect, train, tune, evaluate or predict, with the arguments
+                     that `python -m ray_jobs.VERB` takes: they are checked before anything is sent.
                      Exits as the job does, and with 130 where it was stopped
     list             the jobs of the cluster
     status ID        PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED
@@ -35,6 +35,7 @@ from mm_model.spec import Spec
 from mm_model.suggest import did_you_mean
 from ray_jobs import cli
 from ray_jobs.cli import JobError, UsageError
+from ray_jobs.doctor import DoctorSpec
 from ray_jobs.evaluate import METRICS
 from ray_jobs.finish import SUMMARY
 from ray_jobs.spec import EvaluateSpec, InspectSpec, PredictSpec, RunSpec
@@ -64,6 +65,7 @@ JOBS = {
     "tune": _Verb(RunSpec, "run.storage_path", SUMMARY),
     "evaluate": _Verb(EvaluateSpec, "output", METRICS),
     "predict": _Verb(PredictSpec, "output"),
+    "doctor": _Verb(DoctorSpec, "run.storage_path"),
 }
 
 

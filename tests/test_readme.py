@@ -11,6 +11,8 @@ import pytest
 import yaml
 
 from ray_jobs import cli, submit
+from ray_jobs.doctor import DoctorSpec
+from ray_jobs.planning.spec import PlanSpec
 from ray_jobs.spec import DemoSpec, EvaluateSpec, InspectSpec, PredictSpec, RunSpec
 from tests.ray_jobs.tiny import write_prepared
 
@@ -24,6 +26,8 @@ SPECS = {
     "evaluate": EvaluateSpec,
     "predict": PredictSpec,
     "demo": DemoSpec,
+    "doctor": DoctorSpec,
+    "plan": PlanSpec,
 }
 README = (ROOT / "README.md").read_text()
 
@@ -128,15 +132,19 @@ def test_the_demo_ends_with_the_fusion_above_both_single_branches(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_job_submitted_to_a_running_head_trains_to_success(head, tmp_path):
+def test_the_commands_for_a_cluster_do_what_they_say_on_a_running_head(head, tmp_path):
     write_prepared(tmp_path / "prepared", {"train": 101, "validation": 37, "test": 5})
-    (command,) = [line for line in commands() if re.search(r"submit .*\btrain\b", line)]
-    command = command.replace("SHARED/", f"{tmp_path}/").replace("NAME", "submitted")
-    words = [*shlex.split(command), "--train.epochs", "2"]
-    result = run(words, env=head)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "succeeded" in result.stdout + result.stderr
-    assert (tmp_path / "runs" / "submitted" / "summary.json").exists()
-    failing = run([*words, "--run.name", "other", "--data.prepared", "nowhere"], env=head)
-    assert failing.returncode != 0
-    assert "no manifest.json" in failing.stdout
+    sent = [line for line in commands() if re.search(r"\bsubmit\b", line)]
+    trainings = [line for line in sent if re.search(r"[. ]train\b", line)]
+    assert (len(sent), len(trainings)) == (4, 2)
+    for number, line in enumerate(sent):
+        words = shlex.split(line.replace("SHARED/", f"{tmp_path}/").replace("NAME", f"run{number}"))
+        words += ["--train.epochs", "2"] if line in trainings else []
+        result = run(words, env=head)
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert "Traceback" not in result.stdout + result.stderr
+        if line in trainings:
+            assert (tmp_path / "runs" / f"run{number}" / "summary.json").exists()
+            failing = run([*words, "--run.name", "x", "--data.prepared", "/nowhere"], env=head)
+            assert failing.returncode != 0
+            assert "no manifest.json" in failing.stdout

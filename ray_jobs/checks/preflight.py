@@ -1,6 +1,7 @@
 """What `train` and `tune` look at by themselves, in seconds, before work starts."""
 
 import sys
+from dataclasses import replace
 
 from ray_jobs.cli import JobError
 from ray_jobs.manifest import Manifest
@@ -23,7 +24,9 @@ def preflight(spec: RunSpec, manifest: Manifest) -> None:
     if not spec.run.preflight or not others:
         return
     with probed() as there:
-        able, found = nodes.answering(there)
+        able, silent = nodes.answering(there)
+        # A node may only be busy; who needs it will wait for it.
+        found = [replace(finding, status="warning") for finding in silent]
         found += nodes.versions(able)
         found += reach.storage(spec, able)
         found += reach.data(spec, manifest, able, num_shards=0)
