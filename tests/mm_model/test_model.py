@@ -266,6 +266,13 @@ def test_a_wrong_option_names_the_nearest_one():
         mm_model.create_model((16, 16, 3), (3,), image={"kind": "tiney", "weights": None})
 
 
+def test_a_file_that_brings_code_is_refused(tmp_path):
+    inputs = keras.Input((1,))
+    keras.Model(inputs, keras.layers.Lambda(lambda x: x + 1)(inputs)).save(tmp_path / "x.keras")
+    with pytest.raises(ValueError, match="lambda"):
+        mm_model.load_model(tmp_path / "x.keras")
+
+
 def test_a_file_of_another_model_is_refused(tmp_path):
     other = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     other.save(tmp_path / "other.keras")

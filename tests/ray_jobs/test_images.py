@@ -211,7 +211,7 @@ def test_a_stored_image_that_says_it_is_huge_is_refused_before_it_takes_memory()
     size = content.index(b"\xff\xc0") + 5
     # 3 GB of pixels, within OpenCV's own limit.
     content[size : size + 4] = (32_000).to_bytes(2, "big") * 2
-    with pytest.raises(ValueError, match="OpenCV refuses: .*MAX_IMAGE_PIXELS"):
+    with pytest.raises(ValueError, match=r"OpenCV refuses: .*MAX_IMAGE_PIXELS"):
         decode_stored(bytes(content), (16, 16, 3))
 
 
