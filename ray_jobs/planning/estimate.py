@@ -43,7 +43,7 @@ from ray_jobs.planning.spec import MachineSpec
 from ray_jobs.room import worker_resources
 from ray_jobs.spec import RunSpec
 
-GIB = 2.0**30
+GIB, MIB = 2.0**30, 2.0**20
 
 _BACKWARD = 2
 _FLOAT_BYTES = 4
@@ -264,6 +264,7 @@ class Estimator:
         largest = max(layer.kept_bytes for layer in costs.layers)
         gradient = float(_FLOAT_BYTES * costs.num_learning)
         copies = 1 + (train.accumulate_steps > 1)
+        graph = sum(1 + _BACKWARD * layer.learns for layer in costs.layers) / (1 + _BACKWARD)
         sharing = 1 if machine.gpus else workers_per_machine(machine, spec)
         return MemoryPlan(
             weights=float(_FLOAT_BYTES * costs.num_weights),
@@ -272,7 +273,7 @@ class Estimator:
             optimizer=_FLOAT_BYTES * costs.num_slots,
             activations=part * (kept + 2 * largest),
             batches=rows * costs.input_bytes * (spec.data.prefetch_batches + 2),
-            reserved=machine.reserved_gib * GIB,
+            reserved=machine.reserved_gib * GIB + graph * machine.layer_mib * MIB,
             capacity=machine.memory_gib * GIB / sharing,
         )
 

@@ -36,6 +36,8 @@ class MachineSpec(Spec):
     reserved_gib: NonNegative = 1.0
     """Memory that each replica takes before its first tensor: CUDA's context and libraries, or the
     process itself."""
+    layer_mib: NonNegative = 0.0
+    """Memory that the graph of a layer takes beside; of GPUs none, since it is in the process."""
     tflops: dict[Precision, Positive]
     """10^12 float operations a second at most, dense, by `train.precision`, of a GPU or a core; a
     precision that is left out is as fast as float32."""

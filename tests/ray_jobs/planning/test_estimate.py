@@ -56,6 +56,17 @@ def test_memory_is_the_sum_of_what_a_replica_holds():
     assert memory.fits
 
 
+def test_where_cores_compute_the_graph_takes_memory_beside():
+    cpu = MACHINE.model_copy(update={"gpus": 0, "layer_mib": 3})
+    run = spec(train__use_gpu=False)
+    (stage,) = plan(run, machine=cpu).stages
+    assert stage.memory.reserved == GIB + 3 * 2**20
+    (frozen,) = plan(
+        run, machine=cpu, costs=replace(COSTS, layers=(replace(LAYER, learns=False),))
+    ).stages
+    assert frozen.memory.reserved == GIB + 2**20
+
+
 def test_parts_need_less_memory_and_a_second_gradient():
     run = spec(train__global_batch_size=8)
     (whole,), (parts,) = (plan(run.overlay({"train.accumulate_steps": n})).stages for n in (1, 4))
