@@ -144,20 +144,21 @@ def list_jobs(spec: ServerSpec) -> int:
     server = connect(spec.address)
     with asking(server.address):
         jobs = [job for job in server.client.list_jobs() if job.submission_id]
-    table = Table("id", "job", "status", "started", "took")
-    # An id is there to be copied.
-    table.columns[0].no_wrap = True
-    table.columns[1].overflow = "fold"
+    table = Table("id", "status", "started", "took", "job")
+    for column in table.columns:
+        column.no_wrap = True
     for job in sorted(jobs, key=lambda job: job.start_time or 0):
         began_s, ended_s = (job.start_time or 0) / 1e3, (job.end_time or 0) / 1e3
         table.add_row(
             job.submission_id,
-            escape(job.entrypoint.removeprefix(_PACKAGE)),
             str(job.status),
             f"{datetime.fromtimestamp(began_s):%m-%d %H:%M}" if began_s else "–",
             _duration((ended_s or time.time()) - began_s) if began_s else "–",
+            escape(job.entrypoint.removeprefix(_PACKAGE)),
         )
-    Console(highlight=False).print(table)
+    # Of a long command a terminal shows the beginning, and a file the whole.
+    width = None if sys.stdout.isatty() else max((len(job.entrypoint) for job in jobs), default=0)
+    Console(highlight=False, width=width and width + 200).print(table)
     return 0
 
 
@@ -273,12 +274,15 @@ def checked(verb: str, arguments: Sequence[str], folder: Path) -> Job:
     _require_flags_of(verb, arguments)
     spec: Any = cli.parse(known.spec, arguments)
     is_run = isinstance(spec, RunSpec)
-    where = "run.address" if is_run else "address"
-    if (address := getattr(spec.run if is_run else spec, "address", None)) not in (None, "auto"):
-        raise UsageError(
-            f"{where}={address!r}: a job uses the cluster that it is sent to, which --address "
-            f"before {verb} says; leave it out"
-        )
+    addresses = {"address": getattr(spec, "address", None)}
+    if is_run:
+        addresses["run.address"] = spec.run.address
+    for where, address in addresses.items():
+        if address not in (None, "auto"):
+            raise UsageError(
+                f"{where}={address!r}: a job uses the cluster that it is sent to, which --address "
+                f"before {verb} says; leave it out"
+            )
     output = attrgetter(known.output)(spec) or spec.prepared
     if "://" not in output and not output.startswith("/"):
         raise UsageError(
@@ -288,7 +292,7 @@ def checked(verb: str, arguments: Sequence[str], folder: Path) -> Job:
     words, file, below = list(arguments), None, ""
     if is_run and words and not words[0].startswith("--"):
         words[0] = file = _name_in(folder, words[0])
-    if known.output == "run.storage_path":
+    if is_run and known.summary:
         # What it is called is settled here, so that its summary is found.
         name = spec.run.name or time.strftime("%Y%m%d-%H%M%S")
         words += [] if spec.run.name else ["--run.name", name]

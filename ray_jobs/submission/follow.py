@@ -170,8 +170,7 @@ def _ended(server: Server, job: str, details: "JobDetails") -> int:
     code = details.driver_exit_code
     if code is None:
         # It did not come to run, or was lost: its log does not say why, and Ray does.
-        say((details.message or "").strip())
-        say(f"error: job {job} failed")
+        say(f"{details.message or 'Ray does not say why'}\nerror: job {job} failed")
         return 1
     status = code if code > 0 else _SIGNALLED - code
     say(f"error: job {job} failed with exit status {status}")

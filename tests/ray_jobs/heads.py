@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 TOKEN = "0123456789abcdef" * 4
@@ -17,17 +17,14 @@ TOKEN = "0123456789abcdef" * 4
 @contextmanager
 def running_head(log: Path) -> Iterator[dict[str, str]]:
     """Start a head, and yield its clients' environment; it ends with the block."""
-    with socket.socket() as gcs, socket.socket() as dashboard:
-        gcs.bind(("127.0.0.1", 0))
-        dashboard.bind(("127.0.0.1", 0))
-        ports = gcs.getsockname()[1], dashboard.getsockname()[1]
+    gcs, dashboard, agent = _free_ports(3)
     binaries = Path(sys.executable).parent
     environment = {
         **{k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
         "PATH": f"{binaries}:{os.environ['PATH']}",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": TOKEN,
-        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports[1]}",
+        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     # Ray's sockets lie below, whose paths must be short.
@@ -36,8 +33,10 @@ def running_head(log: Path) -> Iterator[dict[str, str]]:
         process = subprocess.Popen(
             [
                 *("ray", "start", "--head", "--block", "--num-cpus", "4"),
-                *("--node-ip-address", "127.0.0.1", "--port", str(ports[0])),
-                *("--dashboard-host", "127.0.0.1", "--dashboard-port", str(ports[1])),
+                *("--node-ip-address", "127.0.0.1", "--port", gcs),
+                *("--dashboard-host", "127.0.0.1", "--dashboard-port", dashboard),
+                # Where another Ray has the usual one, this one's agent would run no jobs.
+                *("--dashboard-agent-listen-port", agent),
                 *("--temp-dir", folder),
             ],
             env=environment, stdout=written, stderr=subprocess.STDOUT,
@@ -52,3 +51,11 @@ def running_head(log: Path) -> Iterator[dict[str, str]]:
             process.send_signal(signal.SIGTERM)
             process.wait(60)
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _free_ports(count: int) -> list[str]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [str(one.getsockname()[1]) for one in sockets]

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from ray_jobs.cli import JobError, UsageError
 from ray_jobs.submission import follow, sent, show
 from ray_jobs.submission.server import server_address
 from tests.ray_jobs.job_server import JobServer
+from tests.ray_jobs.submitting import outcome, start
 
 pytestmark = [
     # Ray's own client gives aiohttp no context where it wants the usual one,
@@ -55,19 +55,13 @@ def run(server: JobServer, *arguments: str) -> int:
     return submit.command(["--address", server.address, *arguments])()
 
 
-def start(*arguments: str, **variables: str) -> subprocess.Popen[str]:
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    return subprocess.Popen(
-        [sys.executable, "-m", "ray_jobs.submit", *arguments],
-        cwd=ROOT, env=clean | variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-
-
 def program(*arguments: str, **variables: str) -> tuple[int, str, str]:
     """Return exit status, stdout and stderr."""
-    with start(*arguments, **variables) as process:
-        out, err = process.communicate()
-    return process.returncode, out, err
+    return outcome(arguments, ROOT, without_ray() | variables)
+
+
+def without_ray() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
 
 
 # -- the command line -----------------------------------------------------------------------------
@@ -105,6 +99,7 @@ def test_a_line_of_flags_alone_has_no_verb():
         ("evaluate --data /d --output /o", r"run: is required; give it as --run"),
         ("evaluate --run /r --data /d --output /o --address http://head:8265",
          r"address='http://head:8265': a job uses the cluster that it is sent to, which --address"),
+        ("doctor --address http://head:8265", r"address='http://head:8265': a job uses"),
         (f"train {SPEC} --run.storage_path /r --run.address ray://head", r"run\.address='ray://he"),
         (f"train {SPEC}", r"run\.storage_path='runs' is relative, and a job works in a copy of"),
         (f"prepare {SPEC}", r"prepare\.output='runs/houses-prepared' is relative"),
@@ -147,6 +142,7 @@ def test_a_job_has_a_name_so_that_its_summary_is_found():
         ("evaluate --run /r --data /d --output /o", "/o", "metrics.json"),
         ("predict --run /r --data /d --output /o", "/o", None),
         ("inspect /p", "/p", None),
+        ("doctor --run.storage_path /r --address auto", "/r", None),
         ("prepare --prepare.output gs://b/p", "gs://b/p", None),
     ],
 )
@@ -369,16 +365,17 @@ def test_silence_is_asked_about(server, capsys, monkeypatch):
 
 
 def test_jobs_are_listed_the_newest_at_the_end(server, capsys):
-    server.add("two", "RUNNING", start_time=2_000_000)
+    long = "--run.storage_path s3://bucket/" + 200 * "x"
+    entry = f"python -m ray_jobs.train {long}"
+    server.add("two", "RUNNING", start_time=2_000_000, entrypoint=entry)
     server.add("one", "FAILED", start_time=1_000_000, end_time=4_725_000, entrypoint="echo [x]")
     server.jobs["a driver"] = {"type": "DRIVER", "status": "RUNNING", "entrypoint": "python"}
     assert run(server, "list") == 0
-    rows = [line.strip("│ ") for line in capsys.readouterr().out.splitlines() if "│" in line]
-    assert [re.split(" *│ *", row)[:3] for row in rows] == [
-        ["one", "echo [x]", "FAILED"],
-        ["two", "train", "RUNNING"],
-    ]
-    assert rows[0].endswith("1:02:05")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "│" in line]
+    rows = [re.split(" *│ *", line)[1:-1] for line in lines]
+    assert [row[:2] for row in rows] == [["one", "FAILED"], ["two", "RUNNING"]]
+    assert rows[0][3:] == ["1:02:05", "echo [x]"]
+    assert rows[1][4] == f"train {long}"
 
 
 def test_a_job_is_stopped_and_asked_how_it_fares(server, capsys):
@@ -436,7 +433,7 @@ def test_ctrl_c_leaves_the_job_running_and_says_how_to_come_back(server):
     server.add("one", "RUNNING")
     server.tails["one"] = [("epoch 1\n", False)]
     server.silent_s = 30
-    with start("--address", server.address, "logs", "one") as process:
+    with start(("--address", server.address, "logs", "one"), ROOT, without_ray()) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "epoch 1\n"
         process.send_signal(signal.SIGINT)
