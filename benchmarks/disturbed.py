@@ -69,6 +69,8 @@ class Run:
     settings: dict[str, Any]
     logs: Path
     """Where the driver writes what it says, and ranks their steps: not on a disk that fills up."""
+    prefix: tuple[str, ...] = ()
+    """Words in front of the driver's command, such as what puts it on another host."""
     driver: Any = None
 
     @property
@@ -95,7 +97,7 @@ class Run:
         command = [sys.executable, "-m", "benchmarks.disturbed", str(self.steps_file)]
         with open(self.log, "a") as log:
             self.driver = subprocess.Popen(
-                [*command, str(file)],
+                [*self.prefix, *command, str(file)],
                 cwd=ROOT,
                 env={**os.environ, "RAY_ADDRESS": self.address},
                 stdout=log,
