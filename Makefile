@@ -21,10 +21,10 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-# The service's own measures, an hour and a quarter. Left out: benchmarks.houses, which takes longer alone,
+# The service's own measures, an hour and a half. Left out: benchmarks.houses, which takes longer alone,
 # and benchmarks.chaos, 50 minutes, which mounts a small disk as root.
 bench: $(READY)
-	for name in feed wait memory join interrupted order loop checkpoint startup tuning pbt; do \
+	for name in feed wait memory join interrupted order loop checkpoint startup tuning pbt plan; do \
 		$(BIN)/python -m benchmarks.$$name || exit 1; done
 
 # After a change of dependencies: the newest versions that fit, for every Python and platform.

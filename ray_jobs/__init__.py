@@ -30,6 +30,7 @@ The data's way, in running order:
     evaluate.py     job: a split's metrics and plots      (metrics.py plots.py)
     predict.py      job: Parquet of probabilities
     demo.py         job: all of the above on generated data (demo_data.py)
+    plan.py         what a run takes on machines that are not rented yet (planning/)
     doctor.py       finds what would stop a job, before it starts (checks/)
     submit.py       sends jobs to a cluster, follows and stops them (submission/)
 
