@@ -3,6 +3,7 @@
 Enters: a folder, perhaps with a runtime_env.yaml.  Leaves: Ray's runtime environment.
 """
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -100,7 +101,9 @@ def _sent_bytes(folder: Path, excludes: Sequence[str]) -> dict[str, int]:
             sent[path.relative_to(folder).as_posix()] = path.stat().st_size
 
     every = [*get_runtime_env_default_excludes(), *excludes]
-    packaging._dir_travel(folder, [packaging._get_excludes(folder, every)], note, True)
+    # Ray's own logger would tell of each .gitignore.
+    quiet = logging.getLogger(__name__)
+    packaging._dir_travel(folder, [packaging._get_excludes(folder, every)], note, True, quiet)
     return sent
 
 

@@ -201,14 +201,14 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Host, C
     with patch.dict(os.environ, environment), ExitStack() as stack:
         head, other = stack.enter_context(hosts(2))
         stack.callback(shutil.rmtree, temporary, ignore_errors=True)
-        command = ray_node(head, "--num-cpus=2", f"--temp-dir={temporary}")
+        command = ray_node(head, "--num-cpus=3", f"--temp-dir={temporary}")
         stack.enter_context(started(command, folder / "head.log"))
 
         @contextmanager
         def node(hidden: Sequence[Path] = (), **variables: str) -> Iterator[None]:
             hide = [f"mount -t tmpfs tmpfs {path}" for path in hidden]
             script = " && ".join([*hide, 'exec "$@"'])
-            joins = ray_node(other, "--num-cpus=2", head=head)[len(other.command()) :]
+            joins = ray_node(other, "--num-cpus=3", head=head)[len(other.command()) :]
             inside = other.command(
                 *("env", *(f"{name}={value}" for name, value in variables.items())),
                 *("unshare", "--mount", "sh", "-c", script, "sh", *joins),
@@ -235,9 +235,10 @@ def test_two_nodes_that_are_alike_exchange_arrays(machines, spec):
     head, node = machines
     with node():
         address = f"{head.address}:6379"
-        workers = ("--train.num_workers", "2", "--train.cpus_per_worker", "1.5")
+        workers = ("--train.num_workers", "2", "--train.cpus_per_worker", "2")
         done = job(head, "doctor", spec, "--address", address, *workers)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
     assert "the same here and on 2 nodes" in done.stdout
     assert re.search(r"two workers on two nodes exchange [\d,]+ MB/s", done.stdout)
 
