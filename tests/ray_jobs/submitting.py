@@ -11,16 +11,19 @@ def start(
     arguments: tuple[str, ...], folder: Path, environment: Mapping[str, str]
 ) -> subprocess.Popen[str]:
     """Start it in a folder, whose own ray_jobs it is if there is one."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "ray_jobs.submit", *arguments],
-        cwd=folder,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        # Whoever runs the tests in the background lets them ignore Ctrl-C, and so their children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    # Whoever runs the tests in the background lets them ignore Ctrl-C, and that is inherited.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-m", "ray_jobs.submit", *arguments],
+            cwd=folder,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def outcome(
