@@ -2,7 +2,7 @@
 
 Reads: prepared data and the cluster; writes a few bytes into the storage path, and removes them.
 Run:   python -m ray_jobs.doctor ray_jobs/specs/houses.yaml --address auto
-       ray job submit --working-dir . -- python -m ray_jobs.doctor ray_jobs/specs/houses.yaml
+       python -m ray_jobs.submit doctor ray_jobs/specs/houses.yaml
 
 Each check is a line: whether all is well, and if not, what mends it. The exit status is 1 where one
 of them found an error. `train` and `tune` look at nodes, storage and data by themselves where the

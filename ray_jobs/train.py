@@ -4,7 +4,7 @@ Reads: the shards and manifest.json from `prepare`.  Writes: a run folder with c
 and the best model, calibrated. The same run name again resumes a run that did not finish.
 
 Run:   python -m ray_jobs.train ray_jobs/specs/houses.yaml --run.name first
-       ray job submit --working-dir . -- python -m ray_jobs.train ray_jobs/specs/houses.yaml
+       python -m ray_jobs.submit train ray_jobs/specs/houses.yaml
 """
 
 import time

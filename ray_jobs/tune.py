@@ -5,7 +5,7 @@ leaderboard, a page, the best trial's specification and its run folder. The same
 with a search that did not finish.
 
 Run:   python -m ray_jobs.tune ray_jobs/specs/houses_tune.yaml --run.name search
-       ray job submit --working-dir . -- python -m ray_jobs.tune ray_jobs/specs/houses_tune.yaml
+       python -m ray_jobs.submit tune ray_jobs/specs/houses_tune.yaml
 """
 
 from typing import Any

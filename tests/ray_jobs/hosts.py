@@ -198,12 +198,14 @@ def nodes_of(address: str, prefix: Sequence[str] = ()) -> list[dict[str, Any]]:
     code = (
         "import json, sys, ray\n"
         f"ray.init({address!r}, logging_level='ERROR', log_to_driver=False)\n"
-        "print('\\n' + json.dumps([node for node in ray.nodes() if node['Alive']]))"
+        "print('\\n|', json.dumps([node for node in ray.nodes() if node['Alive']]))"
     )
     words = [*prefix, sys.executable, "-c", code]
     said = subprocess.run(words, capture_output=True, text=True)
     assert said.returncode == 0, said.stderr
-    return json.loads(said.stdout.splitlines()[-1])
+    # Ray may tell of lost nodes there, too.
+    (answer,) = [line[1:] for line in said.stdout.splitlines() if line.startswith("|")]
+    return json.loads(answer)
 
 
 def wait_until(condition: Any, timeout_s: float, what: str) -> None:

@@ -22,8 +22,10 @@ COMES_S, GOES_S = 120, 180
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[Run]:
     """A training of two workers with a GPU each, on a cluster whose head has none."""
-    write_prepared(tmp_path / "prepared", {"train": 200, "validation": 40, "test": 5}, size=32)
-    sections = settings(tmp_path / "prepared", use_gpu=True, resources_per_worker={})
+    write_prepared(tmp_path / "prepared", {"train": 640, "validation": 40, "test": 5}, size=32)
+    # Long enough for a look at the nodes while it trains.
+    long = {"epochs": 20, "patience": 20}
+    sections = settings(tmp_path / "prepared", use_gpu=True, resources_per_worker={}, **long)
     environment = {"RAY_AUTH_MODE": "token", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
     with (
         patch.dict(os.environ, environment),
@@ -58,7 +60,7 @@ def test_gpu_nodes_come_for_a_training_and_go_after_it(run):
 
 
 def test_a_spot_node_that_is_taken_away_is_replaced_and_the_run_finishes(run):
-    run.wait_for_step(8)
+    run.wait_for_step(1)
     before = set(gpu_nodes(run.address))
     os.kill(raylet_of(min(before)), signal.SIGKILL)
     run.wait()
