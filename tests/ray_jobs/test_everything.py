@@ -18,7 +18,7 @@ from ray_jobs.spec import EvaluateSpec, PredictSpec, RunSpec
 from ray_jobs.storage import Folder
 from ray_jobs.train import fit
 
-pytestmark = [pytest.mark.usefixtures("ray_local"), pytest.mark.multiworker]
+pytestmark = [pytest.mark.usefixtures("ray_local"), pytest.mark.multiworker, pytest.mark.slow]
 
 NAMES = ("front", "back", "side")
 WORDS = ("brick", "wood", "clay")
@@ -47,7 +47,7 @@ def write_raw(folder: Path) -> None:
     csv.write_csv(table, folder / "table.csv")
 
 
-@pytest.fixture(scope="module", params=["jpeg", pytest.param("raw", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["jpeg", "raw"])
 def done(request, ray_local, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp(request.param)
     write_raw(folder / "photos")

@@ -182,6 +182,7 @@ def test_another_spec_under_the_same_name_is_refused(trained):
 
 
 @pytest.mark.multiworker
+@pytest.mark.slow
 def test_a_run_whose_end_was_lost_goes_on_from_its_checkpoint_to_the_same_model(trained):
     folder, summary = trained
     run = folder / "runs" / "first"
@@ -196,6 +197,7 @@ def test_a_run_whose_end_was_lost_goes_on_from_its_checkpoint_to_the_same_model(
     assert len((run / "history.jsonl").read_text().splitlines()) == 3
 
 
+@pytest.mark.slow
 def test_without_calibration_the_class_weights_are_still_taken_out(ray_local, tmp_path):
     prepared_in(tmp_path)
     summary = fit(
