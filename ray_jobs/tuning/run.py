@@ -106,6 +106,7 @@ def run_trials(
     with (
         Screen(_title(spec, folder, search.slots)) as screen,
         _environment(search.slots),
+        _no_keys_handed_on(),
         _harmless_unsaid(),
     ):
         if goes_on:
@@ -215,6 +216,23 @@ def _title(spec: RunSpec, folder: Folder, slots: int) -> str:
 
 def _trial_id(trial: TuneTrial) -> str:
     return trial.trial_id
+
+
+@contextmanager
+def _no_keys_handed_on() -> Iterator[None]:
+    """Keep Ray Tune from giving AWS keys to trials by a runtime environment, which Ray logs.
+
+    Trials have those of the nodes, or of the job, as a training has.
+    """
+    from ray.tune.execution import class_cache
+
+    handed_on = class_cache.ENV_VARS_TO_PROPAGATE
+    keys = {name for name in handed_on if name.startswith("AWS_")}
+    handed_on -= keys
+    try:
+        yield
+    finally:
+        handed_on |= keys
 
 
 @contextmanager
