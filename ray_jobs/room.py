@@ -7,6 +7,7 @@ does not spread over two of them.
 import threading
 import time
 from collections.abc import Mapping
+from typing import Any
 
 from ray_jobs.nodes import Nodes, nodes_free, nodes_there
 from ray_jobs.spec import TrainSpec
@@ -20,6 +21,21 @@ def worker_resources(train: TrainSpec) -> dict[str, float]:
     """Return the Ray resources of one worker."""
     gpus = {"GPU": float(train.gpus_per_worker)} if train.use_gpu else {}
     return {"CPU": train.cpus_per_worker, **gpus, **train.resources_per_worker}
+
+
+def actor_in_bundle(kind: type, placement: Any, index: int, *arguments: Any) -> Any:
+    """Start an actor that takes the whole of a placement group's bundle, and return it."""
+    import ray
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    bundle: Mapping[str, float] = placement.bundle_specs[index]
+    actor: Any = ray.remote(kind)
+    return actor.options(
+        num_cpus=bundle.get("CPU", 0),
+        num_gpus=bundle.get("GPU", 0),
+        resources={name: n for name, n in bundle.items() if name not in ("CPU", "GPU")},
+        scheduling_strategy=PlacementGroupSchedulingStrategy(placement, index),
+    ).remote(*arguments)
 
 
 def numbers_allowed(train: TrainSpec) -> list[int]:

@@ -7,7 +7,6 @@ from typing import Any
 
 from ray_jobs.checks.finding import Finding, error, ok, skipped
 from ray_jobs.spec import RunSpec, TrainSpec
-from ray_jobs.tf_backend import free_address, set_environment
 
 _PLACED_S = 10.0
 _DONE_S = 90.0
@@ -21,10 +20,14 @@ class _Worker:
 
     def address(self) -> str:
         """Return where this worker can listen."""
+        from ray_jobs.tf_backend import free_address
+
         return free_address()
 
     def exchange(self, addresses: Sequence[str], rank: int, train: TrainSpec) -> dict[str, Any]:
         """Sum an array with the other worker; return the seconds that it took, and versions."""
+        from ray_jobs.tf_backend import set_environment
+
         set_environment(addresses, rank)
         import keras
         import numpy as np
@@ -52,10 +55,9 @@ def collective(spec: RunSpec) -> Iterator[Finding]:
     import ray
     from ray.exceptions import GetTimeoutError, RayError
     from ray.util import placement_group, remove_placement_group
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     from ray_jobs.cluster import reason
-    from ray_jobs.room import worker_resources
+    from ray_jobs.room import actor_in_bundle, worker_resources
 
     train = spec.train
     bundle = worker_resources(train)
@@ -65,17 +67,7 @@ def collective(spec: RunSpec) -> Iterator[Finding]:
         if not placement.wait(_PLACED_S):
             yield skipped("collective", f"there is no room now for two workers of {bundle}")
             return
-        for rank in range(2):
-            actor: Any = ray.remote(_Worker)
-            options = {name: n for name, n in bundle.items() if name not in ("CPU", "GPU")}
-            workers.append(
-                actor.options(
-                    num_cpus=bundle["CPU"],
-                    num_gpus=bundle.get("GPU", 0),
-                    resources=options,
-                    scheduling_strategy=PlacementGroupSchedulingStrategy(placement, rank),
-                ).remote()
-            )
+        workers = [actor_in_bundle(_Worker, placement, rank) for rank in range(2)]
         addresses = ray.get([w.address.remote() for w in workers], timeout=_DONE_S)
         calls = [w.exchange.remote(addresses, rank, train) for rank, w in enumerate(workers)]
         try:

@@ -18,6 +18,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from ray_jobs.hooks import Hooks
+from ray_jobs.room import actor_in_bundle, worker_resources
 from ray_jobs.spec import RunSpec, TrainSpec
 from ray_jobs.tf_backend import free_address, set_environment
 from ray_jobs.watchdog import Watchdog
@@ -171,9 +172,8 @@ class Group:
         bundles = placement.bundle_specs if placement else [{}]
         self.first = Member(0, len(bundles))
         self.others = [
-            _start(Member, placement, rank, bundle)
-            for rank, bundle in enumerate(bundles)
-            if rank > 0
+            actor_in_bundle(Member, placement, rank, rank, len(bundles))
+            for rank in range(1, len(bundles))
         ]
         self.addresses: list[str] = []
 
@@ -217,20 +217,6 @@ class Group:
         for member in self.others:
             ray.kill(member)
         self.others = []
-
-
-def _start(member: type[Member], placement: Any, rank: int, bundle: Mapping[str, float]) -> Any:
-    """Return the actor of a member, which takes the whole of a bundle."""
-    import ray
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-    actor: Any = ray.remote(member)
-    return actor.options(
-        num_cpus=bundle.get("CPU", 0),
-        num_gpus=bundle.get("GPU", 0),
-        resources={name: n for name, n in bundle.items() if name not in ("CPU", "GPU")},
-        scheduling_strategy=PlacementGroupSchedulingStrategy(placement, rank),
-    ).remote(rank, len(placement.bundle_specs))
 
 
 class _Signs(Hooks):
@@ -324,8 +310,6 @@ def member_resources(train: TrainSpec, gpus: float | None) -> dict[str, float]:
         train: of the trial.
         gpus: of each process, in place of whole ones.
     """
-    from ray_jobs.room import worker_resources
-
     resources = worker_resources(train)
     return {**resources, "GPU": gpus} if gpus is not None and train.use_gpu else resources
 
