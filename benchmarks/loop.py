@@ -97,8 +97,8 @@ def one_fit(folder: str, steps: int, ends: str) -> None:
     from benchmarks.arrays import make_arrays
     from mm_model.losses import make_loss
     from mm_model.optimizer import make_optimizer
-    from ray_jobs.loop import new_model
     from ray_jobs.manifest import read_manifest
+    from ray_jobs.new_model import new_model
     from ray_jobs.replicas import set_devices
     from ray_jobs.storage import Folder
 

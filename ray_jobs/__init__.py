@@ -11,7 +11,8 @@ The data's way, in running order:
     dataset.py      shards → the batches of one worker, by its threads or by Ray Data tasks
                     (rows.py cache.py ahead.py do its parts)
     batch.py        the contract of one batch
-    loop.py         what one worker does: build, epochs, validation (hooks.py: what it calls)
+    loop.py         what one worker does: build, epochs, validation (new_model.py
+                    builds; hooks.py: what it calls)
     step.py         one optimizer step on all replicas (replicas.py tensors.py do its parts)
     checkpoint.py   what is saved (checkpoint_store.py: where, and when; snapshot.py: how it is
                     taken out of a model and put back)

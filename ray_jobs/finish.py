@@ -39,8 +39,8 @@ def finish(
     """
     from mm_model.calibrate import fit_blend, fit_calibration, log_loss, sigmoid
     from ray_jobs.checkpoint import assign
-    from ray_jobs.loop import new_model
     from ray_jobs.metrics import choose_threshold, validation_metrics
+    from ray_jobs.new_model import new_model
 
     spec, label_N = loop.spec, best.label_N
     # A model of its own, outside the strategy, whose variables are plain ones; in float32. With the

@@ -24,7 +24,6 @@ import tensorflow as tf
 from mm_model.calibrate import sigmoid
 from mm_model.fit import balanced_weights
 from mm_model.losses import make_loss
-from mm_model.model import FusionModel, build_model
 from mm_model.optimizer import make_optimizer
 from mm_model.stages import apply_stage, learning_rates, stage_of
 from ray_jobs import report
@@ -35,9 +34,10 @@ from ray_jobs.dataset import EvaluationFeed, FeedOptions, TrainingFeed
 from ray_jobs.hooks import Hooks, Wish
 from ray_jobs.manifest import Manifest
 from ray_jobs.metrics import validation_metrics
+from ray_jobs.new_model import new_model
 from ray_jobs.order import TrainingOrder
 from ray_jobs.replicas import Place, Replicas, make_strategy
-from ray_jobs.rows import Batch, RowDecoder
+from ray_jobs.rows import Batch
 from ray_jobs.snapshot import Copier, Snapshots
 from ray_jobs.spec import RunSpec
 from ray_jobs.step import Stepper
@@ -486,23 +486,6 @@ class Loop:
             report.TRAIN_LOSS: loss / batch.num_steps * self.place.num_workers,
             report.ROWS_PER_S: clock.steps * self.spec.train.global_batch_size / clock.seconds,
         }
-
-
-def new_model(spec: RunSpec, manifest: Manifest, precision: str = "float32") -> FusionModel:
-    """Return the untrained model of a run, computing in a precision."""
-    decoder = RowDecoder(manifest, with_image=True, size=spec.data.image_size)
-    before = keras.config.dtype_policy()
-    keras.config.set_dtype_policy(precision)
-    try:
-        return build_model(
-            spec.model,
-            manifest.statistics,
-            decoder.row_shape,
-            vocabularies=manifest.vocabularies,
-            shape_features=decoder.row_shape if manifest.image.features else None,
-        )
-    finally:
-        keras.config.set_dtype_policy(before)
 
 
 def _size(variable: keras.Variable) -> int:

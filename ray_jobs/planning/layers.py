@@ -110,7 +110,7 @@ def model_costs(spec: RunSpec, manifest: Manifest) -> list[ModelCosts]:
     with suppress(RuntimeError):  # TensorFlow has started already.
         tf.config.set_visible_devices([], "GPU")
     from mm_model.stages import NO_STAGES, apply_stage
-    from ray_jobs.loop import new_model
+    from ray_jobs.new_model import new_model
 
     # What the weights are is all the same, and where they are from may be far away.
     untrained = spec.overlay({"model.image.weights": None})

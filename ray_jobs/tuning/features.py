@@ -307,7 +307,7 @@ class Extractor:
 
         from mm_model.model import backbone_model
         from ray_jobs.checkpoint import is_random_state
-        from ray_jobs.loop import new_model
+        from ray_jobs.new_model import new_model
 
         self.num_views, self.output, self.threads = num_views, output, threads
         self.seed = spec.run.seed

@@ -18,8 +18,9 @@ from mm_model.optimizer import make_optimizer
 from mm_model.spec import NO_AUGMENTATION
 from ray_jobs.dataset import FeedOptions, TrainingFeed
 from ray_jobs.hooks import Hooks
-from ray_jobs.loop import Loop, new_model
+from ray_jobs.loop import Loop
 from ray_jobs.manifest import read_manifest
+from ray_jobs.new_model import new_model
 from ray_jobs.replicas import Place, set_devices
 from ray_jobs.spec import RunSpec
 from ray_jobs.storage import Folder

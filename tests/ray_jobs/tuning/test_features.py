@@ -16,8 +16,9 @@ from ray_jobs.cache import choose_kind
 from ray_jobs.cli import JobError
 from ray_jobs.evaluate import evaluate
 from ray_jobs.inspect import inspect
-from ray_jobs.loop import Loop, new_model
+from ray_jobs.loop import Loop
 from ray_jobs.manifest import ImageInfo, Manifest, read_manifest, require_shards
+from ray_jobs.new_model import new_model
 from ray_jobs.order import TrainingOrder
 from ray_jobs.predict import predict
 from ray_jobs.replicas import Place
