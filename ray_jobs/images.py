@@ -12,27 +12,30 @@ import threading
 import warnings
 from typing import Literal
 
+import cv2
 import numpy as np
 import pyarrow as pa
 from PIL import Image, ImageOps
-
-from ray_jobs.opencv import cv2
 
 Aspect = Literal["stretch", "crop", "pad"]
 
 # Pillow also opens formats that run other programs or fetch other files (EPS, WMF, …).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
 
+_RGB = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 _REDUCED = {
-    1: cv2.IMREAD_COLOR_RGB,
+    # As stored: what a JPEG says of its orientation is for users' files.
+    1: _RGB,
     # The grey flags hold the bit of the reduction alone; those of colour say BGR, too.
-    2: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_2,
-    4: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_4,
-    8: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_8,
+    2: _RGB | cv2.IMREAD_REDUCED_GRAYSCALE_2,
+    4: _RGB | cv2.IMREAD_REDUCED_GRAYSCALE_4,
+    8: _RGB | cv2.IMREAD_REDUCED_GRAYSCALE_8,
 }
 _WHITE = (255, 255, 255, 255)
 # How the data of a JPEG 2000 image begins; its sides follow.
 _CODESTREAM = b"\xff\x4f\xff\x51"
+# The markers that begin a JPEG's frame, where its sides are.
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
 
 class BadImage(Exception):
@@ -143,7 +146,8 @@ def decode_stored(
     """Return the pixels of a stored JPEG at the size a model takes: uint8 (H, W, 3), RGB.
 
     Decoding a JPEG takes one thread, whatever OpenCV's number of threads is. At half the stored
-    size or less it is decoded at a half, a quarter or an eighth, which is cheaper.
+    size or less it is decoded at a half, a quarter or an eighth, which is cheaper. One that says
+    that it has another size is refused before it takes memory.
 
     Args:
         content: the JPEG.
@@ -157,18 +161,31 @@ def decode_stored(
     reduced = 1
     if shape and stored_shape:
         reduced = max(n for n in _REDUCED if n == 1 or n * max(shape[:2]) <= min(stored_shape[:2]))
-    pixels = None
-    if len(content):
-        try:
-            pixels = cv2.imdecode(np.frombuffer(content, np.uint8), _REDUCED[reduced])
-        except cv2.error as error:
-            raise ValueError(f"{len(content)} bytes that OpenCV refuses: {error.err}") from error
+    size = stored_size(content)
+    if stored_shape and size != stored_shape[:2]:
+        raise ValueError(f"its shape is {(*size, 3)}, the manifest says {stored_shape}")
+    pixels = cv2.imdecode(np.frombuffer(content, np.uint8), _REDUCED[reduced])
     if pixels is None:
         raise ValueError(f"{len(content)} bytes that are no image")
-    if stored_shape and pixels.shape[:2] != tuple(-(-side // reduced) for side in stored_shape[:2]):
-        found = (*(side * reduced for side in pixels.shape[:2]), 3)
-        raise ValueError(f"its shape is {found}, the manifest says {stored_shape}")
     return resized(pixels, shape) if shape else pixels
+
+
+def stored_size(content: bytes | pa.Buffer) -> tuple[int, int]:
+    """Return the height and width that a JPEG says it has, in the time of a few of its pixels.
+
+    Source: ITU-T T.81, annex B.
+
+    Raises:
+        ValueError: if it says none.
+    """
+    data, place = memoryview(content).cast("B"), 2
+    if data[:2] == b"\xff\xd8":
+        while len(data) >= place + 9 and data[place] == 0xFF:
+            if data[place + 1] in _FRAMES:
+                height, width = struct.unpack_from(">HH", data, place + 5)
+                return height, width
+            place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    raise ValueError(f"{len(data)} bytes that are no image")
 
 
 def resized(pixels: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:

@@ -4,6 +4,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -31,7 +32,6 @@ from ray_jobs.inspection.facts import (
 )
 from ray_jobs.inspection.scan import Place, ScannedSplit, read_columns, rgb_pixels, scan_split
 from ray_jobs.manifest import Manifest
-from ray_jobs.opencv import cv2
 from ray_jobs.spec import SPLITS, Split
 from ray_jobs.storage import Folder
 

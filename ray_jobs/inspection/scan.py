@@ -14,15 +14,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ray_jobs.ahead import mapped_ahead
 from ray_jobs.batch import KEY, LABEL
-from ray_jobs.images import decode_stored
+from ray_jobs.images import decode_stored, stored_size
 from ray_jobs.manifest import ImageInfo, Shard, SplitInfo
-from ray_jobs.opencv import cv2
 from ray_jobs.spec import Split
 from ray_jobs.storage import Folder
 
@@ -157,11 +157,9 @@ def grey_pixels(content: Any, image: ImageInfo) -> np.ndarray:
     data = np.frombuffer(content, np.uint8)
     if image.encoding == "raw":
         return cv2.cvtColor(data.reshape(*shape, 3), cv2.COLOR_RGB2GRAY)
-    try:
-        grey = cv2.imdecode(data, cv2.IMREAD_GRAYSCALE) if len(data) else None
-    except cv2.error:
-        grey = None
-    if grey is None or grey.shape != shape:
+    kind = cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION
+    grey = cv2.imdecode(data, kind) if stored_size(content) == shape else None
+    if grey is None:
         raise ValueError("it cannot be decoded, or has another size than the manifest says")
     return grey
 
@@ -174,7 +172,7 @@ def rgb_pixels(content: bytes, image: ImageInfo) -> np.ndarray:
     """
     if image.encoding == "raw":
         return np.frombuffer(content, np.uint8).reshape(image.height, image.width, 3)
-    return decode_stored(content)
+    return decode_stored(content, (image.height, image.width, 3))
 
 
 def perceptual_hashes(small_N: np.ndarray) -> np.ndarray:

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ray_jobs.images import BadImage, decode, decode_stored, encode_jpeg, prepare_image, to_square
+from ray_jobs.images import (
+    BadImage,
+    decode,
+    decode_stored,
+    encode_jpeg,
+    prepare_image,
+    stored_size,
+    to_square,
+)
 
 MANY = 10_000_000
 
@@ -207,12 +215,20 @@ def test_stored_bytes_that_are_no_image_are_an_error(content):
 
 
 def test_a_stored_image_that_says_it_is_huge_is_refused_before_it_takes_memory():
-    content = bytearray(encode_jpeg(Image.new("RGB", (16, 16)), 90))
-    size = content.index(b"\xff\xc0") + 5
-    # 3 GB of pixels, within OpenCV's own limit.
-    content[size : size + 4] = (32_000).to_bytes(2, "big") * 2
-    with pytest.raises(ValueError, match=r"OpenCV refuses: .*MAX_IMAGE_PIXELS"):
-        decode_stored(bytes(content), (16, 16, 3))
+    content = encode_jpeg(Image.new("RGB", (16, 16)), 90)
+    # 12 GB of pixels, which OpenCV would take for a square of 64,000.
+    huge = lie(content, content.index(b"\xff\xc0") + 5, ">HH", 64_000, 64_000)
+    with pytest.raises(ValueError, match=r"its shape is \(64000, 64000, 3\), the manifest says"):
+        decode_stored(huge, (16, 16, 3))
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"exif": b"Exif" + bytes(500)}])
+def test_the_size_that_a_stored_image_says_is_that_of_its_pixels(options):
+    content = encoded(Image.new("RGB", (24, 16)), "JPEG", **options)
+    assert stored_size(content) == decode_stored(content).shape[:2] == (16, 24)
+    for cut in range(content.index(b"\xff\xda")):
+        with pytest.raises(ValueError, match="bytes that are no image"):
+            decode_stored(content[:cut])
 
 
 def lie(content: bytes, place: int, kind: str, width: int, height: int) -> bytes:
