@@ -90,7 +90,7 @@ def hosts(count: int) -> Iterator[list[Host]]:
         yield made
     finally:
         for host in made:
-            _end(host)
+            end_processes(host)
         for name in (*(host.name for host in made), switch):
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
 
@@ -220,18 +220,7 @@ def wait_until(condition: Any, timeout_s: float, what: str) -> None:
         time.sleep(0.1)
 
 
-def _why_not() -> str | None:
-    if not shutil.which("ip"):
-        return "needs iproute2"
-    probe = f"mm{os.getpid() % 100_000}p"
-    added = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True)
-    subprocess.run(["ip", "netns", "delete", probe], capture_output=True)
-    if added.returncode:
-        return f"needs the right to make network namespaces: {added.stderr.strip()}"
-    return None
-
-
-def _end(host: Host) -> None:
+def end_processes(host: Host) -> None:
     """End all processes of a host, first by asking."""
     with suppress(subprocess.CalledProcessError):
         for number in (signal.SIGTERM, signal.SIGKILL):
@@ -241,6 +230,17 @@ def _end(host: Host) -> None:
                     os.kill(pid, number)
             while host.processes() and time.monotonic() < deadline:
                 time.sleep(0.1)
+
+
+def _why_not() -> str | None:
+    if not shutil.which("ip"):
+        return "needs iproute2"
+    probe = f"mm{os.getpid() % 100_000}p"
+    added = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True)
+    subprocess.run(["ip", "netns", "delete", probe], capture_output=True)
+    if added.returncode:
+        return f"needs the right to make network namespaces: {added.stderr.strip()}"
+    return None
 
 
 def _ip(*words: str) -> None:
