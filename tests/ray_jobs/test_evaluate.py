@@ -107,6 +107,7 @@ def test_a_damaged_stored_image_is_an_error_that_names_shard_and_row(world, ray_
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_shard_that_cannot_be_read_ends_the_job_in_one_sentence(world, ray_local, tmp_path):
     folder, _, _ = world
     shutil.copytree(folder / "prepared", tmp_path / "prepared")

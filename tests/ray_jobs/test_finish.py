@@ -2,6 +2,7 @@
 
 import keras
 import numpy as np
+import pytest
 
 from mm_model import load_model
 from ray_jobs import finish as module
@@ -15,6 +16,7 @@ from tests.ray_jobs.arrays import arrays_of
 from tests.ray_jobs.tiny import write_prepared
 
 
+@pytest.mark.slow
 def test_a_finished_model_that_began_with_imagenets_weights_computes_what_its_best_epoch_did(
     tmp_path, monkeypatch
 ):

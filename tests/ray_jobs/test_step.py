@@ -3,7 +3,10 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import Any
 
@@ -17,29 +20,47 @@ pytestmark = [pytest.mark.multiworker, pytest.mark.timeout(1200)]
 ROOT = Path(__file__).parents[2]
 
 
-def facts_of(folder: Path, replicas: int) -> dict[str, Any]:
-    """Train the variants of so many replicas in a process, since its devices are set once."""
-    command = [sys.executable, "-m", "tests.ray_jobs.variants", str(folder), str(replicas)]
+FAST = {
+    1: ("fifty", "plain", "one", "float16", "copies", "clipped"),
+    2: ("two", "float16_two", "accumulated_two", "exchanged_in_parts", "clipped_two"),
+}
+SLOW = {
+    1: ("bfloat16", "float16_high", "xla", "accumulated", "accumulated_random"),
+    2: ("exchanged_bfloat16",),
+    4: ("four",),
+}
+"""Variants by their number of replicas: of each run of the tests, and of the slow ones alone."""
+
+
+def slow(*values: Any) -> Any:
+    return pytest.param("trained_slowly", *values, marks=pytest.mark.slow)
+
+
+def facts_of(folder: Path, replicas: int, names: Iterable[str]) -> dict[str, Any]:
+    """Train variants of so many replicas in a process, since its devices are set once."""
+    command = [sys.executable, "-m", "tests.ray_jobs.variants", str(folder), str(replicas), *names]
     subprocess.run(command, cwd=ROOT, check=True, timeout=1000)
     return json.loads((folder / f"facts-{replicas}.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
-    """Train the variants of one and two replicas.
+    """Train variants of one and two replicas.
 
     Each process makes graphs on one core most of the time, so that two share a small machine well.
     """
     folder = tmp_path_factory.mktemp("variants")
     with ThreadPoolExecutor(2) as pool:
-        one, two = pool.map(facts_of, (folder, folder), (1, 2))
+        one, two = pool.map(facts_of, (folder, folder), (1, 2), (FAST[1], FAST[2]))
     return folder, one | two
 
 
 @pytest.fixture(scope="module")
-def trained_by_four(trained) -> tuple[Path, dict[str, Any]]:
+def trained_slowly(trained) -> tuple[Path, dict[str, Any]]:
+    """Train the others, too."""
     folder, facts = trained
-    return folder, facts | facts_of(folder, 4)
+    more = (facts_of(folder, replicas, names) for replicas, names in SLOW.items())
+    return folder, reduce(or_, more, facts)
 
 
 def weights(trained: tuple[Path, dict[str, Any]], name: str) -> dict[str, np.ndarray]:
@@ -62,10 +83,7 @@ def test_one_worker_learns_what_model_fit_learns(trained):
     assert distance(trained, "fifty", "fifty_by_fit") <= 1e-5
 
 
-@pytest.mark.parametrize(
-    ("of", "name"),
-    [("trained", "two"), pytest.param("trained_by_four", "four", marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize(("of", "name"), [("trained", "two"), slow("four")])
 def test_several_replicas_learn_what_one_learns_with_all_that_is_random(request, of, name):
     trained = request.getfixturevalue(of)
     assert distance(trained, name, "one") <= 1e-4
@@ -74,30 +92,34 @@ def test_several_replicas_learn_what_one_learns_with_all_that_is_random(request,
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["float16_two", "accumulated_two", "exchanged_bfloat16", "exchanged_in_parts", "clipped_two"],
+    ("of", "name"),
+    [*(("trained", name) for name in FAST[2] if name != "two"), slow("exchanged_bfloat16")],
 )
-def test_all_replicas_hold_the_same_bits(trained, name):
-    assert trained[1][name]["replicas_alike"]
+def test_all_replicas_hold_the_same_bits(request, of, name):
+    assert request.getfixturevalue(of)[1][name]["replicas_alike"]
 
 
-def test_a_graph_is_made_once(trained):
-    assert {fact["traces"] for fact in trained[1].values()} == {1}
+@pytest.mark.parametrize("of", ["trained", slow()])
+def test_a_graph_is_made_once(request, of):
+    assert {fact["traces"] for fact in request.getfixturevalue(of)[1].values()} == {1}
 
 
-def test_xla_learns_the_same(trained):
-    assert distance(trained, "xla", "plain") <= 1e-4
+@pytest.mark.slow
+def test_xla_learns_the_same(trained_slowly):
+    assert distance(trained_slowly, "xla", "plain") <= 1e-4
 
 
-@pytest.mark.parametrize("name", ["accumulated", "accumulated_two"])
-def test_parts_of_a_step_add_up_to_the_step(trained, name):
+@pytest.mark.parametrize(("of", "name"), [("trained", "accumulated_two"), slow("accumulated")])
+def test_parts_of_a_step_add_up_to_the_step(request, of, name):
     """The parts hold the same rows, so that batch norms see the same in each as in all."""
-    assert distance(trained, name, "copies") <= 1e-4
+    assert distance(request.getfixturevalue(of), name, "copies") <= 1e-4
 
 
-def test_parts_of_a_step_draw_what_the_step_would(trained):
+@pytest.mark.slow
+def test_parts_of_a_step_draw_what_the_step_would(trained_slowly):
     """Batch norms see other rows, so that only the losses are near each other."""
-    first, second = (trained[1][name]["losses"] for name in ("accumulated_random", "one"))
+    facts = trained_slowly[1]
+    first, second = (facts[name]["losses"] for name in ("accumulated_random", "one"))
     np.testing.assert_allclose(first, second, rtol=0.02)
 
 
@@ -106,9 +128,15 @@ def test_parts_of_an_exchange_are_the_exchange(trained):
 
 
 @pytest.mark.parametrize(
-    ("name", "tolerance"), [("bfloat16", 0.01), ("float16", 0.002), ("exchanged_bfloat16", 0.002)]
+    ("of", "name", "tolerance"),
+    [
+        ("trained", "float16", 0.002),
+        slow("bfloat16", 0.01),
+        slow("exchanged_bfloat16", 0.002),
+    ],
 )
-def test_less_precision_learns_nearly_the_same(trained, name, tolerance):
+def test_less_precision_learns_nearly_the_same(request, of, name, tolerance):
+    trained = request.getfixturevalue(of)
     first, second = (trained[1][n]["losses"] for n in (name, "plain"))
     np.testing.assert_allclose(first, second, rtol=tolerance)
     assert weights(trained, name).keys() == weights(trained, "plain").keys()
@@ -123,9 +151,10 @@ def test_workers_skip_a_step_that_overflows_alike(trained):
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)
 
 
-def test_steps_that_overflow_change_no_weight_until_the_scale_has_come_down(trained):
+@pytest.mark.slow
+def test_steps_that_overflow_change_no_weight_until_the_scale_has_come_down(trained_slowly):
     """It begins at 2**40, and every step that overflows halves it."""
-    fact = trained[1]["float16_high"]
+    fact = trained_slowly[1]["float16_high"]
     assert fact["still_after_epochs"] == [True, True, True, True, False, False]
     assert fact["scale"] < 2**25
     assert fact["finite"]

@@ -220,7 +220,10 @@ def test_without_calibration_the_class_weights_are_still_taken_out(ray_local, tm
 
 
 @pytest.mark.multiworker
-def test_the_first_failing_workers_own_words_are_what_the_user_sees(ray_local, tmp_path):
+@pytest.mark.parametrize("num_workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_first_failing_workers_own_words_are_what_the_user_sees(
+    ray_local, tmp_path, num_workers
+):
     manifest = prepared_in(tmp_path)
     shard = tmp_path / "prepared" / manifest.splits["train"].shards[0].path
     table = pq.read_table(shard)
@@ -234,7 +237,7 @@ def test_the_first_failing_workers_own_words_are_what_the_user_sees(ray_local, t
     with pytest.raises(
         JobError, match=r"worker \d failed: .*row 'train-0' cannot be used"
     ) as error:
-        fit(spec_in(tmp_path))
+        fit(spec_in(tmp_path, train__num_workers=num_workers))
     assert "Traceback" not in str(error.value)
     assert_nothing_is_left_in_the_cluster()
 

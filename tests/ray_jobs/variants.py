@@ -1,6 +1,6 @@
 """Trains one model in many ways in a process of its own, which has four CPU devices; see test_step.
 
-Run:   python -m tests.ray_jobs.variants FOLDER REPLICAS [NAME …]
+Run:   python -m tests.ray_jobs.variants FOLDER REPLICAS NAME …
 Leaves: NAME.npz with the model's variables after the last step of each variant of so many replicas,
 and facts-REPLICAS.json.
 """
@@ -205,8 +205,7 @@ def main() -> None:
         # One for all: two of them in a process take each other's sums for their own.
         kind: Any = tf.distribute.MultiWorkerMirroredStrategy
         strategy = kind._from_local_devices([f"CPU:{i}" for i in range(replicas)])
-    own = [name for name, variant in VARIANTS.items() if variant.get("replicas", 1) == replicas]
-    names = sys.argv[3:] or own
+    names = sys.argv[3:]
     facts = {name: train(folder, prepared, name, strategy) for name in names}
     if FITTED in names:
         fit(folder, prepared, FITTED)
