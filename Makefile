@@ -34,9 +34,10 @@ lock: $(READY)
 	$(BIN)/uv pip compile pyproject.toml --constraint requirements-dev.lock --universal --no-header \
 		--no-annotate --quiet --output-file requirements.lock
 
+# Python compiles what is imported; pip would compile all there is, which takes as long as the rest.
 $(READY): requirements-dev.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --requirement requirements-dev.lock
+	$(BIN)/python -m pip install --quiet --no-compile --requirement requirements-dev.lock
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
