@@ -34,10 +34,11 @@ lock: $(READY)
 	$(BIN)/uv pip compile pyproject.toml --constraint requirements-dev.lock --universal --no-header \
 		--no-annotate --quiet --output-file requirements.lock
 
-# Python compiles what is imported; pip would compile all there is, which takes as long as the rest.
+# pip compiles on one core, and that takes as long as all else.
 $(READY): requirements-dev.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile --requirement requirements-dev.lock
+	-$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	touch $@
 

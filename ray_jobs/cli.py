@@ -114,6 +114,8 @@ def parse(spec_class: type[S], arguments: Sequence[str]) -> S:
             if not rest or rest[0].startswith("--"):
                 raise UsageError(f"--{path} needs a value ({type_text(fields[path])})")
             value = rest.pop(0)
+        if path in dict(flags) and _takes_several(fields[path].annotation):
+            raise UsageError(f"--{path} is given twice; give all of it at once: --{path} A,B")
         flags.append((path, value))
     if positional in tree and positional in dict(flags):
         raise UsageError(
@@ -285,10 +287,23 @@ def _section_doc(spec_class: type[Spec], path: str) -> str:
     return (spec_class.__doc__ or "").strip()
 
 
+def _kinds(annotation: Any) -> tuple[Any, ...]:
+    """Return the types that a setting accepts."""
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    return typing.get_args(annotation) if is_union else (annotation,)
+
+
+def _takes_several(annotation: Any) -> bool:
+    """Whether a setting is of any number of values."""
+    return any(
+        typing.get_origin(kind) is tuple and typing.get_args(kind)[-1] is ...
+        for kind in _kinds(annotation)
+    )
+
+
 def _value(path: str, text: str, annotation: Any) -> Any:
     """Turn a flag's text into what pydantic can validate; scalars it converts by itself."""
-    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    kinds = typing.get_args(annotation) if is_union else (annotation,)
+    kinds = _kinds(annotation)
     origins = [typing.get_origin(kind) for kind in kinds]
     if text in ("none", "null") and _NONE in kinds:
         return None

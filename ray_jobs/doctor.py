@@ -118,8 +118,8 @@ def _on_cluster(spec: DoctorSpec, manifest: Manifest | None) -> Iterator[Finding
             nodes.clocks(able),
             nodes.shared_memory(able),
             reach.storage(spec, able),
-            reach.data(spec, manifest, able, spec.sample_shards) if manifest else (),
             reach.weights(spec, able),
+            reach.data(spec, manifest, able, spec.sample_shards) if manifest else (),
             nodes.gpus(able) if spec.train.use_gpu else (),
         ]
         for check in checks:

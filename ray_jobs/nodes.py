@@ -60,6 +60,8 @@ def _nodes_of_ray_up(path: Path) -> Nodes:
                 if name != head
             ]
         )
+        if not any(kind.get("resources") for kind in kinds.values()):
+            return []  # machines that are there, of which it does not say what they have
         # Not all kinds can be at their most at once; who needs GPUs asks for those that have them.
         largest = sorted(workers, key=lambda n: (n.get("GPU", 0), n.get("CPU", 0)), reverse=True)
         return [dict(kinds[head].get("resources", {})), *largest[:most]]

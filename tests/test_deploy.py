@@ -80,9 +80,18 @@ def wrong_nodes(config: Any) -> list[str]:
         if kind == "gcp":
             types = json.loads((DATA / "gcp_instance.json").read_text())["types"]
             found += wrong_fields(node["node_config"], "Instance", types, name)
+            found += wrong_disks(node["node_config"], name)
         else:
             found += [f"{name}: {error}" for error in wrong_instance(node["node_config"])]
     return found
+
+
+def wrong_disks(node_config: dict[str, Any], name: str) -> list[str]:
+    """Return which disks a machine does not take; without a type they are `pd-standard`."""
+    types = [disk["initializeParams"].get("diskType", "") for disk in node_config["disks"]]
+    is_g2 = node_config["machineType"].startswith("g2-")
+    known = ("pd-balanced", "pd-ssd", "hyperdisk-balanced")
+    return [f"{name}: G2 takes no {t!r}" for t in types if is_g2 and not t.endswith(known)]
 
 
 def wrong_instance(node_config: dict[str, Any]) -> list[str]:
@@ -190,6 +199,7 @@ PLANTED = [
     (wrong_nodes, "deploy/gcp.yaml", f"{GPU}/node_config/machinetype", "x", "no machinetype"),
     (wrong_nodes, "deploy/gcp.yaml", f"{GPU}/node_config/scheduling/spot", True, "no spot"),
     (wrong_nodes, "deploy/gcp.yaml", f"{GPU}/node_config/scheduling", [], "is no Scheduling"),
+    (wrong_nodes, "deploy/gcp.yaml", f"{GPU}/node_config/disks", [{"initializeParams": {}}], "G2"),
     (wrong_head, "cluster.yaml", "available_node_types/head/resources", {"GPU": 1}, "has a GPU"),
     (wrong_head, "cluster.yaml", "head_start_ray_commands/1", "ray start", "no --num-gpus=0"),
     (wrong_token, "deploy/gcp.yaml", "worker_start_ray_commands/1", "ray start", "worker: Ray"),

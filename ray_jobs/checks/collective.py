@@ -6,6 +6,8 @@ from statistics import median
 from typing import Any
 
 from ray_jobs.checks.finding import Finding, error, ok, skipped
+from ray_jobs.nodes import nodes_free
+from ray_jobs.room import actor_in_bundle, room_on, worker_resources
 from ray_jobs.spec import RunSpec, TrainSpec
 
 _PLACED_S = 10.0
@@ -57,26 +59,30 @@ def collective(spec: RunSpec) -> Iterator[Finding]:
     from ray.util import placement_group, remove_placement_group
 
     from ray_jobs.cluster import reason
-    from ray_jobs.room import actor_in_bundle, worker_resources
 
     train = spec.train
     bundle = worker_resources(train)
+    no_room = skipped("collective", f"there is no room now for two workers of {bundle}")
+    # What waits for room makes an autoscaler start machines.
+    if not _has_room(train):
+        yield no_room
+        return
     placement = placement_group([bundle] * 2, strategy="SPREAD")
-    workers = []
+    workers, addresses = [], []
     try:
         if not placement.wait(_PLACED_S):
-            yield skipped("collective", f"there is no room now for two workers of {bundle}")
+            yield no_room
             return
         workers = [actor_in_bundle(_Worker, placement, rank) for rank in range(2)]
-        addresses = ray.get([w.address.remote() for w in workers], timeout=_DONE_S)
-        calls = [w.exchange.remote(addresses, rank, train) for rank, w in enumerate(workers)]
         try:
+            addresses = ray.get([w.address.remote() for w in workers], timeout=_DONE_S)
+            calls = [w.exchange.remote(addresses, rank, train) for rank, w in enumerate(workers)]
             first, second = ray.get(calls, timeout=_DONE_S)
         except GetTimeoutError:
             yield error(
                 "collective",
-                f"two workers ({' and '.join(addresses)}) do not reach each other in "
-                f"{_DONE_S:.0f} s",
+                f"two workers ({' and '.join(addresses) or 'that have not started'}) do not reach "
+                f"each other in {_DONE_S:.0f} s",
                 "open all TCP ports between the nodes (not to the world)",
             )
             return
@@ -88,6 +94,16 @@ def collective(spec: RunSpec) -> Iterator[Finding]:
         for worker in workers:
             ray.kill(worker)
         remove_placement_group(placement)
+
+
+def _has_room(train: TrainSpec) -> bool:
+    """Whether two workers fit on what is free, once what other checks had is given back."""
+    deadline = time.monotonic() + _PLACED_S
+    while room_on(nodes_free(), train) < 2:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.5)
+    return True
 
 
 def _judged(

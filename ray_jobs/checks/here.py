@@ -44,7 +44,8 @@ def weights_problem(weights: str, kind: str) -> str:
         kind: of the branch.
     """
     if weights == "imagenet":
-        return "" if _keras_has(kind) else _unreachable(_IMAGENET)
+        problem = "" if _keras_has(kind) else _unreachable(_IMAGENET)
+        return problem and f"of {_IMAGENET}, {problem}"
     if weights.startswith(("http://", "https://")):
         return _unreachable(weights, must_exist=True)
     if "://" not in weights:
@@ -64,10 +65,11 @@ def _keras_has(kind: str) -> bool:
 
 
 def _unreachable(url: str, *, must_exist: bool = False) -> str:
+    # As what fetches it: an address may be signed for GET alone. Nothing of it is read.
     try:
-        with urlopen(Request(url, method="HEAD"), timeout=_ANSWERS_S):
+        with urlopen(Request(url, headers={"Range": "bytes=0-0"}), timeout=_ANSWERS_S):
             return ""
     except HTTPError as answer:
-        return f"{url} answers {answer.code}" if must_exist else ""
+        return f"it answers {answer.code}" if must_exist else ""
     except (URLError, OSError) as failure:
-        return f"{url} cannot be reached ({getattr(failure, 'reason', failure)})"
+        return f"it cannot be reached ({getattr(failure, 'reason', failure)})"

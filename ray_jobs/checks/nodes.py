@@ -3,10 +3,11 @@
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from ray_jobs.checks.finding import Finding, error, ok, skipped, warning
-from ray_jobs.checks.probe import Node, Probe, ask
+from ray_jobs.checks.probe import ANSWERS_S, Node, Probe, ask
 
 _MUST_AGREE = ("python", "ray", "tensorflow", "keras")
 _CLOCK_WARNS_S, _CLOCK_FAILS_S = 1.0, 60.0
@@ -68,17 +69,20 @@ def version_findings(
 def clocks(nodes: Sequence[Node]) -> Iterator[Finding]:
     """Compare each node's clock with that of this process."""
     import ray
+    from ray.exceptions import RayError
 
     skews = {}
     for node in nodes:
-        # Of several questions the quickest is the most exact.
+        # Of several questions the quickest is the most exact. Other checks tell of silent nodes.
         tries = []
-        for _ in range(3):
-            asked = time.time()
-            theirs: Any = ray.get(node.probe.clock.remote())
-            answered = time.time()
-            tries.append((answered - asked, theirs - (asked + answered) / 2))
-        skews[node.name] = min(tries)[1]
+        with suppress(RayError):
+            for _ in range(3):
+                asked = time.time()
+                theirs: Any = ray.get(node.probe.clock.remote(), timeout=ANSWERS_S)
+                answered = time.time()
+                tries.append((answered - asked, theirs - (asked + answered) / 2))
+        if tries:
+            skews[node.name] = min(tries)[1]
     yield from clock_findings(skews)
 
 

@@ -22,9 +22,8 @@ from ray_jobs.storage import Folder
 
 PACKAGES = ("ray", "tensorflow", "keras", "numpy", "pyarrow", "pydantic", "scikit-learn")
 _SHARED_MEMORY = "/dev/shm"
-_STARTS_S = 20.0
-"""In which a process starts on a node, on a busy one too."""
-_ANSWERS_S = 20.0
+ANSWERS_S = 40.0
+"""In which a process starts on a node, on a busy one too, and answers."""
 
 
 class Probe:
@@ -141,14 +140,14 @@ def probed() -> Iterator[list[Node]]:
 
 
 def ask(
-    nodes: Sequence[Node], method: str, *arguments: Any, timeout_s: float | None = None
+    nodes: Sequence[Node], method: str, *arguments: Any
 ) -> tuple[dict[Node, Any], dict[Node, str]]:
     """Ask the probes of some nodes at once; return the answers, and why others have none."""
-    return ask_each([(node, arguments) for node in nodes], method, timeout_s)
+    return ask_each([(node, arguments) for node in nodes], method)
 
 
 def ask_each(
-    of_each: Sequence[tuple[Node, Sequence[Any]]], method: str, timeout_s: float | None = None
+    of_each: Sequence[tuple[Node, Sequence[Any]]], method: str, timeout_s: float = ANSWERS_S
 ) -> tuple[dict[Node, Any], dict[Node, str]]:
     """Ask each probe with arguments of its own."""
     import ray
@@ -157,7 +156,6 @@ def ask_each(
     from ray_jobs.cluster import reason
 
     calls = {getattr(n.probe, method).remote(*given): n for n, given in of_each}
-    timeout_s = timeout_s or _STARTS_S + _ANSWERS_S
     done, late = ray.wait(list(calls), num_returns=len(calls), timeout=timeout_s)
     silent = {calls[call]: f"it does not answer in {timeout_s:.0f} s" for call in late}
     answers = {}

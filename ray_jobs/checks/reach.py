@@ -6,12 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from ray_jobs.checks.finding import Finding, error, ok
 from ray_jobs.checks.here import WEIGHTS_REMEDY
-from ray_jobs.checks.probe import Node, Probe, ask, ask_each
+from ray_jobs.checks.probe import ANSWERS_S, Node, Probe, ask, ask_each
 from ray_jobs.manifest import NAME as MANIFEST
 from ray_jobs.manifest import Manifest, Shard
 from ray_jobs.spec import RunSpec
 from ray_jobs.storage import Folder
 
+_SLOWEST = 10e6
+"""Bytes a second that a node reads at least, while all others read, too."""
 _DRIVER = "driver"
 _SHARED = "use a disk that every node mounts at this path (NFS), or s3:// or gs://"
 _RIGHTS = "choose another folder, or give every node the right or the credentials to write there"
@@ -74,7 +76,8 @@ def data(
         return
     sampled = dict(zip(nodes, sample(manifest, len(nodes), num_shards), strict=True))
     asked = [(node, (folder, [shard.path for shard in sampled[node]])) for node in nodes]
-    answers, silent = ask_each(asked, "hashes")
+    sizes = [sum(shard.num_bytes for shard in shards) for shards in sampled.values()]
+    answers, silent = ask_each(asked, "hashes", ANSWERS_S + max(sizes, default=0) / _SLOWEST)
     yield from _silent(silent)
     damaged = [
         (node, shard, text)
@@ -97,7 +100,12 @@ def data(
 
 def _silent(silent: Mapping[Node, str]) -> Iterator[Finding]:
     for node, why in silent.items():
-        yield error("data", f"{node.name} reads no shards: {why}", "look at its raylet's log")
+        yield error(
+            "data",
+            f"{node.name} reads no shards: {why}",
+            f"storage that brings a node less than {_SLOWEST / 1e6:.0f} MB/s is too slow to train "
+            "from; or look at its raylet's log",
+        )
 
 
 def sample(manifest: Manifest, num_nodes: int, num_shards: int) -> list[list[Shard]]:
@@ -120,12 +128,13 @@ def weights(spec: RunSpec, nodes: Sequence[Node]) -> Iterator[Finding]:
     if not image.weights or image.kind == "none":
         return
     answers, silent = ask(nodes, "weights_problem", image.weights, image.kind)
+    shown = image.weights.partition("?")[0]  # what follows may be a signature
     lacking = {**silent, **{node: why for node, why in answers.items() if why}}
     for node, why in lacking.items():
-        text = f"model.image.weights={image.weights} on {node.name}: {why}"
+        text = f"model.image.weights={shown} on {node.name}: {why}"
         yield error("weights", text, WEIGHTS_REMEDY)
     if not lacking:
-        yield ok("weights", f"model.image.weights={image.weights} is there for every node")
+        yield ok("weights", f"model.image.weights={shown} is there for every node")
 
 
 def _is_hash(text: str) -> bool:

@@ -60,6 +60,8 @@ _RAW_S = 2 / 18039 / 224**2
 _CACHED_S = 2 / 27010 / 224**2
 
 _LOW_EFFICIENCY = 0.5
+_WITHOUT_XLA = "2.6 to 3.5"
+"""For EfficientNet-B0 at 224 px, 64 and 128 rows: all that was looked at (EXPERIMENTS.md)."""
 
 
 class MemoryPlan(Spec):
@@ -379,6 +381,11 @@ class Estimator:
             found.append(
                 f"scaling efficiency is {worst.efficiency:.0%}: a larger train.global_batch_size "
                 f"or fewer workers ({', '.join(map(str, fewer))}) would make better use of them"
+            )
+        if machine.gpus and not train.jit_compile:
+            found.append(
+                "times are of steps that XLA compiles (train.jit_compile=true): without it an H100 "
+                f"took {_WITHOUT_XLA} times as long as planned"
             )
         return found
 

@@ -51,14 +51,15 @@ def follow(server: Server, job: str) -> int:
         f"  follow it again: {server.command('logs', job)}\n"
         f"  stop it: {server.command('stop', job)}"
     )
-    heard = time.monotonic()
+    lost_at = None
     try:
         while not details.status.is_terminal():
             log.follow()
             try:
-                details, heard = server.details(job), time.monotonic()
+                details, lost_at = server.details(job), None
             except Unanswered as error:
-                if time.monotonic() - heard > _GIVE_UP_S:
+                lost_at = lost_at or time.monotonic()
+                if time.monotonic() - lost_at > _GIVE_UP_S:
                     raise JobError(f"{error}\nPerhaps {goes_on}") from error
                 time.sleep(_RETRY_S)
             time.sleep(_LOOK_S)

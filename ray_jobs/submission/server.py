@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ray_jobs.cli import JobError
 from ray_jobs.cluster import first_line
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 PROG = "python -m ray_jobs.submit"
 
+_SILENT_S = 60.0
 _TOKEN = "RAY_AUTH_TOKEN"
 _TOKEN_FILE = "~/.ray/auth_token"
 _TOKEN_PATH = "RAY_AUTH_TOKEN_PATH"
@@ -75,8 +76,14 @@ def connect(given: str | None) -> Server:
     os.environ["RAY_API_SERVER_ADDRESS"] = address
     from ray.job_submission import JobSubmissionClient
 
+    class Client(JobSubmissionClient):
+        """One that does not wait for ever for a server which takes a connection and is silent."""
+
+        def _do_request(self, *args: Any, **options: Any) -> Any:
+            return super()._do_request(*args, **{"timeout": _SILENT_S, **options})
+
     with asking(address):
-        client = JobSubmissionClient(address)
+        client = Client(address)
     return Server(client, address, f"--address {address} " if given else "")
 
 

@@ -54,9 +54,10 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "model": {**RANDOM, "batch_norm": "sync"},
         "train": {"epochs": 4, "global_batch_size": 20, "checkpoint_every_steps": 3},
     },
-    # Interrupted in the middle of epochs, and between them.
+    # Stopped, and gone on with.
     "random": EVERYTHING_RANDOM,
-    "random_between": EVERYTHING_RANDOM,
+    # Resumed from checkpoints in the middle of an epoch, and at its end.
+    "resumed": EVERYTHING_RANDOM,
     # What the first epoch is good for, and the next ones spoil: the labels' noise by heart.
     "patience": {
         "model": PLAIN,
@@ -184,12 +185,11 @@ def run_scenarios(config: dict[str, Any]) -> None:
             own = after_epochs[outcome.state.best_epoch or 0].model
             facts["best_restored"] = same_arrays(own, best.model)
             facts["label"] = best.label_N.tolist()
-        if name == "random_between":
-            # At the end of the first epoch.
-            facts["resumed_alike"] = resumed_alike(loop, hooks.checkpoints, 1)
+        if name == "resumed":
+            starts = (0, 1)
+            facts["resumed_alike"] = [resumed_alike(loop, hooks.checkpoints, i) for i in starts]
         if name == "random":
             if place.num_workers > 1:
-                facts["resumed_alike"] = resumed_alike(loop, hooks.checkpoints, 0)
                 facts["stopped_alike"] = stopped_alike(loop, hooks.checkpoints)
             else:
                 facts["stopped_between"] = stopped_between_epochs(loop, hooks.checkpoints)

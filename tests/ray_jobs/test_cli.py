@@ -55,6 +55,11 @@ def test_the_last_of_two_equal_flags_wins():
     assert parse(RunSpec, ["--train.epochs", "3", "--train.epochs=4"]).train.epochs == 4
 
 
+def test_a_list_that_is_given_twice_is_refused():
+    error = usage_error("--data.categorical", "a", "--data.categorical", "b")
+    assert error.startswith("--data.categorical is given twice; give all of it at once")
+
+
 @pytest.mark.parametrize(
     "arguments",
     [["data"], ["--prepared", "data"], ["data", "--max_rows", "9"], ["--max_rows=9", "data"]],

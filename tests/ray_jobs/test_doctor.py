@@ -6,8 +6,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from unittest.mock import patch
 
@@ -156,6 +158,14 @@ def test_what_an_autoscaler_may_add_counts(monkeypatch, spec):
     assert "do not fit on 2 CPU, nor on what the autoscaler may add: 3 × 4 CPU" in few.text
 
 
+def test_a_store_that_an_autoscaler_would_enlarge_is_no_error(monkeypatch, spec):
+    here = [Node("0" * 40, "a", {"CPU": 2.0, "object_store_memory": 4e9, "memory": 8e9}, None)]
+    spec = spec.overlay({"data.object_store_memory": 10**10})
+    assert [found.status for found in fit.budgets(spec, None, here)] == ["error"]
+    monkeypatch.setattr(fit, "nodes_possible", lambda: [{"CPU": 4.0}] * 3)
+    assert [found.status for found in fit.budgets(spec, None, here)] == ["warning"]
+
+
 def test_a_package_that_is_imported_from_elsewhere_than_its_version_says_so(tmp_path, monkeypatch):
     (tmp_path / "keras").mkdir()
     (tmp_path / "keras/__init__.py").write_text("")
@@ -169,7 +179,9 @@ def test_weights_are_looked_for_where_they_are_said_to_be(tmp_path, monkeypatch)
     models.mkdir()
     monkeypatch.setenv("KERAS_HOME", str(tmp_path))
     monkeypatch.setattr("ray_jobs.checks.here._IMAGENET", "https://127.0.0.1:1/")
-    assert "127.0.0.1:1/ cannot be reached" in weights_problem("imagenet", "efficientnet_b5")
+    assert "of https://127.0.0.1:1/, it cannot be reached" in weights_problem(
+        "imagenet", "efficientnet_b5"
+    )
     (models / "efficientnetb5_notop.h5").write_bytes(b"")
     assert weights_problem("imagenet", "efficientnet_b5") == ""
     (models / "weights_mobilenet_v3_small_224_1.0_float_no_top_v2.h5").write_bytes(b"")
@@ -179,6 +191,34 @@ def test_weights_are_looked_for_where_they_are_said_to_be(tmp_path, monkeypatch)
     assert weights_problem(file.as_uri(), "tiny") == "there is no such object"
     file.write_bytes(b"")
     assert weights_problem(str(file), "tiny") == weights_problem(file.as_uri(), "tiny") == ""
+
+
+def test_weights_behind_a_signed_address_are_fetched_as_training_would_and_not_repeated(tmp_path):
+    class Signed(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(206 if self.path.endswith("?key=of-get") else 403)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with serving(Signed) as address:
+        assert weights_problem(f"{address}/a.weights.h5?key=of-get", "tiny") == ""
+        assert weights_problem(f"{address}/a.weights.h5?key=other", "tiny") == "it answers 403"
+
+
+@contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """Answer HTTP on loopback; yield the address."""
+    server = HTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 def test_every_node_reads_other_shards_while_there_are_others(tmp_path):

@@ -5,7 +5,9 @@ import json
 import os
 import re
 import signal
+import socket
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -351,6 +353,30 @@ def test_a_cluster_that_is_lost_ends_the_following(server, monkeypatch):
     )
     with pytest.raises(JobError, match=message):
         run(server, "logs", "one")
+
+
+def test_a_connection_that_was_good_for_long_is_made_anew(server, capsys, monkeypatch):
+    monkeypatch.setattr(follow, "_RETRY_S", 0.01)
+    monkeypatch.setattr(follow, "_GIVE_UP_S", 0.5)
+    server.add("one", "RUNNING", log="epoch 1\n")
+    server.tails["one"] = [("epoch 1\n", False)]
+
+    def on_tail(job: str) -> None:
+        time.sleep(1)  # longer than the cluster may be lost
+        server.broken = 2
+        server.jobs[job]["status"] = "SUCCEEDED"
+
+    server.on_tail = on_tail
+    assert run(server, "logs", "one") == 0
+    assert capsys.readouterr().out == "epoch 1\n"
+
+
+def test_a_server_that_takes_a_connection_and_is_silent_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr("ray_jobs.submission.server._SILENT_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(JobError, match=r"does not answer as Ray does: .*[Tt]imed out"):
+            submit.command(["--address", address, "list"])()
 
 
 def test_silence_is_asked_about(server, capsys, monkeypatch):

@@ -44,6 +44,7 @@ def spec(**changes: Any) -> RunSpec:
     base = {
         "model.image.weights": None,
         "train.use_gpu": True,
+        "train.jit_compile": True,
         "train.epochs": 3,
         "data.cache": "none",
     }

@@ -156,6 +156,13 @@ def test_low_efficiency_is_warned_of_with_fewer_workers():
     assert "fewer workers (1, 2)" in warning
 
 
+def test_times_of_gpus_are_said_to_be_those_of_xla():
+    (warning,) = plan(spec(train__jit_compile=False)).warnings
+    assert warning.startswith("times are of steps that XLA compiles (train.jit_compile=true)")
+    cpu = MACHINE.model_copy(update={"gpus": 0})
+    assert plan(spec(train__jit_compile=False, train__use_gpu=False), machine=cpu).warnings == ()
+
+
 def test_cores_in_place_of_gpus_compute_and_feed_and_share_the_memory():
     cpu = MACHINE.model_copy(update={"gpus": 0})
     run = spec(train__use_gpu=False, train__cpus_per_worker=2)

@@ -226,5 +226,8 @@ def test_what_an_autoscaler_may_add_counts(tmp_path):
     assert slots_on(nodes, {"CPU": 1, "GPU": 0.25}, 1) == 8
     assert slots_on(nodes, {"CPU": 4}, 2) == 3
     assert slots_on(nodes, {"CPU": 9}, 1) == 0
+    bare = {"max_workers": 2, "resources": {}}
+    path.write_text(yaml.safe_dump({**config, "available_node_types": {"head": bare}}))
+    assert _nodes_of_ray_up(path) == []
     path.write_text("head_node_type: head")
     assert _nodes_of_ray_up(path) == _nodes_of_ray_up(tmp_path / "absent.yaml") == []
