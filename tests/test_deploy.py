@@ -1,28 +1,21 @@
-"""Deployment files are what Ray, AWS, Google and KubeRay take, and are closed to strangers."""
+"""Deployment files are what Ray, AWS and Google take, and are closed to strangers."""
 
-import copy
 import json
 import re
 import subprocess
 import tomllib
 from collections.abc import Callable, Iterator
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-ROOT = Path(__file__).parent.parent
-DATA = Path(__file__).parent / "data"
-LAUNCHER = ("cluster.yaml", "deploy/gcp.yaml", "deploy/on_premise.yaml")
-KUBERAY = ("deploy/kuberay/raycluster.yaml", "deploy/kuberay/rayjob.yaml")
-FILES = [ROOT / "cluster.yaml", *(p for p in sorted((ROOT / "deploy").rglob("*")) if p.is_file())]
-TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in FILES if path.suffix != ".pyc"}
-LOCKED = dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / "requirements.lock").read_text(), re.M))
-PYTHON = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pyright"]["pythonVersion"]
+from tests.deployment import DATA, LOCKED, ROOT, TEXTS, changed, load, starts, wrong_fields
 
+LAUNCHER = ("cluster.yaml", "deploy/gcp.yaml", "deploy/on_premise.yaml")
+PYTHON = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pyright"]["pythonVersion"]
 PROVIDER_KEYS = {
     "aws": {"type", "region", "availability_zone", "cache_stopped_nodes"},
     "gcp": {"type", "region", "availability_zone", "cache_stopped_nodes", "project_id"},
@@ -30,21 +23,6 @@ PROVIDER_KEYS = {
 }
 
 Check = Callable[[Any], list[str]]
-
-
-def load(name: str) -> Any:
-    return yaml.safe_load(TEXTS[name])
-
-
-def changed(config: Any, path: str, value: Any) -> Any:
-    """Return a copy in which what is at a path of keys is something else."""
-    config = copy.deepcopy(config)
-    *way, last = (int(key) if key.isdigit() else key for key in path.split("/"))
-    at = config
-    for key in way:
-        at = at[key]
-    at[last] = value
-    return config
 
 
 # What is wrong with a file of Ray's launcher, beyond what Ray itself checks.
@@ -118,10 +96,6 @@ def wrong_head(config: Any) -> list[str]:
     for command in starts(config["head_start_ray_commands"]):
         found += [f"no {o}" for o in ("--num-cpus=0", "--num-gpus=0") if o not in command]
     return found
-
-
-def starts(commands: list[str]) -> list[str]:
-    return [command for command in commands if "ray start" in command]
 
 
 def wrong_token(config: Any) -> list[str]:
@@ -223,138 +197,6 @@ def test_ray_itself_refuses_a_misspelt_field_of_a_node_type(what):
     spelt = TEXTS["cluster.yaml"].replace(what, what.replace(":", "x:", 1))
     with pytest.raises(Exception, match=what.partition(":")[0]):
         validate_config(prepare_config(yaml.safe_load(spelt)))
-
-
-# Manifests of KubeRay.
-
-
-def wrong_fields(value: Any, kind: str, types: dict[str, Any], at: str) -> list[str]:
-    """Return what is not of a type, `T`, `[T]` or `{T}`, of those of a file in tests/data."""
-    if kind == "any":
-        return []
-    if kind.startswith("["):
-        if not isinstance(value, list):
-            return [f"{at} is no list"]
-        each = [(f"{at}[{i}]", item, kind[1:-1]) for i, item in enumerate(value)]
-    elif not isinstance(value, dict):
-        basic = {"string": str, "boolean": bool, "integer": int, "number": (int, float)}
-        good = kind in basic and isinstance(value, basic[kind])
-        return (
-            []
-            if good and isinstance(value, bool) == (kind == "boolean")
-            else [f"{at} is no {kind}"]
-        )
-    elif kind.startswith("{"):
-        each = [(f"{at}.{key}", item, kind[1:-1]) for key, item in value.items()]
-    elif kind not in types:
-        return [f"{at} is no {kind}"]
-    else:
-        if unknown := sorted(set(value) - set(types[kind])):
-            return [f"{at} has no {key}" for key in unknown]
-        each = [(f"{at}.{key}", item, types[kind][key]) for key, item in value.items()]
-    return [found for where, item, of in each for found in wrong_fields(item, of, types, where)]
-
-
-def cluster_of(manifest: Any) -> Any:
-    return manifest["spec"].get("rayClusterSpec", manifest["spec"])
-
-
-def wrong_manifest(manifest: Any) -> list[str]:
-    types = json.loads((DATA / "kuberay_crds.json").read_text())["types"]
-    found = wrong_fields(manifest, manifest["kind"], types, manifest["kind"])
-    if manifest["apiVersion"] != "ray.io/v1":
-        found.append(f"apiVersion is {manifest['apiVersion']}")
-    return found
-
-
-def wrong_opening(manifest: Any) -> list[str]:
-    cluster = cluster_of(manifest)
-    found = []
-    if cluster.get("authOptions", {}).get("mode") != "token":
-        found.append("no token is asked for")
-    if cluster["headGroupSpec"].get("serviceType", "ClusterIP") != "ClusterIP":
-        found.append("the head is open to others than the cluster's pods")
-    if cluster["headGroupSpec"].get("enableIngress"):
-        found.append("the head has an ingress")
-    return found
-
-
-def wrong_groups(manifest: Any) -> list[str]:
-    cluster = cluster_of(manifest)
-    head = cluster["headGroupSpec"]
-    found = [
-        f"the head's {name} is not 0"
-        for name in ("num-cpus", "num-gpus")
-        if head["rayStartParams"].get(name) != "0"
-    ]
-    for group in cluster["workerGroupSpecs"]:
-        if not group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]:
-            found.append(f"{group['groupName']}: replicas are out of order")
-    for group in (head, *cluster["workerGroupSpecs"]):
-        name, pod = group.get("groupName", "head"), group["template"]["spec"]
-        size = pod["containers"][0]["resources"]
-        if size["limits"] != size["requests"]:
-            found.append(f"{name}: requests are not limits")
-        if ("nvidia.com/gpu" in size["limits"]) != (name == "gpu"):
-            found.append(f"{name}: GPUs are in the wrong place")
-        memory = {v["name"] for v in pod["volumes"] if v["emptyDir"].get("medium") == "Memory"}
-        mounts = pod["containers"][0]["volumeMounts"]
-        if not any(m["mountPath"] == "/dev/shm" and m["name"] in memory for m in mounts):
-            found.append(f"{name}: /dev/shm is not in memory")
-        if pod["restartPolicy"] != "Never":
-            found.append(f"{name}: pods are restarted")
-    if (
-        cluster["autoscalerOptions"].get("version") != "v2"
-        or not cluster["enableInTreeAutoscaling"]
-    ):
-        found.append("no autoscaler of version 2")
-    return found
-
-
-def wrong_version(manifest: Any) -> list[str]:
-    version = cluster_of(manifest)["rayVersion"]
-    return [] if version == LOCKED["ray"] else [f"rayVersion is {version}"]
-
-
-@pytest.mark.parametrize("check", [wrong_manifest, wrong_opening, wrong_groups, wrong_version])
-@pytest.mark.parametrize("name", KUBERAY)
-def test_kuberay_takes_the_manifest_and_keeps_it_closed(name, check):
-    assert check(load(name)) == []
-
-
-GROUP = "spec/workerGroupSpecs/1"
-MISPLANTED = [
-    (wrong_manifest, "apiVersion", "ray.io/v1alpha1", "apiVersion is ray.io/v1alpha1"),
-    (wrong_manifest, "spec/rayVersion", 2.60, "RayCluster.spec.rayVersion is no string"),
-    (wrong_manifest, "spec/authOption", {}, "RayCluster.spec has no authOption"),
-    (wrong_manifest, f"{GROUP}/maxReplicas", "8", "maxReplicas is no integer"),
-    (wrong_manifest, f"{GROUP}/rayStartParams/num-cpus", 4, "num-cpus is no string"),
-    (wrong_manifest, f"{GROUP}/template/spec/toleration", [], "spec has no toleration"),
-    (wrong_manifest, f"{GROUP}/template/spec/tolerations/0/efect", "x", "[0] has no efect"),
-    (wrong_manifest, f"{GROUP}/template/spec/volumes/0/emptyDir", True, "is no EmptyDirVolume"),
-    (wrong_opening, "spec/authOptions", {"mode": "disabled"}, "no token"),
-    (wrong_opening, "spec/headGroupSpec/serviceType", "LoadBalancer", "open to others"),
-    (wrong_opening, "spec/headGroupSpec/enableIngress", True, "ingress"),
-    (wrong_groups, "spec/headGroupSpec/rayStartParams", {}, "num-cpus is not 0"),
-    (wrong_groups, f"{GROUP}/minReplicas", 9, "out of order"),
-    (wrong_groups, f"{GROUP}/template/spec/volumes/0/emptyDir", {}, "gpu: /dev/shm"),
-    (wrong_groups, f"{GROUP}/template/spec/containers/0/resources/limits", {}, "wrong place"),
-    (wrong_groups, f"{GROUP}/template/spec/restartPolicy", "Always", "gpu: pods are restarted"),
-    (wrong_groups, "spec/autoscalerOptions", {}, "no autoscaler of version 2"),
-    (wrong_version, "spec/rayVersion", "2.59.0", "rayVersion is 2.59.0"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("check", "path", "value", "message"), MISPLANTED)
-def test_a_mistake_in_a_manifest_is_found(check, path, value, message):
-    manifest = changed(load("deploy/kuberay/raycluster.yaml"), path, value)
-    assert any(message in found for found in check(manifest))
-
-
-def test_a_job_on_kubernetes_has_the_cluster_that_stays():
-    assert cluster_of(load("deploy/kuberay/rayjob.yaml")) == cluster_of(
-        load("deploy/kuberay/raycluster.yaml")
-    )
 
 
 # Every file.

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from tests.test_deploy import ROOT, TEXTS, load, starts
+from tests.deployment import ROOT, TEXTS, load, starts
 
 
 def module(name: str) -> Any:

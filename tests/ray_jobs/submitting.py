@@ -1,10 +1,39 @@
-"""`python -m ray_jobs.submit` as a program of its own."""
+"""`python -m ray_jobs.submit`, here and as a program of its own."""
 
+import os
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+
+import pytest
+
+from ray_jobs import submit
+from tests.ray_jobs.job_server import JobServer
+
+ROOT = Path(__file__).parents[2]
+SPEC = "ray_jobs/specs/houses.yaml"
+SHARED = ("--run.storage_path", "/shared/runs", "--run.name", "first")
+OF_THE_CLIENT = [
+    # Ray's own client gives aiohttp no context where it wants the usual one,
+    pytest.mark.filterwarnings("ignore:ssl=None is deprecated:DeprecationWarning"),
+    # and leaves it to the collector to close a connection that it is told to leave.
+    pytest.mark.filterwarnings("ignore:Unclosed connection:ResourceWarning"),
+]
+
+
+def run(server: JobServer, *arguments: str) -> int:
+    return submit.command(["--address", server.address, *arguments])()
+
+
+def program(*arguments: str, **variables: str) -> tuple[int, str, str]:
+    """Return exit status, stdout and stderr of it, in the project's folder."""
+    return outcome(arguments, ROOT, without_ray() | variables)
+
+
+def without_ray() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
 
 
 def start(

@@ -1,0 +1,60 @@
+"""The files of deployments: their texts, and what is wrong with the fields of one."""
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parent.parent
+DATA = Path(__file__).parent / "data"
+FILES = [ROOT / "cluster.yaml", *(p for p in sorted((ROOT / "deploy").rglob("*")) if p.is_file())]
+TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in FILES if path.suffix != ".pyc"}
+LOCKED = dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / "requirements.lock").read_text(), re.M))
+
+
+def load(name: str) -> Any:
+    return yaml.safe_load(TEXTS[name])
+
+
+def changed(config: Any, path: str, value: Any) -> Any:
+    """Return a copy in which what is at a path of keys is something else."""
+    config = copy.deepcopy(config)
+    *way, last = (int(key) if key.isdigit() else key for key in path.split("/"))
+    at = config
+    for key in way:
+        at = at[key]
+    at[last] = value
+    return config
+
+
+def starts(commands: list[str]) -> list[str]:
+    return [command for command in commands if "ray start" in command]
+
+
+def wrong_fields(value: Any, kind: str, types: dict[str, Any], at: str) -> list[str]:
+    """Return what is not of a type, `T`, `[T]` or `{T}`, of those of a file in tests/data."""
+    if kind == "any":
+        return []
+    if kind.startswith("["):
+        if not isinstance(value, list):
+            return [f"{at} is no list"]
+        each = [(f"{at}[{i}]", item, kind[1:-1]) for i, item in enumerate(value)]
+    elif not isinstance(value, dict):
+        basic = {"string": str, "boolean": bool, "integer": int, "number": (int, float)}
+        good = kind in basic and isinstance(value, basic[kind])
+        return (
+            []
+            if good and isinstance(value, bool) == (kind == "boolean")
+            else [f"{at} is no {kind}"]
+        )
+    elif kind.startswith("{"):
+        each = [(f"{at}.{key}", item, kind[1:-1]) for key, item in value.items()]
+    elif kind not in types:
+        return [f"{at} is no {kind}"]
+    else:
+        if unknown := sorted(set(value) - set(types[kind])):
+            return [f"{at} has no {key}" for key in unknown]
+        each = [(f"{at}.{key}", item, types[kind][key]) for key, item in value.items()]
+    return [found for where, item, of in each for found in wrong_fields(item, of, types, where)]

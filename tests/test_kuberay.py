@@ -1,0 +1,112 @@
+"""Manifests are what KubeRay takes, and are closed to strangers."""
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.deployment import DATA, LOCKED, changed, load, wrong_fields
+
+KUBERAY = ("deploy/kuberay/raycluster.yaml", "deploy/kuberay/rayjob.yaml")
+
+
+def cluster_of(manifest: Any) -> Any:
+    return manifest["spec"].get("rayClusterSpec", manifest["spec"])
+
+
+def wrong_manifest(manifest: Any) -> list[str]:
+    types = json.loads((DATA / "kuberay_crds.json").read_text())["types"]
+    found = wrong_fields(manifest, manifest["kind"], types, manifest["kind"])
+    if manifest["apiVersion"] != "ray.io/v1":
+        found.append(f"apiVersion is {manifest['apiVersion']}")
+    return found
+
+
+def wrong_opening(manifest: Any) -> list[str]:
+    cluster = cluster_of(manifest)
+    found = []
+    if cluster.get("authOptions", {}).get("mode") != "token":
+        found.append("no token is asked for")
+    if cluster["headGroupSpec"].get("serviceType", "ClusterIP") != "ClusterIP":
+        found.append("the head is open to others than the cluster's pods")
+    if cluster["headGroupSpec"].get("enableIngress"):
+        found.append("the head has an ingress")
+    return found
+
+
+def wrong_groups(manifest: Any) -> list[str]:
+    cluster = cluster_of(manifest)
+    head = cluster["headGroupSpec"]
+    found = [
+        f"the head's {name} is not 0"
+        for name in ("num-cpus", "num-gpus")
+        if head["rayStartParams"].get(name) != "0"
+    ]
+    for group in cluster["workerGroupSpecs"]:
+        if not group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]:
+            found.append(f"{group['groupName']}: replicas are out of order")
+    for group in (head, *cluster["workerGroupSpecs"]):
+        name, pod = group.get("groupName", "head"), group["template"]["spec"]
+        size = pod["containers"][0]["resources"]
+        if size["limits"] != size["requests"]:
+            found.append(f"{name}: requests are not limits")
+        if ("nvidia.com/gpu" in size["limits"]) != (name == "gpu"):
+            found.append(f"{name}: GPUs are in the wrong place")
+        memory = {v["name"] for v in pod["volumes"] if v["emptyDir"].get("medium") == "Memory"}
+        mounts = pod["containers"][0]["volumeMounts"]
+        if not any(m["mountPath"] == "/dev/shm" and m["name"] in memory for m in mounts):
+            found.append(f"{name}: /dev/shm is not in memory")
+        if pod["restartPolicy"] != "Never":
+            found.append(f"{name}: pods are restarted")
+    if (
+        cluster["autoscalerOptions"].get("version") != "v2"
+        or not cluster["enableInTreeAutoscaling"]
+    ):
+        found.append("no autoscaler of version 2")
+    return found
+
+
+def wrong_version(manifest: Any) -> list[str]:
+    version = cluster_of(manifest)["rayVersion"]
+    return [] if version == LOCKED["ray"] else [f"rayVersion is {version}"]
+
+
+@pytest.mark.parametrize("check", [wrong_manifest, wrong_opening, wrong_groups, wrong_version])
+@pytest.mark.parametrize("name", KUBERAY)
+def test_kuberay_takes_the_manifest_and_keeps_it_closed(name, check):
+    assert check(load(name)) == []
+
+
+GROUP = "spec/workerGroupSpecs/1"
+MISPLANTED = [
+    (wrong_manifest, "apiVersion", "ray.io/v1alpha1", "apiVersion is ray.io/v1alpha1"),
+    (wrong_manifest, "spec/rayVersion", 2.60, "RayCluster.spec.rayVersion is no string"),
+    (wrong_manifest, "spec/authOption", {}, "RayCluster.spec has no authOption"),
+    (wrong_manifest, f"{GROUP}/maxReplicas", "8", "maxReplicas is no integer"),
+    (wrong_manifest, f"{GROUP}/rayStartParams/num-cpus", 4, "num-cpus is no string"),
+    (wrong_manifest, f"{GROUP}/template/spec/toleration", [], "spec has no toleration"),
+    (wrong_manifest, f"{GROUP}/template/spec/tolerations/0/efect", "x", "[0] has no efect"),
+    (wrong_manifest, f"{GROUP}/template/spec/volumes/0/emptyDir", True, "is no EmptyDirVolume"),
+    (wrong_opening, "spec/authOptions", {"mode": "disabled"}, "no token"),
+    (wrong_opening, "spec/headGroupSpec/serviceType", "LoadBalancer", "open to others"),
+    (wrong_opening, "spec/headGroupSpec/enableIngress", True, "ingress"),
+    (wrong_groups, "spec/headGroupSpec/rayStartParams", {}, "num-cpus is not 0"),
+    (wrong_groups, f"{GROUP}/minReplicas", 9, "out of order"),
+    (wrong_groups, f"{GROUP}/template/spec/volumes/0/emptyDir", {}, "gpu: /dev/shm"),
+    (wrong_groups, f"{GROUP}/template/spec/containers/0/resources/limits", {}, "wrong place"),
+    (wrong_groups, f"{GROUP}/template/spec/restartPolicy", "Always", "gpu: pods are restarted"),
+    (wrong_groups, "spec/autoscalerOptions", {}, "no autoscaler of version 2"),
+    (wrong_version, "spec/rayVersion", "2.59.0", "rayVersion is 2.59.0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("check", "path", "value", "message"), MISPLANTED)
+def test_a_mistake_in_a_manifest_is_found(check, path, value, message):
+    manifest = changed(load("deploy/kuberay/raycluster.yaml"), path, value)
+    assert any(message in found for found in check(manifest))
+
+
+def test_a_job_on_kubernetes_has_the_cluster_that_stays():
+    assert cluster_of(load("deploy/kuberay/rayjob.yaml")) == cluster_of(
+        load("deploy/kuberay/raycluster.yaml")
+    )
