@@ -62,7 +62,8 @@ def collective(spec: RunSpec) -> Iterator[Finding]:
 
     train = spec.train
     bundle = worker_resources(train)
-    no_room = skipped("collective", f"there is no room now for two workers of {bundle}")
+    text = f"there is no room now for two workers of {bundle} and a CPU for Ray Data"
+    no_room = skipped("collective", text)
     # What waits for room makes an autoscaler start machines.
     if not _has_room(train):
         yield no_room
@@ -79,10 +80,14 @@ def collective(spec: RunSpec) -> Iterator[Finding]:
             calls = [w.exchange.remote(addresses, rank, train) for rank, w in enumerate(workers)]
             first, second = ray.get(calls, timeout=_DONE_S)
         except GetTimeoutError:
+            if not addresses:
+                text = f"two workers do not start in {_DONE_S:.0f} s"
+                yield error("collective", text, "look at the raylet's log on their nodes")
+                return
             yield error(
                 "collective",
-                f"two workers ({' and '.join(addresses) or 'that have not started'}) do not reach "
-                f"each other in {_DONE_S:.0f} s",
+                f"two workers ({' and '.join(addresses)}) do not reach each other in "
+                f"{_DONE_S:.0f} s",
                 "open all TCP ports between the nodes (not to the world)",
             )
             return

@@ -1,8 +1,8 @@
 """Trains one model in many ways in a process of its own, which has four CPU devices; see test_step.
 
-Run:   python -m tests.ray_jobs.variants FOLDER REPLICAS NAME …
-Leaves: NAME.npz with the model's variables after the last step of each variant of so many replicas,
-and facts-REPLICAS.json.
+Run:   python -m tests.ray_jobs.variants FOLDER REPLICAS [fast|slow]
+Leaves: NAME.npz with the model's variables after the last step of each variant of so many replicas
+that is not, or is, for the slow tests alone; and facts-REPLICAS.json.
 """
 
 import sys
@@ -47,21 +47,22 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "one": {**ALL, "model": RANDOM},
     "two": {**ALL, "model": RANDOM, "replicas": 2, "steps_per_call": 4},
-    "four": {**ALL, "model": RANDOM, "replicas": 4},
-    "bfloat16": {"precision": "mixed_bfloat16"},
+    "four": {**ALL, "model": RANDOM, "replicas": 4, "slow": True},
+    "bfloat16": {"precision": "mixed_bfloat16", "slow": True},
     "float16": {"precision": "mixed_float16"},
     "float16_two": {"precision": "mixed_float16", "replicas": 2},
-    "float16_high": {"precision": "mixed_float16", "epochs": 6, "scale": 2.0**40},
-    "xla": {"jit_compile": True},
+    "float16_high": {"precision": "mixed_float16", "epochs": 6, "scale": 2.0**40, "slow": True},
+    "xla": {"jit_compile": True, "slow": True},
     "copies": {"copies": 4},
-    "accumulated": {"copies": 4, "accumulate_steps": 4},
+    "accumulated": {"copies": 4, "accumulate_steps": 4, "slow": True},
     "accumulated_two": {"copies": 4, "accumulate_steps": 2, "replicas": 2},
     "accumulated_random": {
         **ALL,
         "model": {**RANDOM, "batch_norm": "local"},
         "accumulate_steps": 2,
+        "slow": True,
     },
-    "exchanged_bfloat16": {"replicas": 2, "all_reduce_dtype": "bfloat16"},
+    "exchanged_bfloat16": {"replicas": 2, "all_reduce_dtype": "bfloat16", "slow": True},
     "exchanged_in_parts": {"replicas": 2, "all_reduce_bytes": 1000},
     "clipped": {"clip_norm": 0.1},
     "clipped_two": {"clip_norm": 0.1, "replicas": 2},
@@ -105,7 +106,7 @@ class Last(Hooks):
 
 
 def spec_of(prepared: Path, variant: dict[str, Any]) -> RunSpec:
-    own = ("model", "replicas", "copies", "scale")
+    own = ("model", "replicas", "copies", "scale", "slow")
     train = {k: v for k, v in variant.items() if k not in own}
     return RunSpec.model_validate(
         {
@@ -205,7 +206,12 @@ def main() -> None:
         # One for all: two of them in a process take each other's sums for their own.
         kind: Any = tf.distribute.MultiWorkerMirroredStrategy
         strategy = kind._from_local_devices([f"CPU:{i}" for i in range(replicas)])
-    names = sys.argv[3:]
+    slow = sys.argv[3:] == ["slow"]
+    names = [
+        name
+        for name, variant in VARIANTS.items()
+        if variant.get("replicas", 1) == replicas and variant.get("slow", False) == slow
+    ]
     facts = {name: train(folder, prepared, name, strategy) for name in names}
     if FITTED in names:
         fit(folder, prepared, FITTED)
