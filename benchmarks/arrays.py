@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from ray_jobs.batch import IMAGE, LABEL, NUMERIC, WEIGHT
-from ray_jobs.rows import Batch, aligned
+from ray_jobs.data.batch import IMAGE, LABEL, NUMERIC, WEIGHT
+from ray_jobs.data.reader import Batch, aligned
 
 
 def make_arrays(num_rows: int, size: int, num_columns: int) -> Batch:

@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from ray_jobs.hooks import Copy, Hooks, Wish
+from ray_jobs.train.callbacks import Copy, Hooks, Wish
 
 EVERY = 20
 _DISTURBED = 3
@@ -127,10 +127,10 @@ def main() -> None:
 
     from benchmarks.photos import jpeg, photo
     from benchmarks.shards import write_shards
-    from ray_jobs.checkpoint_store import CheckpointStore
-    from ray_jobs.replicas import Place, set_devices
-    from ray_jobs.spec import RunSpec
-    from ray_jobs.storage import Folder
+    from ray_jobs.cluster.strategy import Place, set_devices
+    from ray_jobs.config.spec import RunSpec
+    from ray_jobs.storage.folder import Folder
+    from ray_jobs.train.checkpoints.checkpoint_manager import CheckpointStore
 
     set_devices(os.cpu_count() or 1, use_gpu=False)
 

@@ -35,7 +35,7 @@ def train_recorded(config: dict[str, Any], steps_file: str) -> None:
         config: of `train_on_worker`.
         steps_file: where to write them.
     """
-    from ray_jobs import worker
+    from ray_jobs.train import worker
 
     after_step = worker._Worker.after_step
 
@@ -50,13 +50,14 @@ def train_recorded(config: dict[str, Any], steps_file: str) -> None:
 
 def drive() -> None:
     """Run `train` with its steps recorded; what a run starts as its driver."""
-    from ray_jobs import cli, train
-    from ray_jobs.spec import RunSpec
+    from ray_jobs.config import command_line
+    from ray_jobs.config.spec import RunSpec
+    from ray_jobs.train import job
 
     name, steps_file, *rest = sys.argv
-    train.train_on_worker = partial(train_recorded, steps_file=steps_file)
+    job.train_on_worker = partial(train_recorded, steps_file=steps_file)
     sys.argv = [name, *rest]
-    cli.main(RunSpec, train.fit, __doc__)
+    command_line.main(RunSpec, job.fit, __doc__)
 
 
 @dataclass

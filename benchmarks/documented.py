@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from ray_jobs.hooks import Copy, Hooks
-from ray_jobs.spec import RunSpec
-from ray_jobs.tuning.space import Space
-from ray_jobs.tuning.spec import DistributionSpec
+from ray_jobs.config.spec import RunSpec
+from ray_jobs.config.tune_spec import DistributionSpec
+from ray_jobs.train.callbacks import Copy, Hooks
+from ray_jobs.tune.search.space import Space
 
 
 class _Report(Hooks):
@@ -23,11 +23,11 @@ class _Report(Hooks):
 
 def train_on_worker(config: dict[str, Any]) -> None:
     """Train on the worker of a trial."""
-    from ray_jobs.dataset import FeedOptions
-    from ray_jobs.loop import Loop
-    from ray_jobs.manifest import read_manifest
-    from ray_jobs.replicas import Place, set_devices
-    from ray_jobs.storage import Folder
+    from ray_jobs.cluster.strategy import Place, set_devices
+    from ray_jobs.data.loader import FeedOptions
+    from ray_jobs.data.manifest import read_manifest
+    from ray_jobs.storage.folder import Folder
+    from ray_jobs.train.loop import Loop
 
     set_devices(1, use_gpu=False)
     spec = RunSpec.model_validate(config)
@@ -42,7 +42,7 @@ def run_documented(spec: RunSpec, at_once: int) -> list[str]:
     from ray.tune.integration.ray_train import TuneReportCallback
     from ray.tune.search.basic_variant import BasicVariantGenerator
 
-    from ray_jobs.tf_backend import KerasTrainer
+    from ray_jobs.cluster.tf_backend import KerasTrainer
 
     space, storage, count = Space(spec), spec.run.storage_path, spec.tune.budget.trials
 

@@ -34,10 +34,10 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from benchmarks.photos import write_photos
-from ray_jobs.manifest import read_manifest
-from ray_jobs.prepare import prepare
-from ray_jobs.spec import DataSpec, RunSpec
-from ray_jobs.storage import Folder
+from ray_jobs.config.spec import DataSpec, RunSpec
+from ray_jobs.data.manifest import read_manifest
+from ray_jobs.prepare.job import prepare
+from ray_jobs.storage.folder import Folder
 
 STORED, SIZE, BATCH = 320, 224, 32
 CORES = os.cpu_count() or 1
@@ -152,11 +152,11 @@ def ray_documented(folder: Path) -> float:
 
 
 def _feed(folder: Path, store: str, data: DataSpec) -> float:
-    from ray_jobs.ahead import ahead
-    from ray_jobs.cache import choose_kind, make_index, open_cache
-    from ray_jobs.dataset import FeedOptions, TrainingFeed
-    from ray_jobs.order import TrainingOrder
-    from ray_jobs.tensors import as_tensor
+    from ray_jobs.data.cache import choose_kind, make_index, open_cache
+    from ray_jobs.data.loader import FeedOptions, TrainingFeed
+    from ray_jobs.data.prefetch import ahead
+    from ray_jobs.data.sampler import TrainingOrder
+    from ray_jobs.train.device_batch import as_tensor
 
     manifest = read_manifest(Folder(folder / store))
     kind = choose_kind(data, manifest, SIZE * SIZE * 3, 0)

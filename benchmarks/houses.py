@@ -23,12 +23,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import csv
 
-from ray_jobs import cli, cluster
-from ray_jobs.metrics import auc_gain, binary_metrics
-from ray_jobs.predict import predict
-from ray_jobs.prepare import prepare
-from ray_jobs.spec import PredictSpec, RunSpec
-from ray_jobs.train import fit
+from ray_jobs.cluster import connection
+from ray_jobs.config import command_line
+from ray_jobs.config.spec import PredictSpec, RunSpec
+from ray_jobs.predict.job import predict
+from ray_jobs.prepare.job import prepare
+from ray_jobs.train.job import fit
+from ray_jobs.train.metrics import auc_gain, binary_metrics
 
 NUM_FOLDS = 5
 VARIANTS: dict[str, dict[str, Any]] = {"fusion": {}, "numeric only": {"model.image.kind": "none"}}
@@ -95,9 +96,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of folds and training")
     parser.add_argument("--data", default="../shared/data/houses", help="folder of the houses")
     arguments = parser.parse_args()
-    base = cli.validate_spec(RunSpec, cli.read_yaml("ray_jobs/specs/houses.yaml")).overlay(
-        {"prepare.images": f"{arguments.data}/images", "run.seed": arguments.seed}
-    )
+    base = command_line.validate_spec(
+        RunSpec, command_line.read_yaml("ray_jobs/specs/houses.yaml")
+    ).overlay({"prepare.images": f"{arguments.data}/images", "run.seed": arguments.seed})
     table = csv.read_csv(f"{arguments.data}/houses.csv")
     keys = [str(key) for key in table[base.prepare.key_column].to_pylist()]
     label = table[base.prepare.label_column].to_numpy().astype(int)
@@ -106,7 +107,7 @@ def main() -> None:
     started = time.monotonic()
     with (
         tempfile.TemporaryDirectory() as folder,
-        cluster.connected("local", num_cpus=base.train.workers_range[0]),
+        connection.connected("local", num_cpus=base.train.workers_range[0]),
     ):
         for number, split in enumerate(folds(label, arguments.seed)):
             test = split == "test"

@@ -30,9 +30,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from benchmarks.memory import resident_bytes
-from ray_jobs.prepare import prepare
-from ray_jobs.sources.webdataset import open_source
-from ray_jobs.spec import PrepareSpec, RunSpec
+from ray_jobs.config.spec import PrepareSpec, RunSpec
+from ray_jobs.prepare.job import prepare
+from ray_jobs.prepare.sources.webdataset import open_source
 
 IMAGES_PER_TAR = 10_000
 NUM_ENCODINGS = 300

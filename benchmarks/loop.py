@@ -50,7 +50,7 @@ SIDES = {"one": ("ours", "fit"), "two": ("ours", "legacy")}
 def make_spec(folder: str, workers: str) -> Any:
     """Return the spec of a run; a side that is not ours takes from it what it can."""
     from mm_model.spec import NO_AUGMENTATION
-    from ray_jobs.spec import RunSpec
+    from ray_jobs.config.spec import RunSpec
 
     two = workers == "two"
     return RunSpec.model_validate(
@@ -77,14 +77,14 @@ def make_spec(folder: str, workers: str) -> Any:
 
 def one_ours(folder: str, steps: int, ends: str) -> None:
     """Train with our loop."""
-    from ray_jobs.replicas import Place, set_devices
+    from ray_jobs.cluster.strategy import Place, set_devices
 
     spec = make_spec(folder, "one")
     set_devices(spec.train.cpus_per_worker, use_gpu=False)
 
     from benchmarks.memory_loop import TimedLoop
-    from ray_jobs.manifest import read_manifest
-    from ray_jobs.storage import Folder
+    from ray_jobs.data.manifest import read_manifest
+    from ray_jobs.storage.folder import Folder
 
     manifest = read_manifest(Folder(spec.data.prepared))
     TimedLoop(spec, manifest, Place(), num_steps=steps, ends=ends).run()
@@ -97,10 +97,10 @@ def one_fit(folder: str, steps: int, ends: str) -> None:
     from benchmarks.arrays import make_arrays
     from mm_model.losses import make_loss
     from mm_model.optimizer import make_optimizer
-    from ray_jobs.manifest import read_manifest
-    from ray_jobs.new_model import new_model
-    from ray_jobs.replicas import set_devices
-    from ray_jobs.storage import Folder
+    from ray_jobs.cluster.strategy import set_devices
+    from ray_jobs.data.manifest import read_manifest
+    from ray_jobs.storage.folder import Folder
+    from ray_jobs.train.model_factory import new_model
 
     spec = make_spec(folder, "one")
     set_devices(spec.train.cpus_per_worker, use_gpu=False)
@@ -132,16 +132,16 @@ def one_fit(folder: str, steps: int, ends: str) -> None:
 
 def two_ours(folder: str, steps: int, ends: str) -> None:
     """Train with our workers."""
-    from ray_jobs import cluster
-    from ray_jobs.attempts import fit_once
-    from ray_jobs.board import make_board
-    from ray_jobs.manifest import read_manifest
-    from ray_jobs.storage import Folder
+    from ray_jobs.cluster import connection
+    from ray_jobs.data.manifest import read_manifest
+    from ray_jobs.storage.folder import Folder
+    from ray_jobs.train.coordinator import make_board
+    from ray_jobs.train.supervisor import fit_once
 
     spec = make_spec(folder, "two")
     run = Folder(tempfile.mkdtemp(dir=folder))
     read_manifest(Folder(spec.data.prepared)).write(run)
-    with cluster.connected("local", num_cpus=2):
+    with connection.connected("local", num_cpus=2):
         config = {
             "spec": spec.model_dump(mode="json"), "run": run.uri, "board": make_board(),
             "decode": "trainer", "cache": "none", "index": None, "ray_s": 0.0, "began": time.time(),
@@ -156,9 +156,9 @@ def _train_from_memory(config: dict[str, Any]) -> None:
     from unittest.mock import patch
 
     from benchmarks.memory_loop import TimedLoop
-    from ray_jobs.worker import train_on_worker
+    from ray_jobs.train.worker import train_on_worker
 
-    with patch("ray_jobs.loop.Loop", partial(TimedLoop, **config["timed"])):
+    with patch("ray_jobs.train.loop.Loop", partial(TimedLoop, **config["timed"])):
         train_on_worker(config)
 
 
@@ -170,9 +170,9 @@ def two_legacy(folder: str, steps: int, ends: str) -> None:
     from ray.train.tensorflow import TensorflowTrainer
 
     from benchmarks.legacy import train_legacy
-    from ray_jobs import cluster
-    from ray_jobs.manifest import read_manifest
-    from ray_jobs.storage import Folder
+    from ray_jobs.cluster import connection
+    from ray_jobs.data.manifest import read_manifest
+    from ray_jobs.storage.folder import Folder
 
     spec = make_spec(folder, "two")
     statistics: Any = read_manifest(Folder(spec.data.prepared)).statistics
@@ -181,7 +181,7 @@ def two_legacy(folder: str, steps: int, ends: str) -> None:
         "model": spec.model.model_dump(mode="json"), "ends": ends,
         "statistics": statistics.model_dump(mode="json"),
     }  # fmt: skip
-    with cluster.connected("local", num_cpus=2):
+    with connection.connected("local", num_cpus=2):
         TensorflowTrainer(
             train_legacy,
             train_loop_config=config,

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.arrays import make_arrays
-from ray_jobs.checkpoint import Saved
-from ray_jobs.hooks import Copy, Hooks, Wish
-from ray_jobs.loop import Loop, Outcome
-from ray_jobs.report import Event
-from ray_jobs.rows import Batch
+from ray_jobs.data.reader import Batch
+from ray_jobs.train.callbacks import Copy, Hooks, Wish
+from ray_jobs.train.checkpoints.checkpoint import Saved
+from ray_jobs.train.loop import Loop, Outcome
+from ray_jobs.train.telemetry.console import Event
 
 
 class MemoryFeed:

@@ -17,11 +17,11 @@ import numpy as np
 
 from benchmarks.photos import jpeg, photo
 from benchmarks.shards import COLUMNS, write_shards
-from ray_jobs.batch import NUMERIC
-from ray_jobs.dataset import FeedOptions, TrainingFeed
-from ray_jobs.order import TrainingOrder
-from ray_jobs.spec import DataSpec
-from ray_jobs.storage import Folder
+from ray_jobs.config.spec import DataSpec
+from ray_jobs.data.batch import NUMERIC
+from ray_jobs.data.loader import FeedOptions, TrainingFeed
+from ray_jobs.data.sampler import TrainingOrder
+from ray_jobs.storage.folder import Folder
 
 NUM_ROWS, BATCH = 10_007, 96
 DATA = DataSpec(cache="none")

@@ -4,7 +4,7 @@ Method: noisy steps on a quadratic, x ← x - rate × (x + noise), of which the 
 with variance P of x and S of the noise, rate = P / (P + S), which falls like 1 / step (a Kalman
 filter's gain). The mean loss P is followed exactly, so that nothing depends on luck but what the
 search does. Both sides run under Ray Tune with the population, the steps and the space of each
-other: `pbt` by the service's own scheduler (`ray_jobs.tuning.scheduler`), from the same first
+other: `pbt` by the service's own scheduler (`ray_jobs.tune.search.scheduler`), from the same first
 values as `random`, which keeps them.
 
     random   the best constant rate of the population
@@ -32,9 +32,9 @@ from unittest.mock import patch
 import numpy as np
 from ray import tune
 
-from ray_jobs.spec import RunSpec
-from ray_jobs.tuning.result import Objective
-from ray_jobs.tuning.scheduler import EPOCHS, make_scheduler
+from ray_jobs.config.spec import RunSpec
+from ray_jobs.tune.results.search_state import Objective
+from ray_jobs.tune.search.scheduler import EPOCHS, make_scheduler
 
 POPULATION, STEPS, NOISE, START = 8, 60, 1.0, 1.0
 RATE = "train.learning_rate"
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
     os.environ |= {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1"}
-    from ray_jobs.cluster import connected
+    from ray_jobs.cluster.connection import connected
 
     best, rows = best_end(), []
     # Room for the whole population, so that none is put aside for another.

@@ -2,7 +2,7 @@
 
 Every configuration trains some steps through the real loop, rows from memory, in a process of its
 own. One of them sets how fast the machine is: all rates of the entry `cpu` in
-ray_jobs/planning/gpus.yaml are multiplied by one number, so that what is said of this one is right.
+ray_jobs/plan/gpus.yaml are multiplied by one number, so that what is said of this one is right.
 The others are then compared.
 
     step     median of the steps after the first ones
@@ -53,7 +53,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 
 def make_spec(folder: str, name: str) -> Any:
     """Return the spec of a configuration."""
-    from ray_jobs.spec import RunSpec
+    from ray_jobs.config.spec import RunSpec
 
     base = {
         "run": {"storage_path": folder, "name": "run"},
@@ -66,14 +66,14 @@ def make_spec(folder: str, name: str) -> Any:
 
 def run(folder: str, name: str, steps: int) -> None:
     """Train a configuration and write down what its steps took."""
-    from ray_jobs.replicas import Place, set_devices
+    from ray_jobs.cluster.strategy import Place, set_devices
 
     spec = make_spec(folder, name)
     set_devices(spec.train.cpus_per_worker, use_gpu=False)
 
     from benchmarks.memory_loop import TimedLoop
-    from ray_jobs.manifest import read_manifest
-    from ray_jobs.storage import Folder
+    from ray_jobs.data.manifest import read_manifest
+    from ray_jobs.storage.folder import Folder
 
     manifest = read_manifest(Folder(spec.data.prepared))
     before = _memory("VmRSS")
@@ -106,10 +106,10 @@ def measure(folder: str, name: str, steps: int) -> dict[str, float]:
 
 def planned(folder: str, name: str, machine: Any) -> dict[str, float]:
     """Return what `plan` says of a configuration."""
-    from ray_jobs.manifest import read_manifest
-    from ray_jobs.planning.estimate import GIB, Estimator
-    from ray_jobs.planning.layers import model_costs
-    from ray_jobs.storage import Folder
+    from ray_jobs.data.manifest import read_manifest
+    from ray_jobs.plan.estimate import GIB, Estimator
+    from ray_jobs.plan.layer_costs import model_costs
+    from ray_jobs.storage.folder import Folder
 
     spec = make_spec(folder, name)
     manifest = read_manifest(Folder(spec.data.prepared))
@@ -143,7 +143,7 @@ def main() -> None:
 
     from benchmarks.photos import jpeg, photo
     from benchmarks.shards import write_shards
-    from ray_jobs.planning.spec import TABLE, read_machines
+    from ray_jobs.plan.plan_spec import TABLE, read_machines
 
     machine = read_machines(str(TABLE))["cpu"]
     with tempfile.TemporaryDirectory() as folder:

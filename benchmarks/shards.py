@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mm_model.statistics import fit_numeric_statistics
-from ray_jobs.manifest import ImageInfo, Manifest, Shard, SplitInfo
-from ray_jobs.spec import PrepareSpec
-from ray_jobs.storage import Folder
+from ray_jobs.config.spec import PrepareSpec
+from ray_jobs.data.manifest import ImageInfo, Manifest, Shard, SplitInfo
+from ray_jobs.storage.folder import Folder
 
 COLUMNS = ("row", "signal")
 """Place of a row in its split, and a number that the label follows from."""

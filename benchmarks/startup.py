@@ -38,12 +38,12 @@ def train(folder: str) -> None:
     """Train in this process, and leave in a file when the start was seen to be done."""
     from unittest.mock import patch
 
-    from ray_jobs import report
-    from ray_jobs.spec import RunSpec
-    from ray_jobs.train import fit
+    from ray_jobs.config.spec import RunSpec
+    from ray_jobs.train.job import fit
+    from ray_jobs.train.telemetry import console
 
-    class Screen(report.Screen):
-        def show(self, event: report.Event) -> None:
+    class Screen(console.Screen):
+        def show(self, event: console.Event) -> None:
             if event["kind"] == "startup":
                 Path(folder, SHOWN_AT).write_text(str(time.time()))
             super().show(event)
@@ -54,7 +54,7 @@ def train(folder: str) -> None:
         "model": {"image": {"kind": "tiny", "weights": None, "units": 8}},
         "train": {"num_workers": 2, "epochs": 1},
     }
-    with patch.object(report, "Screen", Screen):
+    with patch.object(console, "Screen", Screen):
         fit(RunSpec.model_validate(spec))
 
 

@@ -36,7 +36,7 @@ import numpy as np
 from benchmarks.documented import run_documented
 from benchmarks.photos import jpeg, photo
 from benchmarks.shards import write_shards
-from ray_jobs.spec import RunSpec
+from ray_jobs.config.spec import RunSpec
 
 SIZE, ROWS = 96, {"train": 384, "validation": 128, "test": 64}
 AT_ONCE = 2
@@ -76,10 +76,10 @@ def make_spec(folder: str, kind: str, trials: int) -> RunSpec:
 
 def run_ours(spec: RunSpec) -> list[str]:
     """Run the trials of a search as `tune` does, and return how they ended."""
-    from ray_jobs.manifest import read_manifest
-    from ray_jobs.storage import Folder
-    from ray_jobs.tune import trials_of
-    from ray_jobs.tuning.space import Space
+    from ray_jobs.data.manifest import read_manifest
+    from ray_jobs.storage.folder import Folder
+    from ray_jobs.tune.job import trials_of
+    from ray_jobs.tune.search.space import Space
 
     found = trials_of(spec, read_manifest(Folder(spec.data.prepared)), Space(spec))
     for row in found.trials:
@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--documented", type=int, default=4, help="of theirs")
     arguments = parser.parse_args()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    from ray_jobs.cluster import connected
+    from ray_jobs.cluster.connection import connected
 
     ratios = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -17,9 +17,9 @@ import numpy as np
 
 from benchmarks.photos import jpeg, photo
 from benchmarks.shards import write_shards
-from ray_jobs import report
-from ray_jobs.spec import RunSpec
-from ray_jobs.train import fit
+from ray_jobs.config.spec import RunSpec
+from ray_jobs.train.job import fit
+from ray_jobs.train.telemetry import console
 
 
 def main() -> None:
@@ -50,14 +50,14 @@ def main() -> None:
             lines = (Path(folder) / "run" / "history.jsonl").read_text().splitlines()
         history = [json.loads(line) for line in lines]
         for record in history:
-            seconds, waited = record[report.EPOCH_S], record[report.DATA_WAIT_S]
+            seconds, waited = record[console.EPOCH_S], record[console.DATA_WAIT_S]
             print(
-                f"| {num_workers} | {record[report.EPOCH] + 1} | {seconds:.1f} | {waited:.2f} "
+                f"| {num_workers} | {record[console.EPOCH] + 1} | {seconds:.1f} | {waited:.2f} "
                 f"| {waited / seconds:.2%} |"
             )
-        total = sum(record[report.EPOCH_S] for record in history)
+        total = sum(record[console.EPOCH_S] for record in history)
         shares[f"wait_share_{num_workers}_workers"] = round(
-            sum(record[report.DATA_WAIT_S] for record in history) / total, 4
+            sum(record[console.DATA_WAIT_S] for record in history) / total, 4
         )
     print(json.dumps(shares))
 

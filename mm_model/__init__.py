@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mm_model.fit import balanced_class_weight, default_callbacks
+    from mm_model.fit_helpers import balanced_class_weight, default_callbacks
     from mm_model.losses import make_loss
     from mm_model.model import FusionModel, build_model, create_model, load_model
     from mm_model.optimizer import make_optimizer
@@ -31,10 +31,10 @@ _HOME_OF = {
     "NumericStatistics": "mm_model.statistics",
     "OptimizerSpec": "mm_model.spec",
     "Vocabulary": "mm_model.statistics",
-    "balanced_class_weight": "mm_model.fit",
+    "balanced_class_weight": "mm_model.fit_helpers",
     "build_model": "mm_model.model",
     "create_model": "mm_model.model",
-    "default_callbacks": "mm_model.fit",
+    "default_callbacks": "mm_model.fit_helpers",
     "fit_numeric_statistics": "mm_model.statistics",
     "fit_vocabulary": "mm_model.statistics",
     "load_model": "mm_model.model",

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from mm_model.layers import register
+from mm_model.layers.blocks import register
 from mm_model.spec import LossSpec
 
 

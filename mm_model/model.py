@@ -26,12 +26,10 @@ from typing import Any, cast
 import keras
 from keras import KerasTensor, layers, ops
 
-from mm_model.augment import augmentation
 from mm_model.branches import IMAGE_BRANCHES, IMAGE_TOPS, NUMERIC_BRANCHES, Builder
-from mm_model.dials import number
-from mm_model.encodings import CategoryEmbedding, NumericEncoding
 from mm_model.fusion import FUSIONS
-from mm_model.layers import (
+from mm_model.layers.augmentation import augmentation
+from mm_model.layers.blocks import (
     AffineLogit,
     Blocks,
     FoldImages,
@@ -40,10 +38,12 @@ from mm_model.layers import (
     UnfoldImages,
     register,
 )
+from mm_model.layers.encodings import CategoryEmbedding, NumericEncoding
 from mm_model.losses import of_logits
 from mm_model.optimizer import make_optimizer
 from mm_model.spec import ModelSpec, OptimizerSpec
 from mm_model.statistics import NumericStatistics, Vocabulary
+from mm_model.tunable import number
 
 Shape = Sequence[int]
 

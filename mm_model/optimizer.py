@@ -18,9 +18,9 @@ import keras
 from keras import ops
 from keras.optimizers import schedules
 
-from mm_model.dials import Dial, number
-from mm_model.layers import register
+from mm_model.layers.blocks import register
 from mm_model.spec import OptimizerSpec
+from mm_model.tunable import Dial, number
 
 # Biases and what normalises: no kernels. Under a strategy a variable is `kernel/replica_1:0`.
 _NO_KERNEL = r"(^|/)(bias|gamma|beta)(/replica_\d+)?(:\d+)?$"

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator,
 
 from mm_model.branches import IMAGE_BRANCHES, NUMERIC_BRANCHES, has_imagenet_weights
 from mm_model.fusion import FUSIONS
-from mm_model.suggest import one_of
+from mm_model.nearest_match import one_of
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]

@@ -16,7 +16,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 @pytest.fixture(scope="session")
 def ray_local() -> Iterator[None]:
     """A local Ray with CPUs for two workers and Ray Data; jobs called in a test find and use it."""
-    from ray_jobs.cluster import connected
+    from ray_jobs.cluster.connection import connected
 
     with ExitStack() as stack:
         # Five CPUs, which tests count on, however many the machine has.
@@ -30,7 +30,7 @@ def board(ray_local: None) -> Iterator[Any]:
     """A board that driver and workers of a run tell each other things on."""
     import ray
 
-    from ray_jobs.board import make_board
+    from ray_jobs.train.coordinator import make_board
 
     made = make_board()
     yield made

@@ -3,20 +3,38 @@
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
-VERBS = ("prepare", "train", "tune", "evaluate", "predict", "inspect", "demo", "doctor", "plan",
-         "submit")  # fmt: skip
+from ray_jobs.__main__ import VERBS
+
 HEAVY = ("tensorflow", "keras", "ray", "mlflow", "optuna")
 MODULES = (
-    "mm_model", "mm_model.spec", "mm_model.statistics", "ray_jobs.spec", "ray_jobs.cli",
-    "ray_jobs.batch", "ray_jobs.manifest", "ray_jobs.order", "ray_jobs.metrics",
-    "ray_jobs.tracking", "ray_jobs.resources", "ray_jobs.profile", "ray_jobs.tuning.spec",
-    "ray_jobs.tuning.space", "ray_jobs.tuning.result", "ray_jobs.tuning.page",
-    "ray_jobs.submission.spec", "ray_jobs.planning.spec", "ray_jobs.nodes", "ray_jobs.checks.here",
-    "ray_jobs.checks.nodes", "ray_jobs.checks.reach", "ray_jobs.checks.fit",
-)  # fmt: skip
+    "mm_model",
+    "mm_model.spec",
+    "mm_model.statistics",
+    "ray_jobs.config.spec",
+    "ray_jobs.config.command_line",
+    "ray_jobs.data.batch",
+    "ray_jobs.data.manifest",
+    "ray_jobs.data.sampler",
+    "ray_jobs.train.metrics",
+    "ray_jobs.train.telemetry.history",
+    "ray_jobs.train.telemetry.system_metrics",
+    "ray_jobs.train.telemetry.profiler",
+    "ray_jobs.config.tune_spec",
+    "ray_jobs.tune.search.space",
+    "ray_jobs.tune.results.search_state",
+    "ray_jobs.tune.results.tune_page",
+    "ray_jobs.submit.submit_spec",
+    "ray_jobs.plan.plan_spec",
+    "ray_jobs.cluster.node_inventory",
+    "ray_jobs.checks.local",
+    "ray_jobs.checks.versions",
+    "ray_jobs.checks.storage_access",
+    "ray_jobs.checks.resources",
+)
 
 
 def run(code: str) -> tuple[str, set[str]]:
@@ -44,16 +62,28 @@ for module in {list(modules)!r}:
 
 def test_light_modules_import_nothing_heavy():
     assert heavy_ones(MODULES) == []
-    assert heavy_ones(["ray_jobs.cli", "optuna"]) == ["optuna"]
+    assert heavy_ones(["ray_jobs.config.command_line", "optuna"]) == ["optuna"]
 
 
 def test_importing_a_job_does_nothing_heavy():
-    assert heavy_ones([f"ray_jobs.{verb}" for verb in VERBS]) == []
+    assert heavy_ones([f"ray_jobs.{verb}.job" for verb in VERBS]) == []
 
 
 def test_the_model_imports_no_ray():
-    modules = ("model", "fit", "calibrate", "losses", "mix", "stages")
+    modules = ("model", "fit_helpers", "calibration", "losses", "mixup", "freezing")
     assert "ray" not in run("\n".join(f"import mm_model.{name}" for name in modules))[1]
+
+
+def test_the_installed_script_lists_the_verbs_and_names_the_nearest_one():
+    script = str(Path(sys.executable).with_name("ray-jobs"))
+    listed = subprocess.run([script], capture_output=True, text=True, check=True).stdout
+    assert all(f"  {verb} " in listed for verb in VERBS)
+    wrong = subprocess.run([script, "trian"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2
+    assert "unknown verb 'trian'; did you mean 'train'?" in wrong.stderr
+    for command in ([script, "train", "--help"], [sys.executable, "-m", "ray_jobs", "train", "-h"]):
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert text.startswith("usage: python -m ray_jobs.train [SPEC.yaml]")
 
 
 @pytest.mark.parametrize("verb", VERBS)

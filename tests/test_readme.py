@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import yaml
 
-from ray_jobs import cli, submit
-from ray_jobs.doctor import DoctorSpec
-from ray_jobs.planning.spec import PlanSpec
-from ray_jobs.spec import DemoSpec, EvaluateSpec, InspectSpec, PredictSpec, RunSpec
+from ray_jobs.config import command_line
+from ray_jobs.config.spec import DemoSpec, EvaluateSpec, InspectSpec, PredictSpec, RunSpec
+from ray_jobs.doctor.job import DoctorSpec
+from ray_jobs.plan.plan_spec import PlanSpec
+from ray_jobs.submit import job
 from tests.ray_jobs.tiny import write_prepared
 
 ROOT = Path(__file__).parent.parent
@@ -55,9 +56,9 @@ def test_every_job_command_is_one_that_the_job_accepts(command, monkeypatch):
     at = next(i for i, word in enumerate(words) if word.startswith("ray_jobs."))
     verb, arguments = words[at].removeprefix("ray_jobs."), words[at + 1 :]
     if verb == "submit":
-        submit.command(arguments)
+        job.command(arguments)
     else:
-        cli.parse(SPECS[verb], arguments)
+        command_line.parse(SPECS[verb], arguments)
 
 
 def test_every_make_target_of_the_readme_is_in_the_makefile():
@@ -78,7 +79,7 @@ def test_the_tree_names_only_files_that_are_there():
 
 def test_the_yaml_example_is_a_specification():
     (example,) = blocks("yaml")
-    spec = cli.validate_spec(RunSpec, yaml.safe_load(example))
+    spec = command_line.validate_spec(RunSpec, yaml.safe_load(example))
     assert spec.tune.budget.trials == 200
     assert len(spec.tune.space) == 4
 

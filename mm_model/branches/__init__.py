@@ -6,7 +6,7 @@ branch in a spec imports neither Keras nor TensorFlow. A branch of your own is o
     IMAGE_BRANCHES["mine"] = my_branch      # my_branch(image, kind, spec, blocks) -> Features
 
 An image branch sees single images, also where a row has several. Its backbone, which
-`mm_model.stages` freezes and thaws, is the layers that its tokens come from. Where it has a top of
+`mm_model.freezing` freezes, is the layers that its tokens come from. Where it has a top of
 its own in `IMAGE_TOPS`, a model can also be built on features that the backbone gave before.
 """
 

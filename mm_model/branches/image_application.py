@@ -13,7 +13,7 @@ import keras
 import numpy as np
 from keras import KerasTensor, layers
 
-from mm_model.layers import Blocks, RowDropout, SynchronizedBatchNormalization, register
+from mm_model.layers.blocks import Blocks, RowDropout, SynchronizedBatchNormalization, register
 from mm_model.spec import ImageSpec
 
 APPLICATIONS = {

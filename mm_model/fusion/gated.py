@@ -5,7 +5,7 @@ Arevalo et al. 2017, "Gated Multimodal Units for Information Fusion", arXiv 1702
 
 from keras import KerasTensor, layers
 
-from mm_model.layers import Blocks
+from mm_model.layers.blocks import Blocks
 from mm_model.spec import FusionSpec
 
 

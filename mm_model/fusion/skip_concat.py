@@ -2,7 +2,7 @@
 
 from keras import KerasTensor, layers
 
-from mm_model.layers import Blocks
+from mm_model.layers.blocks import Blocks
 from mm_model.spec import FusionSpec
 
 

@@ -6,9 +6,9 @@ from statistics import median
 from typing import Any
 
 from ray_jobs.checks.finding import Finding, error, ok, skipped
-from ray_jobs.nodes import nodes_free
-from ray_jobs.room import actor_in_bundle, room_on, worker_resources
-from ray_jobs.spec import RunSpec, TrainSpec
+from ray_jobs.cluster.capacity import actor_in_bundle, room_on, worker_resources
+from ray_jobs.cluster.node_inventory import nodes_free
+from ray_jobs.config.spec import RunSpec, TrainSpec
 
 _PLACED_S = 10.0
 _DONE_S = 90.0
@@ -22,20 +22,20 @@ class _Worker:
 
     def address(self) -> str:
         """Return where this worker can listen."""
-        from ray_jobs.tf_backend import free_address
+        from ray_jobs.cluster.tf_backend import free_address
 
         return free_address()
 
     def exchange(self, addresses: Sequence[str], rank: int, train: TrainSpec) -> dict[str, Any]:
         """Sum an array with the other worker; return the seconds that it took, and versions."""
-        from ray_jobs.tf_backend import set_environment
+        from ray_jobs.cluster.tf_backend import set_environment
 
         set_environment(addresses, rank)
         import keras
         import numpy as np
         import tensorflow as tf
 
-        from ray_jobs.replicas import Place, Replicas, make_strategy, set_devices
+        from ray_jobs.cluster.strategy import Place, Replicas, make_strategy, set_devices
 
         set_devices(train.cpus_per_worker, train.use_gpu, train.deterministic)
         replicas = Replicas(make_strategy(len(addresses)), Place(rank, len(addresses)))
@@ -58,7 +58,7 @@ def collective(spec: RunSpec) -> Iterator[Finding]:
     from ray.exceptions import GetTimeoutError, RayError
     from ray.util import placement_group, remove_placement_group
 
-    from ray_jobs.cluster import reason
+    from ray_jobs.cluster.connection import reason
 
     train = spec.train
     bundle = worker_resources(train)

@@ -3,9 +3,9 @@
 import sys
 from dataclasses import replace
 
-from ray_jobs.cli import JobError
-from ray_jobs.manifest import Manifest
-from ray_jobs.spec import RunSpec
+from ray_jobs.config.errors import JobError
+from ray_jobs.config.spec import RunSpec
+from ray_jobs.data.manifest import Manifest
 
 
 def preflight(spec: RunSpec, manifest: Manifest) -> None:
@@ -16,7 +16,7 @@ def preflight(spec: RunSpec, manifest: Manifest) -> None:
     """
     import ray
 
-    from ray_jobs.checks import nodes, reach
+    from ray_jobs.checks import storage_access, versions
     from ray_jobs.checks.probe import probed
 
     here = ray.get_runtime_context().get_node_id()
@@ -24,13 +24,13 @@ def preflight(spec: RunSpec, manifest: Manifest) -> None:
     if not spec.run.preflight or not others:
         return
     with probed() as there:
-        able, silent = nodes.answering(there)
+        able, silent = versions.answering(there)
         # A node may only be busy; who needs it will wait for it.
         found = [replace(finding, status="warning") for finding in silent]
-        found += nodes.versions(able)
-        found += reach.storage(spec, able)
-        found += reach.data(spec, manifest, able, num_shards=0)
-        found += reach.weights(spec, able)
+        found += versions.versions(able)
+        found += storage_access.storage(spec, able)
+        found += storage_access.data(spec, manifest, able, num_shards=0)
+        found += storage_access.weights(spec, able)
     for finding in found:
         if finding.status == "warning":
             print(f"warning: {finding.sentence}", file=sys.stderr)

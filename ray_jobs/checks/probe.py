@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ray_jobs.checks.here import weights_problem
-from ray_jobs.storage import Folder
+from ray_jobs.checks.local import weights_problem
+from ray_jobs.storage.folder import Folder
 
 PACKAGES = ("ray", "tensorflow", "keras", "numpy", "pyarrow", "pydantic", "scikit-learn")
 _SHARED_MEMORY = "/dev/shm"
@@ -79,7 +79,7 @@ class Probe:
 
     def gpus(self) -> dict[str, Any]:
         """Return what TensorFlow makes of the GPUs that Ray gave this process."""
-        from ray_jobs.replicas import set_devices
+        from ray_jobs.cluster.strategy import set_devices
 
         set_devices(1, use_gpu=True)
         import tensorflow as tf
@@ -153,7 +153,7 @@ def ask_each(
     import ray
     from ray.exceptions import RayError
 
-    from ray_jobs.cluster import reason
+    from ray_jobs.cluster.connection import reason
 
     calls = {getattr(n.probe, method).remote(*given): n for n, given in of_each}
     done, late = ray.wait(list(calls), num_returns=len(calls), timeout=timeout_s)

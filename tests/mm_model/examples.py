@@ -8,7 +8,7 @@ import keras
 import numpy as np
 
 import mm_model
-from mm_model import draws
+from mm_model import per_row_random
 from mm_model.spec import NO_AUGMENTATION
 from mm_model.statistics import Vocabulary
 
@@ -70,7 +70,7 @@ def in_parts(
     """What `count` replicas of equal seed states make of their parts of the rows, side by side."""
     parts = []
     for index, part in enumerate(np.split(rows, count)):
-        with draws.replica(index, count):
+        with per_row_random.replica(index, count):
             parts.append(np.asarray(call()(part)))
     return np.concatenate(parts)
 

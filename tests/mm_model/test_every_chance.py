@@ -6,8 +6,8 @@ import pytest
 import tensorflow as tf
 
 import mm_model
-from mm_model import draws
-from mm_model.augment import augmentation
+from mm_model import per_row_random
+from mm_model.layers.augmentation import augmentation
 from mm_model.model import build_model
 from mm_model.spec import ModelSpec
 from tests.mm_model.examples import COLOUR, half_precision, rows_of_everything, told_apart
@@ -53,7 +53,7 @@ def test_parts_of_a_batch_train_as_the_whole_batch_does(kind):
             for v, state in zip(random_states(model), states, strict=True):
                 v.assign(state)
             part = {k: np.split(v, count)[index] for k, v in inputs.items()}
-            with draws.replica(index, count):
+            with per_row_random.replica(index, count):
                 parts.append(np.asarray(model.head_logits(part, training=True)))
         return np.concatenate(parts)
 
@@ -105,7 +105,7 @@ def test_a_step_with_every_chance_compiles():
             loss = model.compute_loss(inputs, y, p, training=True)
         return loss, tape.gradient(loss, model.trainable_variables)
 
-    with draws.replica(1, 2):
+    with per_row_random.replica(1, 2):
         loss, gradients = step(inputs, y[:, None].astype(np.float32))
     assert np.isfinite(loss)
     assert all(np.isfinite(g).all() for g in gradients)

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 import mm_model
 from mm_model.branches import IMAGE_BRANCHES
-from mm_model.layers import PickView
+from mm_model.layers.blocks import PickView
 from mm_model.model import backbone_model, build_model
 from mm_model.spec import NO_AUGMENTATION, FusionSpec, ImageSpec, ModelSpec, NumericSpec
 from tests.mm_model.examples import COLOUR, in_parts, rows_of_everything, told_apart

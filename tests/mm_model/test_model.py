@@ -5,7 +5,7 @@ import pytest
 import mm_model
 from mm_model.branches import IMAGE_BRANCHES
 from mm_model.fusion import FUSIONS
-from mm_model.layers import Blocks
+from mm_model.layers.blocks import Blocks
 from mm_model.model import build_model
 from mm_model.spec import NO_AUGMENTATION, FusionSpec, ImageSpec, ModelSpec, NumericSpec
 from tests.mm_model.examples import (

@@ -3,18 +3,18 @@
 from pathlib import Path
 from typing import Any
 
-from ray_jobs import report
-from ray_jobs.spec import RunSpec
-from ray_jobs.tracking import Tracker
+from ray_jobs.config.spec import RunSpec
+from ray_jobs.train.telemetry import console
+from ray_jobs.train.telemetry.history import Tracker
 
 
 def record(epoch: int, attempt: int = 0, **changes: Any) -> dict[str, Any]:
     """Numbers of an epoch; each attempt's are other ones."""
     return {
-        report.EPOCH: epoch,
-        report.STEP: 10 * (epoch + 1),
-        report.TRAIN_LOSS: 0.5 / (epoch + 1) + attempt,
-        report.VAL_ROC_AUC: None,
+        console.EPOCH: epoch,
+        console.STEP: 10 * (epoch + 1),
+        console.TRAIN_LOSS: 0.5 / (epoch + 1) + attempt,
+        console.VAL_ROC_AUC: None,
         **changes,
     }
 

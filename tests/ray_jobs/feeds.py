@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from ray_jobs.batch import NUMERIC, WEIGHT
-from ray_jobs.dataset import FeedOptions, TrainingFeed
-from ray_jobs.manifest import Manifest
-from ray_jobs.order import TrainingOrder
-from ray_jobs.rows import Batch
-from ray_jobs.spec import DataSpec
-from ray_jobs.storage import Folder
+from ray_jobs.config.spec import DataSpec
+from ray_jobs.data.batch import NUMERIC, WEIGHT
+from ray_jobs.data.loader import FeedOptions, TrainingFeed
+from ray_jobs.data.manifest import Manifest
+from ray_jobs.data.reader import Batch
+from ray_jobs.data.sampler import TrainingOrder
+from ray_jobs.storage.folder import Folder
 from tests.ray_jobs.tiny import ROW
 
 SIZE = 16

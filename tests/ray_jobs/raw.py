@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from ray_jobs.manifest import Manifest
-from ray_jobs.prepare import prepare
-from ray_jobs.spec import SPLITS, RunSpec
+from ray_jobs.config.spec import SPLITS, RunSpec
+from ray_jobs.data.manifest import Manifest
+from ray_jobs.prepare.job import prepare
 
 SIZE = 24
 

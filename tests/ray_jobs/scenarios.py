@@ -13,11 +13,11 @@ from unittest.mock import patch
 import numpy as np
 
 from mm_model.spec import NO_AUGMENTATION
-from ray_jobs.checkpoint import LoopState, Saved
-from ray_jobs.hooks import Copy, Hooks, Wish
-from ray_jobs.manifest import read_manifest
-from ray_jobs.spec import RunSpec
-from ray_jobs.storage import Folder
+from ray_jobs.config.spec import RunSpec
+from ray_jobs.data.manifest import read_manifest
+from ray_jobs.storage.folder import Folder
+from ray_jobs.train.callbacks import Copy, Hooks, Wish
+from ray_jobs.train.checkpoints.checkpoint import LoopState, Saved
 from tests.ray_jobs.arrays import distance, same_arrays
 from tests.ray_jobs.tiny import ROW
 
@@ -118,10 +118,10 @@ def run_scenarios(config: dict[str, Any]) -> None:
     """Run some scenarios on one worker; leave what it saw in files for the test."""
     import ray.train
 
-    from ray_jobs import loop as module
-    from ray_jobs.loop import Loop
-    from ray_jobs.replicas import Place, make_strategy, set_devices
-    from ray_jobs.step import Stepper
+    from ray_jobs.cluster.strategy import Place, make_strategy, set_devices
+    from ray_jobs.train import loop as module
+    from ray_jobs.train.loop import Loop
+    from ray_jobs.train.train_step import Stepper
 
     context = ray.train.get_context()
     place = Place(context.get_world_rank(), context.get_world_size())
@@ -224,7 +224,7 @@ def same_checkpoints(first: Saved, second: Saved) -> bool:
 
 def resumed_alike(loop: Any, undisturbed: list[Saved], start: int) -> bool:
     """Go on from a checkpoint in a loop of its own; compare all later ones bit by bit."""
-    from ray_jobs.loop import Loop
+    from ray_jobs.train.loop import Loop
 
     hooks = Kept()
     again = Loop(loop.spec, loop.manifest, loop.place, loop.replicas.strategy)
@@ -235,8 +235,8 @@ def resumed_alike(loop: Any, undisturbed: list[Saved], start: int) -> bool:
 
 def stopped(loop: Any, stop_at: int) -> tuple[Any, Kept]:
     """Train in a loop of its own until a wish to stop; return how it ended, and the hooks."""
-    from ray_jobs import loop as module
-    from ray_jobs.loop import Loop
+    from ray_jobs.train import loop as module
+    from ray_jobs.train.loop import Loop
 
     hooks = Kept(stop_at)
     loop = Loop(loop.spec, loop.manifest, loop.place, loop.replicas.strategy)
@@ -255,7 +255,7 @@ def stopped_between_epochs(loop: Any, undisturbed: list[Saved]) -> list[Any]:
 
 def stopped_alike(loop: Any, undisturbed: list[Saved]) -> list[Any]:
     """Stop where no checkpoint is due, go on from there; compare the end."""
-    from ray_jobs.loop import Loop
+    from ray_jobs.train.loop import Loop
 
     outcome, hooks = stopped(loop, 8)
     last = hooks.checkpoints[-1]
@@ -267,8 +267,8 @@ def stopped_alike(loop: Any, undisturbed: list[Saved]) -> list[Any]:
 
 def distance_of_resumed(loop: Any, output: Path, undisturbed: list[Saved]) -> float:
     """Go on from another number of workers' checkpoint; return the distance to their end."""
-    from ray_jobs.checkpoint import read_checkpoint, write_checkpoint
-    from ray_jobs.loop import Loop
+    from ray_jobs.train.checkpoints.checkpoint import read_checkpoint, write_checkpoint
+    from ray_jobs.train.loop import Loop
 
     num_workers = loop.place.num_workers
     if loop.place.rank == 0:

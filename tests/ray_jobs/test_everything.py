@@ -10,13 +10,13 @@ import pytest
 from PIL import Image
 from pyarrow import csv
 
-from ray_jobs.evaluate import evaluate
-from ray_jobs.manifest import read_manifest
-from ray_jobs.predict import predict
-from ray_jobs.prepare import prepare
-from ray_jobs.spec import EvaluateSpec, PredictSpec, RunSpec
-from ray_jobs.storage import Folder
-from ray_jobs.train import fit
+from ray_jobs.config.spec import EvaluateSpec, PredictSpec, RunSpec
+from ray_jobs.data.manifest import read_manifest
+from ray_jobs.evaluate.job import evaluate
+from ray_jobs.predict.job import predict
+from ray_jobs.prepare.job import prepare
+from ray_jobs.storage.folder import Folder
+from ray_jobs.train.job import fit
 
 pytestmark = [pytest.mark.usefixtures("ray_local"), pytest.mark.multiworker, pytest.mark.slow]
 

@@ -13,7 +13,7 @@ from unittest.mock import patch
 import pytest
 import yaml
 
-from ray_jobs.storage import Folder
+from ray_jobs.storage.folder import Folder
 from tests.ray_jobs.raw import Raw
 from tests.ray_jobs.scenarios import PLAIN
 

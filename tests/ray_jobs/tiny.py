@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from mm_model.statistics import fit_numeric_statistics
-from ray_jobs.manifest import ImageInfo, Manifest, Shard, SplitInfo, read_manifest
-from ray_jobs.spec import PrepareSpec
-from ray_jobs.storage import Folder
+from ray_jobs.config.spec import PrepareSpec
+from ray_jobs.data.manifest import ImageInfo, Manifest, Shard, SplitInfo, read_manifest
+from ray_jobs.storage.folder import Folder
 
 COLUMNS = ("alpha", "beta", "row")
 ROW = COLUMNS.index("row")

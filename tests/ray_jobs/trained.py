@@ -8,10 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mm_model.spec import ImageSpec, ModelSpec, NumericSpec
-from ray_jobs.images import decode_stored
-from ray_jobs.manifest import Manifest
-from ray_jobs.spec import Split
-from ray_jobs.storage import Folder
+from ray_jobs.config.spec import Split
+from ray_jobs.data.images import decode_stored
+from ray_jobs.data.manifest import Manifest
+from ray_jobs.storage.folder import Folder
 
 THRESHOLD = 0.45
 

@@ -16,14 +16,14 @@ import tensorflow as tf
 from mm_model.losses import make_loss
 from mm_model.optimizer import make_optimizer
 from mm_model.spec import NO_AUGMENTATION
-from ray_jobs.dataset import FeedOptions, TrainingFeed
-from ray_jobs.hooks import Hooks
-from ray_jobs.loop import Loop
-from ray_jobs.manifest import read_manifest
-from ray_jobs.new_model import new_model
-from ray_jobs.replicas import Place, set_devices
-from ray_jobs.spec import RunSpec
-from ray_jobs.storage import Folder
+from ray_jobs.cluster.strategy import Place, set_devices
+from ray_jobs.config.spec import RunSpec
+from ray_jobs.data.loader import FeedOptions, TrainingFeed
+from ray_jobs.data.manifest import read_manifest
+from ray_jobs.storage.folder import Folder
+from ray_jobs.train.callbacks import Hooks
+from ray_jobs.train.loop import Loop
+from ray_jobs.train.model_factory import new_model
 from tests.ray_jobs.arrays import arrays_of
 from tests.ray_jobs.tiny import write_prepared
 

@@ -7,7 +7,7 @@ import pytest
 
 import mm_model
 from mm_model.branches.image_application import CaffePixels, make_backbone
-from mm_model.layers import RowDropout
+from mm_model.layers.blocks import RowDropout
 from tests.mm_model.examples import SMALLEST_OF_EACH_FAMILY
 
 

@@ -1,0 +1,1 @@
+"""Serialisable layers of the fusion model."""

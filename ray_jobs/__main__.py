@@ -1,0 +1,43 @@
+"""List the verbs, or run one: `ray-jobs VERB …` is `python -m ray_jobs.VERB …`."""
+
+import runpy
+import sys
+
+from mm_model.nearest_match import did_you_mean
+
+VERBS = {
+    "prepare": "turn images and a table into shards with a manifest",
+    "inspect": "report on the quality of prepared data",
+    "train": "train the fusion model on prepared data",
+    "tune": "search for the settings that train the best model",
+    "evaluate": "measure a trained run on one split of prepared data",
+    "predict": "write the probability of each row to Parquet",
+    "plan": "estimate memory, time and cost on machines that are not rented yet",
+    "doctor": "find what would stop a job before it starts",
+    "submit": "send a job to a cluster, follow it, stop it",
+    "demo": "run the whole pipeline on generated data",
+}
+
+
+def main() -> None:
+    """Run the verb that the command line names."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: ray-jobs VERB …, or python -m ray_jobs.VERB …\n")
+        print(*(f"  {verb:<10}{text}" for verb, text in VERBS.items()), sep="\n")
+        print("\nray-jobs VERB --help lists the settings of a verb.")
+        return
+    verb = arguments[0]
+    if verb not in VERBS:
+        print(
+            f"error: unknown verb {verb!r}{did_you_mean(verb, list(VERBS))} "
+            f"(accepted: {', '.join(VERBS)})",
+            file=sys.stderr,
+        )
+        raise SystemExit(2)
+    sys.argv[1:] = arguments[1:]
+    runpy.run_module(f"ray_jobs.{verb}", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Connecting to Ray, capacity, and starting groups of TensorFlow workers."""

@@ -1,0 +1,41 @@
+"""What a run ran on: versions, source revision, machine."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from ray_jobs.config.spec import RunSpec
+
+_PACKAGES = ("ray", "tensorflow", "keras", "numpy", "scikit-learn", "pyarrow", "pydantic")
+
+
+def describe_environment(spec: RunSpec) -> dict[str, Any]:
+    """Return what `environment.json` holds; nothing in it is secret."""
+    return {
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "git_revision": _git_revision(),
+        "seed": spec.run.seed,
+        "machine": {
+            "system": platform.platform(),
+            "processor": platform.machine(),
+            "cpus": os.cpu_count(),
+        },
+    }
+
+
+def _git_revision() -> str | None:
+    """Return the commit of this program, with `-dirty` where files differ; None outside git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match=-"]
+    try:
+        result = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None

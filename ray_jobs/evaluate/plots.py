@@ -1,0 +1,274 @@
+"""The plots of an evaluation as PNG: ROC, precision-recall, calibration, confusion.
+
+Enters: labels and probabilities as in `ray_jobs.train.metrics`, and the metrics made of them.
+Leaves: bytes of PNG files, the same for the same rows.
+
+Drawn on matplotlib's Agg canvas, without pyplot: no display, no state that plots share.
+"""
+
+import io
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from sklearn import metrics as sk
+
+from ray_jobs.train.metrics import ECE_BINS, reliability
+
+INK, MUTED, GRID = "#22303c", "#75828e", "#e6eaee"
+BLUE, ORANGE = "#2a6fbb", "#e07b39"
+SHADES = ("#f2f6fb", "#2a6fbb")
+
+_STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10.5,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": "#c3cbd3",
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 13,
+    "axes.titleweight": "bold",
+    "axes.titlecolor": INK,
+    "axes.titlepad": 26,
+    "axes.labelpad": 7,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelsize": 9.5,
+    "ytick.labelsize": 9.5,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "figure.constrained_layout.w_pad": 0.16,
+    "figure.constrained_layout.h_pad": 0.16,
+    "legend.frameon": False,
+    "legend.fontsize": 9.5,
+}
+_DOTS_PER_INCH = 160
+
+
+def evaluation_plots(
+    label: np.ndarray,
+    probability: np.ndarray,
+    metrics: dict[str, Any],
+    class_names: tuple[str, str] = ("0", "1"),
+) -> dict[str, bytes]:
+    """Return the four plots by file name; a curve that one class leaves undefined says so.
+
+    Args:
+        label: 0 or 1, (N,).
+        probability: of 1, (N,).
+        metrics: of these rows, from `binary_metrics`.
+        class_names: what 0 and 1 stand for.
+    """
+    label = np.ravel(label).astype(np.int64)
+    probability = np.ravel(probability).astype(np.float64)
+    with rc_context(_STYLE):
+        return {
+            "roc.png": _roc(label, probability, metrics),
+            "pr.png": _precision_recall(label, probability, metrics),
+            "calibration.png": _calibration(label, probability, metrics),
+            "confusion.png": _confusion(metrics, class_names),
+        }
+
+
+def _roc(label: np.ndarray, probability: np.ndarray, metrics: dict[str, Any]) -> bytes:
+    figure, axes = _figure()
+    _square(axes, "False positive rate", "True positive rate")
+    axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), label="chance")
+    if metrics["roc_auc"] is None:
+        _undefined(axes, "The rows are of one class only")
+    else:
+        false_positive, true_positive, _ = sk.roc_curve(label, probability)
+        axes.fill_between(false_positive, true_positive, color=BLUE, alpha=0.08, linewidth=0)
+        axes.plot(
+            false_positive, true_positive, color=BLUE, linewidth=2.2, label="model", clip_on=False
+        )
+        ((tn, fp), (fn, tp)) = metrics["confusion"]
+        _mark(axes, fp / (fp + tn), tp / (tp + fn), metrics["threshold"])
+    axes.legend(loc="lower right")
+    _titles(axes, "ROC curve", f"AUC {_number(metrics['roc_auc'])}", _rows(metrics))
+    return _png(figure)
+
+
+def _precision_recall(label: np.ndarray, probability: np.ndarray, metrics: dict[str, Any]) -> bytes:
+    figure, axes = _figure()
+    _square(axes, "Recall", "Precision")
+    negatives, positives = metrics["class_counts"]
+    share = positives / (negatives + positives)
+    axes.axhline(
+        share, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), label=f"chance ({share:.3f})"
+    )
+    if metrics["pr_auc"] is None:
+        _undefined(axes, "No row is positive")
+    else:
+        precision, recall, _ = sk.precision_recall_curve(label, probability)
+        # Average precision is the area under this very step function.
+        axes.fill_between(recall, precision, step="post", color=BLUE, alpha=0.08, linewidth=0)
+        axes.step(
+            recall, precision, where="post", color=BLUE, linewidth=2.2, label="model", clip_on=False
+        )
+        called = metrics["confusion"][0][1] + metrics["confusion"][1][1]
+        if called:
+            _mark(axes, metrics["recall"], metrics["precision"], metrics["threshold"])
+    axes.legend(loc="lower left")
+    score = f"average precision (AUC) {_number(metrics['pr_auc'])}"
+    _titles(axes, "Precision–recall curve", score, _rows(metrics))
+    return _png(figure)
+
+
+def _calibration(label: np.ndarray, probability: np.ndarray, metrics: dict[str, Any]) -> bytes:
+    figure = Figure(figsize=(5.8, 7.1), layout="constrained")
+    axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(4.4, 1))
+    rows, mean_probability, share = reliability(label, probability)
+    filled = rows > 0
+    _square(axes, "", "Share of positives")
+    axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), label="perfect")
+    axes.vlines(
+        mean_probability[filled],
+        np.minimum(mean_probability, share)[filled],
+        np.maximum(mean_probability, share)[filled],
+        color=ORANGE,
+        alpha=0.55,
+        linewidth=2,
+        label="gap",
+    )
+    axes.plot(
+        mean_probability[filled],
+        share[filled],
+        color=BLUE,
+        linewidth=1.6,
+        marker="o",
+        markersize=6.5,
+        markeredgecolor="white",
+        markeredgewidth=1,
+        label="model",
+        clip_on=False,
+        zorder=3,
+    )
+    axes.legend(loc="upper left")
+    edges = np.linspace(0, 1, ECE_BINS + 1)
+    below.bar(edges[:-1], rows, width=1 / ECE_BINS, align="edge", color=BLUE, edgecolor="white")
+    below.axvline(metrics["threshold"], color=ORANGE, linewidth=1.4)
+    below.annotate(
+        "threshold",
+        (metrics["threshold"], 1),
+        xycoords=("data", "axes fraction"),
+        xytext=(-4 if metrics["threshold"] > 0.75 else 4, -2),
+        textcoords="offset points",
+        ha="right" if metrics["threshold"] > 0.75 else "left",
+        va="top",
+        color=ORANGE,
+        fontsize=9,
+    )
+    below.set(ylabel="Rows", xlabel="Predicted probability")
+    below.grid(False, axis="x")
+    below.locator_params(axis="y", nbins=3, integer=True)
+    score = f"ECE {metrics['ece']:.4f} · Brier {metrics['brier']:.4f}"
+    _titles(axes, "Calibration", score, _rows(metrics))
+    return _png(figure)
+
+
+def _confusion(metrics: dict[str, Any], class_names: tuple[str, str]) -> bytes:
+    figure, axes = _figure()
+    counts = np.asarray(metrics["confusion"])
+    totals = counts.sum(axis=1, keepdims=True)
+    shares = counts / np.where(totals, totals, 1)
+    light, dark = (np.array(_rgb(shade)) for shade in SHADES)
+    axes.imshow(light + shares[:, :, None] * (dark - light), aspect="equal")
+    for true in (0, 1):
+        for called in (0, 1):
+            ink = "white" if shares[true, called] > 0.55 else INK
+            axes.text(
+                called, true - 0.04, f"{counts[true, called]:,}",
+                ha="center", va="center", fontsize=25, fontweight="bold", color=ink,
+            )  # fmt: skip
+            axes.text(
+                called, true + 0.2, f"{shares[true, called]:.1%} of row",
+                ha="center", va="center", fontsize=10, color=ink,
+            )  # fmt: skip
+    names = [_short(name) for name in class_names]
+    axes.set_xticks([0, 1], names, color=INK, fontsize=11)
+    axes.set_yticks([0, 1], names, color=INK, fontsize=11, rotation=90, va="center")
+    axes.set(xlabel="Predicted", ylabel="True")
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    axes.axhline(0.5, color="white", linewidth=4)
+    axes.axvline(0.5, color="white", linewidth=4)
+    score = f"accuracy {metrics['accuracy']:.3f} · F1 {_number(metrics['f1'])}"
+    _titles(axes, f"Confusion at threshold {metrics['threshold']:.3g}", score, _rows(metrics))
+    return _png(figure)
+
+
+def _figure() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(5.8, 5.9), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _square(axes: Axes, xlabel: str, ylabel: str) -> None:
+    ticks = np.linspace(0, 1, 6)
+    axes.set(xlabel=xlabel, ylabel=ylabel, xticks=ticks, yticks=ticks)
+    axes.set(xlim=(-0.015, 1.015), ylim=(-0.015, 1.015))
+
+
+def _mark(axes: Axes, x: float, y: float, threshold: float) -> None:
+    """Mark the point of the curve that the threshold stands for."""
+    axes.plot(
+        [x], [y], marker="o", markersize=9, color=ORANGE, linestyle="none",
+        markeredgecolor="white", markeredgewidth=1.5, zorder=4, clip_on=False,
+        label=f"threshold {threshold:.3g}",
+    )  # fmt: skip
+
+
+def _undefined(axes: Axes, reason: str) -> None:
+    axes.text(
+        0.5, 0.5, f"{reason}:\nthe curve is not defined.",
+        ha="center", va="center", color=MUTED, backgroundcolor="white",
+    )  # fmt: skip
+
+
+def _titles(axes: Axes, title: str, score: str, rows: str) -> None:
+    axes.set_title(title)
+    axes.annotate(
+        f"{score}  —  {rows}",
+        (0, 1),
+        xycoords="axes fraction",
+        xytext=(0, 9),
+        textcoords="offset points",
+        color=MUTED,
+        fontsize=10,
+    )
+
+
+def _rows(metrics: dict[str, Any]) -> str:
+    negatives, positives = metrics["class_counts"]
+    return f"{negatives + positives:,} rows, {positives:,} positive"
+
+
+def _number(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.3f}"
+
+
+def _short(name: str) -> str:
+    # A dollar sign would start a formula.
+    return (name if len(name) <= 18 else f"{name[:17]}…").replace("$", r"\$")
+
+
+def _rgb(colour: str) -> tuple[float, ...]:
+    return tuple(int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure)
+    # Without the version of matplotlib, the same rows give the same bytes.
+    figure.savefig(buffer, format="png", dpi=_DOTS_PER_INCH, metadata={"Software": None})
+    return buffer.getvalue()

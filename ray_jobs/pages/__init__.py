@@ -1,0 +1,1 @@
+"""The page kit: one stylesheet and the parts that HTML pages share."""

@@ -1,0 +1,1 @@
+"""Paths and URIs of any file system."""

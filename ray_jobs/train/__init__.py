@@ -1,0 +1,5 @@
+"""Shards → a trained run."""
+
+from ray_jobs.train.job import fit
+
+__all__ = ["fit"]

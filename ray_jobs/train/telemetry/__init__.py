@@ -1,0 +1,1 @@
+"""History, console, MLflow, profiler."""

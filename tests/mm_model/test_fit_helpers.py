@@ -1,0 +1,31 @@
+import keras
+import numpy as np
+import pytest
+from sklearn.utils.class_weight import compute_class_weight
+
+from mm_model.fit_helpers import balanced_class_weight, default_callbacks
+
+
+@pytest.mark.parametrize("positives", [1, 30, 99])
+def test_class_weights_agree_with_scikit_learn(positives):
+    y = np.array([1] * positives + [0] * (100 - positives))
+    expected = compute_class_weight("balanced", classes=np.array([0, 1]), y=y)
+    assert balanced_class_weight(y[:, None]) == pytest.approx(dict(enumerate(expected)))
+
+
+@pytest.mark.parametrize(
+    ("y", "message"),
+    [([1, 1], "both classes are needed"), ([0, 2], r"must be 0 or 1, got \[0, 2\]")],
+)
+def test_labels_that_cannot_be_weighed_say_why(y, message):
+    with pytest.raises(ValueError, match=message):
+        balanced_class_weight(np.array(y))
+
+
+def test_default_callbacks_stop_early_with_the_best_weights_and_lower_the_rate():
+    stop, plateau = default_callbacks(monitor="val_auc", patience=6)
+    assert isinstance(stop, keras.callbacks.EarlyStopping)
+    assert stop.restore_best_weights
+    assert (stop.mode, stop.patience) == ("max", 6)
+    assert isinstance(plateau, keras.callbacks.ReduceLROnPlateau)
+    assert plateau.patience == 2

@@ -1,0 +1,126 @@
+import threading
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from mm_model import per_row_random
+from mm_model.layers.blocks import ModalityDropout, RowDropout
+from mm_model.layers.encodings import CategoryEmbedding
+from mm_model.statistics import Vocabulary
+from tests.mm_model.examples import in_parts
+
+WORDS = Vocabulary(column="letter", words=tuple("abcdefgh"))
+
+
+def test_one_part_draws_what_keras_draws():
+    ours, theirs = keras.random.SeedGenerator(3), keras.random.SeedGenerator(3)
+    for shape in ((4,), (6, 2), (3, 1, 5)):
+        got = per_row_random.uniform(shape, ours, -1.0, 3.0)
+        np.testing.assert_array_equal(got, keras.random.uniform(shape, -1.0, 3.0, seed=theirs))
+    np.testing.assert_array_equal(ours.state, theirs.state)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_the_parts_together_draw_what_one_draws_and_advance_alike(count):
+    whole = keras.random.SeedGenerator(5)
+    seeds = [keras.random.SeedGenerator(5) for _ in range(count)]
+    for _ in range(2):
+        parts = []
+        for index, seed in enumerate(seeds):
+            with per_row_random.replica(index, count):
+                parts.append(np.asarray(per_row_random.uniform((8 // count, 3), seed)))
+        np.testing.assert_array_equal(np.concatenate(parts), per_row_random.uniform((8, 3), whole))
+    for seed in seeds:
+        np.testing.assert_array_equal(seed.state, whole.state)
+
+
+def test_a_part_is_the_thread_s_own_and_ends_with_its_block():
+    def first(seen: list) -> None:
+        seen.append(np.asarray(per_row_random.uniform((2,), keras.random.SeedGenerator(1))))
+
+    seen: list[np.ndarray] = []
+    with per_row_random.replica(1, 2):
+        with per_row_random.replica(0, 2):
+            first(seen)
+        first(seen)
+        thread = threading.Thread(target=first, args=(seen,))
+        thread.start()
+        thread.join()
+    first(seen)
+    whole = np.asarray(per_row_random.uniform((4,), keras.random.SeedGenerator(1)))
+    for got, expected in zip(seen, (whole[:2], whole[2:], whole[:2], whole[:2]), strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize(("index", "count"), [(2, 2), (-1, 2), (0, 0)])
+def test_a_part_that_is_not_there_is_refused(index, count):
+    with (
+        pytest.raises(ValueError, match=f"part {index} of {count} does not exist"),
+        per_row_random.replica(index, count),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("noise_shape", [None, (None, 1, 1, 1), (None, None, None, 1)])
+@pytest.mark.parametrize("rate", [0.0, 0.3, 0.9, 1.0])
+def test_dropout_drops_bit_for_bit_what_keras_drops(rate, noise_shape):
+    x = np.random.default_rng(0).normal(size=(6, 4, 5, 3)).astype(np.float32)
+    ours = RowDropout(rate, noise_shape=noise_shape, seed=11)
+    theirs = keras.layers.Dropout(rate, noise_shape=noise_shape, seed=11)
+    for _ in range(3):
+        np.testing.assert_array_equal(ours(x, training=True), theirs(x, training=True))
+    np.testing.assert_array_equal(ours(x), x)
+
+
+def test_a_noise_shape_without_rows_drops_the_same_of_every_row_in_every_part():
+    x = np.ones((8, 50), np.float32)
+    whole = np.asarray(RowDropout(0.5, noise_shape=(1, None), seed=2)(x, training=True))
+    assert (whole == whole[0]).all()
+    assert 0 < (whole[0] == 0).sum() < 50
+
+    def layer():
+        dropout = RowDropout(0.5, noise_shape=(1, None), seed=2)
+        return lambda rows: dropout(rows, training=True)
+
+    np.testing.assert_array_equal(in_parts(layer, x, 4), whole)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_what_a_row_loses_does_not_depend_on_the_number_of_parts(count):
+    x = np.random.default_rng(0).normal(size=(16, 6)).astype(np.float32)
+    codes = np.random.default_rng(0).integers(0, WORDS.num_codes, (16, 1))
+    embedding = CategoryEmbedding([WORDS], dropout=0.5)
+    embedding.build((None, 1))
+
+    def embed(rows, training=True):
+        layer = CategoryEmbedding([WORDS], dropout=0.5, seed=1)
+        layer.build((None, 1))
+        layer.set_weights(embedding.get_weights())
+        return layer(rows, training=training)
+
+    def hide(rows, training=True):
+        hidden = ModalityDropout(0.8, seed=1)([rows, rows], training=training)
+        return ops.concatenate(hidden, axis=1)
+
+    def drop(rows, training=True):
+        return RowDropout(0.5, seed=1)(rows, training=training)
+
+    for call, rows in ((embed, codes), (hide, x), (drop, x)):
+        whole = np.asarray(call(rows))
+        np.testing.assert_array_equal(in_parts(lambda call=call: call, rows, count), whole)
+        changed = (whole != np.asarray(call(rows, training=False))).any(axis=1)
+        assert changed.sum() > 0
+        assert call is drop or changed.sum() < len(rows)
+
+
+def test_dropout_keeps_its_share_and_its_scale_under_mixed_precision():
+    layer = RowDropout(0.999, seed=1, dtype="mixed_bfloat16")
+    x = np.ones((200_000, 1), np.float32)
+    got = layer(x, training=True)
+    assert keras.backend.standardize_dtype(got.dtype) == "bfloat16"
+    kept = np.asarray(ops.cast(got, "float32"))
+    # A bfloat16 draw has 8 bits, which is too few to tell 0.999 from 1.
+    assert (kept > 0).mean() == pytest.approx(0.001, rel=0.3)
+    assert kept.max() == pytest.approx(1000, rel=0.01)

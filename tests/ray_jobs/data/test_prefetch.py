@@ -1,0 +1,83 @@
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from ray_jobs.data.prefetch import ahead, mapped_ahead
+
+
+def feed_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name == "feed"]
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3, 100])
+def test_items_come_in_order_and_once(depth):
+    assert list(ahead(range(20), depth)) == list(range(20))
+    assert list(ahead([], depth)) == []
+    assert feed_threads() == []
+
+
+def test_so_many_items_are_made_ahead_and_no_more():
+    made, all_made = [], threading.Event()
+
+    def items() -> Iterator[int]:
+        for i in range(10):
+            made.append(i)
+            if len(made) == 4:
+                all_made.set()
+            yield i
+
+    stream = ahead(items(), 3)
+    assert next(stream) == 0
+    assert all_made.wait(30)
+    # Three wait; the thread makes a fifth only when one of them is taken.
+    assert made == [0, 1, 2, 3]
+    assert list(stream) == list(range(1, 10))
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_an_error_comes_when_its_turn_has_come(depth):
+    def items() -> Iterator[int]:
+        yield 1
+        yield 2
+        raise ValueError("the third is bad")
+
+    stream = ahead(items(), depth)
+    assert [next(stream), next(stream)] == [1, 2]
+    with pytest.raises(ValueError, match="the third is bad"):
+        next(stream)
+    assert feed_threads() == []
+
+
+def test_leaving_half_way_ends_the_thread_and_closes_what_it_read_from():
+    closed = threading.Event()
+
+    def items() -> Iterator[int]:
+        try:
+            while True:
+                yield 0
+        finally:
+            closed.set()
+
+    stream = ahead(ahead(items(), 2), 2)
+    next(stream)
+    assert len(feed_threads()) == 2
+    stream.close()
+    assert closed.is_set()
+    assert feed_threads() == []
+
+
+def test_a_function_is_mapped_in_order_by_threads_and_its_error_ends_the_rest():
+    def halve(number: int) -> float:
+        if number == 7:
+            raise ValueError("7 is odd")
+        return number / 2
+
+    with ThreadPoolExecutor(3) as threads:
+        assert list(mapped_ahead(halve, range(6), threads, 2)) == [0, 0.5, 1, 1.5, 2, 2.5]
+        assert list(mapped_ahead(halve, [], threads, 2)) == []
+        stream = mapped_ahead(halve, range(100), threads, 2)
+        assert [next(stream) for _ in range(7)] == [0, 0.5, 1, 1.5, 2, 2.5, 3]
+        with pytest.raises(ValueError, match="7 is odd"):
+            next(stream)

@@ -1,0 +1,89 @@
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyarrow import csv
+from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import cross_val_predict
+
+from ray_jobs.demo.synthetic import NUMERIC_COLUMNS, write_demo_data
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo")
+    write_demo_data(folder, num_rows=1200, seed=0)
+    return folder
+
+
+def table_of(folder: Path) -> pa.Table:
+    return csv.read_csv(folder / "table.csv")
+
+
+def numbers_of(table: pa.Table) -> np.ndarray:
+    return np.stack([table.column(name).to_numpy() for name in NUMERIC_COLUMNS], axis=1)
+
+
+def tint_of(folder: Path, table: pa.Table) -> np.ndarray:
+    """What red and blue say in the one disc that is neither green nor grey."""
+    tints = []
+    for key in table.column("key").to_pylist():
+        pixels = cv2.imread(str(folder / "images" / f"{key}.jpg")).astype(np.float64)
+        blue, green, red = cv2.blur(pixels, (5, 5)).transpose(2, 0, 1)
+        disc = (red + blue) / 2 - green > 25
+        tints.append((red - blue)[disc].mean() if disc.any() else 0.0)
+    return np.asarray(tints)
+
+
+def test_one_row_in_four_is_positive_and_eight_cells_in_a_hundred_are_missing(demo):
+    table = table_of(demo)
+    assert table.column_names == ["key", *NUMERIC_COLUMNS, "label"]
+    assert np.bincount(table.column("label").to_numpy()).tolist() == [900, 300]
+    assert np.isnan(numbers_of(table)).mean() == pytest.approx(0.08, abs=0.01)
+
+
+def test_every_row_has_an_image_of_64_pixels(demo):
+    keys = table_of(demo).column("key").to_pylist()
+    assert sorted(f"{key}.jpg" for key in keys) == sorted(
+        path.name for path in (demo / "images").iterdir()
+    )
+    assert cv2.imread(str(demo / "images" / f"{keys[-1]}.jpg")).shape == (64, 64, 3)
+
+
+def test_image_and_numbers_each_say_something_and_together_more(demo):
+    table = table_of(demo)
+    label, tint, numbers = table.column("label").to_numpy(), tint_of(demo, table), numbers_of(table)
+
+    def held_out(model, features: np.ndarray) -> np.ndarray:
+        return cross_val_predict(model, features, label, cv=5, method="predict_proba")[:, 1]
+
+    trees = HistGradientBoostingClassifier(max_iter=60, max_depth=4, random_state=0)
+    image = roc_auc_score(label, held_out(LogisticRegression(), tint[:, None] / 100))
+    numeric = roc_auc_score(label, held_out(trees, numbers))
+    both = roc_auc_score(label, held_out(trees, np.column_stack([tint, numbers])))
+    assert 0.75 < image < 0.87
+    assert 0.75 < numeric < 0.87
+    assert both > 0.92
+    assert abs(np.corrcoef(tint, np.nan_to_num(numbers[:, 0]))[0, 1]) < 0.1
+
+
+def test_the_relation_to_one_number_is_not_monotone(demo):
+    table = table_of(demo)
+    label, temperature = table.column("label").to_numpy(), numbers_of(table)[:, 1]
+    known = ~np.isnan(temperature)
+    assert roc_auc_score(label[known], temperature[known]) == pytest.approx(0.5, abs=0.06)
+    assert roc_auc_score(label[known], np.abs(temperature[known] - 60)) > 0.6
+
+
+def test_the_same_seed_gives_the_same_files_and_another_seed_others(tmp_path):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        write_demo_data(tmp_path / name, num_rows=12, seed=seed)
+    files = [
+        [path.read_bytes() for path in sorted((tmp_path / name).rglob("*.*"))] for name in "abc"
+    ]
+    assert files[0] == files[1]
+    assert files[0] != files[2]

@@ -1,0 +1,53 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from ray_jobs.config.errors import JobError
+from ray_jobs.inspect.facts import Report
+from tests.ray_jobs.inspect.samples import SPLITS, look, rows, write
+from tests.ray_jobs.tiny import write_prepared
+
+
+def test_the_verb_prints_and_writes_a_page_and_the_same_figures_for_programs(tmp_path):
+    prepared = tmp_path / "prepared"
+    write_prepared(prepared, {"train": 203, "validation": 61, "test": 47})
+    result = subprocess.run(
+        [sys.executable, "-m", "ray_jobs.inspect", str(prepared), "--output", str(tmp_path)],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert (result.returncode, result.stderr) == (0, "")
+    assert f"done → {tmp_path}/inspect.html" in result.stdout
+    report = Report.model_validate(json.loads((tmp_path / "inspect.json").read_text()))
+    assert report == look(prepared, output=str(tmp_path / "again"))
+    for finding in report.findings:
+        assert finding.text in result.stdout
+    assert [facts.num_rows for facts in report.splits.values()] == [203, 61, 47]
+    assert report.splits["test"].share == 47 / 311
+    assert (tmp_path / "inspect.html").read_bytes() == (
+        tmp_path / "again" / "inspect.html"
+    ).read_bytes()
+
+
+def test_without_an_output_the_report_lies_in_the_prepared_folder(tmp_path, capsys):
+    folder = write(tmp_path, {split: rows(split, 30) for split in SPLITS})
+    report = look(folder)
+    assert report.findings == ()
+    assert "nothing suspicious found" in capsys.readouterr().out
+    assert "Nothing suspicious found." in (folder / "inspect.html").read_text()
+    assert (folder / "inspect.json").exists()
+
+
+def test_prepared_data_that_is_missing_or_damaged_says_so(tmp_path):
+    with pytest.raises(JobError, match=r"no manifest\.json in .*nothing; has `python -m"):
+        look(tmp_path / "nothing")
+    folder = write(tmp_path / "here", {split: rows(split, 12) for split in SPLITS})
+    shard = folder / "test" / "part-00000.parquet"
+    size = shard.stat().st_size
+    shard.write_bytes(b"x" * size)
+    with pytest.raises(JobError, match=r"the shards of .*here cannot be read: .*; prepare the"):
+        look(folder)
+    shard.unlink()
+    with pytest.raises(JobError, match=r"test/part-00000\.parquet is missing"):
+        look(folder)

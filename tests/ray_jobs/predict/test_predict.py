@@ -1,0 +1,339 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from mm_model.statistics import fit_numeric_statistics
+from ray_jobs.cluster import connection
+from ray_jobs.config.errors import JobError
+from ray_jobs.config.spec import PredictSpec, PrepareSpec
+from ray_jobs.data.images import prepare_image
+from ray_jobs.data.manifest import ImageInfo, Manifest, SplitInfo
+from ray_jobs.predict import job as predict_job
+from ray_jobs.predict.job import PREDICTIONS, RawSource, predict
+from ray_jobs.predict.trained_run import open_run
+from ray_jobs.storage.folder import Folder
+from tests.ray_jobs.tiny import write_prepared
+from tests.ray_jobs.trained import (
+    THRESHOLD,
+    damage_image,
+    probabilities,
+    stored_rows,
+    write_run,
+)
+
+COLUMNS = ("area", "rooms")
+NO_ROWS = SplitInfo(num_rows=0, class_counts=(0, 0), shards=())
+
+
+def spec_of(folder: Path, **changes) -> PredictSpec:
+    fields: dict[str, Any] = {
+        "run": str(folder / "run"),
+        "data": str(folder / "houses.csv"),
+        "output": str(folder / "predictions"),
+        "batch_size": 4,
+    }
+    return PredictSpec(**(fields | changes))
+
+
+def predictions(folder: Path) -> pa.Table:
+    return pa.concat_tables([pq.read_table(path) for path in sorted(folder.glob("*.parquet"))])
+
+
+def test_prepared_rows_come_out_in_their_order_and_a_damaged_one_with_its_reason(
+    tmp_path, ray_local, capsys
+):
+    manifest = write_prepared(tmp_path / "data", {"train": 21, "validation": 6, "test": 13})
+    model = write_run(tmp_path / "run", manifest)
+    rows = pa.concat_tables(
+        [stored_rows(tmp_path / "data", manifest, s) for s in ("train", "validation", "test")]
+    )
+    damage_image(tmp_path / "data", manifest, "validation", shard=0, row=2)
+    stale = tmp_path / "predictions/part-00007.parquet"
+    stale.parent.mkdir()
+    stale.write_bytes(b"of an earlier job")
+    counts = predict(spec_of(tmp_path, data=str(tmp_path / "data"), num_workers=2))
+
+    assert [path.name for path in stale.parent.iterdir()] == ["part-00000.parquet"]
+    found = predictions(stale.parent)
+    assert found.schema == PREDICTIONS
+    assert found["key"].to_pylist() == rows["key"].to_pylist()
+    bad = 21 + 2
+    error = found["error"].to_pylist()
+    assert error.pop(bad).startswith(
+        "the stored image in validation/part-00000.parquet is damaged: 40 bytes"
+    )
+    assert set(error) == {None}
+    probability = found["probability"].to_numpy()
+    expected = probabilities(model, rows, manifest)
+    np.testing.assert_allclose(np.delete(probability, bad), np.delete(expected, bad), atol=1e-6)
+    labels = [None if np.isnan(p) else int(p >= THRESHOLD) for p in probability]
+    assert found["predicted_label"].to_pylist() == labels
+    assert found["probability"].null_count == 1
+    assert counts == {"num_rows": 40, "num_positive": labels.count(1), "num_errors": 1}
+    printed = capsys.readouterr().out
+    assert "40 rows: 39 predicted" in printed
+    assert "1 × the stored image in validation/part-00000.parquet is damaged" in printed
+
+
+# Every row of the table, the reason why it cannot be used, and what its error says besides.
+RAW_ROWS = [
+    ("h1", "101.5", "3", None, ""),
+    ("h2", "", "4", None, ""),
+    ("no_photo", "90", "3", "missing_image", "no_photo_front.jpg"),
+    ("broken", "90", "3", "unreadable_image", "broken_front.jpg"),
+    ("text", "ninety", "3", "non_numeric_text", "area is 'ninety'"),
+    ("infinite", "inf", "3", "non_finite_number", "area is inf"),
+    ("", "90", "3", "missing_key", "row 7 has no house"),
+    ("h3", "nan", "2", None, ""),
+    ("h1", "101.5", "3", "duplicate_key", "row 9 has the house of row 1"),
+    ("h4", "60.25", "1", None, ""),
+    ("h5", "1e3", "", None, ""),
+]
+GOOD = [row for row in RAW_ROWS if row[3] is None]
+
+
+@pytest.fixture(scope="module")
+def houses(tmp_path_factory) -> Path:
+    """Photos of several shapes and a table without labels, some rows of it bad."""
+    folder = tmp_path_factory.mktemp("houses")
+    photos = folder / "photos"
+    photos.mkdir()
+    rng = np.random.default_rng(0)
+    for i, key in enumerate([row[0] for row in GOOD] + ["text", "infinite"]):
+        pixels = rng.integers(0, 255, (24 + 5 * i, 40, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(photos / f"{key}_front.jpg", "PNG" if i % 2 else "JPEG")
+    whole = (photos / "h1_front.jpg").read_bytes()
+    (photos / "broken_front.jpg").write_bytes(whole[: len(whole) // 2])
+    # The columns stand in another order than in the manifest, and there is one more.
+    lines = ["rooms,house,note,area", *(f"{r[2]},{r[0]},x,{r[1]}" for r in RAW_ROWS)]
+    (folder / "houses.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rules() -> Manifest:
+    """What the run was trained on: its rules are not the default ones."""
+    return Manifest(
+        prepare=PrepareSpec(
+            key_column="house",
+            label_column="sold",
+            image_pattern="{house}_front.jpg",
+            image_size=16,
+            aspect="pad",
+            jpeg_quality=80,
+        ),
+        seed=0,
+        image=ImageInfo(height=16, width=16),
+        numeric_columns=COLUMNS,
+        negative_label="no",
+        positive_label="yes",
+        splits={"train": NO_ROWS, "validation": NO_ROWS, "test": NO_ROWS},
+        cuts=None,
+        statistics=fit_numeric_statistics(
+            np.random.default_rng(1).normal([90, 3], [30, 1], (40, 2)), COLUMNS
+        ),
+        quarantine={},
+    )
+
+
+@pytest.fixture(scope="module")
+def model(houses, rules) -> Any:
+    return write_run(houses / "run", rules)
+
+
+def twins(houses: Path, rules: Manifest) -> pa.Table:
+    """The good rows as `prepare` stores them."""
+    options = rules.prepare
+    images = [
+        prepare_image(
+            (houses / f"photos/{key}_front.jpg").read_bytes(),
+            options.image_size,
+            options.aspect,
+            options.jpeg_quality,
+            options.max_image_pixels,
+        )
+        for key, *_ in GOOD
+    ]
+    numbers = {name: [float(row[1 + i] or "nan") for row in GOOD] for i, name in enumerate(COLUMNS)}
+    return pa.table({"key": [row[0] for row in GOOD], "image": images, **numbers})
+
+
+def test_every_raw_row_comes_out_a_good_one_with_the_probability_of_its_prepared_twin(
+    houses, rules, model, ray_local, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(houses)
+    spec = spec_of(houses, images="photos/{key}_front.jpg", output=str(tmp_path))
+    counts = predict(spec)
+
+    found = predictions(tmp_path)
+    assert found["key"].to_pylist() == [row[0] or None for row in RAW_ROWS]
+    for row, error in zip(RAW_ROWS, found["error"].to_pylist(), strict=True):
+        if row[3] is None:
+            assert error is None, row
+        else:
+            assert error.startswith(f"{row[3]}: "), row
+            assert row[4] in error
+    good = found.filter(found["error"].is_null())
+    expected = probabilities(model, twins(houses, rules), rules)
+    np.testing.assert_allclose(good["probability"].to_numpy(), expected, atol=1e-6)
+    assert np.ptp(expected) > 0.1
+    assert found["probability"].null_count == found["predicted_label"].null_count == 6
+    assert (counts["num_rows"], counts["num_errors"]) == (len(RAW_ROWS), 6)
+
+
+def raw_rows(spec: PredictSpec) -> pa.Table:
+    """Return what the model would see of raw rows."""
+    source = RawSource(open_run(spec.run), spec)
+    return pa.concat_tables([rows for task in source.tasks() for rows in source.read(task)])
+
+
+def test_images_are_found_by_a_pattern_a_folder_with_the_runs_own_and_a_glob(houses, model):
+    photos = houses / "photos"
+    ways = [f"{photos}/{{house}}_front.jpg", str(photos), photos.as_uri(), f"{photos}/*.jpg"]
+    by_pattern, *others = [raw_rows(spec_of(houses, images=way)) for way in ways]
+    for rows in others:
+        assert rows["image"] == by_pattern["image"]
+        assert rows["error"].is_null() == by_pattern["error"].is_null()
+
+
+def test_a_model_of_numbers_needs_no_images(houses, rules, tmp_path):
+    write_run(tmp_path / "run", rules, image="none")
+    rows = raw_rows(spec_of(houses, run=str(tmp_path / "run")))
+    assert "image" not in rows.column_names
+    # Neither the missing nor the broken photo matters.
+    assert [e and e.partition(":")[0] for e in rows["error"].to_pylist()] == [
+        None if "image" in (row[3] or "") else row[3] for row in RAW_ROWS
+    ]
+    numbers = np.frombuffer(rows["numeric"][9].as_py(), np.float32)
+    np.testing.assert_array_equal(numbers, [60.25, 1.0])
+
+
+def test_a_model_of_images_needs_no_numbers(houses, rules, tmp_path):
+    write_run(tmp_path / "run", rules, numeric="none")
+    table = tmp_path / "keys.csv"
+    table.write_text("house\n" + "\n".join(row[0] for row in GOOD) + "\n")
+    photos = str(houses / "photos")
+    rows = raw_rows(spec_of(houses, run=str(tmp_path / "run"), data=str(table), images=photos))
+    assert rows["error"].to_pylist() == [None] * len(GOOD)
+    assert "numeric" not in rows.column_names
+    assert len(set(rows["image"].to_pylist())) == len(GOOD)
+
+
+def test_a_parquet_table_and_a_path_column_serve_as_well(houses, rules, tmp_path):
+    options = rules.prepare.model_copy(update={"image_column": "photo", "image_pattern": "?"})
+    write_run(tmp_path / "run", rules.model_copy(update={"prepare": options}))
+    columns = {"house": [7], "area": [80.0], "rooms": [None], "photo": ["h4_front.jpg"]}
+    pq.write_table(pa.table(columns), tmp_path / "table.parquet")
+    photos = str(houses / "photos")
+    spec = spec_of(
+        houses, run=str(tmp_path / "run"), data=str(tmp_path / "table.parquet"), images=photos
+    )
+    (row,) = raw_rows(spec).to_pylist()
+    assert (row["key"], row["error"]) == ("7", None)
+    np.testing.assert_array_equal(np.frombuffer(row["numeric"], np.float32), [80.0, np.nan])
+    assert np.ptp(np.frombuffer(row["image"], np.uint8)) > 0
+
+
+def test_a_column_of_numbers_may_be_named_error(houses, rules, tmp_path):
+    columns = ("error", "rooms")
+    assert rules.statistics is not None
+    statistics = rules.statistics.model_copy(update={"columns": columns})
+    changes = {"numeric_columns": columns, "statistics": statistics}
+    write_run(tmp_path / "run", rules.model_copy(update=changes))
+    (tmp_path / "table.csv").write_text("house,error,rooms\nh1,0.5,1\nh4,2,\nh5,wide,3\n")
+    spec = spec_of(
+        houses, run=str(tmp_path / "run"), data=str(tmp_path / "table.csv"),
+        images=str(houses / "photos"),
+    )  # fmt: skip
+    first, second, third = raw_rows(spec).to_pylist()
+    assert first["error"] is second["error"] is None
+    np.testing.assert_array_equal(np.frombuffer(first["numeric"], np.float32), [0.5, 1])
+    assert third["error"] == "non_numeric_text: error is 'wide'"
+
+
+def test_an_image_outside_the_folder_is_not_read(houses, rules, tmp_path):
+    options = rules.prepare.model_copy(update={"image_column": "photo"})
+    write_run(tmp_path / "run", rules.model_copy(update={"prepare": options}))
+    table = tmp_path / "table.csv"
+    table.write_text("house,area,rooms,photo\nh1,1,1,../houses.csv\n")
+    photos = str(houses / "photos")
+    spec = spec_of(houses, run=str(tmp_path / "run"), data=str(table), images=photos)
+    assert raw_rows(spec)["error"][0].as_py().startswith("image_outside_folder: ")
+
+
+@pytest.fixture
+def no_ray(monkeypatch):
+    """What can be said at once is said before a cluster is asked for."""
+
+    def connected(*_, **__):
+        raise AssertionError("a cluster was asked for")
+
+    monkeypatch.setattr(connection, "connected", connected)
+
+
+@pytest.mark.parametrize(
+    ("table", "images", "message"),
+    [
+        (
+            "house,area\nh1,1\n",
+            "photos",
+            r"prepare\.numeric_columns: the table has no column 'rooms' \(it has: house, area\); "
+            r"these settings are the run's, in .*/run/manifest\.json",
+        ),
+        ("hous,area,rooms\nh1,1,1\n", "photos", "no column 'house'; did you mean 'hous'"),
+        (
+            "house,area,rooms\nh1,1,1\n",
+            "photos/{id}.jpg",
+            r"^--images: the table has no column 'id' \(it has: house, area, rooms\)$",
+        ),
+        ("house,area,rooms\nh1,1,1\n", "photo", "^--images='photo': there is no "),
+        (
+            "house,area,rooms\nh1,1,1\n",
+            None,
+            r"looks at images: give --images, such as 'photos/\{house\}_front\.jpg'",
+        ),
+        ("house,area,rooms\n", "photos", "has no rows"),
+    ],
+)
+def test_a_table_that_does_not_fit_the_run_is_refused(
+    houses, model, no_ray, monkeypatch, tmp_path, table, images, message
+):
+    monkeypatch.chdir(houses)
+    (tmp_path / "table.csv").write_text(table)
+    with pytest.raises(JobError, match=message):
+        predict(spec_of(houses, data=str(tmp_path / "table.csv"), images=images))
+
+
+def test_flags_of_the_other_kind_of_data_are_refused(houses, rules, model, no_ray, tmp_path):
+    with pytest.raises(JobError, match="--split is for prepared data, and there is no manifest"):
+        predict(spec_of(houses, split="test", images="photos"))
+    rules.write(Folder(tmp_path))
+    with pytest.raises(JobError, match=r"--images is for a table .*; .* is prepared data"):
+        predict(spec_of(houses, data=str(tmp_path), images="photos"))
+
+
+def test_a_table_is_not_overwritten_by_its_predictions(houses, model, no_ray, tmp_path):
+    table = tmp_path / "part-00000.parquet"
+    pq.write_table(pa.table({"house": ["h1"]}), table)
+    with pytest.raises(JobError, match="would be replaced by the predictions"):
+        predict(spec_of(houses, data=str(table), output=str(tmp_path), images="photos"))
+
+
+def test_many_rows_are_written_in_parts_and_no_rows_in_one(monkeypatch, tmp_path):
+    monkeypatch.setattr(predict_job, "_ROWS_PER_PART", 10)
+    rows = [{"key": str(i), "probability": i / 40} for i in range(32)]
+    tables = [pa.Table.from_pylist(rows[i : i + 4], PREDICTIONS) for i in range(0, 32, 4)]
+    predict_job._write_parts(tables, str(tmp_path))
+    parts = sorted(path.name for path in tmp_path.iterdir())
+    assert parts == ["part-00000.parquet", "part-00001.parquet", "part-00002.parquet"]
+    assert predictions(tmp_path).equals(pa.concat_tables(tables))
+
+    (tmp_path / "none").mkdir()
+    predict_job._write_parts([], str(tmp_path / "none"))
+    empty = predictions(tmp_path / "none")
+    assert (empty.num_rows, empty.schema) == (0, PREDICTIONS)

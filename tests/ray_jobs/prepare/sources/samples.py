@@ -1,0 +1,56 @@
+"""Images and tables of a few rows, in every container."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from ray_jobs.config.spec import PrepareSpec
+from ray_jobs.data.images import BadImage
+from ray_jobs.prepare.sources.refs import Source
+
+
+def spec(**options: object) -> PrepareSpec:
+    return PrepareSpec.model_validate(options)
+
+
+def jpeg(seed: int, size: int = 8) -> bytes:
+    """Return a JPEG that is another for each seed."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, "JPEG")
+    return content.getvalue()
+
+
+def write_tar(path: Path, files: dict[str, bytes], format: int = tarfile.GNU_FORMAT) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def write_csv(path: Path, columns: dict[str, list]) -> str:
+    lines = [
+        ",".join(columns),
+        *(",".join(map(str, row)) for row in zip(*columns.values(), strict=True)),
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+def read_all(source: Source, image: str = "", rows: list[int] | None = None) -> list:
+    """Return the images of a source in the table's order; a bad one by its reason."""
+    refs = source.images[image]
+    assert len(refs) == source.table.num_rows
+    refs = refs if rows is None else refs.take(rows)
+    found = source.readers[image].read(refs)
+    return [image.reason if isinstance(image, BadImage) else image for image in found]
+
+
+def columns(table: pa.Table) -> dict[str, list]:
+    return table.to_pydict()

@@ -1,0 +1,194 @@
+import zlib
+
+import numpy as np
+import pytest
+
+from ray_jobs.config.errors import JobError
+from ray_jobs.prepare.sources.tfrecord import is_tfrecord, masked_crc32c, open_source
+from tests.ray_jobs.prepare.sources.samples import columns, jpeg, read_all, spec, write_csv
+
+tf = pytest.importorskip("tensorflow")
+
+
+def opened(**options: object):
+    return open_source(spec(**options), (), True)
+
+
+def feature(value):
+    values = value if isinstance(value, list) else [value]
+    if isinstance(values[0], bytes):
+        return tf.train.Feature(bytes_list=tf.train.BytesList(value=values))
+    if isinstance(values[0], float):
+        return tf.train.Feature(float_list=tf.train.FloatList(value=values))
+    return tf.train.Feature(int64_list=tf.train.Int64List(value=values))
+
+
+def example(**features) -> bytes:
+    named = {name: feature(value) for name, value in features.items()}
+    return tf.train.Example(features=tf.train.Features(feature=named)).SerializeToString()
+
+
+def write(path, records: list[bytes], compression: str = "") -> None:
+    with tf.io.TFRecordWriter(str(path), compression) as writer:
+        for record in records:
+            writer.write(record)
+
+
+def test_the_features_of_one_value_are_the_table(tmp_path, monkeypatch):
+    monkeypatch.setattr("ray_jobs.prepare.sources.tfrecord.CHUNK_RECORDS", 3)
+    numbers = [0, 1, -1, 2**63 - 1, -(2**63), 300, 7]
+    floats = [0.0, -1.5, float(np.float32(0.1)), 3.4e38, 1e-30, 2.0, float("inf")]
+    records = [
+        example(
+            **{"image/encoded": jpeg(i)},
+            key=f"k{i} ä".encode(),
+            number=numbers[i],
+            fraction=floats[i],
+            bits=[1, 2, 3],
+            curve=[0.5] * (1 + i % 2),
+            maybe_two=[1] * (1 + (i == 5)),
+            blob=b"\xff\xfe",
+            long=b"a" * 5000,
+            **({"rare": i} if i in (2, 6) else {}),
+            **({"mixed": i if i > 4 else b"word"}),
+        )
+        for i in range(7)
+    ]
+    write(tmp_path / "a.tfrecord", records[:5])
+    write(tmp_path / "b.tfrecord", records[5:])
+    source = opened(images=str(tmp_path))
+    found = columns(source.table)
+    assert found.pop("fraction") == [float(np.float32(value)) for value in floats]
+    assert found == {
+        "key": [f"k{i} ä" for i in range(7)],
+        "number": numbers,
+        "rare": [None, None, 2, None, None, None, 6],
+        "mixed": ["word"] * 5 + ["5", "6"],
+    }
+    assert read_all(source) == [jpeg(i) for i in range(7)]
+    assert source.readers[""].in_containers
+
+
+def test_unpacked_numbers_unknown_fields_and_doubled_features_are_read_as_tensorflow_does(tmp_path):
+    def field(number: int, content: bytes) -> bytes:
+        return bytes([number << 3 | 2, len(content)]) + content
+
+    def entry(name: bytes, kind: int, content: bytes) -> bytes:
+        return field(1, field(1, name) + field(2, field(kind, content)))
+
+    unpacked = entry(b"n", 3, b"\x08\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01")
+    fraction = entry(b"f", 2, b"\x0d\x00\x00\xc0\x3f")
+    key = entry(b"key", 1, field(1, b"a")) + entry(b"key", 1, field(1, b"b"))
+    image = entry(b"image", 1, field(1, b"pixels") + b"\x50\x07")
+    record = field(1, unpacked + fraction) + field(1, key + image)
+    reference = tf.train.Example.FromString(record).features.feature
+    write(tmp_path / "a.tfrecords", [record])
+    source = opened(images=str(tmp_path))
+    assert columns(source.table) == {
+        "n": list(reference["n"].int64_list.value),
+        "f": list(reference["f"].float_list.value),
+        "key": [reference["key"].bytes_list.value[0].decode()],
+    }
+    assert columns(source.table) == {"n": [-1], "f": [1.5], "key": ["b"]}
+    assert read_all(source) == [b"pixels"]
+
+
+def test_a_table_is_joined_by_key(tmp_path):
+    def records(keys):
+        return [example(key=i, image=jpeg(i)) for i in keys]
+
+    write(tmp_path / "x.tfrecord-00000-of-00002", records([1, 2]))
+    write(tmp_path / "x.tfrecord-00001-of-00002", [*records([3, 2]), example(key=4)])
+    table = write_csv(tmp_path / "t.csv", {"key": [3, 4, 2, 9], "x": [1, 2, 3, 4]})
+    source = opened(images=str(tmp_path), table=table)
+    assert read_all(source) == [jpeg(3), "missing_image", jpeg(2), "missing_image"]
+    assert [unmatched[:2] for unmatched in source.unmatched] == [
+        ("1", "no_record"),
+        ("2", "duplicate_image"),
+    ]
+
+
+def test_several_images_a_record_are_named(tmp_path):
+    write(
+        tmp_path / "a.tfrecord",
+        [example(front=jpeg(0), back=jpeg(1), key=1), example(front=jpeg(2), back=b"", key=2)],
+    )
+    source = opened(images=str(tmp_path), image_columns=["front", "back"])
+    assert read_all(source, "front") == [jpeg(0), jpeg(2)]
+    assert read_all(source, "back") == [jpeg(1), "missing_image"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_column": "photoo"}, r"the feature 'photoo'.*'photo'.*there are: key, photo"),
+        ({}, "the feature 'image/encoded' or 'image'"),
+        ({"image_column": "key"}, "holds numbers; an image's file is bytes"),
+        ({"image_column": "photo", "table": "t.csv", "key_column": "id"}, "has no column 'id'"),
+    ],
+)
+def test_what_is_not_there_is_an_error_that_says_what_is(tmp_path, options, message):
+    write(tmp_path / "a.tfrecord", [example(photo=b"x", key=1)])
+    write_csv(tmp_path / "t.csv", {"id": [1]})
+    if "table" in options:
+        options = {**options, "table": str(tmp_path / "t.csv")}
+    with pytest.raises(JobError, match=message):
+        opened(images=str(tmp_path), **options)
+
+
+def test_damage_is_an_error_with_file_and_byte(tmp_path):
+    path = tmp_path / "a.tfrecord"
+    write(path, [example(image=jpeg(i), key=i) for i in range(3)])
+    content = path.read_bytes()
+    second = 12 + int.from_bytes(content[:8], "little") + 4
+    flipped = content[:second] + bytes([content[second] ^ 1]) + content[second + 1 :]
+    for damaged, problem in (
+        (flipped, f"a length with a wrong checksum at byte {second}"),
+        (content[: second + 5], f"head is cut off at byte {second}"),
+        (content[: second + 50], rf"a record of \d+ bytes that is cut off at byte {second}"),
+        (content[:12] + b"\xff" * (second - 12) + content[second:], "at byte 12"),
+        (b"no record, but text", "a length with a wrong checksum at byte 0"),
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(JobError, match=f"a.tfrecord is damaged or no TFRecord.*{problem}"):
+            opened(images=str(tmp_path))
+
+
+@pytest.mark.parametrize("compression", ["GZIP", "ZLIB"])
+def test_compressed_records_are_refused(tmp_path, compression):
+    write(tmp_path / "a.tfrecord", [example(image=jpeg(0), key=1)], compression)
+    with pytest.raises(JobError, match="compressed records, which cannot be read one by one"):
+        opened(images=str(tmp_path))
+
+
+def test_mutated_records_are_read_or_are_errors(tmp_path):
+    path = tmp_path / "a.tfrecord"
+    record = example(image=jpeg(0), key=b"a", x=[1, 2], y=0.5)
+    rng = np.random.default_rng(0)
+    outcomes = set()
+    for _ in range(300):
+        mutated = bytearray(record)
+        for _ in range(rng.integers(1, 4)):
+            mutated[rng.integers(len(record))] = rng.integers(256)
+        write(path, [bytes(mutated)])
+        try:
+            outcomes.add(opened(images=str(path)).table.num_rows)
+        except JobError:
+            outcomes.add("error")
+    assert outcomes == {1, "error"}
+
+
+def test_the_checksum_is_that_of_the_standard():
+    # RFC 3720, B.4: 32 bytes of zeros have CRC32C 8a9136aa.
+    crc = 0x8A9136AA
+    assert masked_crc32c(bytes(32)) == ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+    assert masked_crc32c(bytes(32)) != zlib.crc32(bytes(32))
+
+
+@pytest.mark.parametrize(
+    ("name", "is_one"),
+    [("a.tfrecord", True), ("d/train.TFRecords", True), ("x.tfrecord-00000-of-00010", True),
+     ("a.tfrec", True), ("tfrecords/a.txt", False), ("a.jpg", False)],
+)  # fmt: skip
+def test_names_tell_tfrecord_files(name, is_one):
+    assert is_tfrecord(name) is is_one

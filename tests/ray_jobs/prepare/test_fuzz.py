@@ -1,0 +1,176 @@
+"""Damaged images and tables: nothing crashes, and every row is stored, or aside with a reason."""
+
+import csv
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from ray_jobs.config.errors import JobError
+from ray_jobs.config.spec import SPLITS, RunSpec
+from ray_jobs.data.images import BadImage, prepare_image
+from ray_jobs.prepare.job import prepare
+from ray_jobs.prepare.table import read_table, texts_of
+from ray_jobs.storage.folder import Folder
+from tests.ray_jobs.raw import SIZE
+
+IMAGE_REASONS = {"unreadable_image", "animated_image", "too_large_image"}
+KINDS: tuple[tuple[str, dict], ...] = (
+    ("JPEG", {"quality": 90}),
+    ("JPEG", {"progressive": True}),
+    ("PNG", {}),
+    ("GIF", {}),
+    ("WEBP", {"lossless": True}),
+    ("WEBP", {"quality": 80}),
+    ("TIFF", {"compression": "tiff_lzw"}),
+    ("BMP", {}),
+    ("JPEG2000", {}),
+)
+CELLS = (
+    *("", " ", "NaN", "null", "0", "1", "-1e308", "1e400", "inf", "-Infinity", "0x1F", "1_000"),
+    *("50+", "91-92", "1.234,5", "2024-02-30", "ja", "½", "\u202e", "\x00", "a\nb", '"', "''"),
+    *("../../etc/passwd", "/", ".", "{key}", "k1.jpg", "k1", "%00", "a" * 5000, "١٢٣", "1" * 400),
+)
+NUM_CASES = 40
+NUM_SLOW_CASES = 500
+
+
+def original(rng: np.random.Generator) -> bytes:
+    rough = rng.integers(0, 255, (6, 8, 3), dtype=np.uint8)
+    image = Image.fromarray(rough).resize((56, 40), Image.Resampling.BICUBIC)
+    kind, options = KINDS[rng.integers(len(KINDS))]
+    modes = ("RGB", "L", "RGBA", "P", "1") if kind in ("PNG", "TIFF") else ("RGB", "L")
+    stream = io.BytesIO()
+    image.convert(str(rng.choice(modes))).save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def mutated(content: bytes, rng: np.random.Generator) -> bytes:
+    """Change a file in one of the ways in which files go wrong, or in which people make them so."""
+    data = bytearray(content)
+    place, other = sorted(rng.integers(0, len(data), 2).tolist())
+    match rng.integers(8):
+        case 0:  # A few bytes anywhere.
+            for at in rng.integers(0, len(data), rng.integers(1, 20)).tolist():
+                data[at] = rng.integers(256)
+        case 1:  # The header, where sizes and modes are.
+            data[rng.integers(0, min(64, len(data)))] = rng.integers(256)
+        case 2:
+            del data[place:]
+        case 3:
+            del data[place:other]
+        case 4:
+            data[place:place] = data[place:other]
+        case 5:
+            data[place:other] = bytes(other - place)
+        case 6:
+            data[place : place + 4] = b"\xff\xff\xff\xff"
+        case 7:
+            data += rng.bytes(64)
+    return bytes(data)
+
+
+def check_image(seed: int) -> str:
+    """Return what became of one mutated image."""
+    rng = np.random.default_rng(seed)
+    content = mutated(original(rng), rng)
+    try:
+        stored = prepare_image(content, SIZE, "stretch", 90, 1_000_000, "raw")
+    except BadImage as error:
+        return error.reason if error.detail else "no detail"
+    assert len(stored) == SIZE * SIZE * 3
+    return "stored"
+
+
+def check_prepare(folder: Path, seed: int) -> tuple[int, int]:
+    """Prepare a mutated table with mutated images; return how many rows are stored and aside."""
+    rng = np.random.default_rng(seed)
+    (folder / "images").mkdir(parents=True)
+    names = ["key", "area", "town", "rooms", "label", "photo"]
+    rows = []
+    for i in range(120):
+        content = original(rng)
+        if rng.random() < 0.3:
+            content = mutated(content, rng)
+        if rng.random() < 0.95:
+            (folder / "images" / f"k{i}.jpg").write_bytes(content)
+        row = [f"k{i}", i * 1.5, "abc"[i % 3], i % 4, i % 2, f"k{i}.jpg"]
+        if rng.random() < 0.4:
+            row[rng.integers(len(row))] = CELLS[rng.integers(len(CELLS))]
+        rows.append(row)
+    with open(folder / "table.csv", "w", newline="") as file:
+        csv.writer(file).writerows([names, *rows])
+    section = {
+        "source": "folder",
+        "images": str(folder / "images"),
+        "table": str(folder / "table.csv"),
+        "output": str(folder / "out"),
+        "image_size": SIZE,
+        "image_column": "photo",
+        "numeric_columns": ["area", "rooms"],
+        "positive_label": "1",
+        "rows_per_shard": 8,
+        "rows_per_group": 3,
+        "max_bad_fraction": 1.0,
+        "validation_fraction": 0.25,
+        "test_fraction": 0.25,
+        "max_image_pixels": 1_000_000,
+    }
+    tree = {"prepare": section, "data": {"categorical": ["town"]}, "run": {"seed": seed}}
+    manifest = prepare(RunSpec.model_validate(tree))
+    tables = {
+        split: [pq.read_table(folder / "out" / shard.path) for shard in info.shards]
+        for split, info in manifest.splits.items()
+    }
+    stored = [key for split in SPLITS for t in tables[split] for key in t["key"].to_pylist()]
+    aside = pq.read_table(folder / "out" / "quarantine").to_pylist()
+    assert len(set(stored)) == len(stored)
+    assert all(row["reason"] and row["detail"] for row in aside)
+    # Read as the table reads it, since a cell may begin another line or not.
+    keys = texts_of(read_table(str(folder / "table.csv"))["key"]).to_pylist()
+    assert sorted(map(str, [*stored, *(row["key"] for row in aside)])) == sorted(map(str, keys))
+    for row in (row for split in SPLITS for t in tables[split] for row in t.to_pylist()):
+        assert row["label"] in (0, 1)
+        assert all(v is None or np.isfinite(v) for v in (row["area"], row["rooms"]))
+        assert Image.open(io.BytesIO(row["image"])).size == (SIZE, SIZE)
+    assert not [name for name in Folder(folder / "out").names() if name.endswith(".partial")]
+    return len(stored), len(aside)
+
+
+def check_table(path: Path, seed: int) -> bool:
+    """Read a table of which bytes were changed; return whether it could be read."""
+    rng = np.random.default_rng(seed)
+    lines = ["key,area,label", *(f"k{i},{i * 1.5},{i % 2}" for i in range(20))]
+    path.write_bytes(mutated("\n".join(lines).encode(), rng))
+    try:
+        table = read_table(str(path))
+    except JobError:
+        return False
+    assert table.num_rows > 0
+    return True
+
+
+def fuzz(folder: Path, num_cases: int, ray_rounds: int) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = [check_image(seed) for seed in range(num_cases)]
+        tables = [check_table(folder / "t.csv", seed) for seed in range(num_cases)]
+        counts = [check_prepare(folder / str(seed), seed) for seed in range(ray_rounds)]
+    assert [str(w.message) for w in caught if "PIL" in w.filename] == []
+    # What cannot go wrong shows nothing: both ends must have come about.
+    assert {"stored", "unreadable_image"} <= set(found) <= {"stored", *IMAGE_REASONS}
+    assert set(tables) == {True, False}
+    assert all(stored and aside for stored, aside in counts)
+
+
+def test_mutated_images_and_tables_are_stored_or_set_aside(tmp_path, ray_local):
+    fuzz(tmp_path, NUM_CASES, 1)
+
+
+@pytest.mark.slow
+def test_five_hundred_mutated_images_and_tables_are_stored_or_set_aside(tmp_path, ray_local):
+    fuzz(tmp_path, NUM_SLOW_CASES, NUM_SLOW_CASES // 40)

@@ -1,0 +1,53 @@
+import pyarrow as pa
+import pytest
+
+from ray_jobs.config.errors import JobError
+from ray_jobs.config.spec import PrepareSpec
+from ray_jobs.prepare.labels import Classes, find_classes
+
+
+def spec(**options: object) -> PrepareSpec:
+    return PrepareSpec.model_validate(options)
+
+
+def column(*cells: object) -> pa.ChunkedArray:
+    return pa.chunked_array([pa.array(cells)])
+
+
+@pytest.mark.parametrize(
+    ("cells", "positive_label", "classes"),
+    [
+        ((0, 1, 1), None, Classes("0", "1")),
+        ((0.0, 1.0, None), None, Classes("0", "1")),
+        (("0", "1", ""), None, Classes("0", "1")),
+        (("0.0", "1.0"), None, Classes("0", "1")),
+        ((True, False), None, Classes("false", "true")),
+        (("True", "FALSE", "true"), None, Classes("false", "true")),
+        (("yes", "no"), "yes", Classes("no", "yes")),
+        ((1, 2), "2", Classes("1", "2")),
+        ((0, 1), "0", Classes("1", "0")),
+        ((0, 1), "1.0", Classes("0", "1")),
+        ((True, False), "False", Classes("true", "false")),
+    ],
+)
+def test_labels_are_0_and_1_or_booleans_or_two_strings(cells, positive_label, classes):
+    assert find_classes(column(*cells), spec(positive_label=positive_label)) == classes
+
+
+@pytest.mark.parametrize(
+    ("cells", "positive_label", "message"),
+    [
+        ((1, 1, 1), None, "holds one class only .'1' 3 times"),
+        (("yes", "yes", None), "yes", "holds one class only"),
+        ((None, float("nan")), None, "is empty"),
+        (("yes", "no"), None, r"say which of them counts as 1, such as --prepare.positive_label"),
+        ((1, 2), None, "say which of them counts as 1"),
+        (("yes", "no"), "yess", "'yess' does not occur .* did you mean 'yes'.*it holds: "),
+        (("a", "b", "c"), None, "holds 3 values .* set prepare.positive_label"),
+        (("a", "b", "c"), "a", "holds 3 values .* raise prepare.max_bad_fraction=0.01"),
+        ((0, 1, 2), None, "holds 3 values .* correct those other than '0' and '1'"),
+    ],
+)
+def test_unclear_classes_are_an_error_with_the_values(cells, positive_label, message):
+    with pytest.raises(JobError, match=message):
+        find_classes(column(*cells), spec(positive_label=positive_label))

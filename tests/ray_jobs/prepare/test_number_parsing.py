@@ -1,0 +1,152 @@
+import datetime as dt
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from ray_jobs.config.errors import JobError
+from ray_jobs.prepare.number_parsing import numbers_of, suggest_rule, texts
+
+NAN = float("nan")
+
+
+def column(*cells: object, kind: pa.DataType | None = None) -> pa.ChunkedArray:
+    return pa.chunked_array([pa.array(cells, kind)])
+
+
+def check(cells: dict, rule=None) -> None:
+    """Compare each text's number; `...` stands for one that is no number."""
+    values, is_text = numbers_of(column(*cells), rule)
+    assert is_text.tolist() == [value is ... for value in cells.values()]
+    np.testing.assert_array_equal(values, [NAN if v is ... else v for v in cells.values()])
+
+
+def test_without_a_rule_text_is_a_number_or_is_none():
+    check(
+        {" 1.50 ": 1.5, "-2e3": -2000, "+.5": 0.5, "": NAN, "N/A": NAN, "True": 1, "inf": np.inf}
+        | dict.fromkeys(["50+", "91-92", "1,5", "2024-03-01", "unknown", "0x10"], ...)
+    )
+
+
+@pytest.mark.parametrize(
+    ("rule", "low_high"), [("range_low", 0), ("range_mean", 0.5), ("range_high", 1)]
+)
+def test_a_range_is_its_low_end_its_mean_or_its_high_end(rule, low_high):
+    ends = {
+        "91-92": (91, 92),
+        "1.5 – 2.5": (1.5, 2.5),
+        "10 to 20": (10, 20),
+        "3—4": (3, 4),
+        "-5--1": (-5, -1),
+        "-5 - 1": (-5, 1),
+        "−5–−1": (-5, -1),
+        "1e-3-1e-1": (1e-3, 1e-1),
+        "7-7": (7, 7),
+    }
+    check({text: low + (high - low) * low_high for text, (low, high) in ends.items()}, rule)
+
+
+@pytest.mark.parametrize("rule", ["range_low", "range_mean", "range_high"])
+def test_an_open_range_is_its_one_end_and_what_is_no_range_is_no_number(rule):
+    check(
+        {"50+": 50, "2.5 +": 2.5, "<5": 5, "< -5": -5, ">=7": 7, "≤3": 3, "12": 12, "na": NAN}
+        | dict.fromkeys(["2024-03", "5-1", "a-b", "1-2-3", "+", "<", "1,5", "50++", "4 5"], ...),
+        rule,
+    )
+
+
+def test_a_decimal_comma_may_have_thousands_marked_by_one_kind_of_sign():
+    check(
+        {
+            "1.234,5": 1234.5,
+            "1 234,5": 1234.5,
+            "1\u202f234\u202f567": 1234567,
+            "-1'234,5": -1234.5,
+            "0,25": 0.25,
+            ",5": 0.5,
+            "1,5e3": 1500,
+            "1.234": 1234,
+            "12": 12,
+            "none": NAN,
+            "true": 1,
+            "-inf": np.inf,
+        }
+        | dict.fromkeys(["1.5", "1.23,5", "1.234 567", "1,2,3", "1234.567,8", "abc", "1,"], ...),
+        "decimal_comma",
+    )
+
+
+def test_dates_are_days_since_1970():
+    def days(*date: int, zone: dt.timezone = dt.UTC) -> float:
+        return dt.datetime(*date, tzinfo=zone).timestamp() / 86400  # type: ignore[arg-type]
+
+    check(
+        {
+            "1970-01-01": 0,
+            "1969-12-31": -1,
+            "2024-02-29": days(2024, 2, 29),
+            "2024/03/01": days(2024, 3, 1),
+            "2024.03.01": days(2024, 3, 1),
+            "20240301": days(2024, 3, 1),
+            "2024-03-01T12:30": days(2024, 3, 1, 12, 30),
+            "2024-03-01 12:30:15.25": days(2024, 3, 1, 12, 30, 15, 250_000),
+            "2024-03-01t12:30:15z": days(2024, 3, 1, 12, 30, 15),
+            "2024-03-01T00:30:00-05:30": days(2024, 3, 1, 6),
+            "2024-03-01T00:30:00+0130": days(2024, 2, 29, 23),
+            "1900-03-01": days(1900, 3, 1),
+            "0001-01-01": -719162,
+            "NaN": NAN,
+        }
+        | dict.fromkeys(
+            ["2023-02-29", "2024-13-01", "2024-00-01", "01/02/2024", "2024-3-1", "2024", "5",
+             "2024-03-01T24:00", "2024-03-01T12", "2024-03/01", "20240230"], ...
+        ),
+        "date",
+    )  # fmt: skip
+
+
+def test_dates_and_timestamps_of_parquet_are_days_too():
+    moment = dt.datetime(1999, 12, 31, 18, 0)
+    expected = [(moment - dt.datetime(1970, 1, 1)) / dt.timedelta(days=1), NAN]
+    for kind in [*(pa.timestamp(unit) for unit in ("s", "ms", "us", "ns")),
+                 pa.timestamp("ms", tz="Europe/Berlin")]:  # fmt: skip
+        values, is_text = numbers_of(column(moment, None, kind=kind), "date")
+        np.testing.assert_array_equal(values, expected)
+        assert not is_text.any()
+    for kind in (pa.date32(), pa.date64()):
+        values, _ = numbers_of(column(moment.date(), None, kind=kind), "date")
+        np.testing.assert_array_equal(values, np.floor(expected))
+    np.testing.assert_array_equal(numbers_of(column(20000101, None), "date")[0], [10957, NAN])
+
+
+def test_the_rule_missing_takes_any_other_text_for_missing():
+    check({"1.5": 1.5, "unknown": NAN, "50+": NAN, "": NAN, "inf": np.inf}, "missing")
+
+
+@pytest.mark.parametrize("rule", [None, "range_mean", "decimal_comma", "missing"])
+def test_numbers_and_booleans_are_numbers_under_every_rule(rule):
+    np.testing.assert_array_equal(numbers_of(column(1, None, 3), rule)[0], [1, NAN, 3])
+    np.testing.assert_array_equal(numbers_of(column(1.5, None, NAN), rule)[0], [1.5, NAN, NAN])
+    np.testing.assert_array_equal(numbers_of(column(True, False, None), rule)[0], [1, 0, NAN])
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [("50+", "range_mean"), ("91-92", "range_mean"), ("< 5", "range_mean"),
+     ("1,5", "decimal_comma"), ("1.234,5", "decimal_comma"), ("2024-03-01", "date"),
+     ("1,000", None), ("unknown", None),
+     ("", None), ("10 cm", None)],
+)  # fmt: skip
+def test_a_rule_is_suggested_where_it_is_clear(text, rule):
+    assert suggest_rule(text) == rule
+
+
+def test_text_of_numbers_has_no_point_zero_and_none_where_there_is_none():
+    assert texts(column(1.0, None, NAN, 2.5)).to_pylist() == ["1", None, None, "2.5"]
+    assert texts(column("1.0", "2.0", None)).to_pylist() == ["1", "2", None]
+    assert texts(column(" a ", "", "7.0")).to_pylist() == ["a", None, "7.0"]
+
+
+def test_a_column_of_lists_is_an_error():
+    with pytest.raises(JobError, match="cannot be read as text"):
+        numbers_of(column([1], [2]))

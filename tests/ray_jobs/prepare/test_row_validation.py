@@ -1,0 +1,104 @@
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from ray_jobs.config.errors import JobError
+from ray_jobs.config.spec import PrepareSpec
+from ray_jobs.prepare.labels import find_classes
+from ray_jobs.prepare.row_validation import Rows, read_rows
+from ray_jobs.prepare.sources.refs import ImageRefs, Source
+from ray_jobs.prepare.table import require_columns, texts_of
+
+
+def spec(**options: object) -> PrepareSpec:
+    return PrepareSpec.model_validate(options)
+
+
+def source_of(table: pa.Table) -> Source:
+    """A source in which a row has an image where the column photo, if there is one, is filled."""
+    has_photo = "photo" in table.column_names
+    paths = texts_of(table["photo"]) if has_photo else pa.array(["x"] * table.num_rows)
+    return Source(table, {"": ImageRefs(paths)}, {})
+
+
+def rows_of(
+    table: dict,
+    numeric: tuple[str, ...] = (),
+    categorical: tuple[str, ...] = (),
+    **options: object,
+) -> Rows:
+    arrow, prepare = pa.table(table), spec(**options)
+    require_columns(arrow, prepare, categorical)
+    classes = find_classes(arrow.column(prepare.label_column), prepare)
+    return read_rows(source_of(arrow), prepare, numeric, classes, categorical)
+
+
+def aside(rows: Rows) -> list[tuple[str, str] | None]:
+    return [rows.bad.get(row) for row in range(len(rows))]
+
+
+def reasons(rows: Rows) -> list[str | None]:
+    return [found and found[0] for found in aside(rows)]
+
+
+def test_a_rare_third_label_sets_its_rows_aside():
+    keys, labels = [str(i) for i in range(200)], ["yes", "no"] * 99 + ["maybe", "n/a"]
+    table = {"key": keys, "label": labels}
+    rows = rows_of(table, positive_label="yes", max_bad_fraction=0.05)
+    assert rows.bad == {
+        198: ("bad_label", "label is 'maybe', neither 'no' nor 'yes'"),
+        199: ("missing_label", "label is empty"),
+    }
+    assert rows.labels.tolist() == [1, 0] * 99 + [-1, -1]
+    assert rows.good.tolist() == [True] * 198 + [False] * 2
+
+
+def test_each_bad_cell_sets_its_row_aside_with_the_value():
+    table = {
+        "id": ["a", None, "a", "d", "e", "f", "g", "h", "i"],
+        "area": ["1", "1", "1", "one", "inf", "1e39", "NA", "1", "1"],
+        "photo": ["p"] * 7 + ["", "p"],
+        "label": ["0", "1", "1", "1", "1", "1", "1", "1", "0"],
+        "split": ["train"] * 8 + ["dev"],
+    }
+    options = {"key_column": "id", "image_column": "photo", "split_column": "split"}
+    rows = rows_of(table, ("area",), **options)
+    assert aside(rows) == [
+        None,
+        ("missing_key", "row 2 has no id"),
+        ("duplicate_key", "row 3 has the id of row 1"),
+        ("non_numeric_text", "area is 'one'"),
+        ("non_finite_number", "area is inf, more than float32 holds"),
+        ("non_finite_number", "area is 1e39, more than float32 holds"),
+        None,
+        ("missing_image", "there is no image for it"),
+        ("bad_split", "split is 'dev', none of train, validation, test"),
+    ]
+    assert np.isnan(rows.numeric_RF[6, 0])
+    assert rows.numeric_RF.dtype == np.float32
+
+
+def test_a_row_without_a_group_is_set_aside():
+    table = {"key": ["a", "b"], "label": [0, 1], "patient": [7, None]}
+    rows = rows_of(table, group_column="patient")
+    assert reasons(rows) == [None, "missing_group"]
+    assert rows.groups.to_pylist() == ["7", ""]
+
+
+def test_rows_for_prediction_need_no_label():
+    table = pa.table({"key": ["a", None], "area": [1, 2]})
+    require_columns(table, spec(), labelled=False)
+    rows = read_rows(source_of(table), spec(), ("area",), None)
+    assert rows.labels.tolist() == [-1, -1]
+    assert reasons(rows) == [None, "missing_key"]
+
+
+def test_a_column_of_dates_is_no_column_of_numbers():
+    import datetime
+
+    table = {"key": ["a", "b"], "label": [0, 1], "day": [datetime.date(2020, 1, 2)] * 2}
+    rows = rows_of(table, ("day",), max_bad_fraction=1)
+    assert reasons(rows) == ["non_numeric_text"] * 2
+    nested = {"key": ["a", "b"], "label": [0, 1], "list": [[1], [2]]}
+    with pytest.raises(JobError, match="numeric column 'list' holds no numbers"):
+        rows_of(nested, ("list",))

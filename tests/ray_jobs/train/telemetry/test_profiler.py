@@ -1,0 +1,108 @@
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tensorflow as tf
+
+from ray_jobs.storage.folder import Folder
+from ray_jobs.train.telemetry.profiler import Profiler
+
+
+@tf.function
+def step_of_a_training(x: tf.Tensor) -> tf.Tensor:
+    return tf.linalg.matmul(x, x, name="product_of_a_step")
+
+
+def run_steps(profiler: Profiler, steps: range, count: int = 1) -> None:
+    x = tf.ones((16, 16))
+    for step in steps[::count]:
+        profiler.before(step, count)
+        for _ in range(count):
+            x = step_of_a_training(x) / 16
+        profiler.after(step + count - 1)
+
+
+def traces(folder: Path) -> list[Path]:
+    return sorted(folder.glob("tensorboard/plugins/profile/*/*.xplane.pb"))
+
+
+def steps_in(folder: Path) -> list[int]:
+    """Return the numbers of the steps that a trace holds."""
+    from tensorflow.tsl.profiler.protobuf import xplane_pb2
+
+    (path,) = traces(folder)
+    space = xplane_pb2.XSpace.FromString(path.read_bytes())
+    found = set()
+    for plane in space.planes:
+        names = {key: value.name for key, value in plane.stat_metadata.items()}
+        for line in plane.lines:
+            for event in line.events:
+                if plane.event_metadata[event.metadata_id].name == "train":
+                    found |= {
+                        s.int64_value for s in event.stats if names[s.metadata_id] == "step_num"
+                    }
+    return sorted(found)
+
+
+def test_a_trace_holds_the_steps_of_the_range_and_no_other(tmp_path):
+    with Profiler(Folder(tmp_path), (3, 5)) as profiler:
+        run_steps(profiler, range(1, 4))
+        assert traces(tmp_path) == []
+        run_steps(profiler, range(4, 9))
+        assert len(traces(tmp_path)) == 1
+    assert steps_in(tmp_path) == [3, 4, 5]
+    assert b"product_of_a_step" in traces(tmp_path)[0].read_bytes()
+
+
+def test_a_call_of_several_steps_is_traced_where_it_meets_the_range(tmp_path):
+    with Profiler(Folder(tmp_path), (3, 6)) as profiler:
+        run_steps(profiler, range(1, 13), count=4)
+    assert steps_in(tmp_path) == [1, 5]
+
+
+def test_a_training_that_ends_inside_the_range_leaves_its_trace(tmp_path):
+    with Profiler(Folder(tmp_path), (2, 100)) as profiler:
+        run_steps(profiler, range(1, 4))
+    assert steps_in(tmp_path) == [2, 3]
+
+
+def test_a_training_that_goes_on_inside_the_range_traces_the_rest(tmp_path):
+    with Profiler(Folder(tmp_path), (2, 5)) as profiler:
+        run_steps(profiler, range(4, 9))
+    assert steps_in(tmp_path) == [4, 5]
+
+
+@pytest.mark.parametrize("steps", [None, (1, 3)])
+def test_without_a_range_or_beyond_it_nothing_is_traced(tmp_path, steps):
+    with Profiler(Folder(tmp_path), steps) as profiler:
+        run_steps(profiler, range(4, 7))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_step_that_fails_ends_the_trace_and_another_can_begin(tmp_path):
+    def fail() -> None:
+        with Profiler(Folder(tmp_path / "first"), (1, 9)) as profiler:
+            profiler.before(1)
+            raise ValueError("the step failed")
+
+    with pytest.raises(ValueError, match="the step failed"):
+        fail()
+    with Profiler(Folder(tmp_path / "second"), (1, 2)) as profiler:
+        run_steps(profiler, range(1, 3))
+    assert steps_in(tmp_path / "second") == [1, 2]
+
+
+def test_a_trace_that_cannot_begin_is_a_warning_and_the_steps_go_on(tmp_path, caplog):
+    profiler_of_another: Any = tf.profiler.experimental
+    profiler_of_another.start(str(tmp_path / "other"))
+    try:
+        with (
+            caplog.at_level(logging.WARNING),
+            Profiler(Folder(tmp_path / "run"), (1, 2)) as profiler,
+        ):
+            run_steps(profiler, range(1, 4))
+    finally:
+        profiler_of_another.stop(save=False)
+    assert [record.message.split(":")[0] for record in caplog.records] == ["no trace of steps"]
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,245 @@
+"""The loop on real workers: a trainer of one and of two through all scenarios, of four in one."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ray_jobs.config.spec import DataSpec
+from ray_jobs.data.sampler import TrainingOrder
+from tests.ray_jobs.scenarios import FAST, SCENARIOS, run_scenarios
+from tests.ray_jobs.tiny import write_prepared
+
+pytestmark = [pytest.mark.multiworker, pytest.mark.timeout(1200)]
+
+
+def trained(folder: Path, scenarios: dict[int, tuple[str, ...]]) -> dict[str, Any]:
+    """Train scenarios by their number of workers; return what each left, and the manifest."""
+    from ray.train import RunConfig, ScalingConfig
+
+    from ray_jobs.cluster.tf_backend import KerasTrainer
+
+    rows = {"train": 101, "validation": 37, "test": 5}
+    manifest = write_prepared(folder / "prepared", rows, size=32)
+    config = {"output": str(folder), "prepared": str(folder / "prepared")}
+    for num_workers, names in scenarios.items():
+        KerasTrainer(
+            run_scenarios,
+            train_loop_config={**config, "scenarios": names},
+            scaling_config=ScalingConfig(num_workers=num_workers),
+            run_config=RunConfig(name=f"ray-{num_workers}", storage_path=str(folder)),
+        ).fit()
+    facts = {path.stem: json.loads(path.read_text()) for path in folder.glob("*-*-*.json")}
+    return {"folder": folder, "manifest": manifest, **facts}
+
+
+@pytest.fixture(scope="module")
+def seen(ray_local, tmp_path_factory) -> dict[str, Any]:
+    """What was seen of the scenarios with one and two workers."""
+    return trained(tmp_path_factory.mktemp("loop"), {1: FAST, 2: FAST})
+
+
+@pytest.fixture(scope="module")
+def seen_slowly(ray_local, tmp_path_factory) -> dict[str, Any]:
+    """What was seen of the other scenarios with two workers."""
+    others = tuple(name for name in SCENARIOS if name not in FAST)
+    return trained(tmp_path_factory.mktemp("slow"), {2: others})
+
+
+@pytest.fixture(scope="module")
+def seen_of_four(ray_local, tmp_path_factory) -> dict[str, Any]:
+    """What was seen of one scenario with one, two and four workers."""
+    scenarios = dict.fromkeys((1, 2, 4), ("synchronised",))
+    return trained(tmp_path_factory.mktemp("four"), scenarios)
+
+
+MANY_WORKERS = pytest.mark.parametrize(
+    ("of", "num_workers"), [("seen", 2), pytest.param("seen_of_four", 4, marks=pytest.mark.slow)]
+)
+
+
+def arrays(seen: dict[str, Any], scenario: str, epoch: int, num_workers: int, rank: int) -> dict:
+    path = seen["folder"] / f"{scenario}-{epoch}-{num_workers}-{rank}.npz"
+    with np.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
+
+
+@MANY_WORKERS
+def test_many_workers_learn_what_one_learns_with_all_that_is_random(request, of, num_workers):
+    seen = request.getfixturevalue(of)
+    one, many = (arrays(seen, "synchronised", 3, n, 0) for n in (1, num_workers))
+    start = arrays(seen, "synchronised", 0, 1, 0)
+    assert seen["synchronised-1-0"]["epochs"][-1]["step"] == 20
+    assert one.keys() == many.keys()
+    for name, w in one.items():
+        assert np.abs(many[name] - w).max() <= 1e-4 * np.abs(w).max(), name
+    assert max(np.abs(w - start[name]).max() for name, w in one.items()) > 1e-3
+
+
+@MANY_WORKERS
+def test_a_run_that_goes_on_with_twice_as_many_workers_learns_the_same(request, of, num_workers):
+    seen = request.getfixturevalue(of)
+    assert 0 < seen[f"synchronised-{num_workers}-0"]["distance_of_resumed"] <= 1e-4
+
+
+@pytest.mark.parametrize(("scenario", "epochs"), [("random", 3), ("uneven", 8)])
+def test_all_workers_hold_bitwise_equal_weights_and_statistics_after_any_epoch(
+    seen, scenario, epochs
+):
+    for epoch in range(epochs):
+        first, second = (arrays(seen, scenario, epoch, 2, rank) for rank in (0, 1))
+        assert any("moving_variance" in name for name in first)
+        for name, value in first.items():
+            assert value.tobytes() == second[name].tobytes(), (epoch, name)
+
+
+@pytest.mark.parametrize("scenario", ["random", "uneven"])
+def test_a_step_has_one_gradient_collective(seen, scenario):
+    assert seen[f"{scenario}-2-0"]["variables"] > 20
+    assert seen[f"{scenario}-2-0"]["collectives"] == 1
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_no_row_is_dropped_or_doubled_where_nothing_divides(seen, num_workers):
+    facts = [seen[f"uneven-{num_workers}-{rank}"] for rank in range(num_workers)]
+    order = TrainingOrder.of(seen["manifest"].splits["train"], 14, 0, DataSpec())
+    trained, validated = Counter(), [Counter() for _ in range(8)]
+    for fact in facts:
+        batches = iter(fact["rows"])
+        for epoch in range(8):
+            for _ in range(order.num_steps(epoch)):
+                rows = next(batches)
+                assert len(rows) == 14 // num_workers
+                trained.update(rows)
+            while sum(validated[epoch].values()) < 37:
+                rows = next(batches)
+                validated[epoch].update(rows)
+                if len(rows) < 14 // num_workers:
+                    break
+    assert sum(trained.values()) == 8 * 101 // 14 * 14
+    # What no full step of the last epoch took is the only difference between two rows.
+    assert set(trained.values()) <= {7, 8}
+    for epoch in range(8):
+        assert validated[epoch] == Counter(range(37))
+    assert facts[0]["history"] == list(range(8))
+
+
+def test_validation_rows_of_all_workers_come_to_rank_0_in_stored_order(seen):
+    expected = [float(i % 3 == 0) for i in range(37)]
+    for name in ("uneven-1-0", "uneven-2-0"):
+        assert seen[name]["label"] == expected
+
+
+def test_every_worker_comes_to_the_same_records(seen):
+    first, second = (seen[f"random-2-{rank}"]["epochs"] for rank in (0, 1))
+    timing = ("data/", "time/")
+    for a, b in zip(first, second, strict=True):
+        same = [key for key in a if not key.startswith(timing)]
+        assert {key: a[key] for key in same} == {key: b[key] for key in same}
+
+
+def test_the_order_of_training_rows_does_not_depend_on_the_number_of_workers(seen):
+    steps = [rows for rows in seen["synchronised-1-0"]["rows"]]
+    halves = [seen[f"synchronised-2-{rank}"]["rows"] for rank in (0, 1)]
+    assert steps[0] == halves[0][0] + halves[1][0]
+    assert steps[4] == halves[0][4] + halves[1][4]
+
+
+@pytest.mark.slow
+def test_training_stops_out_of_patience_and_returns_the_best_epoch(seen_slowly):
+    seen = seen_slowly
+    for name in ("patience-2-0", "patience-2-1"):
+        epochs = seen[name]["epochs"]
+        losses = [epoch["val/log_loss"] for epoch in epochs]
+        assert seen[name]["best_epoch"] == int(np.argmin(losses))
+        assert len(epochs) == seen[name]["best_epoch"] + 1 + 2
+        assert len(epochs) < 20
+        # Rank 0 alone keeps the best.
+        assert seen[name].get("best_restored", name.endswith("1"))
+
+
+@pytest.mark.slow
+def test_a_run_resumed_from_any_checkpoint_goes_on_bitwise_alike(seen_slowly):
+    """In the middle of epochs and between them.
+
+    Plateau schedule, moving average, mixup, dropout, augmentation, batch norm of own rows.
+    """
+    for name in ("resumed-2-0", "resumed-2-1"):
+        assert seen_slowly[name]["resumed_alike"] == [True] * 2
+
+
+def test_checkpoints_come_a_little_before_a_failure_would_cost_too_much(seen):
+    # Epochs of 6, 6 and 6 steps, at most 4 lost, of which one is for the writing.
+    assert seen["random-2-0"]["steps_of_checkpoints"] == [3, 6, 9, 12, 15, 18]
+
+
+def test_a_run_stopped_at_any_step_goes_on_bitwise_alike(seen):
+    for name in ("random-2-0", "random-2-1"):
+        stopped, step, saved_step, alike = seen[name]["stopped_alike"]
+        assert stopped
+        assert step == saved_step == 8
+        assert alike
+
+
+def test_a_run_stopped_at_the_last_step_of_an_epoch_ends_with_the_epoch(seen):
+    assert seen["random-1-0"]["stopped_between"] == [True, 6, 1, True]
+
+
+def test_a_graph_is_made_once(seen):
+    assert seen["random-2-0"]["traces"] == 1
+    assert seen["uneven-2-0"]["traces"] == 1
+
+
+@pytest.mark.slow
+def test_a_graph_is_made_once_more_for_another_stage(seen_slowly):
+    assert seen_slowly["stages-2-0"]["traces"] == 2
+
+
+def test_rows_are_weighed_as_scikit_learn_balances_classes(seen):
+    from sklearn.utils.class_weight import compute_class_weight
+
+    y = np.arange(101) % 3 == 0
+    expected = compute_class_weight("balanced", classes=np.array([False, True]), y=y)
+    weights = seen["uneven-2-0"]["weights"]
+    assert {label for label, _ in weights} == {0.0, 1.0}
+    for label, weight in weights:
+        assert weight == pytest.approx(expected[int(label)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("scenario", "stem"), [("stages", "image_conv0"), ("application", "stem")])
+def test_a_backbone_is_frozen_and_thawed(seen_slowly, scenario, stem):
+    seen = seen_slowly
+    for epoch in (0, 1):
+        first, second = (arrays(seen, scenario, epoch, 2, rank) for rank in (0, 1))
+        for name, value in first.items():
+            assert value.tobytes() == second[name].tobytes(), name
+    frozen, thawed = (arrays(seen, scenario, epoch, 2, 0) for epoch in (0, 1))
+    moved = {name for name in frozen if frozen[name].tobytes() != thawed[name].tobytes()}
+    lowest = {name for name in frozen if stem in name}
+    assert lowest
+    assert lowest <= moved
+    # Whose variables are not all floats.
+    assert scenario == "stages" or any("normalization" in name for name in frozen)
+    # Batch norms of the frozen epoch kept their statistics: those that they are made with.
+    means = [name for name in lowest if "moving_mean" in name]
+    assert means
+    assert all(not frozen[name].any() for name in means)
+
+
+def test_pixels_become_a_tensor_without_a_copy_and_other_arrays_with_one():
+    from ray_jobs.data.reader import aligned
+    from ray_jobs.train.device_batch import as_tensor
+
+    pixels = aligned((2, 5, 5, 3))
+    pixels[:] = np.arange(150).reshape(pixels.shape)
+    shifted = np.zeros(151, np.uint8)[1:]
+    shared, copied = as_tensor(pixels), as_tensor(shifted)
+    np.testing.assert_array_equal(shared, pixels)
+    pixels[0, 0, 0, 0] = shifted[0] = 200
+    assert (int(shared[0, 0, 0, 0]), int(copied[0])) == (200, 0)
+    pixels.flags.writeable = False
+    np.testing.assert_array_equal(as_tensor(pixels), pixels)

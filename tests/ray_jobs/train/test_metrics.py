@@ -1,0 +1,220 @@
+import json
+import warnings
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from scipy.stats import bootstrap
+from sklearn import calibration, metrics
+
+from ray_jobs.train.metrics import (
+    ECE_BINS,
+    auc_gain,
+    binary_metrics,
+    choose_threshold,
+    expected_calibration_error,
+    validation_metrics,
+)
+
+KEYS = [
+    "accuracy",
+    "balanced_accuracy",
+    "roc_auc",
+    "pr_auc",
+    "log_loss",
+    "brier",
+    "ece",
+    "precision",
+    "recall",
+    "f1",
+    "threshold",
+    "confusion",
+    "num_rows",
+    "class_counts",
+]
+
+
+def rows(num_rows: int, seed: int, dtype=np.float32) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    label = np.arange(num_rows) % 4 == 0
+    logit = rng.normal(size=num_rows) + 1.5 * label - 0.7
+    return label.astype(np.int8), (1 / (1 + np.exp(-2 * logit))).astype(dtype)
+
+
+def scikit_learns(label, probability, threshold) -> dict:
+    probability = probability.astype(np.float64)
+    called = probability >= threshold
+    true, mean = calibration.calibration_curve(label, probability, n_bins=ECE_BINS)
+    edges = np.linspace(0, 1, ECE_BINS + 1)
+    counts = [np.sum((probability > low) & (probability <= high)) for low, high in pairwise(edges)]
+    counts[0] += np.sum(probability == 0)
+    weights = [count for count in counts if count]
+    return {
+        "accuracy": metrics.accuracy_score(label, called),
+        "balanced_accuracy": metrics.balanced_accuracy_score(label, called),
+        "roc_auc": metrics.roc_auc_score(label, probability),
+        "pr_auc": metrics.average_precision_score(label, probability),
+        "log_loss": metrics.log_loss(label, probability),
+        "brier": metrics.brier_score_loss(label, probability),
+        "ece": np.average(np.abs(true - mean), weights=weights),
+        "precision": metrics.precision_score(label, called, zero_division=0),
+        "recall": metrics.recall_score(label, called),
+        "f1": metrics.f1_score(label, called),
+    }
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("threshold", [0.05, 0.5, 0.73, 1.0])
+@pytest.mark.parametrize("num_rows", [5, 64, 1001])
+def test_metrics_equal_those_of_scikit_learn(num_rows, threshold, dtype):
+    label, probability = rows(num_rows, seed=num_rows, dtype=dtype)
+    found = binary_metrics(label, probability, threshold)
+    for name, value in scikit_learns(label, probability, threshold).items():
+        assert found[name] == pytest.approx(value, abs=1e-6), name
+    confusion = metrics.confusion_matrix(label, probability.astype(np.float64) >= threshold)
+    assert found["confusion"] == confusion.tolist()
+    assert found["class_counts"] == np.bincount(label).tolist()
+    assert found["num_rows"] == num_rows
+    assert found["threshold"] == threshold
+
+
+def test_metrics_have_the_keys_of_the_contract_and_go_into_json():
+    label, probability = rows(50, seed=1)
+    found = binary_metrics(label[:, None], probability[:, None], 0.5)
+    assert list(found) == KEYS
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_sure_and_tied_probabilities_equal_those_of_scikit_learn():
+    label = np.array([0, 1, 0, 1, 1, 0])
+    probability = np.array([0.0, 1.0, 1.0, 0.0, 0.5, 0.5])
+    found = binary_metrics(label, probability, 0.5)
+    for name, value in scikit_learns(label, probability, 0.5).items():
+        assert found[name] == pytest.approx(value, abs=1e-6), name
+
+
+def test_a_row_at_the_threshold_counts_as_positive():
+    assert binary_metrics(np.array([1, 0]), np.array([0.3, 0.2]), 0.3)["confusion"] == [
+        [1, 0],
+        [0, 1],
+    ]
+
+
+def test_a_float32_probability_just_below_a_threshold_that_float32_cannot_hold_is_negative():
+    just_below = np.float32(0.7)
+    assert float(just_below) < 0.7
+    label, probability = np.array([1, 0]), np.array([just_below, 0.1], np.float32)
+    assert binary_metrics(label, probability, 0.7)["confusion"] == [[1, 0], [1, 0]]
+
+
+@pytest.mark.parametrize(
+    ("only", "undefined"),
+    [
+        (0, {"balanced_accuracy", "roc_auc", "pr_auc", "precision", "recall", "f1"}),
+        (1, {"balanced_accuracy", "roc_auc"}),
+    ],
+)
+def test_rows_of_one_class_leave_undefined_metrics_null_without_a_warning(only, undefined):
+    probability = np.array([0.2, 0.4, 0.9])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = binary_metrics(np.full(3, only), probability, 0.5)
+    assert {name for name, value in found.items() if value is None} == undefined
+    assert found["log_loss"] == pytest.approx(-np.log(np.abs(1 - only - probability)).mean())
+    assert found["brier"] == pytest.approx(np.mean((only - probability) ** 2))
+    assert found["accuracy"] == pytest.approx([2 / 3, 1 / 3][only])
+
+
+def test_precision_is_zero_where_nothing_is_called_positive():
+    found = binary_metrics(np.array([0, 1]), np.array([0.1, 0.2]), 0.5)
+    assert (found["precision"], found["recall"], found["f1"]) == (0.0, 0.0, 0.0)
+
+
+def test_calibration_error_of_known_bins_is_their_weighted_gap():
+    # Three rows at 0.1, of which one is positive; one row at 0.9, which is not.
+    label, probability = np.array([0, 0, 1, 0]), np.array([0.1, 0.1, 0.1, 0.9])
+    expected = (3 * abs(0.1 - 1 / 3) + 1 * 0.9) / 4
+    assert expected_calibration_error(label, probability) == pytest.approx(expected)
+
+
+def test_validation_metrics_are_those_of_the_evaluation():
+    label, probability = rows(100, seed=3)
+    whole = binary_metrics(label, probability, 0.5)
+    found = validation_metrics(label, probability)
+    assert list(found) == ["log_loss", "roc_auc", "pr_auc", "accuracy"]
+    assert found == {name: whole[name] for name in found}
+
+
+@pytest.mark.parametrize("by", ["f1", "balanced_accuracy"])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_chosen_threshold_is_the_best_of_all_probabilities(by, seed):
+    label, probability = rows(60, seed)
+    chosen = choose_threshold(label, probability, by)
+    scores = {float(p): binary_metrics(label, probability, float(p))[by] for p in probability}
+    best = max(scores.values())
+    assert binary_metrics(label, probability, chosen)[by] == pytest.approx(best, abs=1e-12)
+    ties = [p for p, score in scores.items() if score == pytest.approx(best, abs=1e-12)]
+    halves = [(p + max([q for q in scores if q < p], default=0.0)) / 2 for p in ties]
+    assert chosen == pytest.approx(min(halves, key=lambda p: abs(p - 0.5)), abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_row_stands_on_the_chosen_threshold_where_rounding_could_turn_it(seed):
+    label, probability = rows(60, seed)
+    chosen = choose_threshold(label, probability, "f1")
+    rounded = probability.astype(np.float32)
+    np.testing.assert_array_equal(rounded >= chosen, probability >= chosen)
+
+
+def test_a_threshold_that_is_given_is_kept():
+    label, probability = rows(10, seed=0)
+    assert choose_threshold(label, probability, 0.37) == 0.37
+
+
+@pytest.mark.parametrize("only", [0, 1])
+@pytest.mark.parametrize("by", ["f1", "balanced_accuracy"])
+def test_a_threshold_is_chosen_from_rows_of_one_class_too(by, only):
+    chosen = choose_threshold(np.full(3, only), np.array([0.3, 0.45, 0.6]), by)
+    assert chosen == pytest.approx(0.525) or chosen in (0.15, 0.375)
+
+
+def test_a_threshold_by_an_unknown_metric_is_refused():
+    with pytest.raises(ValueError, match="by f1 or balanced_accuracy, not by 'recall'"):
+        choose_threshold(np.array([0, 1]), np.array([0.1, 0.9]), "recall")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("label", "probability", "message"),
+    [
+        ([], [], "got 0 labels and 0 probabilities"),
+        ([0, 1], [0.5], "got 2 labels and 1 probabilities"),
+        ([0, 2], [0.5, 0.5], r"labels must be 0 or 1, got \[0, 2\]"),
+        ([0, 1], [0.5, np.nan], r"between 0 and 1, got \[nan\]"),
+        ([0, 1], [0.5, 1.5], r"between 0 and 1, got \[1.5\]"),
+    ],
+)
+def test_rows_that_have_no_metrics_are_refused_by_name(label, probability, message):
+    with pytest.raises(ValueError, match=message):
+        binary_metrics(np.array(label), np.array(probability), 0.5)
+
+
+def test_the_interval_of_a_gain_is_that_of_scipys_paired_bootstrap():
+    rng = np.random.default_rng(0)
+    label = np.arange(120) % 3 == 0
+    ours = label + rng.normal(size=120)
+    theirs = label + 2 * rng.normal(size=120)
+    label = label.astype(int)
+    found = auc_gain(label, ours, theirs, num_draws=400)
+
+    def gain(y, a, b):
+        return metrics.roc_auc_score(y, a) - metrics.roc_auc_score(y, b)
+
+    expected = bootstrap(
+        (label, ours, theirs), gain, paired=True, vectorized=False, n_resamples=400,
+        method="percentile", rng=1,
+    ).confidence_interval  # fmt: skip
+    assert found["difference"] == pytest.approx(gain(label, ours, theirs))
+    assert found["low"] == pytest.approx(expected.low, abs=0.02)
+    assert found["high"] == pytest.approx(expected.high, abs=0.02)
+    same = auc_gain(label, ours, ours, num_draws=50)
+    assert same == {"difference": 0.0, "low": 0.0, "high": 0.0}

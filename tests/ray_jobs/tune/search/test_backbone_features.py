@@ -1,0 +1,469 @@
+"""Features of a frozen backbone: what is stored, when it is computed, and what is learnt on it."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mm_model.spec import AugmentationSpec
+from ray_jobs.cluster.strategy import Place
+from ray_jobs.config.errors import JobError
+from ray_jobs.config.spec import EvaluateSpec, InspectSpec, PredictSpec, RunSpec, Split
+from ray_jobs.data.batch import FEATURES, IMAGE_MASK
+from ray_jobs.data.cache import choose_kind
+from ray_jobs.data.manifest import ImageInfo, Manifest, read_manifest, require_shards
+from ray_jobs.data.reader import RowDecoder
+from ray_jobs.data.sampler import TrainingOrder
+from ray_jobs.evaluate.job import evaluate
+from ray_jobs.inspect.job import inspect
+from ray_jobs.predict.job import predict
+from ray_jobs.storage.folder import Folder
+from ray_jobs.train.job import fit
+from ray_jobs.train.loop import Loop
+from ray_jobs.train.model_factory import new_model
+from ray_jobs.tune.search import backbone_features as module
+from ray_jobs.tune.search.backbone_features import Extractor, features_folder, features_of
+from ray_jobs.tune.search.feature_trials import is_frozen, on_features
+from tests.ray_jobs.scenarios import PLAIN
+from tests.ray_jobs.tiny import with_image, write_prepared
+
+SIZE = 24
+COUNTS = {"train": 53, "validation": 22, "test": 3}
+FROZEN = {**PLAIN["image"], "trainable": False}
+
+
+def spec_of(folder: Path, **changes: Any) -> RunSpec:
+    """A training with a frozen backbone on the prepared data in a folder."""
+    spec = RunSpec.model_validate(
+        {
+            "run": {"storage_path": str(folder / "runs"), "seed": 3},
+            "data": {"prepared": str(folder / "prepared")},
+            "model": {**PLAIN, "image": FROZEN},
+            "train": {"global_batch_size": 8, "epochs": 4, "learning_rate": 3e-3},
+        }
+    )
+    return spec.overlay({path.replace("__", "."): value for path, value in changes.items()})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("features")
+    write_prepared(path / "prepared", COUNTS, size=SIZE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def stored(ray_local: None, folder: Path) -> Folder:
+    """One view of each image, computed on the cluster."""
+    return features_of(spec_of(folder))
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Split, int]]:
+    """Lets features be computed in this process; what is computed is noted."""
+    noted: list[tuple[Split, int]] = []
+
+    def compute(arguments: Any, todo: Sequence[tuple[Split, int]], *_: Any) -> Iterator[Any]:
+        extractor = Extractor(*arguments[:3], threads=2)
+        for split, index in todo:
+            noted.append((split, index))
+            shard = extractor.write(split, index).model_dump_json()
+            yield {"split": split, "index": index, "shard": shard, "failure": None}
+
+    monkeypatch.setattr(module, "_on_actors", compute)
+    return noted
+
+
+def rows_of(folder: Folder, manifest: Manifest, split: Split) -> pa.Table:
+    return pa.concat_tables([pq.read_table(folder.locate(s.path)) for s in shards(manifest, split)])
+
+
+def shards(manifest: Manifest, split: Split) -> Any:
+    return manifest.splits[split].shards
+
+
+def hashes(folder: Folder) -> dict[str, tuple[str, int]]:
+    """Content and time of change of every file."""
+    files = {name: Path(folder.locate(name)) for name in folder.names()}
+    return {
+        name: (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
+        for name, path in files.items()
+    }
+
+
+def features_in(folder: Folder, split: Split) -> np.ndarray:
+    """Features of a split's rows as a batch has them."""
+    manifest = read_manifest(folder)
+    return RowDecoder(manifest, with_image=True).decode(rows_of(folder, manifest, split))[FEATURES]
+
+
+# -- what is stored -------------------------------------------------------------------------------
+
+
+def test_rows_row_groups_and_shards_are_those_of_the_images(folder, stored):
+    source = Folder(folder / "prepared")
+    images, own = read_manifest(source), read_manifest(stored)
+    assert stored.uri.startswith(f"{folder}/runs/features/")
+    assert own.image == images.image.model_copy(update={"encoding": "raw", "features": (1, 64)})
+    for split in ("train", "validation"):
+        pairs = zip(shards(images, split), shards(own, split), strict=True)
+        for image_shard, shard in pairs:
+            assert (shard.num_rows, shard.row_groups) == (
+                image_shard.num_rows,
+                image_shard.row_groups,
+            )
+            with pq.ParquetFile(stored.locate(shard.path)) as file:
+                groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+            assert tuple(group.num_rows for group in groups) == shard.row_groups
+            content = Path(stored.locate(shard.path)).read_bytes()
+            assert hashlib.sha256(content).hexdigest() == shard.sha256
+        before, after = (rows_of(f, m, split) for f, m in ((source, images), (stored, own)))
+        assert after.schema.names == before.schema.names
+        assert after.drop_columns("image").equals(before.drop_columns("image"))
+    require_shards(stored, own)
+    assert own.splits["test"].num_rows == 0
+    kept = own.model_copy(update={"image": images.image, "splits": images.splits})
+    assert kept == images
+
+
+def test_features_are_what_the_backbone_of_a_training_of_this_seed_starts_with(folder, stored):
+    import keras
+
+    from mm_model.model import backbone_model
+
+    manifest = read_manifest(Folder(folder / "prepared"))
+    loop = Loop(spec_of(folder), manifest, Place())
+    for split in ("train", "validation"):
+        table = rows_of(Folder(folder / "prepared"), manifest, split)
+        images = RowDecoder(manifest, with_image=True).decode(table)["image"]
+        expected = np.asarray(backbone_model(loop.model)(images))
+        np.testing.assert_allclose(features_in(stored, split)[:, 0], expected, atol=1e-5)
+        assert expected.std(axis=0).max() > 0.01
+    keras.utils.set_random_seed(4)
+    other = backbone_model(new_model(spec_of(folder), manifest))(images)
+    assert np.abs(np.asarray(other) - expected).max() > 0.01
+
+
+def test_what_is_there_is_not_computed_again(folder, stored, here):
+    before = hashes(stored)
+    assert len(before) == 6
+    again = features_of(spec_of(folder, model__dropout=0.4, train__learning_rate=0.1))
+    assert again.uri == stored.uri
+    assert here == []
+    assert hashes(stored) == before
+
+
+def test_an_interrupted_job_goes_on_with_the_shards_that_are_not_there_whole(
+    folder, here, tmp_path
+):
+    spec = spec_of(folder, run__storage_path=str(tmp_path), model__augmentation__flip="vertical")
+    output = features_of(spec, num_views=2)
+    every = [("train", 0), ("train", 1), ("train", 2), ("validation", 0), ("validation", 1)]
+    assert here == every
+    manifest, before = read_manifest(output), hashes(output)
+    here.clear()
+    lost, cut = (shards(manifest, split)[1].path for split in ("train", "validation"))
+    output.delete("manifest.json")
+    output.delete(lost)
+    path = Path(output.locate(cut))
+    path.write_bytes(path.read_bytes()[:-1])
+    assert features_of(spec, num_views=2).uri == output.uri
+    assert here == [("train", 1), ("validation", 1)]
+    after = hashes(output)
+    assert {name: content for name, (content, _) in after.items()} == {
+        name: content for name, (content, _) in before.items()
+    }
+    changed = {name for name in after if after[name] != before[name]}
+    assert changed == {"manifest.json", lost, cut}
+
+
+def test_other_settings_have_another_folder(folder, tmp_path):
+    for name, content in (("a", b"weights"), ("b", b"weights"), ("c", b"others")):
+        (tmp_path / name).write_bytes(content)
+
+    def place(num_views: int = 1, kind: str = "efficientnet_b0", **changes: Any) -> str:
+        weights = changes.pop("model__image__weights", str(tmp_path / "a"))
+        image = {"model.image.kind": kind, "model.image.weights": weights}
+        spec = spec_of(folder).overlay(image)
+        spec = spec.overlay({path.replace("__", "."): value for path, value in changes.items()})
+        return features_folder(spec, num_views).uri
+
+    more_rows = tmp_path / "prepared"
+    write_prepared(more_rows, {**COUNTS, "validation": 23}, size=SIZE)
+    others = [
+        place(),
+        place(num_views=2),
+        place(num_views=3),
+        place(kind="mobilenet_v3_small"),
+        place(model__image__weights=str(tmp_path / "c")),
+        place(model__image__weights=None),
+        place(model__image__weights=None, run__seed=4),
+        place(model__image__weights=None, model__augmentation__zoom=0.2),
+        place(kind="tiny", model__image__weights=None),
+        place(kind="tiny", model__image__weights=None, model__activation="gelu"),
+        place(num_views=2, run__seed=4),
+        place(num_views=2, model__augmentation__zoom=0.2),
+        place(data__image_size=16),
+        place(data__prepared=str(more_rows)),
+        place(run__storage_path=str(tmp_path)),
+    ]
+    assert len(set(others)) == len(others)
+    # What does not change them has the same.
+    for same in (
+        place(run__seed=4),
+        place(model__image__trainable=True),
+        place(model__image__weights=str(tmp_path / "b")),
+        place(model__augmentation__zoom=0.2),
+        place(model__activation="gelu"),
+        place(model__dropout=0.5, model__image__units=8, train__epochs=9),
+        place(data__image_size=SIZE),
+    ):
+        assert same == others[0]
+
+
+def test_a_job_that_cannot_go_on_says_why(ray_local, folder):
+    weights = str(folder / "prepared/manifest.json")
+    with pytest.raises(JobError, match="cannot be computed: image branch 'tiny' takes no weights"):
+        features_of(spec_of(folder, model__image__weights=weights))
+    spec = spec_of(folder, model__image__kind="none", model__image__weights=None)
+    with pytest.raises(JobError, match=r"model\.image\.kind=none has no backbone"):
+        features_of(spec)
+    with pytest.raises(ValueError, match="num_views=0: the first view"):
+        features_of(spec_of(folder), num_views=0)
+
+
+def test_a_damaged_image_names_its_row(tmp_path):
+    manifest = write_prepared(tmp_path / "prepared", COUNTS, size=SIZE)
+    path = tmp_path / "prepared" / shards(manifest, "train")[1].path
+    pq.write_table(with_image(pq.read_table(path), 3, b"no image"), path, row_group_size=5)
+    extractor = Extractor(spec_of(tmp_path), 1, Folder(tmp_path / "out"))
+    with pytest.raises(ValueError, match="row 'train-23' cannot be used: 8 bytes"):
+        extractor.write("train", 1)
+
+
+def test_features_have_no_features_and_are_not_looked_at(folder, stored):
+    with pytest.raises(JobError, match="holds features already"):
+        features_of(spec_of(folder, data__prepared=stored.uri))
+    with pytest.raises(JobError, match="holds features in place of images"):
+        inspect(InspectSpec(prepared=stored.uri))
+
+
+# -- augmented views ------------------------------------------------------------------------------
+
+
+def test_augmented_views_are_others_and_the_same_again_whatever_was_computed_before(
+    folder, tmp_path
+):
+    augmentation = AugmentationSpec().model_dump()
+    spec = spec_of(folder, model__augmentation=augmentation)
+
+    def computed(order: Sequence[int], spec: RunSpec) -> dict[int, np.ndarray]:
+        extractor = Extractor(spec, 3, Folder(tmp_path))
+        paths = {i: extractor.write("train", i).path for i in order}
+        return {i: features_of_file(tmp_path / path, 3) for i, path in paths.items()}
+
+    first, second = computed((0, 1), spec), computed((2, 1, 0), spec)
+    # Frozen by a stage at first, it does not learn from what it looks at either.
+    by_stage = computed((0,), spec.overlay({"model.image.trainable": True}))
+    np.testing.assert_array_equal(by_stage[0], first[0])
+    for i in (0, 1):
+        np.testing.assert_array_equal(first[i], second[i])
+        assert first[i].shape == (20, 3, 64)
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert (np.abs(first[0][:, a] - first[0][:, b]).max(axis=1) > 1e-3).all()
+    plain = features_of_file(
+        tmp_path / Extractor(spec, 1, Folder(tmp_path)).write("train", 0).path, 1
+    )
+    np.testing.assert_array_equal(plain[:, 0], first[0][:, 0])
+    # Neighbouring shards and rows draw other numbers.
+    shifts = [first[i][:, 1] - first[i][:, 0] for i in (0, 1)]
+    assert len(np.unique(np.concatenate(shifts).round(4), axis=0)) > 30
+    of_other_seed = computed((0,), spec.overlay({"run.seed": 4}))
+    assert np.abs(of_other_seed[0] - first[0]).max() > 1e-3
+
+
+def test_rows_for_validation_have_the_image_as_it_is_in_every_view(folder, tmp_path):
+    spec = spec_of(folder, model__augmentation=AugmentationSpec().model_dump())
+    shard = Extractor(spec, 3, Folder(tmp_path)).write("validation", 1)
+    found = features_of_file(tmp_path / shard.path, 3)
+    assert found.std() > 0
+    np.testing.assert_array_equal(found, found[:, :1].repeat(3, axis=1))
+
+
+def features_of_file(path: Path, num_views: int, column: str = "image") -> np.ndarray:
+    cells = pq.read_table(path)[column].to_pylist()
+    return np.stack([np.frombuffer(x, np.float32).reshape(num_views, -1) for x in cells])
+
+
+# -- several images a row -------------------------------------------------------------------------
+
+
+def test_of_several_images_a_row_one_that_is_missing_has_no_features(tmp_path, here):
+    one = write_prepared(tmp_path / "prepared", COUNTS, size=SIZE)
+    source = Folder(tmp_path / "prepared")
+    splits = dict(one.splits)
+    for split in ("train", "validation"):
+        changed = []
+        for shard in shards(one, split):
+            path = Path(source.locate(shard.path))
+            table = pq.read_table(path)
+            images = table["image"].to_pylist()
+            back = [None if i % 3 == 1 else x for i, x in enumerate(images[::-1])]
+            table = table.set_column(1, "image_front", table["image"])
+            table = table.add_column(2, "image_back", pa.array(back, pa.binary()))
+            pq.write_table(table, path, row_group_size=5)
+            changed.append(shard.model_copy(update={"num_bytes": path.stat().st_size}))
+        splits[split] = one.splits[split].model_copy(update={"shards": tuple(changed)})
+    image = ImageInfo(height=SIZE, width=SIZE, names=("front", "back"))
+    several = one.model_copy(update={"image": image, "splits": splits})
+    several.write(source)
+    spec = spec_of(tmp_path)
+    output = features_of(spec)
+    own = read_manifest(output)
+    table = rows_of(output, own, "train")
+    rows = RowDecoder(own, with_image=True).decode(table)
+    pixels = RowDecoder(several, with_image=True).decode(rows_of(source, several, "train"))
+    assert rows[FEATURES].shape == (53, 2, 1, 64)
+    np.testing.assert_array_equal(rows[IMAGE_MASK], pixels[IMAGE_MASK])
+    assert (rows[IMAGE_MASK][:, 0] == 1).all()
+    assert 10 < (rows[IMAGE_MASK][:, 1] == 0).sum() < 25
+    assert table.schema.field("image_back").nullable
+    # The same weights say the same of the features as of the images.
+    full = Loop(spec, several, Place()).model
+    small = Loop(on_features(spec, output), own, Place()).model
+    told_apart(small)
+    carry_over(small, full)
+    expected = np.asarray(full(inputs_of(full, pixels)))
+    np.testing.assert_allclose(np.asarray(small(inputs_of(small, rows))), expected, atol=1e-5)
+    assert expected.std() > 0.01
+
+
+def inputs_of(model: Any, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: batch[name] for name in model.input_names}
+
+
+def told_apart(model: Any) -> None:
+    """Give heads that start at zero weights by which different features give different logits."""
+    rng = np.random.default_rng(3)
+    for name in model.heads:
+        head = model.network.get_layer(f"{name}_head")
+        head.set_weights([rng.normal(size=w.shape) for w in head.get_weights()])
+
+
+def carry_over(source: Any, target: Any) -> None:
+    """Give the weights of one model to the layers of another that have their names."""
+    given, own = ({v.path: v for v in model.variables} for model in (source, target))
+    for path in given.keys() & own.keys():
+        own[path].assign(given[path])
+
+
+# -- training on them -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("frozen_by", ["trainable", pytest.param("stages", marks=pytest.mark.slow)])
+def test_training_on_features_learns_what_a_frozen_backbone_lets_learn(folder, stored, frozen_by):
+    spec = spec_of(folder, train__optimizer="adamw", train__learning_rate=0.01)
+    if frozen_by == "stages":
+        stages = [{"epochs": 4, "backbone": 0}]
+        spec = spec.overlay({"model.image.trainable": True, "train.stages": stages})
+    assert is_frozen(spec)
+    trial = on_features(spec, features_of(spec) if frozen_by == "trainable" else stored)
+    full = Loop(spec, read_manifest(Folder(spec.data.prepared)), Place())
+    small = Loop(trial, read_manifest(Folder(trial.data.prepared)), Place())
+    carry_over(full.model, small.model)
+    on_images, on_stored = (loop.run().state.history for loop in (full, small))
+    assert len(on_images) == len(on_stored) == 4
+    for expected, got in zip(on_images, on_stored, strict=True):
+        for name in expected:
+            if name.startswith(("val/", "train/")) and not name.endswith("_s"):
+                assert got[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), name
+    losses = [record["val/log_loss"] for record in on_images]
+    assert losses[-1] < losses[0] - 0.01
+
+
+def test_a_trial_with_views_that_differ_learns_from_the_augmented_ones(folder, here, tmp_path):
+    spec = spec_of(folder, run__storage_path=str(tmp_path))
+    output = features_of(spec, num_views=3)
+    trial = on_features(spec, output)
+    loop = Loop(trial, read_manifest(output), Place())
+    state = loop.model.network.get_layer("image_view").seed_generator.state
+    before = np.array(state)
+    history = loop.run().state.history
+    # One draw a step.
+    assert (np.array(state) - before).tolist() == [0, history[-1]["step"]]
+
+
+@pytest.mark.parametrize(("buffer_bytes", "num_views"), [(1 << 30, 1), (60_000, 1), (60_000, 40)])
+def test_rows_come_in_the_order_of_a_training_on_images(folder, tmp_path, buffer_bytes, num_views):
+    spec = spec_of(folder, data__buffer_bytes=buffer_bytes)
+    images = read_manifest(Folder(spec.data.prepared))
+    # As large as so many views would be.
+    own = images.splits["train"].model_copy(
+        update={
+            "shards": tuple(
+                s.model_copy(update={"num_bytes": s.num_rows * (256 * num_views + 30)})
+                for s in shards(images, "train")
+            )
+        }
+    )
+    small = images.model_copy(
+        update={
+            "image": images.image.model_copy(update={"features": (num_views, 64)}),
+            "splits": {**images.splits, "train": own},
+        }
+    )
+    small.write(Folder(tmp_path))
+    trial = on_features(spec, Folder(tmp_path))
+
+    def order(manifest: Manifest, spec: RunSpec) -> TrainingOrder:
+        train = manifest.splits["train"]
+        return TrainingOrder.of(train, spec.train.global_batch_size, spec.run.seed, spec.data)
+
+    expected, got = order(images, spec), order(small, trial)
+    assert got.steps_per_window == expected.steps_per_window
+    assert expected.steps_per_window == (1 if buffer_bytes == 60_000 else 256)
+    for a, b in zip(expected.windows(0, 26), got.windows(0, 26), strict=True):
+        for lane in range(8):
+            assert expected.lane_rows(a, lane) == got.lane_rows(b, lane)
+            np.testing.assert_array_equal(expected.shuffle(a, lane), got.shuffle(b, lane))
+
+
+def test_a_trial_on_features_has_neither_stages_nor_weights_to_read(folder, stored):
+    stages = [{"epochs": 1, "backbone": 0}, {"epochs": 1}]
+    weights = "somewhere.weights.h5"
+    changes = {"train__stages": stages, "model__image__trainable": True, "data__cache": "disk"}
+    spec = spec_of(folder, model__image__weights=weights, **changes)
+    trial = on_features(spec, stored)
+    assert trial.data.prepared == stored.uri
+    assert trial.train.stages == ()
+    assert trial.model.image.weights is None
+    assert (trial.data.cache, trial.data.decode) == ("none", "trainer")
+    assert trial.model.fusion == spec.model.fusion
+    # Nor is there anything to decode that a cache could keep.
+    assert choose_kind(spec.data, read_manifest(stored), 256, 1e9) == "none"
+    with pytest.raises(ValueError, match=r"train\.cutmix_alpha=0\.5 puts boxes .*; set it to 0"):
+        on_features(spec.overlay({"train.cutmix_alpha": 0.5}), stored)
+
+
+@pytest.mark.slow
+def test_a_trial_on_features_is_a_run_that_evaluates_features_and_refuses_images(
+    ray_local, folder, stored, tmp_path, capsys
+):
+    trial = on_features(spec_of(folder, train__epochs=1), stored)
+    trial = trial.overlay({"run.storage_path": str(tmp_path), "run.name": "trial"})
+    summary = fit(trial)
+    assert f"features of tiny at {SIZE} px" in capsys.readouterr().out
+    run = str(tmp_path / "trial")
+    where: dict[str, Any] = {"run": run, "output": str(tmp_path / "out")}
+    metrics = evaluate(EvaluateSpec(**where, data=stored.uri, split="validation"))
+    assert metrics["roc_auc"] == pytest.approx(summary["validation"]["roc_auc"], abs=1e-6)
+    with pytest.raises(JobError, match=r"its images have 24 × 24 pixels, the run's 1 views of 64"):
+        evaluate(EvaluateSpec(**where, data=str(folder / "prepared")))
+    (tmp_path / "raw.csv").write_text("key,alpha,beta,row\na,1,2,3\n")
+    with pytest.raises(JobError, match="looks at features in place of images"):
+        predict(PredictSpec(**where, data=str(tmp_path / "raw.csv"), images=str(tmp_path)))
