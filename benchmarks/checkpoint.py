@@ -3,8 +3,9 @@
 Method: the fusion model with EfficientNetB5 (28 million weights, some 340 MB a checkpoint with
 Adam's moments) at 96 px in batches of 32, one process on all cores, rows ready in memory. With
 `train.checkpoint_every_steps=20` the real loop offers a checkpoint every 15 steps; every other one
-is written, by the real `CheckpointStore` to the disk, in the background, and awaited where a worker
-awaits it. So blocks of 15 steps that begin with a checkpoint take turns with blocks without one, in
+is written, by the real `CheckpointManager` to the disk, in the background, and awaited where
+a worker awaits it.
+So blocks of 15 steps that begin with a checkpoint take turns with blocks without one, in
 one process. The first steps, in which the graph is traced, are in neither.
 
 A checkpoint costs the loop's pause for the copy, waits for the writer, and what the first three
@@ -32,7 +33,7 @@ from typing import Any
 
 import numpy as np
 
-from ray_jobs.train.callbacks import Copy, Hooks, Wish
+from ray_jobs.train.callbacks import Callbacks, ControlRequest, CopyCheckpoint
 
 EVERY = 20
 _DISTURBED = 3
@@ -67,7 +68,7 @@ class Block:
         return self.longer_s + (self.pause_s + self.waited_s if self.written else 0.0)
 
 
-class Checkpoints(Hooks):
+class Checkpoints(Callbacks):
     """Writes every other checkpoint, as a worker does, and notes what takes how long.
 
     Args:
@@ -98,11 +99,11 @@ class Checkpoints(Hooks):
         if self.blocks:
             self.blocks[-1].steps_s.append(self.ended - self.started)
 
-    def wish(self) -> Wish:
+    def poll_control(self) -> ControlRequest:
         """Stop after the last block."""
-        return Wish(stop=len(self.blocks) > self.num_blocks)
+        return ControlRequest(stop=len(self.blocks) > self.num_blocks)
 
-    def on_checkpoint(self, step: int, copy: Copy) -> None:
+    def on_checkpoint(self, step: int, copy: CopyCheckpoint) -> None:
         """Write, or take for written."""
         block = Block(written=len(self.blocks) % 2 == 0)
         self.blocks.append(block)
@@ -127,10 +128,10 @@ def main() -> None:
 
     from benchmarks.photos import jpeg, photo
     from benchmarks.shards import write_shards
-    from ray_jobs.cluster.strategy import Place, set_devices
+    from ray_jobs.cluster.strategy import WorkerContext, set_devices
     from ray_jobs.config.spec import RunSpec
     from ray_jobs.storage.folder import Folder
-    from ray_jobs.train.checkpoints.checkpoint_manager import CheckpointStore
+    from ray_jobs.train.checkpoints.checkpoint_manager import CheckpointManager
 
     set_devices(os.cpu_count() or 1, use_gpu=False)
 
@@ -147,13 +148,13 @@ def main() -> None:
                 "train": {"global_batch_size": batch, "checkpoint_every_steps": EVERY},
             }
         )
-        store = CheckpointStore(Folder(f"{folder}/run"))
-        hooks = Checkpoints(store, arguments.blocks)
-        MemoryLoop(spec, manifest, Place(), num_batches=8).run(hooks)
+        store = CheckpointManager(Folder(f"{folder}/run"))
+        callbacks = Checkpoints(store, arguments.blocks)
+        MemoryLoop(spec, manifest, WorkerContext(), num_batches=8).run(callbacks)
         store.close()
         newest = Path(folder) / "run" / "checkpoints" / "steps" / f"{store.steps()[-1]:08d}"
         num_bytes = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
-    blocks = hooks.blocks[: arguments.blocks]
+    blocks = callbacks.blocks[: arguments.blocks]
     print("\n| block | checkpoint | a step, s | pause, s | waited, s | first steps longer, s |")
     print("|---|---|---|---|---|---|")
     for number, block in enumerate(blocks, 1):

@@ -10,12 +10,12 @@ import numpy as np
 
 from ray_jobs.config.spec import RunSpec
 from ray_jobs.config.tune_spec import DistributionSpec
-from ray_jobs.train.callbacks import Copy, Hooks
+from ray_jobs.train.callbacks import Callbacks, CopyCheckpoint
 from ray_jobs.tune.search.space import Space
 
 
-class _Report(Hooks):
-    def on_epoch(self, record: dict[str, Any], copy: Copy) -> None:
+class _Report(Callbacks):
+    def on_epoch(self, record: dict[str, Any], copy: CopyCheckpoint) -> None:
         import ray.train
 
         ray.train.report(record)
@@ -23,7 +23,7 @@ class _Report(Hooks):
 
 def train_on_worker(config: dict[str, Any]) -> None:
     """Train on the worker of a trial."""
-    from ray_jobs.cluster.strategy import Place, set_devices
+    from ray_jobs.cluster.strategy import WorkerContext, set_devices
     from ray_jobs.data.loader import FeedOptions
     from ray_jobs.data.manifest import read_manifest
     from ray_jobs.storage.folder import Folder
@@ -32,7 +32,7 @@ def train_on_worker(config: dict[str, Any]) -> None:
     set_devices(1, use_gpu=False)
     spec = RunSpec.model_validate(config)
     manifest = read_manifest(Folder(spec.data.prepared))
-    Loop(spec, manifest, Place(), feeding=FeedOptions(data=spec.data)).run(_Report())
+    Loop(spec, manifest, WorkerContext(), feeding=FeedOptions(data=spec.data)).run(_Report())
 
 
 def run_documented(spec: RunSpec, at_once: int) -> list[str]:

@@ -154,8 +154,8 @@ def ray_documented(folder: Path) -> float:
 def _feed(folder: Path, store: str, data: DataSpec) -> float:
     from ray_jobs.data.cache import choose_kind, make_index, open_cache
     from ray_jobs.data.loader import FeedOptions, TrainingFeed
-    from ray_jobs.data.prefetch import ahead
-    from ray_jobs.data.sampler import TrainingOrder
+    from ray_jobs.data.prefetch import prefetch
+    from ray_jobs.data.sampler import TrainingSampler
     from ray_jobs.train.device_batch import as_tensor
 
     manifest = read_manifest(Folder(folder / store))
@@ -166,7 +166,7 @@ def _feed(folder: Path, store: str, data: DataSpec) -> float:
 
         ray.init(num_cpus=CORES + 1, logging_level=logging.ERROR)
         cache = open_cache(kind, manifest, SIZE, make_index())
-    order = TrainingOrder.of(manifest.splits["train"], BATCH, 0, data)
+    order = TrainingSampler.of(manifest.splits["train"], BATCH, 0, data)
     decode = "trainer" if data.decode == "auto" else data.decode
     options = FeedOptions(data=data, decode=decode, threads=CORES, cache=cache)
     feed = TrainingFeed(Folder(folder / store), manifest, order, 0, 1, options)
@@ -176,7 +176,7 @@ def _feed(folder: Path, store: str, data: DataSpec) -> float:
             yield as_tensor(batch["image"])
 
     # One stream through all epochs, as the training loop has it.
-    stream = ahead(tensors(), data.prefetch_batches)
+    stream = prefetch(tensors(), data.prefetch_batches)
     steps = manifest.splits["train"].num_rows // BATCH
     rate = timed(lambda: sum(int(next(stream).shape[0]) for _ in range(steps)))
     stream.close()

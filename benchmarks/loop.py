@@ -10,7 +10,7 @@ ratio is the median over the rounds of each round's ratio of rows a second.
                                model from the same seed, the same arrays, optimizer and loss,
                                without XLA, as Keras has it on CPU; mean losses that differ by
                                more than 0.001 are an error.
-    two_workers_vs_legacy_fit  the real worker (its loop, hooks and board) in two processes of one
+    two_workers_vs_legacy_fit  the worker (loop, callbacks, coordinator) in two processes of one
                                CPU each, started by Ray Train, against Ray's `TensorflowTrainer`
                                with `MultiWorkerMirroredStrategy`, tf_keras and `fit` on a tf.data
                                dataset of each worker's rows (`benchmarks.legacy`).
@@ -77,7 +77,7 @@ def make_spec(folder: str, workers: str) -> Any:
 
 def one_ours(folder: str, steps: int, ends: str) -> None:
     """Train with our loop."""
-    from ray_jobs.cluster.strategy import Place, set_devices
+    from ray_jobs.cluster.strategy import WorkerContext, set_devices
 
     spec = make_spec(folder, "one")
     set_devices(spec.train.cpus_per_worker, use_gpu=False)
@@ -87,7 +87,7 @@ def one_ours(folder: str, steps: int, ends: str) -> None:
     from ray_jobs.storage.folder import Folder
 
     manifest = read_manifest(Folder(spec.data.prepared))
-    TimedLoop(spec, manifest, Place(), num_steps=steps, ends=ends).run()
+    TimedLoop(spec, manifest, WorkerContext(), num_steps=steps, ends=ends).run()
 
 
 def one_fit(folder: str, steps: int, ends: str) -> None:
@@ -135,7 +135,7 @@ def two_ours(folder: str, steps: int, ends: str) -> None:
     from ray_jobs.cluster import connection
     from ray_jobs.data.manifest import read_manifest
     from ray_jobs.storage.folder import Folder
-    from ray_jobs.train.coordinator import make_board
+    from ray_jobs.train.coordinator import make_coordinator
     from ray_jobs.train.supervisor import fit_once
 
     spec = make_spec(folder, "two")
@@ -143,7 +143,7 @@ def two_ours(folder: str, steps: int, ends: str) -> None:
     read_manifest(Folder(spec.data.prepared)).write(run)
     with connection.connected("local", num_cpus=2):
         config = {
-            "spec": spec.model_dump(mode="json"), "run": run.uri, "board": make_board(),
+            "spec": spec.model_dump(mode="json"), "run": run.uri, "coordinator": make_coordinator(),
             "decode": "trainer", "cache": "none", "index": None, "ray_s": 0.0, "began": time.time(),
             "timed": {"num_steps": steps, "ends": ends},
         }  # fmt: skip

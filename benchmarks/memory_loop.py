@@ -1,4 +1,4 @@
-"""The training loop fed from memory, and hooks that time its steps, for benchmarks."""
+"""The training loop fed from memory, and callbacks that time its steps, for benchmarks."""
 
 import json
 import time
@@ -9,8 +9,8 @@ from typing import Any
 
 from benchmarks.arrays import make_arrays
 from ray_jobs.data.reader import Batch
-from ray_jobs.train.callbacks import Copy, Hooks, Wish
-from ray_jobs.train.checkpoints.checkpoint import Saved
+from ray_jobs.train.callbacks import Callbacks, ControlRequest, CopyCheckpoint
+from ray_jobs.train.checkpoints.checkpoint import Checkpoint
 from ray_jobs.train.loop import Loop, Outcome
 from ray_jobs.train.telemetry.console import Event
 
@@ -57,7 +57,7 @@ class MemoryLoop(Loop):
 
     def _feeds(self) -> tuple[Any, Any]:
         size = self.spec.train.global_batch_size
-        feed = MemoryFeed(self.arrays, size, self.place.rank, self.place.num_workers)
+        feed = MemoryFeed(self.arrays, size, self.context.rank, self.context.num_workers)
         return feed, feed
 
 
@@ -75,25 +75,25 @@ class TimedLoop(MemoryLoop):
         super().__init__(*args, num_batches=num_steps, **options)
         self.num_steps, self.ends = num_steps, ends
 
-    def run(self, hooks: Hooks | None = None, saved: Saved | None = None) -> Outcome:
+    def run(self, callbacks: Callbacks | None = None, saved: Checkpoint | None = None) -> Outcome:
         """Take the steps."""
-        timed = _Timed(hooks or Hooks())
+        timed = _Timed(callbacks or Callbacks())
         outcome = super().run(timed, saved)
-        if self.place.rank == 0:
-            mean = float(self.loss_sum) * self.place.num_workers / outcome.state.step
+        if self.context.rank == 0:
+            mean = float(self.loss_sum) * self.context.num_workers / outcome.state.step
             Path(self.ends).write_text(json.dumps({"ends": timed.ends, "loss": mean}))
         return outcome
 
-    def _wish(self, step: int, hooks: Hooks, clock: Any) -> Wish:
+    def _poll_control(self, step: int, callbacks: Callbacks, clock: Any) -> ControlRequest:
         # Asked as ever, since asking is a part of the step; all ranks are at the same one.
-        super()._wish(step, hooks, clock)
-        return Wish(stop=step >= self.num_steps)
+        super()._poll_control(step, callbacks, clock)
+        return ControlRequest(stop=step >= self.num_steps)
 
 
-class _Timed(Hooks):
-    """Hands everything on to other hooks, but checkpoints."""
+class _Timed(Callbacks):
+    """Hands everything on to other callbacks, but checkpoints."""
 
-    def __init__(self, inner: Hooks) -> None:
+    def __init__(self, inner: Callbacks) -> None:
         self.inner = inner
         self.ends: list[tuple[float, float]] = []
 
@@ -110,14 +110,14 @@ class _Timed(Hooks):
     def alive(self) -> None:
         self.inner.alive()
 
-    def wish(self) -> Wish:
-        return self.inner.wish()
+    def poll_control(self) -> ControlRequest:
+        return self.inner.poll_control()
 
     def measures(self) -> dict[str, Any]:
         return self.inner.measures()
 
-    def on_epoch(self, record: dict[str, Any], copy: Copy) -> None:
+    def on_epoch(self, record: dict[str, Any], copy: CopyCheckpoint) -> None:
         self.inner.on_epoch(record, copy)
 
-    def on_checkpoint(self, step: int, copy: Copy) -> None:
+    def on_checkpoint(self, step: int, copy: CopyCheckpoint) -> None:
         pass

@@ -20,7 +20,7 @@ from benchmarks.shards import COLUMNS, write_shards
 from ray_jobs.config.spec import DataSpec
 from ray_jobs.data.batch import NUMERIC
 from ray_jobs.data.loader import FeedOptions, TrainingFeed
-from ray_jobs.data.sampler import TrainingOrder
+from ray_jobs.data.sampler import TrainingSampler
 from ray_jobs.storage.folder import Folder
 
 NUM_ROWS, BATCH = 10_007, 96
@@ -35,8 +35,8 @@ def main() -> None:
         num_rows = {"train": NUM_ROWS, "validation": 10, "test": 10}
         manifest = write_shards(Path(name), num_rows, images, 16)
 
-        def order_of(seed: int) -> TrainingOrder:
-            return TrainingOrder.of(manifest.splits["train"], BATCH, seed, DATA)
+        def order_of(seed: int) -> TrainingSampler:
+            return TrainingSampler.of(manifest.splits["train"], BATCH, seed, DATA)
 
         def steps(
             start: int, stop: int, num_workers: int = 1, seed: int = 0

@@ -66,7 +66,7 @@ def make_spec(folder: str, name: str) -> Any:
 
 def run(folder: str, name: str, steps: int) -> None:
     """Train a configuration and write down what its steps took."""
-    from ray_jobs.cluster.strategy import Place, set_devices
+    from ray_jobs.cluster.strategy import WorkerContext, set_devices
 
     spec = make_spec(folder, name)
     set_devices(spec.train.cpus_per_worker, use_gpu=False)
@@ -78,7 +78,7 @@ def run(folder: str, name: str, steps: int) -> None:
     manifest = read_manifest(Folder(spec.data.prepared))
     before = _memory("VmRSS")
     ends = f"{folder}/ends.json"
-    loop = TimedLoop(spec, manifest, Place(), num_steps=steps, ends=ends)
+    loop = TimedLoop(spec, manifest, WorkerContext(), num_steps=steps, ends=ends)
     arrays = sum(array.nbytes for array in loop.arrays.values())
     loop.run()
     wall_s, _ = np.diff(json.loads(Path(ends).read_text())["ends"][WARM_UP - 1 :], axis=0).T

@@ -3,7 +3,7 @@
 Method: the real `train` with two workers, the `tiny` branch at 32 px, a local Ray, in a process of
 its own, several times. The parts are `startup/*_s` of history.jsonl, as every run has them. The
 total is from the start of the process to the moment at which the terminal says that training has
-started, a quarter of a second late at most; what no part accounts for (Python, the spec, the board,
+started, a quarter of a second late at most; what no part accounts for (Python, spec, coordinator,
 the choice of a cache) is `other`.
 
     ray         ray.init of a local Ray
@@ -42,7 +42,7 @@ def train(folder: str) -> None:
     from ray_jobs.train.job import fit
     from ray_jobs.train.telemetry import console
 
-    class Screen(console.Screen):
+    class ProgressConsole(console.ProgressConsole):
         def show(self, event: console.Event) -> None:
             if event["kind"] == "startup":
                 Path(folder, SHOWN_AT).write_text(str(time.time()))
@@ -54,7 +54,7 @@ def train(folder: str) -> None:
         "model": {"image": {"kind": "tiny", "weights": None, "units": 8}},
         "train": {"num_workers": 2, "epochs": 1},
     }
-    with patch.object(console, "Screen", Screen):
+    with patch.object(console, "ProgressConsole", ProgressConsole):
         fit(RunSpec.model_validate(spec))
 
 

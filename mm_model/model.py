@@ -43,7 +43,7 @@ from mm_model.losses import of_logits
 from mm_model.optimizer import make_optimizer
 from mm_model.spec import ModelSpec, OptimizerSpec
 from mm_model.statistics import NumericStatistics, Vocabulary
-from mm_model.tunable import number
+from mm_model.tunable import current_value
 
 Shape = Sequence[int]
 
@@ -161,7 +161,7 @@ class FusionModel(keras.Model):
             if weight:
                 head_B1 = logits_BM[:, i : i + 1]
                 head_loss: Any = of_head(y_B1, head_B1, sample_weight)
-                loss = loss + number(weight) * head_loss
+                loss = loss + current_value(weight) * head_loss
         return loss
 
     def get_config(self) -> dict:

@@ -10,7 +10,7 @@ def did_you_mean(value: str, accepted: Sequence[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def one_of(value: str, accepted: Sequence[str], what: str) -> str:
+def require_one_of(value: str, accepted: Sequence[str], what: str) -> str:
     """Return `value` if it is accepted.
 
     Raises:

@@ -20,7 +20,7 @@ from keras.optimizers import schedules
 
 from mm_model.layers.blocks import register
 from mm_model.spec import OptimizerSpec
-from mm_model.tunable import Dial, number
+from mm_model.tunable import Tunable, current_value
 
 # Biases and what normalises: no kernels. Under a strategy a variable is `kernel/replica_1:0`.
 _NO_KERNEL = r"(^|/)(bias|gamma|beta)(/replica_\d+)?(:\d+)?$"
@@ -55,7 +55,7 @@ def make_optimizer(spec: OptimizerSpec, total_steps: int | None = None) -> keras
 
 def _learning_rate(spec: OptimizerSpec, total_steps: int | None) -> Any:
     peak = spec.learning_rate
-    if isinstance(peak, Dial) and spec.schedule not in ("constant", "plateau"):
+    if isinstance(peak, Tunable) and spec.schedule not in ("constant", "plateau"):
         # Every schedule is its peak times what it would be with 1.
         unit = spec.model_copy(update={"learning_rate": 1.0})
         return _Scaled(_learning_rate(unit, total_steps), peak)
@@ -86,14 +86,14 @@ def _learning_rate(spec: OptimizerSpec, total_steps: int | None) -> Any:
 
 
 class _Scaled(schedules.LearningRateSchedule):
-    """Another schedule times a dial."""
+    """Another schedule times a tunable."""
 
-    def __init__(self, schedule: Any, dial: Dial) -> None:
-        self.schedule, self.dial = schedule, dial
+    def __init__(self, schedule: Any, tunable: Tunable) -> None:
+        self.schedule, self.tunable = schedule, tunable
 
     def __call__(self, step: Any) -> Any:
         """Return the learning rate of a step."""
-        return self.schedule(step) * number(self.dial)
+        return self.schedule(step) * current_value(self.tunable)
 
 
 @register

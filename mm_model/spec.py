@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator,
 
 from mm_model.branches import IMAGE_BRANCHES, NUMERIC_BRANCHES, has_imagenet_weights
 from mm_model.fusion import FUSIONS
-from mm_model.nearest_match import one_of
+from mm_model.nearest_match import require_one_of
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
@@ -53,7 +53,7 @@ class ImageSpec(Spec):
     @field_validator("kind")
     @classmethod
     def _known_kind(cls, value: str) -> str:
-        return one_of(value, ("none", *IMAGE_BRANCHES), "image branch")
+        return require_one_of(value, ("none", *IMAGE_BRANCHES), "image branch")
 
     @model_validator(mode="after")
     def _kind_has_these_weights(self) -> "ImageSpec":
@@ -108,7 +108,7 @@ class NumericSpec(Spec):
     @field_validator("kind")
     @classmethod
     def _known_kind(cls, value: str) -> str:
-        return one_of(value, ("none", *NUMERIC_BRANCHES), "numeric branch")
+        return require_one_of(value, ("none", *NUMERIC_BRANCHES), "numeric branch")
 
 
 class FusionSpec(Spec):
@@ -129,7 +129,7 @@ class FusionSpec(Spec):
     @field_validator("kind")
     @classmethod
     def _known_kind(cls, value: str) -> str:
-        return one_of(value, tuple(FUSIONS), "fusion")
+        return require_one_of(value, tuple(FUSIONS), "fusion")
 
 
 class ModelSpec(Spec):

@@ -12,7 +12,7 @@ The data's way, in running order:
                     (rows.py cache.py ahead.py do its parts)
     batch.py        the contract of one batch
     loop.py         what one worker does: build, epochs, validation (new_model.py
-                    builds; hooks.py: what it calls)
+                    builds; callbacks.py: what it calls)
     step.py         one optimizer step on all replicas (replicas.py tensors.py do its parts)
     checkpoint.py   what is saved (checkpoint_store.py: where, and when; snapshot.py: how it is
                     taken out of a model and put back)

@@ -26,13 +26,13 @@ def ray_local() -> Iterator[None]:
 
 
 @pytest.fixture
-def board(ray_local: None) -> Iterator[Any]:
-    """A board that driver and workers of a run tell each other things on."""
+def coordinator(ray_local: None) -> Iterator[Any]:
+    """A coordinator that driver and workers of a run tell each other things on."""
     import ray
 
-    from ray_jobs.train.coordinator import make_board
+    from ray_jobs.train.coordinator import make_coordinator
 
-    made = make_board()
+    made = make_coordinator()
     yield made
     ray.kill(made)
 

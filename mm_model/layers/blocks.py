@@ -13,7 +13,7 @@ from keras import KerasTensor, layers, ops
 
 from mm_model import per_row_random
 from mm_model.spec import ModelSpec
-from mm_model.tunable import Dial, number
+from mm_model.tunable import Tunable, current_value
 
 register = keras.saving.register_keras_serializable(package="mm_model")
 
@@ -67,20 +67,20 @@ class Blocks:
 
 def penalty(l2: float) -> keras.Regularizer | None:
     """Return the L2 penalty of a kernel; none for 0."""
-    if isinstance(l2, Dial):
-        return _DialledL2(l2)
+    if isinstance(l2, Tunable):
+        return _TunableL2(l2)
     return keras.regularizers.L2(l2) if l2 else None
 
 
-class _DialledL2(keras.regularizers.Regularizer):
-    """Keras' L2 penalty with a dial for its factor."""
+class _TunableL2(keras.regularizers.Regularizer):
+    """Keras' L2 penalty with a tunable for its factor."""
 
-    def __init__(self, dial: Dial) -> None:
-        self.dial = dial
+    def __init__(self, tunable: Tunable) -> None:
+        self.tunable = tunable
 
     def __call__(self, x: Any) -> Any:
         """Return the penalty of a kernel."""
-        return number(self.dial, x) * ops.sum(ops.square(x))
+        return current_value(self.tunable, x) * ops.sum(ops.square(x))
 
 
 @register
@@ -105,10 +105,10 @@ class RowDropout(layers.Dropout):
             draw: Any = keras.random.uniform(shape, dtype="float32", seed=self.seed_generator)
         else:
             draw = per_row_random.uniform(shape, self.seed_generator)
-        scale = 1 / (1 - number(self.rate))
-        if isinstance(self.rate, Dial):
+        scale = 1 / (1 - current_value(self.rate))
+        if isinstance(self.rate, Tunable):
             scale = ops.cast(scale, inputs.dtype)
-        return ops.where(draw >= number(self.rate), inputs * scale, 0)
+        return ops.where(draw >= current_value(self.rate), inputs * scale, 0)
 
 
 @register
@@ -256,7 +256,7 @@ class ModalityDropout(layers.Layer):
             return first_BF, second_BF
         shape: Any = ops.shape(first_BF)
         draw_B1: Any = per_row_random.uniform((shape[0], 1), self.seed_generator)
-        half = number(self.rate) / 2
+        half = current_value(self.rate) / 2
         keep_first_B1 = ops.cast(draw_B1 >= half, first_BF.dtype)
         keep_second_B1 = ops.cast(draw_B1 < 1 - half, second_BF.dtype)
         return first_BF * keep_first_B1, second_BF * keep_second_B1

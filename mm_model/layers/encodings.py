@@ -13,7 +13,7 @@ from keras import layers, ops
 from mm_model import per_row_random
 from mm_model.layers.blocks import penalty, register
 from mm_model.statistics import NumericStatistics, Vocabulary
-from mm_model.tunable import number
+from mm_model.tunable import current_value
 
 
 @register
@@ -157,9 +157,9 @@ class CategoryEmbedding(layers.Layer):
         shape: Any = ops.shape(codes_BC)
         draw_BC = per_row_random.uniform(shape, self.seed_generator)
         hidden_BC = ops.where(
-            draw_BC < number(self.dropout) / 2,
+            draw_BC < current_value(self.dropout) / 2,
             Vocabulary.UNKNOWN,
-            ops.where(draw_BC < number(self.dropout), Vocabulary.MISSING, codes_BC),
+            ops.where(draw_BC < current_value(self.dropout), Vocabulary.MISSING, codes_BC),
         )
         # What is missing or unknown in truth stays so, since that may say something.
         return ops.where(codes_BC > Vocabulary.UNKNOWN, hidden_BC, codes_BC)

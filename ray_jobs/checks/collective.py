@@ -6,8 +6,8 @@ from statistics import median
 from typing import Any
 
 from ray_jobs.checks.finding import Finding, error, ok, skipped
-from ray_jobs.cluster.capacity import actor_in_bundle, room_on, worker_resources
-from ray_jobs.cluster.node_inventory import nodes_free
+from ray_jobs.cluster.capacity import actor_in_bundle, worker_resources, workers_that_fit
+from ray_jobs.cluster.node_inventory import free_nodes
 from ray_jobs.config.spec import RunSpec, TrainSpec
 
 _PLACED_S = 10.0
@@ -35,10 +35,10 @@ class _Worker:
         import numpy as np
         import tensorflow as tf
 
-        from ray_jobs.cluster.strategy import Place, Replicas, make_strategy, set_devices
+        from ray_jobs.cluster.strategy import Replicas, WorkerContext, make_strategy, set_devices
 
         set_devices(train.cpus_per_worker, train.use_gpu, train.deterministic)
-        replicas = Replicas(make_strategy(len(addresses)), Place(rank, len(addresses)))
+        replicas = Replicas(make_strategy(len(addresses)), WorkerContext(rank, len(addresses)))
         ones, seconds, totals = np.ones(_BYTES // 4, np.float32), [], []
         for _ in range(_ROUNDS + 1):
             started = time.monotonic()
@@ -104,7 +104,7 @@ def collective(spec: RunSpec) -> Iterator[Finding]:
 def _has_room(train: TrainSpec) -> bool:
     """Whether two workers fit on what is free, once what other checks had is given back."""
     deadline = time.monotonic() + _PLACED_S
-    while room_on(nodes_free(), train) < 2:
+    while workers_that_fit(free_nodes(), train) < 2:
         if time.monotonic() > deadline:
             return False
         time.sleep(0.5)

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 
 from ray_jobs.checks.finding import Finding, error, ok, warning
 from ray_jobs.checks.probe import Node
-from ray_jobs.cluster.capacity import room_on, worker_resources
-from ray_jobs.cluster.node_inventory import nodes_possible, nodes_text
+from ray_jobs.cluster.capacity import worker_resources, workers_that_fit
+from ray_jobs.cluster.node_inventory import describe_nodes, possible_nodes
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import RunSpec
 from ray_jobs.data.manifest import Manifest
@@ -15,15 +15,15 @@ def workers(spec: RunSpec, nodes: Sequence[Node]) -> Iterator[Finding]:
     """Check that the workers of a training, and the trials of a search, can ever start."""
     train = spec.train
     least, most = train.workers_range
-    there, possible = [node.resources for node in nodes], nodes_possible()
-    room, room_later = room_on(there, train), room_on(possible, train)
+    there, possible = [node.resources for node in nodes], possible_nodes()
+    room, room_later = workers_that_fit(there, train), workers_that_fit(possible, train)
     needs = " and ".join(f"{n:g} {name}" for name, n in worker_resources(train).items())
     wanted = f"{least} workers of {needs}" if least > 1 else f"a worker of {needs}"
     if max(room, room_later) < least:
         text = f"{wanted}, each on one node, and a CPU for Ray Data do not fit on "
-        text += nodes_text(there)
+        text += describe_nodes(there)
         if possible:
-            text += f", nor on what the autoscaler may add: {nodes_text(possible)}"
+            text += f", nor on what the autoscaler may add: {describe_nodes(possible)}"
         yield error(
             "workers",
             text,
@@ -60,7 +60,7 @@ def budgets(spec: RunSpec, manifest: Manifest | None, nodes: Sequence[Node]) -> 
     store = sum(node.resources.get("object_store_memory", 0) for node in nodes)
     memory = sum(node.resources.get("memory", 0) for node in nodes)
     # Nodes that an autoscaler adds bring more of both.
-    make = warning if len(nodes_possible()) > len(nodes) else error
+    make = warning if len(possible_nodes()) > len(nodes) else error
     problems = []
     if data.object_store_memory and data.object_store_memory > store:
         problems.append(

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from ray_jobs.cluster.node_inventory import Nodes, nodes_free, nodes_there
+from ray_jobs.cluster.node_inventory import Nodes, current_nodes, free_nodes
 from ray_jobs.config.spec import TrainSpec
 
 _FREED_S = 10.0
@@ -38,7 +38,7 @@ def actor_in_bundle(kind: type, placement: Any, index: int, *arguments: Any) -> 
     ).remote(*arguments)
 
 
-def numbers_allowed(train: TrainSpec) -> list[int]:
+def allowed_worker_counts(train: TrainSpec) -> list[int]:
     """Return the numbers of workers that a training may have, in order."""
     low, high = train.workers_range
     return [n for n in train.allowed_workers() if low <= n <= high]
@@ -55,24 +55,24 @@ def workers_to_start(train: TrainSpec, most: int, interrupted: threading.Event) 
         most: workers.
         interrupted: ends the wait.
     """
-    allowed = [n for n in numbers_allowed(train) if n <= most]
+    allowed = [n for n in allowed_worker_counts(train) if n <= most]
     if len(allowed) == 1:
         return allowed[0]
     deadline = time.monotonic() + _FREED_S
-    most_room = min(room_on(nodes_there(), train), allowed[-1])
-    while (room := room_on(nodes_free(), train)) < most_room:
+    most_room = min(workers_that_fit(current_nodes(), train), allowed[-1])
+    while (room := workers_that_fit(free_nodes(), train)) < most_room:
         if time.monotonic() > deadline or interrupted.wait(_LOOK_S):
             break
     return max([n for n in allowed if n <= room], default=allowed[0])
 
 
-def has_room_for_more(train: TrainSpec, num_workers: int) -> bool:
+def can_grow(train: TrainSpec, num_workers: int) -> bool:
     """Whether a training of so many workers, which have theirs, would find room for more."""
-    more = [n for n in numbers_allowed(train) if n > num_workers]
-    return bool(more) and num_workers + room_on(nodes_free(), train) >= more[0]
+    more = [n for n in allowed_worker_counts(train) if n > num_workers]
+    return bool(more) and num_workers + workers_that_fit(free_nodes(), train) >= more[0]
 
 
-def room_on(nodes: Nodes, train: TrainSpec) -> int:
+def workers_that_fit(nodes: Nodes, train: TrainSpec) -> int:
     """Return how many workers nodes could hold, a CPU left to Ray Data."""
     needed = worker_resources(train)
 

@@ -17,21 +17,21 @@ _CONFIG_OF_RAY_UP = "~/ray_bootstrap_config.yaml"
 """Where `ray up` puts the cluster's configuration, on the head."""
 
 
-def nodes_there() -> Nodes:
+def current_nodes() -> Nodes:
     """Return the resources of the nodes that are there."""
     import ray
 
     return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
 
 
-def nodes_free() -> Nodes:
+def free_nodes() -> Nodes:
     """Return what nobody holds of the nodes that are there."""
     from ray._private.state import available_resources_per_node
 
     return [dict(node) for node in available_resources_per_node().values()]
 
 
-def nodes_possible() -> Nodes:
+def possible_nodes() -> Nodes:
     """Return the resources of all nodes that the autoscaler may have, as far as it is known.
 
     KubeRay tells the cluster, and `ray up` leaves its configuration on the head, where jobs run.
@@ -78,7 +78,7 @@ def _nodes(groups: Sequence[tuple[dict[str, float], int]]) -> Nodes:
     ]
 
 
-def nodes_text(nodes: Nodes) -> str:
+def describe_nodes(nodes: Nodes) -> str:
     """Return nodes in words, those that are alike together."""
     alike = Counter(map(_text, nodes))
     return "; ".join(f"{n} × {one}" if n > 1 else one for one, n in alike.items()) or "no node"

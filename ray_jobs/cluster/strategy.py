@@ -15,8 +15,8 @@ import tensorflow as tf
 
 
 @dataclass(frozen=True)
-class Place:
-    """A worker's place among the others."""
+class WorkerContext:
+    """A worker's context among the others."""
 
     rank: int = 0
     num_workers: int = 1
@@ -58,21 +58,21 @@ class Replicas:
 
     Args:
         strategy: that they compute under.
-        place: of the worker.
+        context: of the worker.
 
     Raises:
         ValueError: if the workers cannot have the same number of replicas.
     """
 
-    def __init__(self, strategy: tf.distribute.Strategy, place: Place) -> None:
-        self.strategy, self.place = strategy, place
+    def __init__(self, strategy: tf.distribute.Strategy, context: WorkerContext) -> None:
+        self.strategy, self.context = strategy, context
         self.count = strategy.num_replicas_in_sync
         """Replicas of all workers."""
-        self.local_count, rest = divmod(self.count, place.num_workers)
+        self.local_count, rest = divmod(self.count, context.num_workers)
         """Replicas of this worker."""
         if rest or not self.local_count:
             raise ValueError(
-                f"{place.num_workers} workers hold {self.count} replicas; give each of them the "
+                f"{context.num_workers} workers hold {self.count} replicas; give each of them the "
                 "same number of GPUs, or none"
             )
         self._sum = tf.function(lambda value: strategy.run(self._sum_on_each, args=(value,)))
@@ -88,7 +88,7 @@ class Replicas:
         """Return one value of each local replica as what `strategy.run` hands out to them."""
         if self.local_count == 1:
             return of_each[0]
-        first = self.place.rank * self.local_count
+        first = self.context.rank * self.local_count
         return self.strategy.experimental_distribute_values_from_function(
             lambda context: of_each[int(context.replica_id_in_sync_group) - first]
         )
@@ -105,7 +105,7 @@ class Replicas:
 
     def sum(self, array: np.ndarray) -> np.ndarray:
         """Exchange arrays of one shape and return their sum over all workers."""
-        if self.place.num_workers == 1:
+        if self.context.num_workers == 1:
             # Its replicas are in this process, which adds up what they have.
             return array
         first = tf.convert_to_tensor(array)
@@ -142,7 +142,7 @@ class Replicas:
 
     def own(self, rows_RS: np.ndarray) -> np.ndarray:
         """Return the rows of this worker's replicas among those of all."""
-        first = self.place.rank * self.local_count
+        first = self.context.rank * self.local_count
         return rows_RS[first : first + self.local_count]
 
     def write(self, variables: Sequence[Any], rows_RS: np.ndarray) -> None:

@@ -5,7 +5,7 @@ Imports Ray only when asked.
 
 from collections.abc import Mapping
 
-from ray_jobs.cluster.node_inventory import Nodes, nodes_possible, nodes_text, nodes_there
+from ray_jobs.cluster.node_inventory import Nodes, current_nodes, describe_nodes, possible_nodes
 from ray_jobs.config.errors import JobError
 
 
@@ -23,16 +23,18 @@ def trial_slots(bundle: Mapping[str, float], num_workers: int, wanted: int | Non
     """
     from ray_jobs.cluster.connection import is_our_own
 
-    there, possible = nodes_there(), nodes_possible()
-    slots = max(slots_on(there, bundle, num_workers), slots_on(possible, bundle, num_workers))
+    there, possible = current_nodes(), possible_nodes()
+    slots = max(
+        trials_that_fit(there, bundle, num_workers), trials_that_fit(possible, bundle, num_workers)
+    )
     if not slots and not possible and wanted and not is_our_own():
         return wanted
     if slots:
         return slots
     needs = " and ".join(f"{amount:g} {name}" for name, amount in bundle.items())
-    has = nodes_text(there)
+    has = describe_nodes(there)
     if possible:
-        has += f", its autoscaler at most {nodes_text(possible)}"
+        has += f", its autoscaler at most {describe_nodes(possible)}"
     elif not is_our_own():
         has += " (if an autoscaler adds nodes, tune.max_concurrent_trials says for how many trials)"
     raise JobError(
@@ -41,7 +43,7 @@ def trial_slots(bundle: Mapping[str, float], num_workers: int, wanted: int | Non
     )
 
 
-def slots_on(nodes: Nodes, bundle: Mapping[str, float], num_workers: int) -> int:
+def trials_that_fit(nodes: Nodes, bundle: Mapping[str, float], num_workers: int) -> int:
     """Return how many trials some nodes hold; a process does not spread over two of them."""
     wanted = {name: amount for name, amount in bundle.items() if amount}
 

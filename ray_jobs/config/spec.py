@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_
 
 from mm_model.spec import Fraction, LossSpec, ModelSpec, OptimizerSpec, Positive, Spec, StageSpec
 from ray_jobs.config.tune_spec import TuneSpec
-from ray_jobs.data.batch import num_lanes
+from ray_jobs.data.batch import num_streams
 
 Split = Literal["train", "validation", "test"]
 NumberRule = Literal["range_low", "range_mean", "range_high", "decimal_comma", "date", "missing"]
@@ -295,12 +295,12 @@ class TrainSpec(LossSpec, OptimizerSpec):
 
     def allowed_workers(self) -> list[int]:
         """Return the numbers of workers that can share the global batch evenly, in order."""
-        lanes = num_lanes(self.global_batch_size)
+        streams = num_streams(self.global_batch_size)
         parts = self.replicas_per_worker * self.accumulate_steps
         return [
             n
-            for n in range(1, lanes + 1)
-            if lanes % n == 0 and self.global_batch_size // n % parts == 0
+            for n in range(1, streams + 1)
+            if streams % n == 0 and self.global_batch_size // n % parts == 0
         ]
 
 

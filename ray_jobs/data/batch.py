@@ -32,13 +32,13 @@ INPUT_TYPES = {
 }
 """What a model may take."""
 
-MAX_LANES = 64
+MAX_STREAMS = 64
 
 
-def num_lanes(global_batch_size: int) -> int:
-    """Return the number of lanes that rows are dealt to: the greatest divisor up to 64.
+def num_streams(global_batch_size: int) -> int:
+    """Return the number of streams that rows are dealt to: the greatest divisor up to 64.
 
-    Each step takes the same number of rows from every lane and a worker serves an equal share of
-    the lanes, so the order of rows does not depend on how many workers there are.
+    Each step takes the same number of rows from every stream and a worker serves an equal share of
+    the streams, so the order of rows does not depend on how many workers there are.
     """
-    return max(n for n in range(1, MAX_LANES + 1) if global_batch_size % n == 0)
+    return max(n for n in range(1, MAX_STREAMS + 1) if global_batch_size % n == 0)

@@ -2,11 +2,11 @@
 
 Reads: the shards that a manifest lists.  Leaves: batches as `ray_jobs.data.batch` defines them.
 
-What is large is made last and kept shortest. A *piece* is what is read at once, encoded: a window
+What is large is made last and kept shortest. A *chunk* is what is read at once, encoded: a window
 of the training order, or some rows of an evaluation. Its rows are shuffled as references, and
 decoded batch by batch.
 
-    trainer   threads of the training process read the next piece, and decode the next batches;
+    trainer   threads of the training process read the next chunk, and decode the next batches;
               nothing crosses a process. What `python -m benchmarks.feed` shows to be fastest.
     workers   Ray Data tasks, also on nodes without a GPU, read and decode; pixels cross the object
               store.
@@ -29,9 +29,9 @@ from ray_jobs.config.spec import DataSpec, Split
 from ray_jobs.data.batch import WEIGHT
 from ray_jobs.data.cache import Cache, Group, kept_groups
 from ray_jobs.data.manifest import Manifest
-from ray_jobs.data.prefetch import ahead, mapped_ahead
+from ray_jobs.data.prefetch import prefetch, prefetch_map
 from ray_jobs.data.reader import Batch, RowDecoder, ShardReader, StoredRows, groups_of
-from ray_jobs.data.sampler import RowRange, TrainingOrder, evaluation_rows, stored_ranges
+from ray_jobs.data.sampler import RowRange, TrainingSampler, evaluation_rows, stored_ranges
 from ray_jobs.storage.folder import Folder
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ that are only copied would be held up more by the changes of threads."""
 
 
 @dataclass(frozen=True)
-class Piece:
+class ReadChunk:
     """What is read at once, and the batches that are made of it."""
 
     ranges: Sequence[RowRange]
@@ -82,7 +82,7 @@ class FeedOptions:
 
 
 class _Feed:
-    """Reads and decodes the pieces of one split for one worker."""
+    """Reads and decodes the chunks of one split for one worker."""
 
     def __init__(
         self,
@@ -106,19 +106,19 @@ class _Feed:
         shards = manifest.splits[split].shards
         self.reader = ShardReader(folder, shards, self.decoder.columns)
         self.task = partial(_run_task, self.reader, self.decoder)
-        """What a Ray Data task does with the pieces it is handed."""
+        """What a Ray Data task does with the chunks it is handed."""
 
-    def _stream(self, pieces: Iterator[Piece]) -> Generator[Batch]:
-        """Yield the batches of pieces, in order."""
+    def _stream(self, chunks: Iterator[ReadChunk]) -> Generator[Batch]:
+        """Yield the batches of chunks, in order."""
         if self.options.decode == "workers":
-            while chunk := list(islice(pieces, _TASKS_PER_EXECUTION)):
-                yield from self._by_tasks(chunk)
+            while some := list(islice(chunks, _TASKS_PER_EXECUTION)):
+                yield from self._by_tasks(some)
         else:
-            yield from self._by_threads(pieces)
+            yield from self._by_threads(chunks)
 
     # -- in threads of this process ---------------------------------------------------------------
 
-    def _by_threads(self, pieces: Iterator[Piece]) -> Iterator[Batch]:
+    def _by_threads(self, chunks: Iterator[ReadChunk]) -> Iterator[Batch]:
         import cv2
 
         # One thread an image; more of them would only wait for each other.
@@ -127,22 +127,22 @@ class _Feed:
         with (
             ThreadPoolExecutor(_READ_THREADS, "feed-read") as readers,
             ThreadPoolExecutor(options.threads, "feed-decode") as decoders,
-            closing(ahead(self._read(pieces, readers, decoders), 1)) as read,
+            closing(prefetch(self._read(chunks, readers, decoders), 1)) as read,
         ):
             yield from self._decode(read, decoders)
 
     def _read(
-        self, pieces: Iterator[Piece], readers: ThreadPoolExecutor, decoders: ThreadPoolExecutor
-    ) -> Iterator[tuple[Piece, StoredRows]]:
-        """Yield pieces with their rows, encoded, or decoded where the cache has them."""
+        self, chunks: Iterator[ReadChunk], readers: ThreadPoolExecutor, decoders: ThreadPoolExecutor
+    ) -> Iterator[tuple[ReadChunk, StoredRows]]:
+        """Yield chunks with their rows, encoded, or decoded where the cache has them."""
         held: dict[tuple[int, int], pa.Table] = {}
-        for piece in pieces:
-            wanted = {(s, g) for s, gs in groups_of(piece.ranges).items() for g in gs}
+        for chunk in chunks:
+            wanted = {(s, g) for s, gs in groups_of(chunk.ranges).items() for g in gs}
             # The next window goes on in the row groups that this one ends in.
             tables = {key: held[key] for key in wanted & held.keys()}
             tables |= self._read_groups(sorted(wanted - tables.keys()), readers, decoders)
             held = tables
-            yield piece, StoredRows.of(piece.ranges, tables)
+            yield chunk, StoredRows.of(chunk.ranges, tables)
 
     def _read_groups(
         self,
@@ -174,20 +174,20 @@ class _Feed:
                 cache.put(name, table)
             return key, table
 
-        read_groups = mapped_ahead(read, by_shard.items(), readers, _READ_THREADS)
+        read_groups = prefetch_map(read, by_shard.items(), readers, _READ_THREADS)
         flat = (pair for pairs in read_groups for pair in pairs)
-        return found | dict(mapped_ahead(keep, flat, decoders, self.options.threads))
+        return found | dict(prefetch_map(keep, flat, decoders, self.options.threads))
 
     def _decode(
-        self, read: Iterator[tuple[Piece, StoredRows]], decoders: ThreadPoolExecutor
+        self, read: Iterator[tuple[ReadChunk, StoredRows]], decoders: ThreadPoolExecutor
     ) -> Iterator[Batch]:
         """Yield batches, while threads decode the next ones."""
         size = _ROWS_PER_CALL[self.decoder.manifest.image.encoding]
         depth = max(self.options.data.prefetch_batches, 1) * -(-self.batch_size // size)
 
         def calls() -> Iterator[tuple[Batch, StoredRows, np.ndarray, int, bool]]:
-            for piece, stored in read:
-                for batch, rows in _unfilled(piece, stored, self.decoder):
+            for chunk, stored in read:
+                for batch, rows in _unfilled(chunk, stored, self.decoder):
                     for first in range(0, len(rows), size):
                         some = rows[first : first + size]
                         yield batch, stored, some, first, first + len(some) == len(rows)
@@ -197,34 +197,34 @@ class _Feed:
             self.decoder.fill(batch, stored, rows, first)
             return batch if last else None
 
-        for batch in mapped_ahead(fill, calls(), decoders, depth):
+        for batch in prefetch_map(fill, calls(), decoders, depth):
             # In order: a batch's last call comes back when all of its calls have.
             if batch is not None:
                 yield batch
 
     # -- in Ray Data tasks ------------------------------------------------------------------------
 
-    def _by_tasks(self, pieces: Sequence[Piece]) -> Iterator[Batch]:
-        """Yield the batches of pieces from one Ray Data execution.
+    def _by_tasks(self, chunks: Sequence[ReadChunk]) -> Iterator[Batch]:
+        """Yield the batches of chunks from one Ray Data execution.
 
         One for many epochs, since every new one costs its start-up again, and the first rows of the
         next epoch are made ready while the last one is validated.
         """
-        batches: Any = self._dataset(pieces).iter_batches(
+        batches: Any = self._dataset(chunks).iter_batches(
             batch_size=self.batch_size,
             batch_format="numpy",
             prefetch_batches=self.options.data.prefetch_batches,
         )
         yield from batches
 
-    def _dataset(self, pieces: Sequence[Piece]) -> "ray.data.Dataset":
-        """Return the dataset whose i-th task yields the batches of the i-th piece, in order."""
+    def _dataset(self, chunks: Sequence[ReadChunk]) -> "ray.data.Dataset":
+        """Return the dataset whose i-th task yields the batches of the i-th chunk, in order."""
         import ray.data
         from ray.data import ExecutionResources
 
-        count = len(pieces)
+        count = len(chunks)
         # As rows, a block and so a task each: in the function they would go to every task.
-        items = [{"piece": pickle.dumps(piece)} for piece in pieces]
+        items = [{"chunk": pickle.dumps(chunk)} for chunk in chunks]
         dataset = ray.data.from_items(items, override_num_blocks=count).map_batches(
             self.task,
             batch_size=None,
@@ -262,7 +262,7 @@ class TrainingFeed(_Feed):
         self,
         folder: Folder,
         manifest: Manifest,
-        order: TrainingOrder,
+        order: TrainingSampler,
         rank: int,
         num_workers: int,
         options: FeedOptions,
@@ -270,23 +270,26 @@ class TrainingFeed(_Feed):
         batch_size = order.global_batch_size // num_workers
         super().__init__(folder, manifest, "train", batch_size, num_workers, options)
         self.order = order
-        self.lanes = order.lanes_of(rank, num_workers)
+        self.streams = order.streams_of(rank, num_workers)
 
     def batches(self, start: int, stop: int) -> Generator[Batch]:
         """Yield this worker's share of the global steps `start` to `stop` (exclusive)."""
-        return self._stream(self.pieces(start, stop))
+        return self._stream(self.chunks(start, stop))
 
-    def pieces(self, start: int, stop: int) -> Iterator[Piece]:
+    def chunks(self, start: int, stop: int) -> Iterator[ReadChunk]:
         """Yield the windows that these steps lie in; of a window all rows are read."""
         for window in self.order.windows(start, stop):
-            ranges = [r for lane in self.lanes for r in self.order.lane_rows(window, lane)]
-            lane_rows = window.num_steps * self.order.rows_per_lane_step
-            steps_lanes = np.stack(
-                [i * lane_rows + self.order.shuffle(window, x) for i, x in enumerate(self.lanes)],
+            ranges = [r for stream in self.streams for r in self.order.stream_rows(window, stream)]
+            stream_rows = window.num_steps * self.order.rows_per_stream_step
+            rows_by_step = np.stack(
+                [
+                    i * stream_rows + self.order.shuffle(window, x)
+                    for i, x in enumerate(self.streams)
+                ],
                 axis=1,
             )
-            steps = steps_lanes.reshape(window.num_steps, self.batch_size)
-            yield Piece(ranges, steps[window.steps_to_take(start, stop)])
+            steps = rows_by_step.reshape(window.num_steps, self.batch_size)
+            yield ReadChunk(ranges, steps[window.steps_to_take(start, stop)])
 
 
 class EvaluationFeed(_Feed):
@@ -315,7 +318,7 @@ class EvaluationFeed(_Feed):
         """Batches of one pass."""
         piece_rows = max(1, _EVALUATION_PIECE_ROWS // batch_size) * batch_size
         starts = range(0, len(self.rows), piece_rows)
-        self.pieces = [
+        self.chunks = [
             _in_order(stored_ranges(info, self.rows[start : start + piece_rows]), batch_size)
             for start in starts
         ]
@@ -323,36 +326,36 @@ class EvaluationFeed(_Feed):
 
     def batches(self, passes: int = 1) -> Generator[Batch]:
         """Yield every row of the share once a pass; weight 0 marks rows that only fill a batch."""
-        return self._stream(piece for _ in range(passes) for piece in self.pieces)
+        return self._stream(chunk for _ in range(passes) for chunk in self.chunks)
 
 
 def _unfilled(
-    piece: Piece, stored: StoredRows, decoder: RowDecoder
+    chunk: ReadChunk, stored: StoredRows, decoder: RowDecoder
 ) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Yield the batches of a piece without their pixels, and the rows they are of."""
-    last = len(piece.batches_SB) - 1
-    for step, rows in enumerate(piece.batches_SB):
+    """Yield the batches of a chunk without their pixels, and the rows they are of."""
+    last = len(chunk.batches_SB) - 1
+    for step, rows in enumerate(chunk.batches_SB):
         batch = decoder.batch(stored, rows)
-        if step == last and piece.num_filled:
-            batch[WEIGHT][-piece.num_filled :] = 0.0
+        if step == last and chunk.num_filled:
+            batch[WEIGHT][-chunk.num_filled :] = 0.0
         yield batch, rows
 
 
 def _run_task(reader: ShardReader, decoder: RowDecoder, items: Any) -> Iterator[Batch]:
-    for item in items["piece"]:
-        piece: Piece = pickle.loads(item)
-        stored = reader.read(piece.ranges)
-        for batch, rows in _unfilled(piece, stored, decoder):
+    for item in items["chunk"]:
+        chunk: ReadChunk = pickle.loads(item)
+        stored = reader.read(chunk.ranges)
+        for batch, rows in _unfilled(chunk, stored, decoder):
             decoder.fill(batch, stored, rows)
             yield batch
 
 
-def _in_order(ranges: Sequence[RowRange], batch_size: int) -> Piece:
-    """Return the piece of some rows in their order, the last one repeated to fill a batch."""
+def _in_order(ranges: Sequence[RowRange], batch_size: int) -> ReadChunk:
+    """Return the chunk of some rows in their order, the last one repeated to fill a batch."""
     num_rows = sum(r.num_rows for r in ranges)
     num_batches = -(-num_rows // batch_size)
     rows = np.minimum(np.arange(num_batches * batch_size), num_rows - 1)
-    return Piece(ranges, rows.reshape(num_batches, batch_size), len(rows) - num_rows)
+    return ReadChunk(ranges, rows.reshape(num_batches, batch_size), len(rows) - num_rows)
 
 
 def choose_decode(spec: DataSpec, use_gpu: bool) -> Decode:

@@ -13,7 +13,7 @@ R = TypeVar("R")
 _END = object()
 
 
-def ahead(items: Iterable[T], depth: int) -> Generator[T]:
+def prefetch(items: Iterable[T], depth: int) -> Generator[T]:
     """Yield items in order, while a thread makes up to `depth` of the next ones.
 
     An exception in the making is raised when its turn comes. The thread ends with this iterator,
@@ -53,7 +53,7 @@ def ahead(items: Iterable[T], depth: int) -> Generator[T]:
         thread.join()
 
 
-def mapped_ahead(
+def prefetch_map(
     function: Callable[[T], R], items: Iterable[T], threads: Executor, depth: int
 ) -> Iterator[R]:
     """Yield `function(item)` in the items' order, while threads work on the next `depth`."""

@@ -1,14 +1,15 @@
 """Which rows each step takes: a function of manifest, seed, global batch size and step alone.
 
 The row groups of an epoch are dealt in an order drawn from (seed, epoch) and cut into L equal
-lanes. A window is the same few steps in every lane; each lane shuffles its rows of a window. A step
-takes B / L rows from every lane, and a worker serves L / num_workers lanes. So workers share out a
-step, they do not change it. Rows that no full step of an epoch takes open the next epoch.
+streams. A window is the same few steps in every stream; each stream shuffles its rows of a
+window. A step takes B / L rows from every stream, and a worker serves L / num_workers streams: the
+number of workers never changes the rows of a step.
+Rows that no full step of an epoch takes open the next epoch.
 
-The idea of dealing to a fixed number of lanes is MosaicML Streaming's "canonical nodes".
+The idea of dealing to a fixed number of streams is MosaicML Streaming's "canonical nodes".
 NumPy only; nothing is read here.
 
-    B rows of a global batch   L lanes   N rows of the split   e epoch   k global step
+    B rows of a global batch   L streams   N rows of the split   e epoch   k global step
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ray_jobs.config.spec import DataSpec
-from ray_jobs.data.batch import num_lanes
+from ray_jobs.data.batch import num_streams
 from ray_jobs.data.manifest import SplitInfo
 
 
@@ -38,7 +39,7 @@ class RowRange:
 
 @dataclass(frozen=True)
 class Window:
-    """The same steps of every lane: what one worker reads and shuffles at once."""
+    """The same steps of every stream: what one worker reads and shuffles at once."""
 
     epoch: int
     index: int
@@ -54,14 +55,14 @@ class Window:
         return slice(max(start - first, 0), max(stop - first, 0))
 
 
-class TrainingOrder:
+class TrainingSampler:
     """The order of the training rows.
 
     Args:
         row_groups: rows of each row group, by shard.
         global_batch_size: rows of a step, over all workers.
         seed: of the order.
-        window_rows: rows that are shuffled together, over all lanes; at least one step's.
+        window_rows: rows that are shuffled together, over all streams; at least one step's.
 
     Raises:
         ValueError: if there are fewer rows than one step takes.
@@ -81,8 +82,8 @@ class TrainingOrder:
         ]
         self.num_rows = sum(group.num_rows for group in self.groups)
         self.global_batch_size = global_batch_size
-        self.num_lanes = num_lanes(global_batch_size)
-        self.rows_per_lane_step = global_batch_size // self.num_lanes
+        self.num_streams = num_streams(global_batch_size)
+        self.rows_per_stream_step = global_batch_size // self.num_streams
         self.seed = seed
         self.steps_per_window = max(window_rows // global_batch_size, 1)
         self._dealt_epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
@@ -95,7 +96,7 @@ class TrainingOrder:
     @classmethod
     def of(
         cls, split: SplitInfo, global_batch_size: int, seed: int, data: DataSpec
-    ) -> "TrainingOrder":
+    ) -> "TrainingSampler":
         """Return the order of a split in a manifest; windows as `data` bounds them."""
         row_groups = [shard.row_groups for shard in split.shards]
         return cls(row_groups, global_batch_size, seed, data.window_rows(split.row_bytes))
@@ -130,31 +131,33 @@ class TrainingOrder:
             yield Window(epoch, index, first, num_steps, epoch_step)
             step = epoch_step + first + num_steps
 
-    def lane_rows(self, window: Window, lane: int) -> list[RowRange]:
-        """Return the rows of one lane in one window, before the shuffle."""
-        lane_rows = self.num_steps(window.epoch) * self.rows_per_lane_step
-        first = lane * lane_rows + window.first_step * self.rows_per_lane_step
-        return self._slice(window.epoch, first, first + window.num_steps * self.rows_per_lane_step)
+    def stream_rows(self, window: Window, stream: int) -> list[RowRange]:
+        """Return the rows of one stream in one window, before the shuffle."""
+        stream_rows = self.num_steps(window.epoch) * self.rows_per_stream_step
+        first = stream * stream_rows + window.first_step * self.rows_per_stream_step
+        return self._slice(
+            window.epoch, first, first + window.num_steps * self.rows_per_stream_step
+        )
 
-    def shuffle(self, window: Window, lane: int) -> np.ndarray:
-        """Return where each row of one lane in one window goes: (steps, rows of a step)."""
-        rng = np.random.default_rng((self.seed, 1, window.epoch, window.index, lane))
-        rows = window.num_steps * self.rows_per_lane_step
-        return rng.permutation(rows).reshape(window.num_steps, self.rows_per_lane_step)
+    def shuffle(self, window: Window, stream: int) -> np.ndarray:
+        """Return where each row of one stream in one window goes: (steps, rows of a step)."""
+        rng = np.random.default_rng((self.seed, 1, window.epoch, window.index, stream))
+        rows = window.num_steps * self.rows_per_stream_step
+        return rng.permutation(rows).reshape(window.num_steps, self.rows_per_stream_step)
 
-    def lanes_of(self, rank: int, num_workers: int) -> range:
-        """Return the lanes that one worker serves.
+    def streams_of(self, rank: int, num_workers: int) -> range:
+        """Return the streams that one worker serves.
 
         Raises:
-            ValueError: if the workers cannot share the lanes evenly.
+            ValueError: if the workers cannot share the streams evenly.
         """
-        if self.num_lanes % num_workers:
+        if self.num_streams % num_workers:
             raise ValueError(
-                f"{num_workers} workers cannot share the {self.num_lanes} lanes of "
+                f"{num_workers} workers cannot share the {self.num_streams} streams of "
                 f"global_batch_size={self.global_batch_size} evenly; their number must divide "
-                f"{self.num_lanes}"
+                f"{self.num_streams}"
             )
-        share = self.num_lanes // num_workers
+        share = self.num_streams // num_workers
         return range(rank * share, (rank + 1) * share)
 
     def _slice(self, epoch: int, start: int, stop: int) -> list[RowRange]:

@@ -23,7 +23,7 @@ from ray_jobs.config.spec import Split
 from ray_jobs.data.batch import KEY, LABEL
 from ray_jobs.data.images import decode_stored, stored_size
 from ray_jobs.data.manifest import ImageInfo, Shard, SplitInfo
-from ray_jobs.data.prefetch import mapped_ahead
+from ray_jobs.data.prefetch import prefetch_map
 from ray_jobs.storage.folder import Folder
 
 T = TypeVar("T")
@@ -276,4 +276,4 @@ def _in_order(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     # All the work is in C code that lets go of the interpreter.
     num_threads = len(os.sched_getaffinity(0)) + 1
     with ThreadPoolExecutor(num_threads) as threads:
-        yield from mapped_ahead(function, items, threads, num_threads)
+        yield from prefetch_map(function, items, threads, num_threads)

@@ -36,12 +36,14 @@ def plan(spec: PlanSpec) -> "Plan":
     Raises:
         JobError: if it does not fit in memory, or cannot be at all.
     """
-    from ray_jobs.plan.suggestions import remedies
+    from ray_jobs.plan.suggestions import suggestions
 
     run, manifest = spec.run_spec(), _manifest(spec)
     estimator = _estimator(spec, run, manifest)
     found = estimator.plan(run)
-    ways = [] if found.fits else remedies(run, estimator, lambda r: _estimator(spec, r, manifest))
+    ways = (
+        [] if found.fits else suggestions(run, estimator, lambda r: _estimator(spec, r, manifest))
+    )
     others = [estimator.plan(other) for other in _other_numbers(run)]
     _print(found, others)
     if spec.output:
@@ -49,7 +51,7 @@ def plan(spec: PlanSpec) -> "Plan":
             **found.model_dump(mode="json"),
             "fits": found.fits,
             "other_workers": [other.model_dump(mode="json") for other in others],
-            "remedies": [way.changes for way in ways],
+            "suggestions": [way.changes for way in ways],
         }
         Path(spec.output).write_text(json.dumps(tree, indent=1) + "\n")
     if not found.fits:

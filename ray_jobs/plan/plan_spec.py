@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from mm_model.nearest_match import one_of
+from mm_model.nearest_match import require_one_of
 from mm_model.spec import NonNegative, Positive, Spec
 from ray_jobs.config import command_line
 from ray_jobs.config.errors import UsageError
@@ -111,7 +111,7 @@ class PlanSpec(RunSpec, PlanSettings):
         Raises:
             ValueError: if the table is wrong or does not have it.
         """
-        return one_of(self.gpu.lower(), tuple(read_machines(self.machines)), "gpu")
+        return require_one_of(self.gpu.lower(), tuple(read_machines(self.machines)), "gpu")
 
     def run_spec(self) -> RunSpec:
         """Return the run on these machines.

@@ -9,7 +9,7 @@ from ray_jobs.plan.estimate import Estimator, Plan
 from ray_jobs.plan.plan_spec import MachineSpec
 
 
-class Remedy(Spec):
+class Suggestion(Spec):
     """Settings to change, by their paths, and what the run takes then."""
 
     changes: dict[str, Any]
@@ -23,9 +23,9 @@ class Remedy(Spec):
         return f"{flags} ({self.note})"
 
 
-def remedies(
+def suggestions(
     spec: RunSpec, estimator: Estimator, rebuild: Callable[[RunSpec], Estimator]
-) -> list[Remedy]:
+) -> list[Suggestion]:
     """Return what would let a run fit, the least change first; nothing where not even one row fits.
 
     Args:
@@ -52,7 +52,7 @@ def _first(
     spec: RunSpec,
     estimator: Estimator,
     before: dict[str, Any] | None = None,
-) -> list[Remedy]:
+) -> list[Suggestion]:
     """Return the first option that fits, in a list; an empty one where none does."""
     for changes, note in options:
         try:
@@ -61,7 +61,7 @@ def _first(
             continue
         plan = estimator.plan(changed)
         if plan.fits:
-            return [Remedy(changes={**(before or {}), **changes}, note=note, plan=plan)]
+            return [Suggestion(changes={**(before or {}), **changes}, note=note, plan=plan)]
     return []
 
 

@@ -67,7 +67,7 @@ def prepare(spec: RunSpec) -> Manifest:
     numeric_columns = find_numeric_columns(source.table, options, categorical)
     classes = find_classes(source.table.column(options.label_column), options)
     rows = read_rows(source, options, numeric_columns, classes, categorical)
-    aside = _Aside(spec, rows, source.unmatched, output)
+    aside = _Quarantine(spec, rows, source.unmatched, output)
     aside.require_few()
     writer = ShardWriter(
         readers=tuple(source.readers[name] for name in options.image_columns or ("",)),
@@ -178,10 +178,10 @@ def _set_aside(rows: Rows, facts: Sequence[ShardFacts]) -> None:
     bad = [bad for shard in facts for bad in shard.bad_rows]
     keys = pa.array([row.key for row in bad], pa.string())
     for row, found in zip(pc.index_in(keys, value_set=rows.keys).to_pylist(), bad, strict=True):
-        rows.set_aside(row, found.reason, found.detail)
+        rows.quarantine(row, found.reason, found.detail)
 
 
-class _Aside:
+class _Quarantine:
     """What is set aside: rows that cannot be used, and images that no row names."""
 
     def __init__(

@@ -52,7 +52,7 @@ class Rows:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def set_aside(self, row: int, reason: str, detail: str) -> None:
+    def quarantine(self, row: int, reason: str, detail: str) -> None:
         """Say why a row cannot be used; the first reason counts."""
         self.bad.setdefault(row, (reason, detail))
 
@@ -99,25 +99,25 @@ def read_rows(
     for position, name in enumerate(numeric_columns):
         _read_numbers(rows, position, table.column(name), name, spec)
     for row, (reason, detail) in source.bad.items():
-        rows.set_aside(row, reason, detail)
+        rows.quarantine(row, reason, detail)
     if rows.images:
         is_there = np.any([images.is_there for images in rows.images], axis=0)
         detail = "it has none of its images" if spec.image_columns else "there is no image for it"
         for row in np.flatnonzero(~is_there).tolist():
-            rows.set_aside(row, "missing_image", detail)
+            rows.quarantine(row, "missing_image", detail)
     return rows
 
 
 def _check_keys(rows: Rows, key_column: str) -> None:
     for row in _rows_where(rows.keys.is_null()):
-        rows.set_aside(row, "missing_key", f"row {row + 1} has no {key_column}")
+        rows.quarantine(row, "missing_key", f"row {row + 1} has no {key_column}")
     codes = rows.keys.dictionary_encode().indices.fill_null(-1).to_numpy()
     # Written from the last row to the first, so that the first stays.
     first = np.empty(len(codes) + 1, np.int64)
     first[codes[::-1]] = np.arange(len(codes))[::-1]
     for row in np.flatnonzero((first[codes] != np.arange(len(codes))) & (codes >= 0)).tolist():
         detail = f"row {row + 1} has the {key_column} of row {first[codes[row]] + 1}"
-        rows.set_aside(row, "duplicate_key", detail)
+        rows.quarantine(row, "duplicate_key", detail)
 
 
 def _read_labels(rows: Rows, column: pa.ChunkedArray, name: str, classes: Classes) -> None:
@@ -130,9 +130,9 @@ def _read_labels(rows: Rows, column: pa.ChunkedArray, name: str, classes: Classe
     codes = encoded.indices.fill_null(-1).to_numpy()
     labels = numbers[codes]
     for row in np.flatnonzero(labels == missing).tolist():
-        rows.set_aside(row, "missing_label", f"{name} is empty")
+        rows.quarantine(row, "missing_label", f"{name} is empty")
     for row in np.flatnonzero(labels == other).tolist():
-        rows.set_aside(
+        rows.quarantine(
             row,
             "bad_label",
             f"{name} is {spelled[codes[row]]!r}, neither {classes.negative!r} nor "
@@ -146,14 +146,14 @@ def _read_groups_and_splits(rows: Rows, table: pa.Table, spec: PrepareSpec) -> N
         groups = texts_of(table.column(spec.group_column))
         rows.groups = groups.fill_null("")
         for row in _rows_where(groups.is_null()):
-            rows.set_aside(row, "missing_group", f"{spec.group_column} is empty")
+            rows.quarantine(row, "missing_group", f"{spec.group_column} is empty")
     if spec.split_column:
         named = texts_of(table.column(spec.split_column))
         places = pc.index_in(named, value_set=pa.array(SPLITS))
         rows.splits = places.fill_null(-1).to_numpy().astype(np.int8)
         for row in np.flatnonzero(rows.splits < 0).tolist():
             detail = f"{spec.split_column} is {named[row].as_py()!r}, none of {', '.join(SPLITS)}"
-            rows.set_aside(row, "bad_split", detail)
+            rows.quarantine(row, "bad_split", detail)
 
 
 def _read_numbers(
@@ -171,12 +171,12 @@ def _read_numbers(
             detail += f", which the rule {rule} does not read"
         elif count < _MOST_SUGGESTIONS and (suggested := suggest_rule(str(cell))):
             detail += f"; prepare.number_rules {{{name}: {suggested}}} would read it"
-        rows.set_aside(row, "non_numeric_text", detail)
+        rows.quarantine(row, "non_numeric_text", detail)
     with np.errstate(over="ignore"):
         stored = values.astype(np.float32)
     for row in np.flatnonzero(np.isinf(stored)).tolist():
         detail = f"{name} is {column[row].as_py()}, more than float32 holds"
-        rows.set_aside(row, "non_finite_number", detail)
+        rows.quarantine(row, "non_finite_number", detail)
     rows.numeric_RF[:, position] = stored
 
 

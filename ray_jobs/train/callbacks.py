@@ -3,20 +3,20 @@
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ray_jobs.train.checkpoints.checkpoint import Saved
+from ray_jobs.train.checkpoints.checkpoint import Checkpoint
 from ray_jobs.train.telemetry.console import Event
 
 
-class Copy(Protocol):
+class CopyCheckpoint(Protocol):
     """Copies a checkpoint out of the model; at once or never, since the next step changes it."""
 
-    def __call__(self, spare: Saved | None = None) -> Saved:
+    def __call__(self, spare: Checkpoint | None = None) -> Checkpoint:
         """Return the checkpoint; `spare` is an earlier one that nobody needs, to be overwritten."""
         ...
 
 
 @dataclass(frozen=True)
-class Wish:
+class ControlRequest:
     """What the world outside asks of the loop."""
 
     save: bool = False
@@ -25,7 +25,7 @@ class Wish:
     """Save a checkpoint and end."""
 
 
-class Hooks:
+class Callbacks:
     """Every rank calls all of them alike; as they stand here they do nothing."""
 
     def post(self, event: Event) -> None:
@@ -40,16 +40,16 @@ class Hooks:
     def alive(self) -> None:
         """Learn that something else is done, such as a batch of the validation."""
 
-    def wish(self) -> Wish:
-        """Say what this worker was asked for; what one wishes, all do. Asked every few seconds."""
-        return Wish()
+    def poll_control(self) -> ControlRequest:
+        """Return what this worker was asked for, every few seconds; ranks are combined by OR."""
+        return ControlRequest()
 
-    def on_checkpoint(self, step: int, copy: Copy) -> None:
+    def on_checkpoint(self, step: int, copy: CopyCheckpoint) -> None:
         """Take a checkpoint in the middle of an epoch."""
 
     def measures(self) -> dict[str, Any]:
         """Return more of an epoch's record."""
         return {}
 
-    def on_epoch(self, record: dict[str, Any], copy: Copy) -> None:
+    def on_epoch(self, record: dict[str, Any], copy: CopyCheckpoint) -> None:
         """Take an epoch's record and its checkpoint."""

@@ -14,7 +14,7 @@ _ANSWER_S = 10.0
 _AT_ONCE_S = 0.1
 
 
-class _Board:
+class _Coordinator:
     """Holds the events that were not read yet, the failures, and what workers are asked for."""
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class _Board:
     def asked_to_stop(self) -> bool:
         return self.stop
 
-    def were_heard(self) -> bool:
+    def any_step_finished(self) -> bool:
         return self.heard
 
     def begin(self) -> None:
@@ -53,44 +53,44 @@ class _Board:
         self.stop = self.heard = False
 
 
-def make_board() -> Any:
-    """Return the handle of a new board, which lives as long as the job."""
+def make_coordinator() -> Any:
+    """Return the handle of a new coordinator, which lives as long as the job."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     # On the driver's node, which is the one that has to be there anyway.
     node = ray.get_runtime_context().get_node_id()
     here = NodeAffinitySchedulingStrategy(node, soft=False)
-    actor: Any = ray.remote(_Board)
+    actor: Any = ray.remote(_Coordinator)
     return actor.options(num_cpus=0, scheduling_strategy=here).remote()
 
 
-def begin_attempt(board: Any) -> None:
-    """Let a board forget the attempt before."""
+def begin_attempt(coordinator: Any) -> None:
+    """Let a coordinator forget the attempt before."""
     import ray
     from ray.exceptions import RayError
 
-    # A busy board does it later, before anything that is asked of it then; a lost one tells
+    # A busy coordinator does it later, before anything that is asked of it then; a lost one tells
     # nothing any more, and the training does not depend on it.
     with suppress(RayError):
-        ray.get(board.begin.remote(), timeout=_ANSWER_S)
+        ray.get(coordinator.begin.remote(), timeout=_ANSWER_S)
 
 
-def workers_were_heard(board: Any) -> bool:
+def any_step_finished(coordinator: Any) -> bool:
     """Return whether a step was done in this attempt."""
     import ray
     from ray.exceptions import RayError
 
     with suppress(RayError):
-        return ray.get(board.were_heard.remote(), timeout=_ANSWER_S)
+        return ray.get(coordinator.any_step_finished.remote(), timeout=_ANSWER_S)
     return False
 
 
-def tell_failure(board: Any, failure: Event) -> None:
+def report_failure(coordinator: Any, failure: Event) -> None:
     """Tell the driver of a worker's failure.
 
     Args:
-        board: of the run.
+        coordinator: of the run.
         failure: `rank`; `text`; `again`, whether trying again is worth it; and `of`, which is
             `own`, a `hang`, or the `echo` of another worker's.
     """
@@ -99,16 +99,16 @@ def tell_failure(board: Any, failure: Event) -> None:
 
     # Else Ray tells the driver, too, if with fewer words.
     with suppress(RayError):
-        ray.get(board.fail.remote(failure), timeout=_ANSWER_S)
+        ray.get(coordinator.fail.remote(failure), timeout=_ANSWER_S)
 
 
-def failures_told(board: Any) -> list[Event]:
+def reported_failures(coordinator: Any) -> list[Event]:
     """Return what workers told of their failures in this attempt, the first one first."""
     import ray
     from ray.exceptions import RayError
 
     with suppress(RayError):
-        told = ray.get(board.failures.remote(), timeout=_ANSWER_S)
+        told = ray.get(coordinator.failures.remote(), timeout=_ANSWER_S)
         return sorted(told, key=lambda failure: failure["time"])
     return []
 
@@ -116,8 +116,8 @@ def failures_told(board: Any) -> list[Event]:
 class StopRequest:
     """Tells a worker whether it was asked to stop, without waiting long for the answer."""
 
-    def __init__(self, board: Any) -> None:
-        self.board, self._answer, self._stop = board, None, False
+    def __init__(self, coordinator: Any) -> None:
+        self.coordinator, self._answer, self._stop = coordinator, None, False
 
     def __call__(self) -> bool:
         """Return the answer, or if it does not come at once, the one before."""
@@ -125,12 +125,12 @@ class StopRequest:
         from ray.exceptions import RayError
 
         if self._answer is None:
-            self._answer = self.board.asked_to_stop.remote()
+            self._answer = self.coordinator.asked_to_stop.remote()
         if ray.wait([self._answer], timeout=_AT_ONCE_S)[0]:
             try:
                 self._stop = bool(ray.get(self._answer))
             except RayError:
-                # The board is gone with its job, and soon this worker with it.
+                # The coordinator is gone with its job, and soon this worker with it.
                 self._stop = False
             self._answer = None
         return self._stop

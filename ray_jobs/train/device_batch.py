@@ -13,7 +13,7 @@ from ray_jobs.data.reader import ALIGNMENT, Batch
 
 
 @dataclass(frozen=True)
-class Tensors:
+class DeviceBatch:
     """One worker's rows of a step, or of several steps, stacked; of each replica its own."""
 
     inputs: dict[str, Any]
@@ -24,7 +24,7 @@ class Tensors:
     """Steps that are real; further ones only fill the stack."""
 
 
-class ToTensors:
+class DeviceBatcher:
     """Makes tensors of batches.
 
     Args:
@@ -44,7 +44,7 @@ class ToTensors:
         self.replicas, self.input_names = replicas, list(input_names)
         self.class_weight, self.stack = class_weight, stack
 
-    def __call__(self, batches: Sequence[Batch]) -> Tensors:
+    def __call__(self, batches: Sequence[Batch]) -> DeviceBatch:
         """Return the batches of one call."""
         steps = [self._of(batch) for batch in batches]
         if self.stack == 1:
@@ -55,18 +55,18 @@ class ToTensors:
             copies = zip(*map(self.replicas.results, values), strict=True)
             return self.replicas.values([tf.stack(copy) for copy in copies])
 
-        return Tensors(
+        return DeviceBatch(
             {name: stacked([s.inputs[name] for s in (*steps, *fill)]) for name in self.input_names},
             stacked([s.label_B1 for s in (*steps, *fill)]),
             stacked([s.weight_B1 for s in (*steps, *fill)]),
             len(steps),
         )
 
-    def _of(self, batch: Batch) -> Tensors:
+    def _of(self, batch: Batch) -> DeviceBatch:
         by_class = np.where(batch[LABEL] > 0.5, self.class_weight[1], self.class_weight[0])
         weight = (batch[WEIGHT] * by_class).astype(np.float32)
         share = self.replicas.shares
-        return Tensors(
+        return DeviceBatch(
             {name: share(batch[name], as_tensor) for name in self.input_names},
             share(batch[LABEL], tf.convert_to_tensor),
             share(weight, tf.convert_to_tensor),

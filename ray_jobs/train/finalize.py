@@ -11,7 +11,7 @@ from ray_jobs.data.batch import INPUT_TYPES
 from ray_jobs.storage.folder import Folder
 
 if TYPE_CHECKING:
-    from ray_jobs.train.checkpoints.checkpoint import Best, LoopState
+    from ray_jobs.train.checkpoints.checkpoint import BestCheckpoint, LoopState
     from ray_jobs.train.loop import Loop
 
 SUMMARY = "summary.json"
@@ -24,7 +24,7 @@ def is_finished(folder: Folder) -> bool:
 
 
 def finish(
-    loop: "Loop", state: "LoopState", best: "Best", folder: Folder, train_s: float
+    loop: "Loop", state: "LoopState", best: "BestCheckpoint", folder: Folder, train_s: float
 ) -> dict[str, Any]:
     """Write the best model, blended and calibrated on the validation rows, and the summary.
 
@@ -79,7 +79,7 @@ def finish(
             "validation_log_loss_before": before,
         },
         "num_parameters": model.count_params(),
-        "num_workers": loop.place.num_workers,
+        "num_workers": loop.context.num_workers,
         "train_s": train_s,
     }
     folder.write_json(SUMMARY, summary)

@@ -7,11 +7,11 @@ take longer than training many of them.
 from collections.abc import Sequence
 from typing import Any
 
-from mm_model.tunable import Dial
+from mm_model.tunable import Tunable
 from ray_jobs.config.command_line import with_value
 from ray_jobs.config.spec import RunSpec
 
-DIALLED = (
+TUNABLE_SETTINGS = (
     "train.learning_rate",
     "train.weight_decay",
     "model.dropout",
@@ -25,16 +25,16 @@ _NO_GRAPH = ("run", "prepare", "tune")
 """Sections that have nothing to do with it, but for `run.seed`."""
 
 
-def dials_of(spec: RunSpec) -> dict[str, Dial]:
-    """Return a dial for each setting that can have one, by path; in a strategy's scope."""
-    values = {path: value_of(spec, path) for path in DIALLED}
-    return {path: Dial(value) for path, value in values.items() if value}
+def make_tunables(spec: RunSpec) -> dict[str, Tunable]:
+    """Return a tunable for each setting that can have one, by path; in a strategy's scope."""
+    values = {path: value_of(spec, path) for path in TUNABLE_SETTINGS}
+    return {path: Tunable(value) for path, value in values.items() if value}
 
 
-def with_dials(spec: RunSpec, dials: dict[str, Dial]) -> RunSpec:
-    """Return a spec with dials in place of the settings' numbers."""
-    for path, dial in dials.items():
-        spec = _replaced(spec, path.split("."), dial)
+def with_tunables(spec: RunSpec, tunables: dict[str, Tunable]) -> RunSpec:
+    """Return a spec with tunables in place of the settings' numbers."""
+    for path, tunable in tunables.items():
+        spec = _replaced(spec, path.split("."), tunable)
     return spec
 
 

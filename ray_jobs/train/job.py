@@ -18,9 +18,9 @@ from ray_jobs.cluster.environment import describe_environment
 from ray_jobs.config.errors import Interrupted, JobError
 from ray_jobs.config.spec import RunSpec
 from ray_jobs.data.manifest import Manifest, read_manifest, require_shards
-from ray_jobs.data.sampler import TrainingOrder
+from ray_jobs.data.sampler import TrainingSampler
 from ray_jobs.storage.folder import Folder
-from ray_jobs.train.coordinator import make_board
+from ray_jobs.train.coordinator import make_coordinator
 from ray_jobs.train.finalize import SUMMARY, is_finished
 from ray_jobs.train.supervisor import fit_once, run_attempts
 from ray_jobs.train.telemetry import console
@@ -85,13 +85,13 @@ def fit(spec: RunSpec, callbacks: Sequence["UserCallback"] = ()) -> dict[str, An
         preflight(spec, manifest)
         # The attempts after the first one find the connection there.
         connecting_s = iter([time.monotonic() - started])
-        board = make_board()
+        coordinator = make_coordinator()
         title = _title(spec, manifest, folder)
-        with console.shown(board, title), feeding(spec, manifest) as feed:
+        with console.shown(coordinator, title), feeding(spec, manifest) as feed:
             config = {
                 "spec": spec.model_dump(mode="json"),
                 "run": folder.uri,
-                "board": board,
+                "coordinator": coordinator,
                 **feed,
             }
 
@@ -100,7 +100,7 @@ def fit(spec: RunSpec, callbacks: Sequence["UserCallback"] = ()) -> dict[str, An
                 fit_once(train, num_workers, train_on_worker, own, folder.uri, callbacks)
 
             with _end_tracked(spec, folder):
-                run_attempts(train, attempt, lambda: is_finished(folder), board)
+                run_attempts(train, attempt, lambda: is_finished(folder), coordinator)
     summary = _summary(spec, folder)
     _print_summary(summary, folder)
     return summary
@@ -126,7 +126,7 @@ def require_trainable(spec: RunSpec, manifest: Manifest) -> None:
             f"{words or 'none'}); prepare it again with these settings"
         )
     train = manifest.splits["train"]
-    TrainingOrder.of(train, spec.train.global_batch_size, spec.run.seed, spec.data)
+    TrainingSampler.of(train, spec.train.global_batch_size, spec.run.seed, spec.data)
     require_shards(Folder(spec.data.prepared), manifest)
 
 

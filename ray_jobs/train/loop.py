@@ -1,7 +1,7 @@
 """What one worker does: build, steps, epochs, validation, and the best model at the end.
 
 Enters: spec, manifest, and the worker's place among the others; perhaps a checkpoint to go on from.
-Leaves: checkpoints and a record an epoch, through `Hooks`; the trained model's variables.
+Leaves: checkpoints and a record an epoch, through `Callbacks`; the trained model's variables.
 
 Every decision that another worker must share (validate, save, stop, be best, lower the learning
 rate) follows from numbers that all workers hold alike, since a collective that one of them skips
@@ -26,24 +26,24 @@ from mm_model.fit_helpers import balanced_weights
 from mm_model.freezing import apply_stage, learning_rates, stage_of
 from mm_model.losses import make_loss
 from mm_model.optimizer import make_optimizer
-from ray_jobs.cluster.strategy import Place, Replicas, make_strategy
+from ray_jobs.cluster.strategy import Replicas, WorkerContext, make_strategy
 from ray_jobs.config.spec import RunSpec
 from ray_jobs.data.batch import FEATURES, IMAGE
 from ray_jobs.data.loader import EvaluationFeed, FeedOptions, TrainingFeed
 from ray_jobs.data.manifest import Manifest
-from ray_jobs.data.prefetch import ahead
+from ray_jobs.data.prefetch import prefetch
 from ray_jobs.data.reader import Batch
-from ray_jobs.data.sampler import TrainingOrder
+from ray_jobs.data.sampler import TrainingSampler
 from ray_jobs.storage.folder import Folder
-from ray_jobs.train.callbacks import Hooks, Wish
-from ray_jobs.train.checkpoints.checkpoint import Best, LoopState, Saved, assign
+from ray_jobs.train.callbacks import Callbacks, ControlRequest
+from ray_jobs.train.checkpoints.checkpoint import BestCheckpoint, Checkpoint, LoopState, assign
 from ray_jobs.train.checkpoints.snapshot import Copier, Snapshots
-from ray_jobs.train.device_batch import Tensors, ToTensors
-from ray_jobs.train.graph_reuse import dials_of, same_graph, value_of, with_dials
+from ray_jobs.train.device_batch import DeviceBatch, DeviceBatcher
+from ray_jobs.train.graph_reuse import make_tunables, same_graph, value_of, with_tunables
 from ray_jobs.train.metrics import validation_metrics
 from ray_jobs.train.model_factory import new_model
 from ray_jobs.train.telemetry import console
-from ray_jobs.train.train_step import Stepper
+from ray_jobs.train.train_step import TrainStep
 
 _STEP_EVENT_S = 1.0
 _LOOK_UP_S = 2.0
@@ -58,7 +58,7 @@ class Outcome:
     state: LoopState
     finished: bool
     """Whether training came to its end; else it was stopped, and its checkpoint is saved."""
-    best: Best | None
+    best: BestCheckpoint | None
     """The model at the best epoch so far, on rank 0 alone."""
 
 
@@ -85,7 +85,7 @@ class Loop:
         place: of this worker.
         strategy: to compute under; by default the one for its devices and the number of workers.
         feeding: how rows are fed; by default decoded in this process, without a cache.
-        turnable: whether it can become the loop of another spec by `becomes`.
+        tunable: whether it can become the loop of another spec by `becomes`.
 
     Raises:
         ValueError: if the workers differ in their replicas, or the data is too small.
@@ -95,29 +95,29 @@ class Loop:
         self,
         spec: RunSpec,
         manifest: Manifest,
-        place: Place,
+        place: WorkerContext,
         strategy: tf.distribute.Strategy | None = None,
         feeding: FeedOptions | None = None,
-        turnable: bool = False,
+        tunable: bool = False,
     ) -> None:
-        self.spec, self.manifest, self.place = spec, manifest, place
+        self.spec, self.manifest, self.context = spec, manifest, place
         self.feeding = feeding or FeedOptions(data=spec.data)
         self.folder = Folder(spec.data.prepared)
         train = spec.train
         split = manifest.splits["train"]
-        self.order = TrainingOrder.of(split, train.global_batch_size, spec.run.seed, spec.data)
+        self.order = TrainingSampler.of(split, train.global_batch_size, spec.run.seed, spec.data)
         self.replicas = Replicas(strategy or make_strategy(place.num_workers), place)
         total_steps = self.order.steps_before(train.epochs)
         with self.replicas.strategy.scope():
-            self.dials = dials_of(spec) if turnable else {}
-            if self.dials:
-                spec = with_dials(spec, self.dials)
+            self.tunables = make_tunables(spec) if tunable else {}
+            if self.tunables:
+                spec = with_tunables(spec, self.tunables)
                 train = spec.train
             keras.utils.set_random_seed(spec.run.seed)
             self.model = new_model(spec, manifest, train.precision)
             optimizer = make_optimizer(train, total_steps)
             synchronized = spec.model.batch_norm == "sync"
-            self.stepper = Stepper(self.model, optimizer, self.replicas, train, synchronized)
+            self.stepper = TrainStep(self.model, optimizer, self.replicas, train, synchronized)
             self.optimizer = self.stepper.optimizer
             self.model.compile(self.optimizer, make_loss(train), auto_scale_loss=False)
         self.trainable = list(self.model.trainable_variables)
@@ -129,9 +129,9 @@ class Loop:
         self.logit_shift = float(np.log(class_weight[1] / class_weight[0]))
         """What the class weights add to every logit, and no probability should hold."""
         names = self.model.input_names
-        self.to_steps = ToTensors(self.replicas, names, class_weight, train.steps_per_call)
-        self.to_tensors = ToTensors(self.replicas, names, class_weight)
-        self.best: dict[int, Best] = {}
+        self.to_steps = DeviceBatcher(self.replicas, names, class_weight, train.steps_per_call)
+        self.to_tensors = DeviceBatcher(self.replicas, names, class_weight)
+        self.best: dict[int, BestCheckpoint] = {}
         """Models of the best epochs so far, by their index; on rank 0 alone."""
         self.loss_sum = np.float32(0)
         """This worker's part of the losses of the epoch's steps so far."""
@@ -139,7 +139,7 @@ class Loop:
         self.snapshots = Snapshots(self.model, self.stepper, self.replicas)
         self._copy_trainable = Copier(self.trainable, self.replicas)
         self._next_question = 0
-        self._start = self.snapshots.take(LoopState(), {}, {}) if turnable else None
+        self._start = self.snapshots.take(LoopState(), {}, {}) if tunable else None
         """What model and optimizer began with."""
 
     def _evaluate_step(self, inputs: dict[str, Any]) -> Any:
@@ -155,13 +155,13 @@ class Loop:
         A new loop of that spec would train the same but for rounding: what is a constant there is a
         variable here.
         """
-        if self._start is None or not same_graph(spec, self.spec, list(self.dials)):
+        if self._start is None or not same_graph(spec, self.spec, list(self.tunables)):
             return False
-        if not all(value_of(spec, path) for path in self.dials):
+        if not all(value_of(spec, path) for path in self.tunables):
             # A number that is 0 leaves a part of the graph out, and of what a checkpoint holds.
             return False
-        for path, dial in self.dials.items():
-            dial.turn(value_of(spec, path))
+        for path, tunable in self.tunables.items():
+            tunable.assign(value_of(spec, path))
         self.snapshots.restore(self._start)
         self.spec, self.best, self.loss_sum = spec, {}, np.float32(0)
         self._next_question = 0
@@ -171,28 +171,30 @@ class Loop:
 
     # -- epochs -----------------------------------------------------------------------------------
 
-    def run(self, hooks: Hooks | None = None, saved: Saved | None = None) -> Outcome:
-        """Train until the last epoch, until patience ends, or until a wish to stop.
+    def run(self, callbacks: Callbacks | None = None, saved: Checkpoint | None = None) -> Outcome:
+        """Train until the last epoch, until patience ends, or until a request to stop.
 
         Args:
-            hooks: what to call.
+            callbacks: what to call.
             saved: checkpoint to go on from.
         """
         held = [saved]
         del saved  # As large as three models, and not needed for long.
-        with closing(self.epochs(hooks, held.pop())) as epochs:
+        with closing(self.epochs(callbacks, held.pop())) as epochs:
             outcome = next(epochs)
             for outcome in epochs:  # noqa: B007
                 pass
         return outcome
 
-    def epochs(self, hooks: Hooks | None = None, saved: Saved | None = None) -> Generator[Outcome]:
+    def epochs(
+        self, callbacks: Callbacks | None = None, saved: Checkpoint | None = None
+    ) -> Generator[Outcome]:
         """Train as `run` does, and yield how training stands after each epoch.
 
         Whoever asks for the next one decides whether there is one; all workers alike. A training
         that has come to its end before yields once.
         """
-        hooks = hooks or Hooks()
+        callbacks = callbacks or Callbacks()
         epochs = self.spec.train.epochs
         state = LoopState()
         if saved is not None:
@@ -213,11 +215,11 @@ class Loop:
         with closing(steps), closing(passes):
             stopped = False
             while not (stopped or self._is_finished(state)):
-                self._set_stage(state.epoch, hooks)
+                self._set_stage(state.epoch, callbacks)
                 clock = _Clock()
-                state, stopped = self._train_epoch(state, steps, hooks, clock)
+                state, stopped = self._train_epoch(state, steps, callbacks, clock)
                 if state.step == self.order.steps_before(state.epoch + 1):
-                    state = self._end_epoch(state, validation, passes, hooks, clock)
+                    state = self._end_epoch(state, validation, passes, callbacks, clock)
                 yield self._outcome(state)
 
     def _outcome(self, state: LoopState) -> Outcome:
@@ -225,42 +227,42 @@ class Loop:
         return Outcome(state, self._is_finished(state), best)
 
     def _train_epoch(
-        self, state: LoopState, steps: Iterator[Tensors], hooks: Hooks, clock: _Clock
+        self, state: LoopState, steps: Iterator[DeviceBatch], callbacks: Callbacks, clock: _Clock
     ) -> tuple[LoopState, bool]:
         """Take the steps of an epoch that are left; return whether one wished to stop."""
         end = self.order.steps_before(state.epoch + 1)
         cadence = self.spec.train.checkpoint_cadence
-        step, shown, wish = state.step, clock.started, Wish()
+        step, shown, request = state.step, clock.started, ControlRequest()
         total: Any = tf.constant(self.loss_sum)
         while step < end:
             asked = time.monotonic()
             batch = next(steps)
             clock.wait_s += time.monotonic() - asked
-            hooks.before_step(step, batch.num_steps)
+            callbacks.before_step(step, batch.num_steps)
             loss = self.stepper(batch)
             total += loss
             step += batch.num_steps
             clock.steps += batch.num_steps
-            hooks.after_step(step)
+            callbacks.after_step(step)
             if time.monotonic() - shown > _STEP_EVENT_S:
                 shown = time.monotonic()
-                hooks.post(self._step_event(state.epoch, step, float(loss), batch, clock))
-            wish = self._wish(step, hooks, clock)
+                callbacks.post(self._step_event(state.epoch, step, float(loss), batch, clock))
+            request = self._poll_control(step, callbacks, clock)
             due = cadence is not None and step % cadence == 0
-            if (wish.save or wish.stop or due) and step < end:
+            if (request.save or request.stop or due) and step < end:
                 self.loss_sum = total.numpy()
-                self._save(state.model_copy(update={"step": step}), hooks, clock)
-            if wish.stop:
+                self._save(state.model_copy(update={"step": step}), callbacks, clock)
+            if request.stop:
                 break
         self.loss_sum = total.numpy()
-        return state.model_copy(update={"step": step}), wish.stop
+        return state.model_copy(update={"step": step}), request.stop
 
     def _end_epoch(
         self,
         state: LoopState,
         validation: EvaluationFeed,
-        passes: Iterator[Tensors],
-        hooks: Hooks,
+        passes: Iterator[DeviceBatch],
+        callbacks: Callbacks,
         clock: _Clock,
     ) -> LoopState:
         """Validate, find out whether the epoch is the best, save."""
@@ -284,27 +286,27 @@ class Loop:
             console.STEP_S: (seconds - clock.wait_s - clock.checkpoint_s) / max(clock.steps, 1),
             console.CHECKPOINT_S: clock.checkpoint_s,
             **self._exchange_s(),
-            **hooks.measures(),
+            **callbacks.measures(),
         }
         started = time.monotonic()
         with self._averaged_weights():
-            logits_NM, label_N = self.validate(validation, passes, hooks.alive)
+            logits_NM, label_N = self.validate(validation, passes, callbacks.alive)
             record |= self._validation_record(epoch, logits_NM, label_N)
             record[console.VALIDATION_S] = time.monotonic() - started
             kept = self._best_epochs((*state.history, record))
-            if epoch in kept and self.place.rank == 0:
-                self.best[epoch] = Best(self.snapshots.copy_model(), logits_NM, label_N)
+            if epoch in kept and self.context.rank == 0:
+                self.best[epoch] = BestCheckpoint(self.snapshots.copy_model(), logits_NM, label_N)
         self.best = {e: best for e, best in self.best.items() if e in kept}
         improved = kept[0] == epoch
         state = self._after_epoch(state, record, improved)
-        hooks.post({"kind": "epoch", **record, "best": improved})
-        hooks.on_epoch(record, partial(self.snapshots.take, state, {}, self.best))
+        callbacks.post({"kind": "epoch", **record, "best": improved})
+        callbacks.on_epoch(record, partial(self.snapshots.take, state, {}, self.best))
         return state
 
     def validate(
         self,
         feed: EvaluationFeed,
-        batches: Iterator[Tensors],
+        batches: Iterator[DeviceBatch],
         alive: Callable[[], None] = lambda: None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return head logits (N, M) and labels (N,) of all validation rows, on every rank.
@@ -345,24 +347,24 @@ class Loop:
     # -- rows -------------------------------------------------------------------------------------
 
     def _feeds(self) -> tuple[TrainingFeed, EvaluationFeed]:
-        place = self.place.rank, self.place.num_workers
+        place = self.context.rank, self.context.num_workers
         with_image = not {IMAGE, FEATURES}.isdisjoint(self.model.input_names)
         options = replace(self.feeding, with_image=with_image)
-        batch_size = self.spec.train.global_batch_size // self.place.num_workers
+        batch_size = self.spec.train.global_batch_size // self.context.num_workers
         return (
             TrainingFeed(self.folder, self.manifest, self.order, *place, options),
             EvaluationFeed(self.folder, self.manifest, "validation", batch_size, *place, options),
         )
 
-    def _steps(self, feed: TrainingFeed, start: int, stop: int) -> Generator[Tensors]:
+    def _steps(self, feed: TrainingFeed, start: int, stop: int) -> Generator[DeviceBatch]:
         """Yield what each call of the step takes, on the device before it asks."""
 
-        def calls() -> Iterator[Tensors]:
+        def calls() -> Iterator[DeviceBatch]:
             with closing(feed.batches(start, stop)) as batches:
                 for count in self._calls(start, stop):
                     yield self.to_steps(list(islice(batches, count)))
 
-        return ahead(calls(), self.spec.data.prefetch_batches)
+        return prefetch(calls(), self.spec.data.prefetch_batches)
 
     def _calls(self, start: int, stop: int) -> Iterator[int]:
         """Yield how many steps each call takes: none goes beyond an epoch or a checkpoint."""
@@ -377,34 +379,34 @@ class Loop:
             yield min(ends) - step
             step = min(ends)
 
-    def _on_device(self, batches: Generator[Batch]) -> Generator[Tensors]:
-        def tensors() -> Iterator[Tensors]:
+    def _on_device(self, batches: Generator[Batch]) -> Generator[DeviceBatch]:
+        def tensors() -> Iterator[DeviceBatch]:
             with closing(batches):
                 for batch in batches:
                     yield self.to_tensors([batch])
 
-        return ahead(tensors(), self.spec.data.prefetch_batches)
+        return prefetch(tensors(), self.spec.data.prefetch_batches)
 
-    def _save(self, state: LoopState, hooks: Hooks, clock: _Clock) -> None:
+    def _save(self, state: LoopState, callbacks: Callbacks, clock: _Clock) -> None:
         """Offer a checkpoint in the middle of an epoch; an exchange."""
         started = time.monotonic()
         own = self.snapshots.gather(self.loss_sum)
-        hooks.on_checkpoint(state.step, partial(self.snapshots.take, state, own, self.best))
+        callbacks.on_checkpoint(state.step, partial(self.snapshots.take, state, own, self.best))
         clock.checkpoint_s += time.monotonic() - started
 
     # -- decisions, from numbers that all workers hold alike --------------------------------------
 
-    def _wish(self, step: int, hooks: Hooks, clock: _Clock) -> Wish:
+    def _poll_control(self, step: int, callbacks: Callbacks, clock: _Clock) -> ControlRequest:
         """Return what any worker was asked for, every few seconds; then an exchange."""
         if step < self._next_question:
-            return Wish()
-        own, step_s = hooks.wish(), clock.seconds / max(clock.steps, 1)
+            return ControlRequest()
+        own, step_s = callbacks.poll_control(), clock.seconds / max(clock.steps, 1)
         save, stop, all_s = self.replicas.sum(np.array([own.save, own.stop, step_s], np.float32))
-        pause = _LOOK_UP_S / max(float(all_s) / self.place.num_workers, 1e-6)
+        pause = _LOOK_UP_S / max(float(all_s) / self.context.num_workers, 1e-6)
         self._next_question = step + int(np.clip(pause, 1, _MOST_STEPS_UNASKED))
-        return Wish(save=save > 0, stop=stop > 0)
+        return ControlRequest(save=save > 0, stop=stop > 0)
 
-    def _set_stage(self, epoch: int, hooks: Hooks) -> None:
+    def _set_stage(self, epoch: int, callbacks: Callbacks) -> None:
         stage = stage_of(self.spec.train.stages, epoch)
         if stage == self.stage:
             return
@@ -413,7 +415,7 @@ class Loop:
         self.stepper.trace(learning_rates(self.model, stage))
         learning = len(self.model.trainable_variables)
         text = f"{learning} of {len(self.trainable)} variables learn"
-        hooks.post({"kind": "stage", "text": f"from epoch {epoch + 1} on {text}"})
+        callbacks.post({"kind": "stage", "text": f"from epoch {epoch + 1} on {text}"})
 
     def _diverged(self, what: str, epoch: int) -> str:
         rate = self.spec.train.learning_rate
@@ -465,7 +467,7 @@ class Loop:
 
         In float32, from the processor's memory and back into it.
         """
-        if self.place.num_workers == 1:
+        if self.context.num_workers == 1:
             return {}
         gradient = np.zeros(sum(map(_size, self.model.trainable_variables)), np.float32)
         # The first is not measured: in it they wait for each other, and trace a size that is new.
@@ -475,7 +477,7 @@ class Loop:
         return {console.COLLECTIVE_S: time.monotonic() - started}
 
     def _step_event(
-        self, epoch: int, step: int, loss: float, batch: Tensors, clock: _Clock
+        self, epoch: int, step: int, loss: float, batch: DeviceBatch, clock: _Clock
     ) -> console.Event:
         first = self.order.steps_before(epoch)
         return {
@@ -483,7 +485,7 @@ class Loop:
             console.EPOCH: epoch,
             "done": step - first,
             "total": self.order.num_steps(epoch),
-            console.TRAIN_LOSS: loss / batch.num_steps * self.place.num_workers,
+            console.TRAIN_LOSS: loss / batch.num_steps * self.context.num_workers,
             console.ROWS_PER_S: clock.steps * self.spec.train.global_batch_size / clock.seconds,
         }
 

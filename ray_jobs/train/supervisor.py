@@ -20,15 +20,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ray_jobs.cluster.capacity import (
-    has_room_for_more,
-    numbers_allowed,
+    allowed_worker_counts,
+    can_grow,
     worker_resources,
     workers_to_start,
 )
 from ray_jobs.cluster.connection import first_line, reason
 from ray_jobs.config.errors import Interrupted, JobError
 from ray_jobs.config.spec import TrainSpec
-from ray_jobs.train.coordinator import begin_attempt, failures_told, workers_were_heard
+from ray_jobs.train.coordinator import any_step_finished, begin_attempt, reported_failures
 from ray_jobs.train.telemetry.console import Event
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class _Ended:
 
 
 def run_attempts(
-    train: TrainSpec, attempt: Callable[[int], None], finished: Callable[[], bool], board: Any
+    train: TrainSpec, attempt: Callable[[int], None], finished: Callable[[], bool], coordinator: Any
 ) -> None:
     """Run attempts until the training has come to its end.
 
@@ -69,7 +69,7 @@ def run_attempts(
         train: workers, and what may fail how often.
         attempt: one of them, with so many workers; raises what Ray raises.
         finished: whether the training has come to its end.
-        board: that its workers post to.
+        coordinator: that its workers post to.
 
     Raises:
         JobError: if none comes to it; the text is that of the first worker that failed.
@@ -79,20 +79,20 @@ def run_attempts(
     with _interrupts_noted() as interrupted:
         while True:
             num_workers = workers_to_start(train, budget.most_workers, interrupted)
-            begin_attempt(board)
+            begin_attempt(coordinator)
             if interrupted.is_set():
                 raise Interrupted(_STOPPED)
             ended = _attempted(
-                lambda n=num_workers: attempt(n), train, num_workers, board, interrupted
+                lambda n=num_workers: attempt(n), train, num_workers, coordinator, interrupted
             )
-            failure = _why_unfinished(ended, finished, board, num_workers)
+            failure = _why_unfinished(ended, finished, coordinator, num_workers)
             if failure is None:
                 return
             if interrupted.is_set():
                 if failure.kind in ("room", "start", "stop"):
                     raise Interrupted(_STOPPED)
                 raise JobError(failure.text) from failure.cause
-            board.post.remote(budget.spend(failure, num_workers))
+            coordinator.post.remote(budget.spend(failure, num_workers))
 
 
 class _Budget:
@@ -117,7 +117,7 @@ class _Budget:
             if self._starts == _STARTS:
                 text = f"{failure.text}, for the {_STARTS}th time"
                 raise JobError(text) from failure.cause
-            fewer = [n for n in numbers_allowed(self.train) if n < num_workers]
+            fewer = [n for n in allowed_worker_counts(self.train) if n < num_workers]
             self.most_workers = max(fewer, default=num_workers)
             text = f"{failure.text}; trying again with {self.most_workers}"
             return {"kind": "note", "text": text}
@@ -139,7 +139,7 @@ def _attempted(
     attempt: Callable[[], None],
     train: TrainSpec,
     num_workers: int,
-    board: Any,
+    coordinator: Any,
     interrupted: threading.Event,
 ) -> _Ended:
     """Run one attempt in a thread, so that this one can be interrupted."""
@@ -160,12 +160,12 @@ def _attempted(
         if interrupted.is_set() and not told:
             told = True
             print("\nsaving a checkpoint; once more ends at once", file=sys.stderr)
-            board.ask_to_stop.remote()
+            coordinator.ask_to_stop.remote()
         if not (told or grows) and time.monotonic() - looked > _ROOM_EVERY_S:
             looked = time.monotonic()
             # Until its workers are there, their own room counts as free, too.
-            if grows := has_room_for_more(train, num_workers) and workers_were_heard(board):
-                board.ask_to_stop.remote()
+            if grows := can_grow(train, num_workers) and any_step_finished(coordinator):
+                coordinator.ask_to_stop.remote()
     return _Ended(raised[0] if raised else None, grows)
 
 
@@ -195,7 +195,7 @@ def _interrupts_noted() -> Iterator[threading.Event]:
 
 
 def _why_unfinished(
-    ended: _Ended, finished: Callable[[], bool], board: Any, num_workers: int
+    ended: _Ended, finished: Callable[[], bool], coordinator: Any, num_workers: int
 ) -> Failure | None:
     """Return why the training is to go on after an attempt; None if it has come to its end."""
     try:
@@ -206,7 +206,7 @@ def _why_unfinished(
         if ended.error is None:
             return Failure("failure", f"the run folder could not be read: {error}")
     if ended.error is not None:
-        failure = _failure(ended.error, failures_told(board), num_workers)
+        failure = _failure(ended.error, reported_failures(coordinator), num_workers)
         if failure is None:
             raise ended.error
         # Without its frames, which hold handles that would keep Ray's actors alive.

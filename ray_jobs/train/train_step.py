@@ -18,18 +18,18 @@ import tensorflow as tf
 from mm_model import per_row_random
 from mm_model.mixup import mixed
 from mm_model.model import FusionModel
-from mm_model.tunable import number
+from mm_model.tunable import current_value
 from ray_jobs.cluster.strategy import Replicas
 from ray_jobs.config.spec import TrainSpec
 from ray_jobs.train.checkpoints.checkpoint import is_random_state
-from ray_jobs.train.device_batch import Tensors
+from ray_jobs.train.device_batch import DeviceBatch
 
 _START_SCALE = 2.0**15
 _GROW_AFTER = 2000
 """Steps without an overflow after which the scale of the loss doubles, as in Keras."""
 
 
-class Stepper:
+class TrainStep:
     """Takes the training steps of one worker. Make it in the strategy's scope.
 
     Args:
@@ -81,7 +81,7 @@ class Stepper:
             self._compute = tf.function(self._gradients, jit_compile=True)
         self.call = tf.function(self._one if self.spec.steps_per_call == 1 else self._several)
 
-    def __call__(self, batch: Tensors) -> tf.Tensor:
+    def __call__(self, batch: DeviceBatch) -> tf.Tensor:
         """Take the batch's steps; return this worker's part of their summed losses."""
         arguments = (batch.inputs, batch.label_B1, batch.weight_B1)
         if self.spec.steps_per_call == 1:
@@ -221,7 +221,7 @@ class _OnEachReplica:
             for gradient, variable in zip(grads, trainable_variables, strict=True):
                 rate = learning_rate * self.rates.get(variable.path, 1.0)
                 if self.weight_decay and self._use_weight_decay(variable):
-                    variable.assign(variable - variable * number(self.weight_decay) * rate)
+                    variable.assign(variable - variable * current_value(self.weight_decay) * rate)
                 self.update_step(gradient, variable, rate)
 
         if self.usable is None:

@@ -16,10 +16,10 @@ from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import RunSpec
 from ray_jobs.data.manifest import read_manifest
 from ray_jobs.storage.folder import Folder
-from ray_jobs.train.callbacks import Copy, Hooks, Wish
-from ray_jobs.train.checkpoints.checkpoint import Saved
-from ray_jobs.train.checkpoints.checkpoint_manager import CheckpointStore
-from ray_jobs.train.coordinator import StopRequest, tell_failure
+from ray_jobs.train.callbacks import Callbacks, ControlRequest, CopyCheckpoint
+from ray_jobs.train.checkpoints.checkpoint import Checkpoint
+from ray_jobs.train.checkpoints.checkpoint_manager import CheckpointManager
+from ray_jobs.train.coordinator import StopRequest, report_failure
 from ray_jobs.train.telemetry import console
 from ray_jobs.train.telemetry.console import Event
 from ray_jobs.train.telemetry.history import Tracker
@@ -55,39 +55,39 @@ def train_on_worker(config: dict[str, Any]) -> None:
     """Train on one Ray worker.
 
     Args:
-        config: `spec`, of this attempt; `run`, the folder's URI; `board` for progress; `decode`,
-            `cache` and `index` of the feed; `began`, the time at which the attempt did, and
+        config: `spec`, of this attempt; `run`, the folder's URI; `coordinator` for progress;
+            `decode`, `cache` and `index` of the feed; `began`, when the attempt started; and
             `ray_s`, how long the connection to Ray took before.
     """
     import ray.train
 
     context = ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
-    with _failures_told(config["board"], rank), ThreadPoolExecutor(1) as beside:
+    with _failures_told(config["coordinator"], rank), ThreadPoolExecutor(1) as beside:
         # Reading the checkpoint takes seconds that the imports and the build take, too.
         worker = _Worker(config, rank, beside)
         with worker.part(console.STARTUP_IMPORTS_S):
-            from ray_jobs.cluster.strategy import Place, set_devices
+            from ray_jobs.cluster.strategy import WorkerContext, set_devices
             from ray_jobs.train.loop import Loop
         train = worker.spec.train
         set_devices(train.cpus_per_worker, train.use_gpu, train.deterministic)
         with worker.part(console.STARTUP_BUILD_S):
             manifest = read_manifest(worker.run)
             feeding = worker.feeding(manifest)
-            loop = Loop(worker.spec, manifest, Place(rank, num_workers), feeding=feeding)
+            loop = Loop(worker.spec, manifest, WorkerContext(rank, num_workers), feeding=feeding)
         worker.train(loop)
 
 
-class _Worker(Hooks):
+class _Worker(Callbacks):
     """One worker's share of an attempt."""
 
     def __init__(self, config: dict[str, Any], rank: int, beside: ThreadPoolExecutor) -> None:
         self.config, self.rank, self.first = config, rank, rank == 0
         self.spec = RunSpec.model_validate(config["spec"])
-        self.board, self.run = config["board"], Folder(config["run"])
+        self.coordinator, self.run = config["coordinator"], Folder(config["run"])
         train = self.spec.train
         self.watchdog = Watchdog(train.hang_timeout_s, self._tell_hang)
-        self.store = CheckpointStore(self.run, train.keep_checkpoints, self._note)
+        self.store = CheckpointManager(self.run, train.keep_checkpoints, self._note)
         self._newest = beside.submit(self.store.newest, with_best=self.first)
         # By the clocks of two machines, whose difference is in it.
         self.startup = {
@@ -97,7 +97,7 @@ class _Worker(Hooks):
         """Seconds that each part of the start took."""
         self.step: int | None = None
         """Steps done, once one is."""
-        self._stop = StopRequest(self.board)
+        self._stop = StopRequest(self.coordinator)
         self._questions = 0
         self._saved_for_preemption = False
 
@@ -124,7 +124,7 @@ class _Worker(Hooks):
             cache=self.cache,
         )
 
-    def _agreed_checkpoint(self) -> Saved | None:
+    def _agreed_checkpoint(self) -> Checkpoint | None:
         """Return the checkpoint that rank 0 found to be the newest whole one."""
         from ray.train.collective import broadcast_from_rank_zero
 
@@ -178,7 +178,7 @@ class _Worker(Hooks):
     def post(self, event: Event) -> None:
         """Send a progress event, which one rank does for all."""
         if self.first:
-            self.board.post.remote(event)
+            self.coordinator.post.remote(event)
 
     def _note(self, text: str) -> None:
         self.post({"kind": "note", "text": text})
@@ -203,7 +203,7 @@ class _Worker(Hooks):
         """Give a sign of life."""
         self.watchdog.alive()
 
-    def wish(self) -> Wish:
+    def poll_control(self) -> ControlRequest:
         """Return what the driver asks for, or a node that is about to be taken away."""
         import ray.train
 
@@ -211,9 +211,9 @@ class _Worker(Hooks):
         save = False
         if self._questions % _PREEMPTION_EVERY == 0 and not self._saved_for_preemption:
             save = self._saved_for_preemption = ray.train.get_preemption_info() is not None
-        return Wish(save=save, stop=self.first and self._stop())
+        return ControlRequest(save=save, stop=self.first and self._stop())
 
-    def on_checkpoint(self, step: int, copy: Copy) -> None:
+    def on_checkpoint(self, step: int, copy: CopyCheckpoint) -> None:
         """Write a checkpoint in the background."""
         if self.first:
             self.store.save(copy(self.store.spare()))
@@ -226,7 +226,7 @@ class _Worker(Hooks):
         startup, self.startup = self.startup, {}
         return {**measure(), **self.sampler.take(), **startup}
 
-    def on_epoch(self, record: dict[str, Any], copy: Copy) -> None:
+    def on_epoch(self, record: dict[str, Any], copy: CopyCheckpoint) -> None:
         """Write checkpoint and history, and report to Ray."""
         import ray.train
 
@@ -247,7 +247,9 @@ class _Worker(Hooks):
             f"nothing happened for {silent_s:.0f} s {where} (train.hang_timeout_s): this worker or "
             "one that it waits for hangs"
         )
-        tell_failure(self.board, {"rank": self.rank, "text": text, "again": True, "of": "hang"})
+        report_failure(
+            self.coordinator, {"rank": self.rank, "text": text, "again": True, "of": "hang"}
+        )
 
 
 def _stopped_text(step: int, saved_step: int) -> str:
@@ -258,18 +260,18 @@ def _stopped_text(step: int, saved_step: int) -> str:
 
 
 @contextmanager
-def _failures_told(board: Any, rank: int) -> Iterator[None]:
+def _failures_told(coordinator: Any, rank: int) -> Iterator[None]:
     """Tell the driver of an exception, with more words than Ray has."""
     try:
         yield
     except Exception as error:
-        text, again = f"{type(error).__name__}: {error}", not comes_again(error)
+        text, again = f"{type(error).__name__}: {error}", not is_permanent(error)
         of = "echo" if _is_echo(error) else "own"
-        tell_failure(board, {"rank": rank, "text": text, "again": again, "of": of})
+        report_failure(coordinator, {"rank": rank, "text": text, "again": again, "of": of})
         raise
 
 
-def comes_again(error: Exception) -> bool:
+def is_permanent(error: Exception) -> bool:
     """Whether an error lies in data, settings or program, and would come as often as one tries."""
     return isinstance(error, _NOT_TRIED_AGAIN) or type(error).__name__ in _OF_THE_PROGRAM
 

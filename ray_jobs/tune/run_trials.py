@@ -27,7 +27,7 @@ from ray_jobs.config.errors import Interrupted, JobError
 from ray_jobs.config.spec import RunSpec
 from ray_jobs.config.tune_spec import EXPLOITING, PAUSING
 from ray_jobs.storage.folder import Folder
-from ray_jobs.tune.results.leaderboard import Screen
+from ray_jobs.tune.results.leaderboard import LiveLeaderboard
 from ray_jobs.tune.results.search_state import Search
 from ray_jobs.tune.search.scheduler import make_scheduler, perturbation_epochs
 from ray_jobs.tune.search.searcher import make_searcher
@@ -35,7 +35,7 @@ from ray_jobs.tune.search.space import Space
 from ray_jobs.tune.trials.atomic_filesystem import filesystem_of
 from ray_jobs.tune.trials.trial import Job, Trial
 from ray_jobs.tune.trials.trial_workers import member_resources
-from ray_jobs.tune.trials.tune_callback import BudgetStopper, Follower
+from ray_jobs.tune.trials.tune_callback import BudgetStopper, SearchCallback
 
 TRIALS = "trials"
 
@@ -104,14 +104,14 @@ def run_trials(
     np.random.seed(settings.seed)
     scheduler = make_scheduler(spec, most_epochs, search.objectives[0])
     with (
-        Screen(_title(spec, folder, search.slots)) as screen,
+        LiveLeaderboard(_title(spec, folder, search.slots)) as screen,
         _environment(search.slots),
         _no_keys_handed_on(),
         _harmless_unsaid(),
     ):
         if goes_on:
             screen.note("going on with the search that is there")
-        follower = Follower(search, job, settings, scheduler, screen.show)
+        follower = SearchCallback(search, job, settings, scheduler, screen.show)
         algorithm, num_trials = _search_algorithm(spec, space, search)
         follower.algorithm = algorithm
         trainable: Any = tune.with_parameters(Trial, job=job)

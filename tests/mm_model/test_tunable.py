@@ -4,7 +4,7 @@ import pytest
 from keras import ops
 
 from mm_model.layers.blocks import ModalityDropout, RowDropout, penalty
-from mm_model.tunable import Dial, number
+from mm_model.tunable import Tunable, current_value
 
 
 def outputs(layer, inputs) -> list[np.ndarray]:
@@ -15,28 +15,28 @@ def outputs(layer, inputs) -> list[np.ndarray]:
 
 
 def test_a_dial_is_its_first_number_to_python_and_what_it_stands_at_to_the_graph():
-    dial = Dial(0.25)
-    dial.turn(0.5)
-    assert dial == 0.25
-    assert float(number(dial)) == 0.5
-    assert number(0.25) == 0.25
-    assert number(dial, ops.zeros((), "bfloat16")).dtype == "bfloat16"
+    tunable = Tunable(0.25)
+    tunable.assign(0.5)
+    assert tunable == 0.25
+    assert float(current_value(tunable)) == 0.5
+    assert current_value(0.25) == 0.25
+    assert current_value(tunable, ops.zeros((), "bfloat16")).dtype == "bfloat16"
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 def test_dropout_at_a_dial_is_dropout_at_its_number(rate):
     x = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
-    dial = Dial(0.3)
-    turned, constant = RowDropout(dial, seed=1), RowDropout(rate, seed=1)
-    dial.turn(rate)
+    tunable = Tunable(0.3)
+    turned, constant = RowDropout(tunable, seed=1), RowDropout(rate, seed=1)
+    tunable.assign(rate)
     np.testing.assert_allclose(outputs(turned, x), outputs(constant, x), rtol=1e-6)
 
 
 def test_one_graph_follows_its_dial():
     import tensorflow as tf
 
-    dial, traces = Dial(0.3), []
-    layer = RowDropout(dial, seed=1)
+    tunable, traces = Tunable(0.3), []
+    layer = RowDropout(tunable, seed=1)
 
     @tf.function
     def dropped(x):
@@ -46,7 +46,7 @@ def test_one_graph_follows_its_dial():
     x = tf.ones((1000, 10))
     shares = []
     for rate in (0.3, 0.05, 0.7):
-        dial.turn(rate)
+        tunable.assign(rate)
         shares.append(float(dropped(x)))
     assert shares == pytest.approx([0.3, 0.05, 0.7], abs=0.02)
     assert len(traces) == 1
@@ -54,23 +54,23 @@ def test_one_graph_follows_its_dial():
 
 def test_a_branch_is_hidden_at_the_rate_of_a_dial():
     x = [np.ones((64, 3), np.float32), np.ones((64, 2), np.float32)]
-    dial = Dial(0.1)
-    turned, constant = ModalityDropout(dial, seed=1), ModalityDropout(0.6, seed=1)
-    dial.turn(0.6)
+    tunable = Tunable(0.1)
+    turned, constant = ModalityDropout(tunable, seed=1), ModalityDropout(0.6, seed=1)
+    tunable.assign(0.6)
     for ours, theirs in zip(outputs(turned, x), outputs(constant, x), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
 def test_the_penalty_at_a_dial_is_that_of_keras():
     x = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
-    dial = Dial(1.0)
-    dial.turn(0.003)
+    tunable = Tunable(1.0)
+    tunable.assign(0.003)
     expected = float(keras.regularizers.L2(0.003)(x))
-    assert float(penalty(dial)(ops.convert_to_tensor(x))) == pytest.approx(expected, rel=1e-6)
+    assert float(penalty(tunable)(ops.convert_to_tensor(x))) == pytest.approx(expected, rel=1e-6)
     assert penalty(0.0) is None
     assert type(penalty(0.003)) is keras.regularizers.L2
 
 
 def test_half_precision_stays_half_at_a_dial():
-    layer = RowDropout(Dial(0.3), seed=1, dtype="mixed_bfloat16")
+    layer = RowDropout(Tunable(0.3), seed=1, dtype="mixed_bfloat16")
     assert layer(np.ones((4, 2), np.float32), training=True).dtype == "bfloat16"

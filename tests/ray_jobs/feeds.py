@@ -8,7 +8,7 @@ from ray_jobs.data.batch import NUMERIC, WEIGHT
 from ray_jobs.data.loader import FeedOptions, TrainingFeed
 from ray_jobs.data.manifest import Manifest
 from ray_jobs.data.reader import Batch
-from ray_jobs.data.sampler import TrainingOrder
+from ray_jobs.data.sampler import TrainingSampler
 from ray_jobs.storage.folder import Folder
 from tests.ray_jobs.tiny import ROW
 
@@ -16,14 +16,14 @@ SIZE = 16
 COUNTS = {"train": 53, "validation": 22, "test": 3}
 
 
-def order_of(manifest: Manifest, batch_size: int = 8, window_rows: int = 16) -> TrainingOrder:
+def order_of(manifest: Manifest, batch_size: int = 8, window_rows: int = 16) -> TrainingSampler:
     data = DataSpec(shuffle_window_rows=window_rows)
-    return TrainingOrder.of(manifest.splits["train"], batch_size, 0, data)
+    return TrainingSampler.of(manifest.splits["train"], batch_size, 0, data)
 
 
 def training_feed(
     folder: Path, manifest: Manifest, rank: int = 0, num_workers: int = 1,
-    order: TrainingOrder | None = None, **options: Any,
+    order: TrainingSampler | None = None, **options: Any,
 ) -> TrainingFeed:  # fmt: skip
     order = order or order_of(manifest)
     return TrainingFeed(Folder(folder), manifest, order, rank, num_workers, FeedOptions(**options))

@@ -16,8 +16,8 @@ from mm_model.spec import NO_AUGMENTATION
 from ray_jobs.config.spec import RunSpec
 from ray_jobs.data.manifest import read_manifest
 from ray_jobs.storage.folder import Folder
-from ray_jobs.train.callbacks import Copy, Hooks, Wish
-from ray_jobs.train.checkpoints.checkpoint import LoopState, Saved
+from ray_jobs.train.callbacks import Callbacks, ControlRequest, CopyCheckpoint
+from ray_jobs.train.checkpoints.checkpoint import Checkpoint, LoopState
 from tests.ray_jobs.arrays import distance, same_arrays
 from tests.ray_jobs.tiny import ROW
 
@@ -89,27 +89,27 @@ def spec_of(scenario: str, prepared: str, num_workers: int) -> RunSpec:
     )
 
 
-class Kept(Hooks):
+class Kept(Callbacks):
     """Keeps every checkpoint and record; wishes to stop when it is time."""
 
     def __init__(self, stop_at: int | None = None) -> None:
-        self.checkpoints: list[Saved] = []
-        self._spare: Saved | None = None
+        self.checkpoints: list[Checkpoint] = []
+        self._spare: Checkpoint | None = None
         self.epochs: list[dict[str, Any]] = []
         self.step, self.stop_at = 0, stop_at
 
     def after_step(self, step: int) -> None:
         self.step = step
 
-    def wish(self) -> Wish:
-        return Wish(stop=self.stop_at is not None and self.step >= self.stop_at)
+    def poll_control(self) -> ControlRequest:
+        return ControlRequest(stop=self.stop_at is not None and self.step >= self.stop_at)
 
-    def on_checkpoint(self, step: int, copy: Copy) -> None:
+    def on_checkpoint(self, step: int, copy: CopyCheckpoint) -> None:
         # Into the memory of the one before, as in a run, where that is written by then.
         self._spare = copy(self._spare)
         self.checkpoints.append(deepcopy(self._spare))
 
-    def on_epoch(self, record: dict[str, Any], copy: Copy) -> None:
+    def on_epoch(self, record: dict[str, Any], copy: CopyCheckpoint) -> None:
         self.on_checkpoint(0, copy)
         self.epochs.append(record)
 
@@ -118,25 +118,25 @@ def run_scenarios(config: dict[str, Any]) -> None:
     """Run some scenarios on one worker; leave what it saw in files for the test."""
     import ray.train
 
-    from ray_jobs.cluster.strategy import Place, make_strategy, set_devices
+    from ray_jobs.cluster.strategy import WorkerContext, make_strategy, set_devices
     from ray_jobs.train import loop as module
     from ray_jobs.train.loop import Loop
-    from ray_jobs.train.train_step import Stepper
+    from ray_jobs.train.train_step import TrainStep
 
     context = ray.train.get_context()
-    place = Place(context.get_world_rank(), context.get_world_size())
+    place = WorkerContext(context.get_world_rank(), context.get_world_size())
     output = Path(config["output"])
     set_devices(1, use_gpu=False)
     strategy = make_strategy(place.num_workers)
 
-    class Counted(Stepper):
+    class Counted(TrainStep):
         traces = 0
 
         def _one(self, *arguments: Any) -> Any:
             self.traces += 1
             return super()._one(*arguments)
 
-    module.Stepper = Counted
+    module.TrainStep = Counted
 
     class Watched(Loop):
         rows: list[list[int]]
@@ -160,9 +160,9 @@ def run_scenarios(config: dict[str, Any]) -> None:
         spec = spec_of(name, config["prepared"], place.num_workers)
         manifest = read_manifest(Folder(spec.data.prepared))
         loop = Watched(spec, manifest, place, strategy)
-        loop.rows, loop.calls, hooks = [], [], Kept()
-        outcome = loop.run(hooks)
-        after_epochs = [c for c in hooks.checkpoints if not c.local]
+        loop.rows, loop.calls, callbacks = [], [], Kept()
+        outcome = loop.run(callbacks)
+        after_epochs = [c for c in callbacks.checkpoints if not c.local]
         for epoch, saved in enumerate(after_epochs):
             np.savez(
                 output / f"{name}-{epoch}-{place.num_workers}-{place.rank}.npz",
@@ -171,14 +171,14 @@ def run_scenarios(config: dict[str, Any]) -> None:
         graph = loop.stepper.call.get_concrete_function(*loop.calls[-1]).graph.as_graph_def()
         facts = {
             "rows": loop.rows,
-            "epochs": hooks.epochs,
+            "epochs": callbacks.epochs,
             # In the graph and in every function that it calls.
             "collectives": str(graph).count('op: "CollectiveReduceV2"'),
             "traces": loop.stepper.traces,
             "variables": len(loop.model.trainable_variables),
             "history": [epoch["epoch"] for epoch in outcome.state.history],
             "best_epoch": outcome.state.best_epoch,
-            "steps_of_checkpoints": [c.state.step for c in hooks.checkpoints],
+            "steps_of_checkpoints": [c.state.step for c in callbacks.checkpoints],
         }
         best = outcome.best
         if best is not None:
@@ -187,14 +187,14 @@ def run_scenarios(config: dict[str, Any]) -> None:
             facts["label"] = best.label_N.tolist()
         if name == "resumed":
             starts = (0, 1)
-            facts["resumed_alike"] = [resumed_alike(loop, hooks.checkpoints, i) for i in starts]
+            facts["resumed_alike"] = [resumed_alike(loop, callbacks.checkpoints, i) for i in starts]
         if name == "random":
             if place.num_workers > 1:
-                facts["stopped_alike"] = stopped_alike(loop, hooks.checkpoints)
+                facts["stopped_alike"] = stopped_alike(loop, callbacks.checkpoints)
             else:
-                facts["stopped_between"] = stopped_between_epochs(loop, hooks.checkpoints)
+                facts["stopped_between"] = stopped_between_epochs(loop, callbacks.checkpoints)
         if name == "synchronised":
-            facts["distance_of_resumed"] = distance_of_resumed(loop, output, hooks.checkpoints)
+            facts["distance_of_resumed"] = distance_of_resumed(loop, output, callbacks.checkpoints)
         if name == "uneven":
             _, y_B1, weight_B1 = loop.calls[0]
             facts["weights"] = np.concatenate([y_B1, weight_B1], axis=1).tolist()
@@ -202,13 +202,13 @@ def run_scenarios(config: dict[str, Any]) -> None:
         path.write_text(json.dumps(facts))
 
 
-def same_checkpoints(first: Saved, second: Saved) -> bool:
+def same_checkpoints(first: Checkpoint, second: Checkpoint) -> bool:
     """Whether two checkpoints are bitwise the same, but for times."""
 
     def untimed(record: dict[str, Any]) -> dict[str, Any]:
         return {k: v for k, v in record.items() if not k.startswith(("time/", "data/"))}
 
-    def state(saved: Saved) -> LoopState:
+    def state(saved: Checkpoint) -> LoopState:
         history = tuple(map(untimed, saved.state.history))
         return saved.state.model_copy(update={"history": history})
 
@@ -222,56 +222,56 @@ def same_checkpoints(first: Saved, second: Saved) -> bool:
     )
 
 
-def resumed_alike(loop: Any, undisturbed: list[Saved], start: int) -> bool:
+def resumed_alike(loop: Any, undisturbed: list[Checkpoint], start: int) -> bool:
     """Go on from a checkpoint in a loop of its own; compare all later ones bit by bit."""
     from ray_jobs.train.loop import Loop
 
-    hooks = Kept()
-    again = Loop(loop.spec, loop.manifest, loop.place, loop.replicas.strategy)
-    again.run(hooks, undisturbed[start])
-    pairs = zip(undisturbed[start + 1 :], hooks.checkpoints, strict=True)
+    callbacks = Kept()
+    again = Loop(loop.spec, loop.manifest, loop.context, loop.replicas.strategy)
+    again.run(callbacks, undisturbed[start])
+    pairs = zip(undisturbed[start + 1 :], callbacks.checkpoints, strict=True)
     return all(same_checkpoints(a, b) for a, b in pairs)
 
 
 def stopped(loop: Any, stop_at: int) -> tuple[Any, Kept]:
-    """Train in a loop of its own until a wish to stop; return how it ended, and the hooks."""
+    """Train in a loop of its own until asked to stop; return how it ended, and the callbacks."""
     from ray_jobs.train import loop as module
     from ray_jobs.train.loop import Loop
 
-    hooks = Kept(stop_at)
-    loop = Loop(loop.spec, loop.manifest, loop.place, loop.replicas.strategy)
+    callbacks = Kept(stop_at)
+    loop = Loop(loop.spec, loop.manifest, loop.context, loop.replicas.strategy)
     with patch.object(module, "_LOOK_UP_S", 0.0):
-        return loop.run(hooks), hooks
+        return loop.run(callbacks), callbacks
 
 
-def stopped_between_epochs(loop: Any, undisturbed: list[Saved]) -> list[Any]:
+def stopped_between_epochs(loop: Any, undisturbed: list[Checkpoint]) -> list[Any]:
     """Stop at the last step of an epoch, which ends as any other one."""
-    outcome, hooks = stopped(loop, 6)
-    last = hooks.checkpoints[-1]
+    outcome, callbacks = stopped(loop, 6)
+    last = callbacks.checkpoints[-1]
     expected = next(saved for saved in undisturbed if saved.state.epoch == 1)
     alike = same_checkpoints(last, expected)
     return [not outcome.finished, outcome.state.step, outcome.state.epoch, alike]
 
 
-def stopped_alike(loop: Any, undisturbed: list[Saved]) -> list[Any]:
+def stopped_alike(loop: Any, undisturbed: list[Checkpoint]) -> list[Any]:
     """Stop where no checkpoint is due, go on from there; compare the end."""
     from ray_jobs.train.loop import Loop
 
-    outcome, hooks = stopped(loop, 8)
-    last = hooks.checkpoints[-1]
+    outcome, callbacks = stopped(loop, 8)
+    last = callbacks.checkpoints[-1]
     rest = Kept()
-    Loop(loop.spec, loop.manifest, loop.place, loop.replicas.strategy).run(rest, last)
+    Loop(loop.spec, loop.manifest, loop.context, loop.replicas.strategy).run(rest, last)
     alike = same_checkpoints(undisturbed[-1], rest.checkpoints[-1])
     return [not outcome.finished, outcome.state.step, last.state.step, alike]
 
 
-def distance_of_resumed(loop: Any, output: Path, undisturbed: list[Saved]) -> float:
+def distance_of_resumed(loop: Any, output: Path, undisturbed: list[Checkpoint]) -> float:
     """Go on from another number of workers' checkpoint; return the distance to their end."""
     from ray_jobs.train.checkpoints.checkpoint import read_checkpoint, write_checkpoint
     from ray_jobs.train.loop import Loop
 
-    num_workers = loop.place.num_workers
-    if loop.place.rank == 0:
+    num_workers = loop.context.num_workers
+    if loop.context.rank == 0:
         for name, saved in (("middle", undisturbed[2]), ("end", undisturbed[-1])):
             folder = output / f"{name}-{num_workers}"
             folder.mkdir()
@@ -281,7 +281,7 @@ def distance_of_resumed(loop: Any, output: Path, undisturbed: list[Saved]) -> fl
         return 0.0
     middle = read_checkpoint(output / f"middle-{num_workers // 2}")
     assert middle.local
-    hooks = Kept()
-    Loop(loop.spec, loop.manifest, loop.place, loop.replicas.strategy).run(hooks, middle)
+    callbacks = Kept()
+    Loop(loop.spec, loop.manifest, loop.context, loop.replicas.strategy).run(callbacks, middle)
     end = read_checkpoint(output / f"end-{num_workers // 2}")
-    return distance(hooks.checkpoints[-1].model, end.model)
+    return distance(callbacks.checkpoints[-1].model, end.model)

@@ -21,7 +21,7 @@ from ray_jobs.config.spec import RunSpec
 from ray_jobs.data.loader import FeedOptions, TrainingFeed
 from ray_jobs.data.manifest import read_manifest
 from ray_jobs.storage.folder import Folder
-from ray_jobs.train.callbacks import Hooks
+from ray_jobs.train.callbacks import Callbacks
 from ray_jobs.train.loop import Loop
 from ray_jobs.train.model_factory import new_model
 from tests.ray_jobs.arrays import arrays_of
@@ -95,7 +95,7 @@ class Variant(Loop):
         return train, validation
 
 
-class Last(Hooks):
+class Last(Callbacks):
     """Keeps the last epoch's checkpoint."""
 
     def __init__(self) -> None:
@@ -126,9 +126,9 @@ def train(folder: Path, prepared: Path, name: str, strategy: Any) -> dict[str, A
     if "scale" in variant:
         loop.stepper.scale.assign(variant["scale"])
     start = arrays_of(loop.trainable)
-    hooks = Last()
-    outcome = loop.run(hooks)
-    saved = hooks.epochs[-1]
+    callbacks = Last()
+    outcome = loop.run(callbacks)
+    saved = callbacks.epochs[-1]
     # Keras' fit leaves the averaged weights, which the loop validates.
     last = saved.best[saved.state.epoch - 1] if name == FITTED else saved
     save(folder / f"{name}.npz", last.model)
@@ -149,7 +149,7 @@ def train(folder: Path, prepared: Path, name: str, strategy: Any) -> dict[str, A
                     strict=True,
                 )
             )
-            for epoch in hooks.epochs
+            for epoch in callbacks.epochs
         ]
         floats = [w for w in saved.optimizer.values() if w.dtype.kind == "f"]
         facts["finite"] = all(np.isfinite(w).all() for w in floats)

@@ -25,7 +25,7 @@ from mm_model.nearest_match import did_you_mean
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import PrepareSpec
 from ray_jobs.data.images import BadImage
-from ray_jobs.data.prefetch import mapped_ahead
+from ray_jobs.data.prefetch import prefetch_map
 from ray_jobs.prepare.number_parsing import texts
 from ray_jobs.prepare.sources.refs import ImageRefs
 from ray_jobs.storage.folder import Folder, expand_braces, glob_regex, split_file, split_glob
@@ -66,7 +66,7 @@ class PieceReader:
         """
         with ExitStack() as files, ThreadPoolExecutor(NUM_THREADS) as threads:
             read = partial(self._read_run, _OpenFiles(self.folder, files))
-            for found in mapped_ahead(read, _runs(refs), threads, NUM_THREADS):
+            for found in prefetch_map(read, _runs(refs), threads, NUM_THREADS):
                 yield from found
 
     def _read_run(self, opened: "_OpenFiles", run: "_Run") -> list[bytes | BadImage]:
@@ -149,7 +149,7 @@ def file_of_each(names: Sequence[str], counts: Iterable[int]) -> pa.Array:
 def in_threads(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
     """Return the function's answer for each item, in order; the first error ends it."""
     with ThreadPoolExecutor(NUM_THREADS) as threads:
-        return list(mapped_ahead(function, items, threads, NUM_THREADS))
+        return list(prefetch_map(function, items, threads, NUM_THREADS))
 
 
 def read_user_table(spec: PrepareSpec) -> pa.Table:

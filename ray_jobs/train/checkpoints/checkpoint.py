@@ -54,7 +54,7 @@ class LoopState(Spec):
 
 
 @dataclass
-class Best:
+class BestCheckpoint:
     """The model at one of the best epochs so far, and what it said of the validation rows."""
 
     model: Arrays
@@ -63,7 +63,7 @@ class Best:
 
 
 @dataclass
-class Saved:
+class Checkpoint:
     """A checkpoint in memory."""
 
     state: LoopState
@@ -71,7 +71,7 @@ class Saved:
     optimizer: Arrays
     local: Arrays = field(default_factory=dict)
     """By name what each replica has for itself, their number first; in the middle of epochs."""
-    best: dict[int, Best] = field(default_factory=dict)
+    best: dict[int, BestCheckpoint] = field(default_factory=dict)
     """The best epochs that are kept, by their index."""
 
 
@@ -104,7 +104,7 @@ def is_random_state(variable: "keras.Variable") -> bool:
     return "seed_generator_state" in variable.path
 
 
-def write_checkpoint(folder: str | Path, saved: Saved) -> None:
+def write_checkpoint(folder: str | Path, saved: Checkpoint) -> None:
     """Write a checkpoint, without the best epochs, into an empty local folder."""
     folder = Path(folder)
     parts = {"model": saved.model, "optimizer": saved.optimizer, "local": saved.local}
@@ -114,7 +114,7 @@ def write_checkpoint(folder: str | Path, saved: Saved) -> None:
     _write_state(folder, saved.state)
 
 
-def read_checkpoint(folder: str | Path) -> Saved:
+def read_checkpoint(folder: str | Path) -> Checkpoint:
     """Return a checkpoint, without the best epochs.
 
     Raises:
@@ -127,12 +127,12 @@ def read_checkpoint(folder: str | Path) -> Saved:
         model, optimizer, local = (
             _read_arrays(folder / f"{name}.npz") for name in ("model", "optimizer", "local")
         )
-        return Saved(state, model, optimizer, local)
+        return Checkpoint(state, model, optimizer, local)
     except _NOT_WHOLE as error:
         raise DamagedCheckpointError(f"the checkpoint in {folder} is not whole: {error}") from error
 
 
-def write_best(folder: str | Path, best: Best) -> None:
+def write_best(folder: str | Path, best: BestCheckpoint) -> None:
     """Write the model of a best epoch into an empty local folder."""
     folder = Path(folder)
     _write_arrays(folder / "model.npz", best.model)
@@ -140,7 +140,7 @@ def write_best(folder: str | Path, best: Best) -> None:
     _write_arrays(folder / "validation.npz", validation)
 
 
-def read_best(folder: str | Path) -> Best:
+def read_best(folder: str | Path) -> BestCheckpoint:
     """Return the model of a best epoch.
 
     Raises:
@@ -151,7 +151,7 @@ def read_best(folder: str | Path) -> Best:
     try:
         validation = _read_arrays(folder / "validation.npz")
         model = _read_arrays(folder / "model.npz")
-        return Best(model, validation["head_logits"], validation["label"])
+        return BestCheckpoint(model, validation["head_logits"], validation["label"])
     except _NOT_WHOLE as error:
         raise DamagedCheckpointError(f"the best epoch in {folder} is not whole: {error}") from error
 

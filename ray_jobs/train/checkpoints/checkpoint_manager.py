@@ -22,9 +22,9 @@ from typing import TypeVar
 from ray_jobs.storage.folder import Folder
 from ray_jobs.train.checkpoints.checkpoint import (
     STATE,
+    Checkpoint,
     DamagedCheckpointError,
     LoopState,
-    Saved,
     read_best,
     read_checkpoint,
     write_best,
@@ -40,7 +40,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
-class CheckpointStore:
+class CheckpointManager:
     """The checkpoints of one run; one process writes, any may read.
 
     Args:
@@ -56,13 +56,13 @@ class CheckpointStore:
         self.warn = warn or logger.warning
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
-        self._latest: Saved | None = None
+        self._latest: Checkpoint | None = None
         self.written = 0
         """Step of the latest checkpoint that is written, or was gone on from."""
         self._best: set[int] = set()
         """Epochs whose models are known to be there, whole."""
 
-    def save(self, saved: Saved) -> None:
+    def save(self, saved: Checkpoint) -> None:
         """Write a checkpoint in the background, once the one before is written.
 
         A checkpoint that cannot be written costs the run nothing but the steps since the one before
@@ -73,7 +73,7 @@ class CheckpointStore:
         self._latest = replace(saved, best={}, local={})
         self._writing = self._writer.submit(self._save, saved)
 
-    def spare(self) -> Saved | None:
+    def spare(self) -> Checkpoint | None:
         """Give away what was saved last, if it is written by now, for another copy to overwrite.
 
         To have it at hand the store keeps model and optimizer of the last checkpoint in memory.
@@ -98,7 +98,7 @@ class CheckpointStore:
         """Return the steps of which there is a checkpoint, perhaps damaged since, in order."""
         return _whole_steps(self.run.names(STEPS))
 
-    def load(self, step: int, with_best: bool = True) -> Saved:
+    def load(self, step: int, with_best: bool = True) -> Checkpoint:
         """Return the checkpoint after a step.
 
         Args:
@@ -126,7 +126,7 @@ class CheckpointStore:
         self.written, self._best = step, set(saved.best)
         return saved
 
-    def newest(self, with_best: bool = True) -> Saved | None:
+    def newest(self, with_best: bool = True) -> Checkpoint | None:
         """Return the newest checkpoint that is whole, if there is any.
 
         Raises:
@@ -141,7 +141,7 @@ class CheckpointStore:
 
     # -- in the writer's thread -------------------------------------------------------------------
 
-    def _save(self, saved: Saved) -> None:
+    def _save(self, saved: Checkpoint) -> None:
         step = saved.state.step
         try:
             # First, since a checkpoint without its best epoch is none.
@@ -182,7 +182,7 @@ class CheckpointStore:
             shutil.rmtree(partial, ignore_errors=True)
             raise
 
-    def _prune(self, saved: Saved) -> None:
+    def _prune(self, saved: Checkpoint) -> None:
         """Delete what is no longer needed, now that a checkpoint is written."""
         # Listed once: of an object store every list is a question over the network.
         of_steps, of_best = list(self.run.names(STEPS)), list(self.run.names(BEST))

@@ -11,8 +11,14 @@ import numpy as np
 import tensorflow as tf
 
 from ray_jobs.cluster.strategy import Replicas
-from ray_jobs.train.checkpoints.checkpoint import Arrays, Best, LoopState, Saved, assign
-from ray_jobs.train.train_step import Stepper
+from ray_jobs.train.checkpoints.checkpoint import (
+    Arrays,
+    BestCheckpoint,
+    Checkpoint,
+    LoopState,
+    assign,
+)
+from ray_jobs.train.train_step import TrainStep
 
 _OWN = "loss_and_statistics"
 
@@ -59,7 +65,7 @@ class Snapshots:
         replicas: of this worker.
     """
 
-    def __init__(self, model: keras.Model, stepper: Stepper, replicas: Replicas) -> None:
+    def __init__(self, model: keras.Model, stepper: TrainStep, replicas: Replicas) -> None:
         self.model, self.stepper, self.replicas = model, stepper, replicas
         moving = ("moving_mean", "moving_variance")
         self.statistics = [v for v in model.variables if v.path.endswith(moving)]
@@ -79,14 +85,18 @@ class Snapshots:
         return {_OWN: self.replicas.gather(own)}
 
     def take(
-        self, state: LoopState, own: Arrays, best: dict[int, Best], spare: Saved | None = None
-    ) -> Saved:
+        self,
+        state: LoopState,
+        own: Arrays,
+        best: dict[int, BestCheckpoint],
+        spare: Checkpoint | None = None,
+    ) -> Checkpoint:
         """Return a copy of everything; into the memory of `spare`, an earlier one."""
         model = self.copy_model(spare and spare.model)
         optimizer = self.copy_optimizer(spare and spare.optimizer)
-        return Saved(state, model, optimizer, own, dict(best))
+        return Checkpoint(state, model, optimizer, own, dict(best))
 
-    def restore(self, saved: Saved) -> np.float32:
+    def restore(self, saved: Checkpoint) -> np.float32:
         """Go on from a checkpoint; return this worker's part of the epoch's losses so far."""
         assign(self.model.variables, saved.model, "model weights")
         assign(self.stepper.variables, saved.optimizer, "optimizer weights")
@@ -96,4 +106,4 @@ class Snapshots:
         self.replicas.write(self.statistics, rows_RS[:, 1:])
         if len(rows_RS) == self.replicas.count:
             return self.replicas.own(rows_RS)[:, 0].sum()
-        return np.float32(rows_RS[:, 0].sum() / self.replicas.place.num_workers)
+        return np.float32(rows_RS[:, 0].sum() / self.replicas.context.num_workers)

@@ -1,7 +1,7 @@
 """What a run says of itself: the keys of its history, its progress, the terminal.
 
-Rank 0 posts events to a board; the driver reads the board and shows them.  Tune schedules on the
-keys, so they stand here once.
+Rank 0 posts events to the coordinator; the driver reads and prints them. Tune schedules on the
+keys, so they are defined once, here.
 """
 
 import textwrap
@@ -75,19 +75,19 @@ def rank(key: str, value: float | None) -> float:
 
 
 @contextmanager
-def shown(board: Any, title: str) -> Iterator[None]:
-    """Show the events of a board on the terminal until the block ends."""
+def shown(coordinator: Any, title: str) -> Iterator[None]:
+    """Show the events of a coordinator on the terminal until the block ends."""
     import ray
     from ray.exceptions import GetTimeoutError, RayError
 
-    screen = Screen(title)
+    screen = ProgressConsole(title)
     done = threading.Event()
 
     def follow() -> None:
         last, taken = False, []
         while not last:
             last = done.wait(_POLL_S)
-            taken.append(board.take.remote())
+            taken.append(coordinator.take.remote())
             try:
                 while taken:
                     for event in ray.get(taken[0], timeout=10):
@@ -97,7 +97,7 @@ def shown(board: Any, title: str) -> Iterator[None]:
                 # A busy node starts actors slowly. The call stands, with the events it takes.
                 continue
             except RayError:
-                # The board is gone with its node or its job; the training does not depend on it.
+                # The coordinator died with its node or job; training does not depend on it.
                 return
 
     follower = threading.Thread(target=follow, name="progress", daemon=True)
@@ -108,10 +108,10 @@ def shown(board: Any, title: str) -> Iterator[None]:
         finally:
             done.set()
             follower.join(timeout=15)
-            ray.kill(board)
+            ray.kill(coordinator)
 
 
-class Screen:
+class ProgressConsole:
     """A line for each epoch and incident, and on a terminal a bar for the steps in between."""
 
     def __init__(self, title: str, console: "Console | None" = None) -> None:
@@ -134,7 +134,7 @@ class Screen:
         )
         self.task = self.bar.add_task(_STARTING, total=None, speed="")
 
-    def __enter__(self) -> "Screen":
+    def __enter__(self) -> "ProgressConsole":
         self.console.print(self.title, soft_wrap=True)
         self.bar.start()
         return self

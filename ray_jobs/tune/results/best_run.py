@@ -14,7 +14,7 @@ from ray_jobs.config.spec import EvaluateSpec, RunSpec
 from ray_jobs.config.tune_spec import EXPLOITING
 from ray_jobs.data.manifest import read_manifest
 from ray_jobs.storage.folder import Folder
-from ray_jobs.train.checkpoints.checkpoint_manager import CheckpointStore
+from ray_jobs.train.checkpoints.checkpoint_manager import CheckpointManager
 from ray_jobs.train.finalize import SUMMARY
 from ray_jobs.train.job import run_folder
 from ray_jobs.train.telemetry.console import HISTORY
@@ -162,7 +162,7 @@ def _trained(
             "train.num_workers": spec.train.num_workers,
         }
     )
-    if not on_features and not CheckpointStore(trial).steps():
+    if not on_features and not CheckpointManager(trial).steps():
         # PBT has changed its values since it began.
         begin_run(run, read_manifest(Folder(run.data.prepared)), trial)
         checkpoint = newest_checkpoint(trial)

@@ -15,7 +15,7 @@ _PAUSE_S = 0.5
 _ENDS = {"finished": "green", "stopped": "dim", "failed": "red"}
 
 
-class Screen:
+class LiveLeaderboard:
     """Shows a search; on a terminal as a table that is kept up to date.
 
     Args:
@@ -32,7 +32,7 @@ class Screen:
         self.live = Live(console=self.console, auto_refresh=False, transient=True)
         self._shown_at = 0.0
 
-    def __enter__(self) -> "Screen":
+    def __enter__(self) -> "LiveLeaderboard":
         self.console.print(self.title, soft_wrap=True)
         if self.console.is_terminal:
             self.live.start()

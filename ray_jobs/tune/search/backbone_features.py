@@ -39,7 +39,7 @@ from ray_jobs.config.spec import RunSpec, Split
 from ray_jobs.data.batch import IMAGE
 from ray_jobs.data.manifest import NAME as MANIFEST
 from ray_jobs.data.manifest import Manifest, Shard, SplitInfo, read_manifest, require_shards
-from ray_jobs.data.prefetch import mapped_ahead
+from ray_jobs.data.prefetch import prefetch_map
 from ray_jobs.data.reader import RowDecoder, ShardReader, StoredRows, bytes_column
 from ray_jobs.prepare.shard_writer import parquet_options
 from ray_jobs.storage.folder import Folder
@@ -386,7 +386,7 @@ class Extractor:
 
         starts = range(0, stored.num_rows, self.batch_rows)
         with ThreadPoolExecutor(self.threads, "features-decode") as threads:
-            batches = mapped_ahead(decoded, starts, threads, self.threads + 1)
+            batches = prefetch_map(decoded, starts, threads, self.threads + 1)
             found = [
                 self._views(images, (_SPLITS.index(split), index, batch))
                 for batch, images in enumerate(batches)

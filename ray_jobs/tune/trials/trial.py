@@ -18,18 +18,23 @@ from ray import tune
 
 from ray_jobs.config.spec import RunSpec
 from ray_jobs.storage.folder import Folder
-from ray_jobs.train.checkpoints.checkpoint_manager import CheckpointStore
+from ray_jobs.train.checkpoints.checkpoint_manager import CheckpointManager
 from ray_jobs.train.telemetry import console
 from ray_jobs.train.telemetry.console import HISTORY
 from ray_jobs.train.telemetry.history import history_text
-from ray_jobs.train.worker import comes_again
+from ray_jobs.train.worker import is_permanent
 from ray_jobs.tune.results.search_state import PARTS, Objective
 from ray_jobs.tune.search.feature_trials import features_key, on_features
 from ray_jobs.tune.search.scheduler import EPOCHS
 from ray_jobs.tune.search.searcher import result_key
 from ray_jobs.tune.search.space import Space, Values
 from ray_jobs.tune.trials.trial_checkpoints import newest_saved
-from ray_jobs.tune.trials.trial_workers import BrokenGroupError, EpochDone, Group, member_resources
+from ray_jobs.tune.trials.trial_workers import (
+    BrokenGroupError,
+    EpochResult,
+    TrialGroup,
+    member_resources,
+)
 
 ENDED = "ended.json"
 """File of a trial's folder: its last result, once it has ended in any way."""
@@ -99,7 +104,7 @@ class Trial(tune.Trainable):
     def setup(self, config: dict[str, Any], job: Job) -> None:  # type: ignore[override]
         """Begin the first trial of this actor."""
         self.job = job
-        self.group = Group(lambda error: self._write_down(error))
+        self.group = TrialGroup(lambda error: self._write_down(error))
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -110,7 +115,7 @@ class Trial(tune.Trainable):
     def _begin(self, values: Values) -> None:
         self.values = dict(values)
         self.folder = self.job.trials / self.trial_id
-        self.done: EpochDone | None = None
+        self.done: EpochResult | None = None
         self._running = False
         self._saved: Any = None
         self._saved_at = time.monotonic()
@@ -131,7 +136,7 @@ class Trial(tune.Trainable):
                 self._write_down(error.__cause__)
             os._exit(1)
         except Exception as error:
-            if not comes_again(error):
+            if not is_permanent(error):
                 raise
             self._running = False
             self.group.end()
@@ -147,7 +152,7 @@ class Trial(tune.Trainable):
             saved = self._saved
         else:
             return
-        store = CheckpointStore(Folder(checkpoint_dir), warn=_fail)
+        store = CheckpointManager(Folder(checkpoint_dir), warn=_fail)
         store.save(saved)
         store.close()
         self.folder.write_text(HISTORY, history_text(saved.state.history))
@@ -167,7 +172,7 @@ class Trial(tune.Trainable):
 
     def load_checkpoint(self, checkpoint: str | dict | None) -> None:
         """Read the checkpoint that the trial goes on from, perhaps another trial's."""
-        self._saved = CheckpointStore(Folder(str(checkpoint)), warn=_fail).newest()
+        self._saved = CheckpointManager(Folder(str(checkpoint)), warn=_fail).newest()
 
     def cleanup(self) -> None:
         """End the trial's other processes."""
@@ -175,7 +180,7 @@ class Trial(tune.Trainable):
 
     def _write_down(self, error: Exception) -> None:
         """Leave an error to the process that takes the trial on, if it would come again there."""
-        if comes_again(error):
+        if is_permanent(error):
             self.folder.write_json(ENDED, _failure(error))
 
     def _start(self) -> None:
@@ -214,7 +219,7 @@ class Trial(tune.Trainable):
             self._inference_row_s = self.group.first.inference_row_s()
         return self._inference_row_s
 
-    def _add_seconds(self, done: EpochDone) -> None:
+    def _add_seconds(self, done: EpochResult) -> None:
         record = done.record
         waited, saved = record[console.DATA_WAIT_S], record[console.CHECKPOINT_S]
         steps_s = record[console.EPOCH_S] - waited - saved - done.first_step_s

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 
 from ray_jobs.storage.folder import Folder
-from ray_jobs.train.checkpoints.checkpoint import Saved
-from ray_jobs.train.checkpoints.checkpoint_manager import CheckpointStore
+from ray_jobs.train.checkpoints.checkpoint import Checkpoint
+from ray_jobs.train.checkpoints.checkpoint_manager import CheckpointManager
 
 
 def checkpoints(trial: Folder) -> list[Folder]:
@@ -18,7 +18,7 @@ def newest_checkpoint(trial: Folder) -> Folder | None:
     return next((folder for folder, _ in _whole(trial)), None)
 
 
-def newest_saved(trial: Folder) -> Saved | None:
+def newest_saved(trial: Folder) -> Checkpoint | None:
     """Return what the newest whole checkpoint of a trial holds, if there is any."""
     return next((saved for _, saved in _whole(trial)), None)
 
@@ -29,9 +29,9 @@ def delete_checkpoints(trial: Folder) -> None:
         trial.delete(folder.path.rpartition("/")[2])
 
 
-def _whole(trial: Folder) -> Iterator[tuple[Folder, Saved]]:
+def _whole(trial: Folder) -> Iterator[tuple[Folder, Checkpoint]]:
     for folder in checkpoints(trial):
         # A killed driver leaves behind what it was copying.
-        saved = CheckpointStore(folder, warn=lambda _: None).newest()
+        saved = CheckpointManager(folder, warn=lambda _: None).newest()
         if saved is not None:
             yield folder, saved

@@ -21,10 +21,10 @@ from ray_jobs.cluster.capacity import actor_in_bundle, worker_resources
 from ray_jobs.cluster.tf_backend import free_address, set_environment
 from ray_jobs.cluster.watchdog import Watchdog
 from ray_jobs.config.spec import RunSpec, TrainSpec
-from ray_jobs.train.callbacks import Hooks
+from ray_jobs.train.callbacks import Callbacks
 
 if TYPE_CHECKING:
-    from ray_jobs.train.checkpoints.checkpoint import LoopState, Saved
+    from ray_jobs.train.checkpoints.checkpoint import Checkpoint, LoopState
 
 _OTHERS_END_S = 10.0
 """An error of all members reaches the first one by itself in this time; else it waits for ever."""
@@ -35,7 +35,7 @@ _MOST_PARAMETERS = 10_000_000
 
 
 @dataclass(frozen=True)
-class EpochDone:
+class EpochResult:
     """How a trial stands after an epoch."""
 
     record: dict[str, Any]
@@ -49,7 +49,7 @@ class EpochDone:
     """Seconds of its first step, in which the graph is made; 0 in later epochs."""
 
 
-class Member:
+class TrialWorker:
     """One process of a group.
 
     Args:
@@ -87,7 +87,7 @@ class Member:
         started = time.monotonic()
         if not self._ready:
             set_environment(addresses, self.rank)
-        from ray_jobs.cluster.strategy import Place, make_strategy, set_devices
+        from ray_jobs.cluster.strategy import WorkerContext, make_strategy, set_devices
         from ray_jobs.data.manifest import read_manifest
         from ray_jobs.storage.folder import Folder
         from ray_jobs.train.loop import Loop
@@ -99,28 +99,28 @@ class Member:
             self._strategy = make_strategy(self.num_workers)
             self._ready = True
         manifest = read_manifest(Folder(spec.data.prepared))
-        place = Place(self.rank, self.num_workers)
+        place = WorkerContext(self.rank, self.num_workers)
         self._loop = next((loop for loop in self._loops if loop.becomes(spec)), None)
         if self._loop is None:
             self._make_room()
             feed = _feeding(spec, manifest, feeding)
-            self._loop = Loop(spec, manifest, place, self._strategy, feed, turnable=True)
+            self._loop = Loop(spec, manifest, place, self._strategy, feed, tunable=True)
         self._loops = [loop for loop in self._loops if loop is not self._loop] + [self._loop]
         self._hooks = _Signs()
         self._epochs = self._loop.epochs(self._hooks, saved)
         self._build_s = time.monotonic() - started
         self._hang_timeout_s = train.hang_timeout_s
 
-    def epoch(self) -> EpochDone:
+    def epoch(self) -> EpochResult:
         """Train an epoch."""
         with closing(Watchdog(self._hang_timeout_s, _tell_hang)) as watchdog:
             self._hooks.watchdog = watchdog
             outcome = next(self._epochs)
         record = outcome.state.history[-1]
         build_s, self._build_s = self._build_s, 0.0
-        return EpochDone(record, outcome.state, outcome.finished, build_s, self._hooks.take())
+        return EpochResult(record, outcome.state, outcome.finished, build_s, self._hooks.take())
 
-    def saved(self, state: "LoopState") -> "Saved":
+    def saved(self, state: "LoopState") -> "Checkpoint":
         """Return a checkpoint after the last epoch."""
         return self._loop.snapshots.take(state, {}, self._loop.best)
 
@@ -157,7 +157,7 @@ class Member:
             gc.collect()
 
 
-class Group:
+class TrialGroup:
     """All processes of a trial, seen from the first one, whose placement group is theirs, too.
 
     Args:
@@ -170,19 +170,19 @@ class Group:
         self.told = told
         placement: Any = ray.util.get_current_placement_group()
         bundles = placement.bundle_specs if placement else [{}]
-        self.first = Member(0, len(bundles))
+        self.first = TrialWorker(0, len(bundles))
         self.others = [
-            actor_in_bundle(Member, placement, rank, rank, len(bundles))
+            actor_in_bundle(TrialWorker, placement, rank, rank, len(bundles))
             for rank in range(1, len(bundles))
         ]
         self.addresses: list[str] = []
 
-    def begin(self, spec: RunSpec, feeding: Mapping[str, Any], saved: "Saved | None") -> None:
+    def begin(self, spec: RunSpec, feeding: Mapping[str, Any], saved: "Checkpoint | None") -> None:
         """Build the model of a trial on every member.
 
         Args:
             spec: of the trial.
-            feeding: as of `Member.begin`.
+            feeding: as of `TrialWorker.begin`.
             saved: checkpoint to go on from, if any.
         """
         import ray
@@ -196,12 +196,12 @@ class Group:
         with _together(begun, self.told):
             self.first.begin(spec, feeding, self.addresses, saved)
 
-    def epoch(self) -> EpochDone:
+    def epoch(self) -> EpochResult:
         """Train an epoch on every member, and return how the first one stands."""
         with _together([member.epoch.remote() for member in self.others], self.told):
             return self.first.epoch()
 
-    def saved(self, state: "LoopState") -> "Saved":
+    def saved(self, state: "LoopState") -> "Checkpoint":
         """Return a checkpoint after the last epoch."""
         return self.first.saved(state)
 
@@ -219,7 +219,7 @@ class Group:
         self.others = []
 
 
-class _Signs(Hooks):
+class _Signs(Callbacks):
     """Gives signs of life, and measures the first step."""
 
     def __init__(self) -> None:

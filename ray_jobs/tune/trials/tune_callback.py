@@ -29,7 +29,7 @@ _STATES: dict[str, State] = {
 _HOUR_S = 3600.0
 
 
-class Follower(Callback):
+class SearchCallback(Callback):
     """Keeps a `Search` as it stands.
 
     Args:
@@ -243,7 +243,7 @@ class BudgetStopper(Stopper):
 
     newest: ClassVar["BudgetStopper | None"] = None
 
-    def __init__(self, follower: Follower) -> None:
+    def __init__(self, follower: SearchCallback) -> None:
         self.follower = follower
         BudgetStopper.newest = self
 

@@ -17,7 +17,7 @@ from ray_jobs.data.images import decode_stored
 from ray_jobs.data.loader import EvaluationFeed, FeedOptions, TrainingFeed, choose_decode
 from ray_jobs.data.manifest import Manifest
 from ray_jobs.data.reader import Batch
-from ray_jobs.data.sampler import TrainingOrder
+from ray_jobs.data.sampler import TrainingSampler
 from ray_jobs.storage.folder import Folder
 from tests.ray_jobs.feeds import COUNTS, SIZE, order_of, row_ids, training_feed
 from tests.ray_jobs.tiny import COLUMNS, with_image, write_prepared
@@ -62,7 +62,7 @@ def of_epochs(feed: TrainingFeed, epochs: range) -> Iterator[Batch]:
 
 
 def ordered_rows(
-    manifest: Manifest, order: TrainingOrder, epochs: range, rank: int, num_workers: int
+    manifest: Manifest, order: TrainingSampler, epochs: range, rank: int, num_workers: int
 ) -> list[list[int]]:
     """The places in the split of the rows of each step on one worker, as the order says."""
     first, places = 0, {}
@@ -73,15 +73,15 @@ def ordered_rows(
     found = []
     first_step, last_step = (order.steps_before(epoch) for epoch in (epochs.start, epochs.stop))
     for window in order.windows(first_step, last_step):
-        lanes = [
-            [places[r.shard, r.group] + i for r in order.lane_rows(window, lane)
+        streams = [
+            [places[r.shard, r.group] + i for r in order.stream_rows(window, stream)
              for i in range(r.start, r.stop)]
-            for lane in order.lanes_of(rank, num_workers)
+            for stream in order.streams_of(rank, num_workers)
         ]  # fmt: skip
-        shuffles = [order.shuffle(window, lane) for lane in order.lanes_of(rank, num_workers)]
+        shuffles = [order.shuffle(window, stream) for stream in order.streams_of(rank, num_workers)]
         for step in range(window.num_steps):
             found.append([
-                rows[i] for rows, shuffle in zip(lanes, shuffles, strict=True)
+                rows[i] for rows, shuffle in zip(streams, shuffles, strict=True)
                 for i in shuffle[step]
             ])  # fmt: skip
     return found
@@ -162,7 +162,7 @@ def test_a_row_group_on_the_border_of_two_windows_is_read_once(folder, manifest,
     monkeypatch.setattr(feed.reader, "read_groups", noted)
     last = feed.order.steps_before(1)
     list(feed.batches(0, last))
-    wanted = [{(r.shard, r.group) for r in piece.ranges} for piece in feed.pieces(0, last)]
+    wanted = [{(r.shard, r.group) for r in piece.ranges} for piece in feed.chunks(0, last)]
     assert len(wanted) > 2
     new = [wanted[0], *(now - before for before, now in pairwise(wanted))]
     assert sorted(read) == sorted(group for groups in new for group in groups)
@@ -170,7 +170,7 @@ def test_a_row_group_on_the_border_of_two_windows_is_read_once(folder, manifest,
 
 
 def test_what_tasks_are_sent_does_not_hold_the_pieces_of_the_others(tmp_path):
-    """A long validation split has many pieces, and each task needs one of them."""
+    """A long validation split has many chunks, and each task needs one of them."""
     sizes = []
     for count in (600, 6000):
         manifest = write_prepared(
@@ -248,7 +248,7 @@ def test_evaluation_in_several_pieces_keeps_the_stored_order(folder, manifest, m
 
     monkeypatch.setattr(loader, "_EVALUATION_PIECE_ROWS", 8)
     feed = evaluation_feed(folder, manifest, decode=decode)
-    assert [sum(r.num_rows for r in piece.ranges) for piece in feed.pieces] == [8, 8, 6]
+    assert [sum(r.num_rows for r in piece.ranges) for piece in feed.chunks] == [8, 8, 6]
     rows = [row for batch in feed.batches(passes=2) for row in row_ids(batch, real=True)]
     assert rows == [*range(22), *range(22)]
 

@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from ray_jobs.data.prefetch import ahead, mapped_ahead
+from ray_jobs.data.prefetch import prefetch, prefetch_map
 
 
 def feed_threads() -> list[str]:
@@ -13,8 +13,8 @@ def feed_threads() -> list[str]:
 
 @pytest.mark.parametrize("depth", [0, 1, 3, 100])
 def test_items_come_in_order_and_once(depth):
-    assert list(ahead(range(20), depth)) == list(range(20))
-    assert list(ahead([], depth)) == []
+    assert list(prefetch(range(20), depth)) == list(range(20))
+    assert list(prefetch([], depth)) == []
     assert feed_threads() == []
 
 
@@ -28,7 +28,7 @@ def test_so_many_items_are_made_ahead_and_no_more():
                 all_made.set()
             yield i
 
-    stream = ahead(items(), 3)
+    stream = prefetch(items(), 3)
     assert next(stream) == 0
     assert all_made.wait(30)
     # Three wait; the thread makes a fifth only when one of them is taken.
@@ -43,7 +43,7 @@ def test_an_error_comes_when_its_turn_has_come(depth):
         yield 2
         raise ValueError("the third is bad")
 
-    stream = ahead(items(), depth)
+    stream = prefetch(items(), depth)
     assert [next(stream), next(stream)] == [1, 2]
     with pytest.raises(ValueError, match="the third is bad"):
         next(stream)
@@ -60,7 +60,7 @@ def test_leaving_half_way_ends_the_thread_and_closes_what_it_read_from():
         finally:
             closed.set()
 
-    stream = ahead(ahead(items(), 2), 2)
+    stream = prefetch(prefetch(items(), 2), 2)
     next(stream)
     assert len(feed_threads()) == 2
     stream.close()
@@ -75,9 +75,9 @@ def test_a_function_is_mapped_in_order_by_threads_and_its_error_ends_the_rest():
         return number / 2
 
     with ThreadPoolExecutor(3) as threads:
-        assert list(mapped_ahead(halve, range(6), threads, 2)) == [0, 0.5, 1, 1.5, 2, 2.5]
-        assert list(mapped_ahead(halve, [], threads, 2)) == []
-        stream = mapped_ahead(halve, range(100), threads, 2)
+        assert list(prefetch_map(halve, range(6), threads, 2)) == [0, 0.5, 1, 1.5, 2, 2.5]
+        assert list(prefetch_map(halve, [], threads, 2)) == []
+        stream = prefetch_map(halve, range(100), threads, 2)
         assert [next(stream) for _ in range(7)] == [0, 0.5, 1, 1.5, 2, 2.5, 3]
         with pytest.raises(ValueError, match="7 is odd"):
             next(stream)

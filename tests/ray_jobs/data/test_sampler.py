@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from ray_jobs.config.spec import DataSpec
-from ray_jobs.data.batch import MAX_LANES, num_lanes
+from ray_jobs.data.batch import MAX_STREAMS, num_streams
 from ray_jobs.data.manifest import Shard, SplitInfo
-from ray_jobs.data.sampler import RowRange, TrainingOrder, Window, evaluation_rows, stored_ranges
+from ray_jobs.data.sampler import RowRange, TrainingSampler, Window, evaluation_rows, stored_ranges
 
 Row = tuple[int, int, int]
 """Shard, row group in it, row in that."""
@@ -36,12 +36,12 @@ def expanded(ranges: list[RowRange]) -> list[Row]:
     return [(r.shard, r.group, row) for r in ranges for row in range(r.start, r.stop)]
 
 
-def windows_of(order: TrainingOrder, epochs: range) -> list[Window]:
+def windows_of(order: TrainingSampler, epochs: range) -> list[Window]:
     return list(order.windows(order.steps_before(epochs.start), order.steps_before(epochs.stop)))
 
 
 def steps(
-    order: TrainingOrder, epochs: range, rank: int = 0, num_workers: int = 1
+    order: TrainingSampler, epochs: range, rank: int = 0, num_workers: int = 1
 ) -> list[list[Row]]:
     """The rows of each step on one worker."""
     first, last = order.steps_before(epochs.start), order.steps_before(epochs.stop)
@@ -49,17 +49,17 @@ def steps(
 
 
 def steps_between(
-    order: TrainingOrder, start: int, stop: int, rank: int = 0, num_workers: int = 1
+    order: TrainingSampler, start: int, stop: int, rank: int = 0, num_workers: int = 1
 ) -> list[list[Row]]:
     """The rows of some global steps on one worker."""
     found = []
     for window in order.windows(start, stop):
-        lanes = [
-            [expanded(order.lane_rows(window, lane)), order.shuffle(window, lane)]
-            for lane in order.lanes_of(rank, num_workers)
+        streams = [
+            [expanded(order.stream_rows(window, stream)), order.shuffle(window, stream)]
+            for stream in order.streams_of(rank, num_workers)
         ]
         found += [
-            [rows[i] for rows, places in lanes for i in places[step]]
+            [rows[i] for rows, places in streams for i in places[step]]
             for step in range(window.num_steps)[window.steps_to_take(start, stop)]
         ]
     return found
@@ -72,8 +72,8 @@ def slowly(
     by_group = [
         [(s, g, r) for r in range(n)] for s, sizes in enumerate(groups) for g, n in enumerate(sizes)
     ]
-    lanes = max(n for n in range(1, 65) if batch % n == 0)
-    share = batch // lanes
+    streams = max(n for n in range(1, 65) if batch % n == 0)
+    share = batch // streams
     left_over: list[Row] = []
     for epoch in range(num_epochs):
         dealt = np.random.default_rng((seed, 0, epoch)).permutation(len(by_group))
@@ -81,15 +81,15 @@ def slowly(
         num_steps = len(rows) // batch
         left_over = rows[num_steps * batch :]
         length = num_steps * share
-        lane_rows = [rows[lane * length : (lane + 1) * length] for lane in range(lanes)]
+        stream_rows = [rows[stream * length : (stream + 1) * length] for stream in range(streams)]
         found: list[list[Row]] = []
         per_window = max(window_rows // batch, 1)
         for index, first in enumerate(range(0, num_steps, per_window)):
             count = min(per_window, num_steps - first)
             taken: list[list[Row]] = [[] for _ in range(count)]
-            for lane, all_of_lane in enumerate(lane_rows):
-                here = all_of_lane[first * share : (first + count) * share]
-                rng = np.random.default_rng((seed, 1, epoch, index, lane))
+            for stream, all_of_stream in enumerate(stream_rows):
+                here = all_of_stream[first * share : (first + count) * share]
+                rng = np.random.default_rng((seed, 1, epoch, index, stream))
                 places = rng.permutation(len(here))
                 for i, place in enumerate(places):
                     taken[i // share].append(here[place])
@@ -114,7 +114,7 @@ cases = pytest.mark.parametrize(("num_rows", "per_group", "per_shard", "batch", 
 @cases
 def test_the_order_is_what_its_description_says(num_rows, per_group, per_shard, batch, window):
     groups = row_groups(num_rows, per_group, per_shard)
-    order = TrainingOrder(groups, batch, seed=3, window_rows=window)
+    order = TrainingSampler(groups, batch, seed=3, window_rows=window)
     for epoch, expected in enumerate(slowly(groups, batch, 3, window, num_epochs=12)):
         assert order.num_steps(epoch) == len(expected)
         assert steps(order, range(epoch, epoch + 1)) == expected
@@ -125,7 +125,7 @@ def test_over_20_epochs_every_step_is_full_and_every_row_comes_as_often_as_any_o
     num_rows, per_group, per_shard, batch, window
 ):
     groups = row_groups(num_rows, per_group, per_shard)
-    order = TrainingOrder(groups, batch, seed=0, window_rows=window)
+    order = TrainingSampler(groups, batch, seed=0, window_rows=window)
     counts = Counter(dict.fromkeys(all_rows(groups), 0))
     taken = 0
     for epoch in range(20):
@@ -144,7 +144,7 @@ def test_over_20_epochs_every_step_is_full_and_every_row_comes_as_often_as_any_o
 @cases
 def test_what_is_left_over_opens_the_next_epoch(num_rows, per_group, per_shard, batch, window):
     groups = row_groups(num_rows, per_group, per_shard)
-    order = TrainingOrder(groups, batch, seed=1, window_rows=window)
+    order = TrainingSampler(groups, batch, seed=1, window_rows=window)
     waiting: Counter[Row] = Counter()
     for epoch in range(6):
         waiting.update(all_rows(groups))
@@ -160,9 +160,9 @@ def test_one_two_and_four_workers_share_the_same_steps(
     num_rows, per_group, per_shard, batch, window
 ):
     groups = row_groups(num_rows, per_group, per_shard)
-    order = TrainingOrder(groups, batch, seed=5, window_rows=window)
+    order = TrainingSampler(groups, batch, seed=5, window_rows=window)
     alone = steps(order, range(3))
-    for workers in (w for w in (2, 3, 4, 6) if num_lanes(batch) % w == 0):
+    for workers in (w for w in (2, 3, 4, 6) if num_streams(batch) % w == 0):
         shares = [steps(order, range(3), rank, workers) for rank in range(workers)]
         whole = [[r for part in parts for r in part] for parts in zip(*shares, strict=True)]
         assert whole == alone
@@ -171,15 +171,15 @@ def test_one_two_and_four_workers_share_the_same_steps(
 
 def test_an_order_that_goes_on_later_goes_on_the_same_way():
     groups = row_groups(101, 7, 30)
-    at_once = steps(TrainingOrder(groups, 16, 0, 40), range(8))
+    at_once = steps(TrainingSampler(groups, 16, 0, 40), range(8))
     for first in range(8):
-        order = TrainingOrder(groups, 16, 0, 40)
+        order = TrainingSampler(groups, 16, 0, 40)
         assert steps(order, range(first, 8)) == at_once[order.steps_before(first) :]
 
 
 def test_asking_for_epochs_in_any_order_changes_nothing():
     groups = row_groups(101, 7, 30)
-    order, expected = TrainingOrder(groups, 16, 0, 40), list(slowly(groups, 16, 0, 40, 6))
+    order, expected = TrainingSampler(groups, 16, 0, 40), list(slowly(groups, 16, 0, 40, 6))
     for epoch in (5, 0, 3, 3, 2, 4, 1, 0):
         assert steps(order, range(epoch, epoch + 1)) == expected[epoch]
 
@@ -187,7 +187,7 @@ def test_asking_for_epochs_in_any_order_changes_nothing():
 def test_epochs_and_seeds_have_orders_of_their_own():
     groups = row_groups(96, 8, 96)
     orders = [
-        tuple(map(tuple, steps(TrainingOrder(groups, 16, seed, 96), range(e, e + 1))))
+        tuple(map(tuple, steps(TrainingSampler(groups, 16, seed, 96), range(e, e + 1))))
         for seed in (0, 1, 2**40)
         for e in range(3)
     ]
@@ -196,19 +196,19 @@ def test_epochs_and_seeds_have_orders_of_their_own():
 
 def test_the_shuffle_mixes_rows_of_a_window_beyond_their_row_groups():
     groups = row_groups(512, 64, 512)
-    order = TrainingOrder(groups, 4, seed=0, window_rows=512)
+    order = TrainingSampler(groups, 4, seed=0, window_rows=512)
     first = steps(order, range(1))
-    # Each lane holds two row groups; unshuffled, a lane would hand out 64 rows of one first.
-    lane_groups = [step[0][1] for step in first[:64]]
-    assert len(set(lane_groups)) == 2
+    # Each stream holds two row groups; unshuffled, a stream would hand out 64 rows of one first.
+    stream_groups = [step[0][1] for step in first[:64]]
+    assert len(set(stream_groups)) == 2
     assert [step[0][2] for step in first[:64]] != sorted(step[0][2] for step in first[:64])
 
 
 @pytest.mark.parametrize("window", [1, 16, 40, 101, 10**9])
 def test_windows_cut_an_epoch_into_steps_and_do_not_change_its_rows(window):
     groups = row_groups(101, 7, 30)
-    order = TrainingOrder(groups, 16, seed=0, window_rows=window)
-    whole = TrainingOrder(groups, 16, seed=0, window_rows=10**9)
+    order = TrainingSampler(groups, 16, seed=0, window_rows=window)
+    whole = TrainingSampler(groups, 16, seed=0, window_rows=10**9)
     for epoch in range(4):
         windows = windows_of(order, range(epoch, epoch + 1))
         assert [w.epoch for w in windows] == [epoch] * len(windows)
@@ -225,7 +225,7 @@ def test_windows_cut_an_epoch_into_steps_and_do_not_change_its_rows(window):
 
 
 def test_windows_of_several_epochs_follow_each_other():
-    order = TrainingOrder(row_groups(101, 7, 30), 16, seed=0, window_rows=40)
+    order = TrainingSampler(row_groups(101, 7, 30), 16, seed=0, window_rows=40)
     apart = [w for e in range(2, 5) for w in windows_of(order, range(e, e + 1))]
     assert windows_of(order, range(2, 5)) == apart
     assert windows_of(order, range(2, 2)) == []
@@ -235,7 +235,7 @@ def test_windows_of_several_epochs_follow_each_other():
 def test_going_on_at_any_step_gives_the_same_steps_and_reads_one_window_again_at_most(
     num_rows, per_group, per_shard, batch, window
 ):
-    order = TrainingOrder(row_groups(num_rows, per_group, per_shard), batch, 4, window)
+    order = TrainingSampler(row_groups(num_rows, per_group, per_shard), batch, 4, window)
     last = order.steps_before(5)
     at_once, all_windows = steps_between(order, 0, last), list(order.windows(0, last))
     for start in range(last):
@@ -248,51 +248,51 @@ def test_going_on_at_any_step_gives_the_same_steps_and_reads_one_window_again_at
 
 @cases
 def test_every_global_step_knows_its_epoch(num_rows, per_group, per_shard, batch, window):
-    order = TrainingOrder(row_groups(num_rows, per_group, per_shard), batch, 0, window)
+    order = TrainingSampler(row_groups(num_rows, per_group, per_shard), batch, 0, window)
     for step in range(order.steps_before(9)):
         epoch = order.epoch_of(step)
         assert order.steps_before(epoch) <= step < order.steps_before(epoch + 1)
 
 
 def test_steps_of_an_epoch_vary_by_one_and_sum_up():
-    order = TrainingOrder(row_groups(101, 7, 30), 16, seed=0, window_rows=40)
+    order = TrainingSampler(row_groups(101, 7, 30), 16, seed=0, window_rows=40)
     counts = [order.num_steps(epoch) for epoch in range(16)]
     assert set(counts) == {6, 7}
     assert sum(counts) == 101
     assert [order.steps_before(e) for e in range(17)] == [sum(counts[:e]) for e in range(17)]
 
 
-def test_every_step_takes_as_many_rows_from_each_lane():
+def test_every_step_takes_as_many_rows_from_each_stream():
     groups = row_groups(200, 11, 70)
-    order = TrainingOrder(groups, 96, seed=0, window_rows=96)
-    assert (order.num_lanes, order.rows_per_lane_step) == (48, 2)
+    order = TrainingSampler(groups, 96, seed=0, window_rows=96)
+    assert (order.num_streams, order.rows_per_stream_step) == (48, 2)
     for window in windows_of(order, range(4)):
-        for lane in range(order.num_lanes):
-            rows = expanded(order.lane_rows(window, lane))
+        for stream in range(order.num_streams):
+            rows = expanded(order.stream_rows(window, stream))
             assert len(rows) == 2 * window.num_steps
-            assert sorted(order.shuffle(window, lane).flat) == list(range(len(rows)))
+            assert sorted(order.shuffle(window, stream).flat) == list(range(len(rows)))
 
 
 def test_fewer_rows_than_a_step_takes_is_an_error_with_both_numbers():
     message = r"train.global_batch_size=16 is more than the 15 rows of the training split; lower it"
     with pytest.raises(ValueError, match=message):
-        TrainingOrder(row_groups(15, 4, 8), 16, seed=0, window_rows=16)
+        TrainingSampler(row_groups(15, 4, 8), 16, seed=0, window_rows=16)
 
 
-def test_workers_that_cannot_share_the_lanes_are_told_what_divides():
-    order = TrainingOrder(row_groups(200, 11, 70), 96, seed=0, window_rows=96)
+def test_workers_that_cannot_share_the_streams_are_told_what_divides():
+    order = TrainingSampler(row_groups(200, 11, 70), 96, seed=0, window_rows=96)
     message = (
-        r"32 workers cannot share the 48 lanes of global_batch_size=96 evenly; their number must "
+        r"32 workers cannot share the 48 streams of global_batch_size=96 evenly; their number must "
         r"divide 48"
     )
     with pytest.raises(ValueError, match=message):
-        order.lanes_of(0, 32)
+        order.streams_of(0, 32)
 
 
 def test_the_order_of_a_split_is_that_of_its_row_groups():
     groups = row_groups(101, 7, 30)
-    order = TrainingOrder.of(split_of(groups), 16, 2, DataSpec(shuffle_window_rows=40))
-    assert steps(order, range(3)) == steps(TrainingOrder(groups, 16, 2, 40), range(3))
+    order = TrainingSampler.of(split_of(groups), 16, 2, DataSpec(shuffle_window_rows=40))
+    assert steps(order, range(3)) == steps(TrainingSampler(groups, 16, 2, 40), range(3))
 
 
 def test_a_window_holds_no_more_rows_than_the_declared_bytes_allow():
@@ -302,18 +302,18 @@ def test_a_window_holds_no_more_rows_than_the_declared_bytes_allow():
     ]
     split = split_of(groups).model_copy(update={"shards": tuple(shards)})
     # Rows of 500 bytes, and four times a window's rows may be held.
-    few = TrainingOrder.of(split, 10, 0, DataSpec(buffer_bytes=4 * 500 * 60))
+    few = TrainingSampler.of(split, 10, 0, DataSpec(buffer_bytes=4 * 500 * 60))
     assert few.steps_per_window == 6
-    assert TrainingOrder.of(split, 10, 0, DataSpec(buffer_bytes=1)).steps_per_window == 1
+    assert TrainingSampler.of(split, 10, 0, DataSpec(buffer_bytes=1)).steps_per_window == 1
     many = DataSpec(buffer_bytes=1 << 30, shuffle_window_rows=200)
-    assert TrainingOrder.of(split, 10, 0, many).steps_per_window == 20
+    assert TrainingSampler.of(split, 10, 0, many).steps_per_window == 20
 
 
 @pytest.mark.parametrize(
-    ("batch", "lanes"), [(1, 1), (2, 2), (64, 64), (67, 1), (96, 48), (128, 64), (130, 26)]
+    ("batch", "streams"), [(1, 1), (2, 2), (64, 64), (67, 1), (96, 48), (128, 64), (130, 26)]
 )
-def test_lanes_are_the_greatest_divisor_up_to_64(batch, lanes):
-    assert num_lanes(batch) == lanes <= MAX_LANES
+def test_streams_are_the_greatest_divisor_up_to_64(batch, streams):
+    assert num_streams(batch) == streams <= MAX_STREAMS
 
 
 @pytest.mark.parametrize("workers", range(1, 6))
@@ -337,8 +337,8 @@ def test_stored_ranges_hold_no_empty_one():
 
 
 def test_a_long_run_keeps_the_deals_of_a_few_epochs_only():
-    order = TrainingOrder(row_groups(101, 7, 30), 16, seed=0, window_rows=40)
+    order = TrainingSampler(row_groups(101, 7, 30), 16, seed=0, window_rows=40)
     for window in islice(order.windows(0, order.steps_before(50)), 300):
-        order.lane_rows(window, 0)
-        order.lane_rows(window, order.num_lanes - 1)
+        order.stream_rows(window, 0)
+        order.stream_rows(window, order.num_streams - 1)
         assert len(order._dealt_epochs) <= 3

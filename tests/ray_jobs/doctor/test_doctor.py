@@ -147,7 +147,7 @@ def test_what_an_autoscaler_may_add_counts(monkeypatch, spec):
     spec = spec.overlay({"train.num_workers": 8})
     (few,) = resources.workers(spec, here)
     assert few.status == "error"
-    monkeypatch.setattr(resources, "nodes_possible", lambda: [{"CPU": 4.0}] * 3)
+    monkeypatch.setattr(resources, "possible_nodes", lambda: [{"CPU": 4.0}] * 3)
     (later,) = resources.workers(spec, here)
     assert (later.status, later.text) == (
         "ok", "8 workers of 1 CPU fit once the autoscaler has added nodes",
@@ -162,7 +162,7 @@ def test_a_store_that_an_autoscaler_would_enlarge_is_no_error(monkeypatch, spec)
     here = [Node("0" * 40, "a", {"CPU": 2.0, "object_store_memory": 4e9, "memory": 8e9}, None)]
     spec = spec.overlay({"data.object_store_memory": 10**10})
     assert [found.status for found in resources.budgets(spec, None, here)] == ["error"]
-    monkeypatch.setattr(resources, "nodes_possible", lambda: [{"CPU": 4.0}] * 3)
+    monkeypatch.setattr(resources, "possible_nodes", lambda: [{"CPU": 4.0}] * 3)
     assert [found.status for found in resources.budgets(spec, None, here)] == ["warning"]
 
 

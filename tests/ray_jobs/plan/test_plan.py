@@ -49,7 +49,7 @@ def test_the_job_prints_what_a_run_takes_and_writes_the_same_as_json(tmp_path, c
     assert "8 × a10g: 8 × AWS g5.xlarge, 8 rows a step on each, float32" in shown
     assert f"${found['usd']['on_demand']:.2f} on demand" in shown
     assert f"{found['stages'][0]['rows_per_s']:,.0f} rows/s" in shown
-    assert (found["num_machines"], found["fits"], found["remedies"]) == (8, True, [])
+    assert (found["num_machines"], found["fits"], found["suggestions"]) == (8, True, [])
     assert [other["num_workers"] for other in found["other_workers"]] == [1, 2, 4, 8, 16, 32]
 
 

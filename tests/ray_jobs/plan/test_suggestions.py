@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from ray_jobs.plan.estimate import Estimator
-from ray_jobs.plan.suggestions import remedies
+from ray_jobs.plan.suggestions import suggestions
 from tests.ray_jobs.plan.samples import COSTS, GIB, LAYER, MACHINE, manifest, spec
 
 
@@ -16,7 +16,7 @@ def estimator(run, kept_gib: float = 0.25, machine=MACHINE) -> Estimator:
 def test_every_remedy_is_true_and_what_is_one_less_would_not_do():
     run = spec(train__num_workers=2, train__global_batch_size=32)
     assert not estimator(run).plan(run).fits
-    ways = remedies(run, estimator(run), estimator)
+    ways = suggestions(run, estimator(run), estimator)
     assert [way.changes for way in ways] == [
         {"train.accumulate_steps": 2},
         {"train.precision": "mixed_bfloat16"},
@@ -37,10 +37,10 @@ def test_where_one_change_is_not_enough_two_are_tried():
     def huge(of) -> Estimator:
         return estimator(of, kept_gib=4)
 
-    (way,) = remedies(run, huge(run), huge)
+    (way,) = suggestions(run, huge(run), huge)
     assert way.changes == {"train.precision": "mixed_bfloat16"}
     two = run.overlay({"train.global_batch_size": 2})
-    found = [way.changes for way in remedies(two, huge(two), huge)]
+    found = [way.changes for way in suggestions(two, huge(two), huge)]
     assert found == [{"train.precision": "mixed_bfloat16", "train.accumulate_steps": 2}]
 
 
@@ -51,4 +51,4 @@ def test_where_not_even_one_row_fits_there_is_none(precision):
     def hopeless(of) -> Estimator:
         return estimator(of, kept_gib=10)
 
-    assert remedies(run, hopeless(run), hopeless) == []
+    assert suggestions(run, hopeless(run), hopeless) == []

@@ -15,11 +15,13 @@ import pytest
 from PIL import Image
 
 from mm_model.statistics import fit_numeric_statistics
+from ray_jobs.config.command_line import main
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import SPLITS, RunSpec
 from ray_jobs.data.images import decode_stored
 from ray_jobs.data.manifest import read_manifest
-from ray_jobs.prepare.job import main, prepare
+from ray_jobs.prepare import job
+from ray_jobs.prepare.job import prepare
 from ray_jobs.storage.folder import Folder
 from tests.ray_jobs.raw import SIZE, Raw, files, jpeg, quarantine, shard_rows, split_of
 
@@ -364,7 +366,7 @@ def test_the_command_line_shows_what_it_made(raw, monkeypatch, capsys):
     }
     arguments = [f"--prepare.{name}={value}" for name, value in flags.items()]
     monkeypatch.setattr(sys, "argv", ["prepare", *arguments])
-    main()
+    main(RunSpec, prepare, job.__doc__)
     shown = capsys.readouterr().out
     assert f"Prepared {raw.out('shown')}" in shown
     assert "splits: by hash of key, seed 0" in shown

@@ -3,15 +3,15 @@ import asyncio
 from ray_jobs.train.coordinator import StopRequest
 
 
-def test_a_worker_learns_of_a_stop_and_that_it_is_over(board):
+def test_a_worker_learns_of_a_stop_and_that_it_is_over(coordinator):
     import ray
 
-    asked = StopRequest(board)
+    asked = StopRequest(coordinator)
     assert asked() is False
-    ray.get(board.ask_to_stop.remote())
+    ray.get(coordinator.ask_to_stop.remote())
     while not asked():
         pass
-    ray.get(board.begin.remote())
+    ray.get(coordinator.begin.remote())
     while asked():
         pass
 
@@ -40,6 +40,6 @@ def test_a_worker_does_not_wait_for_an_answer_that_is_late(ray_local):
     while not asked():
         pass
     ray.kill(late)
-    # A board that is lost asks nobody to stop.
+    # A coordinator that is lost asks nobody to stop.
     while asked():
         pass

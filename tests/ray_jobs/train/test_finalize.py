@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from mm_model import load_model
-from ray_jobs.cluster.strategy import Place
+from ray_jobs.cluster.strategy import WorkerContext
 from ray_jobs.config.spec import RunSpec
 from ray_jobs.storage.folder import Folder
 from ray_jobs.train import finalize as module
-from ray_jobs.train.checkpoints.checkpoint import Best, LoopState
+from ray_jobs.train.checkpoints.checkpoint import BestCheckpoint, LoopState
 from ray_jobs.train.finalize import MODEL, finish, is_finished
 from ray_jobs.train.loop import Loop
 from tests.ray_jobs.arrays import arrays_of
@@ -37,7 +37,7 @@ def test_a_finished_model_that_began_with_imagenets_weights_computes_what_its_be
             "train": {"global_batch_size": 8, "calibrate": False},
         }
     )
-    loop = Loop(spec, manifest, Place())
+    loop = Loop(spec, manifest, WorkerContext())
     rng = np.random.default_rng(0)
     for variable in loop.trainable:
         # As it is made, a backbone lets next to nothing of an image through.
@@ -48,7 +48,7 @@ def test_a_finished_model_that_began_with_imagenets_weights_computes_what_its_be
         "numeric": rng.normal(size=(9, 3)).astype(np.float32),
     }
     logits_NM = np.asarray(loop.model.head_logits(inputs))
-    best = Best(arrays_of(loop.model.variables), logits_NM, np.arange(9) % 2)
+    best = BestCheckpoint(arrays_of(loop.model.variables), logits_NM, np.arange(9) % 2)
     run = Folder(tmp_path / "run")
     assert not is_finished(run)
     finish(loop, LoopState(epoch=1, step=5, best_epoch=0), best, run, train_s=1.0)

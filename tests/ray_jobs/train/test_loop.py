@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ray_jobs.config.spec import DataSpec
-from ray_jobs.data.sampler import TrainingOrder
+from ray_jobs.data.sampler import TrainingSampler
 from tests.ray_jobs.scenarios import FAST, SCENARIOS, run_scenarios
 from tests.ray_jobs.tiny import write_prepared
 
@@ -105,7 +105,7 @@ def test_a_step_has_one_gradient_collective(seen, scenario):
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_no_row_is_dropped_or_doubled_where_nothing_divides(seen, num_workers):
     facts = [seen[f"uneven-{num_workers}-{rank}"] for rank in range(num_workers)]
-    order = TrainingOrder.of(seen["manifest"].splits["train"], 14, 0, DataSpec())
+    order = TrainingSampler.of(seen["manifest"].splits["train"], 14, 0, DataSpec())
     trained, validated = Counter(), [Counter() for _ in range(8)]
     for fact in facts:
         batches = iter(fact["rows"])

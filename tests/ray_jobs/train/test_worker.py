@@ -12,18 +12,18 @@ import pytest
 from ray_jobs.config.spec import RunSpec
 from ray_jobs.storage.folder import Folder
 from ray_jobs.train import worker as module
-from ray_jobs.train.checkpoints.checkpoint import DamagedCheckpointError, LoopState, Saved
-from ray_jobs.train.checkpoints.checkpoint_manager import CheckpointStore
-from ray_jobs.train.coordinator import failures_told
+from ray_jobs.train.checkpoints.checkpoint import Checkpoint, DamagedCheckpointError, LoopState
+from ray_jobs.train.checkpoints.checkpoint_manager import CheckpointManager
+from ray_jobs.train.coordinator import reported_failures
 from ray_jobs.train.telemetry.profiler import Profiler
 from ray_jobs.train.worker import _failures_told, _Worker
 
 
 @contextmanager
-def worker_of(board: Any, run: Path, rank: int = 0) -> Iterator[Any]:
+def worker_of(coordinator: Any, run: Path, rank: int = 0) -> Iterator[Any]:
     spec = RunSpec.model_validate({"train": {"checkpoint_every_steps": 4}})
     config = {
-        "spec": spec.model_dump(mode="json"), "run": str(run), "board": board,
+        "spec": spec.model_dump(mode="json"), "run": str(run), "coordinator": coordinator,
         "ray_s": 1.0, "began": time.time(),
     }  # fmt: skip
     with ThreadPoolExecutor(1) as beside:
@@ -34,8 +34,8 @@ def worker_of(board: Any, run: Path, rank: int = 0) -> Iterator[Any]:
 
 
 @pytest.fixture
-def worker(board, tmp_path) -> Any:
-    with worker_of(board, tmp_path) as made:
+def worker(coordinator, tmp_path) -> Any:
+    with worker_of(coordinator, tmp_path) as made:
         yield made
 
 
@@ -58,20 +58,22 @@ def test_a_node_that_is_about_to_go_is_saved_for_once(worker, monkeypatch):
     told: list[Any] = [None]
     monkeypatch.setattr(ray.train, "get_preemption_info", lambda: told[0])
     every = module._PREEMPTION_EVERY
-    assert not any(worker.wish().save for _ in range(2 * every))
+    assert not any(worker.poll_control().save for _ in range(2 * every))
     told[0] = "soon"
-    assert [worker.wish().save for _ in range(2 * every)].count(True) == 1
+    assert [worker.poll_control().save for _ in range(2 * every)].count(True) == 1
 
 
-def test_all_workers_go_on_from_the_checkpoint_that_rank_0_found(board, tmp_path, monkeypatch):
+def test_all_workers_go_on_from_the_checkpoint_that_rank_0_found(
+    coordinator, tmp_path, monkeypatch
+):
     import ray.train.collective
 
-    store = CheckpointStore(Folder(tmp_path))
+    store = CheckpointManager(Folder(tmp_path))
     for step in (4, 8):
-        store.save(Saved(LoopState(step=step), {}, {}))
+        store.save(Checkpoint(LoopState(step=step), {}, {}))
     store.close()
     monkeypatch.setattr(ray.train.collective, "broadcast_from_rank_zero", lambda own: 4)
-    with worker_of(board, tmp_path, rank=1) as worker:
+    with worker_of(coordinator, tmp_path, rank=1) as worker:
         found = worker._agreed_checkpoint()
     # It has found the one after step 8, which rank 0's view of the disk does not show.
     assert found.state.step == 4
@@ -91,10 +93,10 @@ def test_a_stop_is_told_with_what_is_saved_of_it(saved, text):
 
 
 @pytest.mark.parametrize(("step", "where"), [(None, "in its start"), (7, "after step 7")])
-def test_a_hang_is_told_with_its_place_and_its_setting(worker, board, step, where):
+def test_a_hang_is_told_with_its_place_and_its_setting(worker, coordinator, step, where):
     worker.step = step
     worker._tell_hang(46.2)
-    (told,) = failures_told(board)
+    (told,) = reported_failures(coordinator)
     assert told["text"] == (
         f"nothing happened for 46 s {where} (train.hang_timeout_s): this worker or one that it "
         "waits for hangs"
@@ -102,7 +104,7 @@ def test_a_hang_is_told_with_its_place_and_its_setting(worker, board, step, wher
     assert (told["rank"], told["again"], told["of"]) == (0, True, "hang")
 
 
-def test_what_is_tried_again_and_what_is_an_echo_follows_from_the_kind_of_an_error(board):
+def test_what_is_tried_again_and_what_is_an_echo_follows_from_the_kind_of_an_error(coordinator):
     import tensorflow as tf
 
     cases = [
@@ -116,8 +118,8 @@ def test_what_is_tried_again_and_what_is_an_echo_follows_from_the_kind_of_an_err
         (tf.errors.InvalidArgumentError(None, None, "shapes"), False, "own"),
     ]
     for error, _, _ in cases:
-        with pytest.raises(type(error)), _failures_told(board, 1):
+        with pytest.raises(type(error)), _failures_told(coordinator, 1):
             raise error
-    told = failures_told(board)
+    told = reported_failures(coordinator)
     assert [(f["again"], f["of"]) for f in told] == [(again, of) for _, again, of in cases]
     assert told[0]["text"] == "ValueError: row 'a' cannot be used"

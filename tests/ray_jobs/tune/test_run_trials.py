@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from ray_jobs.cluster.node_inventory import _nodes_of_ray_up
-from ray_jobs.cluster.trial_slots import slots_on
+from ray_jobs.cluster.trial_slots import trials_that_fit
 from ray_jobs.config.errors import JobError
 from ray_jobs.tune.run_trials import TRIALS
 from ray_jobs.tune.trials.trial import ENDED
@@ -222,10 +222,10 @@ def test_what_an_autoscaler_may_add_counts(tmp_path):
     nodes = _nodes_of_ray_up(path)
     # Five workers would be one more than there may be.
     assert sorted(node["CPU"] for node in nodes) == [2, 4, 4, 8, 8]
-    assert slots_on(nodes, {"CPU": 4}, 1) == 2 + 2 * 2
-    assert slots_on(nodes, {"CPU": 1, "GPU": 0.25}, 1) == 8
-    assert slots_on(nodes, {"CPU": 4}, 2) == 3
-    assert slots_on(nodes, {"CPU": 9}, 1) == 0
+    assert trials_that_fit(nodes, {"CPU": 4}, 1) == 2 + 2 * 2
+    assert trials_that_fit(nodes, {"CPU": 1, "GPU": 0.25}, 1) == 8
+    assert trials_that_fit(nodes, {"CPU": 4}, 2) == 3
+    assert trials_that_fit(nodes, {"CPU": 9}, 1) == 0
     bare = {"max_workers": 2, "resources": {}}
     path.write_text(yaml.safe_dump({**config, "available_node_types": {"head": bare}}))
     assert _nodes_of_ray_up(path) == []

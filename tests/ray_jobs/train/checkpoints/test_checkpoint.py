@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from ray_jobs.train.checkpoints.checkpoint import (
-    Best,
+    BestCheckpoint,
+    Checkpoint,
     DamagedCheckpointError,
     LoopState,
-    Saved,
     assign,
     is_random_state,
     read_best,
@@ -54,13 +54,13 @@ def trained(seed: int = 0, dropout: float = 0.0) -> Any:
     return model
 
 
-def saved() -> Saved:
+def saved() -> Checkpoint:
     rng = np.random.default_rng(0)
     odd = np.array([np.nan, np.inf, -np.inf, -0.0, 1e-45], np.float32)
     model = {"00000 a/kernel": rng.normal(size=(3, 2)).astype(np.float32), "00001 a/odd": odd}
     optimizer = {"00000 adam/iterations": np.array(7, np.int64), "00001 m": np.empty((0, 3))}
     local = {"loss_and_statistics": rng.normal(size=(2, 7)).astype(np.float32)}
-    return Saved(STATE, model, optimizer, local)
+    return Checkpoint(STATE, model, optimizer, local)
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_a_checkpoint_is_read_back_bit_by_bit(written):
 
 def test_a_best_epoch_is_read_back_bit_by_bit(tmp_path):
     rng = np.random.default_rng(0)
-    best = Best(saved().model, rng.normal(size=(5, 3)), np.ones(5, np.float32))
+    best = BestCheckpoint(saved().model, rng.normal(size=(5, 3)), np.ones(5, np.float32))
     write_best(tmp_path, best)
     read = read_best(tmp_path)
     assert identical(read.model, best.model)
@@ -97,14 +97,14 @@ def test_a_history_of_any_float_is_read_back_exactly(tmp_path):
     rng = np.random.default_rng(0)
     floats = np.frombuffer(rng.bytes(8 * 2000), np.float64)
     history = tuple({"val/log_loss": float(v)} for v in floats[np.isfinite(floats)])
-    write_checkpoint(tmp_path, Saved(LoopState(history=history), {}, {}))
+    write_checkpoint(tmp_path, Checkpoint(LoopState(history=history), {}, {}))
     assert read_checkpoint(tmp_path).state.history == history
 
 
 def test_a_trained_model_goes_on_in_another_one_bit_by_bit(tmp_path):
     first, other = trained(), make_model(seed=1)
     other.optimizer.build(other.trainable_variables)
-    now = Saved(STATE, arrays_of(first.variables), arrays_of(first.optimizer.variables))
+    now = Checkpoint(STATE, arrays_of(first.variables), arrays_of(first.optimizer.variables))
     write_checkpoint(tmp_path, now)
     read = read_checkpoint(tmp_path)
     assign(other.variables, read.model, "model weights")

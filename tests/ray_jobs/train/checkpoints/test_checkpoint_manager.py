@@ -7,18 +7,19 @@ import numpy as np
 import pytest
 
 from ray_jobs.storage.folder import Folder
-from ray_jobs.train.checkpoints.checkpoint import Best, LoopState, Saved
-from ray_jobs.train.checkpoints.checkpoint_manager import CheckpointStore
+from ray_jobs.train.checkpoints.checkpoint import BestCheckpoint, Checkpoint, LoopState
+from ray_jobs.train.checkpoints.checkpoint_manager import CheckpointManager
 
 
-def saved(step: int, epoch: int = 0, best: tuple[int, ...] = ()) -> Saved:
+def saved(step: int, epoch: int = 0, best: tuple[int, ...] = ()) -> Checkpoint:
     """A checkpoint whose arrays say which step and epoch they are of."""
     state = LoopState(step=step, epoch=epoch, best_epoch=best[0] if best else None)
     arrays = {"00000 a/kernel": np.full(50, step, np.float32)}
     models = {
-        e: Best({"00000 a/kernel": np.full(50, e, np.float32)}, *_validation(e)) for e in best
+        e: BestCheckpoint({"00000 a/kernel": np.full(50, e, np.float32)}, *_validation(e))
+        for e in best
     }
-    return Saved(state, arrays, arrays, {}, models)
+    return Checkpoint(state, arrays, arrays, {}, models)
 
 
 def _validation(epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -34,9 +35,9 @@ def run(request, tmp_path) -> Folder:
     return folder
 
 
-def store_of(run: Folder, keep: int = 2) -> tuple[CheckpointStore, list[str]]:
+def store_of(run: Folder, keep: int = 2) -> tuple[CheckpointManager, list[str]]:
     warnings: list[str] = []
-    return CheckpointStore(run, keep, warnings.append), warnings
+    return CheckpointManager(run, keep, warnings.append), warnings
 
 
 def names(run: Folder) -> set[str]:
@@ -48,7 +49,7 @@ def test_the_newest_checkpoint_is_read_back_with_its_best_epochs(run):
     for now in (saved(4), saved(8, 1, (0,)), saved(12, 1, (0,))):
         store.save(now)
     store.close()
-    found = CheckpointStore(run).newest()
+    found = CheckpointManager(run).newest()
     assert found is not None
     assert (found.state.step, found.state.epoch) == (12, 1)
     assert set(found.best) == {0}
@@ -60,13 +61,13 @@ def test_what_is_saved_is_given_away_once_and_not_while_it_is_written(tmp_path, 
     store, _ = store_of(Folder(tmp_path))
     assert store.spare() is None
     writes = threading.Event()
-    write = CheckpointStore._save
+    write = CheckpointManager._save
 
-    def late(self: CheckpointStore, given: Saved) -> None:
+    def late(self: CheckpointManager, given: Checkpoint) -> None:
         writes.wait(30)
         write(self, given)
 
-    monkeypatch.setattr(CheckpointStore, "_save", late)
+    monkeypatch.setattr(CheckpointManager, "_save", late)
     given = saved(4, 1, (0,))
     store.save(given)
     assert store.spare() is None
@@ -81,7 +82,7 @@ def test_what_is_saved_is_given_away_once_and_not_while_it_is_written(tmp_path, 
 
 
 def test_a_run_without_a_checkpoint_has_none(run):
-    assert CheckpointStore(run).newest() is None
+    assert CheckpointManager(run).newest() is None
 
 
 def test_the_latest_few_are_kept_and_the_best_epochs_that_they_need(run):
@@ -116,7 +117,7 @@ def test_a_torn_checkpoint_is_passed_over_for_the_one_before(run, file):
     # And written anew when the run comes there again.
     again.save(saved(8))
     again.close()
-    newest = CheckpointStore(run).newest()
+    newest = CheckpointManager(run).newest()
     assert newest is not None
     assert newest.state.step == 8
 
@@ -134,7 +135,7 @@ def test_a_checkpoint_whose_best_epoch_is_torn_is_passed_over_too(run):
     assert found.state.step == 4
     again.save(saved(8, 1, (0,)))
     again.close()
-    newest = CheckpointStore(run).newest()
+    newest = CheckpointManager(run).newest()
     assert newest is not None
     assert set(newest.best) == {0}
 
@@ -154,7 +155,7 @@ def test_in_an_object_store_a_checkpoint_without_its_state_is_none(tmp_path):
     folder = tmp_path / "checkpoints/steps/00000008"
     folder.mkdir(parents=True)
     (folder / "model.npz").write_bytes(b"half")
-    assert CheckpointStore(Folder(tmp_path)).newest() is None
+    assert CheckpointManager(Folder(tmp_path)).newest() is None
 
 
 def test_a_full_disk_costs_a_warning_and_the_next_checkpoint_is_whole(run, monkeypatch):
@@ -180,7 +181,7 @@ def test_a_full_disk_costs_a_warning_and_the_next_checkpoint_is_whole(run, monke
     # The best epoch's model, which was lost with the checkpoint before, comes along.
     store.save(saved(12, 1, (0,)))
     store.close()
-    found = CheckpointStore(run).newest()
+    found = CheckpointManager(run).newest()
     assert found is not None
     assert (found.state.step, set(found.best)) == (12, {0})
 
@@ -229,7 +230,7 @@ def test_what_cannot_be_read_at_the_moment_is_no_damage(tmp_path, monkeypatch):
 
     monkeypatch.setattr(np, "load", load)
     with pytest.raises(OSError, match="Input/output error"):
-        CheckpointStore(Folder(tmp_path)).newest()
+        CheckpointManager(Folder(tmp_path)).newest()
 
 
 def test_a_best_epoch_that_was_pruned_or_is_torn_is_written_again(tmp_path):
@@ -240,7 +241,7 @@ def test_a_best_epoch_that_was_pruned_or_is_torn_is_written_again(tmp_path):
     store.save(saved(24, 3, (0,)))
     store.close()
     assert names(run) == {"steps/00000024", "best/00000"}
-    newest = CheckpointStore(run).newest()
+    newest = CheckpointManager(run).newest()
     assert newest is not None
     assert set(newest.best) == {0}
 
@@ -263,4 +264,4 @@ def test_whoever_does_not_write_needs_no_best_epoch(run):
     store, _ = store_of(run)
     store.save(saved(8, 1, (0,)))
     store.close()
-    assert CheckpointStore(run).load(8, with_best=False).best == {}
+    assert CheckpointManager(run).load(8, with_best=False).best == {}

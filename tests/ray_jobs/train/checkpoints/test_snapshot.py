@@ -4,7 +4,7 @@ import keras
 import pytest
 import tensorflow as tf
 
-from ray_jobs.cluster.strategy import Place, Replicas
+from ray_jobs.cluster.strategy import Replicas, WorkerContext
 from ray_jobs.train.checkpoints.snapshot import Copier
 from tests.ray_jobs.arrays import arrays_of, identical
 
@@ -17,7 +17,7 @@ def model() -> Any:
 
 
 def copier(model: Any) -> Copier:
-    return Copier(model.variables, Replicas(tf.distribute.get_strategy(), Place()))
+    return Copier(model.variables, Replicas(tf.distribute.get_strategy(), WorkerContext()))
 
 
 def change(model: Any) -> None:

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from ray_jobs.train.coordinator import make_board
+from ray_jobs.train.coordinator import make_coordinator
 from ray_jobs.train.telemetry import console
-from ray_jobs.train.telemetry.console import Screen, rank, shown
+from ray_jobs.train.telemetry.console import ProgressConsole, rank, shown
 
 HEADER = "  epoch   step  rows/s  data wait  train loss  val loss  val AUC  val acc"
 
@@ -28,9 +28,9 @@ def step_event(epoch: int, done: int) -> console.Event:
     }  # fmt: skip
 
 
-def screen_of(width: int) -> tuple[Screen, io.StringIO]:
+def screen_of(width: int) -> tuple[ProgressConsole, io.StringIO]:
     file = io.StringIO()
-    return Screen("a run", Console(file=file, width=width, highlight=False)), file
+    return ProgressConsole("a run", Console(file=file, width=width, highlight=False)), file
 
 
 def test_a_log_loss_that_falls_is_better():
@@ -101,7 +101,7 @@ def test_an_epoch_in_no_time_is_shown():
 
 def test_a_terminal_shows_the_steps_of_an_epoch():
     file = io.StringIO()
-    screen = Screen("a run", Console(file=file, width=100, force_terminal=True))
+    screen = ProgressConsole("a run", Console(file=file, width=100, force_terminal=True))
     with screen:
         screen.show(step_event(2, 7))
         screen.bar.refresh()
@@ -153,7 +153,7 @@ def test_a_failure_is_counted_and_its_text_is_no_markup(most, begins):
 
 def test_a_failure_is_yellow_and_puts_the_bar_back_to_the_start():
     file = io.StringIO()
-    screen = Screen("a run", Console(file=file, width=100, force_terminal=True))
+    screen = ProgressConsole("a run", Console(file=file, width=100, force_terminal=True))
     with screen:
         screen.show(step_event(0, 7))
         screen.show({"kind": "failure", "text": "worker 1 died", "attempt": 1, "most": 3})
@@ -167,7 +167,7 @@ def test_a_failure_is_yellow_and_puts_the_bar_back_to_the_start():
 
 def test_a_checkpoint_is_seen_in_the_bar_alone():
     file = io.StringIO()
-    screen = Screen("a run", Console(file=file, width=100, force_terminal=True))
+    screen = ProgressConsole("a run", Console(file=file, width=100, force_terminal=True))
     with screen:
         screen.show({"kind": "checkpoint", "step": 1040})
         screen.show(step_event(0, 7))
@@ -188,31 +188,31 @@ def test_a_stage_is_a_line_and_an_event_of_another_kind_is_none():
     assert file.getvalue().splitlines() == ["a run", "  epochs 1 to 3: backbone [frozen]"]
 
 
-# -- the board ------------------------------------------------------------------------------------
+# -- the coordinator --------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("ray_local")
 def test_everything_posted_before_the_end_is_shown_in_order(capsys):
     import ray
 
-    board = make_board()
-    with shown(board, "a run"):
+    coordinator = make_coordinator()
+    with shown(coordinator, "a run"):
         for epoch in range(3):
-            board.post.remote(epoch_event(epoch))
-        ray.get(board.post.remote({"kind": "note", "text": "the last word"}))
+            coordinator.post.remote(epoch_event(epoch))
+        ray.get(coordinator.post.remote({"kind": "note", "text": "the last word"}))
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["a run", HEADER]
     assert [line.split()[0] for line in lines[2:]] == ["1", "2", "3", "the"]
 
 
-def wait_for_the_end_of(board: Any) -> None:
+def wait_for_the_end_of(coordinator: Any) -> None:
     """Return when an actor that was killed is gone: a call may still be answered before."""
     import ray
     from ray.exceptions import RayActorError
 
     try:
         while True:
-            ray.get(board.take.remote())
+            ray.get(coordinator.take.remote())
     except RayActorError:
         return
 
@@ -221,22 +221,22 @@ def wait_for_the_end_of(board: Any) -> None:
 def test_the_end_of_the_work_is_not_held_up_by_a_board_that_died(capsys):
     import ray
 
-    board = make_board()
-    with shown(board, "a run"):
-        ray.get(board.post.remote(epoch_event()))
-        ray.kill(board)
-        wait_for_the_end_of(board)
-        board.post.remote(epoch_event())  # what a worker does; it never waits
+    coordinator = make_coordinator()
+    with shown(coordinator, "a run"):
+        ray.get(coordinator.post.remote(epoch_event()))
+        ray.kill(coordinator)
+        wait_for_the_end_of(coordinator)
+        coordinator.post.remote(epoch_event())  # what a worker does; it never waits
     assert capsys.readouterr().out.startswith("a run\n")
     assert "progress" not in [thread.name for thread in threading.enumerate()]
 
 
 @pytest.mark.usefixtures("ray_local")
 def test_an_error_in_the_work_ends_the_show_and_the_board():
-    board = make_board()
-    with pytest.raises(ValueError, match="the work failed"), shown(board, "a run"):
+    coordinator = make_coordinator()
+    with pytest.raises(ValueError, match="the work failed"), shown(coordinator, "a run"):
         raise ValueError("the work failed")
-    wait_for_the_end_of(board)
+    wait_for_the_end_of(coordinator)
     assert "progress" not in [thread.name for thread in threading.enumerate()]
 
 
@@ -253,11 +253,11 @@ def test_a_board_that_was_slow_once_is_shown_all_the_same(capsys, monkeypatch):
             raise GetTimeoutError("slow")
         return get(*arguments, **options)
 
-    board = make_board()
-    get(board.post.remote(epoch_event(0)))
+    coordinator = make_coordinator()
+    get(coordinator.post.remote(epoch_event(0)))
     monkeypatch.setattr(ray, "get", slow_once)
-    with shown(board, "a run"):
+    with shown(coordinator, "a run"):
         assert late.wait(timeout=60)
-        get(board.post.remote(epoch_event(1)))
+        get(coordinator.post.remote(epoch_event(1)))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[2:]] == ["1", "2"]

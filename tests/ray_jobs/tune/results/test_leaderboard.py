@@ -3,7 +3,7 @@ import io
 import pytest
 from rich.console import Console
 
-from ray_jobs.tune.results.leaderboard import Screen, spent_text, table
+from ray_jobs.tune.results.leaderboard import LiveLeaderboard, spent_text, table
 from ray_jobs.tune.results.search_state import Objective, Search
 from tests.ray_jobs.tune.rows import trial
 
@@ -25,7 +25,7 @@ def search() -> Search:
 
 def shown(search: Search, *ended, width: int = 200) -> str:
     stream = io.StringIO()
-    with Screen("title", Console(file=stream, width=width, highlight=False)) as screen:
+    with LiveLeaderboard("title", Console(file=stream, width=width, highlight=False)) as screen:
         for row in ended:
             screen.show(search, row)
     return stream.getvalue()

@@ -11,14 +11,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from mm_model.spec import AugmentationSpec
-from ray_jobs.cluster.strategy import Place
+from ray_jobs.cluster.strategy import WorkerContext
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import EvaluateSpec, InspectSpec, PredictSpec, RunSpec, Split
 from ray_jobs.data.batch import FEATURES, IMAGE_MASK
 from ray_jobs.data.cache import choose_kind
 from ray_jobs.data.manifest import ImageInfo, Manifest, read_manifest, require_shards
 from ray_jobs.data.reader import RowDecoder
-from ray_jobs.data.sampler import TrainingOrder
+from ray_jobs.data.sampler import TrainingSampler
 from ray_jobs.evaluate.job import evaluate
 from ray_jobs.inspect.job import inspect
 from ray_jobs.predict.job import predict
@@ -137,7 +137,7 @@ def test_features_are_what_the_backbone_of_a_training_of_this_seed_starts_with(f
     from mm_model.model import backbone_model
 
     manifest = read_manifest(Folder(folder / "prepared"))
-    loop = Loop(spec_of(folder), manifest, Place())
+    loop = Loop(spec_of(folder), manifest, WorkerContext())
     for split in ("train", "validation"):
         table = rows_of(Folder(folder / "prepared"), manifest, split)
         images = RowDecoder(manifest, with_image=True).decode(table)["image"]
@@ -334,8 +334,8 @@ def test_of_several_images_a_row_one_that_is_missing_has_no_features(tmp_path, h
     assert 10 < (rows[IMAGE_MASK][:, 1] == 0).sum() < 25
     assert table.schema.field("image_back").nullable
     # The same weights say the same of the features as of the images.
-    full = Loop(spec, several, Place()).model
-    small = Loop(on_features(spec, output), own, Place()).model
+    full = Loop(spec, several, WorkerContext()).model
+    small = Loop(on_features(spec, output), own, WorkerContext()).model
     told_apart(small)
     carry_over(small, full)
     expected = np.asarray(full(inputs_of(full, pixels)))
@@ -373,8 +373,8 @@ def test_training_on_features_learns_what_a_frozen_backbone_lets_learn(folder, s
         spec = spec.overlay({"model.image.trainable": True, "train.stages": stages})
     assert is_frozen(spec)
     trial = on_features(spec, features_of(spec) if frozen_by == "trainable" else stored)
-    full = Loop(spec, read_manifest(Folder(spec.data.prepared)), Place())
-    small = Loop(trial, read_manifest(Folder(trial.data.prepared)), Place())
+    full = Loop(spec, read_manifest(Folder(spec.data.prepared)), WorkerContext())
+    small = Loop(trial, read_manifest(Folder(trial.data.prepared)), WorkerContext())
     carry_over(full.model, small.model)
     on_images, on_stored = (loop.run().state.history for loop in (full, small))
     assert len(on_images) == len(on_stored) == 4
@@ -390,7 +390,7 @@ def test_a_trial_with_views_that_differ_learns_from_the_augmented_ones(folder, h
     spec = spec_of(folder, run__storage_path=str(tmp_path))
     output = features_of(spec, num_views=3)
     trial = on_features(spec, output)
-    loop = Loop(trial, read_manifest(output), Place())
+    loop = Loop(trial, read_manifest(output), WorkerContext())
     state = loop.model.network.get_layer("image_view").seed_generator.state
     before = np.array(state)
     history = loop.run().state.history
@@ -420,17 +420,17 @@ def test_rows_come_in_the_order_of_a_training_on_images(folder, tmp_path, buffer
     small.write(Folder(tmp_path))
     trial = on_features(spec, Folder(tmp_path))
 
-    def order(manifest: Manifest, spec: RunSpec) -> TrainingOrder:
+    def order(manifest: Manifest, spec: RunSpec) -> TrainingSampler:
         train = manifest.splits["train"]
-        return TrainingOrder.of(train, spec.train.global_batch_size, spec.run.seed, spec.data)
+        return TrainingSampler.of(train, spec.train.global_batch_size, spec.run.seed, spec.data)
 
     expected, got = order(images, spec), order(small, trial)
     assert got.steps_per_window == expected.steps_per_window
     assert expected.steps_per_window == (1 if buffer_bytes == 60_000 else 256)
     for a, b in zip(expected.windows(0, 26), got.windows(0, 26), strict=True):
-        for lane in range(8):
-            assert expected.lane_rows(a, lane) == got.lane_rows(b, lane)
-            np.testing.assert_array_equal(expected.shuffle(a, lane), got.shuffle(b, lane))
+        for stream in range(8):
+            assert expected.stream_rows(a, stream) == got.stream_rows(b, stream)
+            np.testing.assert_array_equal(expected.shuffle(a, stream), got.shuffle(b, stream))
 
 
 def test_a_trial_on_features_has_neither_stages_nor_weights_to_read(folder, stored):

@@ -27,7 +27,7 @@ def test_a_writer_that_is_killed_leaves_the_old_file(tmp_path):
     (tmp_path / "state.json").write_text("old")
     code = f"""
 from ray_jobs.storage import Folder
-from ray_jobs.tuning.whole_files import filesystem_of
+from ray_jobs.tune.trials.atomic_filesystem import filesystem_of
 files = filesystem_of(Folder({str(tmp_path)!r}))
 stream = files.open_output_stream({str(tmp_path / "state.json")!r})
 stream.write(b"half")

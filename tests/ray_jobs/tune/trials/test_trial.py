@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ray_jobs.storage.folder import Folder
-from ray_jobs.train.checkpoints.checkpoint import LoopState, Saved
+from ray_jobs.train.checkpoints.checkpoint import Checkpoint, LoopState
 from ray_jobs.tune.job import objectives_of
 from ray_jobs.tune.results.search_state import PARTS
 from ray_jobs.tune.search.space import Space
@@ -36,7 +36,7 @@ def trial_class() -> Any:
             self.name = name
             assert self.reset_config(settings(**values))
 
-        def saved(self) -> list[Saved]:
+        def saved(self) -> list[Checkpoint]:
             """What each worker's model and optimizer hold after an epoch."""
             import ray
 
@@ -44,7 +44,7 @@ def trial_class() -> Any:
             others = ray.get([member.saved.remote(state) for member in self.group.others])
             return [self.group.saved(state), *others]
 
-        def step_from(self) -> tuple[Saved, dict[str, Any]]:
+        def step_from(self) -> tuple[Checkpoint, dict[str, Any]]:
             """Return what model and optimizer hold before the next step, and the epoch's result."""
             self._start()
             first, begun = self.group.first, []
@@ -66,14 +66,14 @@ def trial_class() -> Any:
 
             self.restore(_TrainingResult(Checkpoint.from_directory(path), {}))
 
-        def fresh_run(self, **values: float) -> Saved:
+        def fresh_run(self, **values: float) -> Checkpoint:
             """What the run that `train` would make of some values ends with, in this process."""
-            from ray_jobs.cluster.strategy import Place
+            from ray_jobs.cluster.strategy import WorkerContext
             from ray_jobs.data.manifest import read_manifest
             from ray_jobs.train.loop import Loop
 
             spec = self.job.spec_of(settings(**values))
-            loop = Loop(spec, read_manifest(Folder(spec.data.prepared)), Place())
+            loop = Loop(spec, read_manifest(Folder(spec.data.prepared)), WorkerContext())
             return loop.snapshots.take(loop.run().state, {}, {})
 
     return Local
@@ -124,7 +124,7 @@ def call(ray_local, data) -> Iterator[Callable[..., Any]]:
         yield call
 
 
-def require_same(one: Saved, other: Saved, rtol: float = 0.0) -> None:
+def require_same(one: Checkpoint, other: Checkpoint, rtol: float = 0.0) -> None:
     for part in ("model", "optimizer"):
         ours, theirs = getattr(one, part), getattr(other, part)
         # By place: Keras numbers unnamed layers by process.
