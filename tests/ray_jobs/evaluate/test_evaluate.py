@@ -235,9 +235,7 @@ def test_a_model_is_traced_once_and_sees_only_the_inputs_that_it_takes(
     folder, manifest, _ = world
     model = write_run(tmp_path / "run", manifest, *kinds)
     # This process has used TensorFlow already, so that its threads are set.
-    monkeypatch.setattr(
-        "ray_jobs.cluster.connection.strategy.set_devices", lambda num_cpus, use_gpu: None
-    )
+    monkeypatch.setattr("ray_jobs.cluster.strategy.set_devices", lambda num_cpus, use_gpu: None)
     run = open_run(str(tmp_path / "run"))
     source = predictor.PreparedSource(
         run, Folder(folder / "prepared"), manifest, ["test"], spec_of(folder)
@@ -262,9 +260,7 @@ def test_a_model_is_traced_once_and_sees_only_the_inputs_that_it_takes(
 
 def test_a_model_that_cannot_be_loaded_ends_the_job_in_one_sentence(world, monkeypatch, tmp_path):
     folder, manifest, _ = world
-    monkeypatch.setattr(
-        "ray_jobs.cluster.connection.strategy.set_devices", lambda num_cpus, use_gpu: None
-    )
+    monkeypatch.setattr("ray_jobs.cluster.strategy.set_devices", lambda num_cpus, use_gpu: None)
     shutil.copytree(folder / "run", tmp_path / "run")
     whole = tmp_path / "run/model/model.keras"
     with zipfile.ZipFile(folder / "run/model/model.keras") as file:
@@ -285,9 +281,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_job_in_one_sentence(world, monke
 
 def test_a_probability_that_is_no_number_becomes_an_error(world, monkeypatch, tmp_path):
     folder, manifest, _ = world
-    monkeypatch.setattr(
-        "ray_jobs.cluster.connection.strategy.set_devices", lambda num_cpus, use_gpu: None
-    )
+    monkeypatch.setattr("ray_jobs.cluster.strategy.set_devices", lambda num_cpus, use_gpu: None)
     model = write_run(tmp_path / "run", manifest, image="none")
     model.calibration.set([float("nan")])
     model.save(tmp_path / "run/model/model.keras")

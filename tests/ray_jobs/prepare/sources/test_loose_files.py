@@ -1,4 +1,5 @@
 import os
+from importlib import import_module
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -52,9 +53,9 @@ def test_a_missing_column_or_setting_is_an_error_that_names_it(tmp_path, options
 
 
 @pytest.mark.parametrize("kind", SOURCES)
-def test_every_kind_names_its_module_and_function(kind):
+def test_every_kind_names_a_function_that_exists(kind):
     module, _, function = SOURCES[kind].partition(":")
-    assert (module, function) == (f"ray_jobs.prepare.sources.{kind}", "open_source")
+    assert callable(getattr(import_module(module), function))
 
 
 def test_one_image_has_one_path_however_it_is_written(tmp_path):

@@ -357,7 +357,8 @@ def test_two_runs_that_open_the_store_first_share_its_experiment(runs, monkeypat
 
 def test_nothing_is_sent_to_mlflows_makers(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from ray_jobs.train.telemetry.history import require_tracking; "
+        "import sys; from pathlib import Path; "
+        "from ray_jobs.train.telemetry.history import require_tracking; "
         "from tests.ray_jobs.epochs import spec_in; "
         "require_tracking(spec_in(Path(sys.argv[1]))); "
         "from mlflow.telemetry.utils import is_telemetry_disabled as off; assert off()"
