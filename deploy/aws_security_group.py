@@ -1,9 +1,10 @@
-"""Make the security group of cluster.yaml: ssh from one network, everything between its members.
+"""Create the security group of cluster.yaml: ssh from one network, all traffic between members.
 
-Reads: AWS credentials of the environment.  Writes: the group, and prints its id.
+Reads AWS credentials from the environment, creates the group and prints its id.
+
 Run:   python deploy/aws_security_group.py us-west-2 203.0.113.7/32
 
-Ray's own group is open to ssh from everywhere, whatever cluster.yaml says.
+The group that Ray would create allows ssh from anywhere.
 """
 
 import argparse
@@ -14,18 +15,18 @@ def make_group(region: str, ssh_from: str, vpc: str | None = None) -> str:
     """Return the id of a new security group.
 
     Args:
-        region: of the cluster.
-        ssh_from: network in CIDR notation, such as 203.0.113.7/32.
-        vpc: id; the region's default one if None.
+        region: Region of the cluster.
+        ssh_from: Network in CIDR notation, such as 203.0.113.7/32.
+        vpc: VPC id; None selects the default VPC of the region.
 
     Raises:
-        ValueError: if `ssh_from` is no network, or the whole internet.
+        ValueError: If `ssh_from` is not a network, or is the whole internet.
     """
     import boto3
 
     if ip_network(ssh_from).prefixlen == 0:
         raise ValueError(
-            f"ssh_from={ssh_from} is everyone; give your own network, as 203.0.113.7/32"
+            f"ssh_from={ssh_from} allows everyone; give your own network, such as 203.0.113.7/32"
         )
     ec2 = boto3.client("ec2", region_name=region)
     if vpc is None:
@@ -40,7 +41,7 @@ def make_group(region: str, ssh_from: str, vpc: str | None = None) -> str:
         GroupId=group,
         IpPermissions=[
             {"IpProtocol": "tcp", "FromPort": 22, "ToPort": 22, ranges: [{address: ssh_from}]},
-            # Ray's processes talk on ports that they choose; -1 is every protocol and port.
+            # Ray's processes choose their ports; -1 means every protocol and port.
             {"IpProtocol": "-1", "UserIdGroupPairs": [{"GroupId": group}]},
         ],
     )
@@ -48,11 +49,11 @@ def make_group(region: str, ssh_from: str, vpc: str | None = None) -> str:
 
 
 def main() -> None:
-    """Make the group that the command line describes."""
-    parser = argparse.ArgumentParser(description="Make the security group of cluster.yaml.")
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description="Create the security group of cluster.yaml.")
     parser.add_argument("region")
-    parser.add_argument("ssh_from", help="network that may use ssh, such as 203.0.113.7/32")
-    parser.add_argument("--vpc", help="id; the region's default one if left out")
+    parser.add_argument("ssh_from", help="network with ssh access, such as 203.0.113.7/32")
+    parser.add_argument("--vpc", help="VPC id (default: the default VPC of the region)")
     options = parser.parse_args()
     try:
         print(make_group(options.region, options.ssh_from, options.vpc))

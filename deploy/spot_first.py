@@ -1,8 +1,8 @@
-"""Choose which kind of node to add: spot first, on demand while no spot is to be had.
+"""Choose the node type to add: spot first, on demand while there is no spot capacity.
 
-Read by the autoscaler on the head, which cluster.yaml tells so. Ray 2.60 knows which launches a
-provider has refused, and does not count that against a kind of node: left alone, it asks for the
-same spot nodes for ever.
+The autoscaler on the head loads this module (see cluster.yaml). Ray 2.60 records the launches that a
+provider has refused but ignores them when it chooses a node type, so it would request the same spot
+nodes forever.
 """
 
 from typing import Any
@@ -15,13 +15,13 @@ def score(
     *,
     node_availability_summary: Any,
 ) -> tuple[Any, ...] | None:
-    """Return Ray's own score of a kind of node, and what decides between equal ones.
+    """Return Ray's own score of a node type, followed by tie-breakers.
 
     Args:
-        node_resources: of such a node.
-        resources: that are waited for.
-        node_type: its name, which ends in `spot` where the provider may take it back.
-        node_availability_summary: the newest launch of each kind, if it was in the last half hour.
+        node_resources: Resources of a node of this type.
+        resources: Pending resource requests.
+        node_type: Its name, which ends in `spot` if the provider can preempt it.
+        node_availability_summary: Latest launch of each type within the last half hour.
     """
     from ray.autoscaler._private.resource_demand_scheduler import _default_utilization_scorer
 
