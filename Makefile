@@ -1,4 +1,4 @@
-# Each target sets up .venv on a fresh machine (python3 with pip and venv) and then does its work.
+# Each target first creates .venv if needed, which takes only python3 with pip and venv.
 
 PYTHON ?= python3
 VENV := .venv
@@ -19,22 +19,23 @@ test-slow: $(READY)
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/pyright
 
-# The service's own measures, an hour and a half. Left out: benchmarks.houses, which takes longer alone,
-# and benchmarks.chaos, 50 minutes, which mounts a small disk as root.
+# Benchmarks of the service, 90 minutes in total. Not included: benchmarks.houses, which takes longer
+# than all of them, and benchmarks.chaos (50 minutes), which mounts a small disk as root.
 bench: $(READY)
 	for name in feed wait memory join interrupted order loop checkpoint startup tuning pbt plan; do \
 		$(BIN)/python -m benchmarks.$$name || exit 1; done
 
-# After a change of dependencies: the newest versions that fit, for every Python and platform.
+# After a change of dependencies: pin the newest compatible versions for every Python and platform.
 lock: $(READY)
 	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --upgrade --no-header \
 		--no-annotate --quiet --output-file requirements-dev.lock
 	$(BIN)/uv pip compile pyproject.toml --constraint requirements-dev.lock --universal --no-header \
 		--no-annotate --quiet --output-file requirements.lock
 
-# pip compiles on one core, and that takes as long as all else.
+# pip compiles bytecode on one core, which takes as long as the rest of the installation.
 $(READY): requirements-dev.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile --requirement requirements-dev.lock

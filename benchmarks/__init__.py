@@ -1,1 +1,1 @@
-"""Measurements against public peers, side by side in one run; each module says its method."""
+"""Measures the service against public peers in the same run; each module explains its method."""

@@ -1,30 +1,29 @@
-"""Does a run that is disturbed end in the very weights of one that never was?
+"""Checks that disturbed runs end with the same weights as an undisturbed one.
 
-Method: a small model with everything that is random (dropout, augmentation, batch norm of each
-worker's own rows), two workers, three epochs, a checkpoint at least every 8 steps. One run is left
-alone. Then every run is disturbed once, at a random step, in one of these ways:
+Method: a small model with all random components (dropout, augmentation, batch norm on each worker's
+own rows), two workers, three epochs, a checkpoint at least every 8 steps. One run is not disturbed.
+Each further run is disturbed once, at a random step, in one of these ways:
 
     worker      SIGKILL of one of the workers
     controller  SIGKILL of Ray Train's controller
-    driver      SIGKILL of `train`, which is then started again by the same command
-    node        a node of the cluster is removed with the worker on it, and another one added
-    disk        the disk of the run folder is full for a while (a small tmpfs, filled up; to mount
-                it needs root)
+    driver      SIGKILL of `train`, which is then restarted with the same command
+    node        a node is removed together with its worker, and another node is added
+    disk        the disk of the run folder is full for a while (a small tmpfs; mounting needs root)
     torn        SIGKILL of rank 0 while it writes a checkpoint
-    hang        SIGSTOP of a worker, for ever; found by train.hang_timeout_s
-    damaged     the newest checkpoint is cut short on the disk, then a worker is killed
+    hang        SIGSTOP of a worker, detected by train.hang_timeout_s
+    damaged     the newest checkpoint is truncated, then a worker is killed
 
-A local cluster of a head and two nodes, each with room for one worker. Each run's last checkpoint
-(model and optimizer) and the finished model are compared bit by bit with those of the run that was
-left alone. `lost` is how many steps were taken again; `damaged` goes back one checkpoint more, and
-is counted apart. At last a run of two workers loses a node that does not come back, and goes on
-with one (`train.num_workers: [1, 2]`): `resized_distance` is the largest distance of a tensor of
-its weights to that of two all the way, as a share of the tensor's largest weight. The model's
-activation is smooth, as in EfficientNet: at ReLU's kink a rounding flips a gradient of a pixel,
-which in these 72 steps grows to a hundredth of a tensor (EXPERIMENTS.md).
+The local cluster has a head node and two nodes that hold one worker each. The last checkpoint of
+each run (model and optimizer) and the final model are compared bitwise with those of the
+undisturbed run. `max_lost_steps` counts repeated steps; `damaged` falls back to an earlier
+checkpoint and is counted separately. Finally, a run with two workers loses a node for good and
+continues with one (`train.num_workers: [1, 2]`). `resized_distance` is the largest difference of a
+weight tensor to that of an undisturbed run, relative to the tensor's largest weight. The activation
+is smooth, as in EfficientNet: at the kink of ReLU, rounding can flip the gradient of a pixel, which
+changes a tensor by up to a hundredth within these 72 steps (docs/experiments.md).
 
 Run:   python -m benchmarks.chaos [--runs 20] [--seed 0] [--kinds worker,node]
-Ends in one line of JSON.
+The last line of the output is JSON.
 """
 
 import argparse
@@ -33,22 +32,23 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.disturbed import EVERY, SLOT, LocalCluster, Run, disturb, small_disk
-from benchmarks.photos import jpeg, photo
+from benchmarks.photos import make_jpegs
 from benchmarks.shards import write_shards
 
 KINDS = ("worker", "controller", "driver", "node", "disk", "torn", "hang", "damaged")
 _SMALL_MB = 512
-"""Room for a run whose disk nobody else fills."""
+"""Size of the disk that is filled up."""
 
 
 def settings(prepared: Path, batch_norm: str = "local", **train: Any) -> dict[str, Any]:
-    """Return the sections of the spec that all runs share."""
+    """Return the spec sections that all runs share."""
     return {
         "data": {"prepared": str(prepared), "cache": "none"},
         "model": {
@@ -71,9 +71,9 @@ def settings(prepared: Path, batch_norm: str = "local", **train: Any) -> dict[st
 
 
 def distance(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> float:
-    """Return the largest distance of two float tensors, as a share of the largest weight in them.
+    """Return the largest difference of two float tensors, relative to the largest weight.
 
-    Paths differ by process in their numbers, so places identify variables.
+    Variables are matched by position, because Keras numbers their paths per process.
     """
     pairs = zip(first.values(), second.values(), strict=True)
     floats = [(a, b) for a, b in pairs if a.dtype == np.float32 and b.size]
@@ -81,7 +81,7 @@ def distance(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> flo
 
 
 def same(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> bool:
-    """Whether all arrays are bitwise the same."""
+    """Return whether all arrays are bitwise equal."""
     if len(first) != len(second):
         return False
     pairs = zip(first.values(), second.values(), strict=True)
@@ -100,7 +100,7 @@ def main() -> None:
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.5"
     with tempfile.TemporaryDirectory(prefix="chaos-") as temporary:
         folder = Path(temporary)
-        images = [jpeg(photo(rng, 64)) for _ in range(40)]
+        images = make_jpegs(64, 40, rng)
         rows = {"train": 32 * 24 + 5, "validation": 96, "test": 16}
         write_shards(folder / "prepared", rows, images, 64)
         cluster = LocalCluster()
@@ -114,7 +114,7 @@ def main() -> None:
 def measure(
     num_runs: int, kinds: list[str], folder: Path, cluster: LocalCluster, rng: np.random.Generator
 ) -> dict[str, Any]:
-    """Run all runs; return what the last line says."""
+    """Run all runs, and return the result."""
     address = str(cluster.cluster.address)
     total = 3 * (32 * 24 + 5) // 32
 
@@ -125,52 +125,48 @@ def measure(
         return run
 
     started = time.monotonic()
-    alone = run_of("alone", folder / "runs")
-    alone.wait()
-    expected = alone.weights()
-    print(f"left alone: {total} steps, {time.monotonic() - started:.0f} s\n")
-    print("| run | disturbed | at step | attempts | steps lost | seconds | same bits |")
+    undisturbed = run_of("alone", folder / "runs")
+    undisturbed.wait()
+    expected = undisturbed.weights()
+    print(f"undisturbed: {total} steps, {time.monotonic() - started:.0f} s\n")
+    print("| run | disturbance | step | attempts | lost steps | seconds | bitwise equal |")
     print("|---|---|---|---|---|---|---|")
-    equal, lost, lost_damaged = 0, 0, 0
+    num_equal, lost, lost_damaged = 0, 0, 0
     for number in range(num_runs):
         kind = kinds[number % len(kinds)]
-        # A full disk lasts two checkpoints, and another one has to come before the end; one that is
-        # torn has to be seen; a controller has to be there. A worker that hangs when it has nothing
-        # more to do is Ray's to find, which takes ten minutes.
+        # A full disk lasts two checkpoints and needs one more before the end; the writing of a torn
+        # checkpoint must be observed; the controller must still exist. A hang after the last step
+        # would be detected only by Ray, after ten minutes.
         margin = {"disk": 3 * EVERY, "torn": EVERY, "controller": 4, "hang": 2}.get(kind, 1)
         at = int(rng.integers(1, total - margin))
         started = time.monotonic()
-        if kind == "disk":
-            with small_disk(folder, _SMALL_MB) as where:
-                run = run_of(f"{number}-{kind}", where)
-                alike = disturbed_alike(run, kind, at, cluster, rng, expected)
-                again, attempts = run.lost(), run.attempts()
-            (folder / "small").rmdir()
-        else:
-            run = run_of(f"{number}-{kind}", folder / "runs")
-            alike = disturbed_alike(run, kind, at, cluster, rng, expected)
-            again, attempts = run.lost(), run.attempts()
-        equal += alike
+        disk = small_disk(folder, _SMALL_MB) if kind == "disk" else nullcontext(folder / "runs")
+        with disk as parent:
+            run = run_of(f"{number}-{kind}", parent)
+            equal = ends_equal(run, kind, at, cluster, rng, expected)
+            steps_lost, attempts = run.lost(), run.attempts()
+        num_equal += equal
         if kind == "damaged":
-            lost_damaged = max(lost_damaged, again)
+            lost_damaged = max(lost_damaged, steps_lost)
         else:
-            lost = max(lost, again)
+            lost = max(lost, steps_lost)
         seconds = time.monotonic() - started
         print(
-            f"| {number + 1} | {kind} | {at} | {attempts} | {again} | {seconds:.0f} | {alike} |",
+            f"| {number + 1} | {kind} | {at} | {attempts} | {steps_lost} | {seconds:.0f} "
+            f"| {equal} |",
             flush=True,
         )
     return {
         "runs": num_runs,
-        "bitwise_equal": equal,
+        "bitwise_equal": num_equal,
         "max_lost_steps": lost,
         "max_lost_steps_of_damaged": lost_damaged,
         "checkpoint_every_steps": EVERY,
-        **resized(run_of, folder, cluster),
+        "resized_distance": measure_resized(run_of, folder, cluster),
     }
 
 
-def disturbed_alike(
+def ends_equal(
     run: Run,
     kind: str,
     at: int,
@@ -178,29 +174,29 @@ def disturbed_alike(
     rng: np.random.Generator,
     expected: dict[str, np.ndarray],
 ) -> bool:
-    """Disturb a run at a step; return whether it ends as expected."""
+    """Disturb a run at a step; return whether it ends with the expected weights."""
     run.wait_for_step(at)
     disturb(kind, run, cluster, rng)
     run.wait()
     return same(run.weights(), expected)
 
 
-def resized(run_of: Callable[..., Run], folder: Path, cluster: LocalCluster) -> dict[str, float]:
-    """Return how far a run that goes on with one worker ends from one of two all the way."""
-    # Synchronised batch norms: their statistics do not depend on the number of workers.
-    alone = run_of("sync-alone", folder / "runs", batch_norm="sync")
-    alone.wait()
+def measure_resized(run_of: Callable[..., Run], folder: Path, cluster: LocalCluster) -> float:
+    """Return the distance of the weights if a run continues with one of its two workers."""
+    # The statistics of synchronized batch norm do not depend on the number of workers.
+    undisturbed = run_of("sync-alone", folder / "runs", batch_norm="sync")
+    undisturbed.wait()
     run = run_of("sync-resized", folder / "runs", batch_norm="sync", num_workers=[1, 2])
     run.wait_for_step(20)
-    cluster.replace(0, by_another=False)
+    cluster.remove(0)
     run.wait()
-    print(f"\ntwo workers, then one: {run.attempts()} attempts, {run.lost()} steps lost")
-    cluster.nodes.append(cluster.add())
-    return {"resized_distance": distance(learnt(run), learnt(alone))}
+    print(f"\ntwo workers, then one: {run.attempts()} attempts, {run.lost()} lost steps")
+    cluster.add()
+    return distance(trained_weights(run), trained_weights(undisturbed))
 
 
-def learnt(run: Run) -> dict[str, np.ndarray]:
-    """Return the weights of a run, without the optimizer's moments."""
+def trained_weights(run: Run) -> dict[str, np.ndarray]:
+    """Return the weights of a run without the optimizer state."""
     return {name: w for name, w in run.weights().items() if " optimizer " not in name}
 
 

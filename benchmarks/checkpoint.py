@@ -1,25 +1,24 @@
-"""What share of the training's time do checkpoints take that come every 20 steps at the most?
+"""Measures the cost of checkpoints at most every 20 steps, as a share of the training time.
 
-Method: the fusion model with EfficientNetB5 (28 million weights, some 340 MB a checkpoint with
-Adam's moments) at 96 px in batches of 32, one process on all cores, rows ready in memory. With
-`train.checkpoint_every_steps=20` the real loop offers a checkpoint every 15 steps; every other one
-is written, by the real `CheckpointManager` to the disk, in the background, and awaited where
-a worker awaits it.
-So blocks of 15 steps that begin with a checkpoint take turns with blocks without one, in
-one process. The first steps, in which the graph is traced, are in neither.
+Method: the fusion model with EfficientNetB5 (28 million weights, about 340 MB per checkpoint with
+Adam's moments) at 96 px in batches of 32, one process on all cores, rows in memory. With
+`train.checkpoint_every_steps=20`, the loop offers a checkpoint every 15 steps. Every other one is
+written to disk in the background by `CheckpointManager`, with the same waits as in a worker. So
+blocks of 15 steps with and without a checkpoint take turns in one process. The first steps, in
+which the graph is traced, belong to no block.
 
-A checkpoint costs the loop's pause for the copy, waits for the writer, and what the first three
-steps take longer than the others of their block (by their median, so that a machine that is slower
-for minutes does not matter), less the same in blocks without one. The writer is done long before
-the third step is. Two figures:
+The cost of a block is the pause of the loop for the copy, the waits for the writer, and the extra
+time of the first three steps over the median of the others in the block, which cancels slow drifts
+of the machine's speed. The writer finishes long before the third step. The cost of a checkpoint is
+the difference between blocks with and without one:
 
-    seconds           that a checkpoint costs, the mean over blocks
-    checkpoint_cost   as a share of the wall time
+    seconds           mean cost of a checkpoint
+    checkpoint_cost   the same as a share of the wall time
 
-What rank 0 writes at the end of an epoch is another matter, and no step waits for other workers.
+Excluded are the writes of rank 0 at the end of an epoch and waits for other workers.
 
-Run:   python -m benchmarks.checkpoint [--blocks 8] [--size 96] [--batch 32] [--folder WHERE]
-Ends in one line of JSON.
+Run:   python -m benchmarks.checkpoint [--blocks 8] [--size 96] [--batch 32] [--folder DIR]
+The last line of the output is JSON.
 """
 
 import argparse
@@ -37,55 +36,55 @@ from ray_jobs.train.callbacks import Callbacks, ControlRequest, CopyCheckpoint
 
 EVERY = 20
 _DISTURBED = 3
-"""First steps of a block, in which a checkpoint is written."""
+"""First steps of a block, while a checkpoint is written."""
 
 
 @dataclass
 class Block:
-    """The steps from one checkpoint to the next."""
+    """The steps between two offered checkpoints."""
 
     written: bool
     pause_s: float = 0.0
-    """From the step before the checkpoint to the next one."""
+    """Seconds between the steps before and after the checkpoint."""
     waited_s: float = 0.0
-    """For the writer."""
+    """Seconds of waiting for the writer."""
     steps_s: list[float] = field(default_factory=list)
 
     @property
     def step_s(self) -> float:
-        """What a step takes that nothing disturbs."""
+        """Seconds of an undisturbed step."""
         return float(np.median(self.steps_s[_DISTURBED:]))
 
     @property
-    def longer_s(self) -> float:
-        """What the first steps take longer than others."""
+    def extra_s(self) -> float:
+        """Extra seconds of the first steps."""
         return sum(self.steps_s[:_DISTURBED]) - _DISTURBED * self.step_s
 
     @property
-    def lost_s(self) -> float:
-        """What this block takes longer than steps alone would."""
-        # The loop reads the batch norms' statistics for a checkpoint that is then not written, too.
-        return self.longer_s + (self.pause_s + self.waited_s if self.written else 0.0)
+    def cost_s(self) -> float:
+        """Seconds beyond those of undisturbed steps."""
+        # Without a write, the pause only reads batch norm statistics, which is not counted.
+        return self.extra_s + (self.pause_s + self.waited_s if self.written else 0.0)
 
 
 class Checkpoints(Callbacks):
-    """Writes every other checkpoint, as a worker does, and notes what takes how long.
+    """Writes every other checkpoint like a worker, and records the durations.
 
     Args:
-        store: that writes.
-        num_blocks: between checkpoints, the one before the first not counted.
+        manager: The checkpoint manager.
+        num_blocks: Blocks to record; the steps before the first checkpoint are not counted.
     """
 
-    def __init__(self, store: Any, num_blocks: int) -> None:
-        self.store, self.num_blocks = store, num_blocks
+    def __init__(self, manager: Any, num_blocks: int) -> None:
+        self.manager, self.num_blocks = manager, num_blocks
         self.blocks: list[Block] = []
         self.started = self.ended = time.perf_counter()
 
     def before_step(self, step: int, num_steps: int) -> None:
-        """Wait as a worker does."""
+        """Wait for the writer like a worker."""
         paused = time.perf_counter()
-        if step + num_steps > self.store.written + EVERY:
-            self.store.wait()
+        if step + num_steps > self.manager.written + EVERY:
+            self.manager.wait()
         self.started = time.perf_counter()
         if self.blocks:
             block = self.blocks[-1]
@@ -94,7 +93,7 @@ class Checkpoints(Callbacks):
                 block.pause_s = paused - self.ended
 
     def after_step(self, step: int) -> None:
-        """Note the time."""
+        """Record the duration of the step."""
         self.ended = time.perf_counter()
         if self.blocks:
             self.blocks[-1].steps_s.append(self.ended - self.started)
@@ -104,29 +103,29 @@ class Checkpoints(Callbacks):
         return ControlRequest(stop=len(self.blocks) > self.num_blocks)
 
     def on_checkpoint(self, step: int, copy: CopyCheckpoint) -> None:
-        """Write, or take for written."""
+        """Write the checkpoint, or treat it as written."""
         block = Block(written=len(self.blocks) % 2 == 0)
         self.blocks.append(block)
         if len(self.blocks) > self.num_blocks:
             return
         if block.written:
-            self.store.save(copy(self.store.spare()))
+            self.manager.save(copy(self.manager.spare()))
         else:
-            # Else the next one would be late by what this one was left out.
-            self.store.written = step
+            # Otherwise `before_step` would wait for it.
+            self.manager.written = step
 
 
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--blocks", type=int, default=8, help="of 15 steps, half with a checkpoint")
-    parser.add_argument("--size", type=int, default=96, help="of images, in pixels")
-    parser.add_argument("--batch", type=int, default=32, help="rows of a step")
-    parser.add_argument("--folder", help="where checkpoints go for a while; by default as Python")
+    parser.add_argument("--blocks", type=int, default=8, help="blocks of 15 steps")
+    parser.add_argument("--size", type=int, default=96, help="side of the images in pixels")
+    parser.add_argument("--batch", type=int, default=32, help="rows per step")
+    parser.add_argument("--folder", help="parent of the temporary folder for checkpoints")
     arguments = parser.parse_args()
     size, batch = arguments.size, arguments.batch
 
-    from benchmarks.photos import jpeg, photo
+    from benchmarks.photos import make_jpegs
     from benchmarks.shards import write_shards
     from ray_jobs.cluster.strategy import WorkerContext, set_devices
     from ray_jobs.config.spec import RunSpec
@@ -138,9 +137,8 @@ def main() -> None:
     from benchmarks.memory_loop import MemoryLoop
 
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        image = jpeg(photo(np.random.default_rng(0), size))
         num_rows = {"train": batch * EVERY * (arguments.blocks + 2), "validation": 16, "test": 16}
-        manifest = write_shards(Path(folder) / "prepared", num_rows, [image], size)
+        manifest = write_shards(Path(folder) / "prepared", num_rows, make_jpegs(size), size)
         spec = RunSpec.model_validate(
             {
                 "data": {"prepared": f"{folder}/prepared"},
@@ -148,27 +146,27 @@ def main() -> None:
                 "train": {"global_batch_size": batch, "checkpoint_every_steps": EVERY},
             }
         )
-        store = CheckpointManager(Folder(f"{folder}/run"))
-        callbacks = Checkpoints(store, arguments.blocks)
+        manager = CheckpointManager(Folder(f"{folder}/run"))
+        callbacks = Checkpoints(manager, arguments.blocks)
         MemoryLoop(spec, manifest, WorkerContext(), num_batches=8).run(callbacks)
-        store.close()
-        newest = Path(folder) / "run" / "checkpoints" / "steps" / f"{store.steps()[-1]:08d}"
+        manager.close()
+        newest = Path(folder) / "run" / "checkpoints" / "steps" / f"{manager.steps()[-1]:08d}"
         num_bytes = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
     blocks = callbacks.blocks[: arguments.blocks]
-    print("\n| block | checkpoint | a step, s | pause, s | waited, s | first steps longer, s |")
+    print("\n| block | checkpoint | step, s | pause, s | wait, s | extra in first steps, s |")
     print("|---|---|---|---|---|---|")
     for number, block in enumerate(blocks, 1):
         print(
             f"| {number} | {'yes' if block.written else 'no'} | {block.step_s:.2f} "
-            f"| {block.pause_s:.3f} | {block.waited_s:.3f} | {block.longer_s:.2f} |"
+            f"| {block.pause_s:.3f} | {block.waited_s:.3f} | {block.extra_s:.2f} |"
         )
-    print(f"\na checkpoint: {num_bytes / 1e6:,.0f} MB\n")
+    print(f"\nsize of a checkpoint: {num_bytes / 1e6:,.0f} MB\n")
     with_one, without = (
-        [block.lost_s for block in blocks if block.written is written] for written in (True, False)
+        [block.cost_s for block in blocks if block.written is written] for written in (True, False)
     )
     seconds = float(np.mean(with_one) - np.mean(without))
-    rest_s = float(np.mean([len(block.steps_s) * block.step_s for block in blocks]))
-    result = {"seconds": seconds, "checkpoint_cost": seconds / (seconds + rest_s)}
+    block_s = float(np.mean([len(block.steps_s) * block.step_s for block in blocks]))
+    result = {"seconds": seconds, "checkpoint_cost": seconds / (seconds + block_s)}
     print(json.dumps({name: round(value, 4) for name, value in result.items()}))
 
 

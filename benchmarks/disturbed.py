@@ -1,7 +1,7 @@
-"""A run of `train` that is disturbed, and the local cluster that it runs on; see `chaos`.
+"""Runs `train` on a local cluster and disturbs it; see `chaos`.
 
-The driver is a process of its own, which can be killed and started again. Every worker writes down
-the steps that it has done.
+The driver is a process of its own, which can be killed and restarted. Every worker records its
+steps in a file.
 """
 
 import os
@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -24,32 +24,37 @@ ROOT = Path(__file__).parents[1]
 EVERY = 8
 TIMEOUT_S = 420.0
 SLOT = "slot"
-"""A resource of which each node has one, so that workers lie on different nodes."""
+"""A resource of which each node has one, so that workers run on different nodes."""
+PAUSE = ".pause"
+"""Suffix of the file that pauses a run."""
 _POLL_S = 0.002
+_PAUSE_POLL_S = 0.1
 
 
 def train_recorded(config: dict[str, Any], steps_file: str) -> None:
-    """Train on one worker, and write down each step that is done; runs in the worker's process.
+    """Train on one worker, record each step, and wait after it while the run is paused.
 
     Args:
-        config: of `train_on_worker`.
-        steps_file: where to write them.
+        config: Argument of `train_on_worker`.
+        steps_file: File for the steps.
     """
     from ray_jobs.train import worker
 
-    after_step = worker._Worker.after_step
+    after_step, pause_file = worker._Worker.after_step, Path(steps_file).with_suffix(PAUSE)
 
     def recorded(self: Any, step: int) -> None:
         after_step(self, step)
         with open(steps_file, "a") as file:
             file.write(f"{self.rank} {os.getpid()} {step}\n")
+        while pause_file.exists():
+            time.sleep(_PAUSE_POLL_S)
 
     with patch.object(worker._Worker, "after_step", recorded):
         worker.train_on_worker(config)
 
 
 def drive() -> None:
-    """Run `train` with its steps recorded; what a run starts as its driver."""
+    """Run `train` and record the steps of its workers; the entry point of `Run.driver`."""
     from ray_jobs.config import command_line
     from ray_jobs.config.spec import RunSpec
     from ray_jobs.train import job
@@ -62,16 +67,16 @@ def drive() -> None:
 
 @dataclass
 class Run:
-    """One run of `train`, in a process that is started anew when it was killed."""
+    """A run of `train` in a process that can be killed and restarted."""
 
     folder: Path
     name: str
     address: str
     settings: dict[str, Any]
     logs: Path
-    """Where the driver writes what it says, and ranks their steps: not on a disk that fills up."""
+    """Folder for the output and the recorded steps; not on a disk that fills up."""
     prefix: tuple[str, ...] = ()
-    """Words in front of the driver's command, such as what puts it on another host."""
+    """Words in front of the driver's command, for example to run it on another host."""
     driver: Any = None
 
     @property
@@ -81,13 +86,22 @@ class Run:
 
     @property
     def log(self) -> Path:
-        """What the driver said."""
+        """The output of the driver."""
         return self.logs / f"{self.name}.log"
 
     @property
     def steps_file(self) -> Path:
-        """The steps that were done."""
+        """The recorded steps."""
         return self.logs / f"{self.name}.steps"
+
+    def pause(self) -> None:
+        """Let workers wait after their next step, until `resume`."""
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self.steps_file.with_suffix(PAUSE).touch()
+
+    def resume(self) -> None:
+        """Let paused workers continue."""
+        self.steps_file.with_suffix(PAUSE).unlink()
 
     def start(self) -> None:
         """Start the driver."""
@@ -106,49 +120,57 @@ class Run:
             )
 
     def wait(self) -> None:
-        """Wait for the end."""
+        """Wait for the end of the run."""
         if code := self.driver.wait(TIMEOUT_S):
             raise RuntimeError(f"{self.name} ended with {code}:\n{self.log.read_text()[-3000:]}")
 
     def steps(self) -> list[tuple[int, int, int]]:
-        """Return rank, process and step of all steps that were done so far."""
+        """Return rank, process ID and step of all recorded steps."""
         if not self.steps_file.exists():
             return []
         lines = self.steps_file.read_text().splitlines()
         return [tuple(map(int, line.split())) for line in lines if len(line.split()) == 3]  # type: ignore[misc]
 
     def pid_of(self, rank: int) -> int:
-        """Return the process of a rank, the latest one."""
+        """Return the latest process ID of a rank."""
         return [pid for r, pid, _ in self.steps() if r == rank][-1]
 
     def wait_for_step(self, step: int) -> None:
-        """Wait until both ranks have done a step."""
-        deadline = time.monotonic() + TIMEOUT_S
-        while {rank for rank, _, done in self.steps() if done >= step} != {0, 1}:
-            if self.driver.poll() is not None or time.monotonic() > deadline:
-                log = self.log.read_text()
-                raise RuntimeError(f"{self.name} never came to step {step}:\n{log[-3000:]}")
-            time.sleep(_POLL_S)
+        """Wait until both ranks have taken a step."""
+        self.wait_until(
+            lambda: {rank for rank, _, done in self.steps() if done >= step} == {0, 1},
+            f"step {step}",
+        )
 
     def wait_for_checkpoint(self) -> None:
-        """Wait until there is a checkpoint, whole."""
+        """Wait for the first complete checkpoint."""
+        complete = "checkpoints/steps/*[0-9]/state.json"
+        self.wait_until(lambda: any(self.path.glob(complete)), "a checkpoint")
+
+    def wait_until(self, condition: Callable[[], bool], event: str) -> None:
+        """Wait for a condition.
+
+        Raises:
+            RuntimeError: Naming the event, if the run ends before it.
+        """
         deadline = time.monotonic() + TIMEOUT_S
-        while not list(self.path.glob("checkpoints/steps/*[0-9]/state.json")):
+        while not condition():
             if self.driver.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"{self.name} never had a checkpoint")
+                log = self.log.read_text()
+                raise RuntimeError(f"{self.name} did not reach {event}:\n{log[-3000:]}")
             time.sleep(_POLL_S)
 
     def lost(self) -> int:
-        """Return the most steps that an attempt took again of those before it."""
-        most, done, pid = 0, 0, None
-        for _, process, step in (found for found in self.steps() if found[0] == 0):
-            if process != pid:
-                most, pid = max(most, done - (step - 1)), process
-            done = step
-        return most
+        """Return the largest number of steps that a restart repeated."""
+        lost, last_step, last_pid = 0, 0, None
+        for _, pid, step in (record for record in self.steps() if record[0] == 0):
+            if pid != last_pid:
+                lost, last_pid = max(lost, last_step - (step - 1)), pid
+            last_step = step
+        return lost
 
     def attempts(self) -> int:
-        """Return how many processes rank 0 was."""
+        """Return the number of processes of rank 0."""
         return len(dict.fromkeys(pid for rank, pid, _ in self.steps() if rank == 0))
 
     def checkpoint(self) -> Path:
@@ -157,7 +179,7 @@ class Run:
         return max(names, key=lambda path: int(path.name))
 
     def weights(self) -> dict[str, np.ndarray]:
-        """Return everything that the run ends in: last checkpoint, best epoch, finished model."""
+        """Return all results of the run: the last checkpoint, the best epoch, the final model."""
         arrays = {}
         for path in (self.checkpoint(), *sorted((self.path / "checkpoints/best").iterdir())):
             for name in ("model", "optimizer"):
@@ -171,7 +193,7 @@ class Run:
 
 
 class LocalCluster:
-    """A head, and nodes with room for one worker each."""
+    """A head node, and two nodes that hold one worker each."""
 
     def __init__(self) -> None:
         from ray.cluster_utils import Cluster
@@ -180,20 +202,20 @@ class LocalCluster:
             initialize_head=True,
             head_node_args={"num_cpus": 2, "include_dashboard": True, "dashboard_port": 0},
         )
-        self.nodes = [self.add(), self.add()]
+        self.nodes: list[Any] = []
+        self.add()
+        self.add()
 
-    def add(self) -> Any:
+    def add(self) -> None:
         """Add a node."""
-        return self.cluster.add_node(num_cpus=1, resources={SLOT: 1})
+        self.nodes.append(self.cluster.add_node(num_cpus=1, resources={SLOT: 1}))
 
-    def replace(self, index: int, by_another: bool = True) -> None:
-        """Take a node away, and perhaps add another one."""
+    def remove(self, index: int) -> None:
+        """Remove a node without warning."""
         self.cluster.remove_node(self.nodes.pop(index), allow_graceful=False)
-        if by_another:
-            self.nodes.append(self.add())
 
     def controllers(self) -> list[int]:
-        """Return the processes of Ray Train's controllers."""
+        """Return the process IDs of Ray Train's controllers."""
         from ray.util.state import list_actors
 
         actors: Any = list_actors(
@@ -204,7 +226,7 @@ class LocalCluster:
 
 @contextmanager
 def small_disk(parent: Path, megabytes: int) -> Iterator[Path]:
-    """Give a small file system of its own."""
+    """Mount a small file system; needs root."""
     path = parent / "small"
     path.mkdir()
     options = f"size={megabytes}m"
@@ -213,12 +235,13 @@ def small_disk(parent: Path, megabytes: int) -> Iterator[Path]:
         yield path
     finally:
         subprocess.run(["umount", "--lazy", str(path)], check=True)
+        path.rmdir()
 
 
 def fill(path: Path) -> Path:
-    """Fill a file system up; return the file that does."""
+    """Fill up a file system; return the file that fills it."""
     ballast = path / "ballast"
-    # Without a buffer, whose rest would find no room when the file is closed.
+    # Unbuffered, because closing the file could not write a buffered rest.
     with open(ballast, "wb", buffering=0) as file, suppress(OSError):
         while True:
             file.write(b"\0" * (1 << 20))
@@ -226,7 +249,7 @@ def fill(path: Path) -> Path:
 
 
 def disturb(kind: str, run: Run, cluster: LocalCluster, rng: np.random.Generator) -> None:
-    """Disturb a run that is at the right step."""
+    """Disturb a run now."""
     if kind == "worker":
         os.kill(run.pid_of(int(rng.integers(2))), signal.SIGKILL)
     elif kind == "hang":
@@ -234,7 +257,7 @@ def disturb(kind: str, run: Run, cluster: LocalCluster, rng: np.random.Generator
     elif kind == "controller":
         pids = cluster.controllers()
         if not pids:
-            raise RuntimeError("there is no controller any more")
+            raise RuntimeError("the controller no longer exists")
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
     elif kind == "driver":
@@ -242,7 +265,8 @@ def disturb(kind: str, run: Run, cluster: LocalCluster, rng: np.random.Generator
         run.driver.wait()
         run.start()
     elif kind == "node":
-        cluster.replace(int(rng.integers(len(cluster.nodes))))
+        cluster.remove(int(rng.integers(len(cluster.nodes))))
+        cluster.add()
     elif kind == "disk":
         before, ballast = run.steps()[-1][2], fill(run.folder)
         run.wait_for_step(before + 2 * EVERY)
@@ -250,10 +274,7 @@ def disturb(kind: str, run: Run, cluster: LocalCluster, rng: np.random.Generator
     elif kind == "torn":
         run.wait_for_checkpoint()
         steps = run.path / "checkpoints/steps"
-        deadline = time.monotonic() + TIMEOUT_S
-        while not any(path.name.endswith(".partial") for path in steps.iterdir()):
-            if run.driver.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError("no checkpoint was seen while it was written")
+        run.wait_until(lambda: any(steps.glob("*.partial")), "an incomplete checkpoint")
         os.kill(run.pid_of(0), signal.SIGKILL)
     elif kind == "damaged":
         run.wait_for_checkpoint()

@@ -1,7 +1,7 @@
-"""Ray's documented way to tune a distributed training, for `benchmarks.tuning` to measure against.
+"""Tunes a distributed training as in Ray's documentation; a peer for `benchmarks.tuning`.
 
-Each trial is a function that makes a trainer and calls `fit()`, with `TuneReportCallback` among its
-callbacks: a trial's process, a controller and a worker each time.
+Each trial is a function that calls `fit()` of a trainer with `TuneReportCallback`, so it starts a
+process for the trial, a controller and a worker.
 """
 
 from typing import Any
@@ -32,11 +32,11 @@ def train_on_worker(config: dict[str, Any]) -> None:
     set_devices(1, use_gpu=False)
     spec = RunSpec.model_validate(config)
     manifest = read_manifest(Folder(spec.data.prepared))
-    Loop(spec, manifest, WorkerContext(), feeding=FeedOptions(data=spec.data)).run(_Report())
+    Loop(spec, manifest, WorkerContext(), feed_options=FeedOptions(data=spec.data)).run(_Report())
 
 
-def run_documented(spec: RunSpec, at_once: int) -> list[str]:
-    """Run the trials of a search in the documented way, and return how they ended."""
+def run_documented(spec: RunSpec, max_concurrent: int) -> list[str]:
+    """Run the trials of a search in the documented way, and return their states."""
     from ray import tune
     from ray.train import RunConfig, ScalingConfig
     from ray.tune.integration.ray_train import TuneReportCallback
@@ -59,13 +59,15 @@ def run_documented(spec: RunSpec, at_once: int) -> list[str]:
         ).fit()
 
     rng = np.random.default_rng(0)
-    points = [space.values(lambda _, values: _drawn(rng, values)) for _ in range(count)]
+    points = [space.values(lambda _, values: _draw(rng, values)) for _ in range(count)]
     tuner = tune.Tuner(
         tune.with_resources(trial, {"CPU": 1}),
-        # Its values are replaced by the points'.
+        # The points replace these values.
         param_space=points[0],
         tune_config=tune.TuneConfig(
-            search_alg=BasicVariantGenerator(points_to_evaluate=points, max_concurrent=at_once),
+            search_alg=BasicVariantGenerator(
+                points_to_evaluate=points, max_concurrent=max_concurrent
+            ),
             num_samples=count,
         ),
         run_config=tune.RunConfig(storage_path=f"{storage}/documented-tune", verbose=0),
@@ -73,7 +75,7 @@ def run_documented(spec: RunSpec, at_once: int) -> list[str]:
     return ["failed" if result.error else "finished" for result in tuner.fit()]
 
 
-def _drawn(rng: np.random.Generator, values: DistributionSpec) -> Any:
+def _draw(rng: np.random.Generator, values: DistributionSpec) -> Any:
     if values.kind == "choice":
         return values.values()[rng.integers(len(values.values()))]
     if values.is_log:

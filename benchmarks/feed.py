@@ -1,20 +1,20 @@
-"""Rows a second into a training worker, beside tf.data, Ray's documented way and a bare loop.
+"""Measures rows per second into a training worker, against tf.data, Ray's guides and bare decoding.
 
-Method: 4,000 photo-like JPEGs, stored at 320 px, become uint8 batches of 32 × 224 × 224 px. Every
-way runs in a process of its own with all cores; after one epoch to warm up, at least three epochs
-are timed. The ways take turns, three rounds; medians count.
+Method: 4,000 photo-like JPEGs, stored at 320 px, become uint8 batches of 32 × 224 × 224 px. Each
+method runs in a process of its own on all cores; after one warm-up epoch, at least three epochs are
+timed. The methods take turns for three rounds; medians are reported.
 
     tf.data       the same JPEGs as files: shuffle, parallel map (read, decode, resize), batch,
-                  prefetch; the fastest of several degrees of parallelism, found anew in each round
-    decoder       one process a core: cv2 decodes and resizes JPEGs that are in memory
-    Ray           `read_images` → `map_batches` (resize) → `to_tf`, as Ray's guides show it
-    jpeg          ours: store jpeg, decoded by the training process, no cache
+                  prefetch; with the fastest of several degrees of parallelism in each round
+    decoder       one process per core: cv2 decodes and resizes JPEGs in memory
+    Ray           `read_images` → `map_batches` (resize) → `to_tf`, as in Ray's guides
+    jpeg          ours: stored as JPEG, decoded by the training process, no cache
     tasks         ours, `data.decode: workers`: decoded by Ray Data tasks
-    cached        ours: the same shards, decoded rows in Ray's object store
-    raw           ours: store raw at 224 px
+    cached        ours: the same shards, with decoded rows in Ray's object store
+    raw           ours: stored as pixels at 224 px
 
-Run:   python -m benchmarks.feed [--rows 4000] [--rounds 3]
-Ends in one line of JSON; the ratios are ours / theirs.
+Run:   python -m benchmarks.feed [--rows 4000] [--rounds 3] [--methods jpeg,tf.data]
+The last line of the output is JSON; the ratios are ours / theirs.
 """
 
 import argparse
@@ -27,6 +27,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +44,11 @@ from ray_jobs.storage.folder import Folder
 STORED, SIZE, BATCH = 320, 224, 32
 CORES = os.cpu_count() or 1
 EPOCHS = 3
-LEAST_S = 5.0
+MIN_S = 5.0
 
 
 def write_data(folder: Path, num_rows: int) -> None:
-    """Write raw data, both stores, and the stored JPEGs as files."""
+    """Write raw data, prepared data with both stores, and the stored JPEGs as files."""
     write_photos(folder, {"train": num_rows, "validation": 8, "test": 8}, 480, 400)
     for store, size in (("jpeg", STORED), ("raw", SIZE)):
         options = {
@@ -65,11 +67,11 @@ def write_data(folder: Path, num_rows: int) -> None:
             (folder / "files" / f"{key}.jpg").write_bytes(content)
 
 
-def timed(epoch: Callable[[], int]) -> float:
-    """Return rows a second over at least three epochs, after one to warm up."""
+def measure_rate(epoch: Callable[[], int]) -> float:
+    """Return the rows per second over at least three epochs, after a warm-up epoch."""
     epoch()
     started, rows, epochs = time.perf_counter(), 0, 0
-    while epochs < EPOCHS or time.perf_counter() - started < LEAST_S:
+    while epochs < EPOCHS or time.perf_counter() - started < MIN_S:
         rows += epoch()
         epochs += 1
     return rows / (time.perf_counter() - started)
@@ -79,7 +81,7 @@ def timed(epoch: Callable[[], int]) -> float:
 
 
 def tfdata(folder: Path) -> float:
-    """Time a tf.data pipeline tuned by hand."""
+    """Measure a manually tuned tf.data pipeline."""
     import tensorflow as tf
 
     files = sorted(str(path) for path in (folder / "files").iterdir())
@@ -98,19 +100,19 @@ def tfdata(folder: Path) -> float:
     def epoch(dataset: Any) -> int:
         return sum(int(batch.shape[0]) for batch in dataset)
 
-    def short(parallel: int) -> float:
+    def quick_rate(parallel: int) -> float:
         dataset = make(parallel)
         started = time.perf_counter()
         return epoch(dataset) / (time.perf_counter() - started)
 
-    short(CORES)
-    best = max((CORES, 2 * CORES, 4 * CORES, tf.data.AUTOTUNE), key=short)
+    quick_rate(CORES)
+    best = max((CORES, 2 * CORES, 4 * CORES, tf.data.AUTOTUNE), key=quick_rate)
     dataset = make(best)
-    return timed(lambda: epoch(dataset))
+    return measure_rate(lambda: epoch(dataset))
 
 
 def decode_all(folder: Path) -> float:
-    """Time cv2 alone, on one core."""
+    """Measure cv2 on one core."""
     import cv2
 
     cv2.setNumThreads(1)
@@ -122,17 +124,17 @@ def decode_all(folder: Path) -> float:
             cv2.resize(pixels, (SIZE, SIZE), interpolation=cv2.INTER_LINEAR)
         return len(contents)
 
-    return timed(epoch)
+    return measure_rate(epoch)
 
 
 def decoder(folder: Path) -> float:
-    """Time cv2 alone, one process a core."""
-    processes = [_process("decode_all", folder) for _ in range(CORES)]
-    return sum(_rate(process) for process in processes)
+    """Measure cv2 in one process per core."""
+    with ProcessPoolExecutor(CORES) as processes:
+        return sum(processes.map(decode_all, [folder] * CORES))
 
 
 def ray_documented(folder: Path) -> float:
-    """Time Ray Data as its guides show it."""
+    """Measure Ray Data as in its guides."""
     import cv2
     import ray.data
 
@@ -145,95 +147,62 @@ def ray_documented(folder: Path) -> float:
 
     dataset = ray.data.read_images(str(folder / "files"), mode="RGB").map_batches(resize)
     batches = dataset.to_tf("image", "label", batch_size=BATCH, drop_last=True)
-    return timed(lambda: sum(int(images.shape[0]) for images, _ in batches))
+    return measure_rate(lambda: sum(int(images.shape[0]) for images, _ in batches))
 
 
 # -- ours -----------------------------------------------------------------------------------------
 
 
-def _feed(folder: Path, store: str, data: DataSpec) -> float:
-    from ray_jobs.data.cache import choose_kind, make_index, open_cache
+def _feed(store: str, data: DataSpec, folder: Path) -> float:
+    """Measure our feed from a store."""
+    from ray_jobs.data.cache import choose_cache, make_cache_index, open_cache
     from ray_jobs.data.loader import FeedOptions, TrainingFeed
     from ray_jobs.data.prefetch import prefetch
     from ray_jobs.data.sampler import TrainingSampler
     from ray_jobs.train.device_batch import as_tensor
 
     manifest = read_manifest(Folder(folder / store))
-    kind = choose_kind(data, manifest, SIZE * SIZE * 3, 0)
+    kind = choose_cache(data, manifest, SIZE * SIZE * 3, 0)
     cache = None
     if kind == "object_store" or data.decode == "workers":
         import ray
 
         ray.init(num_cpus=CORES + 1, logging_level=logging.ERROR)
-        cache = open_cache(kind, manifest, SIZE, make_index())
-    order = TrainingSampler.of(manifest.splits["train"], BATCH, 0, data)
+        cache = open_cache(kind, manifest, SIZE, make_cache_index())
+    sampler = TrainingSampler.of(manifest.splits["train"], BATCH, 0, data)
     decode = "trainer" if data.decode == "auto" else data.decode
     options = FeedOptions(data=data, decode=decode, threads=CORES, cache=cache)
-    feed = TrainingFeed(Folder(folder / store), manifest, order, 0, 1, options)
+    feed = TrainingFeed(Folder(folder / store), manifest, sampler, 0, 1, options)
 
     def tensors() -> Iterator[Any]:
         for batch in feed.batches(0, 1 << 40):
             yield as_tensor(batch["image"])
 
-    # One stream through all epochs, as the training loop has it.
+    # One stream through all epochs, as in the training loop.
     stream = prefetch(tensors(), data.prefetch_batches)
     steps = manifest.splits["train"].num_rows // BATCH
-    rate = timed(lambda: sum(int(next(stream).shape[0]) for _ in range(steps)))
+    rate = measure_rate(lambda: sum(int(next(stream).shape[0]) for _ in range(steps)))
     stream.close()
     return rate
 
 
-def jpeg(folder: Path) -> float:
-    """Time our feed of JPEGs, without a cache."""
-    return _feed(folder, "jpeg", DataSpec(image_size=SIZE, cache="none"))
-
-
-def tasks(folder: Path) -> float:
-    """Time our feed of JPEGs, decoded by Ray Data tasks."""
-    return _feed(folder, "jpeg", DataSpec(image_size=SIZE, decode="workers", cache="none"))
-
-
-def cached(folder: Path) -> float:
-    """Time our feed of JPEGs, decoded rows in the object store."""
-    return _feed(folder, "jpeg", DataSpec(image_size=SIZE, cache="object_store"))
-
-
-def raw(folder: Path) -> float:
-    """Time our feed of pixels."""
-    return _feed(folder, "raw", DataSpec(cache="none"))
-
-
-WAYS: dict[str, Callable[[Path], float]] = {
+METHODS: dict[str, Callable[[Path], float]] = {
     "tf.data": tfdata,
     "decoder": decoder,
     "Ray": ray_documented,
-    "jpeg": jpeg,
-    "tasks": tasks,
-    "cached": cached,
-    "raw": raw,
+    "jpeg": partial(_feed, "jpeg", DataSpec(image_size=SIZE, cache="none")),
+    "tasks": partial(_feed, "jpeg", DataSpec(image_size=SIZE, decode="workers", cache="none")),
+    "cached": partial(_feed, "jpeg", DataSpec(image_size=SIZE, cache="object_store")),
+    "raw": partial(_feed, "raw", DataSpec(cache="none")),
 }
 
 
-def _process(way: str, folder: Path) -> subprocess.Popen[str]:
-    code = (
-        "import sys, pathlib; from benchmarks import feed; "
-        "print(getattr(feed, sys.argv[1])(pathlib.Path(sys.argv[2])))"
-    )
+def measure(method: str, folder: Path) -> float:
+    """Return the rows per second of a method, measured in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.feed", "--method", method, "--folder", str(folder)]
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "RAY_DATA_USE_DATASOURCE_V2": "0"}
-    command = [sys.executable, "-c", code, way, str(folder)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-
-
-def _rate(process: subprocess.Popen[str]) -> float:
-    output, _ = process.communicate()
-    if process.returncode:
-        raise RuntimeError(f"{process.args} failed")
+    output = subprocess.check_output(command, text=True, env=environment)
     return float(output.strip().splitlines()[-1])
-
-
-def _row_bytes(folder: Path) -> float:
-    split = read_manifest(Folder(folder)).splits["train"]
-    return sum(shard.num_bytes for shard in split.shards) / split.num_rows
 
 
 def main() -> None:
@@ -241,28 +210,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rows", type=int, default=4000)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--ways", default=",".join(WAYS), help="of: " + ", ".join(WAYS))
+    parser.add_argument("--methods", default=",".join(METHODS), help="some of: %(default)s")
+    for name in ("--method", "--folder"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    ways = [way for way in WAYS if way in arguments.ways.split(",")]
-    rates: dict[str, list[float]] = {way: [] for way in ways}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    if arguments.method:
+        print(METHODS[arguments.method](Path(arguments.folder)))
+        return
+    rates: dict[str, list[float]] = {name: [] for name in arguments.methods.split(",")}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         write_data(folder, arguments.rows)
         for _ in range(arguments.rounds):
-            for way in ways:
-                rates[way].append(_rate(_process(WAYS[way].__name__, folder)))
-        stored = {
-            store: sum(
-                s.num_bytes for s in read_manifest(Folder(folder / store)).splits["train"].shards
-            )
-            / arguments.rows
+            for name, measured in rates.items():
+                measured.append(measure(name, folder))
+        row_bytes = {
+            store: read_manifest(Folder(folder / store)).splits["train"].row_bytes
             for store in ("jpeg", "raw")
         }
-    median = {way: statistics.median(found) for way, found in rates.items()}
-    print("\n| way | rows/s, median | each round |\n|---|---|---|")
-    for way, found in rates.items():
-        print(f"| {way} | {median[way]:,.0f} | {', '.join(f'{rate:,.0f}' for rate in found)} |")
-    print(f"\nbytes a row: jpeg {stored['jpeg']:,.0f}, raw {stored['raw']:,.0f}; {CORES} cores")
+    median = {name: statistics.median(measured) for name, measured in rates.items()}
+    print("\n| method | rows/s, median | each round |\n|---|---|---|")
+    for name, measured in rates.items():
+        each = ", ".join(f"{rate:,.0f}" for rate in measured)
+        print(f"| {name} | {median[name]:,.0f} | {each} |")
+    print(
+        f"\nbytes per row: jpeg {row_bytes['jpeg']:,.0f}, raw {row_bytes['raw']:,.0f}; "
+        f"{CORES} cores"
+    )
     ratios = {
         "vs_tfdata": ("jpeg", "tf.data"),
         "vs_decoder": ("jpeg", "decoder"),

@@ -1,14 +1,14 @@
-"""Is the fusion as good as its better half, and as gradient boosting, on 400 real houses?
+"""Compares the fusion with its numeric half and with gradient boosting on 400 real houses.
 
-Method: five folds. Each fold's rows are tested once by models that never saw them; a fifth of the
-others is for validation. The fusion and the same model on numbers alone go through the very jobs
-(`prepare`, `train`, `predict`) with ray_jobs/specs/houses.yaml; scikit-learn's histogram gradient
-boosting, with its defaults, learns from train and validation rows together. All 400 held-out
-predictions of each are measured at once, and differences of ROC AUC by a paired bootstrap over the
-rows (10,000 draws; the bound is the 2.5 % quantile).
+Method: five-fold cross-validation; a fifth of the rows outside a fold is for validation. The fusion
+and the same model on numbers only run through the jobs `prepare`, `train` and `predict` with
+ray_jobs/specs/houses.yaml. scikit-learn's histogram gradient boosting with default settings learns
+from training and validation rows together. Metrics are computed on all 400 held-out predictions of
+a model. Differences of ROC AUC have a 95 % interval from a paired bootstrap over the rows (10,000
+draws).
 
 Run:   python -m benchmarks.houses [--seed 0] [--data ../shared/data/houses]
-Ends in one line of JSON.
+The last line of the output is JSON.
 """
 
 import argparse
@@ -37,10 +37,10 @@ BOOSTING = "gradient boosting"
 
 
 def folds(label: np.ndarray, seed: int) -> list[np.ndarray]:
-    """Return the split (train, validation, test) of every row, for each fold."""
+    """Return the split (train, validation or test) of each row, for each fold."""
     from sklearn.model_selection import StratifiedKFold, train_test_split
 
-    found = []
+    splits = []
     splitter = StratifiedKFold(NUM_FOLDS, shuffle=True, random_state=seed)
     for rest, test in splitter.split(label, label):
         _, validation = train_test_split(
@@ -48,12 +48,12 @@ def folds(label: np.ndarray, seed: int) -> list[np.ndarray]:
         )
         split = np.full(len(label), "train", dtype="<U10")
         split[validation], split[test] = "validation", "test"
-        found.append(split)
-    return found
+        splits.append(split)
+    return splits
 
 
 def predict_fold(base: RunSpec, table: pa.Table, split: np.ndarray, folder: Path) -> dict[str, Any]:
-    """Return each variant's probabilities of the fold's test rows, by key."""
+    """Return the probabilities of the test rows of a fold by key, for each variant."""
     folder.mkdir()
     csv.write_csv(table.append_column("split", pa.array(split)), folder / "table.csv")
     base = base.overlay(
@@ -81,7 +81,7 @@ def predict_fold(base: RunSpec, table: pa.Table, split: np.ndarray, folder: Path
 
 
 def boost(table: pa.Table, columns: tuple[str, ...], label: np.ndarray, split: np.ndarray) -> Any:
-    """Return gradient boosting's probabilities of the fold's test rows."""
+    """Return the probabilities of gradient boosting for the test rows of a fold."""
     from sklearn.ensemble import HistGradientBoostingClassifier
 
     x = np.stack([table[name].to_numpy().astype(float) for name in columns], axis=1)
@@ -93,8 +93,8 @@ def boost(table: pa.Table, columns: tuple[str, ...], label: np.ndarray, split: n
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--seed", type=int, default=0, help="of folds and training")
-    parser.add_argument("--data", default="../shared/data/houses", help="folder of the houses")
+    parser.add_argument("--seed", type=int, default=0, help="seed of folds and training")
+    parser.add_argument("--data", default="../shared/data/houses", help="folder with the houses")
     arguments = parser.parse_args()
     base = command_line.validate_spec(
         RunSpec, command_line.read_yaml("ray_jobs/specs/houses.yaml")
@@ -112,8 +112,8 @@ def main() -> None:
         for number, split in enumerate(folds(label, arguments.seed)):
             test = split == "test"
             predicted[BOOSTING][test] = boost(table, columns, label, split)
-            found = predict_fold(base, table, split, Path(folder) / f"fold-{number}")
-            for variant, by_key in found.items():
+            probabilities = predict_fold(base, table, split, Path(folder) / f"fold-{number}")
+            for variant, by_key in probabilities.items():
                 predicted[variant][test] = [by_key[keys[i]] for i in np.flatnonzero(test)]
     result: dict[str, Any] = {"seed": arguments.seed, "seconds": time.monotonic() - started}
     print("\n| model | ROC AUC | accuracy | log loss | ECE |\n|---|---|---|---|---|")
@@ -123,12 +123,11 @@ def main() -> None:
         print(f"| {name} | " + " | ".join(f"{value:.3f}" for value in shown.values()) + " |")
         result[name] = shown
     for other in ("numeric only", BOOSTING):
-        result[f"fusion vs {other}"] = found = auc_gain(
-            label, predicted["fusion"], predicted[other]
-        )
+        gain = auc_gain(label, predicted["fusion"], predicted[other])
+        result[f"fusion vs {other}"] = gain
         print(
-            f"\nfusion − {other}: {found['difference']:+.4f} "
-            f"(95 % interval {found['low']:+.4f} to {found['high']:+.4f})"
+            f"\nfusion − {other}: {gain['difference']:+.4f} "
+            f"(95 % interval {gain['low']:+.4f} to {gain['high']:+.4f})"
         )
     print(json.dumps(result))
 

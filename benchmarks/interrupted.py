@@ -1,14 +1,13 @@
-"""Does a prepare that is killed again and again end in the same bytes as one that never was?
+"""Checks that an interrupted `prepare` writes the same bytes as an uninterrupted one.
 
-Method: 1,600 photo-like JPEGs of 320 px and a table, some rows of it bad. One prepare runs through.
-Another is killed with SIGKILL (the whole process group that was started for it) at random points:
-every third at a random time before its first shard is there or soon after, the others a moment
-after a random number of further shards. It is started again after each kill, and the last time left
-alone. Then every file of both folders is compared: manifest, shards, quarantine; and what the
-killed ones had finished must not have been written again.
+Method: 1,600 photo-like JPEGs of 320 px and a table with some bad rows. One `prepare` runs without
+interruption. Another one is killed repeatedly (SIGKILL to its process group) and restarted: every
+third time at a random moment around its first shard, otherwise shortly after a random number of
+further shards. The last start is not interrupted. Then all files of both folders are compared:
+manifest, shards and quarantine. Shards that were finished before a kill must not be written again.
 
 Run:   python -m benchmarks.interrupted [--kills 10] [--rows 1600] [--seed 0]
-Ends in one line of JSON.
+The last line of the output is JSON.
 """
 
 import argparse
@@ -31,12 +30,12 @@ TIMEOUT_S = 300.0
 
 
 def write_raw(folder: Path, num_rows: int, rng: np.random.Generator) -> None:
-    """Write images and table; one row in forty has no image that can be read."""
+    """Write images and table; the image of one row in forty is truncated."""
     (folder / "images").mkdir()
     lines = ["key,area,label"]
     for row in range(num_rows):
-        rough = rng.integers(0, 255, (12, 12, 3), dtype=np.uint8)
-        pixels = cv2.resize(rough, (320, 320), interpolation=cv2.INTER_CUBIC)
+        coarse = rng.integers(0, 255, (12, 12, 3), dtype=np.uint8)
+        pixels = cv2.resize(coarse, (320, 320), interpolation=cv2.INTER_CUBIC)
         content = cv2.imencode(".jpg", pixels)[1].tobytes()
         content = content[: len(content) // 2] if row % 40 == 7 else content
         (folder / "images" / f"k{row}.jpg").write_bytes(content)
@@ -45,7 +44,7 @@ def write_raw(folder: Path, num_rows: int, rng: np.random.Generator) -> None:
 
 
 def start(raw: Path, folder: Path) -> subprocess.Popen[bytes]:
-    """Start a prepare in a folder of its own, in a process group of its own."""
+    """Start `prepare` in a folder and a process group of its own."""
     folder.mkdir(exist_ok=True)
     settings = {
         "images": raw / "images",
@@ -67,7 +66,7 @@ def start(raw: Path, folder: Path) -> subprocess.Popen[bytes]:
 
 
 def finish(process: subprocess.Popen[bytes], folder: Path) -> float:
-    """Wait for a prepare that is left alone; return when its first shard was there, in seconds."""
+    """Wait for the end of `prepare`; return the seconds until its first shard was finished."""
     started = time.monotonic()
     while not finished(folder) and process.poll() is None:
         time.sleep(0.01)
@@ -78,29 +77,29 @@ def finish(process: subprocess.Popen[bytes], folder: Path) -> float:
 
 
 def kill_after(
-    process: subprocess.Popen[bytes], folder: Path, num_shards: int, more_s: float
+    process: subprocess.Popen[bytes], folder: Path, num_shards: int, delay_s: float
 ) -> int:
-    """Kill a prepare some time after it has finished some shards; return how many there are."""
+    """Kill `prepare` `delay_s` after it finished some shards; return the number of shards."""
     deadline = time.monotonic() + TIMEOUT_S
     while finished(folder) < num_shards:
         if process.poll() is not None or time.monotonic() > deadline:
             raise RuntimeError(f"prepare did not finish {num_shards} shards")
         time.sleep(0.01)
-    time.sleep(more_s)
+    time.sleep(delay_s)
     if process.poll() is not None:
-        raise RuntimeError("prepare ended before it was killed; give more --rows")
+        raise RuntimeError("prepare ended before it was killed; increase --rows")
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     return finished(folder)
 
 
 def finished(folder: Path) -> int:
-    """Return the number of shards that have been noted as finished."""
+    """Return the number of finished shards, by the journal."""
     return sum(1 for _ in (folder / "prepared" / "_progress").glob("*.json"))
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """Return the hash of each file of prepared data."""
+    """Return the hash of each file of the prepared data."""
     files = [path for path in sorted((folder / "prepared").rglob("*")) if path.is_file()]
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
@@ -111,50 +110,51 @@ def hashes(folder: Path) -> dict[str, str]:
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--kills", type=int, default=10, help="how often")
+    parser.add_argument("--kills", type=int, default=10, help="number of kills")
     parser.add_argument("--rows", type=int, default=1600, help="rows of the table")
-    parser.add_argument("--seed", type=int, default=0, help="of images and points")
+    parser.add_argument("--seed", type=int, default=0, help="seed of images and kill points")
     arguments = parser.parse_args()
     rng = np.random.default_rng(arguments.seed)
     with tempfile.TemporaryDirectory() as temporary:
-        raw, whole, killed = (Path(temporary) / name for name in ("raw", "whole", "killed"))
+        raw, uninterrupted, killed = (Path(temporary) / name for name in ("raw", "whole", "killed"))
         raw.mkdir()
         write_raw(raw, arguments.rows, rng)
         started = time.monotonic()
-        first_s = finish(start(raw, whole), whole)
+        first_s = finish(start(raw, uninterrupted), uninterrupted)
         seconds = time.monotonic() - started
-        expected = hashes(whole)
+        expected = hashes(uninterrupted)
         num_shards = sum(name.endswith(".parquet") for name in expected) - 1
         print(
-            f"{num_shards} shards; without a kill {seconds:.1f} s, the first at {first_s:.1f} s\n"
+            f"{num_shards} shards in {seconds:.1f} s without interruption; the first after "
+            f"{first_s:.1f} s\n"
         )
-        print("| kill | point | shards finished |\n|---|---|---|")
+        print("| kill | moment | finished shards |\n|---|---|---|")
         count = killed_among = 0
         for number in range(arguments.kills):
             if number % 3 == 2:
-                target, more_s = 0, rng.uniform(0, 1.1 * first_s)
-                point = f"after {more_s:.1f} s"
+                target, delay_s = 0, rng.uniform(0, 1.1 * first_s)
+                moment = f"after {delay_s:.1f} s"
             else:
                 step = (num_shards - count) // (arguments.kills - number)
-                target, more_s = count + int(rng.integers(1, step + 2)), rng.uniform(0, 0.1)
-                point = f"a moment after shard {target}"
-            count = kill_after(start(raw, killed), killed, target, more_s)
+                target, delay_s = count + int(rng.integers(1, step + 2)), rng.uniform(0, 0.1)
+                moment = f"shortly after shard {target}"
+            count = kill_after(start(raw, killed), killed, target, delay_s)
             killed_among += 0 < count < num_shards
-            print(f"| {number + 1} | {point} | {count} |", flush=True)
-        noted = (killed / "prepared" / "_progress").glob("*.json")
-        shards = [json.loads(path.read_text())["shard"] for path in noted]
+            print(f"| {number + 1} | {moment} | {count} |", flush=True)
+        journal = (killed / "prepared" / "_progress").glob("*.json")
+        shards = [json.loads(path.read_text())["shard"] for path in journal]
         paths = [killed / "prepared" / shard["path"] for shard in shards if shard]
         before = {path: path.stat().st_mtime_ns for path in paths}
         finish(start(raw, killed), killed)
-        found = hashes(killed)
-        again = sum(path.stat().st_mtime_ns != written for path, written in before.items())
+        actual = hashes(killed)
+        num_rewritten = sum(path.stat().st_mtime_ns != written for path, written in before.items())
     result = {
         "kills": arguments.kills,
-        "same": found == expected,
+        "same": actual == expected,
         "shards": num_shards,
         "killed_among_shards": killed_among,
         "finished_by_killed": len(before),
-        "written_again": again,
+        "written_again": num_rewritten,
         "seed": arguments.seed,
     }
     print(f"\nsame files: {result['same']}")

@@ -1,14 +1,14 @@
-"""Do a million numeric records find a million images in bounded memory, with nothing lost unsaid?
+"""Joins a million records with a million images and measures memory and unmatched rows.
 
-Method: Parquet records and WebDataset tars (10,000 images of 8 × 8 pixels each, of 300 distinct
-encodings), both in random order; 1,000 records have no image, 1,000 images no record. `prepare`
-joins them and writes shards; every key of its quarantine is compared with those that were left out.
-A thread looks at the resident memory twice a second (PSS: what processes share counts once), of
-this process and of it with all its children, which Ray's processes are. Making the data is not
+Method: Parquet records and WebDataset tars (10,000 images of 8 × 8 pixels each, from 300 distinct
+encodings), both in random order; 1,000 records have no image, and 1,000 images have no record.
+`prepare` joins them and writes shards. The keys in its quarantine are compared with the unmatched
+ones. Twice a second, a thread reads the resident memory (PSS, which counts shared memory once) of
+this process, with and without its children, which include Ray's processes. Making the data is not
 measured.
 
 Run:   python -m benchmarks.join [--rows 1000000] [--join_only] [--folder DIR]
-Ends in one line of JSON.
+The last line of the output is JSON.
 """
 
 import argparse
@@ -42,7 +42,7 @@ NUMERIC_COLUMNS = ("a", "b", "c", "d")
 
 
 def write_data(folder: Path, rows: int, seed: int) -> None:
-    """Write table.parquet with keys 0 … rows - 1, and tars whose keys are 1,000 more each."""
+    """Write table.parquet with keys 0 … rows - 1, and tars with the same keys plus 1,000."""
     rng = np.random.default_rng(seed)
     keys = rng.permutation(rows)
     columns: dict[str, Any] = {"key": [_key(key) for key in keys]}
@@ -62,15 +62,15 @@ def write_data(folder: Path, rows: int, seed: int) -> None:
 
 @contextmanager
 def peak_memory() -> Iterator[dict[str, float]]:
-    """Measure the most resident MB of this process (`driver`) and with its children (`all`)."""
+    """Measure the peak memory in MB of this process (`driver`) and with its children (`all`)."""
     peaks = {"driver": 0.0, "all": 0.0}
     ended = threading.Event()
 
     def watch() -> None:
         while not ended.wait(0.5):
             for name, with_children in (("driver", False), ("all", True)):
-                found = resident_bytes(os.getpid(), with_children=with_children) / 1e6
-                peaks[name] = max(peaks[name], found)
+                memory_mb = resident_bytes(os.getpid(), with_children=with_children) / 1e6
+                peaks[name] = max(peaks[name], memory_mb)
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -82,8 +82,8 @@ def peak_memory() -> Iterator[dict[str, float]]:
 
 
 def join_alone(options: PrepareSpec) -> dict[str, set[str]]:
-    """Return the keys left over on both sides, by reason, from opening the source."""
-    source = open_source(options, (), True)
+    """Open the source only, and return the unmatched keys by reason."""
+    source = open_source(options)
     is_missing = source.images[""].path.is_null()
     return {
         "missing_image": set(source.table.column("key").filter(is_missing).to_pylist()),
@@ -92,22 +92,22 @@ def join_alone(options: PrepareSpec) -> dict[str, set[str]]:
 
 
 def join_and_prepare(options: PrepareSpec) -> dict[str, set[str]]:
-    """Return the keys left over on both sides, by reason, from the quarantine of `prepare`."""
+    """Run `prepare`, and return the keys in its quarantine by reason."""
     prepare(RunSpec(prepare=options))
-    found: dict[str, set[str]] = {}
+    keys: dict[str, set[str]] = {}
     for path in sorted(Path(options.output, "quarantine").glob("*.parquet")):
         for row in pq.read_table(path).to_pylist():
-            found.setdefault(row["reason"], set()).add(row["key"])
-    return found
+            keys.setdefault(row["reason"], set()).add(row["key"])
+    return keys
 
 
 def main() -> None:
-    """Make the data, join it, and print what it took."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--join_only", action="store_true", help="open the source, write nothing")
-    parser.add_argument("--folder", help="where the data is written; by default a temporary one")
+    parser.add_argument("--join_only", action="store_true", help="open the source only")
+    parser.add_argument("--folder", help="parent of the temporary data folder")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
         folder = Path(temporary)
@@ -123,7 +123,7 @@ def main() -> None:
         )
         start = time.perf_counter()
         with peak_memory() as peaks:
-            found = join_alone(options) if args.join_only else join_and_prepare(options)
+            unmatched = join_alone(options) if args.join_only else join_and_prepare(options)
         seconds = time.perf_counter() - start
     expected = {
         "missing_image": {_key(key) for key in range(NUM_UNMATCHED)},
@@ -136,9 +136,9 @@ def main() -> None:
         "rows_per_s": round(args.rows / seconds),
         "driver_mb": round(peaks["driver"]),
         "all_mb": round(peaks["all"]),
-        "records_without_image": len(found.get("missing_image", ())),
-        "images_without_record": len(found.get("no_record", ())),
-        "all_unmatched_reported": found == expected,
+        "records_without_image": len(unmatched.get("missing_image", ())),
+        "images_without_record": len(unmatched.get("no_record", ())),
+        "all_unmatched_reported": unmatched == expected,
     }
     for name, value in result.items():
         print(f"{name:24} {value}")

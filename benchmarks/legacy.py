@@ -1,7 +1,7 @@
-"""What Ray's documentation prescribes for TensorFlow, to measure against: legacy Keras' `fit`.
+"""Trains with legacy Keras, as Ray's documentation recommends for TensorFlow; a peer to measure.
 
-The model is the fusion model of `mm_model` with its default settings, without augmentation, layer
-by layer in tf_keras. Everything is imported inside of functions, which run on Ray workers.
+The model replicates the fusion model of `mm_model` in tf_keras, with the default settings but
+without augmentation. Imports are inside the functions, which run on Ray workers.
 """
 
 import json
@@ -14,11 +14,11 @@ from mm_model.statistics import NumericStatistics
 
 
 def train_legacy(config: dict[str, Any]) -> None:
-    """Train on one Ray worker, as the guide "Get Started with Distributed Training" shows.
+    """Train on one Ray worker as in the guide "Get Started with Distributed Training".
 
     Args:
-        config: `steps`, `size` in pixels, `batch` of all workers, `learning_rate`, `model` and
-            `statistics` as dicts, `ends` as of `TimedLoop`.
+        config: `steps`, `size` in pixels, the global `batch` size, `learning_rate`, `model` and
+            `statistics` as dicts, and `ends` as in `TimedLoop`.
     """
     import ray.train
     import tensorflow as tf
@@ -26,7 +26,7 @@ def train_legacy(config: dict[str, Any]) -> None:
 
     from benchmarks.arrays import make_arrays
 
-    # What `set_devices` gives our own workers of one CPU.
+    # The same threads as `set_devices` gives a worker with one CPU.
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(2)
     context = ray.train.get_context()
@@ -47,7 +47,7 @@ def train_legacy(config: dict[str, Any]) -> None:
     }
     inputs = {"image": own["image"], "numeric": own["numeric"]}
     options = tf.data.Options()
-    # Each worker holds its own rows already. The strategy cuts global batches into shares.
+    # Each worker already has only its own rows; the strategy splits the global batch size.
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
     rows: Any = (inputs, own["label"])
     dataset = tf.data.Dataset.from_tensor_slices(rows).repeat()
@@ -56,7 +56,7 @@ def train_legacy(config: dict[str, Any]) -> None:
     ends: list[tuple[float, float]] = []
 
     class Timer(tf_keras.callbacks.Callback):
-        # Else Keras would make numbers of the logs for it.
+        # Without it, Keras would convert the logs to numbers.
         _supports_tf_logs = True
 
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
@@ -64,12 +64,12 @@ def train_legacy(config: dict[str, Any]) -> None:
 
     history = model.fit(dataset, steps_per_epoch=steps, epochs=1, verbose=0, callbacks=[Timer()])
     if rank == 0:
-        found = {"ends": ends, "loss": history.history["loss"][0]}
-        Path(config["ends"]).write_text(json.dumps(found))
+        loss = history.history["loss"][0]
+        Path(config["ends"]).write_text(json.dumps({"ends": ends, "loss": loss}))
 
 
 def _loss(num_heads: int) -> Any:
-    """Return one loss of the output and all heads, side by side, as our model's."""
+    """Return the summed loss of the output and all heads, as in our model."""
     import tensorflow as tf
     import tf_keras
 
@@ -84,7 +84,7 @@ def _loss(num_heads: int) -> Any:
 
 
 def _model(spec: ModelSpec, statistics: NumericStatistics, size: int) -> Any:
-    """Return the model: images and numbers to (B, 4), the probability and three logits."""
+    """Return the model; its output (B, 4) is the probability and three logits."""
     import numpy as np
     import tensorflow as tf
     from tf_keras import Input, Model, applications, layers, regularizers
@@ -132,15 +132,16 @@ def _model(spec: ModelSpec, statistics: NumericStatistics, size: int) -> Any:
     shape = (size, size, 3)
     backbone = applications.EfficientNetB0(False, weights=untrained, input_shape=shape)
     pooled = layers.GlobalAveragePooling2D()(backbone(image))
-    seen = dense(layers.Dropout(spec.dropout)(pooled), spec.image.units)
-    known = Encoding()(numeric)
+    image_features = dense(layers.Dropout(spec.dropout)(pooled), spec.image.units)
+    numeric_features = Encoding()(numeric)
     for units in spec.numeric.units:
-        known = dense(known, units, skip=True)
-    one, other = ModalityDropout()([seen, known])
+        numeric_features = dense(numeric_features, units, skip=True)
+    one, other = ModalityDropout()([image_features, numeric_features])
     units = spec.fusion.units
     gate = layers.Dense(units, activation="sigmoid")(layers.Concatenate()([one, other]))
     one, other = dense(one, units, skip=True), dense(other, units, skip=True)
     joint = layers.Add()([other, layers.Multiply()([gate, layers.Subtract()([one, other])])])
-    heads = [layers.Dense(1, kernel_initializer="zeros")(x) for x in (seen, known, joint)]
+    inputs = image_features, numeric_features, joint
+    heads = [layers.Dense(1, kernel_initializer="zeros")(x) for x in inputs]
     probability = layers.Activation("sigmoid")(layers.Average()(heads))
     return Model({"image": image, "numeric": numeric}, layers.Concatenate()([probability, *heads]))

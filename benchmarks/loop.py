@@ -1,31 +1,32 @@
-"""Is our loop as fast as Keras' own `fit`, and on two workers as what Ray's documentation has?
+"""Compares our loop with Keras' `fit` and, on two workers, with the way of Ray's documentation.
 
-Method: the fusion model with an untrained EfficientNetB0 at 96 px, two numbers a row, batches of
-32, Adam, on CPU, all rows ready in memory. Each side runs in processes of its own, both sides in
-turns; steps are timed from the end of the warm-up (in which graphs are traced) to the last one; the
-ratio is the median over the rounds of each round's ratio of rows a second.
+Method: the fusion model with an untrained EfficientNetB0 at 96 px, two numbers per row, batches of
+32, Adam, on CPU, all rows in memory. The two sides take turns, each in its own processes. Steps are
+timed from the end of the warm-up, in which graphs are traced. The ratio of rows per second is
+computed per round; medians over the rounds are reported.
 
-    vs_fit                     the real `Loop` in one process, all cores, against
-                               `keras.Model.fit(x, y, batch_size=32, shuffle=False)` of the same
-                               model from the same seed, the same arrays, optimizer and loss,
-                               without XLA, as Keras has it on CPU; mean losses that differ by
-                               more than 0.001 are an error.
-    two_workers_vs_legacy_fit  the worker (loop, callbacks, coordinator) in two processes of one
+    vs_fit                     `Loop` in one process on all cores, against
+                               `keras.Model.fit(x, y, batch_size=32, shuffle=False)` with the same
+                               model, seed, arrays, optimizer and loss, without XLA, as is Keras'
+                               default on CPU. Mean losses that differ by more than 0.001 are an
+                               error.
+    two_workers_vs_legacy_fit  the worker (loop, callbacks, coordinator) in two processes with one
                                CPU each, started by Ray Train, against Ray's `TensorflowTrainer`
                                with `MultiWorkerMirroredStrategy`, tf_keras and `fit` on a tf.data
                                dataset of each worker's rows (`benchmarks.legacy`).
 
-In the second, the same: rows, layers and their sizes, dropout, L2, one loss of output and heads,
-Adam at a constant rate, ring collectives, threads. No augmentation, for which legacy Keras has
-slower layers. Not the same: weights at the start, and draws; our dropout draws for all rows of the
-global batch; each step of theirs updates a metric of the loss, which is exchanged; ours asks every
-few seconds whether to stop. Time for start and tracing is in neither: see `benchmarks.startup`.
+In the second comparison, both sides have the same rows, layers and layer sizes, dropout, L2, summed
+loss of output and heads, Adam at a constant rate, ring collectives and threads, and no
+augmentation, for which legacy Keras has slower layers. They differ in initial weights and random
+numbers; our dropout draws numbers for all rows of the global batch; each of their steps updates and
+exchanges a loss metric; our loop checks every few seconds whether to stop. Start and tracing are
+excluded; see `benchmarks.startup`.
 
-Steps are timed by the clock, which others who use the machine disturb; their CPU seconds (of the
-process whose steps are timed) stand beside them.
+Wall time is sensitive to other users of the machine, so the CPU time of the timed process is also
+shown.
 
 Run:   python -m benchmarks.loop [--rounds 3] [--two-rounds 2] [--steps 40]
-Ends in one line of JSON.
+The last line of the output is JSON.
 """
 
 import argparse
@@ -44,11 +45,11 @@ ROOT = Path(__file__).parents[1]
 SIZE, BATCH, WARM_UP = 96, 32, 5
 _SAME_LOSS = 1e-3
 SIDES = {"one": ("ours", "fit"), "two": ("ours", "legacy")}
-"""By the number of workers: ours, and what it is measured against."""
+"""The two sides to compare, by number of workers."""
 
 
 def make_spec(folder: str, workers: str) -> Any:
-    """Return the spec of a run; a side that is not ours takes from it what it can."""
+    """Return the spec of a run, which the other side follows as far as possible."""
     from mm_model.spec import NO_AUGMENTATION
     from ray_jobs.config.spec import RunSpec
 
@@ -76,7 +77,7 @@ def make_spec(folder: str, workers: str) -> Any:
 
 
 def one_ours(folder: str, steps: int, ends: str) -> None:
-    """Train with our loop."""
+    """Train with our loop on one worker."""
     from ray_jobs.cluster.strategy import WorkerContext, set_devices
 
     spec = make_spec(folder, "one")
@@ -91,7 +92,7 @@ def one_ours(folder: str, steps: int, ends: str) -> None:
 
 
 def one_fit(folder: str, steps: int, ends: str) -> None:
-    """Train with Keras' loop."""
+    """Train with Keras' `fit`."""
     import keras
 
     from benchmarks.arrays import make_arrays
@@ -114,7 +115,7 @@ def one_fit(folder: str, steps: int, ends: str) -> None:
     times: list[tuple[float, float]] = []
 
     class Timer(keras.callbacks.Callback):
-        # Else `fit` would wait for the numbers of each step's logs.
+        # Otherwise `fit` would wait for the logs of each step.
         async_safe = True
 
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
@@ -123,15 +124,15 @@ def one_fit(folder: str, steps: int, ends: str) -> None:
     inputs = {"image": arrays["image"], "numeric": arrays["numeric"]}
     options: Any = {"batch_size": BATCH, "verbose": 0, "shuffle": False, "callbacks": [Timer()]}
     history = model.fit(inputs, arrays["label"], **options)
-    found = {"ends": times, "loss": history.history["loss"][0]}
-    Path(ends).write_text(json.dumps(found))
+    loss = history.history["loss"][0]
+    Path(ends).write_text(json.dumps({"ends": times, "loss": loss}))
 
 
 # -- two workers of Ray ---------------------------------------------------------------------------
 
 
 def two_ours(folder: str, steps: int, ends: str) -> None:
-    """Train with our workers."""
+    """Train with two of our workers."""
     from ray_jobs.cluster import connection
     from ray_jobs.data.manifest import read_manifest
     from ray_jobs.storage.folder import Folder
@@ -144,14 +145,15 @@ def two_ours(folder: str, steps: int, ends: str) -> None:
     with connection.connected("local", num_cpus=2):
         config = {
             "spec": spec.model_dump(mode="json"), "run": run.uri, "coordinator": make_coordinator(),
-            "decode": "trainer", "cache": "none", "index": None, "ray_s": 0.0, "began": time.time(),
+            "decode": "trainer", "cache": "none", "index": None, "ray_s": 0.0,
+            "attempt_start": time.time(),
             "timed": {"num_steps": steps, "ends": ends},
         }  # fmt: skip
         fit_once(spec.train, 2, _train_from_memory, config, run.uri, ())
 
 
 def _train_from_memory(config: dict[str, Any]) -> None:
-    """Do what a worker does, with a loop that takes its batches from memory."""
+    """Run a worker whose loop takes its batches from memory."""
     from functools import partial
     from unittest.mock import patch
 
@@ -163,8 +165,8 @@ def _train_from_memory(config: dict[str, Any]) -> None:
 
 
 def two_legacy(folder: str, steps: int, ends: str) -> None:
-    """Train as Ray's documentation has it."""
-    # Before the import that binds `tf.keras` to one Keras or the other.
+    """Train as in Ray's documentation."""
+    # TensorFlow reads it when it is imported.
     os.environ["TF_USE_LEGACY_KERAS"] = "1"
     from ray.train import RunConfig, ScalingConfig
     from ray.train.tensorflow import TensorflowTrainer
@@ -190,11 +192,11 @@ def two_legacy(folder: str, steps: int, ends: str) -> None:
         ).fit()
 
 
-# -- both sides in turns --------------------------------------------------------------------------
+# -- comparison -----------------------------------------------------------------------------------
 
 
 def measure(workers: str, side: str, folder: str, steps: int) -> dict[str, float]:
-    """Run one side in a process of its own; return its rows a second, median step and loss."""
+    """Run one side in a process of its own; return its rows per second, median step and loss."""
     ends = f"{folder}/ends.json"
     command = [sys.executable, "-m", "benchmarks.loop", "--side", f"{workers}_{side}"]
     command += ["--folder", folder, "--ends", ends, "--steps", str(steps)]
@@ -206,34 +208,34 @@ def measure(workers: str, side: str, folder: str, steps: int) -> dict[str, float
     }
     started = time.monotonic()
     subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, check=True)
-    found = json.loads(Path(ends).read_text())
-    wall_s, cpu_s = np.diff(found["ends"][WARM_UP - 1 :], axis=0).T
+    record = json.loads(Path(ends).read_text())
+    wall_s, cpu_s = np.diff(record["ends"][WARM_UP - 1 :], axis=0).T
     return {
         "rows_per_s": BATCH * len(wall_s) / float(wall_s.sum()),
         "step_s": float(np.median(wall_s)),
         "cpu_s": float(np.median(cpu_s)),
-        "loss": found["loss"],
+        "loss": record["loss"],
         "seconds": time.monotonic() - started,
     }
 
 
 def compare(workers: str, rounds: int, folder: str, steps: int) -> float:
-    """Print every round of both sides; return the median ratio."""
+    """Print each round of both sides; return the median ratio."""
     ratios = []
     for number in range(rounds):
         rates, losses = [], []
         for side in SIDES[workers]:
-            found = measure(workers, side, folder, steps)
-            rates.append(found["rows_per_s"])
-            losses.append(found["loss"])
+            result = measure(workers, side, folder, steps)
+            rates.append(result["rows_per_s"])
+            losses.append(result["loss"])
             print(
-                f"| {workers} | {number + 1} | {side} | {found['rows_per_s']:.1f} "
-                f"| {found['step_s']:.3f} | {found['cpu_s']:.3f} | {found['loss']:.4f} "
-                f"| {found['seconds']:.0f} |",
+                f"| {workers} | {number + 1} | {side} | {result['rows_per_s']:.1f} "
+                f"| {result['step_s']:.3f} | {result['cpu_s']:.3f} | {result['loss']:.4f} "
+                f"| {result['seconds']:.0f} |",
                 flush=True,
             )
         if workers == "one" and abs(losses[0] - losses[1]) > _SAME_LOSS:
-            raise RuntimeError(f"the two sides do not train the same: losses {losses}")
+            raise RuntimeError(f"the two sides differ in their losses: {losses}")
         ratios.append(rates[0] / rates[1])
     print(f"\nratios with {workers}: {', '.join(f'{r:.3f}' for r in ratios)}\n", flush=True)
     return float(np.median(ratios))
@@ -242,9 +244,9 @@ def compare(workers: str, rounds: int, folder: str, steps: int) -> float:
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=3, help="of one worker")
-    parser.add_argument("--two-rounds", type=int, default=2, help="of two workers")
-    parser.add_argument("--steps", type=int, default=40, help="of each run, with the warm-up")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds with one worker")
+    parser.add_argument("--two-rounds", type=int, default=2, help="rounds with two workers")
+    parser.add_argument("--steps", type=int, default=40, help="steps of each run, with the warm-up")
     for name in ("--side", "--folder", "--ends"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -252,14 +254,13 @@ def main() -> None:
         globals()[arguments.side](arguments.folder, arguments.steps, arguments.ends)
         return
 
-    from benchmarks.photos import jpeg, photo
+    from benchmarks.photos import make_jpegs
     from benchmarks.shards import write_shards
 
     with tempfile.TemporaryDirectory() as folder:
-        # Statistics for the model, and more steps in an epoch than are taken.
-        image = jpeg(photo(np.random.default_rng(0), SIZE))
+        # An epoch must have more steps than are taken.
         num_rows = {"train": 4 * arguments.steps * BATCH, "validation": BATCH, "test": BATCH}
-        write_shards(Path(folder) / "prepared", num_rows, [image], SIZE)
+        write_shards(Path(folder) / "prepared", num_rows, make_jpegs(SIZE), SIZE)
         print("| workers | round | side | rows/s | median step, s | its CPU, s | loss | seconds |")
         print("|---|---|---|---|---|---|---|---|")
         result = {}

@@ -1,12 +1,12 @@
-"""Does memory grow with the dataset? Peak of all processes of a training on 1 GB and on 8 GB.
+"""Checks that memory does not grow with the dataset: the peak of a training on 1 GB and on 8 GB.
 
-Method: shards of photo-like JPEGs at 320 px; one epoch of the real `train` job, two workers, the
-`tiny` branch at 32 px and `data.object_store_memory` of 512 MB. Twice a second the proportional
-resident memory (PSS: what processes share counts once) of the job and of everything that it started
-is summed; the peak counts. Page cache is not in it: nothing is mapped but what is decoded.
+Method: shards of photo-like JPEGs at 320 px; one epoch of the `train` job with two workers, the
+`tiny` branch at 32 px and `data.object_store_memory` of 512 MB. Twice a second, the proportional
+resident memory (PSS, which counts shared memory once) of the job and all its child processes is
+summed. Page cache is not included, because no files are mapped.
 
 Run:   python -m benchmarks.memory [--gigabytes 1 8]
-Ends in one line of JSON: peaks in MB, and the largest over the smallest.
+The last line of the output is JSON: the peaks in MB, and the largest divided by the smallest.
 """
 
 import argparse
@@ -18,26 +18,24 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
-
-from benchmarks.photos import jpeg, photo
+from benchmarks.photos import make_jpegs
 from benchmarks.shards import write_shards
 
 _POLL_S = 0.5
 
 
 def resident_bytes(pid: int, *, with_children: bool = True) -> int:
-    """Return the memory that a process, and all that it started, hold; what is shared once."""
+    """Return the resident memory (PSS) of a process and all its children."""
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat") if with_children else ():
         with suppress(OSError):
-            # The name in brackets may hold spaces; the parent is the second word behind it.
+            # The name in parentheses may contain spaces; the parent is the second word after it.
             parent = int(stat.read_text().rpartition(")")[2].split()[1])
             children.setdefault(parent, []).append(int(stat.parent.name))
-    total, todo = 0, [pid]
-    while todo:
-        member = todo.pop()
-        todo += children.get(member, [])
+    total, pending = 0, [pid]
+    while pending:
+        member = pending.pop()
+        pending += children.get(member, [])
         with suppress(OSError):
             rollup = Path(f"/proc/{member}/smaps_rollup").read_text()
             pss = next(line for line in rollup.splitlines() if line.startswith("Pss:"))
@@ -46,7 +44,7 @@ def resident_bytes(pid: int, *, with_children: bool = True) -> int:
 
 
 def peak_of(command: list[str]) -> tuple[int, float]:
-    """Run a command; return its peak of resident bytes and its seconds."""
+    """Run a command; return its peak of resident bytes and its duration in seconds."""
     started, peak = time.monotonic(), 0
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while process.poll() is None:
@@ -62,8 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--gigabytes", type=float, nargs="+", default=[1, 8])
     arguments = parser.parse_args()
-    rng = np.random.default_rng(0)
-    images = [jpeg(photo(rng, 320)) for _ in range(400)]
+    images = make_jpegs(320, 400)
     row_bytes = sum(map(len, images)) / len(images)
     peaks: dict[str, int] = {}
     print("\n| shards | rows | seconds | peak of all processes |\n|---|---|---|---|")

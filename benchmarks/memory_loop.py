@@ -1,4 +1,4 @@
-"""The training loop fed from memory, and callbacks that time its steps, for benchmarks."""
+"""Runs the training loop on rows in memory and times its steps."""
 
 import json
 import time
@@ -6,23 +6,23 @@ from collections.abc import Generator
 from itertools import count
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from benchmarks.arrays import make_arrays
-from ray_jobs.data.reader import Batch
-from ray_jobs.train.callbacks import Callbacks, ControlRequest, CopyCheckpoint
+from ray_jobs.data.decoder import Batch
+from ray_jobs.train.callbacks import Callbacks, ControlRequest
 from ray_jobs.train.checkpoints.checkpoint import Checkpoint
 from ray_jobs.train.loop import Loop, Outcome
-from ray_jobs.train.telemetry.console import Event
 
 
 class MemoryFeed:
-    """Yields the same few batches again and again, as arrays that lie ready.
+    """Repeats the same few batches, which are in memory.
 
     Args:
-        arrays: of all rows, in order; a number of global batches.
-        global_batch_size: rows of a step.
-        rank: of the worker.
-        num_workers: that share a step.
+        arrays: Rows of some global batches.
+        global_batch_size: Rows per step.
+        rank: Rank of the worker.
+        num_workers: Number of workers.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class MemoryFeed:
         self.first = rank * self.share
 
     def batches(self, start: int = 0, stop: int | None = None) -> Generator[Batch]:
-        """Yield this worker's share of the steps `start` to `stop` (exclusive)."""
+        """Yield this worker's rows of the steps from `start` to `stop` (exclusive)."""
         num_rows = len(self.arrays["label"])
         for step in range(start, stop) if stop is not None else count(start):
             first = step * self.size % num_rows + self.first
@@ -41,11 +41,12 @@ class MemoryFeed:
 
 
 class MemoryLoop(Loop):
-    """A loop that takes its batches from memory, and all else as it is.
+    """A training loop that takes its batches from memory.
 
     Args:
-        num_batches: global batches that lie in memory.
-        ...: of `Loop`.
+        *args: Arguments of `Loop`.
+        num_batches: Global batches in memory.
+        **options: Arguments of `Loop`.
     """
 
     def __init__(self, *args: Any, num_batches: int, **options: Any) -> None:
@@ -62,62 +63,42 @@ class MemoryLoop(Loop):
 
 
 class TimedLoop(MemoryLoop):
-    """A loop from memory that stops after some steps and says when each of them ended.
+    """A loop on rows in memory that stops after some steps and records their times.
 
     Args:
-        num_steps: to take, fewer than those of an epoch.
-        ends: file for when each of rank 0's steps ended, by the clock and by the process's CPU
-            seconds, and for the mean loss.
-        ...: of `MemoryLoop`.
+        *args: Arguments of `Loop`.
+        num_steps: Steps to take, fewer than an epoch has.
+        ends: File for the mean loss and the end of each step of rank 0, in seconds of wall and CPU
+            time.
+        **options: Arguments of `Loop`.
     """
 
     def __init__(self, *args: Any, num_steps: int, ends: str, **options: Any) -> None:
         super().__init__(*args, num_batches=num_steps, **options)
         self.num_steps, self.ends = num_steps, ends
 
-    def run(self, callbacks: Callbacks | None = None, saved: Checkpoint | None = None) -> Outcome:
+    def run(
+        self, callbacks: Callbacks | None = None, checkpoint: Checkpoint | None = None
+    ) -> Outcome:
         """Take the steps."""
-        timed = _Timed(callbacks or Callbacks())
-        outcome = super().run(timed, saved)
+        callbacks, ends = callbacks or Callbacks(), []
+        after_step = callbacks.after_step
+
+        def record_end(step: int) -> None:
+            after_step(step)
+            ends.append((time.perf_counter(), time.process_time()))
+
+        with (
+            patch.object(callbacks, "after_step", record_end),
+            patch.object(callbacks, "on_checkpoint"),
+        ):
+            outcome = super().run(callbacks, checkpoint)
         if self.context.rank == 0:
             mean = float(self.loss_sum) * self.context.num_workers / outcome.state.step
-            Path(self.ends).write_text(json.dumps({"ends": timed.ends, "loss": mean}))
+            Path(self.ends).write_text(json.dumps({"ends": ends, "loss": mean}))
         return outcome
 
     def _poll_control(self, step: int, callbacks: Callbacks, clock: Any) -> ControlRequest:
-        # Asked as ever, since asking is a part of the step; all ranks are at the same one.
+        # Still polls, since that is part of a step. All ranks stop at the same step.
         super()._poll_control(step, callbacks, clock)
         return ControlRequest(stop=step >= self.num_steps)
-
-
-class _Timed(Callbacks):
-    """Hands everything on to other callbacks, but checkpoints."""
-
-    def __init__(self, inner: Callbacks) -> None:
-        self.inner = inner
-        self.ends: list[tuple[float, float]] = []
-
-    def post(self, event: Event) -> None:
-        self.inner.post(event)
-
-    def before_step(self, step: int, num_steps: int) -> None:
-        self.inner.before_step(step, num_steps)
-
-    def after_step(self, step: int) -> None:
-        self.inner.after_step(step)
-        self.ends.append((time.perf_counter(), time.process_time()))
-
-    def alive(self) -> None:
-        self.inner.alive()
-
-    def poll_control(self) -> ControlRequest:
-        return self.inner.poll_control()
-
-    def measures(self) -> dict[str, Any]:
-        return self.inner.measures()
-
-    def on_epoch(self, record: dict[str, Any], copy: CopyCheckpoint) -> None:
-        self.inner.on_epoch(record, copy)
-
-    def on_checkpoint(self, step: int, copy: CopyCheckpoint) -> None:
-        pass

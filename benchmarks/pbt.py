@@ -1,21 +1,20 @@
-"""Does population-based training find a schedule that is known to be best, where chance does not?
+"""Measures how close population-based training comes to a schedule that is known to be optimal.
 
-Method: noisy steps on a quadratic, x ← x - rate × (x + noise), of which the best schedule is known:
-with variance P of x and S of the noise, rate = P / (P + S), which falls like 1 / step (a Kalman
-filter's gain). The mean loss P is followed exactly, so that nothing depends on luck but what the
-search does. Both sides run under Ray Tune with the population, the steps and the space of each
-other: `pbt` by the service's own scheduler (`ray_jobs.tune.search.scheduler`), from the same first
-values as `random`, which keeps them.
+Method: noisy steps on a quadratic, x ← x - rate × (x + noise). With variance P of x and S of the
+noise, the optimal schedule is rate = P / (P + S), which falls like 1 / step (the gain of a Kalman
+filter). The mean loss P is computed exactly, so only the search is random. Both sides run under Ray
+Tune with the same population, steps, space and initial values: `pbt` changes them with the
+service's scheduler (`ray_jobs.tune.search.scheduler`), and `random` keeps them.
 
     random   the best constant rate of the population
-    pbt      the best end of the population
-    best     the known schedule
+    pbt      the best result of the population
+    best     the optimal schedule
 
-All as the logarithm of the loss in the end; the share is how much of the way from random's end to
-the best one PBT goes, the median over the seeds.
+All values are logarithms of the final loss. The share is the part of the gap between random and
+best that PBT closes. Medians over the seeds.
 
 Run:   python -m benchmarks.pbt [--seeds 3]
-Ends in one line of JSON.
+The last line of the output is JSON.
 """
 
 import argparse
@@ -42,49 +41,49 @@ LOSS = "val/log_loss"
 
 
 class Quadratic(tune.Trainable):
-    """Follows the variance of x, one step after another."""
+    """Computes the variance of x step by step."""
 
     def setup(self, config: dict[str, Any]) -> None:
-        """Begin."""
+        """Start a trial."""
         self.rate, self.variance, self.steps = config[RATE], START, 0
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Begin with another rate."""
+        """Start a trial with another rate."""
         self.setup(new_config)
         return True
 
     def step(self) -> dict[str, Any]:
         """Take a step."""
-        self.variance = after(self.variance, self.rate)
+        self.variance = next_variance(self.variance, self.rate)
         self.steps += 1
         loss = math.log(self.variance)
         return {LOSS: loss, f"best/{LOSS}": loss, EPOCHS: self.steps, "done": self.steps == STEPS}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Write x and the step."""
+        """Write the variance and the step."""
         Path(checkpoint_dir, "state.json").write_text(json.dumps([self.variance, self.steps]))
 
     def load_checkpoint(self, checkpoint: dict | str | None) -> None:
-        """Go on from what was written."""
+        """Read the variance and the step."""
         text = Path(str(checkpoint), "state.json").read_text()
         self.variance, self.steps = json.loads(text)
 
 
-def after(variance: float, rate: float) -> float:
+def next_variance(variance: float, rate: float) -> float:
     """Return the variance of x after a step."""
     return (1 - rate) ** 2 * variance + rate**2 * NOISE
 
 
-def best_end() -> float:
-    """Return the logarithm of the loss that the best schedule ends in."""
+def best_loss() -> float:
+    """Return the logarithm of the final loss of the optimal schedule."""
     variance = START
     for _ in range(STEPS):
-        variance = after(variance, variance / (variance + NOISE))
+        variance = next_variance(variance, variance / (variance + NOISE))
     return math.log(variance)
 
 
 def search(scheduler: str, seed: int, folder: str) -> float:
-    """Return the best end of a population."""
+    """Return the logarithm of the best final loss of a population."""
     from ray.tune.search.basic_variant import BasicVariantGenerator
 
     spec = RunSpec.model_validate(
@@ -109,7 +108,7 @@ def search(scheduler: str, seed: int, folder: str) -> float:
         config=points[0],
         num_samples=POPULATION,
         search_alg=BasicVariantGenerator(points_to_evaluate=points),
-        scheduler=make_scheduler(spec, STEPS, Objective(LOSS, "min")),
+        scheduler=make_scheduler(spec, STEPS, Objective(LOSS)),
         resources_per_trial={"cpu": 0.25},
         reuse_actors=True,
         verbose=0,
@@ -125,18 +124,19 @@ def main() -> None:
     os.environ |= {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1"}
     from ray_jobs.cluster.connection import connected
 
-    best, rows = best_end(), []
-    # Room for the whole population, so that none is put aside for another.
+    best, rows = best_loss(), []
+    # Enough CPUs for the whole population, so that no trial is paused for another.
     with (
         tempfile.TemporaryDirectory() as folder,
-        patch("os.cpu_count", return_value=1),
+        patch("ray_jobs.cluster.connection.available_cpus", return_value=3),
         connected("local", num_cpus=2),
     ):
         for seed in range(arguments.seeds):
-            ends = {name: search(name, seed, folder) for name in ("fifo", "pbt")}
-            share = (ends["fifo"] - ends["pbt"]) / (ends["fifo"] - best)
-            rows.append({"random": ends["fifo"], "pbt": ends["pbt"], "share": share})
-            print(f"seed {seed}: random {ends['fifo']:.3f}, pbt {ends['pbt']:.3f}, best {best:.3f}")
+            losses = {name: search(name, seed, folder) for name in ("fifo", "pbt")}
+            constant, pbt = losses["fifo"], losses["pbt"]
+            share = (constant - pbt) / (constant - best)
+            rows.append({"random": constant, "pbt": pbt, "share": share})
+            print(f"seed {seed}: random {constant:.3f}, pbt {pbt:.3f}, best {best:.3f}")
     shown = {name: round(median(row[name] for row in rows), 3) for name in rows[0]}
     print(json.dumps({**shown, "best": round(best, 3)}))
 

@@ -1,4 +1,4 @@
-"""Photo-like images for benchmarks: noise at every scale, so that JPEG has its work."""
+"""Makes photo-like images: noise at every scale, so that JPEG coding takes a realistic time."""
 
 import io
 from pathlib import Path
@@ -13,7 +13,7 @@ _OCTAVES = range(1, 8)
 
 
 def photo(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Return one image, uint8 (size, size, 3): noise of falling strength at ever finer scales."""
+    """Return an image, uint8 (size, size, 3); finer noise is weaker."""
     pixels = np.full((size, size, 3), 128.0, np.float32)
     for octave in _OCTAVES:
         side = min(2**octave, size)
@@ -24,24 +24,30 @@ def photo(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def jpeg(pixels: np.ndarray, quality: int = 95) -> bytes:
-    """Return pixels as JPEG."""
+    """Encode pixels as JPEG."""
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "JPEG", quality=quality)
     return stream.getvalue()
 
 
+def make_jpegs(size: int, count: int = 1, rng: np.random.Generator | None = None) -> list[bytes]:
+    """Return different photos of `size` × `size` pixels as JPEGs."""
+    rng = rng or np.random.default_rng(0)
+    return [jpeg(photo(rng, size)) for _ in range(count)]
+
+
 def write_photos(folder: Path, num_rows: dict[str, int], size: int, num_distinct: int) -> None:
-    """Write images and table.csv for `prepare`, with `split` as its split column.
+    """Write images and table.csv for `prepare`, with the split column `split`.
 
     Args:
-        folder: to write to.
-        num_rows: of each split.
-        size: of the images in pixels.
-        num_distinct: images that differ; the others repeat them.
+        folder: Folder to create.
+        num_rows: Rows of each split.
+        size: Side of the images in pixels.
+        num_distinct: Number of distinct images, which the rows repeat.
     """
     rng = np.random.default_rng(0)
     (folder / "images").mkdir(parents=True)
-    contents = [jpeg(photo(rng, size)) for _ in range(num_distinct)]
+    contents = make_jpegs(size, num_distinct, rng)
     splits = [split for split, count in num_rows.items() for _ in range(count)]
     for i in range(len(splits)):
         (folder / "images" / f"{i}.jpg").write_bytes(contents[i % num_distinct])

@@ -1,19 +1,20 @@
-"""What `plan` says of this machine's CPU against what steps take: time and memory.
+"""Compares the time and memory that `plan` estimates for this machine's CPU with measurements.
 
-Every configuration trains some steps through the real loop, rows from memory, in a process of its
-own. One of them sets how fast the machine is: all rates of the entry `cpu` in
-ray_jobs/plan/gpus.yaml are multiplied by one number, so that what is said of this one is right.
-The others are then compared.
+Each configuration trains some steps with the training loop on rows in memory, in a process of its
+own. The first one calibrates the machine: all rates of the entry `cpu` in ray_jobs/plan/gpus.yaml
+are multiplied by one factor, so that the estimate of its step time is exact. The others are then
+compared.
 
-    step     median of the steps after the first ones
-    memory   most that the process ever had, less what it had before the model was built; `plan`
-             adds to it what the process itself takes (`reserved_gib`), which is not looked at here
+    step     median of the steps after the warm-up
+    memory   peak of the process minus its memory before the model was built; the estimate excludes
+             `reserved_gib`, the memory of the process itself
 
-TensorFlow's grouped convolutions, which ConvNeXt is made of, take many times as long on a CPU as
-others of as many operations. `plan` does not know of kernels: ConvNeXt is shown, and not counted.
+On a CPU, TensorFlow's grouped convolutions, which ConvNeXt uses, take many times as long as other
+convolutions with as many operations. `plan` does not model kernels, so the step time of ConvNeXt is
+shown but not counted.
 
 Run:   python -m benchmarks.plan [--steps 12]
-Ends in one line of JSON: the largest factor by which plan and measure differ, either way.
+The last line of the output is JSON: the largest factors between estimate and measurement.
 """
 
 import argparse
@@ -29,6 +30,7 @@ import numpy as np
 
 ROOT = Path(__file__).parents[1]
 WARM_UP = 3
+RESULT = "result.json"
 CALIBRATES = "efficientnet_b0, 96 px"
 GROUPED = "convnext_tiny, 96 px"
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
@@ -65,7 +67,7 @@ def make_spec(folder: str, name: str) -> Any:
 
 
 def run(folder: str, name: str, steps: int) -> None:
-    """Train a configuration and write down what its steps took."""
+    """Train a configuration, and write the time and memory of its steps to a file."""
     from ray_jobs.cluster.strategy import WorkerContext, set_devices
 
     spec = make_spec(folder, name)
@@ -82,30 +84,28 @@ def run(folder: str, name: str, steps: int) -> None:
     arrays = sum(array.nbytes for array in loop.arrays.values())
     loop.run()
     wall_s, _ = np.diff(json.loads(Path(ends).read_text())["ends"][WARM_UP - 1 :], axis=0).T
-    found = {
-        "step_s": float(np.median(wall_s)),
-        "memory": _memory("VmHWM") - before - arrays,
-    }
-    Path(f"{folder}/found.json").write_text(json.dumps(found))
+    memory = _memory("VmHWM") - before - arrays
+    result = {"step_s": float(np.median(wall_s)), "memory": memory}
+    Path(f"{folder}/{RESULT}").write_text(json.dumps(result))
 
 
 def _memory(name: str) -> int:
-    """Return bytes of this process, by Linux' own name: VmRSS now, VmHWM the most ever."""
+    """Return a memory figure of this process in bytes: VmRSS is the current, VmHWM the peak."""
     status = Path("/proc/self/status").read_text().splitlines()
     (line,) = [line for line in status if line.startswith(f"{name}:")]
     return int(line.split()[1]) * 1024
 
 
 def measure(folder: str, name: str, steps: int) -> dict[str, float]:
-    """Return what a configuration takes, in a process of its own."""
+    """Measure a configuration in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.plan", "--folder", folder, "--name", name]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"}
     subprocess.run([*command, "--steps", str(steps)], cwd=ROOT, env=environment, check=True)
-    return json.loads(Path(f"{folder}/found.json").read_text())
+    return json.loads(Path(f"{folder}/{RESULT}").read_text())
 
 
-def planned(folder: str, name: str, machine: Any) -> dict[str, float]:
-    """Return what `plan` says of a configuration."""
+def estimate(folder: str, name: str, machine: Any) -> dict[str, float]:
+    """Return the estimate of `plan` for a configuration."""
     from ray_jobs.data.manifest import read_manifest
     from ray_jobs.plan.estimate import GIB, Estimator
     from ray_jobs.plan.layer_costs import model_costs
@@ -113,14 +113,14 @@ def planned(folder: str, name: str, machine: Any) -> dict[str, float]:
 
     spec = make_spec(folder, name)
     manifest = read_manifest(Folder(spec.data.prepared))
-    plan = Estimator("cpu", machine, model_costs(spec, manifest), manifest).plan(spec)
+    plan = Estimator(spec, "cpu", machine, model_costs(spec, manifest), manifest).plan()
     (stage,) = plan.stages
     reserved = machine.reserved_gib * GIB
     return {"step_s": stage.compute_s, "memory": stage.memory.total - reserved}
 
 
 def scaled(machine: Any, factor: float) -> Any:
-    """Return a machine that is so many times as fast."""
+    """Return a machine that is faster by a factor."""
     return machine.model_copy(
         update={
             "tflops": {name: value * factor for name, value in machine.tflops.items()},
@@ -133,7 +133,7 @@ def scaled(machine: Any, factor: float) -> Any:
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--steps", type=int, default=12, help="of each run, with the first ones")
+    parser.add_argument("--steps", type=int, default=12, help="steps of each run, with the warm-up")
     for name in ("--folder", "--name"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -141,32 +141,31 @@ def main() -> None:
         run(arguments.folder, arguments.name, arguments.steps)
         return
 
-    from benchmarks.photos import jpeg, photo
+    from benchmarks.photos import make_jpegs
     from benchmarks.shards import write_shards
     from ray_jobs.plan.plan_spec import TABLE, read_machines
 
     machine = read_machines(str(TABLE))["cpu"]
     with tempfile.TemporaryDirectory() as folder:
-        image = jpeg(photo(np.random.default_rng(0), 96))
         num_rows = {"train": 4 * arguments.steps * 64, "validation": 32, "test": 32}
-        write_shards(Path(folder) / "prepared", num_rows, [image], 96)
+        write_shards(Path(folder) / "prepared", num_rows, make_jpegs(96), 96)
         measured = {}
         for name in CONFIGURATIONS:
             measured[name] = measure(folder, name, arguments.steps)
             print(name, measured[name], file=sys.stderr, flush=True)
-        own = planned(folder, CALIBRATES, machine)["step_s"]
+        own = estimate(folder, CALIBRATES, machine)["step_s"]
         speed = own / measured[CALIBRATES]["step_s"]
         machine = scaled(machine, speed)
-        print(f"this machine is {speed:.2f} times as fast as the table's `cpu`\n")
-        print("| configuration | step, s | planned | ratio | memory, MB | planned | ratio |")
+        print(f"this machine has {speed:.2f} times the speed of the entry `cpu`\n")
+        print("| configuration | step, s | estimate | ratio | memory, MB | estimate | ratio |")
         print("|---|---|---|---|---|---|---|")
         worst = {"step_s": 1.0, "memory": 1.0}
         for name in CONFIGURATIONS:
-            said, row = planned(folder, name, machine), name
+            estimated, row = estimate(folder, name, machine), name
             for key, unit, digits in (("step_s", 1.0, 3), ("memory", 1e6, 0)):
-                ratio = said[key] / measured[name][key]
-                row += f" | {measured[name][key] / unit:.{digits}f} | {said[key] / unit:.{digits}f}"
-                row += f" | {ratio:.2f}"
+                actual, expected = measured[name][key], estimated[key]
+                ratio = expected / actual
+                row += f" | {actual / unit:.{digits}f} | {expected / unit:.{digits}f} | {ratio:.2f}"
                 if name != GROUPED or key != "step_s":
                     worst[key] = max(worst[key], ratio, 1 / ratio)
             print(f"| {row} |", flush=True)

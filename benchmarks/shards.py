@@ -1,4 +1,4 @@
-"""Prepared data for benchmarks, written at once: many rows of a few distinct images."""
+"""Writes prepared data for benchmarks: many rows of a few distinct images."""
 
 import hashlib
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from ray_jobs.data.manifest import ImageInfo, Manifest, Shard, SplitInfo
 from ray_jobs.storage.folder import Folder
 
 COLUMNS = ("row", "signal")
-"""Place of a row in its split, and a number that the label follows from."""
+"""Index of the row in its split, and a number that determines the label, up to noise."""
 _ROWS_PER_SHARD = 1024
 _ROWS_PER_GROUP = 64
 
@@ -22,13 +22,13 @@ _ROWS_PER_GROUP = 64
 def write_shards(
     folder: Path, num_rows: dict[str, int], images: Sequence[bytes], size: int
 ) -> Manifest:
-    """Write shards and manifest as `prepare` would; return the manifest.
+    """Write shards and manifest like `prepare`, and return the manifest.
 
     Args:
-        folder: to write to.
-        num_rows: of each split.
-        images: JPEGs of `size` × `size` pixels that the rows take in turns.
-        size: side in pixels.
+        folder: Folder to create.
+        num_rows: Rows of each split.
+        images: JPEGs of `size` × `size` pixels, which the rows repeat.
+        size: Side in pixels.
     """
     rng = np.random.default_rng(0)
     splits, statistics = {}, None

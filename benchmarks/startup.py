@@ -1,22 +1,21 @@
-"""How long does a training take from the command to its first step, and where does it go?
+"""Measures the time from the `train` command to the first step, and how it is spent.
 
-Method: the real `train` with two workers, the `tiny` branch at 32 px, a local Ray, in a process of
-its own, several times. The parts are `startup/*_s` of history.jsonl, as every run has them. The
-total is from the start of the process to the moment at which the terminal says that training has
-started, a quarter of a second late at most; what no part accounts for (Python, spec, coordinator,
-the choice of a cache) is `other`.
+Method: `train` with two workers, the `tiny` branch at 32 px and a local Ray, in a process of its
+own, several times. The parts are `startup/*_s` in history.jsonl, as in every run. The total is the
+time from the start of the process until the console reports the first step, at most a quarter of a
+second late. The remainder (Python, spec, coordinator, choice of a cache) is `other`.
 
     ray         ray.init of a local Ray
-    workers     Ray Train: controller, placement, two processes, their environment
-    imports     TensorFlow and Keras on the worker
+    workers     Ray Train: controller, placement, two processes and their environment
+    imports     TensorFlow and Keras in the worker
     build       manifest, strategy, model, optimizer
-    checkpoint  waiting for the newest checkpoint, here that there is none; and for all workers
-    first_step  the first batch, the graph, one step
+    checkpoint  looking for a checkpoint, of which there is none, and waiting for all workers
+    first_step  the first batch, tracing the graph, one step
 
-Parts are rank 0's. The medians of all rounds; the first may find a colder disk.
+The parts are those of rank 0. Medians of all rounds; the disk cache may be cold in the first.
 
 Run:   python -m benchmarks.startup [--rounds 3]
-Ends in one line of JSON: seconds of each part.
+The last line of the output is JSON: the seconds of each part.
 """
 
 import argparse
@@ -27,6 +26,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("ray", "workers", "imports", "build", "checkpoint", "first_step")
@@ -35,7 +35,7 @@ SHOWN_AT = "shown-at"
 
 
 def train(folder: str) -> None:
-    """Train in this process, and leave in a file when the start was seen to be done."""
+    """Train in this process, and write to a file when the console reports the first step."""
     from unittest.mock import patch
 
     from ray_jobs.config.spec import RunSpec
@@ -59,24 +59,21 @@ def train(folder: str) -> None:
 
 
 def measure() -> dict[str, float]:
-    """Train once; return the seconds of each part, of the rest and of all."""
-    import numpy as np
-
-    from benchmarks.photos import jpeg, photo
+    """Train once; return the seconds of each part, the remainder and the total."""
+    from benchmarks.photos import make_jpegs
     from benchmarks.shards import write_shards
 
     with tempfile.TemporaryDirectory() as folder:
-        image = jpeg(photo(np.random.default_rng(0), SIZE))
         num_rows = {"train": 256, "validation": 64, "test": 64}
-        write_shards(Path(folder) / "prepared", num_rows, [image], SIZE)
+        write_shards(Path(folder) / "prepared", num_rows, make_jpegs(SIZE), SIZE)
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": ""}
         command = [sys.executable, "-m", "benchmarks.startup", "--folder", folder]
-        began = time.time()
+        start = time.time()
         subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, check=True)
-        total = float(Path(folder, SHOWN_AT).read_text()) - began
+        total = float(Path(folder, SHOWN_AT).read_text()) - start
         record = json.loads(Path(folder, "run", "history.jsonl").read_text().splitlines()[0])
-    found = {part: record[f"startup/{part}_s"] for part in PARTS}
-    return {**found, "other": total - sum(found.values()), "total": total}
+    seconds = {part: record[f"startup/{part}_s"] for part in PARTS}
+    return {**seconds, "other": total - sum(seconds.values()), "total": total}
 
 
 def main() -> None:
@@ -88,18 +85,16 @@ def main() -> None:
     if arguments.folder:
         train(arguments.folder)
         return
-    import numpy as np
-
     rounds = []
     for number in range(arguments.rounds):
         rounds.append(measure())
         print(f"round {number + 1}: {rounds[-1]['total']:.1f} s", flush=True)
-    medians = {name: float(np.median([found[name] for found in rounds])) for name in rounds[0]}
+    medians = {name: median([seconds[name] for seconds in rounds]) for name in rounds[0]}
     print("\n| part | seconds | each round | share |\n|---|---|---|---|")
-    for name, seconds in medians.items():
-        each = ", ".join(f"{found[name]:.1f}" for found in rounds)
-        print(f"| {name} | {seconds:.1f} | {each} | {seconds / medians['total']:.0%} |")
-    print(json.dumps({f"{name}_s": round(seconds, 2) for name, seconds in medians.items()}))
+    for name, middle_s in medians.items():
+        each = ", ".join(f"{seconds[name]:.1f}" for seconds in rounds)
+        print(f"| {name} | {middle_s:.1f} | {each} | {middle_s / medians['total']:.0%} |")
+    print(json.dumps({f"{name}_s": round(middle_s, 2) for name, middle_s in medians.items()}))
 
 
 if __name__ == "__main__":

@@ -1,25 +1,26 @@
-"""How many more trials an hour does a search finish than Ray's documented way, one after another?
+"""Compares the trials per hour of `tune` with the way of Ray's documentation.
 
-Method: the same machine, data, model, number of epochs, space and random choice for both, every
-trial trained to its end (FIFO), as many trials at once; from the start of the search, with Ray
-there already, to its last trial's end.
+Method: both sides have the same machine, data, model, number of epochs, space, random searcher and
+number of concurrent trials, and every trial trains to its end (FIFO). Time is measured from the
+start of the search, on a running Ray, to the end of the last trial.
 
-    documented   a function trainable that makes a `TensorflowTrainer` of one worker and calls
-                 `fit()`, with `TuneReportCallback` among its callbacks, as Ray's documentation has
-                 it. The worker trains by our own `Loop`, since Keras 3's `fit` does not run there,
-                 and the trainer is the lighter one of ours, which favours it. Four trials.
-    ours         the trials of `python -m ray_jobs.tune`, from an empty folder: what starts their
-                 processes, and what computes the features, is in it.
+    documented   a function trainable that calls `fit()` of a `TensorflowTrainer` with one worker
+                 and `TuneReportCallback`, as in Ray's documentation. The worker uses our `Loop`,
+                 since Keras 3's `fit` does not run there, and our lighter trainer, which favours
+                 this side. Four trials.
+    ours         the trials of `python -m ray_jobs.tune` in an empty folder, including the start of
+                 their processes and the computation of features
 
-    frozen_vs_documented   EfficientNetB0 at 96 px, frozen, untrained: heads, numbers and fusion
-                           learn; ours on features, four augmented views and the plain one.
-    full_vs_documented     the `tiny` branch at 64 px, all of it learns.
+    frozen_vs_documented   a frozen, untrained EfficientNetB0 at 96 px; heads, numeric branch and
+                           fusion are trained, on our side on features of the plain image and four
+                           augmented views
+    full_vs_documented     the `tiny` branch at 64 px, trained completely
 
-The ratio is that of finished trials an hour. Ours runs a search of the usual size, theirs as few
-trials as give a steady rate: each of theirs costs the same, ours share a start.
+The ratio is that of finished trials per hour. Our search has the usual size. The other side runs
+only a few trials, because each of them costs the same, while ours share a start.
 
 Run:   python -m benchmarks.tuning [--trials 16] [--documented 4]
-Ends in one line of JSON.
+The last line of the output is JSON.
 """
 
 import argparse
@@ -31,15 +32,13 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
-
 from benchmarks.documented import run_documented
-from benchmarks.photos import jpeg, photo
+from benchmarks.photos import make_jpegs
 from benchmarks.shards import write_shards
 from ray_jobs.config.spec import RunSpec
 
 SIZE, ROWS = 96, {"train": 384, "validation": 128, "test": 64}
-AT_ONCE = 2
+MAX_CONCURRENT = 2
 SPACE = {
     "train.learning_rate": {"loguniform": [1e-4, 1e-2]},
     "train.weight_decay": {"loguniform": [1e-3, 1e-1]},
@@ -53,7 +52,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def make_spec(folder: str, kind: str, trials: int) -> RunSpec:
-    """Return the specification of a search."""
+    """Return the spec of a search."""
     return RunSpec.model_validate(
         {
             "run": {"storage_path": f"{folder}/runs", "name": kind},
@@ -68,63 +67,64 @@ def make_spec(folder: str, kind: str, trials: int) -> RunSpec:
                 "searcher": "random",
                 "scheduler": "fifo",
                 "budget": {"trials": trials},
-                "max_concurrent_trials": AT_ONCE,
+                "max_concurrent_trials": MAX_CONCURRENT,
             },
         }
     )
 
 
 def run_ours(spec: RunSpec) -> list[str]:
-    """Run the trials of a search as `tune` does, and return how they ended."""
-    from ray_jobs.data.manifest import read_manifest
-    from ray_jobs.storage.folder import Folder
-    from ray_jobs.tune.job import trials_of
+    """Run the trials of a search like `tune`, and return their states."""
+    from ray_jobs.train.job import open_run
+    from ray_jobs.tune.job import run_search
     from ray_jobs.tune.search.space import Space
 
-    found = trials_of(spec, read_manifest(Folder(spec.data.prepared)), Space(spec))
-    for row in found.trials:
+    run = open_run(spec)
+    search = run_search(run, Space(run.spec))
+    for row in search.trials:
         parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in row.seconds.items())
         print(f"    {row.name} {row.state} {parts}")
-    return [row.state for row in found.trials]
+    return [row.state for row in search.trials]
 
 
 def rate(name: str, run: Any, *arguments: Any) -> float:
-    """Run some trials, and return how many finish in an hour.
+    """Run trials, and return the number of trials per hour.
 
     Raises:
-        RuntimeError: if one of them does not.
+        RuntimeError: If a trial does not finish.
     """
     started = time.monotonic()
     states = run(*arguments)
     seconds = time.monotonic() - started
     if set(states) != {"finished"}:
-        raise RuntimeError(f"{name}: trials ended as {states}")
-    found = 3600 * len(states) / seconds
-    print(f"{name}: {len(states)} trials in {seconds:.0f} s, {found:.0f} an hour", flush=True)
-    return found
+        raise RuntimeError(f"{name}: not all trials finished: {states}")
+    per_hour = 3600 * len(states) / seconds
+    print(f"{name}: {len(states)} trials in {seconds:.0f} s, {per_hour:.0f} per hour", flush=True)
+    return per_hour
 
 
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--trials", type=int, default=16, help="of ours, in each search")
-    parser.add_argument("--documented", type=int, default=4, help="of theirs")
+    parser.add_argument("--trials", type=int, default=16, help="trials of each of our searches")
+    parser.add_argument("--documented", type=int, default=4, help="trials in the documented way")
     arguments = parser.parse_args()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     from ray_jobs.cluster.connection import connected
 
     ratios = {}
     with tempfile.TemporaryDirectory() as folder:
-        rng = np.random.default_rng(0)
-        images = [jpeg(photo(rng, SIZE)) for _ in range(64)]
-        write_shards(Path(folder, "prepared"), ROWS, images, SIZE)
-        # Theirs takes a CPU for the trial and one for its worker, and one is left to Ray Data.
-        with patch("os.cpu_count", return_value=1), connected("local", num_cpus=2 * AT_ONCE):
+        write_shards(Path(folder, "prepared"), ROWS, make_jpegs(SIZE, 64), SIZE)
+        # A documented trial takes a CPU for itself and one for its worker; Ray Data needs one.
+        cpus = patch(
+            "ray_jobs.cluster.connection.available_cpus", return_value=2 * MAX_CONCURRENT + 1
+        )
+        with cpus, connected("local", num_cpus=2 * MAX_CONCURRENT):
             for kind in MODELS:
                 ours = make_spec(folder, kind, arguments.trials)
                 theirs = make_spec(folder, kind, arguments.documented)
-                slow = rate(f"{kind}, documented", run_documented, theirs, AT_ONCE)
-                ratios[f"{kind}_vs_documented"] = rate(f"{kind}, ours", run_ours, ours) / slow
+                baseline = rate(f"{kind}, documented", run_documented, theirs, MAX_CONCURRENT)
+                ratios[f"{kind}_vs_documented"] = rate(f"{kind}, ours", run_ours, ours) / baseline
     print(json.dumps({name: round(ratio, 2) for name, ratio in ratios.items()}))
 
 

@@ -1,11 +1,11 @@
-"""What share of the wall time do steps wait for data, with a model that computes all the time?
+"""Measures the share of the wall time during which steps wait for data.
 
-Method: the real `train` job, EfficientNetB0 untrained at 96 px on CPU, from JPEGs stored at 320 px;
-the cache is off, so that every epoch decodes. `data/wait_s` and `time/epoch_s` come from the run's
-history.jsonl; the share is of all epochs, the first one included.
+Method: the `train` job with an untrained EfficientNetB0 at 96 px on CPU, which computes all the
+time, on JPEGs stored at 320 px. The cache is off, so every epoch decodes. `data/wait_s` and
+`time/epoch_s` come from history.jsonl of the run; the share covers all epochs, including the first.
 
 Run:   python -m benchmarks.wait [--rows 768] [--epochs 3]
-Ends in one line of JSON.
+The last line of the output is JSON.
 """
 
 import argparse
@@ -13,13 +13,11 @@ import json
 import tempfile
 from pathlib import Path
 
-import numpy as np
-
-from benchmarks.photos import jpeg, photo
+from benchmarks.photos import make_jpegs
 from benchmarks.shards import write_shards
 from ray_jobs.config.spec import RunSpec
 from ray_jobs.train.job import fit
-from ray_jobs.train.telemetry import console
+from ray_jobs.train.telemetry.history_keys import DATA_WAIT_S, EPOCH, EPOCH_S
 
 
 def main() -> None:
@@ -28,8 +26,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=768)
     parser.add_argument("--epochs", type=int, default=3)
     arguments = parser.parse_args()
-    rng = np.random.default_rng(0)
-    images = [jpeg(photo(rng, 320)) for _ in range(100)]
+    images = make_jpegs(320, 100)
     shares: dict[str, float] = {}
     print("\n| workers | epoch | seconds | waited | share |\n|---|---|---|---|---|")
     for num_workers in (1, 2):
@@ -50,14 +47,14 @@ def main() -> None:
             lines = (Path(folder) / "run" / "history.jsonl").read_text().splitlines()
         history = [json.loads(line) for line in lines]
         for record in history:
-            seconds, waited = record[console.EPOCH_S], record[console.DATA_WAIT_S]
+            seconds, waited = record[EPOCH_S], record[DATA_WAIT_S]
             print(
-                f"| {num_workers} | {record[console.EPOCH] + 1} | {seconds:.1f} | {waited:.2f} "
+                f"| {num_workers} | {record[EPOCH] + 1} | {seconds:.1f} | {waited:.2f} "
                 f"| {waited / seconds:.2%} |"
             )
-        total = sum(record[console.EPOCH_S] for record in history)
+        total = sum(record[EPOCH_S] for record in history)
         shares[f"wait_share_{num_workers}_workers"] = round(
-            sum(record[console.DATA_WAIT_S] for record in history) / total, 4
+            sum(record[DATA_WAIT_S] for record in history) / total, 4
         )
     print(json.dumps(shares))
 

@@ -1,67 +1,54 @@
-"""A fusion model for images and numbers of the same thing: Keras 3 in, one probability out.
+"""A Keras 3 model that fuses images, numbers and categories of a row into one probability.
 
-Enters: raw pixels 0-255, raw numbers (NaN where missing), codes of categories.  Leaves: a yes/no
-probability.
+Inputs: raw pixels 0-255, raw numbers (NaN for missing), category codes.
 Use:    model = mm_model.create_model((456, 456, 3), (12,)); model.fit([X_image, X_numeric], y)
 
-`mm_model.spec` and `mm_model.statistics` need neither Keras nor TensorFlow, so the names below
-are imported when they are first asked for.
+    spec, statistics, nearest_match    settings, column statistics, error texts
+    model                              builds, creates and loads the model
+    branches/, fusion/, layers/        its parts
+    losses, optimizer, mixup           what a training step needs
+    freezing                           trained layers and learning rates per epoch
+    fit_helpers                        class weights and callbacks
+    calibration                        blend and calibration after training
+    per_row_random, tunable            random numbers per row, hyperparameters without retracing
+    compat_keras                       private APIs of Keras
+
+The first line imports neither Keras nor TensorFlow; therefore the names below are imported on first
+use.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mm_model.fit_helpers import balanced_class_weight, default_callbacks
-    from mm_model.losses import make_loss
-    from mm_model.model import FusionModel, build_model, create_model, load_model
-    from mm_model.optimizer import make_optimizer
-    from mm_model.spec import LossSpec, ModelSpec, OptimizerSpec
-    from mm_model.statistics import (
-        NumericStatistics,
-        Vocabulary,
-        fit_numeric_statistics,
-        fit_vocabulary,
-    )
+    from mm_model.fit_helpers import balanced_class_weight as balanced_class_weight
+    from mm_model.fit_helpers import default_callbacks as default_callbacks
+    from mm_model.losses import make_loss as make_loss
+    from mm_model.model import FusionModel as FusionModel
+    from mm_model.model import build_model as build_model
+    from mm_model.model import create_model as create_model
+    from mm_model.model import load_model as load_model
+    from mm_model.optimizer import make_optimizer as make_optimizer
+    from mm_model.spec import LossSpec as LossSpec
+    from mm_model.spec import ModelSpec as ModelSpec
+    from mm_model.spec import OptimizerSpec as OptimizerSpec
+    from mm_model.statistics import NumericStatistics as NumericStatistics
+    from mm_model.statistics import Vocabulary as Vocabulary
+    from mm_model.statistics import fit_numeric_statistics as fit_numeric_statistics
+    from mm_model.statistics import fit_vocabulary as fit_vocabulary
 
-_HOME_OF = {
-    "FusionModel": "mm_model.model",
-    "LossSpec": "mm_model.spec",
-    "ModelSpec": "mm_model.spec",
-    "NumericStatistics": "mm_model.statistics",
-    "OptimizerSpec": "mm_model.spec",
-    "Vocabulary": "mm_model.statistics",
-    "balanced_class_weight": "mm_model.fit_helpers",
-    "build_model": "mm_model.model",
-    "create_model": "mm_model.model",
-    "default_callbacks": "mm_model.fit_helpers",
-    "fit_numeric_statistics": "mm_model.statistics",
-    "fit_vocabulary": "mm_model.statistics",
-    "load_model": "mm_model.model",
-    "make_loss": "mm_model.losses",
-    "make_optimizer": "mm_model.optimizer",
+_NAMES = {
+    "fit_helpers": "balanced_class_weight default_callbacks",
+    "losses": "make_loss",
+    "model": "FusionModel build_model create_model load_model",
+    "optimizer": "make_optimizer",
+    "spec": "LossSpec ModelSpec OptimizerSpec",
+    "statistics": "NumericStatistics Vocabulary fit_numeric_statistics fit_vocabulary",
 }
-
-__all__ = [
-    "FusionModel",
-    "LossSpec",
-    "ModelSpec",
-    "NumericStatistics",
-    "OptimizerSpec",
-    "Vocabulary",
-    "balanced_class_weight",
-    "build_model",
-    "create_model",
-    "default_callbacks",
-    "fit_numeric_statistics",
-    "fit_vocabulary",
-    "load_model",
-    "make_loss",
-    "make_optimizer",
-]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
-        raise AttributeError(f"module 'mm_model' has no attribute {name!r}")
-    return getattr(import_module(_HOME_OF[name]), name)
+    for module, names in _NAMES.items():
+        if name in names.split():
+            return getattr(import_module(f"mm_model.{module}"), name)
+    raise AttributeError(f"module 'mm_model' has no attribute {name!r}")

@@ -1,6 +1,6 @@
-"""Fits the blend of the heads and the calibration of the result on held-out rows; NumPy only.
+"""Fits the blend of the heads and the calibration of its result on held-out rows; NumPy only.
 
-Shapes: N rows, M heads.
+Shapes: N rows, M heads, P parameters.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 def log_loss(logits: np.ndarray, y: np.ndarray) -> float:
-    """Return the mean cross-entropy of logits; y may be probabilities."""
+    """Return the mean cross-entropy of logits for labels or probabilities y."""
     logits, y = np.asarray(logits, np.float64), np.asarray(y, np.float64)
     return float(np.mean(np.logaddexp(0.0, logits) - y * logits))
 
@@ -24,11 +24,10 @@ def fit_logistic(
 ) -> tuple[np.ndarray, float]:
     """Return weights and bias of a logistic regression of y on logits, in float64.
 
-    The weights are drawn towards a prior with `strength` pseudo-rows, the bias is free. The targets
-    are Platt's (1999, "Probabilistic Outputs for Support Vector Machines", section 2.2): a little
-    inside 0 and 1, so that rows that are told apart perfectly do not ask for infinite weights.
-
-    Solved by Newton's method with step halving; the problem is convex.
+    A Gaussian prior pulls the weights to `prior_M` with precision `strength`; the bias is free. The
+    targets are slightly inside 0 and 1 (Platt 1999, "Probabilistic Outputs for Support Vector
+    Machines", section 2.2), so separable rows have finite weights. Solved by Newton's method with
+    step halving; the problem is convex.
     """
     x_NM = np.asarray(logits_NM, np.float64)
     y_N = np.asarray(y_N, np.float64).reshape(-1)
@@ -61,15 +60,15 @@ def fit_logistic(
 
 
 def fit_blend(logits_NM: np.ndarray, y_N: np.ndarray, strength: float = 10.0) -> np.ndarray:
-    """Return weights, none negative, summing to one, that blend the heads' logits best.
+    """Return the non-negative weights, summing to one, that blend the heads' logits best.
 
-    Stacking (Wolpert 1992) with weights drawn towards an even vote: a head that only learnt its
-    training rows by heart is confident there and wrong on held-out rows, and loses its vote.
+    Stacking (Wolpert 1992) with a prior of equal weights. A head that has memorized its training
+    rows is confident and wrong on held-out rows, and loses its weight.
 
     Args:
-        logits_NM: of held-out rows.
-        y_N: their labels.
-        strength: of the pull to the even vote, in pseudo-rows.
+        logits_NM: Logits of held-out rows.
+        y_N: Their labels.
+        strength: Precision of the prior.
     """
     num_heads = logits_NM.shape[1]
     weights_M = np.zeros(num_heads)
@@ -80,17 +79,17 @@ def fit_blend(logits_NM: np.ndarray, y_N: np.ndarray, strength: float = 10.0) ->
         if (fitted > 0).all():
             weights_M[chosen] = fitted / fitted.sum()
             return weights_M
-        # The most negative goes first, since the others then change their minds.
+        # Remove one head at a time, because the weights of the others change.
         chosen.pop(int(np.argmin(fitted)))
     weights_M[chosen] = 1.0
     return weights_M
 
 
 def fit_calibration(logit_N: np.ndarray, y_N: np.ndarray) -> tuple[float, float]:
-    """Return scale (positive) and bias of a logit that make its sigmoid a calibrated probability.
+    """Return a positive scale and a bias that make the sigmoid of a logit a calibrated probability.
 
-    Platt scaling, with one pseudo-row's pull of the scale to 1. A logit that points the wrong way
-    on held-out rows is scaled to almost nothing rather than turned round.
+    Platt scaling with a prior of scale 1 and precision 1. If the logit contradicts the labels, its
+    scale becomes almost 0 rather than negative.
     """
     scale_1, bias = fit_logistic(logit_N.reshape(-1, 1), y_N, np.ones(1), strength=1.0)
     if scale_1[0] > 1e-3:

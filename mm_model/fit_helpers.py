@@ -1,4 +1,4 @@
-"""Helpers for `model.fit` on arrays in one process."""
+"""Class weights and callbacks for `model.fit` on arrays in one process."""
 
 import keras
 import numpy as np
@@ -8,10 +8,10 @@ def balanced_class_weight(y: np.ndarray) -> dict[int, float]:
     """Return the weight of each class, as scikit-learn's `compute_class_weight("balanced")`.
 
     Args:
-        y: labels 0 or 1, of any shape.
+        y: Labels 0 or 1, of any shape.
 
     Raises:
-        ValueError: if a label is not 0 or 1, or one class is absent.
+        ValueError: If a label is not 0 or 1, or a class has no row.
     """
     labels = np.asarray(y).reshape(-1)
     if not np.isin(labels, (0, 1)).all():
@@ -20,14 +20,15 @@ def balanced_class_weight(y: np.ndarray) -> dict[int, float]:
 
 
 def balanced_weights(num_negative: int, num_positive: int) -> dict[int, float]:
-    """Return the balanced weight of each class from the rows of each.
+    """Return the balanced weight of each class from the number of its rows.
 
     Raises:
-        ValueError: if one class has no row.
+        ValueError: If a class has no row.
     """
     if not (num_negative and num_positive):
         raise ValueError(
-            f"both classes are needed, got {num_negative} rows of 0 and {num_positive} of 1"
+            f"balanced class weights need rows of both classes, got {num_negative} with label 0 "
+            f"and {num_positive} with label 1"
         )
     total = num_negative + num_positive
     return {0: total / (2 * num_negative), 1: total / (2 * num_positive)}
@@ -36,12 +37,12 @@ def balanced_weights(num_negative: int, num_positive: int) -> dict[int, float]:
 def default_callbacks(
     monitor: str = "val_loss", patience: int = 10
 ) -> list[keras.callbacks.Callback]:
-    """Return early stopping with the best weights restored, and less learning rate at a plateau.
+    """Return early stopping that restores the best weights, and learning-rate cuts at a plateau.
 
     Args:
-        monitor: the metric to follow; lower is better if its name ends in `loss`, else higher.
-        patience: epochs without a better value before the end; a third of it before each cut of
-            the learning rate.
+        monitor: Metric to monitor; lower is better if its name ends in `loss`, else higher.
+        patience: Epochs without improvement before stopping; the learning rate is cut after each
+            third of this.
     """
     mode = "min" if monitor.endswith("loss") else "max"
     return [

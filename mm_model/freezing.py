@@ -1,7 +1,7 @@
-"""Which part of the backbone learns in which epochs, and how fast.
+"""Decides which part of the backbone trains in which epochs, and at which learning rates.
 
-A schedule of stages thaws the backbone of the image branch from its top (Howard and Ruder 2018,
-arXiv 1801.06146, sections 3.2 and 3.3).
+A schedule of stages unfreezes the image backbone from its top (Howard and Ruder 2018, arXiv
+1801.06146, sections 3.2 and 3.3).
 """
 
 from collections.abc import Sequence
@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from mm_model.model import FusionModel
 from mm_model.spec import StageSpec
 
-# No stage that a user can write has no epochs.
+# A stage in a spec has at least one epoch.
 NO_STAGES = StageSpec.model_construct(epochs=0)
-"""The stage of a training without stages: the model learns as it was built."""
+"""The stage of a training without stages: every layer trains as built."""
 
 
 def stage_of(stages: Sequence[StageSpec], epoch: int) -> StageSpec:
-    """Return the stage of an epoch, which count from 0; the last one lasts to the end."""
+    """Return the stage of an epoch, counted from 0; the last stage lasts to the end."""
     for stage in stages:
         if epoch < stage.epochs:
             return stage
@@ -24,47 +24,48 @@ def stage_of(stages: Sequence[StageSpec], epoch: int) -> StageSpec:
 
 
 def apply_stage(model: FusionModel, stage: StageSpec) -> None:
-    """Freeze the lower part of the backbone, with its batch norms, and thaw the upper part.
+    """Freeze the lower part of the backbone with its batch norms, and unfreeze the upper part.
 
-    What was traced before, such as a training step, has to be traced again. An optimizer has to be
-    built while everything learns, so that it knows every variable that will.
+    Trace functions such as the training step again afterwards. Build the optimizer before any layer
+    is frozen, so that it has state for every variable that will train.
 
     Raises:
-        ValueError: if the model has no backbone, or one that was built not to learn at all.
+        ValueError: If the model has no backbone, or its backbone was built frozen.
     """
     if stage == NO_STAGES:
         return
     layers = model.backbone_layers()
     if not layers:
         raise ValueError(
-            "train.stages freeze layers of an image backbone, and this model has none; leave "
-            "train.stages out or choose a model.image.kind"
+            "train.stages freezes layers of an image backbone, but this model has none; remove "
+            "train.stages or choose a model.image.kind"
         )
     if stage.backbone and not model.backbone_trainable:
         raise ValueError(
-            f"a stage lets backbone={stage.backbone:g} of the backbone learn, which "
-            "model.image.trainable=false freezes for good; set that to true or backbone to 0"
+            f"backbone={stage.backbone:g} in train.stages unfreezes the backbone, but "
+            "model.image.trainable=false freezes it for the whole training; set trainable to true "
+            "or backbone to 0"
         )
-    # Any share above 0 is at least the topmost layer.
-    num_learning = max(round(stage.backbone * len(layers)), 1) if stage.backbone else 0
+    # Any share above 0 unfreezes at least the topmost layer.
+    num_trainable = max(round(stage.backbone * len(layers)), 1) if stage.backbone else 0
     for i, layer in enumerate(layers):
-        layer.trainable = i >= len(layers) - num_learning
+        layer.trainable = i >= len(layers) - num_trainable
 
 
-def learning_rates(model: FusionModel, stage: StageSpec) -> dict[str, float]:
-    """Return by path what multiplies the learning rate of the backbone's variables that learn.
+def learning_rate_factors(model: FusionModel, stage: StageSpec) -> dict[int, float]:
+    """Return the factors of the learning rate, by `id` of a trainable variable of the backbone.
 
-    That of a layer is backbone_rate × layer_decay^depth, where depth is 0 at the backbone's top, 1
-    at its bottom, and equal steps between its layers. Variables whose factor is 1 are left out.
+    The factor of a layer is backbone_rate × layer_decay^depth, where depth rises in equal steps
+    from 0 at the top of the backbone to 1 at its bottom. Omits variables whose factor is 1.
 
     Args:
-        model: after `apply_stage`.
-        stage: the same stage.
+        model: The model after `apply_stage`.
+        stage: The stage that was applied.
     """
     layers = model.backbone_layers()
     factors = {}
     for i, layer in enumerate(reversed(layers)):
         factor = stage.backbone_rate * stage.layer_decay ** (i / max(len(layers) - 1, 1))
         if factor != 1.0:
-            factors |= {v.path: factor for v in layer.trainable_variables}
+            factors |= {id(variable): factor for variable in layer.trainable_variables}
     return factors

@@ -1,6 +1,6 @@
-"""What training minimises: cross-entropy or focal loss of a probability or its logit.
+"""Losses of a probability or its logit: cross-entropy and focal loss.
 
-Labels may be anything from 0 to 1; both losses are linear in them, so that the loss of a mixed
+Labels may be any number from 0 to 1. Both losses are linear in the label, so the loss of a mixed
 label is the mixed loss of the labels.
 """
 
@@ -9,61 +9,57 @@ from typing import Any
 import keras
 from keras import ops
 
-from mm_model.layers.blocks import register
+from mm_model.compat_keras import logits_of_probability
 from mm_model.spec import LossSpec
 
 
 def make_loss(spec: LossSpec, from_logits: bool = False) -> keras.losses.Loss:
-    """Return the loss that a spec asks for; its mean is over the rows of the global batch.
-
-    Args:
-        spec: kind of loss and label smoothing.
-        from_logits: whether predictions are logits, as a head's are, not probabilities.
-    """
+    """Return the loss of a spec for probabilities or, with `from_logits`, for logits."""
     smoothing = spec.label_smoothing
     if spec.loss == "focal":
         return FocalLoss(spec.focal_gamma, from_logits=from_logits, label_smoothing=smoothing)
     return keras.losses.BinaryCrossentropy(from_logits=from_logits, label_smoothing=smoothing)
 
 
-def of_logits(loss: Any) -> keras.losses.Loss:
-    """Return the same loss for logits, of a loss for probabilities or its name.
+def loss_from_logits(loss: Any) -> keras.losses.Loss:
+    """Return the same loss computed from logits.
+
+    Args:
+        loss: Loss of probabilities, or its name.
 
     Raises:
-        ValueError: if it cannot be computed from logits.
+        ValueError: If the loss cannot be computed from logits.
     """
-    if isinstance(loss, str):
-        # By name Keras knows a function, whose class carries the settings.
-        loss = {"binary_crossentropy": "BinaryCrossentropy", "bce": "BinaryCrossentropy"}.get(
-            loss, loss
-        )
-    found: Any = keras.losses.get(loss)
-    config = found.get_config() if isinstance(found, keras.losses.Loss) else {}
+    if loss in ("binary_crossentropy", "bce"):
+        # Keras resolves these names to a function, which has no settings.
+        loss = keras.losses.BinaryCrossentropy()
+    resolved: Any = keras.losses.get(loss)
+    config = resolved.get_config() if isinstance(resolved, keras.losses.Loss) else {}
     if "from_logits" not in config:
         raise ValueError(
-            f"the heads' loss is computed from logits, which {loss!r} cannot be; compile with "
-            "binary_crossentropy or what make_loss returns"
+            f"loss={loss!r} cannot be computed from logits, as the loss of each head is; compile "
+            "with binary_crossentropy or a loss of make_loss"
         )
-    return type(found).from_config({**config, "from_logits": True})
+    return type(resolved).from_config({**config, "from_logits": True})
 
 
-@register
+@keras.saving.register_keras_serializable("mm_model")
 class FocalLoss(keras.losses.Loss):
-    """Focal loss (Lin et al. 2017, arXiv 1708.02002, equation 4), without the weights of classes.
+    """Focal loss (Lin et al. 2017, arXiv 1708.02002, equation 4) without class weights.
 
-    For the probability p of a label y
+    For the probability p of a label y:
 
         y × (1 - p)^gamma × -log(p)  +  (1 - y) × p^gamma × -log(1 - p)
 
-    which for y of 0 or 1 is the paper's, and cross-entropy for gamma 0. Unlike Keras'
-    BinaryFocalCrossentropy it is linear in y, as mixed and smoothed labels need it. Computed from
-    the logit, which is found by a probability that `keras.activations.sigmoid` made, so that
-    neither loss nor gradient overflows.
+    For y of 0 or 1 this is the paper's loss, and for gamma 0 cross-entropy. Unlike Keras'
+    BinaryFocalCrossentropy, it is linear in y, as mixed and smoothed labels require. Computed from
+    the logit, also for a probability from `keras.activations.sigmoid`, so that neither the loss nor
+    its gradient overflows.
 
     Args:
-        gamma: how much less rows count that the model is sure and right about.
-        from_logits: whether predictions are logits.
-        label_smoothing: share by which labels are drawn to one half.
+        gamma: How strongly rows that the model already classifies confidently are down-weighted.
+        from_logits: Whether predictions are logits.
+        label_smoothing: Share by which labels are moved toward one half.
     """
 
     def __init__(
@@ -81,18 +77,18 @@ class FocalLoss(keras.losses.Loss):
     def call(self, y_true: Any, y_pred: Any) -> Any:
         """Return the loss of each row."""
         y = y_true * (1.0 - self.label_smoothing) + 0.5 * self.label_smoothing
-        logit = y_pred if self.from_logits else getattr(y_pred, "_keras_logits", None)
-        of_yes: Any
-        of_no: Any
+        logit = y_pred if self.from_logits else logits_of_probability(y_pred)
+        positive: Any
+        negative: Any
         if logit is not None:
-            of_yes, of_no = ops.softplus(-logit), ops.softplus(logit)
+            positive, negative = ops.softplus(-logit), ops.softplus(logit)
         else:
             epsilon = keras.config.epsilon()
             p: Any = ops.clip(y_pred, epsilon, 1.0 - epsilon)
-            of_yes, of_no = ops.log(1.0 / p), ops.log(1.0 / (1.0 - p))
-        # 1 - p is exp(-of_no): a power of it has no infinite gradient at 0.
-        loss = y * of_yes * ops.exp(-self.gamma * of_no)
-        loss += (1.0 - y) * of_no * ops.exp(-self.gamma * of_yes)
+            positive, negative = ops.log(1.0 / p), ops.log(1.0 / (1.0 - p))
+        # 1 - p is exp(-negative), whose powers have a finite gradient at 0.
+        loss = y * positive * ops.exp(-self.gamma * negative)
+        loss += (1.0 - y) * negative * ops.exp(-self.gamma * positive)
         return ops.mean(loss, axis=-1)
 
     def get_config(self) -> dict:

@@ -1,7 +1,7 @@
-"""Mixes the rows of a training batch with each other: mixup and cutmix, inside the step.
+"""Mixup and CutMix of the rows of a training batch, inside the training step.
 
-Each row is mixed with its neighbour in the batch, all by the one share that a step draws. The rows
-are those of one replica, so who is mixed with whom does depend on the number of replicas.
+Mixes each row with its neighbour in the batch by a share that each step draws for all its rows. The
+rows are those of one replica, so the pairs depend on the number of replicas.
 
 Shapes: B rows, N images a row, H × W pixels, V views, F columns, C categories.
 """
@@ -18,85 +18,85 @@ from mm_model.spec import LossSpec
 _NUM_QUANTILES = 4096
 
 
-def mixed(
+def mix_rows(
     inputs: dict[str, Any],
     y_B1: Any,
     weight_B1: Any,
     spec: LossSpec,
     seed: keras.random.SeedGenerator,
 ) -> tuple[dict[str, Any], Any, Any]:
-    """Return inputs, labels and weights of mixed rows; the arguments where the spec mixes none.
+    """Return inputs, labels and weights of mixed rows, or the arguments if the spec mixes none.
 
-    Mixup (Zhang et al. 2017, arXiv 1710.09412) takes share × row + (1 - share) × neighbour, with
-    the share from Beta(alpha, alpha). Cutmix (Yun et al. 2019, arXiv 1905.04899) puts a box of the
-    neighbour's image in, of 1 - share of the area before it is cut at the image's edges; what is
-    left outside it is the share of everything else. With both, a step does either as often.
+    Mixup (Zhang et al. 2017, arXiv 1710.09412) returns share × row + (1 - share) × neighbour, with
+    the share from Beta(alpha, alpha). CutMix (Yun et al. 2019, arXiv 1905.04899) pastes a box of
+    the neighbour's image. Its area is 1 - share before clipping at the image's edges; the area
+    outside it is the share for all other inputs. With both, each step uses either with probability
+    0.5.
 
-    Numbers mix, and where one of two is missing, it is the other. Categories and masks cannot mix:
-    those of the row with the larger share stand. Where one of two images of several is missing, it
-    is the other. The loss of a mixed row is the mixed loss of both: their labels count by weight.
+    If one of two numbers is missing, or one of two images of several, the result is the other.
+    Categories and masks come from the row with the larger share. Labels are weighted so that the
+    loss of a mixed row is the mixed loss of both rows.
 
-    Features in place of images mix as images do, view by view; what comes of it is not what the
-    backbone would give of mixed images.
+    Precomputed features are mixed like images, view by view; the result differs from the backbone's
+    features of mixed images.
 
     Args:
-        inputs: by name, as `FusionModel` takes them.
-        y_B1: labels, 0 to 1.
-        weight_B1: weights.
-        spec: how to mix.
-        seed: of the draws; alike on all replicas, so is the share.
+        inputs: Inputs of a `FusionModel` by name.
+        y_B1: Labels, 0 to 1.
+        weight_B1: Weights of the rows.
+        spec: Alphas of mixup and CutMix.
+        seed: Seed of the share; equal on all replicas.
 
     Raises:
-        ValueError: if boxes are asked for where there is no image.
+        ValueError: If CutMix is set for a model without images.
     """
     if not (spec.mixup_alpha or spec.cutmix_alpha):
         return inputs, y_B1, weight_B1
     image = inputs.get("image")
     if image is None and spec.cutmix_alpha:
-        instead = "features of them" if "features" in inputs else "none"
         raise ValueError(
-            f"cutmix_alpha={spec.cutmix_alpha:g} puts boxes into images, and the model takes "
-            f"{instead}; set it to 0"
+            f"cutmix_alpha={spec.cutmix_alpha:g} needs images, but the model takes {list(inputs)}; "
+            "set it to 0"
         )
     size = (1, 1) if image is None else tuple(image.shape[-3:-1])
-    kept_HW, share = _kept(size, spec, seed)
+    share_HW, share = _draw_shares(size, spec, seed)
+    image_share = {"image": share_HW[:, :, None], "features": share}
     result = {}
     for name, own in inputs.items():
         other = _neighbour(own)
-        if name == "image":
-            kept_HW1 = kept_HW[:, :, None]
-            result[name] = _images(own, other, kept_HW1, inputs.get("image_mask"))
-        elif name == "features":
-            result[name] = _images(own, other, share, inputs.get("image_mask"))
+        if name in image_share:
+            result[name] = _mix_images(own, other, image_share[name], inputs.get("image_mask"))
         elif name == "numeric":
-            result[name] = _numbers(own, other, share)
+            result[name] = _mix_numbers(own, other, share)
         else:
             result[name] = ops.where(share >= 0.5, own, other)
     own, other = share * weight_B1, (1.0 - share) * _neighbour(weight_B1)
     weight: Any = own + other
     y: Any = own * y_B1 + other * _neighbour(y_B1)
-    # Two rows without weight have no label that counts.
+    # Two rows without weight keep the own label, which has no effect.
     return result, ops.where(weight > 0, y / ops.where(weight > 0, weight, 1.0), y_B1), weight
 
 
-def _kept(
+def _draw_shares(
     size: tuple[int, int], spec: LossSpec, seed: keras.random.SeedGenerator
 ) -> tuple[Any, Any]:
-    """Return what share of each pixel (H, W) is the row's own, and of everything else."""
+    """Return the row's own share of each pixel (H, W), and of all other inputs."""
     draw: Any = keras.random.uniform((5,), seed=seed)
     share = beta_quantile(draw[0], spec.mixup_alpha) if spec.mixup_alpha else None
     even = None if share is None else ops.broadcast_to(share, size)
     if not spec.cutmix_alpha:
         return even, share
-    kept_HW, area = _outside_box(size, beta_quantile(draw[1], spec.cutmix_alpha), draw[2], draw[3])
+    outside_HW, area = _outside_box(
+        size, beta_quantile(draw[1], spec.cutmix_alpha), draw[2], draw[3]
+    )
     if share is None:
-        return kept_HW, area
+        return outside_HW, area
     boxes = draw[4] < 0.5
-    return ops.where(boxes, kept_HW, even), ops.where(boxes, area, share)
+    return ops.where(boxes, outside_HW, even), ops.where(boxes, area, share)
 
 
 def _outside_box(size: tuple[int, int], share: Any, x: Any, y: Any) -> tuple[Any, Any]:
-    """Return 1 outside a box about (x, y), 0 in it, and the area outside; all of the image is 1."""
+    """Return (H, W) with 0 in a box around (x, y) and 1 outside, and the share outside."""
     height, width = size
     side: Any = ops.sqrt(1.0 - share)
 
@@ -104,24 +104,24 @@ def _outside_box(size: tuple[int, int], share: Any, x: Any, y: Any) -> tuple[Any
         extent: Any = ops.floor(length * side)
         start = ops.round(centre * length - extent / 2)
         stop = ops.round(centre * length + extent / 2)
-        place: Any = ops.arange(length, dtype="float32")
-        return ops.cast(ops.logical_and(place >= start, place < stop), "float32")
+        pixel: Any = ops.arange(length, dtype="float32")
+        return ops.cast(ops.logical_and(pixel >= start, pixel < stop), "float32")
 
     inside_H, inside_W = inside(height, y), inside(width, x)
     outside_HW: Any = 1.0 - inside_H[:, None] * inside_W[None, :]
     return outside_HW, ops.mean(outside_HW)
 
 
-def _images(own: Any, other: Any, kept: Any, mask_BN: Any) -> Any:
+def _mix_images(own: Any, other: Any, share: Any, mask_BN: Any) -> Any:
     own, other = _float(own), _float(other)
-    result = kept * own + (1.0 - kept) * other
+    result = share * own + (1.0 - share) * other
     if mask_BN is None:
         return result
-    there = ops.reshape(mask_BN > 0, (-1, own.shape[1], *[1] * (len(own.shape) - 2)))
-    return ops.where(_neighbour(there), ops.where(there, result, other), own)
+    present = ops.reshape(mask_BN > 0, (-1, own.shape[1], *[1] * (len(own.shape) - 2)))
+    return ops.where(_neighbour(present), ops.where(present, result, other), own)
 
 
-def _numbers(own: Any, other: Any, share: Any) -> Any:
+def _mix_numbers(own: Any, other: Any, share: Any) -> Any:
     own, other = _float(own), _float(other)
     result = share * own + (1.0 - share) * other
     return ops.where(ops.isnan(own), other, ops.where(ops.isnan(other), own, result))
@@ -136,18 +136,18 @@ def _neighbour(x: Any) -> Any:
 
 
 def beta_quantile(share: Any, alpha: float) -> Any:
-    """Return the number that a share of Beta(alpha, alpha) lies below.
+    """Return the quantile of Beta(alpha, alpha) at a share, interpolated between 4,096 exact ones.
 
-    Of a uniform number it is a draw, which XLA can compile, unlike the sampler of
-    `keras.random.beta`. Between 4,096 exact quantiles it is a straight line.
+    The quantile of a uniform random number is a Beta random number. Unlike the sampler of
+    `keras.random.beta`, XLA can compile it.
     """
     table = ops.convert_to_tensor(_beta_quantiles(alpha))
-    place = share * _NUM_QUANTILES
-    below: Any = ops.minimum(ops.floor(place), _NUM_QUANTILES - 1)
+    position = share * _NUM_QUANTILES
+    below: Any = ops.minimum(ops.floor(position), _NUM_QUANTILES - 1)
     start: Any = ops.cast(below, "int32")
     low: Any = ops.take(table, start)
     high: Any = ops.take(table, start + 1)
-    return low + (high - low) * (place - below)
+    return low + (high - low) * (position - below)
 
 
 @lru_cache

@@ -1,11 +1,11 @@
-"""Error texts for a name that is not among the known ones."""
+"""Error messages that suggest the nearest accepted name."""
 
 from collections.abc import Sequence
 from difflib import get_close_matches
 
 
 def did_you_mean(value: str, accepted: Sequence[str]) -> str:
-    """Return `; did you mean 'x'?` for the nearest accepted name, or nothing."""
+    """Return `; did you mean 'x'?` with the nearest accepted name, or an empty string."""
     near = get_close_matches(value, accepted, n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""
 
@@ -14,11 +14,11 @@ def require_one_of(value: str, accepted: Sequence[str], what: str) -> str:
     """Return `value` if it is accepted.
 
     Raises:
-        ValueError: naming the value, the nearest match and all accepted ones.
+        ValueError: If it is not, with the nearest match and all accepted values.
     """
     if value not in accepted:
         raise ValueError(
-            f"{value!r} is no {what}{did_you_mean(value, accepted)} (accepted: "
+            f"unknown {what} {value!r}{did_you_mean(value, accepted)} (accepted: "
             f"{', '.join(accepted)})"
         )
     return value

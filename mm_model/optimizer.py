@@ -1,15 +1,14 @@
-"""The optimizer of a spec; `Model.fit` and the distributed loop use the same one.
+"""Creates the optimizer of a spec, for `Model.fit` and the distributed loop alike.
 
-Learning rates over time, of step s of T steps, of which the first W = round(T × warmup_fraction)
-warm up; d = (s - W) / (T - W) is the share of the decay that is done, P the peak, e what is left
-of it in the end:
+Learning rate of step s of T steps, of which the first W = round(T × warmup_fraction) warm up.
+d = (s - W) / (T - W) is the completed share of the decay, P the peak, e the end fraction:
 
     warm-up       P × s / W
     cosine        P × (e + (1 - e) × (1 + cos(π × d)) / 2)     (Loshchilov and Hutter 2016)
     exponential   P × e^d
     polynomial    P × (e + (1 - e) × (1 - d)^power)
 
-After the last step the rate stays.
+After the last step the rate is constant.
 """
 
 from typing import Any
@@ -18,27 +17,24 @@ import keras
 from keras import ops
 from keras.optimizers import schedules
 
-from mm_model.layers.blocks import register
 from mm_model.spec import OptimizerSpec
 from mm_model.tunable import Tunable, current_value
 
-# Biases and what normalises: no kernels. Under a strategy a variable is `kernel/replica_1:0`.
-_NO_KERNEL = r"(^|/)(bias|gamma|beta)(/replica_\d+)?(:\d+)?$"
 _EXPONENTIAL_END = 0.01
 
 
 def make_optimizer(spec: OptimizerSpec, total_steps: int | None = None) -> keras.Optimizer:
-    """Return the optimizer and its schedule that a spec asks for.
+    """Return the optimizer of a spec with its learning-rate schedule.
 
-    With `ema_momentum` it also keeps moving averages of what it trains, which
-    `finalize_variable_values` puts in place. Nothing is clipped.
+    With `ema_momentum`, it also keeps moving averages of the variables, which
+    `finalize_variable_values` assigns to them. It does not clip gradients.
 
     Args:
-        spec: optimizer, learning rate and schedule.
-        total_steps: steps of the whole run, which the schedules that decay need.
+        spec: Optimizer, learning rate and schedule.
+        total_steps: Steps of the whole training; required by decaying schedules.
 
     Raises:
-        ValueError: if the schedule decays and `total_steps` is not given.
+        ValueError: If the schedule decays and `total_steps` is missing.
     """
     options: dict[str, Any] = {"learning_rate": _learning_rate(spec, total_steps)}
     if spec.ema_momentum is not None:
@@ -47,23 +43,45 @@ def make_optimizer(spec: OptimizerSpec, total_steps: int | None = None) -> keras
         return keras.optimizers.Adam(**options)
     if spec.optimizer == "sgd":
         return keras.optimizers.SGD(momentum=spec.momentum, nesterov=True, **options)
-    kind = keras.optimizers.AdamW if spec.optimizer == "adamw" else keras.optimizers.Lamb
-    optimizer = kind(weight_decay=spec.weight_decay, **options)
-    optimizer.exclude_from_weight_decay(var_names=[_NO_KERNEL])
-    return optimizer
+    kind = AdamW if spec.optimizer == "adamw" else Lamb
+    return kind(weight_decay=spec.weight_decay, **options)
+
+
+class _DecaysKernels:
+    """Excludes biases and the scales and offsets of layers from weight decay.
+
+    These have fewer than two axes. Their names are not reliable: ConvNeXt's layer scales have none.
+    """
+
+    def build(self: Any, var_list: list[keras.Variable]) -> None:
+        """Create the optimizer's variables."""
+        self.exclude_from_weight_decay(var_list=[v for v in var_list if len(v.shape) < 2])
+        keras_optimizer: Any = super()
+        keras_optimizer.build(var_list)
+
+
+@keras.saving.register_keras_serializable("mm_model")
+class AdamW(_DecaysKernels, keras.optimizers.AdamW):
+    """AdamW that decays kernels only."""
+
+
+@keras.saving.register_keras_serializable("mm_model")
+class Lamb(_DecaysKernels, keras.optimizers.Lamb):
+    """LAMB that decays kernels only."""
 
 
 def _learning_rate(spec: OptimizerSpec, total_steps: int | None) -> Any:
     peak = spec.learning_rate
-    if isinstance(peak, Tunable) and spec.schedule not in ("constant", "plateau"):
-        # Every schedule is its peak times what it would be with 1.
-        unit = spec.model_copy(update={"learning_rate": 1.0})
-        return _Scaled(_learning_rate(unit, total_steps), peak)
     if spec.schedule in ("constant", "plateau"):
         return peak
+    if isinstance(peak, Tunable):
+        # Every schedule is proportional to its peak.
+        unit = spec.model_copy(update={"learning_rate": 1.0})
+        return _Scaled(_learning_rate(unit, total_steps), peak)
     if not total_steps:
         raise ValueError(
-            f"train.schedule={spec.schedule} needs the number of steps of the whole run"
+            f"train.schedule={spec.schedule} needs the number of steps of the whole training; pass "
+            "total_steps"
         )
     warmup_steps = round(total_steps * spec.warmup_fraction)
     steps = max(total_steps - warmup_steps, 1)
@@ -86,7 +104,7 @@ def _learning_rate(spec: OptimizerSpec, total_steps: int | None) -> Any:
 
 
 class _Scaled(schedules.LearningRateSchedule):
-    """Another schedule times a tunable."""
+    """A schedule multiplied by a tunable."""
 
     def __init__(self, schedule: Any, tunable: Tunable) -> None:
         self.schedule, self.tunable = schedule, tunable
@@ -96,15 +114,15 @@ class _Scaled(schedules.LearningRateSchedule):
         return self.schedule(step) * current_value(self.tunable)
 
 
-@register
+@keras.saving.register_keras_serializable("mm_model")
 class WarmUp(schedules.LearningRateSchedule):
-    """Climbs from 0 to the peak in a straight line, then follows another schedule and stops.
+    """Rises linearly from 0 to the peak, then follows another schedule for a number of steps.
 
     Args:
-        decay: the schedule after the warm-up, whose step 0 is the first there.
-        peak: learning rate at the end of the warm-up.
-        warmup_steps: steps of the climb.
-        decay_steps: steps of the other schedule, after which the rate stays.
+        decay: Schedule after the warm-up, starting at its step 0.
+        peak: Learning rate at the end of the warm-up.
+        warmup_steps: Steps of the warm-up.
+        decay_steps: Steps of `decay`, after which the rate is constant.
     """
 
     def __init__(
@@ -123,11 +141,11 @@ class WarmUp(schedules.LearningRateSchedule):
         """Return the learning rate of a step."""
         step = ops.cast(step, "float32")
         after = ops.clip(step - self.warmup_steps, 0.0, float(self.decay_steps))
-        climb = step * (self.peak / max(self.warmup_steps, 1))
-        return ops.where(step < self.warmup_steps, climb, self.decay(after))
+        warmup = step * (self.peak / max(self.warmup_steps, 1))
+        return ops.where(step < self.warmup_steps, warmup, self.decay(after))
 
     def get_config(self) -> dict:
-        """Return what the schedule is made from."""
+        """Return the constructor arguments."""
         return {
             "decay": keras.saving.serialize_keras_object(self.decay),
             "peak": self.peak,

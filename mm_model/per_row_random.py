@@ -1,9 +1,8 @@
-"""Random numbers of which a replica gets its rows' share.
+"""Random numbers per row that do not depend on the number of replicas.
 
-Several replicas that share a global batch keep equal seed states, each draws for all rows of the
-batch and takes those of its own. So what a row draws does not depend on how many replicas there
-are, and all seed states advance alike. (XLA draws other numbers than TensorFlow without it; they
-are again the same for any number of replicas.)
+Replicas that share a global batch have equal seed states. Each draws the numbers of all rows of the
+batch and uses those of its own rows, so all seed states advance equally. (XLA draws different
+numbers than TensorFlow without XLA, but again the same for any number of replicas.)
 """
 
 import threading
@@ -17,18 +16,21 @@ _LOCAL = threading.local()
 
 
 @contextmanager
-def replica(index: Any, count: int) -> Iterator[None]:
-    """Let this thread compute part `index` of `count` equal parts of the global batch.
+def batch_part(index: Any, count: int) -> Iterator[None]:
+    """Make `uniform` draw for part `index` of `count` equal parts of the global batch.
 
-    Where a function is traced, a part that is an int becomes a constant of the graph; it may be a
-    tensor, too. It is the thread's own, since a strategy of several devices runs each replica in a
-    thread of its own.
+    Applies to the current thread, because a strategy runs each replica in its own thread.
+
+    Args:
+        index: Number of the part, from 0: an int, which a traced function contains as a constant,
+            or a tensor.
+        count: Number of parts.
 
     Raises:
-        ValueError: if there is no such part.
+        ValueError: If `index` is not in [0, `count`).
     """
     if isinstance(index, int) and not 0 <= index < count:
-        raise ValueError(f"part {index} of {count} does not exist; parts count from 0")
+        raise ValueError(f"part {index} of {count} does not exist; parts are numbered from 0")
     before = _part()
     _LOCAL.part = (index, count)
     try:
@@ -44,27 +46,28 @@ def uniform(
     maxval: float = 1.0,
     dtype: str = "float32",
 ) -> Any:
-    """Return uniform numbers in [minval, maxval) for the rows of this part.
+    """Return uniform random numbers in [minval, maxval) for the rows of the current part.
 
-    With one part they are those of `keras.random.uniform`; several parts together draw what one
-    part of all their rows would.
-
-    Args:
-        shape: of the result; rows come first.
-        seed: advances by one draw, whatever the part.
-        minval: smallest number.
-        maxval: above the largest number.
-        dtype: of the numbers.
+    With one part, these are the numbers of `keras.random.uniform`; several parts together draw what
+    one part with all their rows would draw. `shape` starts with the number of rows; `seed` advances
+    by one draw in any case.
     """
     index, count = _part()
-    num_rows, *of_a_row = shape
-    all_rows = (num_rows * count, *of_a_row)
+    num_rows, *row_shape = shape
+    all_rows = (num_rows * count, *row_shape)
     drawn: Any = keras.random.uniform(all_rows, minval, maxval, dtype=dtype, seed=seed)
     if count == 1:
         return drawn
-    # Not as drawn[start:stop], whose length would be unknown where the index is a tensor.
-    start = [index * num_rows, *[0] * len(of_a_row)]
+    # Not drawn[start:stop], whose length is unknown if the index is a tensor.
+    start = [index * num_rows, *[0] * len(row_shape)]
     return keras.ops.slice(drawn, start, shape)
+
+
+def random_states(model: keras.Model) -> list[keras.Variable]:
+    """Return the states of a model's random generators, in the order of its variables."""
+    # Keras' `variables` are its `weights` and these states.
+    weights = {id(weight) for weight in model.weights}
+    return [variable for variable in model.variables if id(variable) not in weights]
 
 
 def _part() -> tuple[Any, int]:

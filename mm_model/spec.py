@@ -1,13 +1,21 @@
-"""What the model is made of, as data: every setting once, with its type, default and help text.
+"""Settings of model, optimizer and loss, each with its type, default and help text.
 
-Imports neither Keras nor TensorFlow, so that `--help` and the cluster's head stay light.
+Imports neither Keras nor TensorFlow, so `--help` and the head of a cluster start quickly.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    model_validator,
+)
 
-from mm_model.branches import IMAGE_BRANCHES, NUMERIC_BRANCHES, has_imagenet_weights
+from mm_model.branches import IMAGE_BRANCHES, KERAS_APPLICATIONS, NUMERIC_BRANCHES
 from mm_model.fusion import FUSIONS
 from mm_model.nearest_match import require_one_of
 
@@ -16,8 +24,13 @@ NonNegative = Annotated[float, Field(ge=0.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 
 
+def _key_of(registry: Mapping[str, Any], what: str, *extra: str) -> AfterValidator:
+    """Return a validator of a registry's keys, which may be added later."""
+    return AfterValidator(lambda value: require_one_of(value, (*extra, *registry), what))
+
+
 class Spec(BaseModel):
-    """A frozen section of settings that refuses unknown keys; attribute docstrings are the help."""
+    """A frozen section of settings that rejects unknown keys; attribute docstrings are the help."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -30,7 +43,7 @@ class Spec(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _none_by_name(cls, values: Any) -> Any:
-        """Read the word `none` as no value, in YAML and flags alike, where a field allows that."""
+        """Read `none` as None in optional fields, in YAML and flags alike."""
         if not isinstance(values, dict):
             return values
         optional = {n for n, f in cls.model_fields.items() if type(None) in get_args(f.annotation)}
@@ -41,23 +54,19 @@ class Spec(BaseModel):
 class ImageSpec(Spec):
     """The image branch."""
 
-    kind: str = "efficientnet_b5"
-    """Backbone, a key of `mm_model.branches.IMAGE_BRANCHES`; `none` leaves images out."""
+    kind: Annotated[str, _key_of(IMAGE_BRANCHES, "image branch", "none")] = "efficientnet_b5"
+    """Backbone, a key of `mm_model.branches.IMAGE_BRANCHES`; `none` ignores images."""
     weights: str | None = "imagenet"
-    """Start of the backbone: `imagenet`, a path or URI of a `.weights.h5` file, or `none`."""
+    """Initial weights of the backbone: `imagenet`, the path or URI of a `.weights.h5` file, or
+    `none`."""
     trainable: bool = True
-    """Whether the backbone learns; a frozen one also keeps its batch-norm statistics."""
+    """Whether to train the backbone; a frozen one also keeps its batch-norm statistics."""
     units: PositiveInt = 256
-    """Width of the dense layer above the pooled backbone."""
-
-    @field_validator("kind")
-    @classmethod
-    def _known_kind(cls, value: str) -> str:
-        return require_one_of(value, ("none", *IMAGE_BRANCHES), "image branch")
+    """Width of the dense layer on the pooled backbone."""
 
     @model_validator(mode="after")
-    def _kind_has_these_weights(self) -> "ImageSpec":
-        if self.weights == "imagenet" and self.kind not in ("none", *has_imagenet_weights()):
+    def _imagenet_weights_exist(self) -> Self:
+        if self.weights == "imagenet" and self.kind not in ("none", *KERAS_APPLICATIONS):
             raise ValueError(
                 f"image branch {self.kind!r} has no imagenet weights; "
                 "set weights to none or to a file"
@@ -66,22 +75,22 @@ class ImageSpec(Spec):
 
 
 class AugmentationSpec(Spec):
-    """Random changes of the training images, drawn on the device; never at inference."""
+    """Random changes of the training images on the training device; none at inference."""
 
     flip: Literal["none", "horizontal", "vertical", "horizontal_and_vertical"] = "horizontal"
-    """Mirror at random along these axes."""
+    """Axes along which images are randomly flipped."""
     rotation: Fraction = 0.05
-    """Largest rotation to either side, as a share of a full turn."""
+    """Largest rotation in either direction, as a share of a full turn."""
     zoom: Fraction = 0.1
     """Largest zoom in or out, as a share of the image."""
     translation: Fraction = 0.1
-    """Largest shift in both directions, as a share of the image."""
+    """Largest shift along each axis, as a share of the image."""
     contrast: Fraction = 0.2
     """Largest relative change of contrast."""
     brightness: Fraction = 0.2
     """Largest shift of brightness, as a share of the 0-255 range."""
     rand_augment: Fraction = 0.0
-    """Magnitude of RandAugment's two further operations an image; 0 leaves them out."""
+    """Magnitude of two additional RandAugment operations per image; 0 disables them."""
 
 
 NO_AUGMENTATION = AugmentationSpec(
@@ -92,44 +101,34 @@ NO_AUGMENTATION = AugmentationSpec(
 class NumericSpec(Spec):
     """The numeric branch: numbers and categories."""
 
-    kind: str = "mlp"
-    """Network over the encoded numbers and categories, a key of `NUMERIC_BRANCHES`; `none` leaves
-    both out."""
+    kind: Annotated[str, _key_of(NUMERIC_BRANCHES, "numeric branch", "none")] = "mlp"
+    """Network for the encoded numbers and categories, a key of `NUMERIC_BRANCHES`; `none` ignores
+    both."""
     encoding: Literal["piecewise_linear", "standard"] = "piecewise_linear"
-    """How numbers enter: standardised, or standardised and piecewise-linear over quantiles."""
+    """Encoding of numbers: standardized, or also piecewise linear between quantiles."""
     bins: Annotated[int, Field(ge=2, le=1023)] = 32
-    """Most bins a column, between quantiles of the training split."""
+    """Largest number of bins per column, between quantiles of the training split."""
     category_dropout: Fraction = 0.05
-    """Chance that a category of a training row is hidden: taken for unknown or, as often, missing,
-    so that the model knows what to make of either where training has none."""
+    """Probability that a category of a training row is replaced by unknown or, equally often, by
+    missing; prepares the model for both if training has none."""
     units: tuple[PositiveInt, ...] = (256, 128)
     """Width of each hidden layer."""
 
-    @field_validator("kind")
-    @classmethod
-    def _known_kind(cls, value: str) -> str:
-        return require_one_of(value, ("none", *NUMERIC_BRANCHES), "numeric branch")
-
 
 class FusionSpec(Spec):
-    """How the two branches become one logit."""
+    """The fusion of the two branches."""
 
-    kind: str = "gated"
+    kind: Annotated[str, _key_of(FUSIONS, "fusion")] = "gated"
     """Joint network over both branches, a key of `mm_model.fusion.FUSIONS`."""
     units: PositiveInt = 128
     """Width of the joint network."""
     auxiliary_weight: NonNegative = 1.0
-    """Weight of each branch's own loss, which keeps it able to stand alone."""
+    """Weight of each branch's own loss, so that it can predict alone."""
     modality_dropout: Fraction = 0.1
-    """Chance that a training row reaches the joint network without its image, or its numbers."""
+    """Probability that the joint network gets a training row without its image, or its numbers."""
     blend: bool = True
-    """Let branch heads and joint head vote, weighted as the validation split shows; else joint
-    alone."""
-
-    @field_validator("kind")
-    @classmethod
-    def _known_kind(cls, value: str) -> str:
-        return require_one_of(value, tuple(FUSIONS), "fusion")
+    """Whether to average the heads of branches and fusion, with weights fitted on the validation
+    split; otherwise uses the fusion's head alone."""
 
 
 class ModelSpec(Spec):
@@ -140,20 +139,20 @@ class ModelSpec(Spec):
     numeric: NumericSpec = NumericSpec()
     fusion: FusionSpec = FusionSpec()
     activation: Literal["relu", "silu", "gelu"] = "relu"
-    """Of every dense block and of the image branch `tiny`. With a smooth one, runs on different
-    numbers of workers stay alike for longer: ReLU's kink makes rounding grow."""
+    """Activation of every dense block and of the image branch `tiny`. With a smooth one, runs on
+    different numbers of workers diverge later, because ReLU's kink amplifies rounding errors."""
     dropout: Fraction = 0.3
     """Dropout rate of every dense block."""
     l2: NonNegative = 1e-3
     """L2 penalty on the kernels of the dense layers."""
     batch_norm: Literal["local", "sync"] = "local"
-    """Batch statistics of each replica's rows, or of the global batch (more exchanges a step); with
-    `train.accumulate_steps`, of one part of them."""
+    """Batch statistics of each replica's rows, or of the global batch (more communication); with
+    `train.accumulate_steps`, of one part of these rows."""
 
     @model_validator(mode="after")
-    def _something_enters(self) -> "ModelSpec":
+    def _at_least_one_branch(self) -> "ModelSpec":
         if self.image.kind == "none" and self.numeric.kind == "none":
-            raise ValueError("image.kind and numeric.kind are both none; the model needs one")
+            raise ValueError("image.kind and numeric.kind are both none; set at least one of them")
         return self
 
 
@@ -161,64 +160,67 @@ class OptimizerSpec(Spec):
     """The optimizer and its learning rate over time."""
 
     optimizer: Literal["adam", "adamw", "sgd", "lamb"] = "adam"
-    """Adam; with decoupled weight decay; SGD with Nesterov momentum; or LAMB, for large batches."""
+    """Adam, AdamW, SGD with Nesterov momentum, or LAMB for large batches."""
     learning_rate: Positive = 1e-4
     """Peak learning rate."""
     weight_decay: NonNegative = 0.01
-    """Decoupled decay of `adamw` and `lamb`, of kernels alone."""
+    """Weight decay of `adamw` and `lamb`, of kernels only."""
     momentum: Fraction = 0.9
     """Momentum of `sgd`."""
     schedule: Literal["constant", "cosine", "exponential", "polynomial", "plateau"] = "cosine"
     """Learning rate over time: constant; warm-up, then cosine, exponential or polynomial decay; or
-    less at a plateau."""
+    reduced at a plateau."""
     warmup_fraction: Fraction = 0.05
-    """Share of all steps in which a decaying schedule first climbs to the peak."""
+    """Share of all steps in which a decaying schedule rises to the peak."""
     end_fraction: Fraction | None = None
-    """What a decaying schedule leaves of the peak in the end; by default 0, of an exponential one
-    0.01."""
+    """Final learning rate of a decaying schedule, as a share of the peak; by default 0, or 0.01 for
+    an exponential one."""
     power: Positive = 1.0
-    """Exponent of the polynomial schedule; 1 is a straight line."""
+    """Exponent of the polynomial schedule; 1 is linear."""
     plateau_factor: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.3
-    """What the plateau schedule multiplies the learning rate by."""
+    """Factor of the learning rate at a plateau."""
     plateau_patience: PositiveInt = 3
-    """Epochs without a better validation metric before the plateau schedule acts."""
+    """Epochs without a better validation metric before the learning rate is reduced."""
     ema_momentum: Fraction | None = None
-    """Validate and keep an exponential moving average of the weights, such as 0.999; its
-    momentum."""
+    """Momentum of an exponential moving average of the weights, such as 0.999, which is then
+    validated and saved; `none` disables it."""
 
     @model_validator(mode="after")
     def _exponential_ends_above_zero(self) -> Self:
         if self.schedule == "exponential" and self.end_fraction == 0:
-            raise ValueError("schedule=exponential never reaches 0; set end_fraction above it")
+            raise ValueError(
+                "end_fraction=0 is impossible with schedule=exponential; set it above 0"
+            )
         return self
 
 
 class LossSpec(Spec):
-    """What training minimises, beside the L2 penalty of the model."""
+    """The loss, to which training adds the L2 penalty of the model."""
 
     loss: Literal["binary_crossentropy", "focal"] = "binary_crossentropy"
-    """Loss of the output and of each head; focal counts rows that are easy less."""
+    """Loss of the output and of each head; `focal` down-weights easy rows."""
     focal_gamma: NonNegative = 2.0
-    """How much less the focal loss counts them; 0 is cross-entropy."""
+    """Strength of this down-weighting; 0 is cross-entropy."""
     label_smoothing: Fraction = 0.0
-    """Share by which labels are drawn to one half."""
+    """Share by which labels are moved toward one half."""
     mixup_alpha: NonNegative = 0.0
-    """Mix pairs of rows, images and numbers alike, by shares from Beta(alpha, alpha); 0: do not.
-    Pairs are of one replica, so that what is learnt depends on their number."""
+    """Mixup alpha: mixes pairs of rows, both images and numbers, by shares from Beta(alpha, alpha);
+    0 disables it. Pairs are of one replica, so the result depends on the number of replicas."""
     cutmix_alpha: NonNegative = 0.0
-    """Put a box of another row's image in, its area from Beta(alpha, alpha), and mix the labels
-    likewise; 0: do not. With `mixup_alpha`, too, each step does one of them."""
+    """CutMix alpha: pastes a box of another row's image, with an area from Beta(alpha, alpha), and
+    mixes the labels accordingly; 0 disables it. If `mixup_alpha` is set too, each step uses one of
+    both."""
 
 
 class StageSpec(Spec):
-    """Some epochs in which a part of the backbone stands still."""
+    """A number of epochs in which a part of the backbone is frozen."""
 
     epochs: PositiveInt
     """Epochs of the stage; the last stage lasts to the end of the training."""
     backbone: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
-    """Share of the backbone's layers, from the top, that learn; the others are frozen, with their
-    batch norms."""
+    """Share of the backbone's layers, from the top, to train; the others are frozen together with
+    their batch norms."""
     backbone_rate: Positive = 1.0
-    """Learning rate of the backbone, as a multiple of the others'."""
+    """Factor of the backbone's learning rate."""
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Multiplies the backbone's rate once more from its top to its bottom, in equal ratios."""
+    """Additional factor at the bottom of the backbone; in between, it falls in equal ratios."""

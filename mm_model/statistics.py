@@ -1,6 +1,6 @@
-"""What the training rows say about each numeric and each categorical column; NumPy only.
+"""Statistics and vocabularies of columns; NumPy only.
 
-Fitted on the training split alone, kept in the manifest, and built into the model.
+Fitted on the training split only, stored in the manifest, and built into the model.
 """
 
 from collections import Counter
@@ -16,38 +16,39 @@ NUM_QUANTILES = 1024
 
 
 class NumericStatistics(Spec):
-    """Statistics of the numeric columns, each a list in the columns' order."""
+    """Statistics of the numeric columns, each in the order of the columns."""
 
     columns: tuple[str, ...]
     """Names of the columns."""
     mean: tuple[float, ...]
-    """Mean of the values that are there; 0 where a column has none."""
+    """Mean of the present values; 0 for an empty column."""
     std: tuple[float, ...]
-    """Population standard deviation of the values that are there; 0 where a column has none."""
+    """Population standard deviation of the present values; 0 for an empty column."""
     missing: tuple[int, ...]
-    """Rows without a value."""
+    """Number of missing values."""
     quantiles: tuple[tuple[float, ...], ...]
-    """1,024 evenly spaced quantiles, minimum and maximum included; empty where a column is."""
+    """1,024 evenly spaced quantiles including minimum and maximum; none for an empty column."""
     num_rows: int
-    """Rows that were looked at."""
+    """Number of rows."""
 
     @model_validator(mode="after")
     def _one_entry_per_column(self) -> "NumericStatistics":
         for name in ("mean", "std", "missing", "quantiles"):
             if len(getattr(self, name)) != len(self.columns):
                 raise ValueError(
-                    f"{name} has {len(getattr(self, name))} entries for {len(self.columns)} columns"
+                    f"{name} has {len(getattr(self, name))} entries, but there are "
+                    f"{len(self.columns)} columns"
                 )
         return self
 
     def median(self, column: int) -> float:
-        """Return the median of a column, which stands in for its missing values; 0 if empty."""
+        """Return the median of a column, which replaces its missing values; 0 if it is empty."""
         quantiles = self.quantiles[column]
         return float(np.median(quantiles)) if quantiles else 0.0
 
 
 class Vocabulary(Spec):
-    """The words of one categorical column; code 0 stands for missing, 1 for any other word."""
+    """The words of one categorical column; code 0 is missing, 1 is any unknown word."""
 
     MISSING: ClassVar[int] = 0
     UNKNOWN: ClassVar[int] = 1
@@ -55,18 +56,18 @@ class Vocabulary(Spec):
     column: str
     """Name of the column."""
     words: tuple[str, ...]
-    """Words that have a code of their own: the first has 2."""
+    """Words in the order of their codes, which start at 2."""
 
     @model_validator(mode="after")
-    def _no_word_twice(self) -> "Vocabulary":
+    def _distinct_words(self) -> "Vocabulary":
         if len(set(self.words)) < len(self.words):
-            twice = next(word for word, count in Counter(self.words).items() if count > 1)
-            raise ValueError(f"the vocabulary of {self.column!r} holds a word twice: {twice}")
+            (word, count), *_ = Counter(self.words).most_common(1)
+            raise ValueError(f"the vocabulary of {self.column!r} contains {word!r} {count} times")
         return self
 
     @property
     def num_codes(self) -> int:
-        """Codes that there are, those for missing and unknown included."""
+        """Number of codes, including missing and unknown."""
         return len(self.words) + 2
 
     def codes(self, texts: Iterable[str | float | None]) -> np.ndarray:
@@ -79,20 +80,20 @@ class Vocabulary(Spec):
 
 
 def _is_missing(text: Any) -> bool:
-    # NaN, which tables in memory hold for missing, is the one value that differs from itself.
+    # Tables in memory contain NaN for missing, the only value that differs from itself.
     return text is None or text != text
 
 
 def fit_vocabulary(
     texts: Iterable[str | float | None], column: str, *, min_count: int = 2, max_words: int = 1000
 ) -> Vocabulary:
-    """Return the vocabulary of the training rows' texts, None or NaN for missing.
+    """Return the vocabulary of a column.
 
     Args:
-        texts: of the training rows.
-        column: name.
-        min_count: rarer words get no code: from them the model learns what an unknown word means.
-        max_words: of more words the most frequent are kept.
+        texts: Texts of the training rows, None or NaN for missing.
+        column: Name of the column.
+        min_count: Rarer words get no code; they teach the model what an unknown word means.
+        max_words: Number of the most frequent words to keep.
     """
     counts: Counter[Any] = Counter(text for text in texts if not _is_missing(text))
     frequent = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:max_words]
@@ -102,20 +103,23 @@ def fit_vocabulary(
 def fit_numeric_statistics(
     values_RF: np.ndarray, columns: tuple[str, ...] | list[str] | None = None
 ) -> NumericStatistics:
-    """Return the statistics of an array of numbers.
+    """Return the statistics of numeric columns.
 
     Args:
-        values_RF: rows × columns, NaN for missing.
-        columns: names of the columns; `numeric_0`, `numeric_1`, … if not given.
+        values_RF: Numbers (rows, columns), NaN for missing.
+        columns: Names of the columns; `numeric_0`, `numeric_1`, … by default.
 
     Raises:
-        ValueError: if the array is not two-dimensional, has no rows or holds infinities.
+        ValueError: If the array is not two-dimensional, has no rows or contains infinities.
     """
     values_RF = np.asarray(values_RF, dtype=np.float64)
     if values_RF.ndim != 2 or len(values_RF) == 0:
-        raise ValueError(f"expected a rows × columns array, got shape {values_RF.shape}")
+        raise ValueError(
+            f"the shape of the numbers must be (rows, columns), not {values_RF.shape}, with at "
+            "least one row"
+        )
     if np.isinf(values_RF).any():
-        raise ValueError("the numbers hold infinities; replace them by NaN or drop those rows")
+        raise ValueError("the numbers contain infinities; replace them by NaN or drop these rows")
     names = tuple(columns) if columns else tuple(f"numeric_{i}" for i in range(values_RF.shape[1]))
     positions = np.linspace(0.0, 1.0, NUM_QUANTILES)
     present = [column[~np.isnan(column)] for column in values_RF.T]

@@ -1,8 +1,7 @@
-"""Numbers of a model that can be turned while its graph stays: for one training after another.
+"""Hyperparameters that can change between trainings without tracing the graph again.
 
-A `Tunable` is a float wherever Python asks, such as for whether there is dropout at all, and a
-variable where the graph computes with it. A spec that holds tunables
-makes such a model; the model of a spec without them holds constants.
+A spec that holds `Tunable` numbers builds a model whose graph reads variables; a spec of plain
+numbers builds constants.
 """
 
 from typing import Any
@@ -12,30 +11,41 @@ from keras import ops
 
 
 class Tunable(float):
-    """A number above 0 that the graph reads anew each time.
+    """A positive number that the graph reads from a variable.
 
-    As a float it stays what it began as, so that whoever branches on it branches as before.
+    `float()` keeps the initial value, so Python branches stay the same.
     """
 
     def __init__(self, value: float) -> None:
-        # Not the precision of the layer that computes with it: half of that is too few digits.
+        # Always float32: half the precision of a mixed-precision layer has too few digits.
         self.variable = keras.Variable(
             float(value), trainable=False, dtype="float32", autocast=False, name="tunable"
         )
 
     def assign(self, value: float) -> None:
-        """Let the graph compute with another number from now on."""
+        """Set the value that the graph reads from now on."""
         self.variable.assign(value)
 
 
 def current_value(value: float, like: Any = None) -> Any:
-    """Return what to compute with: the number itself, or what a tunable stands at.
+    """Return a plain number as it is, or the tensor of a tunable's current value.
 
     Args:
-        value: a number or a tunable.
-        like: tensor whose type it is to have, where it is a tunable's; a number has any.
+        value: A number or a tunable.
+        like: Tensor whose dtype a tunable's value is cast to.
     """
     if not isinstance(value, Tunable):
         return value
-    found = ops.convert_to_tensor(value.variable)
-    return found if like is None else ops.cast(found, like.dtype)
+    current = ops.convert_to_tensor(value.variable)
+    return current if like is None else ops.cast(current, like.dtype)
+
+
+def l2_regularizer(l2: float) -> Any:
+    """Return the L2 penalty of a kernel, or None for 0."""
+    if isinstance(l2, Tunable):
+
+        def penalty(kernel: Any) -> Any:
+            return current_value(l2, kernel) * ops.sum(ops.square(kernel))
+
+        return penalty
+    return keras.regularizers.L2(l2) if l2 else None

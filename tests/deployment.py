@@ -1,4 +1,4 @@
-"""The files of deployments: their texts, and what is wrong with the fields of one."""
+"""The deployment files, and a check of their fields against a schema."""
 
 import copy
 import re
@@ -19,7 +19,7 @@ def load(name: str) -> Any:
 
 
 def changed(config: Any, path: str, value: Any) -> Any:
-    """Return a copy in which what is at a path of keys is something else."""
+    """Return a copy with another value at a path of keys, such as `a/0/b`."""
     config = copy.deepcopy(config)
     *way, last = (int(key) if key.isdigit() else key for key in path.split("/"))
     at = config
@@ -34,12 +34,12 @@ def starts(commands: list[str]) -> list[str]:
 
 
 def wrong_fields(value: Any, kind: str, types: dict[str, Any], at: str) -> list[str]:
-    """Return what is not of a type, `T`, `[T]` or `{T}`, of those of a file in tests/data."""
+    """Return the fields that violate a type `T`, `[T]` or `{T}` of a schema in tests/data."""
     if kind == "any":
         return []
     if kind.startswith("["):
         if not isinstance(value, list):
-            return [f"{at} is no list"]
+            return [f"{at} is not of type list"]
         each = [(f"{at}[{i}]", item, kind[1:-1]) for i, item in enumerate(value)]
     elif not isinstance(value, dict):
         basic = {"string": str, "boolean": bool, "integer": int, "number": (int, float)}
@@ -47,12 +47,12 @@ def wrong_fields(value: Any, kind: str, types: dict[str, Any], at: str) -> list[
         return (
             []
             if good and isinstance(value, bool) == (kind == "boolean")
-            else [f"{at} is no {kind}"]
+            else [f"{at} is not of type {kind}"]
         )
     elif kind.startswith("{"):
         each = [(f"{at}.{key}", item, kind[1:-1]) for key, item in value.items()]
     elif kind not in types:
-        return [f"{at} is no {kind}"]
+        return [f"{at} is not of type {kind}"]
     else:
         if unknown := sorted(set(value) - set(types[kind])):
             return [f"{at} has no {key}" for key in unknown]

@@ -80,13 +80,13 @@ def test_kuberay_takes_the_manifest_and_keeps_it_closed(name, check):
 GROUP = "spec/workerGroupSpecs/1"
 MISPLANTED = [
     (wrong_manifest, "apiVersion", "ray.io/v1alpha1", "apiVersion is ray.io/v1alpha1"),
-    (wrong_manifest, "spec/rayVersion", 2.60, "RayCluster.spec.rayVersion is no string"),
+    (wrong_manifest, "spec/rayVersion", 2.60, "RayCluster.spec.rayVersion is not of type string"),
     (wrong_manifest, "spec/authOption", {}, "RayCluster.spec has no authOption"),
-    (wrong_manifest, f"{GROUP}/maxReplicas", "8", "maxReplicas is no integer"),
-    (wrong_manifest, f"{GROUP}/rayStartParams/num-cpus", 4, "num-cpus is no string"),
+    (wrong_manifest, f"{GROUP}/maxReplicas", "8", "maxReplicas is not of type integer"),
+    (wrong_manifest, f"{GROUP}/rayStartParams/num-cpus", 4, "num-cpus is not of type string"),
     (wrong_manifest, f"{GROUP}/template/spec/toleration", [], "spec has no toleration"),
     (wrong_manifest, f"{GROUP}/template/spec/tolerations/0/efect", "x", "[0] has no efect"),
-    (wrong_manifest, f"{GROUP}/template/spec/volumes/0/emptyDir", True, "is no EmptyDirVolume"),
+    (wrong_manifest, f"{GROUP}/template/spec/volumes/0/emptyDir", True, "is not of type EmptyDirVolume"),
     (wrong_opening, "spec/authOptions", {"mode": "disabled"}, "no token"),
     (wrong_opening, "spec/headGroupSpec/serviceType", "LoadBalancer", "open to others"),
     (wrong_opening, "spec/headGroupSpec/enableIngress", True, "ingress"),

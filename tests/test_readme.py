@@ -1,4 +1,4 @@
-"""What the README says is so: its commands parse and run, its Python runs."""
+"""The README is correct: its commands parse and run, and so does its Python code."""
 
 import re
 import shlex
@@ -51,18 +51,18 @@ def run(command: list[str], **options) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("command", job_commands())
-def test_every_job_command_is_one_that_the_job_accepts(command, monkeypatch):
+def test_every_job_command_is_accepted_by_its_job(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     words = shlex.split(command.replace("SHARED/", "/shared/"))
     at = next(i for i, word in enumerate(words) if word.startswith("ray_jobs."))
     verb, arguments = words[at].removeprefix("ray_jobs."), words[at + 1 :]
     if verb == "submit":
-        job.command(arguments)
+        job.parse(arguments)
     else:
         command_line.parse(SPECS[verb], arguments)
 
 
-def test_every_make_target_of_the_readme_is_in_the_makefile():
+def test_every_make_target_in_the_readme_exists():
     targets = set(re.findall(r"make ([a-z-]+)", README))
     assert {"demo", "test", "check"} <= targets
     assert targets <= set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
@@ -79,7 +79,7 @@ def test_the_tree_names_only_existing_files():
     assert missing == set()
 
 
-def test_the_yaml_example_is_a_specification():
+def test_the_yaml_example_is_a_valid_spec():
     (example,) = blocks("yaml")
     spec = command_line.validate_spec(SearchSpec, yaml.safe_load(example))
     assert spec.tune.budget.trials == 200
@@ -102,9 +102,9 @@ def test_the_python_example_runs():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not HOUSES.exists(), reason="the houses are not beside the project")
-def test_the_commands_take_the_houses_the_whole_way(tmp_path):
-    # The search takes as long as forty trials do; here it has two, and no time to learn.
+@pytest.mark.skipif(not HOUSES.exists(), reason="the houses dataset is missing")
+def test_the_commands_run_the_whole_pipeline_on_the_houses_dataset(tmp_path):
+    # Forty trials take too long for a test, so this search has two short ones.
     fewer = ["--tune.budget.trials", "2", "--train.epochs", "2"]
     five = [command for command in job_commands() if "OUT/" in command]
     assert len(five) == 5
@@ -122,7 +122,7 @@ def test_the_commands_take_the_houses_the_whole_way(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_demo_ends_with_the_fusion_above_both_single_branches(tmp_path):
+def test_in_the_demo_the_fusion_beats_both_single_branches(tmp_path):
     result = run([sys.executable, "-m", "ray_jobs.demo", "--output", str(tmp_path / "demo")])
     assert result.returncode == 0, result.stderr
     auc = {
@@ -135,12 +135,12 @@ def test_the_demo_ends_with_the_fusion_above_both_single_branches(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_commands_for_a_cluster_do_what_they_say_on_a_running_head(head, tmp_path):
+def test_the_submit_commands_work_on_a_running_head(head, tmp_path):
     write_prepared(tmp_path / "prepared", {"train": 101, "validation": 37, "test": 5})
-    sent = [line for line in commands() if re.search(r"\bsubmit\b", line)]
-    trainings = [line for line in sent if re.search(r"[. ]train\b", line)]
-    assert (len(sent), len(trainings)) == (4, 2)
-    for number, line in enumerate(sent):
+    submits = [line for line in commands() if re.search(r"\bsubmit\b", line)]
+    trainings = [line for line in submits if re.search(r"[. ]train\b", line)]
+    assert (len(submits), len(trainings)) == (4, 2)
+    for number, line in enumerate(submits):
         words = shlex.split(line.replace("SHARED/", f"{tmp_path}/").replace("NAME", f"run{number}"))
         words += ["--train.epochs", "2"] if line in trainings else []
         result = run(words, env=head)

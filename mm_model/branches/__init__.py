@@ -1,46 +1,57 @@
-"""The branches by name: each turns one input into `{"pooled": (B, F), "tokens": (B, T, F)}`.
+"""Registry of branches; each turns one input into `{"pooled": (B, F), "tokens": (B, T, F)}`.
 
-The dicts hold either a builder or where to import it from ("module:function"), so that naming a
-branch in a spec imports neither Keras nor TensorFlow. A branch of your own is one more entry:
+An entry is a builder or its import path ("module:function"), so that naming a branch in a spec
+imports neither Keras nor TensorFlow. To add a branch, add an entry:
 
-    IMAGE_BRANCHES["mine"] = my_branch      # my_branch(image, kind, spec, blocks) -> Features
+    IMAGE_BRANCHES["mine"] = my_branch      # my_branch(image, spec, blocks) -> features
 
-An image branch sees single images, also where a row has several. Its backbone, which
-`mm_model.freezing` freezes, is the layers that its tokens come from. Where it has a top of
-its own in `IMAGE_TOPS`, a model can also be built on features that the backbone gave before.
+An image branch sees single images, also if a row has several. Its backbone consists of the layers
+that its tokens depend on. A branch with an entry in `IMAGE_TOPS` can also be built on precomputed
+features of its backbone.
+
+    image_inputs    from the inputs to the image branch's features; image_* are its kinds
+    numeric_inputs  from numbers and categories to the numeric branch's features
 """
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 Builder = Callable[..., Any] | str
 
-_TINY = "mm_model.branches.image_tiny:build"
-_APPLICATION = "mm_model.branches.image_application:build"
+KERAS_APPLICATIONS = {
+    **{f"efficientnet_b{n}": f"EfficientNetB{n}" for n in range(8)},
+    **{f"efficientnet_v2_b{n}": f"EfficientNetV2B{n}" for n in range(4)},
+    **{f"efficientnet_v2_{size}": f"EfficientNetV2{size.upper()}" for size in ("s", "m", "l")},
+    **{f"mobilenet_v3_{size}": f"MobileNetV3{size.title()}" for size in ("small", "large")},
+    **{
+        f"convnext_{size}": f"ConvNeXt{'XLarge' if size == 'xlarge' else size.title()}"
+        for size in ("tiny", "small", "base", "large", "xlarge")
+    },
+    "resnet50": "ResNet50",
+}
+"""Image branches with a backbone of `keras.applications`, which has ImageNet weights."""
 
 IMAGE_BRANCHES: dict[str, Builder] = {
-    "tiny": _TINY,
-    **{f"efficientnet_b{n}": _APPLICATION for n in range(8)},
-    **{f"efficientnet_v2_b{n}": _APPLICATION for n in range(4)},
-    **{f"efficientnet_v2_{size}": _APPLICATION for size in ("s", "m", "l")},
-    **{f"mobilenet_v3_{size}": _APPLICATION for size in ("small", "large")},
-    **{f"convnext_{size}": _APPLICATION for size in ("tiny", "small", "base", "large", "xlarge")},
-    "resnet50": _APPLICATION,
+    "tiny": "mm_model.branches.image_tiny:build",
+    **dict.fromkeys(KERAS_APPLICATIONS, "mm_model.branches.image_application:build"),
 }
 
 IMAGE_TOPS: dict[str, Builder] = {
-    kind: builder.replace(":build", ":top")
-    for kind, builder in IMAGE_BRANCHES.items()
-    if isinstance(builder, str)
+    "tiny": "mm_model.branches.image_tiny:top",
+    **dict.fromkeys(KERAS_APPLICATIONS, "mm_model.branches.image_application:top"),
 }
-"""What each kind puts on its pooled backbone, the output of its layer `image_pool`, as
-`my_top(pooled, kind, spec, blocks) -> (B, F)`."""
+"""Layers on the pooled backbone, the output of layer `image_pool`, as
+`my_top(pooled, spec, blocks) -> (B, F)`."""
 
 NUMERIC_BRANCHES: dict[str, Builder] = {
     "mlp": "mm_model.branches.numeric_mlp:build",
 }
 
 
-def has_imagenet_weights() -> tuple[str, ...]:
-    """Return the kinds of image branch that `keras.applications` has ImageNet weights for."""
-    return tuple(kind for kind, builder in IMAGE_BRANCHES.items() if builder == _APPLICATION)
+def load_builder(builder: Builder) -> Callable[..., Any]:
+    """Return a builder, imported if the entry is an import path."""
+    if isinstance(builder, str):
+        module, function = builder.split(":")
+        return getattr(import_module(module), function)
+    return builder

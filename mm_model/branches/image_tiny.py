@@ -6,10 +6,13 @@ from mm_model.layers.blocks import Blocks
 from mm_model.spec import ImageSpec
 
 
-def build(image_BHWC: KerasTensor, kind: str, spec: ImageSpec, blocks: Blocks) -> dict:
+def build(image_BHWC: KerasTensor, spec: ImageSpec, blocks: Blocks) -> dict:
     """Return pooled features and tokens of pixels 0-255."""
     if spec.weights:
-        raise ValueError("image branch 'tiny' takes no weights file; set model.image.weights=none")
+        raise ValueError(
+            f"model.image.weights={spec.weights} does not apply to model.image.kind=tiny, which "
+            "has no pretrained weights; set weights to none"
+        )
     x = layers.Rescaling(1 / 127.5, offset=-1.0, name="image_range")(image_BHWC)
     for i, filters in enumerate((16, 32, 64)):
         convolution = layers.Conv2D(
@@ -21,10 +24,9 @@ def build(image_BHWC: KerasTensor, kind: str, spec: ImageSpec, blocks: Blocks) -
         x = layers.Activation(blocks.activation, name=f"image_conv{i}_activation")(x)
     pooled_BF = layers.GlobalAveragePooling2D(name="image_pool")(x)
     tokens_BTF = layers.Reshape((-1, x.shape[-1]), name="image_tokens")(x)
-    return {"pooled": top(pooled_BF, kind, spec, blocks), "tokens": tokens_BTF}
+    return {"pooled": top(pooled_BF, spec, blocks), "tokens": tokens_BTF}
 
 
-def top(pooled_BF: KerasTensor, kind: str, spec: ImageSpec, blocks: Blocks) -> KerasTensor:
-    """Return the branch's features of what its backbone gave."""
-    del kind
+def top(pooled_BF: KerasTensor, spec: ImageSpec, blocks: Blocks) -> KerasTensor:
+    """Return the branch's features of its pooled backbone."""
     return blocks.dense(pooled_BF, spec.units, "image_top")

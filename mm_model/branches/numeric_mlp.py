@@ -1,4 +1,4 @@
-"""The numeric branch: encoded numbers and categories through dense blocks with skips."""
+"""The numeric branch: encoded numbers and categories through dense blocks with skip connections."""
 
 from keras import KerasTensor, layers
 
@@ -6,9 +6,8 @@ from mm_model.layers.blocks import Blocks
 from mm_model.spec import NumericSpec
 
 
-def build(encoded_BF: KerasTensor, kind: str, spec: NumericSpec, blocks: Blocks) -> dict:
+def build(encoded_BF: KerasTensor, spec: NumericSpec, blocks: Blocks) -> dict:
     """Return pooled features and one token of encoded numbers and categories."""
-    del kind
     x = encoded_BF
     for i, units in enumerate(spec.units):
         x = blocks.dense(x, units, f"numeric_{i}", skip=True)

@@ -1,6 +1,6 @@
-"""The fusions by name: each turns the branches' features into one joint `(B, F)`.
+"""Registry of fusions; each turns the features of both branches into joint features (B, F).
 
-As in `mm_model.branches`, an entry is a builder or where to import it from.
+Entries have the format of `mm_model.branches`.
 """
 
 from mm_model.branches import Builder

@@ -1,4 +1,4 @@
-"""Gated multimodal unit: each feature chooses, row by row, between image and numbers.
+"""Gated multimodal unit: a gate per row and feature weighs the image against the numbers.
 
 Arevalo et al. 2017, "Gated Multimodal Units for Information Fusion", arXiv 1702.01992.
 """
@@ -10,11 +10,11 @@ from mm_model.spec import FusionSpec
 
 
 def build(image: dict, numeric: dict, spec: FusionSpec, blocks: Blocks) -> KerasTensor:
-    """Return joint features (B, F) of the branches' pooled features."""
+    """Return joint features (B, F) from the branches' pooled features."""
     image_BF = blocks.dense(image["pooled"], spec.units, "fusion_image", skip=True)
     numeric_BF = blocks.dense(numeric["pooled"], spec.units, "fusion_numeric", skip=True)
     both_BF = layers.Concatenate(name="fusion_concat")([image["pooled"], numeric["pooled"]])
     gate_BF = layers.Dense(spec.units, activation="sigmoid", name="fusion_gate")(both_BF)
     difference_BF = layers.Subtract(name="fusion_difference")([image_BF, numeric_BF])
-    chosen_BF = layers.Multiply(name="fusion_chosen")([gate_BF, difference_BF])
-    return layers.Add(name="fusion_add")([numeric_BF, chosen_BF])
+    gated_BF = layers.Multiply(name="fusion_chosen")([gate_BF, difference_BF])
+    return layers.Add(name="fusion_add")([numeric_BF, gated_BF])

@@ -1,13 +1,15 @@
-"""What the doctor looks at, before a GPU is rented or an epoch is lost.
+"""Checks for problems that would stop or spoil a job, before a GPU is rented or an epoch is lost.
 
-    finding.py      what a check found, and what mends it
-    here.py         without a cluster: weights, size of the folder that goes with a job
-    probe.py        what only a node can know of itself, asked of all nodes at once
-    nodes.py        versions, clocks, shared memory, GPUs
-    reach.py        storage, data and weights, seen from every node
-    fit.py          workers and budgets against what the cluster has, or may have
-    collective.py   two workers exchange an array
-    preflight.py    those of them that `train` and `tune` make by themselves
+Input: a spec, and its manifest if there is one. Output: findings, each with a remedy.
+
+finding.py         result of a check
+local.py           without a cluster: weights, size of the uploaded folder
+probe.py           runs functions on all nodes at the same time
+node_health.py     versions, clocks, shared memory and GPUs of the nodes
+storage_access.py  storage, data and weights as seen from every node
+resources.py       workers and memory budgets against what the cluster has or may add
+collective.py      two workers exchange an array
+preflight.py       the checks that `train` and `tune` run themselves
 
 Importing them imports neither Ray nor TensorFlow.
 """

@@ -1,4 +1,4 @@
-"""What a check found, and what mends it."""
+"""The result of a check, with a remedy if it found a problem."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,13 +8,13 @@ Status = Literal["ok", "warning", "error", "skipped"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the doctor's.
+    """One line of the doctor's output.
 
     Args:
-        check: its name.
-        status: an error keeps a job from working, a warning may.
-        text: what was found.
-        remedy: what mends it.
+        check: Name of the check.
+        status: An error stops a job; a warning may stop it or slow it down.
+        text: The result, or the reason why the check was skipped.
+        remedy: What to do about it.
     """
 
     check: str
@@ -24,25 +24,31 @@ class Finding:
 
     @property
     def sentence(self) -> str:
-        """Finding and remedy in one."""
+        """Check, text and remedy in one line."""
         return f"{self.check}: {self.text}" + (f"; {self.remedy}" if self.remedy else "")
 
 
 def ok(check: str, text: str) -> Finding:
-    """Return that all is well."""
+    """Return a finding without a problem."""
     return Finding(check, "ok", text)
 
 
 def error(check: str, text: str, remedy: str) -> Finding:
-    """Return what keeps a job from working."""
+    """Return a problem that stops a job."""
     return Finding(check, "error", text, remedy)
 
 
 def warning(check: str, text: str, remedy: str) -> Finding:
-    """Return what may keep a job from working, or slow it down."""
+    """Return a problem that may stop a job or slow it down."""
     return Finding(check, "warning", text, remedy)
 
 
 def skipped(check: str, text: str) -> Finding:
-    """Return that a check was not made, and why."""
+    """Return the reason why a check did not run."""
     return Finding(check, "skipped", text)
+
+
+def from_message(check: str, message: str, remedy: str = "") -> Finding:
+    """Return an error from a message of the form `problem; remedy`."""
+    text, _, own_remedy = message.partition("; ")
+    return error(check, text, own_remedy or remedy)

@@ -1,36 +1,35 @@
-"""What `train` and `tune` look at by themselves, in seconds, before work starts."""
+"""The checks that `train` and `tune` run themselves, in seconds, before they start."""
 
 import sys
 from dataclasses import replace
 
+from ray_jobs.checks import node_health, storage_access
+from ray_jobs.checks.probe import clock, live_nodes, run_on_nodes
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import RunSpec
 from ray_jobs.data.manifest import Manifest
 
 
 def preflight(spec: RunSpec, manifest: Manifest) -> None:
-    """Check nodes, storage, data and weights, where the cluster has other nodes than this one.
+    """Check nodes, storage, data and weights if the cluster has more nodes than this one.
 
     Raises:
-        JobError: with all errors that were found, and what mends them.
+        JobError: With all errors and their remedies.
     """
     import ray
 
-    from ray_jobs.checks import storage_access, versions
-    from ray_jobs.checks.probe import probed
-
-    here = ray.get_runtime_context().get_node_id()
-    others = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
-    if not spec.run.preflight or not others:
+    own = ray.get_runtime_context().get_node_id()
+    nodes = live_nodes()
+    if not spec.run.preflight or all(node.id == own for node in nodes):
         return
-    with probed() as there:
-        able, silent = versions.answering(there)
-        # A node may only be busy; who needs it will wait for it.
-        found = [replace(finding, status="warning") for finding in silent]
-        found += versions.versions(able)
-        found += storage_access.storage(spec, able)
-        found += storage_access.data(spec, manifest, able, num_shards=0)
-        found += storage_access.weights(spec, able)
+    answers, unavailable = run_on_nodes("nodes", nodes, clock)
+    ready = list(answers)
+    # The node may only be busy; a job that needs it waits for it.
+    found = [replace(finding, status="warning") for finding in unavailable]
+    found += node_health.versions(ready)
+    found += storage_access.storage(spec, ready)
+    found += storage_access.data(spec, manifest, ready, num_shards=0)
+    found += storage_access.weights(spec, ready)
     for finding in found:
         if finding.status == "warning":
             print(f"warning: {finding.sentence}", file=sys.stderr)

@@ -1,7 +1,7 @@
-"""What only a node can know of itself, asked of all nodes at once.
+"""Runs functions on the nodes of a cluster, and the functions that examine a node.
 
-A probe is an actor that takes no CPU, one on every node that is there. It answers with plain
-values; what they mean is for the checks to say.
+They return plain values, which the checks interpret. Their tasks take no CPU, so that they also run
+on busy nodes.
 """
 
 import hashlib
@@ -11,215 +11,224 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from ray_jobs.checks.local import weights_problem
+from ray_jobs.checks.finding import Finding, error
+from ray_jobs.cluster.connection import first_line, root_cause
+from ray_jobs.cluster.environment import PACKAGES
 from ray_jobs.storage.folder import Folder
 
-PACKAGES = ("ray", "tensorflow", "keras", "numpy", "pyarrow", "pydantic", "scikit-learn")
+T = TypeVar("T")
+
+TIMEOUT_S = 40.0
+"""Enough to start a process on a busy node."""
+NO_ANSWER = "no answer"
+_NODE_REMEDY = (
+    "install ray_jobs and requirements.lock on every node (`ray job submit` uploads the former), "
+    "and make sure that the node is not overloaded; its raylet log has details"
+)
 _SHARED_MEMORY = "/dev/shm"
-ANSWERS_S = 40.0
-"""In which a process starts on a node, on a busy one too, and answers."""
 
 
-class Probe:
-    """Lives on a node and looks at it."""
-
-    def versions(self) -> dict[str, str]:
-        """Return the versions of Python and of what workers import, `missing` where there is none.
-
-        A package that is imported from elsewhere than its version was read says so.
-        """
-        found = {"python": platform.python_version()}
-        for name in PACKAGES:
-            try:
-                found[name] = importlib.metadata.version(name)
-            except importlib.metadata.PackageNotFoundError:
-                found[name] = "missing"
-                continue
-            if shadow := _shadow(name):
-                found[name] += f" (but imported from {shadow})"
-        return found
-
-    def clock(self) -> float:
-        """Return the node's time."""
-        return time.time()
-
-    def shared_memory(self) -> int | None:
-        """Return the bytes of shared memory that the node allows; None where there is no such."""
-        try:
-            stat = os.statvfs(_SHARED_MEMORY)
-        except OSError:
-            return None
-        return stat.f_frsize * stat.f_blocks
-
-    def write(self, folder: Folder, name: str) -> str:
-        """Write a file that says its own name; return what went wrong, or nothing."""
-        return _told(lambda: folder.write_text(name, name))
-
-    def read(self, folder: Folder, names: Sequence[str]) -> list[str]:
-        """Return those of some files that cannot be read, or say something else."""
-        return [name for name in names if _told(lambda name=name: _require_name(folder, name))]
-
-    def forget(self, folder: Folder) -> str:
-        """Remove what was written."""
-        return _told(lambda: folder.filesystem.delete_dir(folder.path))
-
-    def hashes(self, folder: Folder, names: Sequence[str]) -> list[str]:
-        """Return the hash of each of some files, or what went wrong in reading it."""
-        return [_hash_or_problem(folder, name) for name in names]
-
-    def weights_problem(self, weights: str, kind: str) -> str:
-        """Return what keeps the node from the weights of an image branch, or nothing."""
-        return weights_problem(weights, kind)
-
-    def gpus(self) -> dict[str, Any]:
-        """Return what TensorFlow makes of the GPUs that Ray gave this process."""
-        from ray_jobs.cluster.strategy import set_devices
-
-        set_devices(1, use_gpu=True)
-        import tensorflow as tf
-
-        found: dict[str, Any] = {"gpus": len(tf.config.list_physical_devices("GPU"))}
-        build: Any = tf.sysconfig.get_build_info()
-        found["cuda"] = f"CUDA {build.get('cuda_version')}, cuDNN {build.get('cudnn_version')}"
-        if found["gpus"]:
-            image, kernel = tf.ones((1, 8, 8, 3)), tf.ones((3, 3, 3, 4))
-            with tf.device("GPU:0"):
-                found["cudnn"] = _told(lambda: tf.nn.conv2d(image, kernel, 1, "SAME").numpy())
-            found["nccl"] = _told(_load_nccl)
-        return found
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Node:
-    """A node that is there.
+    """A node of the cluster.
 
     Args:
-        id: Ray's.
-        name: for people.
-        resources: Ray's.
-        probe: that lives on it.
+        id: Ray's id.
+        name: Address and short id, for messages.
+        resources: Ray's resources.
     """
 
     id: str
     name: str
-    resources: dict[str, float]
-    probe: Any
+    resources: Mapping[str, float] = field(hash=False)
 
     @property
     def key(self) -> str:
-        """A name for files."""
+        """Short id, for file names."""
         return self.id[:12]
 
 
-@contextmanager
-def probed() -> Iterator[list[Node]]:
-    """Yield all nodes, with a probe on each that is ended at the end."""
+def live_nodes() -> list[Node]:
+    """Return all nodes that are alive."""
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    actor: Any = ray.remote(Probe)
-    nodes = []
-    for node in ray.nodes():
-        if not node["Alive"]:
-            continue
-        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        probe = actor.options(num_cpus=0, max_restarts=0, scheduling_strategy=there).remote()
-        name = f"{node['NodeManagerAddress']} ({node['NodeID'][:6]})"
-        nodes.append(Node(node["NodeID"], name, dict(node["Resources"]), probe))
-    try:
-        yield nodes
-    finally:
-        for node in nodes:
-            ray.kill(node.probe)
+    return [
+        Node(
+            id=node["NodeID"],
+            name=f"{node['NodeManagerAddress']} ({node['NodeID'][:6]})",
+            resources=node["Resources"],
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
 
 
-def ask(
-    nodes: Sequence[Node], method: str, *arguments: Any
-) -> tuple[dict[Node, Any], dict[Node, str]]:
-    """Ask the probes of some nodes at once; return the answers, and why others have none."""
-    return ask_each([(node, arguments) for node in nodes], method)
+def run_on_nodes(
+    check: str, nodes: Iterable[Node], function: Callable[..., T], *arguments: object
+) -> tuple[dict[Node, T], list[Finding]]:
+    """Run a function on several nodes at the same time; see `run_on_each`."""
+    return run_on_each(check, dict.fromkeys(nodes, arguments), function)
 
 
-def ask_each(
-    of_each: Sequence[tuple[Node, Sequence[Any]]], method: str, timeout_s: float = ANSWERS_S
-) -> tuple[dict[Node, Any], dict[Node, str]]:
-    """Ask each probe with arguments of its own."""
+def run_on_each(
+    check: str,
+    arguments: Mapping[Node, Sequence[object]],
+    function: Callable[..., T],
+    timeout_s: float = TIMEOUT_S,
+    num_gpus: int = 0,
+    late_remedy: str = "",
+) -> tuple[dict[Node, T], list[Finding]]:
+    """Run a function on each node with its own arguments.
+
+    Args:
+        check: Name of the check, for its findings.
+        arguments: Arguments by node.
+        function: Runs on the nodes.
+        timeout_s: Time for all nodes together.
+        num_gpus: GPUs of each task.
+        late_remedy: Remedy for a node that does not answer in time, instead of the usual one.
+
+    Returns:
+        The results, and an error of the check for each node without a result.
+    """
     import ray
     from ray.exceptions import RayError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    from ray_jobs.cluster.connection import reason
-
-    calls = {getattr(n.probe, method).remote(*given): n for n, given in of_each}
+    task: Any = ray.remote(num_cpus=0, num_gpus=num_gpus, max_retries=0)(function)
+    calls = {}
+    for node, given in arguments.items():
+        placement = NodeAffinitySchedulingStrategy(node.id, soft=False)
+        calls[task.options(scheduling_strategy=placement).remote(*given)] = node
     done, late = ray.wait(list(calls), num_returns=len(calls), timeout=timeout_s)
-    silent = {calls[call]: f"it does not answer in {timeout_s:.0f} s" for call in late}
-    answers = {}
+    late_problem = f"{NO_ANSWER} within {timeout_s:.0f} s"
+    problems = {calls[call]: (late_problem, late_remedy) for call in late}
+    results = {}
+    for call in late:
+        ray.cancel(call, force=True)
     for call in done:
         try:
-            answers[calls[call]] = ray.get(call)
+            results[calls[call]] = ray.get(call)
         except RayError as failure:
-            silent[calls[call]] = reason(failure)
-    # A node that went away meanwhile, as an autoscaler's do, is nobody's fault.
-    there = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-    return answers, {node: why for node, why in silent.items() if node.id in there}
+            problems[calls[call]] = (root_cause(failure), "")
+    # A node that the autoscaler has removed in the meantime is not an error.
+    alive = {node.id for node in live_nodes()}
+    return results, [
+        error(check, f"{node.name} did not run the check: {problem}", remedy or _NODE_REMEDY)
+        for node, (problem, remedy) in problems.items()
+        if node.id in alive
+    ]
 
 
-def sha256(folder: Folder, name: str) -> str:
-    """Return the hash of a file."""
-    with folder.filesystem.open_input_stream(folder.locate(name)) as stream:
-        hashed = hashlib.sha256()
-        while part := stream.read(1 << 22):
-            hashed.update(part)
-    return hashed.hexdigest()
+# -- functions that run on a node -----------------------------------------------------------------
 
 
-def _hash_or_problem(folder: Folder, name: str) -> str:
-    hashes: list[str] = []
-    return _told(lambda: hashes.append(sha256(folder, name))) or hashes[0]
+def clock() -> float:
+    """Return the node's time."""
+    return time.time()
 
 
-def _shadow(name: str) -> str | None:
-    """Return from where a package is imported, if not from where its version was read."""
+def package_versions() -> dict[str, str]:
+    """Return the versions of Python and of the workers' packages, or `missing`.
+
+    A version has a note if the package is imported from another place than its metadata.
+    """
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "missing"
+            continue
+        if origin := _other_origin(name):
+            versions[name] += f" (but imported from {origin})"
+    return versions
+
+
+def _other_origin(name: str) -> Path | None:
+    """Return the folder that a package is imported from if it is not the installed one."""
     module = {"scikit-learn": "sklearn"}.get(name, name)
     spec = importlib.util.find_spec(module)
-    where = str(importlib.metadata.distribution(name).locate_file(module))
-    origin = str(Path(spec.origin).parent) if spec and spec.origin else None
-    # An editable installation is where it is.
-    if (
-        origin is None
-        or Path(origin).resolve() == Path(where).resolve()
-        or not Path(where).is_dir()
-    ):
+    installed = Path(str(importlib.metadata.distribution(name).locate_file(module)))
+    # An editable installation has no such folder.
+    if spec is None or spec.origin is None or not installed.is_dir():
         return None
-    return origin
+    origin = Path(spec.origin).parent
+    return None if origin.resolve() == installed.resolve() else origin
+
+
+def shared_memory_bytes() -> int | None:
+    """Return the size of the node's shared memory; None if it has none."""
+    try:
+        stat = os.statvfs(_SHARED_MEMORY)
+    except OSError:
+        return None
+    return stat.f_frsize * stat.f_blocks
+
+
+def write_marker(folder: Folder, name: str) -> str:
+    """Write a file that contains its own name; return the error, if any."""
+    return _attempt(lambda: folder.write_text(name, name))[1]
+
+
+def unreadable_markers(folder: Folder, names: Sequence[str]) -> list[str]:
+    """Return the names of those markers that cannot be read or have other content."""
+    contents = {name: _attempt(lambda name=name: folder.read_bytes(name))[0] for name in names}
+    return [name for name, content in contents.items() if content != name.encode()]
+
+
+def delete_folder(folder: Folder) -> None:
+    """Delete a folder, as far as possible."""
+    _attempt(lambda: folder.filesystem.delete_dir(folder.path))
+
+
+def hash_files(folder: Folder, names: Sequence[str]) -> list[tuple[str | None, str]]:
+    """Return the SHA-256 of each file, and the error if it cannot be read."""
+
+    def read_hash(name: str) -> str:
+        # Large reads, since each may be a request to an object store.
+        path = folder.locate(name)
+        with folder.filesystem.open_input_stream(path, buffer_size=1 << 22) as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+
+    return [_attempt(lambda name=name: read_hash(name)) for name in names]
+
+
+def gpu_facts() -> dict[str, str | int]:
+    """Return what TensorFlow reports about the GPUs that Ray assigned to this process."""
+    from ray_jobs.cluster.strategy import set_devices
+
+    set_devices(1, use_gpu=True)
+    import tensorflow as tf
+
+    build: Any = tf.sysconfig.get_build_info()
+    facts: dict[str, str | int] = {
+        "gpus": len(tf.config.list_physical_devices("GPU")),
+        "cuda": f"CUDA {build.get('cuda_version')}, cuDNN {build.get('cudnn_version')}",
+    }
+    if facts["gpus"]:
+        image, kernel = tf.ones((1, 8, 8, 3)), tf.ones((3, 3, 3, 4))
+        with tf.device("GPU:0"):
+            facts["cudnn"] = _attempt(lambda: tf.nn.conv2d(image, kernel, 1, "SAME").numpy())[1]
+        facts["nccl"] = _attempt(_load_nccl)[1]
+    return facts
 
 
 def _load_nccl() -> None:
     import ctypes
 
-    for path in sys.path:
-        if (library := Path(path) / "nvidia/nccl/lib/libnccl.so.2").exists():
-            ctypes.CDLL(str(library))
-            return
-    ctypes.CDLL("libnccl.so.2")
+    libraries = (Path(path) / "nvidia/nccl/lib/libnccl.so.2" for path in sys.path)
+    ctypes.CDLL(next((str(path) for path in libraries if path.exists()), "libnccl.so.2"))
 
 
-def _require_name(folder: Folder, name: str) -> None:
-    if folder.read_bytes(name) != name.encode():
-        raise ValueError("it says something else")
-
-
-def _told(do: Any) -> str:
-    """Do something; return what it raised, in a line, or nothing."""
+def _attempt(call: Callable[[], T]) -> tuple[T | None, str]:
+    """Return the result of a call, and the error that it raises as one line."""
     try:
-        do()
-    # Filesystems and drivers raise what they like; it is told in any case.
-    except Exception as failure:
-        lines = str(failure).strip().splitlines()
-        return f"{type(failure).__name__}: {lines[0] if lines else ''}"
-    return ""
+        return call(), ""
+    except Exception as failure:  # File systems and drivers raise errors of any type.
+        return None, f"{type(failure).__name__}: {first_line(failure)}"

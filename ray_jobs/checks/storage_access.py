@@ -1,141 +1,133 @@
-"""Whether storage, prepared data and weights are there, seen from every node."""
+"""Checks that every node can use the storage, the prepared data and the weights."""
 
 import random
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import cycle, islice
+from uuid import uuid4
 
 from ray_jobs.checks.finding import Finding, error, ok
-from ray_jobs.checks.local import WEIGHTS_REMEDY
-from ray_jobs.checks.probe import ANSWERS_S, Node, Probe, ask, ask_each
+from ray_jobs.checks.local import WEIGHTS_REMEDY, weights_problem
+from ray_jobs.checks.probe import (
+    TIMEOUT_S,
+    Node,
+    delete_folder,
+    hash_files,
+    run_on_each,
+    run_on_nodes,
+    unreadable_markers,
+    write_marker,
+)
 from ray_jobs.config.spec import RunSpec
-from ray_jobs.data.manifest import NAME as MANIFEST
-from ray_jobs.data.manifest import Manifest, Shard
+from ray_jobs.data.manifest import MANIFEST, Manifest, Shard
 from ray_jobs.storage.folder import Folder
 
-_SLOWEST = 10e6
-"""Bytes a second that a node reads at least, while all others read, too."""
+_MIN_BYTES_PER_S = 10e6
+"""Of a node while all others read as well."""
 _DRIVER = "driver"
-_SHARED = "use a disk that every node mounts at this path (NFS), or s3:// or gs://"
-_RIGHTS = "choose another folder, or give every node the right or the credentials to write there"
+_USE_SHARED = "use a disk that every node mounts at this path (NFS), or s3:// or gs://"
+_GRANT_ACCESS = "choose another folder, or give every node permission or credentials to write there"
+_SHARD_REMEDY = "prepare the data again into an empty folder, or restore the shard from a copy"
+_SLOW_REMEDY = f"use storage that delivers at least {_MIN_BYTES_PER_S / 1e6:.0f} MB/s to each node"
 
 
 def storage(spec: RunSpec, nodes: Sequence[Node]) -> Iterator[Finding]:
-    """Write from every node into the storage path, and read from every node what others wrote."""
-    here, path = Probe(), spec.run.storage_path
-    folder = Folder(path) / f".doctor-{uuid.uuid4().hex[:12]}"
-    problem = here.write(folder, _DRIVER)
-    if problem:
-        yield error("storage", f"run.storage_path={path} cannot be written: {problem}", _RIGHTS)
+    """Write a file from every node into the storage path and read all of them on every node."""
+    path = spec.run.storage_path
+    folder = Folder(path) / f".doctor-{uuid4().hex[:12]}"
+    if problem := write_marker(folder, _DRIVER):
+        text = f"the driver cannot write to run.storage_path={path}: {problem}"
+        yield error("storage", text, _GRANT_ACCESS)
         return
     try:
-        yield from _exchanged(path, folder, nodes)
+        yield from _exchange_markers(path, folder, nodes)
     finally:
-        here.forget(folder)
-        # Where a node has a folder of its own at this path.
-        ask(nodes, "forget", folder)
+        delete_folder(folder)
+        # A node may have its own folder at this path.
+        run_on_nodes("storage", nodes, delete_folder, folder)
 
 
-def _exchanged(path: str, folder: Folder, nodes: Sequence[Node]) -> Iterator[Finding]:
-    written, silent = ask_each([(n, (folder, n.key)) for n in nodes], "write")
-    unable = {**silent, **{node: why for node, why in written.items() if why}}
-    for node, why in unable.items():
-        yield error("storage", f"{node.name} cannot write run.storage_path={path}: {why}", _RIGHTS)
-    able = [node for node in nodes if node not in unable]
-    names = [_DRIVER, *(node.key for node in able)]
-    unseen, _ = ask(able, "read", folder, names)
-    shown = {_DRIVER: "the driver", **{node.key: node.name for node in nodes}}
-    blind = {node: missing for node, missing in unseen.items() if missing}
-    for node, missing in blind.items():
-        others = " and ".join(shown[name] for name in missing[:2])
-        yield error("storage", f"{node.name} does not see what {others} wrote to {path}", _SHARED)
-    if unheard := Probe().read(folder, [] if blind else names):
-        yield error("storage", f"the driver does not see what nodes wrote to {path}", _SHARED)
-    if not unable and not blind and not unheard:
-        yield ok("storage", f"{path} is written by each and read by all")
+def _exchange_markers(path: str, folder: Folder, nodes: Sequence[Node]) -> Iterator[Finding]:
+    own_markers = {node: (folder, node.key) for node in nodes}
+    written, found = run_on_each("storage", own_markers, write_marker)
+    for node, problem in written.items():
+        if problem:
+            text = f"{node.name} cannot write to run.storage_path={path}: {problem}"
+            found.append(error("storage", text, _GRANT_ACCESS))
+    writers = [node for node, problem in written.items() if not problem]
+    markers = {_DRIVER: "the driver", **{node.key: node.name for node in writers}}
+    unread, failed = run_on_nodes("storage", writers, unreadable_markers, folder, list(markers))
+    missing_by_reader = {node.name: missing for node, missing in unread.items() if missing}
+    if not missing_by_reader and (missing := unreadable_markers(folder, list(markers))):
+        missing_by_reader["the driver"] = missing
+    for reader, missing in missing_by_reader.items():
+        authors = " and ".join(markers[name] for name in missing[:2])
+        text = f"{reader} does not see what {authors} wrote to run.storage_path={path}"
+        failed.append(error("storage", text, _USE_SHARED))
+    success = ok("storage", f"every node can write to {path} and read what the others wrote")
+    yield from found + failed or [success]
 
 
 def data(
     spec: RunSpec, manifest: Manifest, nodes: Sequence[Node], num_shards: int
 ) -> Iterator[Finding]:
-    """Check that every node sees this manifest, and some shards as it says.
+    """Check that every node sees the driver's manifest and can read intact shards.
 
     Args:
-        spec: of the run.
-        manifest: as the driver sees it.
-        nodes: to ask.
-        num_shards: that each node reads whole; others than the other nodes, where there are more.
+        spec: The run.
+        manifest: As the driver sees it.
+        nodes: Nodes to check.
+        num_shards: Shards that each node reads in full, different ones if there are enough.
     """
     folder = Folder(spec.data.prepared)
-    (expected,) = Probe().hashes(folder, [MANIFEST])
-    answers, silent = ask(nodes, "hashes", folder, [MANIFEST])
-    other = {node: text for node, (text,) in answers.items() if text != expected}
-    for node, text in {**silent, **other}.items():
-        what = "another manifest" if _is_hash(text) else f"no manifest ({text})"
-        yield error("data", f"{node.name} sees {what} in data.prepared={folder}", _SHARED)
-    if silent or other:
+    (own,) = hash_files(folder, [MANIFEST])
+    hashes, found = run_on_nodes("data", nodes, hash_files, folder, [MANIFEST])
+    for node, [(sha, problem)] in hashes.items():
+        if (sha, problem) != own:
+            what = f"no manifest ({problem})" if problem else "another manifest"
+            text = f"{node.name} sees {what} in data.prepared={folder}"
+            found.append(error("data", text, _USE_SHARED))
+    if found or not num_shards:
+        yield from found
         return
     sampled = dict(zip(nodes, sample(manifest, len(nodes), num_shards), strict=True))
-    asked = [(node, (folder, [shard.path for shard in sampled[node]])) for node in nodes]
-    sizes = [sum(shard.num_bytes for shard in shards) for shards in sampled.values()]
-    answers, silent = ask_each(asked, "hashes", ANSWERS_S + max(sizes, default=0) / _SLOWEST)
-    yield from _silent(silent)
-    damaged = [
-        (node, shard, text)
-        for node, texts in answers.items()
-        for shard, text in zip(sampled[node], texts, strict=True)
-        if text != shard.sha256
-    ]
-    for node, shard, text in damaged:
-        what = "its content is not that of the manifest" if _is_hash(text) else text
-        yield error(
-            "data",
-            f"{folder}/{shard.path}, read on {node.name}: {what}",
-            "prepare the data again into an empty folder, or bring the shard back from a copy",
-        )
-    if not damaged and not silent:
-        read = len({shard.path for node in nodes for shard in sampled[node]})
-        total = sum(len(info.shards) for info in manifest.splits.values())
-        yield ok("data", f"{folder}: {read} of {total} shards read whole, as the manifest says")
-
-
-def _silent(silent: Mapping[Node, str]) -> Iterator[Finding]:
-    for node, why in silent.items():
-        yield error(
-            "data",
-            f"{node.name} reads no shards: {why}",
-            f"storage that brings a node less than {_SLOWEST / 1e6:.0f} MB/s is too slow to train "
-            "from; or look at its raylet's log",
-        )
+    most_bytes = max((sum(s.num_bytes for s in shards) for shards in sampled.values()), default=0)
+    hashes, found = run_on_each(
+        "data",
+        {node: (folder, [shard.path for shard in shards]) for node, shards in sampled.items()},
+        hash_files,
+        TIMEOUT_S + most_bytes / _MIN_BYTES_PER_S,
+        late_remedy=_SLOW_REMEDY,
+    )
+    for node, results in hashes.items():
+        for shard, (sha, problem) in zip(sampled[node], results, strict=True):
+            if sha != shard.sha256:
+                what = problem or "its content does not match the manifest"
+                text = f"{folder}/{shard.path}, read on {node.name}: {what}"
+                found.append(error("data", text, _SHARD_REMEDY))
+    read = len({shard.path for shards in sampled.values() for shard in shards})
+    total = sum(len(info.shards) for info in manifest.splits.values())
+    success = f"{folder}: {read} of {total} shards read in full match the manifest"
+    yield from found or [ok("data", success)]
 
 
 def sample(manifest: Manifest, num_nodes: int, num_shards: int) -> list[list[Shard]]:
-    """Return shards for each node to read: as many different ones as there are."""
+    """Return random shards for each node to read, different ones as long as there are any."""
     shards = [shard for info in manifest.splits.values() for shard in info.shards]
-    # Those of another day are others, so that in time all of them are read.
+    # Without a seed, so that repeated checks read all shards in time.
     random.SystemRandom().shuffle(shards)
-    if not shards:
-        return [[] for _ in range(num_nodes)]
-    count = min(num_shards, len(shards))
-    return [
-        [shards[(node * count + i) % len(shards)] for i in range(count)]
-        for node in range(num_nodes)
-    ]
+    stream = cycle(shards)
+    return [list(islice(stream, min(num_shards, len(shards)))) for _ in range(num_nodes)]
 
 
 def weights(spec: RunSpec, nodes: Sequence[Node]) -> Iterator[Finding]:
-    """Check that every node can read the weights that the image branch starts with."""
+    """Check that every node can read the initial weights of the image branch."""
     image = spec.model.image
     if not image.weights or image.kind == "none":
         return
-    answers, silent = ask(nodes, "weights_problem", image.weights, image.kind)
-    shown = image.weights.partition("?")[0]  # what follows may be a signature
-    lacking = {**silent, **{node: why for node, why in answers.items() if why}}
-    for node, why in lacking.items():
-        text = f"model.image.weights={shown} on {node.name}: {why}"
-        yield error("weights", text, WEIGHTS_REMEDY)
-    if not lacking:
-        yield ok("weights", f"model.image.weights={shown} is there for every node")
-
-
-def _is_hash(text: str) -> bool:
-    return len(text) == 64 and " " not in text
+    answers, found = run_on_nodes("weights", nodes, weights_problem, image.weights, image.kind)
+    # The query of a URL may contain a signature.
+    setting = f"model.image.weights={image.weights.partition('?')[0]}"
+    for node, problem in answers.items():
+        if problem:
+            found.append(error("weights", f"{setting} on {node.name}: {problem}", WEIGHTS_REMEDY))
+    yield from found or [ok("weights", f"{setting} is available on every node")]

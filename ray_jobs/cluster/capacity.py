@@ -1,88 +1,145 @@
-"""How many workers of a training a cluster has room for.
+"""Computes how many workers and trials a cluster can run at the same time.
 
-A CPU is left to Ray Data, which would wait for one for ever. Room is counted node by node: a worker
-does not spread over two of them.
+Resources are counted per node, since no worker spans two nodes, and in Ray's units, so that
+1.2 CPUs hold three workers of 0.4.
 """
 
 import threading
 import time
 from collections.abc import Mapping
-from typing import Any
 
-from ray_jobs.cluster.node_inventory import Nodes, current_nodes, free_nodes
-from ray_jobs.config.spec import TrainSpec
+from ray_jobs.cluster.connection import owns_ray
+from ray_jobs.cluster.node_inventory import (
+    Nodes,
+    current_nodes,
+    describe_nodes,
+    describe_resources,
+    free_nodes,
+    possible_nodes,
+)
+from ray_jobs.config.errors import JobError
+from ray_jobs.config.spec import InferenceSpec, TrainSpec
 
-_FREED_S = 10.0
-"""Ray counts what an ended attempt held as free a moment later."""
-_LOOK_S = 0.5
+_UNITS = 10_000
+"""Ray counts resources in fixed-point units of 0.0001."""
+_RELEASE_TIMEOUT_S = 10.0
+"""Ray reports the resources of an ended attempt as free after a short delay."""
+_POLL_S = 0.5
 
 
-def worker_resources(train: TrainSpec) -> dict[str, float]:
-    """Return the Ray resources of one worker."""
-    gpus = {"GPU": float(train.gpus_per_worker)} if train.use_gpu else {}
+def worker_resources(train: TrainSpec, gpus_per_worker: float | None = None) -> dict[str, float]:
+    """Return the Ray resources of one worker.
+
+    Args:
+        train: The `train` section.
+        gpus_per_worker: GPUs, or a share of one, instead of `train.gpus_per_worker`.
+    """
+    num_gpus = train.gpus_per_worker if gpus_per_worker is None else gpus_per_worker
+    gpus = {"GPU": float(num_gpus)} if train.use_gpu else {}
     return {"CPU": train.cpus_per_worker, **gpus, **train.resources_per_worker}
 
 
-def actor_in_bundle(kind: type, placement: Any, index: int, *arguments: Any) -> Any:
-    """Start an actor that takes the whole of a placement group's bundle, and return it."""
-    import ray
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+def cpu_settings(spec: TrainSpec | InferenceSpec) -> str:
+    """Return the settings that the CPUs of a job's workers follow from, for messages."""
+    prefix, num_workers = "", spec.num_workers
+    if isinstance(spec, TrainSpec):
+        prefix, num_workers = "train.", spec.workers_range[0]
+    cpus = f"{prefix}cpus_per_worker={spec.cpus_per_worker:g}"
+    return f"{prefix}num_workers={num_workers} and {cpus}"
 
-    bundle: Mapping[str, float] = placement.bundle_specs[index]
-    actor: Any = ray.remote(kind)
-    return actor.options(
-        num_cpus=bundle.get("CPU", 0),
-        num_gpus=bundle.get("GPU", 0),
-        resources={name: n for name, n in bundle.items() if name not in ("CPU", "GPU")},
-        scheduling_strategy=PlacementGroupSchedulingStrategy(placement, index),
-    ).remote(*arguments)
+
+def bundles_that_fit(node: Mapping[str, float], bundle: Mapping[str, float]) -> int:
+    """Return how many bundles of resources fit on a node."""
+    return min(
+        round(node.get(name, 0) * _UNITS) // max(round(amount * _UNITS), 1)
+        for name, amount in bundle.items()
+        if amount
+    )
+
+
+# -- workers of a training ------------------------------------------------------------------------
 
 
 def allowed_worker_counts(train: TrainSpec) -> list[int]:
-    """Return the numbers of workers that a training may have, in order."""
+    """Return the worker counts that a training may have, in ascending order."""
     low, high = train.workers_range
     return [n for n in train.allowed_workers() if low <= n <= high]
 
 
-def workers_to_start(train: TrainSpec, most: int, interrupted: threading.Event) -> int:
-    """Return the most workers, of those allowed, that there is room for.
-
-    With room for none it is the least: Ray waits for it, and so does an autoscaler's request. Where
-    there is a choice, it waits some seconds for what an ended attempt held to be free.
-
-    Args:
-        train: of the run.
-        most: workers.
-        interrupted: ends the wait.
-    """
-    allowed = [n for n in allowed_worker_counts(train) if n <= most]
-    if len(allowed) == 1:
-        return allowed[0]
-    deadline = time.monotonic() + _FREED_S
-    most_room = min(workers_that_fit(current_nodes(), train), allowed[-1])
-    while (room := workers_that_fit(free_nodes(), train)) < most_room:
-        if time.monotonic() > deadline or interrupted.wait(_LOOK_S):
-            break
-    return max([n for n in allowed if n <= room], default=allowed[0])
-
-
-def can_grow(train: TrainSpec, num_workers: int) -> bool:
-    """Whether a training of so many workers, which have theirs, would find room for more."""
-    more = [n for n in allowed_worker_counts(train) if n > num_workers]
-    return bool(more) and num_workers + workers_that_fit(free_nodes(), train) >= more[0]
-
-
 def workers_that_fit(nodes: Nodes, train: TrainSpec) -> int:
-    """Return how many workers nodes could hold, a CPU left to Ray Data."""
-    needed = worker_resources(train)
-
-    def fit(node: Mapping[str, float]) -> int:
-        return min(int(node.get(name, 0) / amount) for name, amount in needed.items())
-
-    # Where it costs the fewest workers.
-    costs = [
-        fit(node) - fit({**node, "CPU": node["CPU"] - 1})
+    """Return how many workers fit, with one CPU left for Ray Data, which would wait forever."""
+    bundle = worker_resources(train)
+    # Ray Data takes its CPU from the node where this costs the fewest workers.
+    lost = [
+        bundles_that_fit(node, bundle) - bundles_that_fit({**node, "CPU": node["CPU"] - 1}, bundle)
         for node in nodes
         if node.get("CPU", 0) >= 1
     ]
-    return sum(map(fit, nodes)) - min(costs) if costs else 0
+    return sum(bundles_that_fit(node, bundle) for node in nodes) - min(lost) if lost else 0
+
+
+def workers_to_start(train: TrainSpec, max_workers: int, interrupted: threading.Event) -> int:
+    """Return the largest allowed worker count that fits.
+
+    If no allowed count fits, returns the smallest one, which Ray waits for and an autoscaler
+    provides. Waits up to 10 s for an ended attempt to release its resources.
+
+    Args:
+        train: The `train` section.
+        max_workers: Upper limit.
+        interrupted: Ends the wait early.
+    """
+    allowed = [n for n in allowed_worker_counts(train) if n <= max_workers]
+    if len(allowed) == 1:
+        return allowed[0]
+    deadline = time.monotonic() + _RELEASE_TIMEOUT_S
+    expected = min(workers_that_fit(current_nodes(), train), allowed[-1])
+    while (available := workers_that_fit(free_nodes(), train)) < expected:
+        if time.monotonic() > deadline or interrupted.wait(_POLL_S):
+            break
+    return max([n for n in allowed if n <= available], default=allowed[0])
+
+
+def can_grow(train: TrainSpec, num_workers: int) -> bool:
+    """Whether the free resources allow more workers than the `num_workers` that are running."""
+    larger = [n for n in allowed_worker_counts(train) if n > num_workers]
+    return bool(larger) and num_workers + workers_that_fit(free_nodes(), train) >= larger[0]
+
+
+# -- trials of a search ---------------------------------------------------------------------------
+
+
+def trials_that_fit(nodes: Nodes, bundle: Mapping[str, float], num_workers: int) -> int:
+    """Return how many trials of `num_workers` workers fit; a trial may span several nodes."""
+    return sum(bundles_that_fit(node, bundle) for node in nodes) // num_workers
+
+
+def trial_slots(
+    bundle: Mapping[str, float], num_workers: int, max_concurrent: int | None = None
+) -> int:
+    """Return how many trials can run at the same time, also after the autoscaler added nodes.
+
+    Args:
+        bundle: Ray resources of each worker of a trial.
+        num_workers: Workers per trial.
+        max_concurrent: `tune.max_concurrent_trials`; returned if no trial fits on the current
+            nodes and the limits of the autoscaler are unknown.
+
+    Raises:
+        JobError: If not even one trial can run.
+    """
+    nodes, possible = current_nodes(), possible_nodes()
+    if slots := max(trials_that_fit(n, bundle, num_workers) for n in (nodes, possible)):
+        return slots
+    has = describe_nodes(nodes)
+    if possible:
+        has += f", with its autoscaler at most {describe_nodes(possible)}"
+    elif not owns_ray():
+        if max_concurrent:
+            return max_concurrent
+        has += " (if an autoscaler will add nodes, set tune.max_concurrent_trials)"
+    raise JobError(
+        f"tune.workers_per_trial={num_workers}: a trial needs {num_workers} × "
+        f"({describe_resources(bundle)}), each on one node, and the cluster has {has}; "
+        "lower tune.workers_per_trial, train.cpus_per_worker or tune.gpus_per_worker, or add nodes"
+    )

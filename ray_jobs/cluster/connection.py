@@ -1,4 +1,4 @@
-"""Connects a job to Ray: to the cluster that it is told of, or to a local one of its own."""
+"""Connects a job to a Ray cluster, or starts a local Ray for it."""
 
 import logging
 import math
@@ -9,12 +9,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from ray_jobs.cluster import compat_ray
 from ray_jobs.config.errors import JobError
 
-_ANSWERS_S = 5.0
-"""In which a cluster's head takes a connection."""
-_started: set[int] = set()
-"""This process, while it holds a local Ray of its own, to which nobody will add a node."""
+_CONNECT_TIMEOUT_S = 5.0
+_ray_owners: set[int] = set()
+"""Holds the id of this process while it runs a local Ray."""
 
 
 @contextmanager
@@ -24,100 +24,132 @@ def connected(
     num_cpus: float,
     num_gpus: float = 0,
     data_cpus: int = 1,
+    cpu_settings: str = "num_workers and cpus_per_worker",
     worker_logs: bool = False,
     object_store_memory: int | None = None,
 ) -> Iterator[None]:
-    """Hold a connection to Ray; one that was there before is used and left open.
+    """Hold a connection to Ray; use an existing one and leave it open.
 
     Args:
-        address: of a cluster; None for $RAY_ADDRESS, and without that for a local Ray.
-        num_cpus: logical CPUs that the job's processes take.
-        num_gpus: GPUs that they take.
-        data_cpus: CPUs beside them for Ray Data, which waits for ever where workers hold every one;
-            0 where it has nothing to do while they run.
-        worker_logs: whether workers' output comes to this terminal.
-        object_store_memory: bytes of a local Ray's shared memory; Ray's own choice by default.
+        address: Address of a cluster; by default $RAY_ADDRESS, else a local Ray is started.
+        num_cpus: Logical CPUs of the job's processes.
+        num_gpus: GPUs of the job's processes.
+        data_cpus: Further CPUs for Ray Data, which waits forever if workers hold all of them; 0 if
+            it is idle while they run.
+        cpu_settings: The settings that `num_cpus` follows from, for messages.
+        worker_logs: Whether to print the workers' output to this terminal.
+        object_store_memory: Bytes of shared memory of a local Ray; by default Ray decides.
 
     Raises:
-        JobError: if the cluster does not answer, or a local Ray is too small.
+        JobError: If the cluster does not answer, or a local Ray is too small.
     """
-    # Both are read when Ray starts: a report waits for the controller's next look, and no one who
-    # runs a job was asked whether usage may be reported.
+    # Ray reads both when it starts: reports wait for the controller's next poll, and usage
+    # statistics need the user's consent.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
     from ray.exceptions import RayError
 
-    needed = math.ceil(num_cpus) + data_cpus
+    total_cpus = math.ceil(num_cpus) + data_cpus
     if ray.is_initialized():
-        _require(needed, num_gpus)
+        _require_resources(total_cpus, num_gpus, cpu_settings)
         yield
         return
     address = address or os.environ.get("RAY_ADDRESS")
     options = {"log_to_driver": worker_logs, "logging_level": logging.ERROR}
     if address and address != "local":
-        _require_answer(address)
+        _require_listening(address)
         try:
             ray.init(address=address, **options)
         except (ConnectionError, RuntimeError, RayError) as error:
-            raise JobError(f"no Ray cluster lets us in at {address}: {error}") from error
+            raise JobError(f"could not connect to the Ray cluster at {address}: {error}") from error
     else:
-        num_cpus = max(os.cpu_count() or 1, needed)
-        ray.init("local", num_cpus=num_cpus, object_store_memory=object_store_memory, **options)
-        _started.add(os.getpid())
-    quiet()
+        local_cpus = _local_cpus(total_cpus, data_cpus, cpu_settings)
+        ray.init("local", num_cpus=local_cpus, object_store_memory=object_store_memory, **options)
+        _ray_owners.add(os.getpid())
+    silence_ray_data()
     try:
-        _require(needed, num_gpus)
+        _require_resources(total_cpus, num_gpus, cpu_settings)
         yield
     finally:
-        _started.clear()
+        _ray_owners.clear()
         ray.shutdown()
 
 
-def _require_answer(address: str) -> None:
-    """Check that something listens at an address; Ray itself gives up after two minutes."""
-    parts = re.fullmatch(r"(?:ray://)?\[?([^/\[\]]+)\]?:(\d+)", address)
-    if not parts:
-        return
-    try:
-        socket.create_connection((parts[1], int(parts[2])), timeout=_ANSWERS_S).close()
-    except OSError as error:
-        raise JobError(f"no Ray cluster answers at {address}: {error}") from error
+def owns_ray() -> bool:
+    """Whether this process started a local Ray, to which no nodes can be added."""
+    return os.getpid() in _ray_owners
 
 
-def is_our_own() -> bool:
-    """Whether Ray is a local one that this process started, to which nobody adds nodes."""
-    return os.getpid() in _started
+def available_cpus() -> int:
+    """Return the CPUs that this process may use, by its container's limit and its affinity."""
+    cpus = compat_ray.num_cpus()
+    # Only Linux has affinities.
+    return min(cpus, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else cpus
 
 
-def quiet() -> None:
-    """Keep Ray Data's bars and start-up lines off the terminal; the jobs show their own."""
+def silence_ray_data() -> None:
+    """Hide the progress bars and start-up messages of Ray Data; the jobs print their own."""
     import ray.data
 
-    for name in ("ray.data", "ray.data._internal.progress", "ray.train"):
+    for name in compat_ray.PROGRESS_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
 
 
-def _require(num_cpus: int, num_gpus: float) -> None:
-    """Check that the cluster is large enough, or can still become so."""
+def _require_listening(address: str) -> None:
+    """Check that a server listens at an address; Ray itself retries for two minutes."""
+    parts = re.fullmatch(r"(?:ray://)?\[?([^/\[\]]+)\]?:(\d+)", address)
+    if not parts:
+        return
+    try:
+        socket.create_connection((parts[1], int(parts[2])), timeout=_CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise JobError(f"no Ray cluster answers at {address}: {error}") from error
+
+
+def _local_cpus(total_cpus: int, data_cpus: int, cpu_settings: str) -> int:
+    """Return the logical CPUs of a local Ray: the machine's, or as many more as a job needs.
+
+    Raises:
+        JobError: If the job needs more than twice the machine's CPUs plus one.
+    """
+    cores = available_cpus()
+    if total_cpus <= cores:
+        return cores
+    most = 2 * cores + 1
+    text = f"{_need(total_cpus, 'CPU', cpu_settings)}, but this machine has {cores}"
+    if total_cpus > most:
+        raise JobError(
+            f"{text}, and a local Ray starts with at most {most}; lower these settings to "
+            f"{most - data_cpus} CPUs in total, or set RAY_ADDRESS to a cluster"
+        )
+    print(f"warning: {text}; the processes will share them", file=sys.stderr)
+    return total_cpus
+
+
+def _require_resources(num_cpus: int, num_gpus: float, cpu_settings: str) -> None:
+    """Check that the cluster is large enough, or can still grow."""
     import ray
 
     total = ray.cluster_resources()
     for name, needed in (("CPU", num_cpus), ("GPU", num_gpus)):
         if (found := total.get(name, 0)) >= needed:
             continue
-        text = (
-            f"the job needs {needed:g} {name}s (with what Ray Data takes) and the cluster has "
-            f"{found:g}"
-        )
-        if is_our_own():
-            raise JobError(f"{text}; lower num_workers or cpus_per_worker, or add nodes")
-        print(f"{text}; waiting for its autoscaler, or for you, to add nodes", file=sys.stderr)
+        settings = cpu_settings if name == "CPU" else "num_workers and gpus_per_worker"
+        text = f"{_need(needed, name, settings)}, but the cluster has {found:g}"
+        if owns_ray():
+            raise JobError(f"{text}; lower these settings, or set RAY_ADDRESS to a larger cluster")
+        print(f"{text}; waiting for an autoscaler or for you to add nodes", file=sys.stderr)
 
 
-def reason(error: BaseException) -> str:
-    """Return the innermost cause of a failure inside Ray, which has printed the way to it."""
+def _need(amount: float, name: str, settings: str) -> str:
+    with_data = " including Ray Data's" if name == "CPU" else ""
+    return f"{settings} need {amount:g} {name}s{with_data}"
+
+
+def root_cause(error: BaseException) -> str:
+    """Return the innermost cause of a failure inside Ray, which logs the whole chain."""
     cause: BaseException = error
     while (inner := getattr(cause, "cause", None) or cause.__cause__) is not None:
         cause = inner
@@ -125,5 +157,5 @@ def reason(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text; Ray's go on with tracebacks."""
+    """Return the first line of an error's text; Ray appends tracebacks."""
     return next(iter(str(error).strip().splitlines()), "")

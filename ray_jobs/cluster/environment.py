@@ -1,4 +1,4 @@
-"""What a run ran on: versions, source revision, machine."""
+"""Describes what a run ran on: versions, source revision, machine."""
 
 import importlib.metadata
 import os
@@ -10,15 +10,15 @@ from typing import Any
 
 from ray_jobs.config.spec import RunSpec
 
-_PACKAGES = ("ray", "tensorflow", "keras", "numpy", "scikit-learn", "pyarrow", "pydantic")
+PACKAGES = ("ray", "tensorflow", "keras", "numpy", "scikit-learn", "pyarrow", "pydantic")
 
 
 def describe_environment(spec: RunSpec) -> dict[str, Any]:
-    """Return what `environment.json` holds; nothing in it is secret."""
+    """Return the content of `environment.json`, without secrets."""
     return {
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "git_revision": _git_revision(),
         "seed": spec.run.seed,
         "machine": {
@@ -30,7 +30,7 @@ def describe_environment(spec: RunSpec) -> dict[str, Any]:
 
 
 def _git_revision() -> str | None:
-    """Return the commit of this program, with `-dirty` where files differ; None outside git."""
+    """Return the commit of this project, with `-dirty` if files differ; None outside git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match=-"]
     try:
         result = subprocess.run(

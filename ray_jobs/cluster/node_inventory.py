@@ -1,48 +1,42 @@
-"""The nodes of a cluster, as they are and as its autoscaler may make them.
-
-Imports Ray only when asked.
-"""
+"""Lists the resources of a cluster's nodes: current, free, and possible with its autoscaler."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-Nodes = Sequence[Mapping[str, float]]
-"""What nodes have, or have free, by the names of Ray's resources."""
+from ray_jobs.cluster import compat_ray
 
-_MOST = 1000
-"""Nodes of a kind of which an autoscaler knows no limit."""
-_CONFIG_OF_RAY_UP = "~/ray_bootstrap_config.yaml"
-"""Where `ray up` puts the cluster's configuration, on the head."""
+Nodes = Sequence[Mapping[str, float]]
+"""Total or free resources per node, by Ray's resource names."""
+
+_MAX_NODES = 1000
+"""Assumed for a node group without a limit."""
+_RAY_UP_CONFIG = "~/ray_bootstrap_config.yaml"
+"""Where `ray up` stores the cluster configuration on the head node."""
 
 
 def current_nodes() -> Nodes:
-    """Return the resources of the nodes that are there."""
+    """Return the total resources of each node that is alive."""
     import ray
 
     return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
 
 
 def free_nodes() -> Nodes:
-    """Return what nobody holds of the nodes that are there."""
-    from ray._private.state import available_resources_per_node
-
-    return [dict(node) for node in available_resources_per_node().values()]
+    """Return the free resources of each node that is alive."""
+    return compat_ray.free_resources()
 
 
 def possible_nodes() -> Nodes:
-    """Return the resources of all nodes that the autoscaler may have, as far as it is known.
+    """Return the resources of all nodes that the autoscaler may run; empty if unknown.
 
-    KubeRay tells the cluster, and `ray up` leaves its configuration on the head, where jobs run.
+    KubeRay reports the limits to the cluster; `ray up` leaves its configuration on the head node,
+    where jobs run.
     """
-    from ray._private.state import state
-
-    config = state.get_cluster_config()
-    if config is not None and config.node_group_configs:
-        groups = [(dict(g.resources), g.max_count) for g in config.node_group_configs]
-        return _nodes(groups)
-    return _nodes_of_ray_up(Path(_CONFIG_OF_RAY_UP).expanduser())
+    if groups := compat_ray.autoscaler_groups():
+        return _expand(groups)
+    return _nodes_of_ray_up(Path(_RAY_UP_CONFIG).expanduser())
 
 
 def _nodes_of_ray_up(path: Path) -> Nodes:
@@ -50,40 +44,39 @@ def _nodes_of_ray_up(path: Path) -> Nodes:
 
     try:
         config: Any = yaml.safe_load(path.read_text())
-        most, kinds, head = (
-            config[name] for name in ("max_workers", "available_node_types", "head_node_type")
-        )
-        workers = _nodes(
+        max_workers, types = config["max_workers"], config["available_node_types"]
+        if not any(kind.get("resources") for kind in types.values()):
+            return []  # A list of existing machines, without their resources.
+        head = types.pop(config["head_node_type"]).get("resources", {})
+        workers = _expand(
             [
-                (kind.get("resources", {}), min(kind.get("max_workers", most), most))
-                for name, kind in kinds.items()
-                if name != head
+                (kind.get("resources", {}), min(kind.get("max_workers", max_workers), max_workers))
+                for kind in types.values()
             ]
         )
-        if not any(kind.get("resources") for kind in kinds.values()):
-            return []  # machines that are there, of which it does not say what they have
-        # Not all kinds can be at their most at once; who needs GPUs asks for those that have them.
-        largest = sorted(workers, key=lambda n: (n.get("GPU", 0), n.get("CPU", 0)), reverse=True)
-        return [dict(kinds[head].get("resources", {})), *largest[:most]]
+        # The types cannot all reach their limits together; jobs with GPUs request GPU nodes.
+        workers.sort(key=lambda node: (node.get("GPU", 0), node.get("CPU", 0)), reverse=True)
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):
         return []
+    return [head, *workers[:max_workers]]
 
 
-def _nodes(groups: Sequence[tuple[dict[str, float], int]]) -> Nodes:
-    counts = [count if count >= 0 else _MOST for _, count in groups]
+def _expand(groups: Sequence[tuple[dict[str, float], int]]) -> list[dict[str, float]]:
+    """Return one entry per node for groups of (resources, count); a negative count is unlimited."""
     return [
         node
-        for (node, _), count in zip(groups, counts, strict=True)
-        for _ in range(min(count, _MOST))
+        for node, count in groups
+        for _ in range(min(count, _MAX_NODES) if count >= 0 else _MAX_NODES)
     ]
 
 
 def describe_nodes(nodes: Nodes) -> str:
-    """Return nodes in words, those that are alike together."""
-    alike = Counter(map(_text, nodes))
-    return "; ".join(f"{n} × {one}" if n > 1 else one for one, n in alike.items()) or "no node"
+    """Return the CPUs and GPUs of nodes as text, equal nodes grouped: `2 × 8 CPU and 1 GPU`."""
+    shown = [{name: node[name] for name in ("CPU", "GPU") if node.get(name)} for node in nodes]
+    counts = Counter(describe_resources(node) or "no CPU" for node in shown)
+    return "; ".join(f"{n} × {text}" if n > 1 else text for text, n in counts.items()) or "no node"
 
 
-def _text(node: Mapping[str, float]) -> str:
-    shown: Sequence[str] = [n for n in ("CPU", "GPU") if node.get(n)]
-    return " and ".join(f"{node[name]:g} {name}" for name in shown) or "no CPU"
+def describe_resources(resources: Mapping[str, float]) -> str:
+    """Return resources as text: `8 CPU and 1 GPU`."""
+    return " and ".join(f"{amount:g} {name}" for name, amount in resources.items())

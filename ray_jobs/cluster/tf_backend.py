@@ -1,55 +1,53 @@
-"""A `TensorflowTrainer` whose workers use Keras 3, and whose driver imports no TensorFlow.
+"""A `TensorflowTrainer` whose workers use Keras 3 and whose driver imports no TensorFlow.
 
-Ray's own backend asks for legacy Keras on the workers, and costs driver and controller an import of
-TensorFlow (seconds, and half a gigabyte each). What a worker needs is `TF_CONFIG`.
+Ray's own backend asks for legacy Keras on the workers and imports TensorFlow in the driver and the
+controller (seconds, and half a gigabyte each). A worker needs only `TF_CONFIG`.
 """
 
-import json
-import os
 import signal
-import socket
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import ray
 from ray.train import Result
 from ray.train.backend import Backend, BackendConfig
-from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-from ray.train.v2.tensorflow.tensorflow_trainer import TensorflowTrainer
+
+from ray_jobs.cluster import compat_ray
+from ray_jobs.cluster.worker_group import free_address, set_environment
+
+_TensorflowTrainer = compat_ray.tensorflow_trainer()
 
 
-class KerasTrainer(TensorflowTrainer):
-    """A `TensorflowTrainer` for Keras 3; takes the arguments of Ray's, less `tensorflow_config`."""
+class KerasTrainer(_TensorflowTrainer):
+    """A `TensorflowTrainer` for Keras 3, with the same arguments except `tensorflow_config`."""
 
     def __init__(self, train_loop_per_worker: Callable[..., Any], **options: Any) -> None:
-        """Skip the parent's own, which imports TensorFlow for a backend that is not used here."""
-        DataParallelTrainer.__init__(
-            self, train_loop_per_worker, backend_config=KerasConfig(), **options
+        """Skip the parent's `__init__`, which imports TensorFlow for Ray's own backend."""
+        super(_TensorflowTrainer, self).__init__(
+            train_loop_per_worker, backend_config=KerasConfig(), **options
         )
 
     def fit(self) -> Result:
-        """Train, and give the interrupt handler back.
+        """Train, then restore the interrupt handler.
 
-        Ray's own stays behind: it keeps the controller's processes alive for as long as the driver
-        lives, and takes Ctrl-C from whoever comes after.
+        Ray leaves its own handler installed, which keeps the controller's processes alive and
+        catches a later Ctrl-C.
         """
-        before = signal.getsignal(signal.SIGINT)
+        handler = signal.getsignal(signal.SIGINT)
         try:
             return super().fit()
         finally:
             if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGINT, before)
+                signal.signal(signal.SIGINT, handler)
 
 
-@dataclass
 class KerasConfig(BackendConfig):
-    """Backend of a `TensorflowTrainer` whose workers use Keras 3."""
+    """Selects the backend for Keras 3."""
 
     @property
     def backend_cls(self) -> type[Backend]:
-        """Return the backend, for Ray."""
+        """The backend, which Ray instantiates."""
         return _KerasBackend
 
 
@@ -62,27 +60,3 @@ class _KerasBackend(Backend):
                 for rank in range(len(worker_group))
             ]
         )
-
-
-def free_address() -> str:
-    """Return an address of this node at which nothing listens."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = probe.getsockname()[1]
-    host = ray.util.get_node_ip_address()
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def set_environment(addresses: Sequence[str], rank: int) -> None:
-    """Tell this process of the workers of its group; before it imports TensorFlow or Keras.
-
-    Args:
-        addresses: of all of them.
-        rank: of this one.
-    """
-    os.environ["TF_CONFIG"] = json.dumps(
-        {"cluster": {"worker": list(addresses)}, "task": {"type": "worker", "index": rank}}
-    )
-    os.environ.pop("TF_USE_LEGACY_KERAS", None)
-    os.environ["KERAS_BACKEND"] = "tensorflow"
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

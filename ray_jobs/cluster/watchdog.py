@@ -1,4 +1,4 @@
-"""Ends a worker that does not get on: a collective that never completes holds it for ever."""
+"""Ends a process that hangs, such as one in a collective that never completes."""
 
 import os
 import threading
@@ -7,14 +7,14 @@ from collections.abc import Callable
 
 
 class Watchdog:
-    """Watches this process; ends it after `timeout_s` seconds without a sign of life.
+    """Ends this process after `timeout_s` seconds without a call of `alive`.
 
-    The process is ended from outside of what it waits in, since nothing in it can be interrupted.
+    The process is ended from a thread, since the blocked call cannot be interrupted.
 
     Args:
-        timeout_s: longest time between two signs of life.
-        on_hang: told how long nothing happened, before the end.
-        end: ends the process.
+        timeout_s: Longest time between two calls of `alive`.
+        on_hang: Called before the end with the seconds since the last call.
+        end: Ends the process.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class Watchdog:
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def alive(self) -> None:
-        """Give a sign of life."""
+        """Restart the timeout."""
         self._last = time.monotonic()
 
     def close(self) -> None:

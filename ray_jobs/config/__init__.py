@@ -1,1 +1,10 @@
-"""Settings, command line and errors; imports neither Ray nor TensorFlow."""
+"""Settings and the command line; imports neither Ray nor TensorFlow.
+
+Input: flags and YAML. Output: a validated `RunSpec`, or the spec of another verb.
+
+    spec.py           settings of all sections but `model` (mm_model/spec.py) and `tune`
+    tune_spec.py      settings of `tune`
+    command_line.py   parses flags and YAML into a spec, prints the help, sets the exit status
+    errors.py         errors that a job reports in one line
+    text.py           wording of counts
+"""

@@ -1,10 +1,7 @@
-"""Command line of every job: `[SPEC.yaml] [--section.key value …]` to a validated spec.
+"""Parses the command line of every job, `[SPEC.yaml] [--section.key value …]`, into a spec.
 
-A flat spec may name one setting in a class variable `POSITIONAL`, which is then also taken without
-its flag: `inspect PREPARED`.
-
-One function serves all verbs, so that flags, YAML, help and error texts cannot drift apart.
-Imports neither Ray nor TensorFlow: `--help` answers at once.
+A flat spec can name one setting in the class variable `POSITIONAL`, which is then also accepted
+without its flag: `inspect PREPARED`.
 """
 
 import os
@@ -14,7 +11,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from textwrap import fill
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeGuard, TypeVar
 
 import yaml
 from pydantic import ValidationError
@@ -31,37 +28,34 @@ _PASSWORD = re.compile(r"://[^/?#@\s]*:[^/?#@\s]+@")
 
 
 def main(spec_class: type[S], job: Callable[[S], Any], doc: str | None) -> None:
-    """Run one job from the command line.
-
-    Exits as `run` does.
-    """
+    """Parse the command line, then print the help or run the job; exits like `run`."""
     arguments = sys.argv[1:]
     module = getattr(sys.modules["__main__"].__spec__, "name", "ray_jobs")
     prog = f"python -m {module.removesuffix('.__main__')}"
-    if asks_for_help(arguments):
+    if is_help_request(arguments):
         print(help_text(spec_class, prog, doc or ""))
         return
     run(prog, lambda: parse(spec_class, arguments), job)
 
 
-def asks_for_help(arguments: Sequence[str]) -> bool:
-    """Whether the user wants to know how a job is called."""
+def is_help_request(arguments: Sequence[str]) -> bool:
+    """Whether -h or --help is among the arguments."""
     return bool({"-h", "--help"} & set(arguments))
 
 
-def run(prog: str, parsed: Callable[[], T], job: Callable[[T], Any]) -> None:
-    """Run one job on what the command line says.
+def run(prog: str, parse_arguments: Callable[[], T], job: Callable[[T], Any]) -> None:
+    """Run a job with the result of `parse_arguments`.
 
-    Exits with status 0 only when the work is done, 2 on wrong usage, 130 when it was interrupted, 1
-    on any other failure.
-    Errors that the user can mend are one line on stderr; others keep their traceback.
+    Returns only on success. Exits with status 2 on a usage error, 130 on an interrupt and 1 on any
+    other failure. Errors that users can fix are printed without a traceback, unless
+    $RAY_JOBS_TRACEBACK is set.
     """
     try:
-        asked = parsed()
+        arguments = parse_arguments()
     except UsageError as error:
         _exit(f"{error}\nSee {prog} --help.", 2)
     try:
-        job(asked)
+        job(arguments)
     except Interrupted as error:
         _exit(str(error), 130)
     except (JobError, OSError, ValueError) as error:
@@ -73,61 +67,58 @@ def run(prog: str, parsed: Callable[[], T], job: Callable[[T], Any]) -> None:
 
 
 def parse(spec_class: type[S], arguments: Sequence[str]) -> S:
-    """Return the spec that the arguments describe: defaults, then YAML, then flags.
+    """Return the spec that the arguments define: defaults, overridden by YAML, then by flags.
 
     Raises:
-        UsageError: naming every wrong key or value, what is accepted, and the nearest match.
+        UsageError: Names every invalid key or value, what is accepted, and the nearest match.
     """
     fields = flatten(spec_class)
     nested = any("." in path for path in fields)
     positional = _positional(spec_class)
     tree: dict[str, Any] = {}
-    flags: list[tuple[str, str]] = []
+    flags: dict[str, str] = {}
     rest = list(arguments)
     while rest:
         argument = rest.pop(0)
         if not argument.startswith("--"):
-            if positional and positional not in tree:
-                tree[positional] = argument
-                continue
-            if not nested or tree or flags:
+            if positional and positional not in flags:
+                flags[positional] = argument
+            elif nested and not tree and not flags:
+                tree = _with_empty_sections(spec_class, read_yaml(argument))
+            else:
                 raise UsageError(f"unexpected argument {argument!r}")
-            tree = _with_empty_sections(spec_class, read_yaml(argument))
             continue
         path, equals, value = argument[2:].partition("=")
         if path not in fields:
             raise UsageError(
-                f"--{path} is no flag{did_you_mean(path, list(fields))}"
-                f"{_siblings(path, list(fields))}"
+                f"unknown flag --{path}{did_you_mean(path, list(fields))} "
+                f"({_accepted_flags(path, list(fields))})"
             )
         if not equals:
             if not rest or rest[0].startswith("--"):
-                raise UsageError(f"--{path} needs a value ({type_text(fields[path])})")
+                raise UsageError(f"--{path} needs a value ({_type_text(fields[path].annotation)})")
             value = rest.pop(0)
-        if path in dict(flags) and _takes_several(fields[path].annotation):
-            raise UsageError(f"--{path} is given twice; give all of it at once: --{path} A,B")
-        flags.append((path, value))
-    if positional in tree and positional in dict(flags):
-        raise UsageError(
-            f"{positional} is given twice: {tree[positional]!r} and --{positional} "
-            f"{dict(flags)[positional]!r}"
-        )
-    for path, text in flags:
-        tree = with_value(tree, path, _value(path, text, fields[path].annotation))
+        if path in flags and path == positional:
+            raise UsageError(f"{path} is given twice: {flags[path]!r} and {value!r}")
+        if path in flags and _is_list(fields[path].annotation):
+            raise UsageError(f"--{path} is given twice; give all values at once: --{path} A,B")
+        flags[path] = value
+    for path, text in flags.items():
+        tree = with_value(tree, path, _parse_value(path, text, fields[path].annotation))
     return validate_spec(spec_class, tree)
 
 
 def validate_spec(spec_class: type[S], tree: Mapping[str, Any]) -> S:
-    """Return the spec of a tree of plain values.
+    """Return the spec with the values of a nested mapping.
 
     Raises:
-        UsageError: one line for each wrong key or value.
+        UsageError: Contains one line for each invalid key or value.
     """
-    if secret := next(_with_password(tree, ""), None):
+    if path := next(_paths_with_password(tree, ""), None):
         raise UsageError(
-            f"{secret} holds a password, which would stand in run folders and logs; give it by the "
-            "environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
-            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            f"{path} contains a password, which would appear in run folders and logs; set "
+            "environment variables instead, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+            "or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         )
     try:
         return spec_class.model_validate(tree)
@@ -135,60 +126,58 @@ def validate_spec(spec_class: type[S], tree: Mapping[str, Any]) -> S:
         raise UsageError("\n".join(_error_lines(spec_class, error.errors()))) from None
 
 
-def _with_password(value: Any, path: str) -> Iterator[str]:
-    """Yield the paths of the settings in a tree that are URIs with a password."""
+def _paths_with_password(value: Any, path: str) -> Iterator[str]:
+    """Yield the path of every setting whose value is a URI with a password."""
     if isinstance(value, str) and _PASSWORD.search(value):
         yield path
     elif isinstance(value, Mapping):
-        for name, below in value.items():
-            yield from _with_password(below, f"{path}.{name}".lstrip("."))
+        for name, child in value.items():
+            yield from _paths_with_password(child, f"{path}.{name}".lstrip("."))
     elif isinstance(value, list | tuple):
-        for below in value:
-            yield from _with_password(below, path)
+        for child in value:
+            yield from _paths_with_password(child, path)
 
 
 def read_yaml(path: str) -> dict[str, Any]:
-    """Return the tree of a YAML file.
+    """Return the mapping in a YAML file.
 
     Raises:
-        UsageError: if it is missing, is no YAML, or holds no mapping.
+        UsageError: If the file cannot be read or contains something else.
     """
     try:
         with open(path, encoding="utf-8") as file:
             tree = yaml.safe_load(file)
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} could not be read: {error}") from None
+        raise UsageError(f"could not read {path}: {error}") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise UsageError(f"{path} holds no mapping of sections, but a {type(tree).__name__}")
+        raise UsageError(f"{path} must contain a mapping, not a {type(tree).__name__}")
     return tree
 
 
 def with_value(tree: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
-    """Return a copy of a tree with the value at a dotted path replaced."""
-    head, _, rest = path.partition(".")
-    copy = dict(tree)
+    """Return a copy of a nested mapping with the value at a dotted path replaced."""
+    name, _, rest = path.partition(".")
     if rest:
-        below = copy.get(head)
-        value = with_value(below if isinstance(below, Mapping) else {}, rest, value)
-    copy[head] = value
-    return copy
+        child = tree.get(name)
+        value = with_value(child if isinstance(child, Mapping) else {}, rest, value)
+    return {**tree, name: value}
 
 
 def flatten(spec_class: type[Spec], prefix: str = "") -> dict[str, FieldInfo]:
     """Return every setting of a spec by its dotted path, in order."""
-    found: dict[str, FieldInfo] = {}
+    fields: dict[str, FieldInfo] = {}
     for name, field in spec_class.model_fields.items():
         if _is_spec(field.annotation):
-            found.update(flatten(typing.cast(type[Spec], field.annotation), f"{prefix}{name}."))
+            fields.update(flatten(field.annotation, f"{prefix}{name}."))
         else:
-            found[prefix + name] = field
-    return found
+            fields[prefix + name] = field
+    return fields
 
 
 def help_text(spec_class: type[Spec], prog: str, doc: str) -> str:
-    """Return the help of a job: its purpose, then every flag with type, default and meaning."""
+    """Return the help of a job: its description, then each flag with type, default and help."""
     fields = flatten(spec_class)
     nested = any("." in path for path in fields)
     positional = _positional(spec_class)
@@ -196,27 +185,23 @@ def help_text(spec_class: type[Spec], prog: str, doc: str) -> str:
     if positional:
         usage = f"{positional.upper()} {usage}"
     lines = [f"usage: {prog} {usage}", "", doc.strip(), ""]
-    section = None
+    previous = ""
     for path, field in fields.items():
-        here = path.rpartition(".")[0]
-        if here != section:
-            lines += ["", f"{here}: {_section_doc(spec_class, here)}"] if here else []
-            section = here
-        default = field.get_default(call_default_factory=True)
-        shown = "required" if field.is_required() else f"default {_shown(default)}"
+        section = path.rpartition(".")[0]
+        if section != previous:
+            lines += ["", f"{section}: {_section_doc(spec_class, section)}"] if section else []
+            previous = section
+        default = _default_text(field.get_default(call_default_factory=True))
+        default = "required" if field.is_required() else f"default {default}"
         name = f"{path.upper()} or --{path}" if path == positional else f"--{path}"
-        lines.append(f"  {name} {type_text(field)}  ({shown})")
+        lines.append(f"  {name} {_type_text(field.annotation)}  ({default})")
         description = " ".join((field.description or "").split())
         lines.append(fill(description, 92, initial_indent="      ", subsequent_indent="      "))
     return "\n".join(lines)
 
 
-def type_text(field: FieldInfo) -> str:
-    """Return what a setting accepts, in a word or a list of choices."""
-    return _type_text(field.annotation)
-
-
 def _type_text(annotation: Any) -> str:
+    """Return the accepted values of a setting as a type name or a list of choices."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         return _type_text(args[0])
@@ -240,14 +225,17 @@ def _type_text(annotation: Any) -> str:
 
 
 def _with_empty_sections(spec_class: type[Spec], tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a YAML tree in which a section whose settings are all commented out is empty."""
+    """Return a mapping from YAML with empty sections in place of null.
+
+    A section is null if all of its settings are commented out.
+    """
     copy = dict(tree)
     for name, field in spec_class.model_fields.items():
         if name in copy and _is_spec(field.annotation):
-            below = {} if copy[name] is None else copy[name]
-            if isinstance(below, Mapping):
-                below = _with_empty_sections(typing.cast(type[Spec], field.annotation), below)
-            copy[name] = below
+            section = {} if copy[name] is None else copy[name]
+            if isinstance(section, Mapping):
+                section = _with_empty_sections(field.annotation, section)
+            copy[name] = section
     return copy
 
 
@@ -255,20 +243,15 @@ def _positional(spec_class: type[Spec]) -> str | None:
     return getattr(spec_class, "POSITIONAL", None)
 
 
-def _is_spec(annotation: Any) -> bool:
+def _is_spec(annotation: Any) -> TypeGuard[type[Spec]]:
     return isinstance(annotation, type) and issubclass(annotation, Spec)
 
 
-def _shown(value: Any) -> str:
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
+def _default_text(value: Any) -> str:
+    if value is None or isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, tuple | dict):
-        return ",".join(map(str, value)) or "empty"
-    if value == "":
-        return "empty"
-    return str(value)
+    text = ",".join(map(str, value)) if isinstance(value, tuple | dict) else str(value)
+    return text or "empty"
 
 
 def _section_doc(spec_class: type[Spec], path: str) -> str:
@@ -277,143 +260,123 @@ def _section_doc(spec_class: type[Spec], path: str) -> str:
     return (spec_class.__doc__ or "").strip()
 
 
-def _kinds(annotation: Any) -> tuple[Any, ...]:
-    """Return the types that a setting accepts."""
+def _union_members(annotation: Any) -> tuple[Any, ...]:
     is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     return typing.get_args(annotation) if is_union else (annotation,)
 
 
-def _takes_several(annotation: Any) -> bool:
-    """Whether a setting is of any number of values."""
+def _is_list(annotation: Any) -> bool:
+    """Whether a setting accepts any number of values."""
     return any(
-        typing.get_origin(kind) is tuple and typing.get_args(kind)[-1] is ...
-        for kind in _kinds(annotation)
+        typing.get_origin(member) is tuple and typing.get_args(member)[-1] is ...
+        for member in _union_members(annotation)
     )
 
 
-def _value(path: str, text: str, annotation: Any) -> Any:
-    """Turn a flag's text into what pydantic can validate; scalars it converts by itself."""
-    kinds = _kinds(annotation)
-    origins = [typing.get_origin(kind) for kind in kinds]
-    if text in ("none", "null") and _NONE in kinds:
+def _parse_value(path: str, text: str, annotation: Any) -> Any:
+    """Convert the text of a flag to a value for pydantic, which converts scalars itself."""
+    members = _union_members(annotation)
+    origins = [typing.get_origin(member) for member in members]
+    if text in ("none", "null") and _NONE in members:
         return None
     if (tuple in origins or dict in origins) and text.startswith(("[", "{")):
         try:
             return yaml.safe_load(text)
         except yaml.YAMLError as error:
             problem = getattr(error, "problem", error)
-            raise UsageError(f"{path}={text!r} is no YAML: {problem}") from None
-    takes_one = any(typing.get_origin(kind) is not tuple for kind in kinds if kind is not _NONE)
-    if tuple in origins and ("," in text or not takes_one):
+            raise UsageError(f"{path}={text!r} is not valid YAML: {problem}") from None
+    accepts_scalar = any(m is not _NONE and typing.get_origin(m) is not tuple for m in members)
+    if tuple in origins and ("," in text or not accepts_scalar):
         return [part.strip() for part in text.split(",") if part.strip()]
     return text
 
 
 def _error_lines(spec_class: type[Spec], problems: Sequence[Any]) -> list[str]:
-    """Return a line for each wrong key or value."""
+    """Return a line for each invalid key or value."""
     lines: dict[Any, str] = {}
     for problem in problems:
-        path, field = _setting(spec_class, problem["loc"])
-        if field is None or not _has_several_types(field):
-            lines[problem["loc"]] = _error_line(spec_class, problem)
-        # A value that fits no member of a union has a problem for each; a bound says the most.
-        elif path not in lines or problem["type"].startswith(("greater_than", "less_than")):
-            lines[path] = _union_line(path, field, problem)
+        setting, field, keys = _locate(spec_class, problem["loc"])
+        is_bound = problem["type"].startswith(("greater_than", "less_than"))
+        if field is not None and (_has_several_types(field) or _has_wrong_length(problem)):
+            # An invalid value of a union has one problem per member; a bound is the clearest.
+            if setting not in lines or is_bound:
+                lines[setting] = _accepted_line(setting, field, problem, is_bound)
+        else:
+            lines[problem["loc"]] = _error_line(problem, keys, setting == _positional(spec_class))
     return list(dict.fromkeys(lines.values()))
 
 
-def _setting(spec_class: type[Spec], location: Sequence[Any]) -> tuple[str, FieldInfo | None]:
-    """Return path and field of the setting that a problem is about; None where it is a section."""
-    path = ""
+def _locate(
+    spec_class: type[Spec], location: Sequence[Any]
+) -> tuple[str, FieldInfo | None, list[str]]:
+    """Return the path and field of a setting, and the keys of the innermost section around it.
+
+    The field of a section is None.
+    """
+    path, setting = "", None
     for part in location:
         field = spec_class.model_fields.get(str(part))
-        if field is None:
+        if field is None:  # a list index, a name in a mapping, or an unknown key
+            continue
+        if setting is None:
+            path = f"{path}.{part}".lstrip(".")
+            setting = None if _is_spec(field.annotation) else field
+        nested = [a for a in (field.annotation, *typing.get_args(field.annotation)) if _is_spec(a)]
+        if not nested:
             break
-        path = f"{path}.{part}".lstrip(".")
-        if not _is_spec(field.annotation):
-            return path, field
-        spec_class = typing.cast(type[Spec], field.annotation)
-    return path, None
+        spec_class = nested[0]
+    return path, setting, list(spec_class.model_fields)
 
 
 def _has_several_types(field: FieldInfo) -> bool:
-    origin, args = typing.get_origin(field.annotation), typing.get_args(field.annotation)
-    several = len([a for a in args if a is not _NONE]) > 1
-    return several and origin in (typing.Union, types.UnionType)
+    return len([m for m in _union_members(field.annotation) if m is not _NONE]) > 1
 
 
-def _is_of_wrong_length(problem: Any) -> bool:
-    """Whether a problem is that of numbers separated by commas there are too few or too many."""
+def _has_wrong_length(problem: Any) -> bool:
+    """Whether the problem is the number of values in a tuple."""
     kind, last = problem["type"], problem["loc"][-1]
     return kind in ("tuple_type", "too_long") or (kind == "missing" and isinstance(last, int))
 
 
-def _union_line(path: str, field: FieldInfo, problem: Any) -> str:
-    accepted, given = type_text(field), str(problem["input"])
-    if problem["type"].startswith(("greater_than", "less_than")):
-        return f"{path}={given!r}: {problem['msg']} (accepted: {accepted})"
-    return f"{path}={given!r}: accepted: {accepted}{did_you_mean(given, accepted.split('|'))}"
+def _accepted_line(path: str, field: FieldInfo, problem: Any, is_bound: bool) -> str:
+    given, accepted = problem["input"], _type_text(field.annotation)
+    text = ",".join(map(str, given)) if isinstance(given, list | tuple) else str(given)
+    if is_bound:
+        return f"{path}={text!r}: {problem['msg']} (accepted: {accepted})"
+    return f"{path}={text!r}: accepted: {accepted}{did_you_mean(text, accepted.split('|'))}"
 
 
-def _error_line(spec_class: type[Spec], problem: Any) -> str:
-    location = [str(part) for part in problem["loc"]]
-    path = ".".join(location)
-    known = _known_keys(spec_class, location)
-    if problem["type"] == "extra_forbidden":
-        key, where = location[-1], ".".join(location[:-1]) or "the spec"
-        return (
-            f"{path}: {where} has no key {key!r}{did_you_mean(key, known)} "
-            f"(accepted: {', '.join(known)})"
-        )
-    setting, field = _setting(spec_class, location)
-    if field is not None and _is_of_wrong_length(problem):
-        given = problem["input"]
-        shown = ",".join(map(str, given)) if isinstance(given, list | tuple) else given
-        return f"{setting}={str(shown)!r}: accepted: {type_text(field)}"
-    if problem["type"] == "missing":
-        if any(part.isdigit() for part in location):
-            return f"{path}: is required (accepted: {', '.join(known)})"
-        flag = f"{path.upper()} or --{path}" if path == _positional(spec_class) else f"--{path}"
-        return f"{path}: is required; give it as {flag}"
+def _error_line(problem: Any, keys: list[str], is_positional: bool) -> str:
+    kind, given, location = problem["type"], problem["input"], [str(p) for p in problem["loc"]]
+    path, accepted = ".".join(location), f"accepted: {', '.join(keys)}"
     message = str(problem["msg"]).removeprefix("Value error, ")
-    if problem["type"] == "model_type":
-        message = f"is a section, not a value (accepted in it: {', '.join(known)})"
-    if problem["type"] == "literal_error":
-        choices = [
-            c.strip().strip("'")
-            for c in problem["ctx"]["expected"].replace(" or ", ", ").split(",")
-        ]
-        message = f"accepted: {', '.join(choices)}{did_you_mean(str(problem['input']), choices)}"
-    given = problem["input"]
-    shown = f"={given!r}" if isinstance(given, str | int | float | bool | None) else ""
-    # What concerns several sections names them itself.
-    return f"{path}{shown}: {message}" if path else message
+    if kind == "extra_forbidden":
+        key, section = location[-1], ".".join(location[:-1]) or "the spec"
+        return f"{path}: {section} has no key {key!r}{did_you_mean(key, keys)} ({accepted})"
+    if kind == "missing":
+        if any(part.isdigit() for part in location):
+            return f"{path} is required ({accepted})"
+        flag = f"{path.upper()} or --{path}" if is_positional else f"--{path}"
+        return f"{path} is required; set it with {flag}"
+    if kind == "model_type":
+        message = f"must be a section, not a value ({accepted})"
+    if kind == "literal_error":
+        choices = re.findall("'(.*?)'", problem["ctx"]["expected"])
+        message = f"accepted: {', '.join(choices)}{did_you_mean(str(given), choices)}"
+    value = f"={given!r}" if isinstance(given, str | int | float | bool | None) else ""
+    # Checks across sections have no path; their messages name the settings.
+    return f"{path}{value}: {message}" if path else message
 
 
-def _known_keys(spec_class: type[Spec], location: list[str]) -> list[str]:
-    for name in location:
-        field = spec_class.model_fields.get(name)
-        if field is None:
-            # The place of an item in a list, or the key that is wrong.
-            continue
-        below = [a for a in (field.annotation, *typing.get_args(field.annotation)) if _is_spec(a)]
-        if not below:
-            break
-        spec_class = typing.cast(type[Spec], below[0])
-    return list(spec_class.model_fields)
-
-
-def _siblings(path: str, paths: list[str]) -> str:
+def _accepted_flags(path: str, paths: list[str]) -> str:
+    """Return the flags of the same section, or the sections if there is none like it."""
     section = path.rpartition(".")[0]
-    same = [p for p in paths if p.rpartition(".")[0] == section]
-    if not same or not section:
-        same = sorted({p.rpartition(".")[0] for p in paths if "." in p}) or paths
-        return (
-            f" (sections: {', '.join(same)})"
-            if "." in paths[0]
-            else f" (accepted: {', '.join(same)})"
-        )
-    return f" (accepted in {section}: {', '.join(p.removeprefix(section + '.') for p in same)})"
+    names = [p.removeprefix(f"{section}.") for p in paths if p.rpartition(".")[0] == section]
+    if section and names:
+        return f"accepted in {section}: {', '.join(names)}"
+    if sections := sorted({p.rpartition(".")[0] for p in paths if "." in p}):
+        return f"sections: {', '.join(sections)}"
+    return f"accepted: {', '.join(paths)}"
 
 
 def _exit(text: str, status: int) -> NoReturn:

@@ -1,13 +1,13 @@
-"""The errors that a job ends with in one line on the terminal, without a traceback."""
+"""Errors that a job prints as one line, without a traceback."""
 
 
 class UsageError(ValueError):
-    """The command line or the YAML is wrong; the text says where, and what would be right."""
+    """The command line or the YAML is invalid; the message names the setting and the remedy."""
 
 
 class JobError(Exception):
-    """The job cannot go on for a reason that its user can mend; the text says how."""
+    """The job cannot continue, for a reason that the user can fix; the message explains how."""
 
 
 class Interrupted(JobError):
-    """The user stopped the job; the text says how it goes on."""
+    """The user stopped the job; the message explains how to resume."""

@@ -1,132 +1,137 @@
-"""Every setting of the jobs, written once: YAML schema, flags, `--help` and search space.
+"""Every setting of the jobs, defined once: YAML schema, flags, `--help` and search space.
 
-Precedence: default here < YAML < flag.  Imports neither Ray nor TensorFlow.
+Precedence: default < YAML < flag. Imports neither Ray nor TensorFlow.
 """
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
-from mm_model.spec import Fraction, LossSpec, ModelSpec, OptimizerSpec, Positive, Spec, StageSpec
+from mm_model.spec import LossSpec, ModelSpec, OptimizerSpec, Positive, Spec, StageSpec
+from ray_jobs.config.command_line import validate_spec, with_value
 from ray_jobs.config.tune_spec import TuneSpec
-from ray_jobs.data.batch import num_streams
 
 Split = Literal["train", "validation", "test"]
 NumberRule = Literal["range_low", "range_mean", "range_high", "decimal_comma", "date", "missing"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+MAX_STREAMS = 64
+
+
+def num_streams(global_batch_size: int) -> int:
+    """Return the number of sampler streams: the largest divisor of the global batch up to 64.
+
+    Each step takes the same number of rows from every stream, and the workers share the streams
+    equally, so the order of rows does not depend on the number of workers.
+    """
+    return max(n for n in range(1, MAX_STREAMS + 1) if global_batch_size % n == 0)
 
 
 class RunSection(Spec):
-    """Where the run lives, and which cluster does the work."""
+    """The run folder and the Ray cluster."""
 
     storage_path: str = "runs"
-    """Folder or URI that every node can write; the run folder is made in it."""
+    """Folder or URI that every node can write to; the run folder is created in it."""
     name: str | None = None
-    """Name of the run folder; the same name again resumes. By default date and time."""
+    """Name of the run folder; an existing name resumes that run. Default: date and time."""
     address: str | None = None
-    """Ray cluster, such as `auto`; by default $RAY_ADDRESS, else a local Ray is started for this
-    job."""
+    """Address of a Ray cluster, such as `auto`. Default: $RAY_ADDRESS, else a new local Ray."""
     seed: NonNegativeInt = 0
-    """Seed of the splits, the order of rows, the weights' start, dropout and augmentation."""
+    """Seed of splits, row order, initial weights, dropout and augmentation."""
     worker_logs: bool = False
-    """Print what workers write to their logs, not only their progress and their errors."""
+    """Print the workers' log output, not only their progress and errors."""
     preflight: bool = True
-    """Look at versions, storage, data and weights on every node before work starts, where the
-    cluster has other nodes than this one: what `doctor` does, less what takes long."""
+    """Run the fast checks of `doctor` on every node before work starts, if the cluster has nodes
+    other than this one."""
     tracking: Literal["none", "mlflow"] = "none"
-    """Where parameters, metrics and the model go, beside the run folder; MLflow needs the extra
-    `mlflow`."""
+    """Also log parameters, metrics and the model to MLflow, which needs the extra `mlflow`."""
     tracking_uri: str | None = None
-    """MLflow's server or store; by default $MLFLOW_TRACKING_URI, else a SQLite file beside the
-    runs."""
+    """MLflow server or store. Default: $MLFLOW_TRACKING_URI, else SQLite in the storage path."""
     profile_steps: tuple[PositiveInt, PositiveInt] | None = None
-    """First and last step of which rank 0 writes a trace for TensorBoard's profiler, such as
-    10,13."""
+    """First and last step that rank 0 profiles for TensorBoard, such as 10,13."""
 
     @field_validator("profile_steps")
     @classmethod
-    def _first_before_last(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
+    def _require_order(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
         if value is not None and value[0] > value[1]:
-            raise ValueError(f"the first step {value[0]} comes after the last {value[1]}")
+            raise ValueError(f"the first step {value[0]} is after the last step {value[1]}")
         return value
 
     @field_validator("name")
     @classmethod
-    def _one_path_part(cls, value: str | None) -> str | None:
+    def _require_folder_name(cls, value: str | None) -> str | None:
         if value is not None and (not value or "/" in value or value.startswith(".")):
-            raise ValueError("a run's name is one folder name: no slash, no dot in front")
+            raise ValueError("must be one folder name, without slashes and without a leading dot")
         return value
 
 
 class PrepareSpec(Spec):
-    """Raw images and a table in, shards and a manifest out."""
+    """Conversion of images and a table into shards with a manifest."""
 
     source: Literal["auto", "folder", "parquet", "webdataset", "tfrecord", "imagefolder"] = "auto"
-    """What `images` is: image files, Parquet with images in a column, WebDataset tar files,
-    TFRecord files of `tf.train.Example`, or Hugging Face's ImageFolder; auto tells by its files."""
+    """Format of `images`: image files, Parquet with an image column, WebDataset tar files, TFRecord
+    files of `tf.train.Example`, or a Hugging Face ImageFolder; `auto` detects it."""
     images: str = ""
-    """Folder, glob or URI of the images, or of the files that hold them."""
+    """Folder, glob or URI of the images, or of the files that contain them."""
     table: str = ""
-    """CSV or Parquet file with one row a thing: path or URI. Empty where the files in `images`
-    hold the numbers, too."""
+    """CSV or Parquet file (path or URI) with the columns; empty if `images` contains them, too."""
     output: str = "prepared"
     """Folder or URI for the prepared data; every worker reads it from there."""
     key_column: str = "key"
-    """Column that names each row, once."""
+    """Column with the unique name of each row."""
     label_column: str = "label"
-    """Column with the answer: 0/1, booleans, or two strings."""
+    """Column with the label: 0/1, booleans, or two strings."""
     positive_label: str | None = None
-    """Which of two strings counts as 1."""
+    """Which of two label strings is the positive class."""
     image_pattern: str = "{key}.jpg"
-    """Path of a row's image below `images`, with columns in braces; `{key}` is the key column."""
+    """Image path relative to `images`, with column names in braces; `{key}` is the key column."""
     image_column: str | None = None
-    """Column with the path of the image below `images`, in place of the pattern; of Parquet and
-    TFRecord files the column that holds the image."""
+    """Column with the image path relative to `images`, instead of the pattern; for Parquet and
+    TFRecord files, the column with the image itself."""
     image_columns: tuple[str, ...] = ()
-    """Several images a row, by name: columns of the same kind, or words that `{image}` in the
-    pattern stands for. The model looks at all of them; some may be missing."""
+    """Names of the images of a row if it has several: columns like `image_column`, or values of
+    `{image}` in the pattern. The model uses all of them; some may be missing."""
     numeric_columns: tuple[str, ...] | None = None
-    """Columns to learn from; by default every column of numbers that has no other role."""
+    """Numeric input columns. Default: every numeric column without another role."""
     number_rules: dict[str, NumberRule] = Field(default_factory=dict)
-    """What text in a numeric column means, such as {age: range_mean}: the low end, mean or high end
-    of `91-92` and `50+`; a decimal comma; a date, as days since 1970; or missing. Without a rule
-    such a row goes to quarantine."""
+    """How to read text in a numeric column, such as {age: range_mean}. The range rules read `91-92`
+    and `50+` as their low end, mean or high end; `decimal_comma` reads `1.234,5`; `date` gives days
+    since 1970; `missing` treats all other text as missing. Without a rule, rows with such text go
+    to quarantine."""
     exclude_columns: tuple[str, ...] = ()
-    """Columns never to learn from."""
+    """Columns that are never inputs."""
     skip_unlabelled: bool = False
-    """Set rows without a label aside without counting them as bad."""
+    """Skip rows without a label instead of counting them as bad rows."""
     group_column: str | None = None
-    """Rows with the same value here (a patient, a house) stay in one split."""
+    """Column whose equal values (such as a patient or a house) keep rows in the same split."""
     split_column: str | None = None
-    """Column that already says train, validation or test, in place of the split by hash."""
+    """Column with train, validation or test for each row, used instead of the split by hash."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
-    """Share of each class for validation: early stopping, blend, calibration."""
+    """Share of each class for the validation split: early stopping, blending and calibration."""
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
-    """Share of each class for the final test."""
+    """Share of each class for the test split."""
     store: Literal["jpeg", "raw"] = "jpeg"
-    """How images are stored: as JPEG, or as pixels, which take more bytes and no decoding."""
+    """Storage format of images: JPEG, or raw pixels, which are larger but need no decoding."""
     image_size: PositiveInt = 456
-    """Side of the stored images in pixels; the model takes them at this size, or at
-    `data.image_size`."""
+    """Side length of stored images in pixels, and of the model's input without data.image_size."""
     aspect: Literal["stretch", "crop", "pad"] = "stretch"
-    """How other shapes become squares: stretched, cut to the centre, or padded with black."""
+    """How images become square: stretched, cropped to the center, or padded with black."""
     jpeg_quality: Annotated[int, Field(ge=1, le=100)] = 95
-    """Quality of the stored JPEGs."""
+    """JPEG quality of stored images."""
     max_image_pixels: PositiveInt = 100_000_000
-    """Larger images are refused before they are decoded."""
+    """Images with more pixels are rejected before decoding."""
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """The job fails if a larger share of the rows lands in quarantine."""
+    """The job fails if a larger share of the rows goes to quarantine."""
     rows_per_shard: PositiveInt = 1024
-    """Rows of one Parquet file; fewer where pixels are stored raw and are many."""
+    """Rows per Parquet file; fewer for large raw images."""
     rows_per_group: PositiveInt = 64
-    """Rows of one Parquet row group, the least that is read at once; fewer likewise."""
+    """Rows per Parquet row group, the smallest unit that is read; fewer for large raw images."""
 
     @model_validator(mode="after")
-    def _some_rows_left_to_train(self) -> Self:
+    def _require_training_rows(self) -> Self:
         if self.validation_fraction + self.test_fraction >= 1:
             raise ValueError(
-                f"validation_fraction={self.validation_fraction} and "
-                f"test_fraction={self.test_fraction} leave nothing to train on"
+                f"validation_fraction={self.validation_fraction} and test_fraction="
+                f"{self.test_fraction} leave no rows for training; their sum must be below 1"
             )
         return self
 
@@ -137,47 +142,45 @@ class DataSpec(Spec):
     prepared: str = "prepared"
     """Folder or URI that `prepare` wrote."""
     categorical: tuple[str, ...] = ()
-    """Columns of words to learn from: `prepare` stores them and fits a vocabulary on the training
-    split, the model embeds them."""
+    """Text columns to use as categorical inputs: `prepare` stores them and builds a vocabulary from
+    the training split, and the model embeds them."""
     image_size: PositiveInt | None = None
-    """Side in pixels at which the model takes images; by default as they are stored."""
+    """Side length in pixels of the model's input images. Default: as stored."""
     shuffle_window_rows: PositiveInt = 2048
-    """Rows that are shuffled together, beyond the shuffle of row groups; fewer where they would
-    not fit in `buffer_bytes`."""
+    """Rows shuffled together, after a shuffle of row groups; fewer if limited by buffer_bytes."""
     buffer_bytes: PositiveInt = 1 << 30
-    """Bytes of stored rows, encoded, that all workers together hold while they shuffle and read
-    ahead."""
+    """Bytes of stored (encoded) rows that all workers together hold for shuffling and prefetch."""
     decode: Literal["auto", "workers", "trainer"] = "auto"
-    """Where images are decoded: in threads of the training processes, or in Ray Data tasks, also on
-    nodes without GPUs; auto takes those tasks where there are such nodes."""
+    """Where images are decoded: `trainer` uses threads of the training processes, `workers` uses
+    Ray Data tasks, also on nodes without GPUs. `auto` uses tasks if there are such nodes."""
     cache: Literal["auto", "none", "object_store", "disk"] = "auto"
-    """Where decoded rows are kept across epochs: in Ray's shared memory, or on the nodes' disks;
-    auto keeps them where all of training and validation fit in `cache_bytes`."""
+    """Where decoded rows are kept between epochs: in Ray's shared memory, or on the disks of the
+    nodes. `auto` caches if the whole training and validation splits fit in `cache_bytes`."""
     cache_bytes: NonNegativeInt = 1 << 30
-    """Most bytes of decoded rows that are kept; the rest is decoded anew each epoch."""
+    """Limit in bytes for cached decoded rows; the remaining rows are decoded in each epoch."""
     object_store_memory: PositiveInt | None = None
-    """Bytes of Ray's shared memory: of the local Ray that the job starts, and on a cluster the most
-    that its rows take; by default Ray's own share, 30 % of the memory."""
+    """Bytes of Ray's shared memory: the size in a local Ray that the job starts, and the most that
+    its rows use on a cluster. Default: Ray's own, 30 % of the memory."""
     prefetch_batches: NonNegativeInt = 2
-    """Batches that are made ready ahead of the step, on each worker, the next one on its device."""
+    """Batches that each worker prepares in advance; the next one is already on its device."""
 
     @model_validator(mode="after")
-    def _cache_where_rows_are_decoded(self) -> Self:
+    def _require_decoding_for_cache(self) -> Self:
         if self.decode == "workers" and self.cache not in ("auto", "none"):
             raise ValueError(
-                f"cache={self.cache} keeps what the training processes decode, and decode=workers "
-                "leaves that to tasks; set decode=trainer, or cache=none"
+                f"cache={self.cache} stores rows that training processes decode, but "
+                "decode=workers decodes in tasks; set decode=trainer or cache=none"
             )
         return self
 
     def window_rows(self, row_bytes: float) -> int:
-        """Return the rows of a shuffle window.
+        """Return the number of rows in a shuffle window.
 
         Args:
-            row_bytes: of a stored row, on the average.
+            row_bytes: Average size of a stored row in bytes.
         """
-        # One window is decoded while the next is read, and both hold the row groups whole that
-        # they begin and end in, which can double them.
+        # One window is decoded while the next one is read, and each holds its first and last row
+        # groups whole, which can double its size.
         return max(1, min(self.shuffle_window_rows, int(self.buffer_bytes / (4 * row_bytes))))
 
 
@@ -185,73 +188,71 @@ class TrainSpec(LossSpec, OptimizerSpec):
     """The training loop and its workers."""
 
     num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
-    """Worker processes, each with its own replica of the model; or the least and the most of them,
-    such as 2,8: as many as the cluster has room for, at every start and whenever it grows."""
+    """Worker processes, each with a replica of the model. Two numbers such as 2,8 are a minimum and
+    a maximum: as many as the cluster has resources for, at each start and whenever it grows."""
     use_gpu: bool = False
-    """Give each worker GPUs."""
+    """Whether workers use GPUs."""
     gpus_per_worker: PositiveInt = 1
-    """GPUs of each worker, each with a replica of its own."""
+    """GPUs of each worker, each with its own replica."""
     cpus_per_worker: Positive = 1.0
-    """Logical CPUs of each worker; it computes with as many threads."""
+    """Logical CPUs, and so compute threads, of each worker."""
     resources_per_worker: dict[str, Positive] = Field(default_factory=dict)
-    """Further Ray resources of each worker, such as {"accelerator_type:A10G": 0.001}."""
+    """Additional Ray resources of each worker, such as {"accelerator_type:A10G": 0.001}."""
     global_batch_size: PositiveInt = 32
-    """Rows per optimizer step, summed over all workers."""
+    """Rows per optimizer step, over all workers."""
     epochs: PositiveInt = 50
-    """Most passes over the training rows."""
+    """Maximum number of passes over the training rows."""
     stages: tuple[StageSpec, ...] = ()
-    """Freeze the backbone, train the heads, unfreeze it step by step: the stages in order, such as
-    [{epochs: 3, backbone: 0}, {epochs: 5, backbone: 0.3, backbone_rate: 0.1}]."""
+    """Layer freezing schedule: the stages in order, such as [{epochs: 3, backbone: 0}, {epochs: 5,
+    backbone: 0.3, backbone_rate: 0.1}], which first trains the heads with a frozen backbone."""
     class_weight: Literal["balanced", "none"] = "balanced"
-    """Weigh rows so that both classes count the same, by the manifest's counts."""
+    """`balanced` weights rows so that both classes contribute equally, by the training counts."""
     monitor: Literal["val/log_loss", "val/roc_auc", "val/pr_auc"] = "val/log_loss"
-    """Validation metric that decides which epoch is best."""
+    """Validation metric that selects the best epoch."""
     patience: PositiveInt = 10
-    """Epochs without a better one before training stops."""
+    """Epochs without improvement after which training stops."""
     clip_norm: Positive | None = None
-    """Largest global norm of a step's gradient, over all workers."""
+    """Maximum global norm of a step's gradient, over all workers; none disables clipping."""
     accumulate_steps: PositiveInt = 1
-    """Parts in which each replica computes its rows of a step, to need less memory."""
+    """Parts in which each replica computes its rows of a step; more parts need less memory."""
     precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
-    """What layers compute in; weights stay float32. float16 scales the loss as it needs to be."""
+    """Compute precision of the layers; weights stay float32. mixed_float16 scales the loss."""
     jit_compile: bool = False
     """Compile the forward and backward pass with XLA."""
     steps_per_call: PositiveInt = 1
-    """Steps that one call of TensorFlow takes; more of them save time where steps are short."""
+    """Training steps per TensorFlow call; a higher number reduces the overhead of short steps."""
     all_reduce_dtype: Literal["float32", "bfloat16"] = "float32"
-    """What gradients are exchanged as."""
+    """Data type in which workers exchange gradients."""
     all_reduce_bytes: PositiveInt | None = None
-    """Most bytes of one exchange of gradients; by default all of them at once."""
+    """Maximum size in bytes of one gradient exchange. Default: all gradients at once."""
     deterministic: bool = False
-    """Choose operations that give the same bits each time on a GPU, too; slower."""
+    """Use deterministic operations, which make GPU results reproducible bit by bit; slower."""
     checkpoint_every_steps: PositiveInt | None = None
-    """Most steps that a failure costs. Checkpoints come a little more often, since they are written
-    while training goes on, and one at the end of each epoch in any case."""
+    """Maximum number of steps that a failure can lose; checkpoints are written a little more often.
+    Default: checkpoints are written only at the end of each epoch."""
     keep_checkpoints: PositiveInt = 2
-    """Latest checkpoints that are kept; a damaged one is passed over for the one before."""
+    """Number of latest checkpoints to keep; if one is damaged, the one before it is used."""
     keep_best: PositiveInt = 1
-    """Best epochs whose weights are kept."""
+    """Number of best epochs whose weights are kept."""
     calibrate: bool = True
-    """Fit blend, scale and bias of the logit on the validation split at the end."""
+    """Fit the blend and the scale and bias of the logit on the validation split after training."""
     decision_threshold: Annotated[float, Field(gt=0, lt=1)] | Literal["f1", "balanced_accuracy"] = (
         0.5
     )
-    """Probability from which a row counts as positive, or what to choose it by on the validation
-    split."""
+    """Probability from which a row is positive, or the validation metric that selects it."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
-    """Failures to recover from, each from the latest checkpoint; -1 for any number. Errors in the
-    data or the settings are not tried again."""
+    """Failures to recover from; -1: no limit. Errors in data or settings are not retried."""
     max_preemptions: Annotated[int, Field(ge=-1)] = -1
-    """Nodes taken away by the provider to recover from; -1 for any number."""
+    """Node preemptions to recover from; -1: no limit."""
     hang_timeout_s: Positive = 900.0
-    """Seconds without a finished step after which a worker counts as hanging, which is a failure;
-    longer than its start and its first step take."""
+    """Seconds without a completed step after which a worker has failed; must exceed the time for
+    start-up and the first step."""
 
     @model_validator(mode="after")
-    def _workers_share_the_batch(self) -> Self:
+    def _require_equal_shares(self) -> Self:
         allowed, (low, high) = self.allowed_workers(), self.workers_range
         if low > high:
-            raise ValueError(f"num_workers={low},{high}: the least is more than the most")
+            raise ValueError(f"num_workers={low},{high}: the minimum exceeds the maximum")
         if not allowed:
             raise ValueError(
                 f"global_batch_size={self.global_batch_size} cannot be split into "
@@ -261,40 +262,40 @@ class TrainSpec(LossSpec, OptimizerSpec):
         if not [n for n in allowed if low <= n <= high]:
             workers = low if low == high else f"{low},{high}"
             raise ValueError(
-                f"num_workers={workers} cannot share global_batch_size="
-                f"{self.global_batch_size} evenly; it can be {', '.join(map(str, allowed))}"
+                f"num_workers={workers} cannot share global_batch_size={self.global_batch_size} "
+                f"equally (accepted: {', '.join(map(str, allowed))})"
             )
         return self
 
     @model_validator(mode="after")
-    def _the_last_stage_is_reached(self) -> Self:
+    def _require_reachable_stages(self) -> Self:
         before = sum(stage.epochs for stage in self.stages[:-1])
         if before >= self.epochs:
             raise ValueError(
-                f"stages: those before the last take {before} of epochs={self.epochs}; the last "
-                "one is never reached"
+                f"stages: the last stage starts after epoch {before}, which epochs={self.epochs} "
+                "does not reach; increase epochs or shorten the stages"
             )
         return self
 
     @property
     def workers_range(self) -> tuple[int, int]:
-        """Least and most workers."""
+        """Minimum and maximum number of workers."""
         given = self.num_workers
         return (given, given) if isinstance(given, int) else given
 
     @property
     def replicas_per_worker(self) -> int:
-        """Replicas of the model on one worker."""
+        """Replicas of the model in one worker."""
         return self.gpus_per_worker if self.use_gpu else 1
 
     @property
     def checkpoint_cadence(self) -> int | None:
-        """Steps between two checkpoints: so many that one may be written in those that are left."""
+        """Steps between two checkpoints: a quarter less than may be lost, to allow for writing."""
         every = self.checkpoint_every_steps
         return None if every is None else every - every // 4
 
     def allowed_workers(self) -> list[int]:
-        """Return the numbers of workers that can share the global batch evenly, in order."""
+        """Return, in order, the numbers of workers that can share the global batch equally."""
         streams = num_streams(self.global_batch_size)
         parts = self.replicas_per_worker * self.accumulate_steps
         return [
@@ -305,7 +306,7 @@ class TrainSpec(LossSpec, OptimizerSpec):
 
 
 class RunSpec(Spec):
-    """The whole of a run: one YAML file, or flags."""
+    """All settings of a run, from one YAML file or flags."""
 
     run: RunSection = RunSection()
     prepare: PrepareSpec = PrepareSpec()
@@ -315,31 +316,22 @@ class RunSpec(Spec):
     tune: TuneSpec = TuneSpec()
 
     @model_validator(mode="after")
-    def _space_fits(self) -> Self:
-        if self.tune.space or self.tune.first:
-            from ray_jobs.tune.search.space import Space
-
-            Space(self)
-        return self
-
-    @model_validator(mode="after")
-    def _xla_exchanges_nothing(self) -> Self:
-        train, most = self.train, self.train.workers_range[1] * self.train.replicas_per_worker
-        if train.jit_compile and self.model.batch_norm == "sync" and most > 1:
+    def _require_compilable_batch_norm(self) -> Self:
+        train = self.train
+        max_replicas = train.workers_range[1] * train.replicas_per_worker
+        if train.jit_compile and self.model.batch_norm == "sync" and max_replicas > 1:
             raise ValueError(
-                "train.jit_compile=true cannot compile the exchanges of model.batch_norm=sync "
-                "between workers; set batch_norm=local, or jit_compile=false"
+                "train.jit_compile=true cannot compile the exchange between replicas of "
+                "model.batch_norm=sync; set batch_norm=local or jit_compile=false"
             )
         return self
 
     def overlay(self, changes: dict[str, Any]) -> Self:
-        """Return a copy with fields replaced by path, such as {"train.learning_rate": 1e-3}.
+        """Return a copy with settings replaced by path, such as {"train.learning_rate": 1e-3}.
 
         Raises:
-            ValueError: if a path is unknown or a value does not fit.
+            UsageError: If a path is unknown or a value is invalid.
         """
-        from ray_jobs.config.command_line import validate_spec, with_value
-
         tree = self.model_dump(mode="json")
         for path, value in changes.items():
             tree = with_value(tree, path, value)
@@ -347,26 +339,26 @@ class RunSpec(Spec):
 
 
 class InferenceSpec(Spec):
-    """What `evaluate` and `predict` share."""
+    """Settings that `evaluate` and `predict` share."""
 
     run: str
     """Run folder that `train` wrote."""
     data: str
-    """Folder or URI of prepared data; for `predict` also a table of raw rows."""
+    """Folder or URI of prepared data; `predict` also accepts a table of raw rows."""
     output: str
     """Folder or URI for the results."""
     batch_size: PositiveInt = 64
-    """Rows that the model sees at once."""
+    """Rows per model call."""
     num_workers: PositiveInt = 1
-    """Processes that hold a copy of the model."""
+    """Number of processes, each with its own copy of the model."""
     use_gpu: bool = False
-    """Give each of them one GPU."""
+    """Whether each process uses a GPU."""
     cpus_per_worker: Positive = 1.0
-    """Logical CPUs of each of them."""
+    """Logical CPUs of each process."""
     address: str | None = None
-    """Ray cluster; by default $RAY_ADDRESS, else a local Ray is started for this job."""
+    """Address of a Ray cluster, such as `auto`. Default: $RAY_ADDRESS, else a new local Ray."""
     worker_logs: bool = False
-    """Print what workers write to their logs."""
+    """Print the workers' log output."""
 
 
 class EvaluateSpec(InferenceSpec):
@@ -380,51 +372,35 @@ class PredictSpec(InferenceSpec):
     """Probabilities of a run for prepared or raw rows."""
 
     split: Split | None = None
-    """Split of prepared data; by default all of them."""
+    """Split of prepared data to predict. Default: all splits."""
     images: str | None = None
-    """For raw rows: path or URI of each image, with the table's columns in braces, such as
-    `photos/{key}.jpg`; or the folder in which the run's own pattern finds them."""
+    """For raw rows: path or URI of each image with column names in braces, such as
+    `photos/{key}.jpg`, or the folder to which the run's own pattern is relative."""
 
 
 class InspectSpec(Spec):
-    """What is in prepared data, and what in it deserves a look."""
+    """Data-quality report on prepared data."""
 
     POSITIONAL: ClassVar[str] = "prepared"
 
     prepared: str
     """Folder or URI that `prepare` wrote."""
     output: str | None = None
-    """Folder or URI for inspect.html and inspect.json; by default the prepared folder itself."""
+    """Folder or URI for inspect.html and inspect.json. Default: the prepared folder."""
     max_rows: PositiveInt = 1_000_000
-    """Rows of a split that are looked at; of a larger one a sample by hash of the key."""
+    """Rows to inspect per split; a larger split is sampled by a hash of the key."""
 
 
 class DemoSpec(Spec):
-    """The whole way on generated data: prepare, train, evaluate, predict."""
+    """The whole pipeline on generated data: prepare, train, evaluate, predict."""
 
     output: str = "demo"
-    """Folder for the data and the runs; an earlier demo in it is replaced."""
+    """Folder for data and runs; an earlier demo in it is replaced."""
     num_rows: Annotated[int, Field(ge=100)] = 1200
     """Rows to generate."""
     epochs: PositiveInt = 15
-    """Most epochs of each of the three trainings."""
+    """Maximum number of epochs of each of the three trainings."""
     num_workers: PositiveInt = 2
-    """Workers of the fusion's training."""
+    """Workers that train the fusion model."""
     seed: NonNegativeInt = 0
     """Seed of data and training."""
-
-
-__all__ = [
-    "SPLITS",
-    "DataSpec",
-    "DemoSpec",
-    "EvaluateSpec",
-    "Fraction",
-    "InspectSpec",
-    "PredictSpec",
-    "PrepareSpec",
-    "RunSection",
-    "RunSpec",
-    "Split",
-    "TrainSpec",
-]

@@ -1,4 +1,4 @@
-"""Settings of a search: what is tried, who chooses it, what is stopped early, what it may cost.
+"""Settings of `tune`: search space, searcher, scheduler and budget.
 
 Imports neither Ray nor TensorFlow nor Optuna.
 """
@@ -13,29 +13,29 @@ from mm_model.spec import Positive, Spec
 Metric = Literal["val/log_loss", "val/roc_auc", "val/pr_auc", "val/accuracy", "inference/row_s"]
 
 PAUSING = ("hyperband", "pbt", "pb2")
-"""Schedulers that let trials wait for each other: all of them have to be begun."""
+"""Schedulers that pause trials until other trials catch up, so all trials must be started."""
 EXPLOITING = ("pbt", "pb2")
-"""Schedulers that let a bad trial go on from a good one's weights."""
+"""Schedulers that let a bad trial continue from a good trial's weights."""
 
 
 class DistributionSpec(Spec):
-    """Values of one setting: exactly one of the first six, and perhaps when it counts."""
+    """Values of one setting: exactly one distribution, and optionally a condition."""
 
     uniform: tuple[float, float] | None = None
-    """Any number between these."""
+    """Real numbers in this range."""
     loguniform: tuple[Positive, Positive] | None = None
-    """Any number between these, each power of ten alike."""
+    """Real numbers in this range, uniform in the logarithm."""
     quniform: tuple[float, float, Positive] | None = None
-    """Multiples of the third number between the first two, both included."""
+    """The first number plus multiples of the third, up to the second (inclusive)."""
     randint: tuple[int, int] | None = None
-    """Whole numbers from the first to before the second, as in Ray and NumPy."""
+    """Integers from the first number up to the second (exclusive), as in Ray and NumPy."""
     lograndint: tuple[PositiveInt, PositiveInt] | None = None
-    """The same, each power of ten alike."""
+    """Integers like `randint`, uniform in the logarithm."""
     choice: tuple[Any, ...] | None = None
-    """One of these."""
+    """One of these values."""
     when: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
-    """It counts where each of these settings has one of these values; elsewhere the specification's
-    own value stands."""
+    """Search this setting only if each of these settings has one of the given values; otherwise it
+    keeps the spec's own value."""
 
     @model_validator(mode="before")
     @classmethod
@@ -46,61 +46,60 @@ class DistributionSpec(Spec):
         return {**values, "when": when}
 
     @model_validator(mode="after")
-    def _one_kind(self) -> Self:
+    def _require_one_distribution(self) -> Self:
         given = [kind for kind in _KINDS if getattr(self, kind) is not None]
         if len(given) != 1:
-            raise ValueError(
-                f"give one of {', '.join(_KINDS)}" + (f", not {given}" if given else "")
-            )
+            names = f", not {' and '.join(given)}" if given else ""
+            raise ValueError(f"give exactly one of {', '.join(_KINDS)}{names}")
         if self.kind == "choice":
             if not self.choice:
-                raise ValueError("choice is empty")
-        elif self.low >= self.high or (self.kind in _OF_INTEGERS and self.low > self.high - 1):
+                raise ValueError("choice needs at least one value")
+        elif self.low >= self.high:
             raise ValueError(f"{self.kind}: {self.low:g} is not below {self.high:g}")
         return self
 
     @property
     def kind(self) -> str:
-        """Which kind of distribution it is."""
+        """Name of the distribution."""
         return next(kind for kind in _KINDS if getattr(self, kind) is not None)
 
     @property
     def low(self) -> float:
-        """Least value of one that is no choice."""
+        """Lower bound; not for a choice."""
         return getattr(self, self.kind)[0]
 
     @property
     def high(self) -> float:
-        """Greatest value; of integers one more than that."""
+        """Upper bound, which is exclusive for integers; not for a choice."""
         return getattr(self, self.kind)[1]
 
     @property
     def is_log(self) -> bool:
-        """Whether powers of ten count alike."""
+        """Whether the distribution is uniform in the logarithm."""
         return self.kind in ("loguniform", "lograndint")
 
     @property
     def is_continuous(self) -> bool:
-        """Whether it has a value between any two."""
+        """Whether the values are real numbers without a step."""
         return self.kind in ("uniform", "loguniform")
 
     def values(self) -> tuple[Any, ...]:
-        """Return every value of one that is not continuous, in order."""
+        """Return, in order, every value of a distribution that is not continuous."""
         if self.kind == "choice":
             return self.choice or ()
-        if self.kind in _OF_INTEGERS:
+        if self.kind in _INTEGER_KINDS:
             return tuple(range(int(self.low), int(self.high)))
         low, high, step = self.quniform or (0.0, 0.0, 1.0)
         count = math.floor((high - low) / step + 1e-9) + 1
         return tuple(round(low + i * step, 12) for i in range(count))
 
     def contains(self, value: Any) -> bool:
-        """Whether a value is one of its own."""
+        """Whether the distribution can produce a value."""
         if self.kind == "choice":
             return value in self.values()
         if not isinstance(value, int | float) or isinstance(value, bool):
             return False
-        if self.kind in _OF_INTEGERS:
+        if self.kind in _INTEGER_KINDS:
             return value == int(value) and self.low <= value < self.high
         if not self.low <= value <= self.high:
             return False
@@ -109,99 +108,97 @@ class DistributionSpec(Spec):
 
 
 _KINDS = ("uniform", "loguniform", "quniform", "randint", "lograndint", "choice")
-_OF_INTEGERS = ("randint", "lograndint")
+_INTEGER_KINDS = ("randint", "lograndint")
 
 
 class BudgetSpec(Spec):
-    """What a search may spend, over all its restarts; training the best in full comes on top."""
+    """Limits of a search over all its restarts; training the best trial in full is extra."""
 
     trials: PositiveInt = 40
-    """Trials, the first one with the specification's own values."""
+    """Maximum number of trials; the first one uses the spec's own values."""
     hours: Positive | None = None
-    """Hours of wall-clock time."""
+    """Maximum wall-clock hours. Default: no limit."""
     cpu_hours: Positive | None = None
-    """Hours of logical CPUs that trials held."""
+    """Maximum hours of logical CPUs reserved by trials. Default: no limit."""
     gpu_hours: Positive | None = None
-    """Hours of GPUs that trials held."""
+    """Maximum hours of GPUs reserved by trials. Default: no limit."""
 
 
 class TuneSpec(Spec):
-    """The search: what is tried, what is stopped early, and what it may cost."""
+    """Hyperparameter search: search space, searcher, scheduler and budget."""
 
     space: dict[str, DistributionSpec] = Field(default_factory=dict)
-    """Values to try, by the path of the setting, such as {train.learning_rate: {loguniform: [1e-5,
+    """Search space by path of the setting, such as {train.learning_rate: {loguniform: [1e-5,
     1e-2]}, train.weight_decay: {uniform: [0, 0.1], when: {train.optimizer: [adamw, lamb]}}}."""
     first: tuple[dict[str, Any], ...] = ()
-    """Values to try first, by path, after the specification's own, which are always the first
-    trial's; what is left out is the specification's own."""
+    """Values of the trials after the first one, by path; other settings keep the spec's values."""
     metrics: tuple[Metric, ...] = ()
-    """What the search improves, of each trial's best epoch, by default what `train.monitor` says;
-    of several, such as val/log_loss,inference/row_s, the first ranks the trials."""
+    """Metrics to optimize, taken from each trial's best epoch. Default: `train.monitor`. Of several
+    metrics, such as val/log_loss,inference/row_s, the first one ranks the trials."""
     searcher: Literal["tpe", "random", "grid", "cmaes", "nsga2"] = "tpe"
-    """Who chooses values: Optuna's tree-structured Parzen estimator, chance, every combination in
-    order, CMA-ES for numbers, or NSGA-II for several metrics."""
+    """How values are chosen: Optuna's tree-structured Parzen estimator (`tpe`), at random, every
+    combination in order (`grid`), CMA-ES for numbers, or NSGA-II for several metrics."""
     scheduler: Literal["asha", "hyperband", "median", "pbt", "pb2", "fifo"] = "asha"
-    """Who stops trials early: asynchronous successive halving, HyperBand, the median rule, nobody
-    (`fifo`); or `pbt` and `pb2`, where the worst go on from the weights of the best with other
-    values."""
+    """How trials are stopped early: asynchronous successive halving (`asha`), HyperBand, the median
+    rule, or never (`fifo`). With `pbt` and `pb2`, the worst trials instead continue from the
+    weights of the best ones with other values."""
     grace_epochs: PositiveInt | None = None
-    """Epochs that `asha` and `median` give every trial; by default a ninth of train.epochs."""
+    """Epochs that `asha` and `median` let every trial train. Default: train.epochs / 9."""
     reduction_factor: Annotated[int, Field(ge=2)] = 3
-    """Of so many trials, `asha` and `hyperband` let one go on at each of their looks."""
+    """`asha` and `hyperband` continue one of this many trials at each of their decisions."""
     perturbation_epochs: PositiveInt | None = None
-    """Epochs between two looks of `pbt` and `pb2`; by default a tenth of train.epochs."""
+    """Epochs between two decisions of `pbt` and `pb2`. Default: train.epochs / 10."""
     seed: NonNegativeInt = 0
-    """Seed of what is tried."""
+    """Seed of the searcher."""
     workers_per_trial: PositiveInt | None = None
-    """Worker processes of each trial; by default train.num_workers, the least of them."""
+    """Worker processes of each trial. Default: the (minimum) train.num_workers."""
     gpus_per_worker: Positive | None = None
-    """GPUs of each worker of a trial, such as 0.25 for small ones; by default
-    train.gpus_per_worker."""
+    """GPUs of each worker, such as 0.25 for a small model. Default: train.gpus_per_worker."""
     max_concurrent_trials: PositiveInt | None = None
-    """Most trials at once; by default as many as the cluster can ever hold, which schedulers that
-    let trials wait for each other (`hyperband`, `pbt`, `pb2`) always take."""
+    """Maximum number of simultaneous trials. Default: as many as fit on the cluster at its maximum
+    size, which `hyperband`, `pbt` and `pb2` always use."""
     max_failures: NonNegativeInt = 2
-    """Losses of a trial's processes or nodes to recover from, each from its checkpoint. An error in
-    data or settings ends the trial at once; the search goes on."""
+    """Lost processes or nodes that a trial recovers from, each time from its checkpoint. An error
+    in data or settings ends the trial at once, and the search continues."""
     checkpoint_every_s: Positive = 30.0
-    """Seconds of a trial between checkpoints, which come at the ends of epochs."""
+    """Minimum seconds between two checkpoints of a trial; they are written at the end of epochs."""
     feature_cache: Literal["auto", "always", "none"] = "auto"
-    """Compute the features of the frozen image backbone once, and let trials train what is above:
-    `auto` where the backbone is frozen, at first at least; `always` takes it as frozen."""
+    """Compute the features of the frozen image backbone once, so that trials train only the layers
+    above it. `auto` does so if the backbone is frozen, at least in the first stage; `always` treats
+    it as frozen."""
     feature_views: NonNegativeInt = 4
-    """Randomly augmented views of each training image among the features; 0 for the plain one
-    alone."""
+    """Augmented views of each training image in the feature cache, besides the original."""
     promote: PositiveInt = 4
-    """Best trials on features that are trained in full after the search, to choose from."""
+    """Number of best trials on cached features that are trained in full to select the best run."""
     budget: BudgetSpec = BudgetSpec()
 
     @model_validator(mode="after")
-    def _metrics_fit(self) -> Self:
+    def _require_supported_metrics(self) -> Self:
         if len(set(self.metrics)) < len(self.metrics):
-            raise ValueError(f"metrics={','.join(self.metrics)} names one twice")
+            raise ValueError(f"metrics={','.join(self.metrics)} contains duplicates")
         if len(self.metrics) > 1 and self.searcher == "cmaes":
-            raise ValueError("searcher=cmaes takes one metric; tpe, nsga2 and random take several")
+            raise ValueError("searcher=cmaes supports one metric; use tpe, nsga2 or random")
         return self
 
     @model_validator(mode="after")
-    def _searcher_fits_the_space(self) -> Self:
+    def _require_supported_space(self) -> Self:
         continuous = [path for path, values in self.space.items() if values.is_continuous]
         if self.searcher == "grid" and continuous:
             raise ValueError(
-                f"searcher=grid cannot go through {', '.join(continuous)}; give them as choice, "
-                "quniform or randint"
+                f"searcher=grid cannot enumerate {', '.join(continuous)}; use choice, quniform or "
+                "randint"
             )
-        wrong = [path for path, values in self.space.items() if not values.is_continuous]
-        if self.scheduler == "pb2" and wrong:
+        discrete = [path for path in self.space if path not in continuous]
+        if self.scheduler == "pb2" and discrete:
             raise ValueError(
-                f"scheduler=pb2 takes uniform and loguniform alone, not what {', '.join(wrong)} "
-                "has; pbt takes any"
+                "scheduler=pb2 supports only uniform and loguniform, unlike the values of "
+                f"{', '.join(discrete)}; use pbt"
             )
         if self.scheduler in EXPLOITING and len(self.metrics) > 1:
-            raise ValueError(f"scheduler={self.scheduler} takes one metric")
+            raise ValueError(f"scheduler={self.scheduler} supports one metric")
         if self.scheduler in EXPLOITING and self.metrics == ("inference/row_s",):
             raise ValueError(
-                f"scheduler={self.scheduler} compares what trials learn, and metrics="
-                "inference/row_s is none of it"
+                f"scheduler={self.scheduler} needs a metric that training improves; metrics="
+                "inference/row_s does not change"
             )
         return self

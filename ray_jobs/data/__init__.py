@@ -1,1 +1,14 @@
-"""The contract of prepared data, and the feed that turns it into batches."""
+"""Read prepared shards into batches.
+
+Enters: a prepared folder.  Leaves: NumPy batches for each training or evaluation step.
+
+    manifest   describes the prepared folder: columns, shards, splits, statistics
+    batch      names, types and shapes of the arrays in a batch
+    sampler    chooses the rows of each step
+    reader     reads row groups of the shards
+    cache      keeps decoded row groups across epochs
+    images     decodes user images and stored JPEGs
+    decoder    turns stored rows into the arrays of a batch
+    prefetch   runs work ahead of its consumer in threads
+    loader     combines these into the feeds of one worker
+"""

@@ -1,85 +1,68 @@
-"""Keeps decoded row groups across epochs, as many as a declared budget holds.
+"""Keeps decoded row groups across epochs, within a byte budget.
 
-A decoded row group is the stored one with pixels in place of encoded images, so whoever reads it
-need not know whether it was kept. Which ones are kept follows from the manifest and the budget.
+A decoded row group has pixels in place of encoded images; readers handle both alike. The manifest
+and the budget alone decide which row groups are kept.
 
-    object_store   Ray's shared memory: decoded once in the cluster, read without a copy
-    disk           files on each node, mapped into memory: the node's page cache holds them
+    object_store   Ray's shared memory: decoded once per cluster, read without a copy
+    disk           memory-mapped files on each node, held by the node's page cache
 """
 
+import fcntl
 import hashlib
 import os
 import shutil
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import IO, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
 from ray_jobs.config.spec import SPLITS, DataSpec, Split
 from ray_jobs.data.manifest import Manifest
+from ray_jobs.storage.atomic_write import atomic_write
 
 Group = tuple[Split, int, int]
 """Split, shard and row group."""
 Kind = Literal["none", "object_store", "disk"]
 
 
-class Cache(Protocol):
-    """Decoded row groups by name."""
-
-    def get(self, groups: Sequence[Group]) -> dict[Group, pa.Table]:
-        """Return those of some row groups that are there."""
-        ...
-
-    def put(self, group: Group, table: pa.Table) -> None:
-        """Keep a row group."""
-        ...
-
-    def close(self) -> None:
-        """Let go of everything; for the last one who uses it on this node."""
-        ...
-
-
 class ObjectStoreCache:
-    """Decoded row groups in Ray's object store, found through one small actor.
+    """Decoded row groups in Ray's object store.
 
     Args:
-        index: from `make_index`; it owns nothing but references.
+        index: Actor from `make_cache_index`, which maps row groups to object references.
     """
 
     def __init__(self, index: Any) -> None:
         self.index = index
 
     def get(self, groups: Sequence[Group]) -> dict[Group, pa.Table]:
-        """Return those that are there; one whose owner died counts as absent."""
+        """Return the cached ones of some row groups; skips objects whose owner died."""
         import ray
         from ray.exceptions import RayError
 
-        found: dict[Group, pa.Table] = {}
-        try:
+        tables: dict[Group, pa.Table] = {}
+        with suppress(RayError):
             refs: dict[Group, Any] = ray.get(self.index.find.remote(list(groups)))
-        except RayError:
-            return found
-        for group, ref in refs.items():
-            try:
-                found[group] = _read(pa.py_buffer(ray.get(ref[0])))
-            except RayError:
-                continue
-        return found
+            for group, ref in refs.items():
+                with suppress(RayError):
+                    tables[group] = _deserialize(pa.py_buffer(ray.get(ref[0])))
+        return tables
 
     def put(self, group: Group, table: pa.Table) -> None:
-        """Keep a row group."""
+        """Cache a row group."""
         import ray
 
-        # An array, and no Arrow table, since that one Ray copies.
-        content = np.frombuffer(_written(table), np.uint8)
-        # In a list, or Ray would hand over the content and not its reference.
+        # As a NumPy array, because Ray copies Arrow tables.
+        content = np.frombuffer(_serialize(table), np.uint8)
+        # In a list, because Ray would pass the content of a bare reference.
         self.index.keep.remote(group, [ray.put(content)])
 
     def close(self) -> None:
-        """Do nothing: the objects go with the index, and that with the job."""
+        """Do nothing: the objects are freed with the index, which ends with the job."""
 
 
 class _Index:
@@ -87,104 +70,132 @@ class _Index:
         self.refs: dict[Group, Any] = {}
 
     def keep(self, group: Group, ref: Any) -> None:
-        # The newer one counts: the owner of the one before may have died.
+        # The newer one wins: the owner of the previous one may have died.
         self.refs[group] = ref
 
     def find(self, groups: Sequence[Group]) -> dict[Group, Any]:
         return {group: self.refs[group] for group in groups if group in self.refs}
 
 
-def make_index() -> Any:
-    """Return the handle of a new index, an actor that takes no CPU and lives as long as the job."""
+def make_cache_index() -> Any:
+    """Return the handle of a new index actor, which needs no CPU and lives as long as the job."""
     import ray
 
     return ray.remote(num_cpus=0)(_Index).remote()
 
 
 class DiskCache:
-    """Decoded row groups as Arrow files of this node, shared by its workers and by later runs.
+    """Decoded row groups as Arrow files, shared by all processes of a node that use the same data.
+
+    Each process holds a shared lock beside the folder. The last one to close deletes the folder;
+    the next run on the node deletes what killed processes left.
 
     Args:
-        folder: for this data at this size.
+        folder: Cache folder of one data set at one image size.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for name in {path.stem for path in folder.parent.iterdir()} - {folder.name}:
+            _delete_unused(folder.with_name(name))
+        self._lock = _lock(folder, fcntl.LOCK_SH)
+        folder.mkdir(exist_ok=True)
 
     def get(self, groups: Sequence[Group]) -> dict[Group, pa.Table]:
-        """Return those that are there."""
-        found: dict[Group, pa.Table] = {}
+        """Return the cached ones of some row groups."""
+        tables: dict[Group, pa.Table] = {}
         for group in groups:
-            try:
-                found[group] = _read(pa.memory_map(str(self._path(group))))
-            except OSError:
-                continue
-        return found
+            with suppress(OSError):
+                tables[group] = _deserialize(pa.memory_map(str(self._path(group))))
+        return tables
 
     def put(self, group: Group, table: pa.Table) -> None:
-        """Keep a row group; where the disk is full it is not kept."""
-        path = self._path(group)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        try:
-            partial.write_bytes(_written(table))
-            os.replace(partial, path)
-        except OSError:
-            partial.unlink(missing_ok=True)
+        """Cache a row group unless the disk is full."""
+        with suppress(OSError), atomic_write(self._path(group)) as partial:
+            partial.write_bytes(_serialize(table))
 
     def close(self) -> None:
-        """Remove the files; whoever has one open goes on reading it."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Stop using the folder, and delete it if no other process uses it."""
+        self._lock.close()
+        _delete_unused(self.folder)
 
     def _path(self, group: Group) -> Path:
         return self.folder / "{}-{:05d}-{:05d}.arrow".format(*group)
 
 
-def choose_kind(spec: DataSpec, manifest: Manifest, row_bytes: int, object_store: float) -> Kind:
-    """Return what `data.cache` means for some data.
+Cache = ObjectStoreCache | DiskCache
+
+
+def _lock(folder: Path, mode: int) -> IO[str]:
+    """Return the open lock file of a cache folder; closing it releases the lock.
+
+    Raises:
+        BlockingIOError: If `mode` includes LOCK_NB and another process holds the lock.
+    """
+    path = folder.with_suffix(".lock")
+    while True:
+        with ExitStack() as stack:
+            file = stack.enter_context(path.open("a"))
+            fcntl.flock(file, mode)
+            # Between open and flock, another process may have deleted the folder and the lock file.
+            with suppress(FileNotFoundError):
+                if os.path.samefile(file.fileno(), path):
+                    stack.pop_all()
+                    return file
+
+
+def _delete_unused(folder: Path) -> None:
+    """Delete a cache folder and its lock file unless a process uses it."""
+    with suppress(OSError), _lock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.with_suffix(".lock").unlink()
+
+
+def choose_cache(spec: DataSpec, manifest: Manifest, row_bytes: int, object_store: float) -> Kind:
+    """Return the kind of cache for some data, which resolves `data.cache: auto`.
 
     Args:
-        spec: with cache and budget.
-        manifest: of the data.
-        row_bytes: of a decoded row.
-        object_store: bytes of the cluster's object stores.
+        spec: The `data` section, with the kind of cache and the budget.
+        manifest: Of the data.
+        row_bytes: Bytes of a decoded row.
+        object_store: Bytes of the cluster's object stores.
     """
     if manifest.image.features:
-        # There is nothing to decode.
-        return "none"
+        return "none"  # Features need no decoding.
     if spec.cache != "auto":
         return spec.cache
     num_rows = sum(manifest.splits[split].num_rows for split in ("train", "validation"))
     needed = num_rows * row_bytes
-    stored_so = manifest.image.encoding == "raw" and row_bytes == manifest.image.row_bytes
-    if not row_bytes or stored_so or needed > spec.cache_bytes:
+    is_decoded = manifest.image.encoding == "raw" and row_bytes == manifest.image.row_bytes
+    if not row_bytes or is_decoded or needed > spec.cache_bytes:
         return "none"
-    # The other half is for what flows through it.
+    # The other half of the object store is for data in transit.
     return "object_store" if needed <= object_store / 2 else "disk"
 
 
-def kept_groups(spec: DataSpec, manifest: Manifest, row_bytes: int) -> frozenset[Group]:
-    """Return the row groups of training and validation that the budget holds, first ones first."""
-    kept: list[Group] = []
+def cacheable_groups(spec: DataSpec, manifest: Manifest, row_bytes: int) -> frozenset[Group]:
+    """Return the first row groups of training and validation, as many as the budget holds."""
+    groups: list[Group] = []
     left = spec.cache_bytes
     for split in SPLITS[:2]:
         for shard, info in enumerate(manifest.splits[split].shards):
             for group, num_rows in enumerate(info.row_groups):
                 left -= num_rows * row_bytes
                 if left < 0:
-                    return frozenset(kept)
-                kept.append((split, shard, group))
-    return frozenset(kept)
+                    return frozenset(groups)
+                groups.append((split, shard, group))
+    return frozenset(groups)
 
 
 def open_cache(kind: Kind, manifest: Manifest, size: int | None, index: Any) -> Cache | None:
     """Return the cache of a worker.
 
     Args:
-        kind: of cache.
-        manifest: of the data.
-        size: side in pixels of the images in it; None for the stored size.
-        index: for `object_store`.
+        kind: Of cache.
+        manifest: Of the data.
+        size: Side in pixels of the cached images; None for the stored size.
+        index: Index actor of an `object_store` cache.
     """
     if kind == "none":
         return None
@@ -192,16 +203,15 @@ def open_cache(kind: Kind, manifest: Manifest, size: int | None, index: Any) -> 
         return ObjectStoreCache(index)
     names = [shard.sha256 for split in SPLITS for shard in manifest.splits[split].shards]
     digest = hashlib.sha256(" ".join([str(size), *names]).encode()).hexdigest()[:16]
-    folder = f"multimodal-ray-{os.getuid()}"
-    return DiskCache(Path(tempfile.gettempdir()) / folder / digest)
+    return DiskCache(Path(tempfile.gettempdir()) / f"multimodal-ray-{os.getuid()}" / digest)
 
 
-def _written(table: pa.Table) -> pa.Buffer:
+def _serialize(table: pa.Table) -> pa.Buffer:
     stream = pa.BufferOutputStream()
     with pa.ipc.new_stream(stream, table.schema) as writer:
         writer.write_table(table)
     return stream.getvalue()
 
 
-def _read(source: Any) -> pa.Table:
+def _deserialize(source: Any) -> pa.Table:
     return pa.ipc.open_stream(source).read_all()

@@ -1,15 +1,13 @@
-"""Prepared shards → the batches of one worker, decoded by its own threads or by Ray Data tasks.
+"""Feeds one worker with batches from prepared shards.
 
-Reads: the shards that a manifest lists.  Leaves: batches as `ray_jobs.data.batch` defines them.
+A read chunk is the rows that are read at once, still encoded: a window of the training order, or
+some rows of an evaluation. Its rows are shuffled by reference and decoded batch by batch, so few
+pixels are in memory.
 
-What is large is made last and kept shortest. A *chunk* is what is read at once, encoded: a window
-of the training order, or some rows of an evaluation. Its rows are shuffled as references, and
-decoded batch by batch.
-
-    trainer   threads of the training process read the next chunk, and decode the next batches;
-              nothing crosses a process. What `python -m benchmarks.feed` shows to be fastest.
-    workers   Ray Data tasks, also on nodes without a GPU, read and decode; pixels cross the object
-              store.
+    trainer   Threads of the training process read the next chunk and decode the next batches. No
+              data crosses processes, which is the fastest by `python -m benchmarks.feed`.
+    workers   Ray Data tasks, also on nodes without a GPU, read and decode; pixels pass through the
+              object store.
 """
 
 import math
@@ -19,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -27,10 +25,11 @@ import pyarrow as pa
 
 from ray_jobs.config.spec import DataSpec, Split
 from ray_jobs.data.batch import WEIGHT
-from ray_jobs.data.cache import Cache, Group, kept_groups
+from ray_jobs.data.cache import Cache, Group, cacheable_groups
+from ray_jobs.data.decoder import Batch, RowDecoder
 from ray_jobs.data.manifest import Manifest
 from ray_jobs.data.prefetch import prefetch, prefetch_map
-from ray_jobs.data.reader import Batch, RowDecoder, ShardReader, StoredRows, groups_of
+from ray_jobs.data.reader import ShardReader, StoredRows, groups_by_shard
 from ray_jobs.data.sampler import RowRange, TrainingSampler, evaluation_rows, stored_ranges
 from ray_jobs.storage.folder import Folder
 
@@ -38,40 +37,42 @@ if TYPE_CHECKING:
     import ray.data
 
 Decode = Literal["workers", "trainer"]
+_GroupKey = tuple[int, int]
+"""Shard and row group."""
 
 _BLOCK_BYTES = 8 << 20
-_EVALUATION_PIECE_ROWS = 512
+_EVALUATION_CHUNK_ROWS = 512
 _TASKS_PER_EXECUTION = 2000
-"""Ray Data plans all tasks of an execution before the first one starts."""
+"""Limit, because Ray Data plans all tasks of an execution before it starts the first one."""
 _MAX_TASKS = 8
 _READ_THREADS = 8
-"""Shards that are read at once: what hides a store's latency."""
+"""Shards that are read concurrently, to hide the latency of a remote store."""
 _ROWS_PER_CALL = {"jpeg": 8, "raw": 64}
-"""Rows that a thread fills in before it takes the next few, by what images are stored as: pixels
-that are only copied would be held up more by the changes of threads."""
+"""Rows per call of a decoding thread, by image encoding: copying raw pixels is so cheap that it
+needs larger calls."""
 
 
 @dataclass(frozen=True)
 class ReadChunk:
-    """What is read at once, and the batches that are made of it."""
+    """Rows that are read at once, and their batches: S steps of B rows."""
 
     ranges: Sequence[RowRange]
     batches_SB: np.ndarray
-    """For each step the places of its rows among those of `ranges`."""
-    num_filled: int = 0
-    """Rows at the end of the last batch that only fill it: weight 0."""
+    """Indices into the rows of `ranges`."""
+    num_padding: int = 0
+    """Rows at the end of the last batch that only fill it, with weight 0."""
 
 
 @dataclass(frozen=True)
 class FeedOptions:
-    """How a feed works; none of it changes what it yields.
+    """Options of a feed; they do not change the order of rows.
 
     Args:
-        with_image: whether the model takes images, or features of them.
-        data: settings of the data.
-        decode: where.
-        threads: that decode, of the training process.
-        cache: of decoded row groups; only the trainer's threads use it.
+        with_image: Whether the model takes images or image features.
+        data: The `data` section.
+        decode: Where to decode.
+        threads: Decoding threads if the trainer decodes.
+        cache: Cache of decoded row groups if the trainer decodes.
     """
 
     with_image: bool = True
@@ -82,7 +83,7 @@ class FeedOptions:
 
 
 class _Feed:
-    """Reads and decodes the chunks of one split for one worker."""
+    """Reads and decodes one split for one worker."""
 
     def __init__(
         self,
@@ -99,20 +100,18 @@ class _Feed:
         self.decoder = RowDecoder(
             manifest, with_image=options.with_image, size=options.data.image_size
         )
-        self.kept: frozenset[Group] = frozenset()
-        """Row groups that the cache may keep."""
+        self.cacheable: frozenset[Group] = frozenset()
         if options.cache is not None:
-            self.kept = kept_groups(options.data, manifest, self.decoder.row_bytes)
+            self.cacheable = cacheable_groups(options.data, manifest, self.decoder.row_bytes)
         shards = manifest.splits[split].shards
         self.reader = ShardReader(folder, shards, self.decoder.columns)
         self.task = partial(_run_task, self.reader, self.decoder)
-        """What a Ray Data task does with the chunks it is handed."""
 
     def _stream(self, chunks: Iterator[ReadChunk]) -> Generator[Batch]:
         """Yield the batches of chunks, in order."""
         if self.options.decode == "workers":
-            while some := list(islice(chunks, _TASKS_PER_EXECUTION)):
-                yield from self._by_tasks(some)
+            while tasks := list(islice(chunks, _TASKS_PER_EXECUTION)):
+                yield from self._by_tasks(tasks)
         else:
             yield from self._by_threads(chunks)
 
@@ -121,7 +120,7 @@ class _Feed:
     def _by_threads(self, chunks: Iterator[ReadChunk]) -> Iterator[Batch]:
         import cv2
 
-        # One thread an image; more of them would only wait for each other.
+        # Images are decoded in parallel, so one OpenCV thread per image is fastest.
         cv2.setNumThreads(1)
         options = self.options
         with (
@@ -134,71 +133,62 @@ class _Feed:
     def _read(
         self, chunks: Iterator[ReadChunk], readers: ThreadPoolExecutor, decoders: ThreadPoolExecutor
     ) -> Iterator[tuple[ReadChunk, StoredRows]]:
-        """Yield chunks with their rows, encoded, or decoded where the cache has them."""
-        held: dict[tuple[int, int], pa.Table] = {}
+        """Yield chunks with their rows; images are encoded, or decoded if they are cached."""
+        previous: dict[_GroupKey, pa.Table] = {}
         for chunk in chunks:
-            wanted = {(s, g) for s, gs in groups_of(chunk.ranges).items() for g in gs}
-            # The next window goes on in the row groups that this one ends in.
-            tables = {key: held[key] for key in wanted & held.keys()}
+            wanted = {(rows.shard, rows.group) for rows in chunk.ranges}
+            # Consecutive windows share row groups.
+            tables = {key: previous[key] for key in wanted & previous.keys()}
             tables |= self._read_groups(sorted(wanted - tables.keys()), readers, decoders)
-            held = tables
+            previous = tables
             yield chunk, StoredRows.of(chunk.ranges, tables)
 
     def _read_groups(
-        self,
-        keys: Sequence[tuple[int, int]],
-        readers: ThreadPoolExecutor,
-        decoders: ThreadPoolExecutor,
-    ) -> dict[tuple[int, int], pa.Table]:
-        cache = self.options.cache
-        found: dict[tuple[int, int], pa.Table] = {}
+        self, keys: Sequence[_GroupKey], readers: ThreadPoolExecutor, decoders: ThreadPoolExecutor
+    ) -> dict[_GroupKey, pa.Table]:
+        cache, tables = self.options.cache, dict[_GroupKey, pa.Table]()
         if cache is not None:
-            named: list[Group] = [(self.split, *key) for key in keys]
-            cached = cache.get([name for name in named if name in self.kept])
-            found = {(shard, group): table for (_, shard, group), table in cached.items()}
-        by_shard: dict[int, list[int]] = {}
-        for shard, group in keys:
-            if (shard, group) not in found:
-                by_shard.setdefault(shard, []).append(group)
+            names: list[Group] = [(self.split, *key) for key in keys]
+            cached = cache.get([name for name in names if name in self.cacheable])
+            tables = {(shard, group): table for (_, shard, group), table in cached.items()}
+        missing = [key for key in keys if key not in tables]
 
-        def read(item: tuple[int, list[int]]) -> list[tuple[tuple[int, int], pa.Table]]:
-            shard, groups = item
-            tables = self.reader.read_groups(shard, groups)
-            return [((shard, g), t) for g, t in zip(groups, tables, strict=True)]
-
-        def keep(item: tuple[tuple[int, int], pa.Table]) -> tuple[tuple[int, int], pa.Table]:
+        def decode_and_cache(item: tuple[_GroupKey, pa.Table]) -> tuple[_GroupKey, pa.Table]:
             key, table = item
             name: Group = (self.split, *key)
-            if cache is not None and name in self.kept:
-                table = self.decoder.decoded(table)
+            if cache is not None and name in self.cacheable:
+                table = self.decoder.decode_images(table)
                 cache.put(name, table)
             return key, table
 
-        read_groups = prefetch_map(read, by_shard.items(), readers, _READ_THREADS)
-        flat = (pair for pairs in read_groups for pair in pairs)
-        return found | dict(prefetch_map(keep, flat, decoders, self.options.threads))
+        by_shard = groups_by_shard(missing).items()
+        read = prefetch_map(
+            lambda item: self.reader.read_groups(*item), by_shard, readers, _READ_THREADS
+        )
+        items = zip(missing, chain.from_iterable(read), strict=True)
+        return tables | dict(prefetch_map(decode_and_cache, items, decoders, self.options.threads))
 
     def _decode(
         self, read: Iterator[tuple[ReadChunk, StoredRows]], decoders: ThreadPoolExecutor
     ) -> Iterator[Batch]:
-        """Yield batches, while threads decode the next ones."""
+        """Yield batches while threads decode the next ones."""
         size = _ROWS_PER_CALL[self.decoder.manifest.image.encoding]
         depth = max(self.options.data.prefetch_batches, 1) * -(-self.batch_size // size)
 
         def calls() -> Iterator[tuple[Batch, StoredRows, np.ndarray, int, bool]]:
             for chunk, stored in read:
-                for batch, rows in _unfilled(chunk, stored, self.decoder):
+                for batch, rows in _batches_without_images(chunk, stored, self.decoder):
                     for first in range(0, len(rows), size):
-                        some = rows[first : first + size]
-                        yield batch, stored, some, first, first + len(some) == len(rows)
+                        part = rows[first : first + size]
+                        yield batch, stored, part, first, first + len(part) == len(rows)
 
         def fill(call: tuple[Batch, StoredRows, np.ndarray, int, bool]) -> Batch | None:
             batch, stored, rows, first, last = call
-            self.decoder.fill(batch, stored, rows, first)
+            self.decoder.fill_images(batch, stored, rows, first)
             return batch if last else None
 
         for batch in prefetch_map(fill, calls(), decoders, depth):
-            # In order: a batch's last call comes back when all of its calls have.
+            # Results come in order, so all calls of a batch are done when its last one is.
             if batch is not None:
                 yield batch
 
@@ -207,8 +197,8 @@ class _Feed:
     def _by_tasks(self, chunks: Sequence[ReadChunk]) -> Iterator[Batch]:
         """Yield the batches of chunks from one Ray Data execution.
 
-        One for many epochs, since every new one costs its start-up again, and the first rows of the
-        next epoch are made ready while the last one is validated.
+        An execution spans epochs: it starts only once, and it prefetches rows of the next epoch
+        during validation.
         """
         batches: Any = self._dataset(chunks).iter_batches(
             batch_size=self.batch_size,
@@ -218,21 +208,21 @@ class _Feed:
         yield from batches
 
     def _dataset(self, chunks: Sequence[ReadChunk]) -> "ray.data.Dataset":
-        """Return the dataset whose i-th task yields the batches of the i-th chunk, in order."""
+        """Return the dataset whose i-th task yields the batches of the i-th chunk."""
         import ray.data
         from ray.data import ExecutionResources
 
-        count = len(chunks)
-        # As rows, a block and so a task each: in the function they would go to every task.
+        count, cpus = len(chunks), ray.cluster_resources().get("CPU", 1)
+        tasks_per_worker = math.floor(cpus / self.num_workers) - 1
+        # As rows, one block and task each: in the function, every task would receive all chunks.
         items = [{"chunk": pickle.dumps(chunk)} for chunk in chunks]
         dataset = ray.data.from_items(items, override_num_blocks=count).map_batches(
             self.task,
             batch_size=None,
-            # A task that waits until its worker takes a batch would hold a CPU that another
-            # worker's task needs, while the workers wait for each other: so none is held, and the
-            # number of tasks is bounded instead.
+            # Workers wait for each other in each step. A task that waits for its worker must not
+            # hold a CPU that another worker's task needs; `concurrency` bounds the tasks instead.
             num_cpus=0,
-            concurrency=min(_tasks_per_worker(self.num_workers), count),
+            concurrency=max(1, min(_MAX_TASKS, tasks_per_worker, count)),
         )
         context = dataset.context
         context.execution_options.preserve_order = True
@@ -240,64 +230,52 @@ class _Feed:
             context.execution_options.resource_limits = ExecutionResources(
                 object_store_memory=limit / self.num_workers
             )
-        # Without this, Ray Data gathers 128 MiB of pixels before it hands over the first row.
+        # By default, Ray Data collects 128 MiB of pixels before it returns the first row.
         context.target_max_block_size = _BLOCK_BYTES
         context.enable_progress_bars = False
         return dataset
 
 
 class TrainingFeed(_Feed):
-    """The training batches of one worker, from any global step on.
-
-    Args:
-        folder: prepared data.
-        manifest: of it.
-        order: of its training rows.
-        rank: of the worker.
-        num_workers: that share the steps.
-        options: how it works.
-    """
+    """The training batches of one worker."""
 
     def __init__(
         self,
         folder: Folder,
         manifest: Manifest,
-        order: TrainingSampler,
+        sampler: TrainingSampler,
         rank: int,
         num_workers: int,
         options: FeedOptions,
     ) -> None:
-        batch_size = order.global_batch_size // num_workers
+        batch_size = sampler.global_batch_size // num_workers
         super().__init__(folder, manifest, "train", batch_size, num_workers, options)
-        self.order = order
-        self.streams = order.streams_of(rank, num_workers)
+        self.sampler = sampler
+        self.streams = sampler.streams_of(rank, num_workers)
 
     def batches(self, start: int, stop: int) -> Generator[Batch]:
         """Yield this worker's share of the global steps `start` to `stop` (exclusive)."""
         return self._stream(self.chunks(start, stop))
 
     def chunks(self, start: int, stop: int) -> Iterator[ReadChunk]:
-        """Yield the windows that these steps lie in; of a window all rows are read."""
-        for window in self.order.windows(start, stop):
-            ranges = [r for stream in self.streams for r in self.order.stream_rows(window, stream)]
-            stream_rows = window.num_steps * self.order.rows_per_stream_step
-            rows_by_step = np.stack(
-                [
-                    i * stream_rows + self.order.shuffle(window, x)
-                    for i, x in enumerate(self.streams)
-                ],
-                axis=1,
-            )
-            steps = rows_by_step.reshape(window.num_steps, self.batch_size)
+        """Yield the windows of these steps; a chunk has all rows of its window."""
+        for window in self.sampler.windows(start, stop):
+            ranges = [
+                r for stream in self.streams for r in self.sampler.stream_rows(window, stream)
+            ]
+            stream_rows = window.num_steps * self.sampler.rows_per_stream_step
+            by_stream = [
+                i * stream_rows + self.sampler.shuffle(window, stream)
+                for i, stream in enumerate(self.streams)
+            ]
+            steps = np.stack(by_stream, axis=1).reshape(window.num_steps, self.batch_size)
             yield ReadChunk(ranges, steps[window.steps_to_take(start, stop)])
 
 
 class EvaluationFeed(_Feed):
-    """One worker's share of a split in stored order, again and again, in batches of one size.
+    """One worker's share of a split in stored order.
 
-    Args: as of `TrainingFeed`, and
-        split: to read.
-        batch_size: rows of a batch; the last one of a pass is filled with rows of weight 0.
+    The last batch of a pass is padded with rows of weight 0.
     """
 
     def __init__(
@@ -313,45 +291,45 @@ class EvaluationFeed(_Feed):
         super().__init__(folder, manifest, split, batch_size, num_workers, options)
         info = manifest.splits[split]
         self.rows = evaluation_rows(info, rank, num_workers)
-        """Places of the share's rows in the split."""
+        """Indices of the share's rows in the split."""
         self.num_batches = -(-len(self.rows) // batch_size)
-        """Batches of one pass."""
-        piece_rows = max(1, _EVALUATION_PIECE_ROWS // batch_size) * batch_size
-        starts = range(0, len(self.rows), piece_rows)
+        """Number of batches of one pass."""
+        chunk_rows = max(1, _EVALUATION_CHUNK_ROWS // batch_size) * batch_size
         self.chunks = [
-            _in_order(stored_ranges(info, self.rows[start : start + piece_rows]), batch_size)
-            for start in starts
+            _padded_chunk(stored_ranges(info, self.rows[start : start + chunk_rows]), batch_size)
+            for start in range(0, len(self.rows), chunk_rows)
         ]
-        """What one pass reads."""
+        """Chunks of one pass."""
 
     def batches(self, passes: int = 1) -> Generator[Batch]:
-        """Yield every row of the share once a pass; weight 0 marks rows that only fill a batch."""
+        """Yield each row of the share once per pass; padding rows have weight 0."""
         return self._stream(chunk for _ in range(passes) for chunk in self.chunks)
 
 
-def _unfilled(
+def _batches_without_images(
     chunk: ReadChunk, stored: StoredRows, decoder: RowDecoder
 ) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Yield the batches of a chunk without their pixels, and the rows they are of."""
+    """Yield each batch of a chunk with uninitialized images, and the indices of its rows."""
     last = len(chunk.batches_SB) - 1
     for step, rows in enumerate(chunk.batches_SB):
-        batch = decoder.batch(stored, rows)
-        if step == last and chunk.num_filled:
-            batch[WEIGHT][-chunk.num_filled :] = 0.0
+        batch = decoder.make_batch(stored, rows)
+        if step == last and chunk.num_padding:
+            batch[WEIGHT][-chunk.num_padding :] = 0.0
         yield batch, rows
 
 
 def _run_task(reader: ShardReader, decoder: RowDecoder, items: Any) -> Iterator[Batch]:
+    """Yield the batches of the chunks in the block of a Ray Data task."""
     for item in items["chunk"]:
         chunk: ReadChunk = pickle.loads(item)
         stored = reader.read(chunk.ranges)
-        for batch, rows in _unfilled(chunk, stored, decoder):
-            decoder.fill(batch, stored, rows)
+        for batch, rows in _batches_without_images(chunk, stored, decoder):
+            decoder.fill_images(batch, stored, rows)
             yield batch
 
 
-def _in_order(ranges: Sequence[RowRange], batch_size: int) -> ReadChunk:
-    """Return the chunk of some rows in their order, the last one repeated to fill a batch."""
+def _padded_chunk(ranges: Sequence[RowRange], batch_size: int) -> ReadChunk:
+    """Return a chunk of rows in order; repeats the last row to fill the last batch."""
     num_rows = sum(r.num_rows for r in ranges)
     num_batches = -(-num_rows // batch_size)
     rows = np.minimum(np.arange(num_batches * batch_size), num_rows - 1)
@@ -359,9 +337,9 @@ def _in_order(ranges: Sequence[RowRange], batch_size: int) -> ReadChunk:
 
 
 def choose_decode(spec: DataSpec, use_gpu: bool) -> Decode:
-    """Return what `data.decode` means on this cluster: `workers` where it has nodes without GPUs.
+    """Return where to decode on this cluster, which resolves `data.decode: auto`.
 
-    There the CPUs beside the GPUs are few, and those of the other nodes are free.
+    Nodes without GPUs have idle CPUs, and GPU nodes have few CPUs per GPU.
     """
     if spec.decode != "auto":
         return spec.decode
@@ -370,13 +348,5 @@ def choose_decode(spec: DataSpec, use_gpu: bool) -> Decode:
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return (
-        "workers" if any("GPU" not in node and node.get("CPU", 0) for node in nodes) else "trainer"
-    )
-
-
-def _tasks_per_worker(num_workers: int) -> int:
-    import ray
-
-    total = ray.cluster_resources().get("CPU", 1)
-    return max(1, min(_MAX_TASKS, math.floor(total / num_workers) - 1))
+    has_cpu_nodes = any("GPU" not in node and node.get("CPU", 0) for node in nodes)
+    return "workers" if has_cpu_nodes else "trainer"

@@ -1,6 +1,7 @@
-"""What `prepare` says about the data it wrote: everything a later stage needs to know of it.
+"""Describes a prepared folder in manifest.json, which all later stages read.
 
-Written last, so that a folder with a manifest is whole.  Imports neither Ray nor TensorFlow.
+`prepare` writes the manifest last, so a folder with a manifest is complete. Imports neither Ray
+nor TensorFlow.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from ray_jobs.config.spec import SPLITS, PrepareSpec, Split
 from ray_jobs.data.batch import IMAGE
 from ray_jobs.storage.folder import Folder
 
-NAME = "manifest.json"
+MANIFEST = "manifest.json"
 SCHEMA_VERSION = 2
 
 
@@ -31,57 +32,57 @@ class Shard(Spec):
     num_bytes: int
     sha256: str
     rows_sha256: str = ""
-    """Of what the rows were made from; the same again need not be written again."""
+    """Hash of the inputs of the shard's rows; a rerun skips a shard whose hash is unchanged."""
 
 
 class SplitInfo(Spec):
-    """The shards of one split, and how many rows of each class they hold."""
+    """The shards of one split and its row counts."""
 
     num_rows: int
     class_counts: tuple[int, int]
-    """Rows labelled 0, rows labelled 1."""
+    """Rows with label 0 and rows with label 1."""
     shards: tuple[Shard, ...]
 
     @property
     def row_bytes(self) -> float:
-        """Bytes of a stored row, on the average."""
+        """Average bytes of a stored row."""
         return max(sum(shard.num_bytes for shard in self.shards) / max(self.num_rows, 1), 1)
 
 
 class Cut(Spec):
-    """Where the hash order of one class is cut: below `test`, below `validation`, the rest."""
+    """Hash limits of one class: below `test`, below `validation`; all others train."""
 
     test: str
     validation: str
 
 
 class ImageInfo(Spec):
-    """What the image columns hold."""
+    """The content of the image columns."""
 
     encoding: Literal["jpeg", "raw"] = "jpeg"
-    """JPEG files, or pixels as fixed-size binary: height × width × 3 bytes."""
+    """JPEG files, or pixels as fixed-size binary of height × width × 3 bytes."""
     height: int
     width: int
     names: tuple[str, ...] = ()
-    """Of several images a row, in order; empty where a row has one."""
+    """Names of the images of a row, in order; empty if a row has one image."""
     features: tuple[int, int] | None = None
-    """Views and width of what a frozen backbone gave of each image, where the columns hold that in
-    place of images: views × width float32 numbers as fixed-size binary."""
+    """Views and width of backbone features, if the columns hold these instead of images: views ×
+    width float32 numbers per image as fixed-size binary."""
 
     @classmethod
     def of(cls, spec: PrepareSpec) -> "ImageInfo":
-        """Return what `prepare` stores by a specification."""
+        """Return the content that `prepare` stores for its settings."""
         size = spec.image_size
         return cls(encoding=spec.store, height=size, width=size, names=spec.image_columns)
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Columns of the shards that hold images or features; those of several may be null."""
+        """Image or feature columns of the shards; of several per row, some may be null."""
         return tuple(f"{IMAGE}_{name}" for name in self.names) or (IMAGE,)
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a row's pixels."""
+        """Bytes of the pixels of a row."""
         return len(self.columns) * self.height * self.width * 3
 
 
@@ -90,66 +91,61 @@ class Manifest(Spec):
 
     schema_version: Literal[2] = SCHEMA_VERSION
     prepare: PrepareSpec
-    """The rules that the rows were read by; raw rows for `predict` are read by the same."""
+    """Settings that the rows were read with; `predict` reads raw rows with the same settings."""
     seed: int
     """Seed of the split by hash."""
     image: ImageInfo
     numeric_columns: tuple[str, ...]
     vocabularies: tuple[Vocabulary, ...] = ()
-    """Of the categorical columns, fitted on the training split; shards hold their texts."""
+    """Of the categorical columns, fitted on the training split; the shards hold the texts."""
     negative_label: str
     positive_label: str
     splits: dict[Split, SplitInfo]
     cuts: tuple[Cut, Cut] | None
-    """Of class 0 and class 1; none where the table named the splits."""
+    """Of class 0 and class 1; None if the table has a split column."""
     statistics: NumericStatistics | None
-    """Of the training split; none where there are no numeric columns."""
+    """Of the training split; None without numeric columns."""
     quarantine: dict[str, int]
-    """Rows that could not be used, by reason."""
+    """Number of excluded rows by reason."""
 
     def write(self, folder: Folder) -> None:
         """Write the manifest into a prepared folder."""
-        folder.write_json(NAME, self.model_dump(mode="json"))
+        folder.write_json(MANIFEST, self.model_dump(mode="json"))
 
 
 def read_manifest(folder: Folder) -> Manifest:
-    """Return the manifest of a prepared folder (or the copy in a run folder).
+    """Return the manifest of a prepared folder, or its copy in a run folder.
 
     Raises:
-        JobError: if there is none, it is damaged, or it is of another version.
+        JobError: If it is missing, damaged or of another version.
     """
-    if not folder.exists(NAME):
-        raise JobError(f"no {NAME} in {folder}; has `python -m ray_jobs.prepare` finished there?")
+    if not folder.exists(MANIFEST):
+        raise JobError(f"{folder} has no {MANIFEST}; run `python -m ray_jobs.prepare` to the end")
+    path = f"{folder}/{MANIFEST}"
     try:
-        tree = folder.read_json(NAME)
-    except (JSONDecodeError, UnicodeDecodeError) as error:
-        raise JobError(f"{folder}/{NAME} is damaged: {error}; prepare the data again") from error
-    if not isinstance(tree, dict):
-        raise JobError(f"{folder}/{NAME} is damaged: it holds no object; prepare the data again")
-    if tree.get("schema_version") != SCHEMA_VERSION:
-        raise JobError(
-            f"{folder}/{NAME} is of schema version {tree.get('schema_version')}, this program "
-            f"reads {SCHEMA_VERSION}; prepare the data again"
-        )
-    try:
+        tree = folder.read_json(MANIFEST)
+        if isinstance(tree, dict) and tree.get("schema_version") != SCHEMA_VERSION:
+            raise JobError(
+                f"{path} has schema version {tree.get('schema_version')}, but this version of the "
+                f"program reads {SCHEMA_VERSION}; prepare the data again"
+            )
         return Manifest.model_validate(tree)
-    except ValidationError as error:
-        raise JobError(f"{folder}/{NAME} is damaged: {error}") from error
+    except (JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
+        raise JobError(f"{path} is damaged: {error}; prepare the data again") from error
 
 
 def require_shards(folder: Folder, manifest: Manifest, splits: Sequence[Split] = SPLITS) -> None:
-    """Check that the shards of some splits are there, by their sizes.
+    """Check that the shards of some splits exist and have the right sizes.
 
     Raises:
-        JobError: naming the first that is missing or of another size.
+        JobError: Naming the first shard that is missing or has another size.
     """
     shards = [shard for split in splits for shard in manifest.splits[split].shards]
     infos = folder.filesystem.get_file_info([folder.locate(shard.path) for shard in shards])
     for shard, info in zip(shards, infos, strict=True):
         if info.size != shard.num_bytes:
-            found = "is missing" if info.size is None else f"has {info.size} bytes"
+            problem = "is missing" if info.size is None else f"has {info.size} bytes"
             raise JobError(
-                f"{folder}/{shard.path} {found}, the manifest says {shard.num_bytes} bytes; the "
-                "prepared data is damaged (or its folder is not the same on every node), prepare "
-                "it again"
+                f"{folder}/{shard.path} {problem}, but should have {shard.num_bytes}; the prepared "
+                "data is damaged or its folder is not shared by all nodes; prepare the data again"
             )

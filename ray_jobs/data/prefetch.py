@@ -1,4 +1,4 @@
-"""Work done ahead of its consumer, in threads, with a bound on what is held."""
+"""Runs work ahead of its consumer in threads, up to a bounded number of items."""
 
 import threading
 from collections import deque
@@ -14,24 +14,24 @@ _END = object()
 
 
 def prefetch(items: Iterable[T], depth: int) -> Generator[T]:
-    """Yield items in order, while a thread makes up to `depth` of the next ones.
+    """Yield items in order while a thread produces up to `depth` further ones.
 
-    An exception in the making is raised when its turn comes. The thread ends with this iterator,
-    also when that is left half-way; closing waits for the item that is being made.
+    An exception of the producer is raised in its item's turn. The thread ends with this iterator,
+    even if it is closed early; closing waits for the item in progress.
     """
     if depth < 1:
         yield from items
         return
-    # Bound here, since the thread must not hold the generator that waits for it.
-    slots, made, stopped = threading.Semaphore(depth), SimpleQueue(), threading.Event()
+    # Local variables: the thread must not reference the generator that waits for it.
+    slots, results, stopped = threading.Semaphore(depth), SimpleQueue(), threading.Event()
 
     def work() -> None:
         iterator = iter(items)
         try:
             while slots.acquire() and not stopped.is_set():
-                made.put((next(iterator, _END), None))
+                results.put((next(iterator, _END), None))
         except BaseException as error:
-            made.put((_END, error))
+            results.put((_END, error))
         finally:
             if (close := getattr(iterator, "close", None)) is not None:
                 close()
@@ -40,7 +40,7 @@ def prefetch(items: Iterable[T], depth: int) -> Generator[T]:
     thread.start()
     try:
         while True:
-            item, error = made.get()
+            item, error = results.get()
             if error is not None:
                 raise error
             if item is _END:
@@ -56,7 +56,7 @@ def prefetch(items: Iterable[T], depth: int) -> Generator[T]:
 def prefetch_map(
     function: Callable[[T], R], items: Iterable[T], threads: Executor, depth: int
 ) -> Iterator[R]:
-    """Yield `function(item)` in the items' order, while threads work on the next `depth`."""
+    """Yield `function(item)` in order while threads compute up to `depth` further results."""
     pending: deque[Future[R]] = deque()
     try:
         for item in items:

@@ -1,13 +1,12 @@
-"""Which rows each step takes: a function of manifest, seed, global batch size and step alone.
+"""Chooses the rows of each step from manifest, seed, global batch size and step alone.
 
-The row groups of an epoch are dealt in an order drawn from (seed, epoch) and cut into L equal
-streams. A window is the same few steps in every stream; each stream shuffles its rows of a
-window. A step takes B / L rows from every stream, and a worker serves L / num_workers streams: the
-number of workers never changes the rows of a step.
-Rows that no full step of an epoch takes open the next epoch.
+The row groups of an epoch are shuffled by (seed, epoch) and cut into L equal streams. A window is
+the same few steps of every stream; each stream shuffles its rows of a window. A step takes B / L
+rows from every stream, and a worker serves L / num_workers streams, so the number of workers never
+changes the rows of a step. Rows that fill no complete step of an epoch start the next epoch.
 
-The idea of dealing to a fixed number of streams is MosaicML Streaming's "canonical nodes".
-NumPy only; nothing is read here.
+A fixed number of streams corresponds to the "canonical nodes" of MosaicML Streaming. Imports only
+NumPy and reads no data.
 
     B rows of a global batch   L streams   N rows of the split   e epoch   k global step
 """
@@ -17,8 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ray_jobs.config.spec import DataSpec
-from ray_jobs.data.batch import num_streams
+from ray_jobs.config.spec import DataSpec, num_streams
+from ray_jobs.config.text import count_text
 from ray_jobs.data.manifest import SplitInfo
 
 
@@ -39,18 +38,18 @@ class RowRange:
 
 @dataclass(frozen=True)
 class Window:
-    """The same steps of every stream: what one worker reads and shuffles at once."""
+    """The same steps of every stream, which are read and shuffled together."""
 
     epoch: int
     index: int
     first_step: int
-    """Step in the epoch that the window begins with."""
+    """First step of the window, counted within the epoch."""
     num_steps: int
     epoch_step: int
-    """Global step that the epoch begins with."""
+    """First global step of the epoch."""
 
     def steps_to_take(self, start: int, stop: int) -> slice:
-        """Return which of the window's steps lie in the global steps `start` to `stop`."""
+        """Return the steps of the window within the global steps `start` to `stop` (exclusive)."""
         first = self.epoch_step + self.first_step
         return slice(max(start - first, 0), max(stop - first, 0))
 
@@ -59,13 +58,13 @@ class TrainingSampler:
     """The order of the training rows.
 
     Args:
-        row_groups: rows of each row group, by shard.
-        global_batch_size: rows of a step, over all workers.
-        seed: of the order.
-        window_rows: rows that are shuffled together, over all streams; at least one step's.
+        row_groups: Number of rows of each row group, by shard.
+        global_batch_size: Rows of a step over all workers.
+        seed: Seed of the order.
+        window_rows: Rows that are shuffled together over all streams; at least one step is.
 
     Raises:
-        ValueError: if there are fewer rows than one step takes.
+        ValueError: If the split has fewer rows than one step takes.
     """
 
     def __init__(
@@ -86,40 +85,40 @@ class TrainingSampler:
         self.rows_per_stream_step = global_batch_size // self.num_streams
         self.seed = seed
         self.steps_per_window = max(window_rows // global_batch_size, 1)
-        self._dealt_epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._epoch_orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         if self.num_rows < global_batch_size:
             raise ValueError(
-                f"train.global_batch_size={global_batch_size} is more than the {self.num_rows} "
-                "rows of the training split; lower it"
+                f"train.global_batch_size={global_batch_size} exceeds the "
+                f"{count_text(self.num_rows, 'row')} of the training split; lower it"
             )
 
     @classmethod
     def of(
         cls, split: SplitInfo, global_batch_size: int, seed: int, data: DataSpec
     ) -> "TrainingSampler":
-        """Return the order of a split in a manifest; windows as `data` bounds them."""
+        """Return the sampler of a split, with the window size of the `data` section."""
         row_groups = [shard.row_groups for shard in split.shards]
         return cls(row_groups, global_batch_size, seed, data.window_rows(split.row_bytes))
 
     def steps_before(self, epoch: int) -> int:
-        """Return the number of steps in all epochs before this one."""
+        """Return the number of steps in all epochs before an epoch."""
         return epoch * self.num_rows // self.global_batch_size
 
     def num_steps(self, epoch: int) -> int:
-        """Return the number of steps in one epoch; it varies by one."""
+        """Return the number of steps in an epoch, which varies by one."""
         return self.steps_before(epoch + 1) - self.steps_before(epoch)
 
     def epoch_of(self, step: int) -> int:
-        """Return the epoch that a global step is of."""
+        """Return the epoch of a global step."""
         epoch = step * self.global_batch_size // self.num_rows
-        # Rows left over open the next epoch, so its first step may begin in the one before.
+        # Left-over rows start the next epoch, so its first step may begin in the one before.
         return epoch + (self.steps_before(epoch + 1) <= step)
 
     def windows(self, start: int, stop: int) -> Iterator[Window]:
-        """Yield the windows that the global steps `start` to `stop` (exclusive) lie in, in order.
+        """Yield the windows of the global steps `start` to `stop` (exclusive) in order.
 
-        A window is the same whichever of its steps are asked for: going on in the middle of one
-        reads it again, and nothing before.
+        Windows do not depend on `start` and `stop`: a run that resumes within a window reads that
+        window again, but nothing before it.
         """
         step = start
         while step < stop:
@@ -132,7 +131,7 @@ class TrainingSampler:
             step = epoch_step + first + num_steps
 
     def stream_rows(self, window: Window, stream: int) -> list[RowRange]:
-        """Return the rows of one stream in one window, before the shuffle."""
+        """Return the rows of a stream in a window before the shuffle."""
         stream_rows = self.num_steps(window.epoch) * self.rows_per_stream_step
         first = stream * stream_rows + window.first_step * self.rows_per_stream_step
         return self._slice(
@@ -140,80 +139,78 @@ class TrainingSampler:
         )
 
     def shuffle(self, window: Window, stream: int) -> np.ndarray:
-        """Return where each row of one stream in one window goes: (steps, rows of a step)."""
+        """Return the shuffled row indices of a stream in a window: (steps, rows per step)."""
         rng = np.random.default_rng((self.seed, 1, window.epoch, window.index, stream))
         rows = window.num_steps * self.rows_per_stream_step
         return rng.permutation(rows).reshape(window.num_steps, self.rows_per_stream_step)
 
     def streams_of(self, rank: int, num_workers: int) -> range:
-        """Return the streams that one worker serves.
+        """Return the streams of a worker.
 
         Raises:
-            ValueError: if the workers cannot share the streams evenly.
+            ValueError: If the streams cannot be divided evenly among the workers.
         """
         if self.num_streams % num_workers:
             raise ValueError(
-                f"{num_workers} workers cannot share the {self.num_streams} streams of "
-                f"global_batch_size={self.global_batch_size} evenly; their number must divide "
+                f"train.num_workers={num_workers} does not divide the {self.num_streams} streams "
+                f"of train.global_batch_size={self.global_batch_size}; use a divisor of "
                 f"{self.num_streams}"
             )
         share = self.num_streams // num_workers
         return range(rank * share, (rank + 1) * share)
 
     def _slice(self, epoch: int, start: int, stop: int) -> list[RowRange]:
-        """Return rows `start` to `stop` of an epoch: what was left over, then its row groups."""
+        """Return rows `start` to `stop` of an epoch: left-over rows, then its own row groups."""
         left_over = epoch * self.num_rows % self.global_batch_size
-        found: list[RowRange] = []
+        ranges: list[RowRange] = []
         if start < left_over:
-            # Never as many as a step's rows, so they all come from the end of the epoch before.
+            # Fewer than a step's rows, so all come from the end of the epoch before.
             base = self.num_rows - left_over
-            found += self._dealt(epoch - 1, base + start, base + min(stop, left_over))
+            ranges += self._shuffled_rows(epoch - 1, base + start, base + min(stop, left_over))
         if stop > left_over:
-            found += self._dealt(epoch, max(start - left_over, 0), stop - left_over)
-        return found
+            ranges += self._shuffled_rows(epoch, max(start - left_over, 0), stop - left_over)
+        return ranges
 
-    def _dealt(self, epoch: int, start: int, stop: int) -> list[RowRange]:
-        """Return rows `start` to `stop` of an epoch's row groups in the order they are dealt."""
-        dealt, ends = self._deal(epoch)
-        found: list[RowRange] = []
-        for position in range(int(np.searchsorted(ends, start, side="right")), len(dealt)):
-            group = self.groups[dealt[position]]
+    def _shuffled_rows(self, epoch: int, start: int, stop: int) -> list[RowRange]:
+        """Return rows `start` to `stop` of the shuffled row groups of an epoch."""
+        order, ends = self._epoch_order(epoch)
+        ranges: list[RowRange] = []
+        for position in range(int(np.searchsorted(ends, start, side="right")), len(order)):
+            group = self.groups[order[position]]
             begin = int(ends[position]) - group.num_rows
             if begin >= stop:
                 break
             first, last = max(start - begin, 0), min(stop - begin, group.num_rows)
-            found.append(RowRange(group.shard, group.group, first, last))
-        return found
+            ranges.append(RowRange(group.shard, group.group, first, last))
+        return ranges
 
-    def _deal(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the row groups of an epoch in the order they are dealt, and where each ends."""
-        if epoch not in self._dealt_epochs:
-            dealt = np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.groups))
+    def _epoch_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the shuffled row groups of an epoch, and the end of each in rows."""
+        if epoch not in self._epoch_orders:
+            order = np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.groups))
             sizes = np.asarray([group.num_rows for group in self.groups], np.int64)
-            # An epoch needs itself and the one before; older ones would only pile up.
-            self._dealt_epochs = {
-                e: d for e, d in self._dealt_epochs.items() if abs(e - epoch) == 1
+            # An epoch needs itself and the one before.
+            self._epoch_orders = {
+                e: o for e, o in self._epoch_orders.items() if abs(e - epoch) == 1
             }
-            self._dealt_epochs[epoch] = (dealt, np.cumsum(sizes[dealt]))
-        return self._dealt_epochs[epoch]
+            self._epoch_orders[epoch] = (order, np.cumsum(sizes[order]))
+        return self._epoch_orders[epoch]
 
 
 def evaluation_rows(split: SplitInfo, rank: int, num_workers: int) -> range:
-    """Return which rows of a split, in stored order, one worker evaluates."""
+    """Return the rows of a split, in stored order, that a worker evaluates."""
     total = split.num_rows
     return range(rank * total // num_workers, (rank + 1) * total // num_workers)
 
 
 def stored_ranges(split: SplitInfo, rows: range) -> list[RowRange]:
-    """Return where some consecutive rows of a split, in stored order, are stored."""
-    return list(_cut(split, rows.start, rows.stop))
-
-
-def _cut(split: SplitInfo, start: int, stop: int) -> Iterator[RowRange]:
+    """Return the ranges of consecutive rows of a split in stored order."""
+    ranges: list[RowRange] = []
     begin = 0
     for shard, info in enumerate(split.shards):
-        for group, rows in enumerate(info.row_groups):
-            first, last = max(start - begin, 0), min(stop - begin, rows)
+        for group, num_rows in enumerate(info.row_groups):
+            first, last = max(rows.start - begin, 0), min(rows.stop - begin, num_rows)
             if first < last:
-                yield RowRange(shard, group, first, last)
-            begin += rows
+                ranges.append(RowRange(shard, group, first, last))
+            begin += num_rows
+    return ranges

@@ -1,4 +1,10 @@
-"""A trained run and a split → metrics and plots."""
+"""Evaluate a trained run on a split.
+
+Enters: a trained run and prepared data.  Leaves: metrics.json and plots.
+
+    job     predicts the split and computes the metrics
+    plots   draws ROC, precision-recall, calibration and confusion
+"""
 
 from ray_jobs.evaluate.job import evaluate
 

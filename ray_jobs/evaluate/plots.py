@@ -1,9 +1,7 @@
-"""The plots of an evaluation as PNG: ROC, precision-recall, calibration, confusion.
+"""Draws the plots of an evaluation as PNG files: ROC, precision-recall, calibration, confusion.
 
-Enters: labels and probabilities as in `ray_jobs.train.metrics`, and the metrics made of them.
-Leaves: bytes of PNG files, the same for the same rows.
-
-Drawn on matplotlib's Agg canvas, without pyplot: no display, no state that plots share.
+Equal rows give equal bytes. Does not use pyplot, which needs a display and shares state between
+plots.
 """
 
 import io
@@ -12,10 +10,11 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from sklearn import metrics as sk
 
+from ray_jobs.config.text import count_text
 from ray_jobs.train.metrics import ECE_BINS, reliability
 
 INK, MUTED, GRID = "#22303c", "#75828e", "#e6eaee"
@@ -53,6 +52,7 @@ _STYLE: dict[Any, Any] = {
     "legend.fontsize": 9.5,
 }
 _DOTS_PER_INCH = 160
+_REFERENCE_LINE: dict[str, Any] = {"color": MUTED, "linewidth": 1.2, "linestyle": (0, (4, 3))}
 
 
 def evaluation_plots(
@@ -61,13 +61,13 @@ def evaluation_plots(
     metrics: dict[str, Any],
     class_names: tuple[str, str] = ("0", "1"),
 ) -> dict[str, bytes]:
-    """Return the four plots by file name; a curve that one class leaves undefined says so.
+    """Return the four plots by file name; an undefined curve is replaced by a text.
 
     Args:
         label: 0 or 1, (N,).
-        probability: of 1, (N,).
-        metrics: of these rows, from `binary_metrics`.
-        class_names: what 0 and 1 stand for.
+        probability: Probability of 1, (N,).
+        metrics: Metrics of these rows from `binary_metrics`.
+        class_names: Names of the classes 0 and 1.
     """
     label = np.ravel(label).astype(np.int64)
     probability = np.ravel(probability).astype(np.float64)
@@ -83,7 +83,7 @@ def evaluation_plots(
 def _roc(label: np.ndarray, probability: np.ndarray, metrics: dict[str, Any]) -> bytes:
     figure, axes = _figure()
     _square(axes, "False positive rate", "True positive rate")
-    axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), label="chance")
+    axes.plot([0, 1], [0, 1], **_REFERENCE_LINE, label="chance")
     if metrics["roc_auc"] is None:
         _undefined(axes, "The rows are of one class only")
     else:
@@ -95,8 +95,7 @@ def _roc(label: np.ndarray, probability: np.ndarray, metrics: dict[str, Any]) ->
         ((tn, fp), (fn, tp)) = metrics["confusion"]
         _mark(axes, fp / (fp + tn), tp / (tp + fn), metrics["threshold"])
     axes.legend(loc="lower right")
-    _titles(axes, "ROC curve", f"AUC {_number(metrics['roc_auc'])}", _rows(metrics))
-    return _png(figure)
+    return _png(figure, axes, "ROC curve", f"AUC {_number(metrics['roc_auc'])}", metrics)
 
 
 def _precision_recall(label: np.ndarray, probability: np.ndarray, metrics: dict[str, Any]) -> bytes:
@@ -104,25 +103,21 @@ def _precision_recall(label: np.ndarray, probability: np.ndarray, metrics: dict[
     _square(axes, "Recall", "Precision")
     negatives, positives = metrics["class_counts"]
     share = positives / (negatives + positives)
-    axes.axhline(
-        share, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), label=f"chance ({share:.3f})"
-    )
+    axes.axhline(share, **_REFERENCE_LINE, label=f"chance ({share:.3f})")
     if metrics["pr_auc"] is None:
         _undefined(axes, "No row is positive")
     else:
         precision, recall, _ = sk.precision_recall_curve(label, probability)
-        # Average precision is the area under this very step function.
+        # Average precision is the area under this step function.
         axes.fill_between(recall, precision, step="post", color=BLUE, alpha=0.08, linewidth=0)
         axes.step(
             recall, precision, where="post", color=BLUE, linewidth=2.2, label="model", clip_on=False
         )
-        called = metrics["confusion"][0][1] + metrics["confusion"][1][1]
-        if called:
+        if metrics["confusion"][0][1] + metrics["confusion"][1][1]:
             _mark(axes, metrics["recall"], metrics["precision"], metrics["threshold"])
     axes.legend(loc="lower left")
     score = f"average precision (AUC) {_number(metrics['pr_auc'])}"
-    _titles(axes, "Precision–recall curve", score, _rows(metrics))
-    return _png(figure)
+    return _png(figure, axes, "Precision–recall curve", score, metrics)
 
 
 def _calibration(label: np.ndarray, probability: np.ndarray, metrics: dict[str, Any]) -> bytes:
@@ -131,7 +126,7 @@ def _calibration(label: np.ndarray, probability: np.ndarray, metrics: dict[str, 
     rows, mean_probability, share = reliability(label, probability)
     filled = rows > 0
     _square(axes, "", "Share of positives")
-    axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), label="perfect")
+    axes.plot([0, 1], [0, 1], **_REFERENCE_LINE, label="perfect")
     axes.vlines(
         mean_probability[filled],
         np.minimum(mean_probability, share)[filled],
@@ -157,14 +152,16 @@ def _calibration(label: np.ndarray, probability: np.ndarray, metrics: dict[str, 
     axes.legend(loc="upper left")
     edges = np.linspace(0, 1, ECE_BINS + 1)
     below.bar(edges[:-1], rows, width=1 / ECE_BINS, align="edge", color=BLUE, edgecolor="white")
-    below.axvline(metrics["threshold"], color=ORANGE, linewidth=1.4)
+    threshold = metrics["threshold"]
+    is_right = threshold > 0.75
+    below.axvline(threshold, color=ORANGE, linewidth=1.4)
     below.annotate(
         "threshold",
-        (metrics["threshold"], 1),
+        (threshold, 1),
         xycoords=("data", "axes fraction"),
-        xytext=(-4 if metrics["threshold"] > 0.75 else 4, -2),
+        xytext=(-4 if is_right else 4, -2),
         textcoords="offset points",
-        ha="right" if metrics["threshold"] > 0.75 else "left",
+        ha="right" if is_right else "left",
         va="top",
         color=ORANGE,
         fontsize=9,
@@ -173,8 +170,7 @@ def _calibration(label: np.ndarray, probability: np.ndarray, metrics: dict[str, 
     below.grid(False, axis="x")
     below.locator_params(axis="y", nbins=3, integer=True)
     score = f"ECE {metrics['ece']:.4f} · Brier {metrics['brier']:.4f}"
-    _titles(axes, "Calibration", score, _rows(metrics))
-    return _png(figure)
+    return _png(figure, axes, "Calibration", score, metrics)
 
 
 def _confusion(metrics: dict[str, Any], class_names: tuple[str, str]) -> bytes:
@@ -182,19 +178,13 @@ def _confusion(metrics: dict[str, Any], class_names: tuple[str, str]) -> bytes:
     counts = np.asarray(metrics["confusion"])
     totals = counts.sum(axis=1, keepdims=True)
     shares = counts / np.where(totals, totals, 1)
-    light, dark = (np.array(_rgb(shade)) for shade in SHADES)
+    light, dark = (np.array(to_rgb(shade)) for shade in SHADES)
     axes.imshow(light + shares[:, :, None] * (dark - light), aspect="equal")
-    for true in (0, 1):
-        for called in (0, 1):
-            ink = "white" if shares[true, called] > 0.55 else INK
-            axes.text(
-                called, true - 0.04, f"{counts[true, called]:,}",
-                ha="center", va="center", fontsize=25, fontweight="bold", color=ink,
-            )  # fmt: skip
-            axes.text(
-                called, true + 0.2, f"{shares[true, called]:.1%} of row",
-                ha="center", va="center", fontsize=10, color=ink,
-            )  # fmt: skip
+    for (true, predicted), count in np.ndenumerate(counts):
+        share = shares[true, predicted]
+        text = {"ha": "center", "va": "center", "color": "white" if share > 0.55 else INK}
+        axes.text(predicted, true - 0.04, f"{count:,}", fontsize=25, fontweight="bold", **text)
+        axes.text(predicted, true + 0.2, f"{share:.1%} of row", fontsize=10, **text)
     names = [_short(name) for name in class_names]
     axes.set_xticks([0, 1], names, color=INK, fontsize=11)
     axes.set_yticks([0, 1], names, color=INK, fontsize=11, rotation=90, va="center")
@@ -204,8 +194,7 @@ def _confusion(metrics: dict[str, Any], class_names: tuple[str, str]) -> bytes:
     axes.axhline(0.5, color="white", linewidth=4)
     axes.axvline(0.5, color="white", linewidth=4)
     score = f"accuracy {metrics['accuracy']:.3f} · F1 {_number(metrics['f1'])}"
-    _titles(axes, f"Confusion at threshold {metrics['threshold']:.3g}", score, _rows(metrics))
-    return _png(figure)
+    return _png(figure, axes, f"Confusion at threshold {metrics['threshold']:.3g}", score, metrics)
 
 
 def _figure() -> tuple[Figure, Axes]:
@@ -220,7 +209,7 @@ def _square(axes: Axes, xlabel: str, ylabel: str) -> None:
 
 
 def _mark(axes: Axes, x: float, y: float, threshold: float) -> None:
-    """Mark the point of the curve that the threshold stands for."""
+    """Mark the point of the curve at the threshold."""
     axes.plot(
         [x], [y], marker="o", markersize=9, color=ORANGE, linestyle="none",
         markeredgecolor="white", markeredgewidth=1.5, zorder=4, clip_on=False,
@@ -235,7 +224,18 @@ def _undefined(axes: Axes, reason: str) -> None:
     )  # fmt: skip
 
 
-def _titles(axes: Axes, title: str, score: str, rows: str) -> None:
+def _number(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.3f}"
+
+
+def _short(name: str) -> str:
+    # A dollar sign would start a formula.
+    return (name if len(name) <= 18 else f"{name[:17]}…").replace("$", r"\$")
+
+
+def _png(figure: Figure, axes: Axes, title: str, score: str, metrics: dict[str, Any]) -> bytes:
+    """Add the title and the subtitle and return the plot as a PNG."""
+    rows = f"{count_text(metrics['num_rows'], 'row')}, {metrics['class_counts'][1]:,} positive"
     axes.set_title(title)
     axes.annotate(
         f"{score}  —  {rows}",
@@ -246,29 +246,7 @@ def _titles(axes: Axes, title: str, score: str, rows: str) -> None:
         color=MUTED,
         fontsize=10,
     )
-
-
-def _rows(metrics: dict[str, Any]) -> str:
-    negatives, positives = metrics["class_counts"]
-    return f"{negatives + positives:,} rows, {positives:,} positive"
-
-
-def _number(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.3f}"
-
-
-def _short(name: str) -> str:
-    # A dollar sign would start a formula.
-    return (name if len(name) <= 18 else f"{name[:17]}…").replace("$", r"\$")
-
-
-def _rgb(colour: str) -> tuple[float, ...]:
-    return tuple(int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
-
-
-def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    FigureCanvasAgg(figure)
-    # Without the version of matplotlib, the same rows give the same bytes.
+    # Without the version of matplotlib, equal rows give equal bytes.
     figure.savefig(buffer, format="png", dpi=_DOTS_PER_INCH, metadata={"Software": None})
     return buffer.getvalue()

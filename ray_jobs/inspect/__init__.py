@@ -1,12 +1,15 @@
-"""What `inspect` looks at, part by part.
+"""Reports what prepared data contains and which problems it has.
 
-scan.py        shards → keys, labels, hashes and brightness of images, columns
-columns.py     a column's values by split → distribution, drift, leakage
-duplicates.py  hashes by split → the same and nearly the same images, the same keys
-facts.py       the report as data: what inspect.json holds
-gather.py      all of these → the report
-findings.py    the report → what in it deserves a look
-page.py        the report and some images → inspect.html
+Input: a folder from `prepare`. Output: inspect.html and inspect.json.
+
+job.py                runs the steps below, writes the report and prints a summary
+shard_scan.py         shards → keys, labels, image hashes and brightness, columns, thumbnails
+duplicates.py         hashes → duplicate images and keys
+column_statistics.py  values of one column → distribution, drift, leakage
+report_schema.py      the report as data, as stored in inspect.json
+build_report.py       the three analyses → report
+data_findings.py      report → findings
+inspect_page.py       report and thumbnails → inspect.html
 """
 
 from ray_jobs.inspect.job import inspect

@@ -1,166 +1,166 @@
-"""Hashes of images and keys by split → what is there twice.
+"""Finds duplicate images and keys, within and across splits, by their hashes.
 
-Images whose perceptual hashes differ in few bits look alike. Of three pieces of such hashes one
-differs in a single bit at most (Norouzi, Punjani and Fleet, "Fast Search in Hamming Space with
-Multi-Index Hashing", 2012), so only hashes that nearly share a piece are compared.
+Images whose perceptual hashes differ in few bits look alike. If two 64-bit hashes differ in at most
+five bits, at least one of three pieces differs in at most one bit (Norouzi, Punjani and Fleet,
+"Fast Search in Hamming Space with Multi-Index Hashing", 2012), so only hashes that nearly share a
+piece are compared.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterator
 
 import numpy as np
 
 from ray_jobs.config.spec import SPLITS, Split
-from ray_jobs.inspect.scan import Place, ScannedSplit
+from ray_jobs.inspect.report_schema import Duplicates, ImagePair, Overlap, SharedKey, SharedKeys
+from ray_jobs.inspect.shard_scan import ScannedSplit, Scans
 
 NEAR_BITS = 5
-"""Most bits in which the hashes of nearly the same images differ."""
+"""Largest number of differing bits between the hashes of near-duplicates."""
 FLAT_CONTRAST = 4.0
-"""Images with less contrast have nothing that could look alike."""
+"""Images with less contrast are excluded from the search for near-duplicates."""
 
 _PIECES = ((0, 22), (22, 21), (43, 21))
-"""First bit and bits of each piece of a hash."""
+"""First bit and number of bits of each piece of a hash."""
 _COMPARE_AT_ONCE = 1 << 22
-_MOST_COMPARED = 1 << 31
+_MAX_COMPARISONS = 1 << 31
+_MAX_PAIRS = 50
+_MAX_KEYS = 5
 
 
-@dataclass(frozen=True)
-class Overlap:
-    """Images of the second split that are in the first, too."""
-
-    first: Split
-    second: Split
-    num_exact: int
-    num_near: int
-    complete: bool
-    pairs: tuple[tuple[Place, Place, bool, int], ...]
-    """First and second image, whether they are the same, distance; the nearest first."""
-
-
-def overlaps(scans: Mapping[Split, ScannedSplit], most_pairs: int) -> Iterator[Overlap]:
-    """Yield what each two splits share; the later split is the second one."""
-    for second in SPLITS[1:]:
-        for first in SPLITS[: SPLITS.index(second)]:
-            yield _overlap(first, scans[first], second, scans[second], most_pairs)
-
-
-def duplicates_within(scan: ScannedSplit) -> int:
-    """Return how many images have the same stored bytes as one before in the split."""
-    content = scan.content_RI[scan.content_RI != 0]
-    return len(content) - len(np.unique(content))
-
-
-def conflicting(scans: Mapping[Split, ScannedSplit]) -> int:
-    """Return how many images have stored bytes that stand in rows of both classes."""
-    content = np.concatenate([scan.content_RI[scan.content_RI != 0] for scan in scans.values()])
-    label = np.concatenate(
-        [
-            np.broadcast_to(scan.label_R[:, None], scan.content_RI.shape)[scan.content_RI != 0]
-            for scan in scans.values()
-        ]
+def find_duplicates(scans: Scans) -> Duplicates:
+    """Return the duplicate images within each split and between each two splits."""
+    return Duplicates(
+        within={split: _count_repeated(scan) for split, scan in scans.items()},
+        conflicting=_count_conflicting(scans),
+        overlaps=tuple(
+            _overlap(first, second, scans)
+            for second in SPLITS[1:]
+            for first in SPLITS[: SPLITS.index(second)]
+        ),
     )
-    both = np.intersect1d(content[label == 0], content[label == 1])
-    return int(np.isin(content, both).sum())
 
 
-def shared_keys(scans: Mapping[Split, ScannedSplit]) -> dict[int, list[tuple[Split, int]]]:
-    """Return, by key hash, where keys stand that are in more than one split."""
-    found: dict[int, list[tuple[Split, int]]] = {}
+def find_shared_keys(scans: Scans) -> SharedKeys:
+    """Return the keys that occur in more than one split."""
     distinct = [np.unique(scan.key_hash_R) for scan in scans.values()]
     hashes, counts = np.unique(np.concatenate(distinct), return_counts=True)
-    shared = hashes[counts > 1]
+    splits: dict[str, list[Split]] = defaultdict(list)
     for split, scan in scans.items():
-        for index in np.flatnonzero(np.isin(scan.key_hash_R, shared)):
-            found.setdefault(int(scan.key_hash_R[index]), []).append((split, int(index)))
-    return found
+        for key in scan.keys_R[np.isin(scan.key_hash_R, hashes[counts > 1])]:
+            splits[key].append(split)
+    examples = list(splits.items())[:_MAX_KEYS]
+    return SharedKeys(
+        num_shared=len(splits),
+        examples=tuple(SharedKey(key=key, splits=tuple(found)) for key, found in examples),
+    )
 
 
 def nearest_hashes(
-    first: np.ndarray, second: np.ndarray, most_compared: int = _MOST_COMPARED
+    first: np.ndarray, second: np.ndarray, max_comparisons: int = _MAX_COMPARISONS
 ) -> tuple[np.ndarray, np.ndarray, bool]:
     """Find for each hash of the second array the nearest of the first, within `NEAR_BITS`.
 
     Args:
-        first: distinct hashes, uint64.
-        second: distinct hashes, uint64.
-        most_compared: the search is cut short after as many comparisons.
+        first: Distinct hashes, uint64.
+        second: Distinct hashes, uint64.
+        max_comparisons: The search stops after this number of comparisons.
 
     Returns:
-        Place of the nearest in `first`, its distance (65 if there is none), and whether all were
-        compared that had to be.
+        Index of the nearest hash in `first`, its distance (65 without a near one), and whether the
+        search is complete.
     """
-    # Distance and place in one number, so that the least of them is what is looked for.
+    # Distance and index in one number, whose minimum is the nearest hash.
     best = np.full(len(second), 65 << 48, np.int64)
-    if not len(first) or not len(second):
-        return best & 0, best >> 48, True
-    budget = most_compared
-    for start, bits in _PIECES:
-        mask = np.uint64((1 << bits) - 1)
+    complete = True
+    for at, index in _candidates(first, second):
+        max_comparisons -= len(at)
+        if max_comparisons < 0:
+            complete = False
+            break
+        distance = np.bitwise_count(first[index] ^ second[at]).astype(np.int64)
+        near = distance <= NEAR_BITS
+        np.minimum.at(best, at[near], (distance[near] << 48) | index[near])
+    return best & ((1 << 48) - 1), best >> 48, complete
+
+
+def _candidates(first: np.ndarray, second: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield indices in `second` and `first` of hashes that nearly share a piece, in chunks."""
+    for start, num_bits in _PIECES:
+        mask = np.uint64((1 << num_bits) - 1)
         pieces = (first >> np.uint64(start)) & mask
         order = np.argsort(pieces, kind="stable")
         pieces = pieces[order]
         wanted = (second >> np.uint64(start)) & mask
-        for flip in (0, *(1 << bit for bit in range(bits))):
+        for flip in (0, *(1 << bit for bit in range(num_bits))):
             begin = np.searchsorted(pieces, wanted ^ np.uint64(flip), side="left")
             end = np.searchsorted(pieces, wanted ^ np.uint64(flip), side="right")
-            for at, partner in _candidates(begin, end):
-                budget -= len(at)
-                if budget < 0:
-                    return best & ((1 << 48) - 1), best >> 48, False
-                partner = order[partner]
-                distance = np.bitwise_count(first[partner] ^ second[at]).astype(np.int64)
-                near = distance <= NEAR_BITS
-                np.minimum.at(best, at[near], (distance[near] << 48) | partner[near])
-    return best & ((1 << 48) - 1), best >> 48, True
+            filled = np.flatnonzero(end > begin)
+            sizes = (end - begin)[filled]
+            total = np.cumsum(sizes)
+            num_pairs = int(sizes.sum())
+            for position in range(0, num_pairs, _COMPARE_AT_ONCE):
+                pairs = np.arange(position, min(position + _COMPARE_AT_ONCE, num_pairs))
+                block = np.searchsorted(total, pairs, side="right")
+                at = filled[block]
+                yield at, order[begin[at] + pairs - (total - sizes)[block]]
 
 
-def _candidates(begin: np.ndarray, end: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield (i, j) for every j from begin[i] to end[i], as arrays of a bounded size."""
-    filled = np.flatnonzero(end > begin)
-    sizes = (end - begin)[filled]
-    total = np.cumsum(sizes)
-    position = 0
-    while position < (total[-1] if len(total) else 0):
-        numbers = np.arange(position, min(position + _COMPARE_AT_ONCE, int(total[-1])))
-        block = np.searchsorted(total, numbers, side="right")
-        yield filled[block], begin[filled[block]] + numbers - (total - sizes)[block]
-        position += len(numbers)
+def _count_repeated(scan: ScannedSplit) -> int:
+    """Return the number of images with the same bytes as an earlier image of the split."""
+    content = scan.content_RI[scan.content_RI != 0]
+    return len(content) - len(np.unique(content))
 
 
-def _overlap(
-    first: Split, a: ScannedSplit, second: Split, b: ScannedSplit, most_pairs: int
-) -> Overlap:
-    exact_B, partner_B = _same_content(a, b)
-    has_looks = [scan.contrast_RI.ravel() >= FLAT_CONTRAST for scan in (a, b)]
-    looks_A = np.where(has_looks[0], a.looks_RI.ravel(), 0)
-    hashes, place_A = np.unique(looks_A[has_looks[0]], return_index=True)
-    place_A = np.flatnonzero(has_looks[0])[place_A]
-    searched_B = np.flatnonzero(has_looks[1] & ~exact_B)
-    wanted, back = np.unique(b.looks_RI.ravel()[searched_B], return_inverse=True)
+def _count_conflicting(scans: Scans) -> int:
+    """Return the number of images whose bytes occur in rows of both classes."""
+    content = np.concatenate([scan.content_RI.ravel() for scan in scans.values()])
+    label = np.concatenate(
+        [np.repeat(scan.label_R, scan.content_RI.shape[1]) for scan in scans.values()]
+    )
+    both = np.intersect1d(content[label == 0], content[label == 1])
+    return int(np.isin(content, both[both != 0]).sum())
+
+
+def _overlap(first: Split, second: Split, scans: Scans) -> Overlap:
+    """Return the images of the second split that also occur in the first.
+
+    A images of the first split   B images of the second split
+    """
+    a, b = scans[first], scans[second]
+    content, index = np.unique(a.content_RI, return_index=True)
+    content_B = b.content_RI.ravel()
+    exact_B = (content_B != 0) & np.isin(content_B, content)
+    match_B = np.zeros(len(content_B), np.int64)
+    match_B[exact_B] = index[np.searchsorted(content, content_B[exact_B])]
+    textured_A, textured_B = (scan.contrast_RI.ravel() >= FLAT_CONTRAST for scan in (a, b))
+    hashes, index = np.unique(a.perceptual_RI.ravel()[textured_A], return_index=True)
+    index = np.flatnonzero(textured_A)[index]
+    searched = np.flatnonzero(textured_B & ~exact_B)
+    wanted, inverse = np.unique(b.perceptual_RI.ravel()[searched], return_inverse=True)
     nearest, distance, complete = nearest_hashes(hashes, wanted)
-    distance_B = np.full(b.looks_RI.size, 65)
-    distance_B[searched_B] = distance[back]
-    found = searched_B[distance[back] <= NEAR_BITS]
-    partner_B[found] = place_A[nearest[back][distance[back] <= NEAR_BITS]] if len(found) else 0
-    distance_B[exact_B] = 0
-    pairs = []
-    for kind in (exact_B, ~exact_B & (distance_B <= NEAR_BITS)):
-        chosen = np.flatnonzero(kind)
-        for i in chosen[np.argsort(distance_B[chosen], kind="stable")][:most_pairs]:
-            columns = a.content_RI.shape[1]
-            one = Place(first, *map(int, divmod(partner_B[i], columns)))
-            other = Place(second, *map(int, divmod(i, columns)))
-            pairs.append((one, other, bool(exact_B[i]), int(distance_B[i])))
-    return Overlap(first, second, int(exact_B.sum()), len(found), complete, tuple(pairs))
-
-
-def _same_content(a: ScannedSplit, b: ScannedSplit) -> tuple[np.ndarray, np.ndarray]:
-    """Return which images of b are in a, and the place of one such image there."""
-    content_A, content_B = a.content_RI.ravel(), b.content_RI.ravel()
-    order = np.argsort(content_A, kind="stable")
-    at = np.searchsorted(content_A[order], content_B)
-    inside = at < len(content_A)
-    partner_B = order[np.where(inside, at, 0)] if len(order) else np.zeros(len(at), np.int64)
-    exact_B = inside & (content_B != 0)
-    exact_B[exact_B] = content_A[partner_B[exact_B]] == content_B[exact_B]
-    return exact_B, partner_B
+    nearest, distance = nearest[inverse], distance[inverse]
+    near = distance <= NEAR_BITS
+    match_B[searched[near]] = index[nearest[near]]
+    near_found, near_distance = searched[near], distance[near]
+    nearest_first = np.argsort(near_distance, kind="stable")[:_MAX_PAIRS]
+    exact_found = np.flatnonzero(exact_B)
+    shown = [(i, 0) for i in exact_found[:_MAX_PAIRS]]
+    shown += zip(near_found[nearest_first], near_distance[nearest_first], strict=True)
+    num_columns = b.content_RI.shape[1]
+    return Overlap(
+        first=first,
+        second=second,
+        exact=len(exact_found),
+        near=len(near_found),
+        complete=complete,
+        examples=tuple(
+            ImagePair(
+                first=a.image(*divmod(match_B[i], num_columns)),
+                second=b.image(*divmod(i, num_columns)),
+                exact=bool(exact_B[i]),
+                distance=int(bits),
+            )
+            for i, bits in shown
+        ),
+    )

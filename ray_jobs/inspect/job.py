@@ -1,57 +1,57 @@
-"""Say what is in prepared data, and what in it deserves a look.
+"""Report what prepared data contains and which problems it has.
 
-Reads: a folder that `prepare` wrote.  Writes: inspect.html, a page that needs nothing else, and
-inspect.json, the same figures for programs.
+Reads: a folder from `prepare`.  Writes: inspect.html, a self-contained page, and inspect.json, the
+same figures for programs.
+
 Run:   python -m ray_jobs.inspect prepared
 
-Shown are counts, each column's distribution and drift between splits, columns that alone predict
-the label, images and keys that stand in several splits, odd images, a contact sheet and the
-quarantine. Suspicions are no failure: the exit status is 0 once the report is written.
+The report covers row counts, the distribution and drift of each column, columns that alone predict
+the label, duplicate images and keys, black, white and unreadable images, a contact sheet and the
+quarantine. Findings do not fail the job: the exit status is 0 once the report is written.
 """
 
 from typing import TYPE_CHECKING
 
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import SPLITS, InspectSpec
+from ray_jobs.config.text import count_text
 from ray_jobs.data.manifest import read_manifest, require_shards
+from ray_jobs.pages.page_kit import NONE, number_text
 from ray_jobs.storage.folder import Folder
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ray_jobs.inspect.facts import Report
+    from ray_jobs.inspect.report_schema import Report
 
 HTML, JSON = "inspect.html", "inspect.json"
 
-_COLUMNS_PRINTED = 40
+_MAX_COLUMNS = 40
 
 
 def inspect(spec: InspectSpec) -> "Report":
     """Write the report of a prepared folder and return it.
 
     Raises:
-        JobError: if there is no prepared data, or a part of it is missing or damaged.
+        JobError: If the prepared data is missing, incomplete or damaged.
     """
-    from ray_jobs.inspect.findings import find
-    from ray_jobs.inspect.gather import gather, thumbnails
+    from ray_jobs.inspect.build_report import build_report
     from ray_jobs.inspect.inspect_page import html, shown_images
+    from ray_jobs.inspect.shard_scan import read_thumbnails
 
     folder = Folder(spec.prepared)
     manifest = read_manifest(folder)
     if manifest.image.features:
-        raise JobError(
-            f"{folder} holds features in place of images; inspect the data that they are of"
-        )
+        raise JobError(f"{folder} holds features, not images; inspect the folder they come from")
     require_shards(folder, manifest)
     output = Folder(spec.output) if spec.output else folder
     try:
-        report = gather(folder, manifest, spec.max_rows)
-        report = report.model_copy(update={"findings": find(report)})
-        images = thumbnails(folder, manifest, shown_images(report))
-    # What pyarrow raises for a damaged file and a missing column.
+        report = build_report(folder, manifest, spec.max_rows)
+        images = read_thumbnails(folder, manifest, shown_images(report))
+    # pyarrow raises these for a damaged file and a missing column.
     except (OSError, KeyError, ValueError) as error:
         raise JobError(
-            f"the shards of {folder} cannot be read: {error}; prepare the data again"
+            f"could not read the shards in {folder}: {error}; run `prepare` again"
         ) from error
     output.write_json(JSON, report.model_dump(mode="json"))
     output.write_text(HTML, html(report, images))
@@ -62,64 +62,62 @@ def inspect(spec: InspectSpec) -> "Report":
 def _print(report: "Report", output: Folder) -> None:
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     store = report.store
-    images = f"{len(store.columns)} images" if len(store.columns) > 1 else "one image"
     console.print(
-        f"[bold]{escape(report.prepared)}[/bold]: {images} a row, {store.width} × {store.height} "
-        f"pixels as {store.encoding}, {len(report.numeric)} numbers, "
-        f"{len(report.categorical)} categories",
-        soft_wrap=True,
+        f"[bold]{escape(report.prepared)}[/bold]: {count_text(len(store.columns), 'image')} per "
+        f"row, {store.width} × {store.height} pixels as {store.encoding}, "
+        f"{count_text(len(report.numeric), 'numeric column')}, "
+        f"{count_text(len(report.categorical), 'categorical column')}"
     )
-    table = Table("split")
-    names = (*report.class_names, "rows", "share", "positive", "shards", "MB")
-    for name in names:
-        table.add_column(escape(name), justify="right")
-    for split, facts in report.splits.items():
-        positive = "–" if facts.positive_share is None else f"{facts.positive_share:.1%}"
-        counts = [f"{n:,}" for n in (*facts.class_counts, facts.num_rows)]
-        size = f"{facts.num_bytes / 1e6:,.1f}"
-        table.add_row(split, *counts, f"{facts.share:.1%}", positive, f"{facts.num_shards:,}", size)
-    console.print(table)
+    console.print(_split_table(report), soft_wrap=False)
     if report.numeric or report.categorical:
-        console.print(_column_table(report))
-    if (more := len(report.numeric) + len(report.categorical) - _COLUMNS_PRINTED) > 0:
-        console.print(f"  and {more:,} more columns in {HTML}")
+        console.print(_column_table(report), soft_wrap=False)
+    if (more := len(report.numeric) + len(report.categorical) - _MAX_COLUMNS) > 0:
+        console.print(f"  {count_text(more, 'more column')} in {HTML}")
     if not report.findings:
-        console.print("[green]nothing suspicious found[/green]")
+        console.print("[green]no findings[/green]")
     for finding in report.findings:
         mark = "[bold yellow]![/bold yellow]" if finding.severity == "warning" else "[dim]·[/dim]"
-        console.print(f"{mark} {escape(finding.text)}", soft_wrap=True)
-    console.print(f"[green]done[/green] → {escape(str(output))}/{HTML}", soft_wrap=True)
+        console.print(f"{mark} {escape(finding.text)}")
+    console.print(f"[green]done[/green] → {escape(str(output))}/{HTML}")
+
+
+def _split_table(report: "Report") -> "Table":
+    table = _table("split", *report.class_names, "rows", "share", "positive", "shards", "MB")
+    for split, summary in report.splits.items():
+        positive = summary.positive_share
+        table.add_row(
+            split,
+            *(f"{count:,}" for count in (*summary.class_counts, summary.num_rows)),
+            f"{summary.share:.1%}",
+            NONE if positive is None else f"{positive:.1%}",
+            f"{summary.num_shards:,}",
+            f"{summary.num_bytes / 1e6:,.1f}",
+        )
+    return table
 
 
 def _column_table(report: "Report") -> "Table":
     from rich.markup import escape
-    from rich.table import Table
 
-    from ray_jobs.pages.page_kit import number_text
-
-    table = Table("column")
-    for name in ("missing", "mean", "std", "PSI val.", "PSI test", "AUC"):
-        table.add_column(name, justify="right")
-    for facts in (*report.numeric, *report.categorical)[:_COLUMNS_PRINTED]:
-        train = facts.splits["train"]
-        mean, std = getattr(train, "mean", None), getattr(train, "std", None)
-        psi = []
-        for split in SPLITS[1:]:
-            drift = facts.drift[split]
-            text = number_text(drift.psi, 2)
-            psi.append(f"[yellow]{text}[/yellow]" if drift.values_drifted else text)
-        auc = number_text(facts.leak.auc, 3)
-        missing = train.missing / max(train.num_rows, 1)
+    table = _table("column", "missing", "mean", "std", "PSI val.", "PSI test", "AUC")
+    for column in (*report.numeric, *report.categorical)[:_MAX_COLUMNS]:
+        train, drifts = column.splits["train"], [column.drift[split] for split in SPLITS[1:]]
+        cells = [(number_text(drift.psi, 2), drift.values_drifted) for drift in drifts]
+        cells.append((number_text(column.leak.auc, 3), column.leak.suspect))
         table.add_row(
-            escape(facts.column),
-            f"{missing:.1%}",
-            number_text(mean),
-            number_text(std),
-            *psi,
-            f"[yellow]{auc}[/yellow]" if facts.leak.suspect else auc,
+            escape(column.column),
+            f"{train.missing / max(train.num_rows, 1):.1%}",
+            *(number_text(getattr(train, name, None)) for name in ("mean", "std")),
+            *(f"[yellow]{text}[/yellow]" if flagged else text for text, flagged in cells),
         )
     return table
+
+
+def _table(first: str, *names: str) -> "Table":
+    from rich.markup import escape
+    from rich.table import Column, Table
+
+    return Table(first, *(Column(escape(name), justify="right") for name in names))

@@ -1,1 +1,1 @@
-"""The page kit: one stylesheet and the parts that HTML pages share."""
+"""Holds what the HTML pages share: page_kit.py builds their parts, page.css styles them."""

@@ -1,10 +1,12 @@
-"""What `plan` reckons with, part by part.
+"""Estimates what a run needs before machines are rented.
 
-spec.py        settings of the job, and what a kind of machine has
-gpus.yaml      the kinds of machines, which users may edit
-layers.py      the model, built → what each layer computes, moves and keeps
-estimate.py    layers + machine + settings → memory, time, network, feed, cost
-remedy.py      settings that fit, where those given do not
+Input: a specification, a machine of gpus.yaml and optionally a manifest. Output: a `Plan`.
+
+plan_spec.py    settings of `plan`; the table of machines
+layer_costs.py  builds the model → operations, traffic and memory per layer
+estimate.py     layers + machine + settings → memory, time, network, feed, cost
+suggestions.py  settings that fit if the given ones do not
+job.py          runs them and prints the tables
 """
 
 from ray_jobs.plan.job import plan

@@ -1,44 +1,45 @@
-"""Layers, machine and settings → memory, step time, network, feed, wall time and cost.
+"""Estimates memory, step time, traffic, feed, wall time and cost of a run.
 
-Time of a layer: what takes longest of its float operations, its traffic to memory, and being
-started at all (the roofline of Williams et al. 2009, doi 10.1145/1498765.1498785, by layer):
+Input: settings, a machine and the costs of the model's layers. Output: a `Plan`.
+
+Time of a layer (roofline model; Williams et al. 2009, doi 10.1145/1498765.1498785):
 
     forward_s(b rows) = max(b × flops / (peak × flops_efficiency),
                             (b × moved_bytes + weight_bytes) / (bandwidth × bandwidth_efficiency),
                             layer_us)
 
-A layer that learns, or lies above one that does, takes it three times: once forward and twice
-backward, for the gradients of its inputs and of its weights (Kaplan et al. 2020, arXiv 2001.08361,
-section 2.1). A layer below all that learns takes it once. The update reads and writes weights,
-gradients and the optimizer's numbers once, and starts one operation's worth for each variable.
+A layer with a gradient takes three times as long: once forward and twice backward, for the
+gradients of its inputs and of its weights (Kaplan et al. 2020, arXiv 2001.08361, section 2.1). The
+update reads and writes weights, gradients and optimizer state once, and starts one operation per
+variable.
 
-    step_s = parts × Σ layers + update_s + exchange_s      or the feed's time, if that is longer
+    step_s = parts × Σ layers + update_s + exchange_s      or the feed's time if that is longer
 
-Nothing overlaps but the feed: `step.py` sums gradients when all of them are there. Where cores
-compute in place of GPUs, the feed needs the same cores and its time is added.
+Only the feed overlaps: gradients are summed once all of them are computed. On machines without
+GPUs the feed needs the cores that compute, so its time is added.
 
-Ring all-reduce of S bytes between n replicas: 2 (n - 1) / n × S / bandwidth + 2 (n - 1) × latency
-(Patarasuk and Yuan 2009, doi 10.1016/j.jpdc.2008.09.002). The slowest link counts: of one machine
-its own, of several the network, each machine's once, whatever its number of GPUs.
+Ring all-reduce of S bytes over n replicas: 2 (n - 1) / n × S / bandwidth + 2 (n - 1) × latency
+(Patarasuk and Yuan 2009, doi 10.1016/j.jpdc.2008.09.002). The slowest link counts: within one
+machine its own link, otherwise the network, which a ring uses once per machine.
 
-Scaling efficiency is strong scaling, since the global batch stays as it is: the time of the whole
-batch on one replica that had the memory for it, over n times the step.
+Scaling efficiency is that of strong scaling, since the global batch is constant: the time of the
+whole batch on one replica with enough memory, divided by n times the step.
 
-Memory of a replica: weights, gradients (twice with `accumulate_steps`, and once more packed where
-they are exchanged), the optimizer's numbers, the outputs of all layers that a gradient goes through
-for the rows of a part, the largest of them twice again for gradients on their way, and batches made
-ready.
+Memory of a replica: weights, gradients (twice with `accumulate_steps`, plus a packed copy if they
+are exchanged), optimizer state, outputs of all layers with a gradient for the rows of a part, twice
+the largest output for gradients in flight, and prefetched batches.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from pydantic import computed_field
 
 from mm_model.spec import Spec
-from ray_jobs.cluster.capacity import worker_resources
+from ray_jobs.cluster.capacity import bundles_that_fit, worker_resources
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import RunSpec
-from ray_jobs.data.cache import choose_kind
+from ray_jobs.data.cache import choose_cache
 from ray_jobs.data.manifest import Manifest
 from ray_jobs.plan.layer_costs import LayerCost, ModelCosts
 from ray_jobs.plan.plan_spec import MachineSpec
@@ -48,20 +49,20 @@ GIB, MIB = 2.0**30, 2.0**20
 _BACKWARD = 2
 _FLOAT_BYTES = 4
 _EXCHANGES_PER_NORM = 4
-"""Of a synchronised batch norm: mean, then mean and variance, and their gradients."""
+"""Of a synchronized batch norm: mean, then mean and variance, and their gradients."""
 _STARTUP_S = 40.0
-"""From `train` to the first step: `python -m benchmarks.startup` measured 31 to 42 s. Machines that
-an autoscaler still has to start take minutes more."""
+"""From the command to the first step; `python -m benchmarks.startup` measured 31 to 42 s. An
+autoscaler takes minutes more to start machines."""
 
-# Seconds of one core for a pixel, by `python -m benchmarks.feed` (EXPERIMENTS.md): JPEGs of 320 px,
-# raw pixels and cached ones of 224 px, on two cores.
+# Seconds of one core per pixel, measured by `python -m benchmarks.feed` (docs/experiments.md) on
+# two cores, with JPEGs of 320 px, and with raw and cached pixels of 224 px.
 _JPEG_S = 2 / 4298 / 320**2
 _RAW_S = 2 / 18039 / 224**2
 _CACHED_S = 2 / 27010 / 224**2
 
 _LOW_EFFICIENCY = 0.5
 _WITHOUT_XLA = "2.6 to 3.5"
-"""For EfficientNet-B0 at 224 px, 64 and 128 rows: all that was looked at (EXPERIMENTS.md)."""
+"""Measured for EfficientNet-B0 at 224 px with 64 and 128 rows (docs/experiments.md)."""
 
 
 class MemoryPlan(Spec):
@@ -74,49 +75,49 @@ class MemoryPlan(Spec):
     batches: float
     reserved: float
     capacity: float
-    """What it has."""
+    """Memory that is available to it."""
 
     @computed_field
     @property
     def total(self) -> float:
-        """All that it needs."""
+        """Memory that it needs."""
         parts = (self.weights, self.gradients, self.optimizer, self.activations)
         return sum(parts) + self.batches + self.reserved
 
     @property
     def fits(self) -> bool:
-        """Whether it has what it needs."""
+        """Whether it needs no more memory than it has."""
         return self.total <= self.capacity
 
 
 class StagePlan(Spec):
-    """A stage of the training; one where there are no stages."""
+    """One stage of a training; a training without stages is a single one."""
 
     epochs: int
     steps: int
     num_learning: int
-    """Weights that learn."""
+    """Trainable weights."""
     memory: MemoryPlan
     compute_s: float
-    """Of a step: forward, backward and update."""
+    """Forward, backward and update of a step."""
     exchange_s: float
     exchange_bytes: float
-    """What each replica sends in a step."""
+    """Sent by each replica per step."""
     feed_s: float
-    """In which a worker's cores make the rows of a step ready, after the first epoch."""
+    """Time of a worker's cores to prepare the rows of a step, after the first epoch."""
     step_s: float
     rows_per_s: float
     """Of all workers."""
     feed_cores: float
-    """Cores that each worker's feed would keep busy in the first epoch, when nothing is cached."""
+    """Cores that each worker's feed needs in the first epoch, before anything is cached."""
     efficiency: float
-    """Of scaling, 1 at best."""
+    """Scaling efficiency, 1 at best."""
     seconds: float
-    """With validation."""
+    """Duration, including validation."""
 
 
 class Plan(Spec):
-    """What a run will take, as far as it can be told beforehand."""
+    """The estimates for a run."""
 
     gpu: str
     instance: str
@@ -124,78 +125,79 @@ class Plan(Spec):
     num_replicas: int
     num_machines: int
     rows_per_replica: int
-    """Of a step."""
+    """Per step."""
     accumulate_steps: int
     precision: str
     num_weights: int
     forward_flops: float
-    """Of a row."""
+    """Per row."""
     num_rows: int
     """Of the training split."""
     stages: tuple[StagePlan, ...]
     startup_s: float
     wall_s: float
-    """If every epoch is trained; `train.patience` may end it sooner."""
+    """Duration of all epochs; `train.patience` may end the run sooner."""
     usd: dict[str, float]
-    """Of the workers' machines, by the kind of price."""
+    """Cost of the workers' machines, by kind of price."""
     warnings: tuple[str, ...]
 
     @property
     def fits(self) -> bool:
-        """Whether no replica runs out of memory."""
+        """Whether each replica has enough memory."""
         return all(stage.memory.fits for stage in self.stages)
 
     @property
-    def fullest(self) -> MemoryPlan:
+    def peak_memory(self) -> MemoryPlan:
         """Memory in the stage that needs the most."""
         return max((stage.memory for stage in self.stages), key=lambda memory: memory.total)
 
 
+@dataclass(frozen=True)
 class Estimator:
-    """Knows the model and the machine, and what settings make of them.
+    """Estimates a run on a kind of machine.
 
     Args:
-        gpu: name of the machine's kind.
-        machine: that the workers run on.
-        costs: of the model, by stage.
-        manifest: of the data.
+        spec: The run.
+        gpu: Name of the kind of machine.
+        machine: The machine that the workers run on.
+        costs: Costs of the model, by stage.
+        manifest: Manifest of the data.
     """
 
-    def __init__(
-        self, gpu: str, machine: MachineSpec, costs: Sequence[ModelCosts], manifest: Manifest
-    ) -> None:
-        self.gpu, self.machine, self.costs, self.manifest = gpu, machine, costs, manifest
+    spec: RunSpec
+    gpu: str
+    machine: MachineSpec
+    costs: Sequence[ModelCosts]
+    manifest: Manifest
 
-    def plan(self, spec: RunSpec) -> Plan:
-        """Return what a run takes.
+    def plan(self) -> Plan:
+        """Return the estimates.
 
         Raises:
-            JobError: if no worker fits on a machine, or there are too few rows for a step.
+            JobError: If no worker fits on a machine, or the training rows are fewer than a step's.
         """
-        train = spec.train
+        train = self.spec.train
         num_workers = train.workers_range[1]
-        replicas = num_workers * train.replicas_per_worker
-        num_machines = -(-num_workers // workers_per_machine(self.machine, spec))
+        num_machines = -(-num_workers // self.workers_per_machine)
         num_rows = self.manifest.splits["train"].num_rows
         if num_rows < train.global_batch_size:
             raise JobError(
-                f"train.global_batch_size={train.global_batch_size} is more than the {num_rows} "
-                "rows of the training split; lower it"
+                f"train.global_batch_size={train.global_batch_size} exceeds the {num_rows} rows of "
+                "the training split; lower it"
             )
-        stages = []
-        done = 0
+        stages, epochs = [], 0
         for costs in self.costs:
-            stages.append(self._stage(spec, costs, done))
-            done += costs.epochs
+            stages.append(self._stage(costs, epochs))
+            epochs += costs.epochs
         wall_s = _STARTUP_S + sum(stage.seconds for stage in stages)
         prices = self.machine.usd_per_hour
         return Plan(
             gpu=self.gpu,
             instance=self.machine.instance,
             num_workers=num_workers,
-            num_replicas=replicas,
+            num_replicas=self._replicas,
             num_machines=num_machines,
-            rows_per_replica=train.global_batch_size // replicas,
+            rows_per_replica=self._rows,
             accumulate_steps=train.accumulate_steps,
             precision=train.precision,
             num_weights=self.costs[0].num_weights,
@@ -205,86 +207,97 @@ class Estimator:
             startup_s=_STARTUP_S,
             wall_s=wall_s,
             usd={kind: wall_s / 3600 * num_machines * price for kind, price in prices.items()},
-            warnings=tuple(self._warnings(spec, stages)),
+            warnings=tuple(self._warnings(stages)),
         )
 
-    def _stage(self, spec: RunSpec, costs: ModelCosts, epochs_before: int) -> StagePlan:
-        train = spec.train
-        replicas = train.workers_range[1] * train.replicas_per_worker
-        rows = train.global_batch_size // replicas
-        part = rows // train.accumulate_steps
-        update_s = self._update_s(spec, costs)
-        parts_s = train.accumulate_steps * self._layers_s(spec, costs.layers, part, training=True)
-        compute_s = parts_s + update_s
-        exchange_bytes = self._exchange_bytes(spec, costs)
-        exchange_s = self._exchange_s(spec, costs, exchange_bytes)
-        first_row_s, row_s = self._feed_row_s(spec)
-        rows_of_worker = rows * train.replicas_per_worker
-        first_feed_s, feed_s = (
-            rows_of_worker * s / train.cpus_per_worker for s in (first_row_s, row_s)
-        )
+    @property
+    def workers_per_machine(self) -> int:
+        """How many workers a machine holds.
+
+        Raises:
+            JobError: If it holds none.
+        """
+        has = {"GPU": self.machine.gpus, "CPU": self.machine.cpus}
+        needs = worker_resources(self.spec.train)
+        for name, amount in has.items():
+            if needs.get(name, 0) > amount:
+                raise JobError(
+                    f"train.{name.lower()}s_per_worker={needs[name]:g} exceeds the {amount} "
+                    f"{name}s of {self.machine.instance}; lower it or choose another --gpu"
+                )
+        return bundles_that_fit(has, {name: needs[name] for name in has if name in needs})
+
+    @property
+    def _replicas(self) -> int:
+        train = self.spec.train
+        return train.workers_range[1] * train.replicas_per_worker
+
+    @property
+    def _rows(self) -> int:
+        """Rows of a replica per step."""
+        return self.spec.train.global_batch_size // self._replicas
+
+    def _stage(self, costs: ModelCosts, epochs_before: int) -> StagePlan:
+        train, replicas, splits = self.spec.train, self._replicas, self.manifest.splits
+        update_s = self._update_s(costs)
+        parts = train.accumulate_steps
+        compute_s = parts * self._layers_s(costs, self._rows // parts) + update_s
+        alone_s = update_s + self._layers_s(costs, train.global_batch_size)
+        width = 2 if train.all_reduce_dtype == "bfloat16" else _FLOAT_BYTES
+        gradient_bytes = float(width * costs.num_learning)
+        exchange_s = self._exchange_s(costs, gradient_bytes)
+        worker_rows = self._rows * train.replicas_per_worker
+        first_row_s, row_s = self._feed_row_s()
+        feed_s = worker_rows * row_s / train.cpus_per_worker
+        first_feed_s = worker_rows * first_row_s / train.cpus_per_worker
         step_s = self._with_feed(compute_s + exchange_s, feed_s)
-        first_s = self._with_feed(compute_s + exchange_s, first_feed_s)
-        alone_s = update_s + self._layers_s(
-            spec, costs.layers, train.global_batch_size, training=True
-        )
-        num_rows = self.manifest.splits["train"].num_rows
 
         def steps_before(epoch: int) -> int:
-            # As the rows left over at an epoch's end open the next one.
-            return epoch * num_rows // train.global_batch_size
+            # Leftover rows open the next epoch.
+            return epoch * splits["train"].num_rows // train.global_batch_size
 
         steps = steps_before(epochs_before + costs.epochs) - steps_before(epochs_before)
         first_steps = steps_before(1) if epochs_before == 0 else 0
-        validation_s = self._validation_s(spec, costs, rows)
+        first_s = self._with_feed(compute_s + exchange_s, first_feed_s)
         seconds = (steps - first_steps) * step_s + first_steps * first_s
+        batches = -(-splits["validation"].num_rows // train.global_batch_size)
+        validation_s = batches * self._layers_s(costs, self._rows, training=False)
         return StagePlan(
             epochs=costs.epochs,
             steps=steps,
             num_learning=costs.num_learning,
-            memory=self.memory(spec, costs),
+            memory=self._memory(costs, gradient_bytes if replicas > 1 else 0.0),
             compute_s=compute_s,
             exchange_s=exchange_s,
-            exchange_bytes=2 * (replicas - 1) / replicas * exchange_bytes,
+            exchange_bytes=2 * (replicas - 1) / replicas * gradient_bytes,
             feed_s=feed_s,
             step_s=step_s,
             rows_per_s=train.global_batch_size / step_s,
-            feed_cores=rows_of_worker * first_row_s / (compute_s + exchange_s),
+            feed_cores=worker_rows * first_row_s / (compute_s + exchange_s),
             efficiency=alone_s / (replicas * step_s),
             seconds=seconds + costs.epochs * validation_s,
         )
 
-    # -- memory -----------------------------------------------------------------------------------
-
-    def memory(self, spec: RunSpec, costs: ModelCosts) -> MemoryPlan:
-        """Return what a replica needs in a stage, and what it has."""
-        train, machine = spec.train, self.machine
-        replicas = train.workers_range[1] * train.replicas_per_worker
-        rows = train.global_batch_size // replicas
-        part = rows // train.accumulate_steps
+    def _memory(self, costs: ModelCosts, packed_bytes: float) -> MemoryPlan:
+        train, machine = self.spec.train, self.machine
+        part = self._rows // train.accumulate_steps
         kept = sum(layer.kept_bytes for layer in costs.layers if layer.learns)
         largest = max(layer.kept_bytes for layer in costs.layers)
-        gradient = float(_FLOAT_BYTES * costs.num_learning)
         copies = 1 + (train.accumulate_steps > 1)
         graph = sum(1 + _BACKWARD * layer.learns for layer in costs.layers) / (1 + _BACKWARD)
-        sharing = 1 if machine.gpus else workers_per_machine(machine, spec)
+        sharing = 1 if machine.gpus else self.workers_per_machine
         return MemoryPlan(
             weights=float(_FLOAT_BYTES * costs.num_weights),
-            gradients=copies * gradient
-            + (self._exchange_bytes(spec, costs) if replicas > 1 else 0.0),
+            gradients=copies * float(_FLOAT_BYTES * costs.num_learning) + packed_bytes,
             optimizer=_FLOAT_BYTES * costs.num_slots,
             activations=part * (kept + 2 * largest),
-            batches=rows * costs.input_bytes * (spec.data.prefetch_batches + 2),
+            batches=self._rows * costs.input_bytes * (self.spec.data.prefetch_batches + 2),
             reserved=machine.reserved_gib * GIB + graph * machine.layer_mib * MIB,
             capacity=machine.memory_gib * GIB / sharing,
         )
 
-    # -- time -------------------------------------------------------------------------------------
-
-    def _layers_s(
-        self, spec: RunSpec, layers: Sequence[LayerCost], rows: float, training: bool
-    ) -> float:
-        flops, bandwidth = self._rates(spec)
+    def _layers_s(self, costs: ModelCosts, rows: int, training: bool = True) -> float:
+        flops, bandwidth = self._rates()
         least_s = self.machine.layer_us * 1e-6
 
         def forward_s(layer: LayerCost) -> float:
@@ -292,50 +305,37 @@ class Estimator:
             return max(rows * layer.flops / flops, moved / bandwidth, least_s)
 
         return sum(
-            forward_s(layer) * (1 + _BACKWARD * (training and layer.learns)) for layer in layers
+            forward_s(layer) * (1 + _BACKWARD * (training and layer.learns))
+            for layer in costs.layers
         )
 
-    def _update_s(self, spec: RunSpec, costs: ModelCosts) -> float:
-        _, bandwidth = self._rates(spec)
-        # Weights and gradients, and the part of the optimizer's numbers that learns now.
+    def _update_s(self, costs: ModelCosts) -> float:
+        _, bandwidth = self._rates()
+        # Weights, gradients and the optimizer state of the weights that learn in this stage.
         moved = 2 * _FLOAT_BYTES * (2 * costs.num_learning + costs.num_slots)
         return moved / bandwidth + costs.num_variables * self.machine.layer_us * 1e-6
 
-    def _rates(self, spec: RunSpec) -> tuple[float, float]:
-        """Return operations and bytes a second of a replica."""
-        machine = self.machine
-        units = 1.0 if machine.gpus else spec.train.cpus_per_worker
-        flops = units * machine.peak_flops(spec.train.precision) * machine.flops_efficiency
+    def _rates(self) -> tuple[float, float]:
+        """Return the operations and bytes per second of a replica."""
+        machine, train = self.machine, self.spec.train
+        units = 1.0 if machine.gpus else train.cpus_per_worker
+        flops = units * machine.peak_flops(train.precision) * machine.flops_efficiency
         return flops, units * machine.bandwidth_gb_s * 1e9 * machine.bandwidth_efficiency
 
-    def _validation_s(self, spec: RunSpec, costs: ModelCosts, rows: int) -> float:
-        batches = -(-self.manifest.splits["validation"].num_rows // spec.train.global_batch_size)
-        return batches * self._layers_s(spec, costs.layers, rows, training=False)
-
-    # -- network ----------------------------------------------------------------------------------
-
-    def _exchange_bytes(self, spec: RunSpec, costs: ModelCosts) -> float:
-        """Return the bytes of a gradient as it is sent."""
-        width = 2 if spec.train.all_reduce_dtype == "bfloat16" else _FLOAT_BYTES
-        return float(width * costs.num_learning)
-
-    def _exchange_s(self, spec: RunSpec, costs: ModelCosts, num_bytes: float) -> float:
-        train, machine = spec.train, self.machine
-        replicas = train.workers_range[1] * train.replicas_per_worker
+    def _exchange_s(self, costs: ModelCosts, gradient_bytes: float) -> float:
+        train, machine, replicas = self.spec.train, self.machine, self._replicas
         network = machine.network_gbit_s / 8
         link = machine.link_gb_s or network
-        one_machine = train.workers_range[1] <= workers_per_machine(machine, spec)
+        one_machine = train.workers_range[1] <= self.workers_per_machine
         slowest = link if one_machine else min(link, network)
-        gradient_s = ring_s(num_bytes, replicas, slowest, machine.latency_us)
+        gradient_s = ring_s(gradient_bytes, replicas, slowest, machine.latency_us)
         norms = costs.sync_norms * _EXCHANGES_PER_NORM * train.accumulate_steps
         return gradient_s + norms * ring_s(0.0, replicas, slowest, machine.latency_us)
 
-    # -- feed -------------------------------------------------------------------------------------
-
-    def _feed_row_s(self, spec: RunSpec) -> tuple[float, float]:
-        """Return seconds of a core for a row, in the first epoch and in later ones."""
-        image, data = self.manifest.image, spec.data
-        if image.features or spec.model.image.kind == "none":
+    def _feed_row_s(self) -> tuple[float, float]:
+        """Return the seconds of a core per row, in the first epoch and in later ones."""
+        image, data = self.manifest.image, self.spec.data
+        if image.features or self.spec.model.image.kind == "none":
             return 0.0, 0.0
         images = len(image.columns)
         size = data.image_size or max(image.height, image.width)
@@ -344,7 +344,7 @@ class Estimator:
         if image.encoding == "jpeg":
             decode_s = _JPEG_S * images * image.height * image.width
         row_bytes = 3 * fed_px
-        if choose_kind(data, self.manifest, row_bytes, float("inf")) == "none":
+        if choose_cache(data, self.manifest, row_bytes, float("inf")) == "none":
             return decode_s, decode_s
         num_rows = sum(self.manifest.splits[s].num_rows for s in ("train", "validation"))
         cached = min(1.0, data.cache_bytes / (num_rows * row_bytes))
@@ -353,68 +353,48 @@ class Estimator:
     def _with_feed(self, step_s: float, feed_s: float) -> float:
         return max(step_s, feed_s) if self.machine.gpus else step_s + feed_s
 
-    # -- what deserves a look ---------------------------------------------------------------------
-
-    def _warnings(self, spec: RunSpec, stages: Sequence[StagePlan]) -> list[str]:
-        train, machine, found = spec.train, self.machine, []
+    def _warnings(self, stages: Sequence[StagePlan]) -> list[str]:
+        train, machine, warnings = self.spec.train, self.machine, []
         cores = max(stage.feed_cores for stage in stages)
         if machine.gpus and cores > train.cpus_per_worker:
-            share = machine.cpus / workers_per_machine(machine, spec)
+            share = machine.cpus / self.workers_per_machine
             enough = -(-cores // 1)
             text = (
-                f"each worker's feed needs {cores:.1f} cores while nothing is cached, and has "
-                f"train.cpus_per_worker={train.cpus_per_worker:g}; "
+                f"train.cpus_per_worker={train.cpus_per_worker:g} is too low: until rows are "
+                f"cached, each worker's feed needs {cores:.1f} cores; "
             )
             if enough <= share - 1:
                 text += f"set it to {enough:g}"
             else:
                 text += (
-                    f"{machine.instance} has {share:g} for each worker: prepare images at the size "
+                    f"{machine.instance} has {share:g} per worker, so prepare images at the size "
                     "that the model takes or with prepare.store=raw, or add nodes without GPUs "
                     "(data.decode=workers)"
                 )
-            found.append(text)
-        worst = min(stages, key=lambda stage: stage.efficiency)
-        most = train.workers_range[1]
-        fewer = [n for n in train.allowed_workers() if n < most]
-        if worst.efficiency < _LOW_EFFICIENCY and fewer:
-            found.append(
-                f"scaling efficiency is {worst.efficiency:.0%}: a larger train.global_batch_size "
-                f"or fewer workers ({', '.join(map(str, fewer))}) would make better use of them"
+            warnings.append(text)
+        efficiency = min(stage.efficiency for stage in stages)
+        fewer = [n for n in train.allowed_workers() if n < train.workers_range[1]]
+        if efficiency < _LOW_EFFICIENCY and fewer:
+            warnings.append(
+                f"scaling efficiency is only {efficiency:.0%}; increase train.global_batch_size or "
+                f"use fewer workers ({', '.join(map(str, fewer))})"
             )
         if machine.gpus and not train.jit_compile:
-            found.append(
-                "times are of steps that XLA compiles (train.jit_compile=true): without it an H100 "
-                f"took {_WITHOUT_XLA} times as long as planned"
+            warnings.append(
+                "step times assume XLA (train.jit_compile=true); without it steps on an H100 took "
+                f"{_WITHOUT_XLA} times as long"
             )
-        return found
+        return warnings
 
 
 def ring_s(num_bytes: float, replicas: int, gb_s: float, latency_us: float) -> float:
     """Return the seconds of a ring all-reduce.
 
     Args:
-        num_bytes: that each replica has.
-        replicas: in the ring.
-        gb_s: 10^9 bytes a second of the slowest link, each way.
-        latency_us: microseconds of a message.
+        num_bytes: Bytes of each replica.
+        replicas: Replicas in the ring.
+        gb_s: Bandwidth of the slowest link each way, in 10^9 bytes per second.
+        latency_us: Microseconds per message.
     """
     messages = 2 * (replicas - 1)
     return messages / replicas * num_bytes / (gb_s * 1e9) + messages * latency_us * 1e-6
-
-
-def workers_per_machine(machine: MachineSpec, spec: RunSpec) -> int:
-    """Return how many workers a machine holds.
-
-    Raises:
-        JobError: if it holds none.
-    """
-    has = {"GPU": machine.gpus, "CPU": machine.cpus}
-    needs = {name: worker_resources(spec.train).get(name, 0) for name in has}
-    for name, amount in needs.items():
-        if amount > has[name]:
-            raise JobError(
-                f"a worker takes {amount:g} {name}, and {machine.instance} has {has[name]:g}; "
-                f"lower train.{name.lower()}s_per_worker or choose another --gpu"
-            )
-    return int(min(has[name] // amount for name, amount in needs.items() if amount))

@@ -1,13 +1,14 @@
-"""What each layer of a run's model computes, moves and keeps.
+"""Computes the operations, traffic and memory of each layer of a run's model.
 
-The model is built as the run would build it, but for its weights, and its layers are asked for
-their shapes and types; nothing is traced or computed. The size of a kernel times the positions that
-it is applied to is the number of multiplications of any convolution, depthwise or not, and of any
-dense layer, at two float operations each. TensorFlow's profiler counts the same and a few per cent
-for what is element by element (tests compare them), but not by layer, and a backbone may be frozen
-up to any of its layers.
+The model is built like the run's, except for its weights; only shapes and dtypes are read, and
+nothing is traced or computed. A convolution (depthwise or not) or a dense layer has as many
+multiplications as its kernel has weights, times the positions that the kernel is applied to, and
+two float operations per multiplication. TensorFlow's profiler counts a few per cent more, for
+element-wise operations (tests compare both), but not per layer, while a backbone may be frozen up
+to any of its layers.
 """
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -23,22 +24,22 @@ from ray_jobs.data.manifest import ImageInfo, Manifest, SplitInfo
 if TYPE_CHECKING:
     from mm_model.model import FusionModel
 
-_PROBE = 7
-"""Numbers of a variable that an optimizer is asked what it keeps for."""
+_PROBE_SIZE = 7
+"""Size of a variable for which an optimizer is built to count its slots."""
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One layer, forward, for one row."""
+    """The forward pass of one layer for one row."""
 
     flops: float
     moved_bytes: float
-    """What it reads and writes, but for its weights."""
+    """Inputs and outputs."""
     kept_bytes: float
-    """What it puts out."""
+    """Outputs."""
     weight_bytes: float
     learns: bool
-    """Whether a gradient goes through it."""
+    """Whether it has a gradient."""
 
 
 @dataclass(frozen=True)
@@ -48,26 +49,25 @@ class ModelCosts:
     epochs: int
     layers: tuple[LayerCost, ...]
     num_weights: int
-    """Numbers that make up the model."""
     num_learning: int
-    """Those of them that learn in this stage."""
+    """Weights that are trainable in this stage."""
     num_variables: int
-    """Variables that these are in."""
+    """Trainable variables in this stage."""
     num_slots: float
-    """Numbers that the optimizer keeps in all."""
+    """Size of the optimizer state."""
     input_bytes: float
-    """Bytes of a row as the feed hands it over."""
+    """Size of a decoded row."""
     sync_norms: int
-    """Batch norms whose replicas exchange their statistics."""
+    """Batch norms that exchange their statistics between replicas."""
 
 
 def planned_manifest(spec: RunSpec, num_rows: int, num_columns: int) -> Manifest:
-    """Return a manifest as `prepare` might write it, without any data.
+    """Return the manifest that `prepare` would write, for data that is not prepared yet.
 
     Args:
-        spec: of the run.
-        num_rows: of the training split.
-        num_columns: of numbers, where the spec does not name them.
+        spec: The run.
+        num_rows: Rows of the training split.
+        num_columns: Numeric columns if the spec does not name them.
     """
     from mm_model.statistics import Vocabulary, fit_numeric_statistics
 
@@ -99,54 +99,58 @@ def planned_manifest(spec: RunSpec, num_rows: int, num_columns: int) -> Manifest
 
 
 def model_costs(spec: RunSpec, manifest: Manifest) -> list[ModelCosts]:
-    """Return what the model of a run takes, by stage of its training.
+    """Return the costs of a run's model in each stage of its training.
 
     Raises:
-        JobError: if it cannot be built.
+        JobError: If the model cannot be built.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import tensorflow as tf
 
-    with suppress(RuntimeError):  # TensorFlow has started already.
+    with suppress(RuntimeError):  # TensorFlow is already running.
         tf.config.set_visible_devices([], "GPU")
     from mm_model.freezing import NO_STAGES, apply_stage
     from ray_jobs.train.model_factory import new_model
 
-    # What the weights are is all the same, and where they are from may be far away.
+    # The weights do not matter here, and may have to be downloaded.
     untrained = spec.overlay({"model.image.weights": None})
     train = spec.train
+    costs, remaining = [], train.epochs
     try:
         model = new_model(untrained, manifest, train.precision)
-        num_slots = _slots(spec) * _count(model.trainable_variables)
-        found = []
-        left = train.epochs
-        for i, stage in enumerate(train.stages or (NO_STAGES,)):
+        num_slots = _slots_per_weight(spec) * _count(model.trainable_variables)
+        stages = train.stages or (NO_STAGES,)
+        for stage in stages:
             apply_stage(model, stage)
-            last = i == len(train.stages) - 1 or not train.stages
-            epochs = left if last else stage.epochs
-            left -= epochs
-            found.append(_of_stage(model, manifest, spec, epochs, num_slots))
+            epochs = remaining if stage is stages[-1] else stage.epochs
+            remaining -= epochs
+            costs.append(_stage_costs(model, manifest, spec, epochs, num_slots))
     except (ValueError, OSError) as error:
         raise JobError(f"the model cannot be built: {error}") from error
-    return found
+    return costs
 
 
-def _of_stage(
+def _stage_costs(
     model: "FusionModel", manifest: Manifest, spec: RunSpec, epochs: int, num_slots: float
 ) -> ModelCosts:
-    from mm_model.layers.blocks import SynchronizedBatchNormalization
-    from ray_jobs.data.reader import RowDecoder
+    from mm_model.layers.batch_norm import SynchronizedBatchNormalization
+    from mm_model.model import backbone_model
+    from ray_jobs.data.decoder import RowDecoder
 
     decoder = RowDecoder(manifest, with_image=True, size=spec.data.image_size)
     num_images = len(manifest.image.columns)
-    inside = {layer.name for layer in _image_layers(model)}
+    try:
+        backbone = {layer.name for layer in _flat(backbone_model(model))}
+    except ValueError:  # The model has no image branch, or takes features instead of images.
+        backbone = set()
     layers, sync_norms = [], 0
-    # Bottom to top, so that below the first layer of the backbone that learns nothing has to.
-    learns_below = False
+    # Bottom to top: the backbone has gradients from its first trainable layer on.
+    has_gradient = False
     for layer in _flat(model.network):
-        in_image = layer.name in inside
-        learns_below |= in_image and bool(layer.trainable_weights)
-        layers.append(_cost(layer, num_images if in_image else 1, learns_below or not in_image))
+        in_backbone = layer.name in backbone
+        has_gradient |= in_backbone and bool(layer.trainable_weights)
+        times = num_images if in_backbone else 1
+        layers.append(_layer_cost(layer, times, has_gradient or not in_backbone))
         sync_norms += isinstance(layer, SynchronizedBatchNormalization)
     columns = len(manifest.numeric_columns) + len(manifest.vocabularies)
     return ModelCosts(
@@ -161,18 +165,8 @@ def _of_stage(
     )
 
 
-def _image_layers(model: "FusionModel") -> list[Any]:
-    """Return the layers that see each image of a row, from augmentation to the pooled backbone."""
-    from mm_model.model import backbone_model
-
-    try:
-        return list(_flat(backbone_model(model)))
-    except ValueError:  # A model of numbers alone, or of features.
-        return []
-
-
 def _flat(model: Any) -> Iterator[Any]:
-    """Yield the layers of a functional model and of those in it, bottom to top."""
+    """Yield the layers of a functional model and of its nested models, bottom to top."""
     import keras
 
     for layer in model.layers:
@@ -182,53 +176,47 @@ def _flat(model: Any) -> Iterator[Any]:
             yield layer
 
 
-def _cost(layer: Any, times: int, learns: bool) -> LayerCost:
-    """Return what a layer takes that is called so many times a row."""
-    kernel = getattr(layer, "kernel", None)
-    positions = 0.0
+def _layer_cost(layer: Any, times: int, learns: bool) -> LayerCost:
+    """Return the cost of a layer that is called `times` times per row."""
+    kernel, multiplications = getattr(layer, "kernel", None), 0
     if kernel is not None:
-        positions = _numbers(layer.output) / layer.output.shape[-1]
-    out_bytes = _bytes(layer.output)
+        multiplications = math.prod(layer.output.shape[1:-1]) * math.prod(kernel.shape)
+    out_bytes = _row_bytes(layer.output)
     return LayerCost(
-        flops=2.0 * times * positions * (0 if kernel is None else int(np.prod(kernel.shape))),
-        moved_bytes=times * (_bytes(layer.input) + out_bytes),
+        flops=2.0 * times * multiplications,
+        moved_bytes=times * (_row_bytes(layer.input) + out_bytes),
         kept_bytes=times * out_bytes,
         weight_bytes=4.0 * _count(layer.weights),
         learns=learns,
     )
 
 
-def _slots(spec: RunSpec) -> float:
-    """Return how many numbers the run's optimizer keeps for each that learns."""
+def _slots_per_weight(spec: RunSpec) -> int:
+    """Return how many numbers the run's optimizer stores per trainable weight."""
     import keras
 
     from mm_model.optimizer import make_optimizer
 
     optimizer: Any = make_optimizer(spec.train, total_steps=1)
-    optimizer.build([keras.Variable(np.zeros(_PROBE, np.float32))])
-    return sum(tuple(v.shape) == (_PROBE,) for v in optimizer.variables)
+    optimizer.build([keras.Variable(np.zeros(_PROBE_SIZE, np.float32))])
+    return sum(tuple(v.shape) == (_PROBE_SIZE,) for v in optimizer.variables)
 
 
-def _tensors(nested: Any) -> list[Any]:
+def _row_bytes(tensors: Any) -> float:
+    """Return the bytes per row of one or several symbolic tensors."""
     import keras
 
-    return keras.tree.flatten(nested)
+    def width(dtype: str) -> int:
+        # NumPy does not have bfloat16.
+        return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
 
-
-def _numbers(nested: Any) -> int:
-    return sum(int(np.prod(x.shape[1:])) for x in _tensors(nested))
-
-
-def _bytes(nested: Any) -> float:
-    import keras
-
-    def width(x: Any) -> int:
-        # NumPy does not know bfloat16.
-        name = keras.backend.standardize_dtype(x.dtype)
-        return 2 if name == "bfloat16" else np.dtype(name).itemsize
-
-    return float(sum(int(np.prod(x.shape[1:])) * width(x) for x in _tensors(nested)))
+    return float(
+        sum(
+            math.prod(x.shape[1:]) * width(keras.backend.standardize_dtype(x.dtype))
+            for x in keras.tree.flatten(tensors)
+        )
+    )
 
 
 def _count(variables: Any) -> int:
-    return sum(int(np.prod(v.shape)) for v in variables)
+    return sum(math.prod(v.shape) for v in variables)

@@ -1,7 +1,4 @@
-"""Settings of `plan`, and the table of machines.
-
-Imports neither Ray nor TensorFlow.
-"""
+"""Settings of `plan` and the table of machines; imports neither Ray nor TensorFlow."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -13,87 +10,85 @@ from mm_model.spec import NonNegative, Positive, Spec
 from ray_jobs.config import command_line
 from ray_jobs.config.errors import UsageError
 from ray_jobs.config.spec import RunSpec
+from ray_jobs.tune.search.space import SearchSpec
 
 TABLE = Path(__file__).parent / "gpus.yaml"
-CPU = "cpu"
-"""The kind of machine that computes without GPUs."""
 
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
 Precision = Literal["float32", "mixed_bfloat16", "mixed_float16"]
 
 
 class MachineSpec(Spec):
-    """A kind of machine: its GPUs, or the cores that compute in their place."""
+    """A kind of machine: its GPUs, or the cores that compute instead."""
 
     instance: str
-    """What its provider calls it."""
+    """Name of the instance type."""
     gpus: NonNegativeInt = 1
-    """GPUs of a machine; 0: its cores compute."""
+    """GPUs per machine; 0 computes on its cores."""
     cpus: PositiveInt
-    """Logical CPUs of a machine."""
+    """Logical CPUs per machine."""
     memory_gib: Positive
-    """Memory of a GPU; without GPUs, of the machine."""
+    """Memory of a GPU or, without GPUs, of the machine."""
     reserved_gib: NonNegative = 1.0
-    """Memory that each replica takes before its first tensor: CUDA's context and libraries, or the
+    """Memory that a replica needs before its first tensor: CUDA context and libraries, or the
     process itself."""
     layer_mib: NonNegative = 0.0
-    """Memory that the graph of a layer takes beside; of GPUs none, since it is in the process."""
+    """Memory for the graph of a layer; 0 with GPUs, which do not hold the graph."""
     tflops: dict[Precision, Positive]
-    """10^12 float operations a second at most, dense, by `train.precision`, of a GPU or a core; a
-    precision that is left out is as fast as float32."""
+    """Peak 10^12 dense float operations per second of a GPU or a core, by `train.precision`; a
+    missing precision is as fast as float32."""
     bandwidth_gb_s: Positive
-    """10^9 bytes a second to and from the memory of a GPU, or of a core."""
+    """Memory bandwidth of a GPU or a core in 10^9 bytes per second."""
     flops_efficiency: Share = 0.5
-    """Share of the operations that a layer reaches which is bound by them."""
+    """Share of the peak operations that a compute-bound layer reaches."""
     bandwidth_efficiency: Share = 0.5
-    """Share of the bandwidth that a layer reaches which is bound by it."""
+    """Share of the bandwidth that a memory-bound layer reaches."""
     layer_us: Positive = 35.0
-    """Microseconds that a layer takes forward at least, however small it is."""
+    """Minimum microseconds of a layer's forward pass."""
     link_gb_s: Positive | None = None
-    """10^9 bytes a second each way between processors of one machine; by default the network's."""
+    """10^9 bytes per second each way between processors of a machine; by default the network's."""
     network_gbit_s: Positive
-    """10^9 bits a second each way between machines."""
+    """10^9 bits per second each way between machines."""
     latency_us: Positive = 50.0
-    """Microseconds that a message takes between two replicas."""
+    """Microseconds of a message between two replicas."""
     usd_per_hour: dict[Literal["on_demand", "spot"], NonNegative]
     """Price of a machine."""
 
     def peak_flops(self, precision: str) -> float:
-        """Return operations a second at most, of a GPU or a core."""
+        """Return the peak operations per second of a GPU or a core."""
         by_name: dict[str, float] = {**self.tflops}
         return 1e12 * by_name.get(precision, by_name["float32"])
 
     @model_validator(mode="after")
-    def _float32_is_said(self) -> Self:
+    def _require_float32(self) -> Self:
         if "float32" not in self.tflops:
-            raise ValueError("tflops needs float32")
+            raise ValueError("tflops needs a value for float32")
         return self
 
 
 class PlanSettings(Spec):
-    """What the plan is for."""
+    """What to plan for."""
 
     gpu: str
-    """Kind of GPU, an entry of the table of machines; `cpu` computes without."""
+    """Kind of GPU, an entry of the table of machines; `cpu` computes without GPUs."""
     workers: PositiveInt | None = None
-    """Worker processes; by default the most of `train.num_workers`."""
+    """Worker processes; by default the maximum of `train.num_workers`."""
     machines: str = str(TABLE)
-    """YAML file of machines and prices; copy ray_jobs/plan/gpus.yaml and edit it."""
+    """YAML file with machines and prices; copy ray_jobs/plan/gpus.yaml and edit it."""
     rows: PositiveInt = 10_000
-    """Training rows, where `data.prepared` is not there yet to say how many they are."""
+    """Training rows, if `data.prepared` does not exist yet."""
     numbers: NonNegativeInt = 16
-    """Numeric columns, likewise, where `prepare.numeric_columns` does not name them."""
+    """Numeric columns, if `data.prepared` does not exist yet and `prepare.numeric_columns` does not
+    name them."""
     output: str | None = None
     """File for the plan as JSON."""
 
 
-class PlanSpec(RunSpec, PlanSettings):
-    """The whole of a run, and the machines to plan it for."""
+class PlanSpec(SearchSpec, PlanSettings):
+    """A run, and the machines to plan it for."""
 
     @model_validator(mode="after")
-    def _machine_and_workers_can_be(self) -> Self:
-        # Both raise what is wrong.
-        self.machine()
+    def _require_valid_run(self) -> Self:
         self.run_spec()
         return self
 
@@ -101,23 +96,16 @@ class PlanSpec(RunSpec, PlanSettings):
         """Return the kind of machine.
 
         Raises:
-            ValueError: if the table is wrong or does not have it.
+            ValueError: If the table is invalid or does not contain it.
         """
-        return read_machines(self.machines)[self.known_gpu()]
-
-    def known_gpu(self) -> str:
-        """Return the name of the kind, as the table has it.
-
-        Raises:
-            ValueError: if the table is wrong or does not have it.
-        """
-        return require_one_of(self.gpu.lower(), tuple(read_machines(self.machines)), "gpu")
+        machines = read_machines(self.machines)
+        return machines[require_one_of(self.gpu.lower(), tuple(machines), "gpu")]
 
     def run_spec(self) -> RunSpec:
         """Return the run on these machines.
 
         Raises:
-            ValueError: if so many workers cannot share the global batch.
+            ValueError: If the machine is unknown, or the workers cannot share the global batch.
         """
         tree = self.model_dump(mode="json", include=set(RunSpec.model_fields))
         workers = self.workers or self.train.workers_range[1]
@@ -128,20 +116,21 @@ class PlanSpec(RunSpec, PlanSettings):
 
 
 def read_machines(path: str) -> dict[str, MachineSpec]:
-    """Return the kinds of machines of a table by their names.
+    """Return the kinds of machines in a table by name.
 
     Raises:
-        UsageError: if it cannot be read, or holds something else.
+        UsageError: If the table cannot be read or is invalid.
     """
     tree: dict[str, Any] = command_line.read_yaml(path)
-    found = {}
+    machines = {}
     for name, machine in tree.items():
         if not isinstance(machine, dict):
-            raise UsageError(f"{path}: {name} holds no mapping, but a {type(machine).__name__}")
+            kind = type(machine).__name__
+            raise UsageError(f"{path}: {name} must be a mapping, but is a {kind}")
         try:
-            found[str(name)] = command_line.validate_spec(MachineSpec, machine)
+            machines[str(name)] = command_line.validate_spec(MachineSpec, machine)
         except UsageError as error:
             raise UsageError(f"{path}, {name}: {error}") from None
-    if not found:
-        raise UsageError(f"{path} names no machine")
-    return found
+    if not machines:
+        raise UsageError(f"{path} contains no machines; copy {TABLE} and edit it")
+    return machines

@@ -1,6 +1,7 @@
-"""Settings with which a run fits that does not as it is; each was tried by the same reckoning."""
+"""Suggests settings with which a run fits into memory, each checked by the estimator."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from mm_model.spec import Spec
@@ -8,9 +9,12 @@ from ray_jobs.config.spec import RunSpec
 from ray_jobs.plan.estimate import Estimator, Plan
 from ray_jobs.plan.plan_spec import MachineSpec
 
+Option = tuple[dict[str, Any], str]
+"""Settings to change by path, and a note on the consequences."""
+
 
 class Suggestion(Spec):
-    """Settings to change, by their paths, and what the run takes then."""
+    """Settings to change by path, and the plan of the changed run."""
 
     changes: dict[str, Any]
     note: str
@@ -18,55 +22,48 @@ class Suggestion(Spec):
 
     @property
     def text(self) -> str:
-        """The settings as flags, and what goes with them."""
+        """The settings as flags, with the note."""
         flags = " ".join(f"--{path} {value}" for path, value in self.changes.items())
         return f"{flags} ({self.note})"
 
 
-def suggestions(
-    spec: RunSpec, estimator: Estimator, rebuild: Callable[[RunSpec], Estimator]
-) -> list[Suggestion]:
-    """Return what would let a run fit, the least change first; nothing where not even one row fits.
+def suggestions(estimator: Estimator, rebuild: Callable[[RunSpec], Estimator]) -> list[Suggestion]:
+    """Return changes with which a run fits, the smallest first; empty if no change suffices.
 
     Args:
-        spec: of the run that does not fit.
-        estimator: of it.
-        rebuild: returns the estimator of another spec, whose model is another.
+        estimator: Of the run that does not fit.
+        rebuild: Returns the estimator of a spec with another model.
     """
-    found = [*_first(_in_parts(spec), spec, estimator)]
-    precision = _smaller_precision(estimator.machine, spec)
+    found = _first_that_fits(_more_parts(estimator.spec), estimator)
+    precision = _half_precision(estimator.machine, estimator.spec)
     if precision is not None:
         change = {"train.precision": precision}
-        half = spec.overlay(change)
-        of_half = rebuild(half)
-        options = [({}, "half the bytes of most activations"), *_in_parts(half)]
-        found += _first(iter([options[0]]), half, of_half, change)
-        if not found:
-            found += _first(iter(options[1:]), half, of_half, change)
-    found += _first(_smaller_batches(spec, estimator), spec, estimator)
-    return found
+        half = rebuild(estimator.spec.overlay(change))
+        only_half: list[Option] = [({}, "half the bytes of most activations")]
+        fits = _first_that_fits(only_half, half, change)
+        if not fits and not found:
+            fits = _first_that_fits(_more_parts(half.spec), half, change)
+        found += fits
+    return found + _first_that_fits(_smaller_batches(estimator), estimator)
 
 
-def _first(
-    options: Iterator[tuple[dict[str, Any], str]],
-    spec: RunSpec,
-    estimator: Estimator,
-    before: dict[str, Any] | None = None,
+def _first_that_fits(
+    options: Iterable[Option], estimator: Estimator, base: dict[str, Any] | None = None
 ) -> list[Suggestion]:
-    """Return the first option that fits, in a list; an empty one where none does."""
+    """Return the first option that fits, if any; `base` are changes that were already made."""
     for changes, note in options:
         try:
-            changed = spec.overlay(changes)
-        except ValueError:  # Workers could not share it.
+            changed = estimator.spec.overlay(changes)
+        except ValueError:  # The workers cannot share the global batch.
             continue
-        plan = estimator.plan(changed)
+        plan = replace(estimator, spec=changed).plan()
         if plan.fits:
-            return [Suggestion(changes={**(before or {}), **changes}, note=note, plan=plan)]
+            return [Suggestion(changes={**(base or {}), **changes}, note=note, plan=plan)]
     return []
 
 
-def _in_parts(spec: RunSpec) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield more and more parts of a replica's rows."""
+def _more_parts(spec: RunSpec) -> Iterator[Option]:
+    """Yield increasing numbers of parts for a replica's rows."""
     train = spec.train
     rows = train.global_batch_size // (train.workers_range[1] * train.replicas_per_worker)
     for parts in range(train.accumulate_steps + 1, rows + 1):
@@ -75,12 +72,11 @@ def _in_parts(spec: RunSpec) -> Iterator[tuple[dict[str, Any], str]]:
             yield {"train.accumulate_steps": parts}, note
 
 
-def _smaller_batches(spec: RunSpec, estimator: Estimator) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield smaller and smaller global batches, from about where they fit."""
-    train = spec.train
+def _smaller_batches(estimator: Estimator) -> Iterator[Option]:
+    """Yield decreasing global batches, from about the size that fits."""
+    train = estimator.spec.train
     step = train.workers_range[1] * train.replicas_per_worker * train.accumulate_steps
-    memory = estimator.plan(spec).fullest
-    # What is not of rows stays.
+    memory = estimator.plan().peak_memory
     of_rows = memory.activations + memory.batches
     share = (memory.capacity - (memory.total - of_rows)) / of_rows
     most = min(int(share * train.global_batch_size) + step, train.global_batch_size - step)
@@ -88,8 +84,8 @@ def _smaller_batches(spec: RunSpec, estimator: Estimator) -> Iterator[tuple[dict
         yield {"train.global_batch_size": size}, "the largest that fits"
 
 
-def _smaller_precision(machine: MachineSpec, spec: RunSpec) -> str | None:
-    """Return the half precision that a machine is fast in, where the run does not have one yet."""
+def _half_precision(machine: MachineSpec, spec: RunSpec) -> str | None:
+    """Return a half precision that the machine accelerates; None if the run already uses one."""
     if spec.train.precision != "float32":
         return None
     kinds = ("mixed_bfloat16", "mixed_float16")

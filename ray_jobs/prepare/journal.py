@@ -1,8 +1,7 @@
-"""What an interrupted `prepare` had finished, so that it goes on there when it is started again.
+"""Records finished shards, so that an interrupted `prepare` resumes when it is started again.
 
-Each shard's facts are written when the shard is, under the fingerprint of what it was made from. So
-nothing has to be known of how the job before ended, and what has changed since is done anew.
-Imports neither Ray nor TensorFlow.
+The facts of a shard are written together with it, under the fingerprint of its input. So nothing
+about the interrupted job needs to be known, and shards whose input has changed are written anew.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -10,23 +9,26 @@ from concurrent.futures import ThreadPoolExecutor
 from pyarrow import fs
 from pydantic import ValidationError
 
-from ray_jobs.prepare.shard_writer import ShardFacts, ShardRows, ShardWriter
+from ray_jobs.config.spec import Split
+from ray_jobs.prepare.row_validation import Rows
+from ray_jobs.prepare.shard_writer import ShardFacts, ShardWriter
+from ray_jobs.storage.atomic_write import PARTIAL
 from ray_jobs.storage.folder import Folder
 
 FOLDER = "_progress"
-_AT_ONCE = 16
+_NUM_THREADS = 16
 
 
-def name_of(writer: ShardWriter, rows: ShardRows) -> str:
-    """Return what a shard's facts are noted under: its place, and all that it is made from."""
-    return f"{rows.split}-{rows.index:05d}-{writer.fingerprint(rows)}"
+def entry_name(writer: ShardWriter, split: Split, index: int, rows: Rows) -> str:
+    """Return the name of a shard's entry, from its position and the fingerprint of its input."""
+    return f"{split}-{index:05d}-{writer.fingerprint(split, rows)}"
 
 
-def write_noted(writer: ShardWriter, rows: ShardRows) -> ShardFacts | str:
-    """Write a shard, note its facts and return them, or why the folder cannot be written."""
+def write_and_record(writer: ShardWriter, split: Split, index: int, rows: Rows) -> ShardFacts | str:
+    """Write and record a shard; return its facts, or why the folder cannot be written."""
     try:
-        facts = writer.write(rows)
-        name = f"{FOLDER}/{name_of(writer, rows)}.json"
+        facts = writer.write(split, index, rows)
+        name = f"{FOLDER}/{entry_name(writer, split, index, rows)}.json"
         writer.output.write_text(name, facts.model_dump_json())
     except OSError as error:
         return str(error)
@@ -34,31 +36,31 @@ def write_noted(writer: ShardWriter, rows: ShardRows) -> ShardFacts | str:
 
 
 def read_finished(output: Folder) -> dict[str, ShardFacts]:
-    """Return the facts of the shards that are there, whole, by the name that they have here."""
+    """Return the facts of the recorded shards that are complete, by entry name."""
 
-    def read(name: str) -> tuple[str, ShardFacts] | None:
+    def read_entry(name: str) -> tuple[str, ShardFacts] | None:
         try:
             facts = ShardFacts.model_validate_json(output.read_bytes(name))
         except ValidationError:
             return None
-        if facts.shard and not is_whole(output, facts.shard.path, facts.shard.num_bytes):
+        if facts.shard and not is_complete(output, facts.shard.path, facts.shard.num_bytes):
             return None
         return name.removeprefix(f"{FOLDER}/").removesuffix(".json"), facts
 
     names = [name for name in output.names(FOLDER) if name.endswith(".json")]
-    with ThreadPoolExecutor(_AT_ONCE) as threads:
-        return dict(found for found in threads.map(read, names) if found)
+    with ThreadPoolExecutor(_NUM_THREADS) as threads:
+        return dict(entry for entry in threads.map(read_entry, names) if entry)
 
 
-def is_whole(output: Folder, path: str, num_bytes: int) -> bool:
-    """Whether a file is there with this many bytes."""
+def is_complete(output: Folder, path: str, num_bytes: int) -> bool:
+    """Return whether a file exists and has this size."""
     info = output.filesystem.get_file_info(output.locate(path))
     return info.type == fs.FileType.File and info.size == num_bytes
 
 
 def clear(output: Folder) -> None:
-    """Forget what was finished, and remove what killed writers left half written."""
+    """Delete all entries, and the partial files of killed writers."""
     output.delete(FOLDER)
     for name in list(output.names()):
-        if name.endswith(".partial"):
+        if name.endswith(PARTIAL):
             output.delete(name)

@@ -1,10 +1,8 @@
-"""Cells → numbers, by what the user says text in a column means.
+"""Parses cells as numbers, by the rule in `prepare.number_rules` for the column if it has one.
 
-What neither is a number nor is understood by the column's rule is no number: its row goes to
-quarantine. Imports neither Ray nor TensorFlow.
+The row of a cell that is neither a number nor covered by the rule goes to quarantine.
 """
 
-# pyarrow makes the functions of its compute module when it is imported, unseen by pyright.
 # pyright: reportAttributeAccessIssue=false
 
 from collections.abc import Callable
@@ -13,10 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import NumberRule
+from ray_jobs.prepare.cell_text import MISSING_NUMBERS, TEXT, column_text
 
-_MISSING = ("nan", "na", "n/a", "#n/a", "<na>", "null", "none", "-nan")
 _DECIMAL = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?"
 _NUMBER = f"^{_DECIMAL}$"
 _INFINITY = r"^[+-]?inf(inity)?$"
@@ -37,125 +34,101 @@ _DAY_S = 86_400.0
 _UNITS_PER_S = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}
 
 
-def numbers_of(
+def parse_numbers(
     column: pa.ChunkedArray, rule: NumberRule | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return cells as float64, NaN where one is missing or no number; and which are no number.
+    """Return each cell as float64, and a mask of the cells that are not numbers.
+
+    A missing cell and one that is not a number are NaN.
 
     Args:
-        column: of numbers, booleans or text; with the rule `date` also of dates and timestamps.
-        rule: what text other than plain numbers means. `range_low`, `range_mean` and `range_high`
-            read `91-92`, `10 to 20` and, by their one end, `50+`, `<5` and `>=7`;
-            `decimal_comma` reads `1.234,5` and `1 234,5`, so that `1.234` is 1234; `date` reads
-            ISO 8601 days and times, also with `/` or `.` between, as days since 1970-01-01 UTC;
-            `missing` takes all that is no number for missing.
+        column: Numbers, booleans or text; with the rule `date` also dates and timestamps.
+        rule: How to read text other than plain numbers. `range_low`, `range_mean` and `range_high`
+            read ranges such as `91-92` and `10 to 20`, and open ranges such as `50+`, `<5` and
+            `>=7` by their one end. `decimal_comma` reads `1.234,5` and `1 234,5`, so `1.234` is
+            1234. `date` reads ISO 8601 dates and times, also with `/` or `.` as separator, as days
+            since 1970-01-01 UTC. `missing` treats any other text as missing.
 
     Raises:
-        JobError: if the column holds neither numbers nor text.
+        JobError: If the column holds neither numbers nor text.
     """
     kind = column.type
     if rule == "date":
         if pa.types.is_date(kind) or pa.types.is_timestamp(kind):
             return _days_of_timestamps(column), np.zeros(len(column), bool)
-        return _parse(texts(column), _parse_dates)
+        return _parse(column, _parse_dates)
     if pa.types.is_boolean(kind):
         column = pc.cast(column, pa.int8())
-    elif not is_number(kind):
-        parser = _PARSERS.get(rule, _parse_numbers) if rule else _parse_numbers
-        values, is_text = _parse(texts(column), parser)
-        return values, np.zeros_like(is_text) if rule == "missing" else is_text
-    values = pc.cast(column, pa.float64(), safe=False)
-    return np.array(values.to_numpy(), np.float64), np.zeros(len(column), bool)
+    elif not is_numeric(kind):
+        parser = _PARSERS.get(rule, _parse_plain) if rule else _parse_plain
+        values, is_invalid = _parse(column, parser)
+        return values, np.zeros_like(is_invalid) if rule == "missing" else is_invalid
+    return _to_float64(pc.cast(column, pa.float64(), safe=False)), np.zeros(len(column), bool)
 
 
 def suggest_rule(text: str) -> NumberRule | None:
-    """Return the rule by which a text that is no number would be one, if that is clear.
+    """Return the rule that would read a text as a number, or None if there is no clear one.
 
-    `1,000` may be a thousand or one, so nothing is suggested.
+    `1,000` may be a thousand or one, so no rule is suggested.
     """
-    cell = pa.chunked_array([pa.array([text], pa.string())])
-    lower = pc.utf8_lower(texts(cell))
+    cell = pa.chunked_array([[text]], TEXT)
+    lower = pc.utf8_lower(column_text(cell))
     if pc.any(pc.match_substring_regex(lower, r"^[+-]?[0-9]{1,3}(?:,[0-9]{3})+$")).as_py():
         return None
     rules: tuple[NumberRule, ...] = ("date", "decimal_comma", "range_mean")
-    return next((rule for rule in rules if not np.isnan(numbers_of(cell, rule)[0][0])), None)
+    return next((rule for rule in rules if not np.isnan(parse_numbers(cell, rule)[0][0])), None)
 
 
-def is_number(kind: pa.DataType) -> bool:
-    """Whether a column of this type holds numbers, not counting booleans."""
+def is_numeric(kind: pa.DataType) -> bool:
+    """Return whether a column of this type holds numbers; booleans do not count."""
     types = pa.types
     return types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind)
 
 
-def texts(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return cells as text without spaces around it, whole numbers without `.0`, null if empty.
-
-    Raises:
-        JobError: if the column holds something that is no text, such as lists.
-    """
-    if pa.types.is_dictionary(column.type):
-        column = pc.cast(column, column.type.value_type)
-    if pa.types.is_floating(column.type):
-        column = pc.cast(column, pa.float64())
-        column = pc.if_else(pc.is_nan(column), None, column)
-        whole = pc.and_(pc.equal(pc.floor(column), column), pc.less(pc.abs(column), 2.0**63))
-        integers = pc.cast(pc.cast(pc.if_else(whole, column, None), pa.int64()), pa.string())
-        column = pc.coalesce(integers, pc.cast(column, pa.string()))
-    try:
-        cells = pc.utf8_trim_whitespace(pc.cast(column, pa.string()))
-    except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
-        raise JobError(f"a column of type {column.type} cannot be read as text: {error}") from error
-    cells = pc.if_else(pc.equal(cells, ""), None, cells)
-    # What pandas makes of whole numbers in a column where some are missing.
-    if pc.all(pc.match_substring_regex(cells, r"^-?[0-9]+\.0$")).as_py():
-        cells = pc.replace_substring_regex(cells, r"\.0$", "")
-    return cells
-
-
 def _parse(
-    cells: pa.ChunkedArray, parser: Callable[[pa.ChunkedArray], np.ndarray]
+    column: pa.ChunkedArray, parser: Callable[[pa.LargeStringArray], np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the values of texts, and which of them mean neither a number nor a missing one."""
-    lower = pc.replace_substring(pc.utf8_lower(cells), "−", "-")
+    """Return the values of a text column, and a mask of the cells that are not numbers."""
+    lower = pc.replace_substring(pc.utf8_lower(column_text(column)), "−", "-")
     values = parser(lower)
-    missing = pc.or_(pc.is_null(lower), pc.is_in(lower, pa.array(_MISSING)))
-    return values, np.isnan(values) & ~_mask(missing)
+    missing = pc.or_(pc.is_null(lower), pc.is_in(lower, pa.array(MISSING_NUMBERS, TEXT)))
+    return values, np.isnan(values) & ~_to_mask(missing)
 
 
-def _parse_numbers(lower: pa.ChunkedArray) -> np.ndarray:
-    values = _floats(pc.if_else(_matches(lower, _NUMBER), lower, None))
+def _parse_plain(lower: pa.LargeStringArray) -> np.ndarray:
+    values = _text_to_float64(pc.if_else(_matches(lower, _NUMBER), lower, None))
     for word, value in (("true", 1.0), ("false", 0.0)):
-        values[_mask(pc.fill_null(pc.equal(lower, word), False))] = value
-    values[_mask(_matches(lower, _INFINITY))] = np.inf
+        values[_to_mask(pc.fill_null(pc.equal(lower, word), False))] = value
+    values[_to_mask(_matches(lower, _INFINITY))] = np.inf
     return values
 
 
-def _parse_commas(lower: pa.ChunkedArray) -> np.ndarray:
+def _parse_decimal_comma(lower: pa.LargeStringArray) -> np.ndarray:
     words = pc.if_else(_matches(lower, "[0-9]"), None, lower)
     plain = pc.replace_substring_regex(lower, rf"[.{_SPACES}'’]", "")
     plain = pc.replace_substring(plain, ",", ".")
-    values = _floats(pc.if_else(_matches(lower, _COMMA), plain, None))
-    return np.where(np.isnan(values), _parse_numbers(words), values)
+    values = _text_to_float64(pc.if_else(_matches(lower, _COMMA), plain, None))
+    return np.where(np.isnan(values), _parse_plain(words), values)
 
 
-def _parse_ranges(lower: pa.ChunkedArray, end: NumberRule) -> np.ndarray:
-    values = _parse_numbers(lower)
+def _parse_ranges(lower: pa.LargeStringArray, end: NumberRule) -> np.ndarray:
+    values = _parse_plain(lower)
     closed = pc.extract_regex(lower, _CLOSED_RANGE)
-    low, high = (_floats(pc.struct_field(closed, name)) for name in ("low", "high"))
+    low, high = (_text_to_float64(pc.struct_field(closed, name)) for name in ("low", "high"))
     chosen = {"range_low": low, "range_mean": low + (high - low) / 2, "range_high": high}[end]
     opened = pc.extract_regex(lower, _OPEN_RANGE)
     for name in ("end", "base"):
-        bound = _floats(pc.struct_field(opened, name))
+        bound = _text_to_float64(pc.struct_field(opened, name))
         values = np.where(np.isnan(values), bound, values)
-    # What falls, such as `2024-03`, is no range.
+    # A range rises: `2024-03` is not one.
     return np.where(np.isnan(values) & (low <= high), chosen, values)
 
 
-def _parse_dates(lower: pa.ChunkedArray) -> np.ndarray:
+def _parse_dates(lower: pa.LargeStringArray) -> np.ndarray:
     found = pc.extract_regex(lower, _DATE)
 
     def part(name: str) -> np.ndarray:
-        return _floats(pc.replace_substring(pc.struct_field(found, name), ",", "."))
+        return _text_to_float64(pc.replace_substring(pc.struct_field(found, name), ",", "."))
 
     year, month, day = (
         np.nansum([part(f"{name}{i}") for i in range(4)], axis=0).astype(np.int64) for name in "ymd"
@@ -165,11 +138,11 @@ def _parse_dates(lower: pa.ChunkedArray) -> np.ndarray:
     hour, minute, second = (np.nan_to_num(part(name)) for name in ("hour", "minute", "second"))
     zone_hour, zone_minute = (np.nan_to_num(part(f"zone_{name}")) for name in ("hour", "minute"))
     is_behind = pc.equal(pc.struct_field(found, "sign"), "-")
-    sign = np.where(_mask(pc.fill_null(is_behind, False)), -1.0, 1.0)
+    sign = np.where(_to_mask(pc.fill_null(is_behind, False)), -1.0, 1.0)
     seconds = hour * 3600 + minute * 60 + second - sign * (zone_hour * 3600 + zone_minute * 60)
     is_date = (
-        _mask(pc.is_valid(found))
-        # A day beyond the month's last falls into the next.
+        _to_mask(pc.is_valid(found))
+        # NumPy carries a day past the end of its month into the next month.
         & ((month >= 1) & (month <= 12) & (day >= 1) & (date.astype("datetime64[M]") == first))
         & ((hour < 24) & (minute < 60) & (second < 60) & (zone_hour < 24) & (zone_minute < 60))
     )
@@ -180,29 +153,33 @@ def _days_of_timestamps(column: pa.ChunkedArray) -> np.ndarray:
     kind = column.type
     if pa.types.is_date32(kind):
         days = pc.cast(pc.cast(column, pa.int32()), pa.float64())
-        return np.array(days.to_numpy(), np.float64)
+        return _to_float64(days)
     per_s = _UNITS_PER_S["ms" if pa.types.is_date64(kind) else kind.unit]
     units = pc.cast(pc.cast(column, pa.int64()), pa.float64(), safe=False)
-    return np.array(units.to_numpy(), np.float64) / (per_s * _DAY_S)
+    return _to_float64(units) / (per_s * _DAY_S)
 
 
-_PARSERS: dict[NumberRule, Callable[[pa.ChunkedArray], np.ndarray]] = {
+_PARSERS: dict[NumberRule, Callable[[pa.LargeStringArray], np.ndarray]] = {
     "range_low": lambda lower: _parse_ranges(lower, "range_low"),
     "range_mean": lambda lower: _parse_ranges(lower, "range_mean"),
     "range_high": lambda lower: _parse_ranges(lower, "range_high"),
-    "decimal_comma": _parse_commas,
+    "decimal_comma": _parse_decimal_comma,
 }
 
 
-def _matches(cells: pa.ChunkedArray, pattern: str) -> pa.ChunkedArray:
+def _matches(cells: pa.LargeStringArray, pattern: str) -> pa.BooleanArray:
     return pc.fill_null(pc.match_substring_regex(cells, pattern), False)
 
 
-def _floats(cells: pa.ChunkedArray) -> np.ndarray:
-    """Return texts that are numbers as float64, NaN where one is null or empty."""
-    cells = pc.if_else(pc.equal(cells, ""), None, cells)
-    return np.array(pc.cast(cells, pa.float64()).to_numpy(), np.float64)
+def _text_to_float64(cells: pa.LargeStringArray) -> np.ndarray:
+    """Return text that spells numbers as float64, NaN for null and empty text."""
+    return _to_float64(pc.cast(pc.if_else(pc.equal(cells, ""), None, cells), pa.float64()))
 
 
-def _mask(column: pa.ChunkedArray) -> np.ndarray:
-    return column.to_numpy().astype(bool)
+def _to_float64(column: pa.DoubleArray | pa.ChunkedArray) -> np.ndarray:
+    """Return a copy as float64, NaN for null."""
+    return np.array(column, np.float64)
+
+
+def _to_mask(column: pa.BooleanArray) -> np.ndarray:
+    return column.to_numpy(zero_copy_only=False).astype(bool)

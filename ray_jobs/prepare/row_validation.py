@@ -1,13 +1,12 @@
-"""The cells of a source's table → `Rows`: usable, or with the reason why they are not.
+"""Reads the cells of a source's table as `Rows` and quarantines the rows that cannot be used.
 
-Enters: a `Source` whose columns were checked.  Leaves: keys, numbers, words, labels, groups and
-splits, column by column, in the table's order.
+Input: a `Source` whose columns were checked. Output: keys, numbers, words, labels, groups and
+splits in the table's order, and a reason for each quarantined row.
 
-What concerns one cell sets that row aside. Tables have millions of rows: columns stay Arrow and
-NumPy, only rows that are set aside become Python objects. Imports neither Ray nor TensorFlow.
+Tables can have millions of rows, so columns stay Arrow and NumPy; only quarantined rows become
+Python objects.
 """
 
-# pyarrow makes the functions of its compute module when it is imported, unseen by pyright.
 # pyright: reportAttributeAccessIssue=false
 
 from collections.abc import Sequence
@@ -19,48 +18,66 @@ import pyarrow.compute as pc
 
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import SPLITS, PrepareSpec
-from ray_jobs.prepare.labels import Classes, label_text
-from ray_jobs.prepare.number_parsing import numbers_of, suggest_rule
-from ray_jobs.prepare.sources.refs import ImageRefs, Source
-from ray_jobs.prepare.table import texts_of
+from ray_jobs.prepare.cell_text import TEXT, column_text, label_text
+from ray_jobs.prepare.labels import Classes
+from ray_jobs.prepare.number_parsing import parse_numbers, suggest_rule
+from ray_jobs.prepare.sources.source import ImageRefs, Source
 
-# Of each column: to find a cell's rule takes a millisecond, and all cells may lack one.
-_MOST_SUGGESTIONS = 100
+# Per column: finding the rule of one cell takes a millisecond, and every cell may need one.
+_MAX_SUGGESTIONS = 100
 
 
 @dataclass
 class Rows:
-    """The table's rows: columns of one length, and why a row is set aside."""
+    """Rows as columns of equal length."""
 
-    keys: pa.StringArray
+    keys: pa.LargeStringArray
     """Null where missing."""
     images: tuple[ImageRefs, ...]
-    """One entry an image name, in the specification's order."""
+    """One entry per image name, in the order of `image_columns`."""
     numeric_RF: np.ndarray
     """float32, NaN where missing."""
-    categories: dict[str, pa.StringArray]
-    """Texts of the categorical columns, null where missing."""
+    categories: dict[str, pa.LargeStringArray]
+    """Text of the categorical columns, null where missing."""
     labels: np.ndarray
-    """int8, -1 where there is none to use."""
-    groups: pa.StringArray
-    """The key where there is no group column; never null."""
-    splits: np.ndarray
-    """int8, place in `SPLITS` where the split column says, else -1."""
-    bad: dict[int, tuple[str, str]] = field(default_factory=dict)
-    """Reason (one word) and detail of each row that cannot be used."""
+    """int8, -1 where there is no usable label."""
 
     def __len__(self) -> int:
         return len(self.keys)
 
+    def take(self, indices: np.ndarray) -> "Rows":
+        """Return the rows at some indices."""
+        return Rows(
+            keys=self.keys.take(pa.array(indices)),
+            images=tuple(refs.take(indices) for refs in self.images),
+            numeric_RF=self.numeric_RF[indices],
+            categories={n: texts.take(pa.array(indices)) for n, texts in self.categories.items()},
+            labels=self.labels[indices],
+        )
+
+
+@dataclass
+class CheckedRows(Rows):
+    """All rows of the table, and why some are quarantined."""
+
+    groups: pa.LargeStringArray
+    """The key where there is no group column; never null."""
+    splits: np.ndarray
+    """int8, the index in `SPLITS` that the split column gives, else -1."""
+    quarantined: dict[int, tuple[str, str]] = field(default_factory=dict)
+    """Row → reason (one word) and detail."""
+    unmatched: tuple[tuple[str, str, str], ...] = ()
+    """Key, reason and detail of each image without a row."""
+
     def quarantine(self, row: int, reason: str, detail: str) -> None:
-        """Say why a row cannot be used; the first reason counts."""
-        self.bad.setdefault(row, (reason, detail))
+        """Exclude a row; of several reasons the first is kept."""
+        self.quarantined.setdefault(row, (reason, detail))
 
     @property
     def good(self) -> np.ndarray:
-        """Whether each row can be used."""
+        """Mask of the rows that can be used."""
         good = np.ones(len(self), bool)
-        good[list(self.bad)] = False
+        good[list(self.quarantined)] = False
         return good
 
 
@@ -70,27 +87,32 @@ def read_rows(
     numeric_columns: Sequence[str],
     classes: Classes | None,
     categorical: Sequence[str] = (),
-) -> Rows:
-    """Return the rows of a source, those that cannot be used with their reason.
+) -> CheckedRows:
+    """Return the rows of a source's table.
 
     Args:
-        source: of the rows, its table checked by `require_columns`.
-        spec: the roles of the columns.
-        numeric_columns: to read, in this order.
-        classes: of the label; None leaves label, group and split unread, as for `predict`.
-        categorical: columns of words to read.
+        source: The source; its columns were checked.
+        spec: The rules to read by.
+        numeric_columns: Columns of numbers to read.
+        classes: Classes of the label column; None to read no label, group and split, for
+            `predict`.
+        categorical: Columns of words to read.
+
+    Raises:
+        JobError: If a column as a whole cannot be read.
     """
     table = source.table
-    keys = texts_of(table.column(spec.key_column))
+    keys = column_text(table.column(spec.key_column))
     names = (spec.image_columns or ("",)) if source.images else ()
-    rows = Rows(
+    rows = CheckedRows(
         keys=keys,
         images=tuple(source.images[name] for name in names),
         numeric_RF=np.empty((len(keys), len(numeric_columns)), np.float32),
-        categories={name: texts_of(table.column(name)) for name in categorical},
+        categories={name: column_text(table.column(name)) for name in categorical},
         labels=np.full(len(keys), -1, np.int8),
         groups=keys.fill_null(""),
         splits=np.full(len(keys), -1, np.int8),
+        unmatched=source.unmatched,
     )
     _check_keys(rows, spec.key_column)
     if classes is not None:
@@ -98,21 +120,21 @@ def read_rows(
         _read_groups_and_splits(rows, table, spec)
     for position, name in enumerate(numeric_columns):
         _read_numbers(rows, position, table.column(name), name, spec)
-    for row, (reason, detail) in source.bad.items():
+    for row, (reason, detail) in source.quarantined.items():
         rows.quarantine(row, reason, detail)
     if rows.images:
-        is_there = np.any([images.is_there for images in rows.images], axis=0)
-        detail = "it has none of its images" if spec.image_columns else "there is no image for it"
-        for row in np.flatnonzero(~is_there).tolist():
+        has_image = np.any([images.has_image for images in rows.images], axis=0)
+        detail = "the row has none of its images" if spec.image_columns else "the row has no image"
+        for row in np.flatnonzero(~has_image).tolist():
             rows.quarantine(row, "missing_image", detail)
     return rows
 
 
-def _check_keys(rows: Rows, key_column: str) -> None:
+def _check_keys(rows: CheckedRows, key_column: str) -> None:
     for row in _rows_where(rows.keys.is_null()):
         rows.quarantine(row, "missing_key", f"row {row + 1} has no {key_column}")
     codes = rows.keys.dictionary_encode().indices.fill_null(-1).to_numpy()
-    # Written from the last row to the first, so that the first stays.
+    # Assigned from the last row to the first, so that the first row of each key remains.
     first = np.empty(len(codes) + 1, np.int64)
     first[codes[::-1]] = np.arange(len(codes))[::-1]
     for row in np.flatnonzero((first[codes] != np.arange(len(codes))) & (codes >= 0)).tolist():
@@ -120,62 +142,64 @@ def _check_keys(rows: Rows, key_column: str) -> None:
         rows.quarantine(row, "duplicate_key", detail)
 
 
-def _read_labels(rows: Rows, column: pa.ChunkedArray, name: str, classes: Classes) -> None:
+def _read_labels(rows: CheckedRows, column: pa.ChunkedArray, name: str, classes: Classes) -> None:
     missing, other = -2, -1
-    encoded = texts_of(column).dictionary_encode()
-    spelled = [label_text(text) for text in encoded.dictionary.to_pylist()]
-    number = {None: missing, classes.negative: 0, classes.positive: 1}
-    # The last entry is for cells that are null, whose code is -1.
-    numbers = np.array([*(number.get(label, other) for label in spelled), missing], np.int8)
+    encoded = column_text(column).dictionary_encode()
+    spellings = [label_text(text) for text in encoded.dictionary.to_pylist()]
+    class_of = {None: missing, classes.negative: 0, classes.positive: 1}
+    # The last entry is for null cells, whose code is -1.
+    class_of_code = np.array([*(class_of.get(s, other) for s in spellings), missing], np.int8)
     codes = encoded.indices.fill_null(-1).to_numpy()
-    labels = numbers[codes]
+    labels = class_of_code[codes]
     for row in np.flatnonzero(labels == missing).tolist():
         rows.quarantine(row, "missing_label", f"{name} is empty")
     for row in np.flatnonzero(labels == other).tolist():
         rows.quarantine(
             row,
             "bad_label",
-            f"{name} is {spelled[codes[row]]!r}, neither {classes.negative!r} nor "
+            f"{name} is {spellings[codes[row]]!r}, neither {classes.negative!r} nor "
             f"{classes.positive!r}",
         )
     rows.labels = np.maximum(labels, -1)
 
 
-def _read_groups_and_splits(rows: Rows, table: pa.Table, spec: PrepareSpec) -> None:
+def _read_groups_and_splits(rows: CheckedRows, table: pa.Table, spec: PrepareSpec) -> None:
     if spec.group_column:
-        groups = texts_of(table.column(spec.group_column))
+        groups = column_text(table.column(spec.group_column))
         rows.groups = groups.fill_null("")
         for row in _rows_where(groups.is_null()):
             rows.quarantine(row, "missing_group", f"{spec.group_column} is empty")
     if spec.split_column:
-        named = texts_of(table.column(spec.split_column))
-        places = pc.index_in(named, value_set=pa.array(SPLITS))
-        rows.splits = places.fill_null(-1).to_numpy().astype(np.int8)
+        names = column_text(table.column(spec.split_column))
+        indices = pc.index_in(names, value_set=pa.array(SPLITS, TEXT))
+        rows.splits = indices.fill_null(-1).to_numpy().astype(np.int8)
         for row in np.flatnonzero(rows.splits < 0).tolist():
-            detail = f"{spec.split_column} is {named[row].as_py()!r}, none of {', '.join(SPLITS)}"
+            detail = (
+                f"{spec.split_column} is {names[row].as_py()!r}, not one of {', '.join(SPLITS)}"
+            )
             rows.quarantine(row, "bad_split", detail)
 
 
 def _read_numbers(
-    rows: Rows, position: int, column: pa.ChunkedArray, name: str, spec: PrepareSpec
+    rows: CheckedRows, position: int, column: pa.ChunkedArray, name: str, spec: PrepareSpec
 ) -> None:
     rule = spec.number_rules.get(name)
     try:
-        values, is_text = numbers_of(column, rule)
+        values, is_invalid = parse_numbers(column, rule)
     except JobError as error:
         raise JobError(f"the numeric column {name!r} holds no numbers: {error}") from error
-    for count, row in enumerate(np.flatnonzero(is_text).tolist()):
+    for count, row in enumerate(np.flatnonzero(is_invalid).tolist()):
         cell = column[row].as_py()
         detail = f"{name} is {cell!r}"
         if rule:
-            detail += f", which the rule {rule} does not read"
-        elif count < _MOST_SUGGESTIONS and (suggested := suggest_rule(str(cell))):
+            detail += f", which the rule {rule} cannot read"
+        elif count < _MAX_SUGGESTIONS and (suggested := suggest_rule(str(cell))):
             detail += f"; prepare.number_rules {{{name}: {suggested}}} would read it"
         rows.quarantine(row, "non_numeric_text", detail)
     with np.errstate(over="ignore"):
         stored = values.astype(np.float32)
     for row in np.flatnonzero(np.isinf(stored)).tolist():
-        detail = f"{name} is {column[row].as_py()}, more than float32 holds"
+        detail = f"{name} is {column[row].as_py()}, outside the range of float32"
         rows.quarantine(row, "non_finite_number", detail)
     rows.numeric_RF[:, position] = stored
 

@@ -1,12 +1,11 @@
-"""Where each row goes: its split, its shard; and which shards of before stay as they are.
+"""Plans the split and shard of each row, and which existing shards are kept.
 
-Enters: the rows, and what an earlier prepare left in the output folder.  Leaves: `Plan`.
+Input: the rows, and the manifest and shards of an earlier prepare. Output: `Plan`.
 
-The table is the truth. A shard whose rows are all still there and as they were stays; all other
-rows are put into new shards. Imports neither Ray nor TensorFlow.
+The table is the truth. A shard is kept if all its rows still exist unchanged; all other rows go
+into new shards.
 """
 
-# pyarrow makes the functions of its compute module when it is imported, unseen by pyright.
 # pyright: reportAttributeAccessIssue=false
 
 import re
@@ -20,14 +19,15 @@ import pyarrow.parquet as pq
 
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import SPLITS, PrepareSpec, RunSpec, Split
-from ray_jobs.data import manifest
+from ray_jobs.config.text import count_text
 from ray_jobs.data.batch import KEY
-from ray_jobs.data.manifest import Manifest, Shard, read_manifest
-from ray_jobs.prepare.journal import is_whole
+from ray_jobs.data.manifest import MANIFEST, Manifest, Shard, read_manifest
+from ray_jobs.prepare.cell_text import TEXT
+from ray_jobs.prepare.journal import is_complete
 from ray_jobs.prepare.labels import Classes
-from ray_jobs.prepare.row_validation import Rows
-from ray_jobs.prepare.shard_writer import ShardRows, ShardWriter
-from ray_jobs.prepare.sources.refs import ImageRefs
+from ray_jobs.prepare.row_validation import CheckedRows
+from ray_jobs.prepare.shard_writer import ShardWriter
+from ray_jobs.prepare.sources.source import ImageRefs
 from ray_jobs.prepare.splits import (
     TRAIN,
     Cuts,
@@ -39,84 +39,77 @@ from ray_jobs.prepare.splits import (
 )
 from ray_jobs.storage.folder import Folder
 
-_AT_ONCE = 16
+_NUM_THREADS = 16
 _INDEX = re.compile(r"part-(\d+)-")
 
 NewShard = tuple[Split, int, np.ndarray]
-"""Split, number and rows of a shard that is to be written."""
+"""Split, index and rows of a shard to write."""
 
 
 @dataclass(frozen=True)
 class Earlier:
-    """What an earlier prepare left."""
+    """The result of an earlier prepare."""
 
     manifest: Manifest
-    shards: list[tuple[Split, Shard, pa.StringArray]]
-    """Split, facts and keys of each shard that is there and whole."""
+    shards: list[tuple[Split, Shard, pa.LargeStringArray]]
+    """Split, facts and keys of each shard that is complete."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """In which split each good row stands, and in which shard."""
+    """The split and shard of each good row."""
 
     members: dict[Split, np.ndarray]
-    """Rows of each split; their order is a function of seed and key alone."""
+    """Rows of each split, in an order that depends only on seed and key."""
     cuts: Cuts | None
     note: str
-    """How the splits came about, in a sentence."""
+    """How the splits were made, in a few words."""
     kept: dict[Split, list[Shard]]
-    """Shards of before that stay as they are."""
+    """Existing shards that are kept."""
     new: list[NewShard]
-    """What is to be written."""
+    """Shards to write."""
 
 
 def read_earlier(output: Folder) -> Earlier | None:
-    """Return what an earlier prepare left in a folder, if one did.
+    """Return the result of an earlier prepare in a folder, or None.
 
     Raises:
-        JobError: if its manifest cannot be read.
+        JobError: If its manifest cannot be read.
     """
-    if not output.exists(manifest.NAME):
+    if not output.exists(MANIFEST):
         return None
     try:
-        found = read_manifest(output)
+        earlier = read_manifest(output)
     except JobError as error:
         raise JobError(
-            f"{error}\nRows that it names keep their splits: give another prepare.output, or "
-            "delete this one to split anew"
+            f"{error}\nRows in this manifest keep their splits: set another prepare.output, or "
+            "delete this folder to split anew"
         ) from error
 
-    def read(place: tuple[Split, Shard]) -> tuple[Split, Shard, pa.StringArray] | None:
-        split, shard = place
-        if not is_whole(output, shard.path, shard.num_bytes):
+    def read_keys(item: tuple[Split, Shard]) -> tuple[Split, Shard, pa.LargeStringArray] | None:
+        split, shard = item
+        if not is_complete(output, shard.path, shard.num_bytes):
             return None
         with output.filesystem.open_input_file(output.locate(shard.path)) as stream:
             keys = pq.ParquetFile(stream).read(columns=[KEY]).column(KEY)
-        return split, shard, keys.combine_chunks()
+        return split, shard, keys.cast(TEXT).combine_chunks()
 
-    places = [(split, shard) for split, info in found.splits.items() for shard in info.shards]
-    with ThreadPoolExecutor(_AT_ONCE) as threads:
-        return Earlier(found, [shard for shard in threads.map(read, places) if shard])
+    shards = [(split, shard) for split, info in earlier.splits.items() for shard in info.shards]
+    with ThreadPoolExecutor(_NUM_THREADS) as threads:
+        return Earlier(earlier, [shard for shard in threads.map(read_keys, shards) if shard])
 
 
 def make_plan(
-    rows: Rows, spec: RunSpec, classes: Classes, writer: ShardWriter, earlier: Earlier | None
+    rows: CheckedRows, spec: RunSpec, classes: Classes, writer: ShardWriter, earlier: Earlier | None
 ) -> Plan:
-    """Return where the good rows go.
-
-    Args:
-        rows: of the table.
-        spec: of the run.
-        classes: of the label.
-        writer: of the shards, whose fingerprints tell whether a shard is as it would be now.
-        earlier: what was prepared before.
+    """Plan the split and shard of the good rows; the writer's fingerprints show changed shards.
 
     Raises:
-        JobError: if there are too few rows for three splits, or a group would stand in two.
+        JobError: If there are too few rows for three splits, or a group would be in two.
     """
     good = np.flatnonzero(rows.good)
-    places = _earlier_places(rows, earlier)
-    splits, cuts, note = _split(rows, good, spec, classes, places, earlier)
+    earlier_rows = _find_earlier_rows(rows, earlier)
+    splits, cuts, note = _split(rows, good, spec, classes, earlier_rows, earlier)
     split_of = np.full(len(rows), -1, np.int8)
     split_of[good] = splits
     hashes = split_hashes(spec.run.seed, rows.keys.take(pa.array(good)))
@@ -127,83 +120,76 @@ def make_plan(
     }
     kept: dict[Split, list[Shard]] = {split: [] for split in SPLITS}
     is_kept = np.zeros(len(rows), bool)
-    for (split, shard, _), chosen in zip(earlier.shards if earlier else (), places, strict=True):
+    earlier_shards = earlier.shards if earlier else []
+    for (split, shard, _), chosen in zip(earlier_shards, earlier_rows, strict=True):
         if (chosen < 0).any() or (split_of[chosen] != SPLITS.index(split)).any():
             continue
-        if writer.fingerprint(select(rows, split, 0, chosen)) == shard.rows_sha256:
+        if writer.fingerprint(split, rows.take(chosen)) == shard.rows_sha256:
             kept[split].append(shard)
             is_kept[chosen] = True
     new: list[NewShard] = []
-    in_containers = any(reader.in_containers for reader in writer.readers)
+    in_containers = any(refs.in_containers for refs in rows.images)
     for split, chosen in members.items():
         chosen = chosen[~is_kept[chosen]]
         if in_containers:
             chosen = chosen[_container_order([refs.take(chosen) for refs in rows.images])]
         first = max((_index(shard) + 1 for shard in kept[split]), default=0)
-        for number, start in enumerate(range(0, len(chosen), writer.rows_per_shard), first):
-            new.append((split, number, chosen[start : start + writer.rows_per_shard]))
+        for index, start in enumerate(range(0, len(chosen), writer.rows_per_shard), first):
+            new.append((split, index, chosen[start : start + writer.rows_per_shard]))
     return Plan(members, cuts, note, kept, new)
 
 
-def select(rows: Rows, split: Split, index: int, chosen: np.ndarray) -> ShardRows:
-    """Return some rows as those of a shard."""
-    everything = ShardRows(
-        split, index, rows.keys, rows.images, rows.numeric_RF, rows.categories, rows.labels
-    )
-    return everything.take(chosen)
-
-
 def _split(
-    rows: Rows,
+    rows: CheckedRows,
     good: np.ndarray,
     spec: RunSpec,
     classes: Classes,
-    places: list[np.ndarray],
+    earlier_rows: list[np.ndarray],
     earlier: Earlier | None,
 ) -> tuple[np.ndarray, Cuts | None, str]:
-    """Return the split of each good row, where it was cut, and how it came about."""
+    """Return the split of each good row, the cuts, and a note on how the splits were made."""
     options, seed = spec.prepare, spec.run.seed
     names = rows.groups.take(pa.array(good))
     if options.split_column:
         splits = rows.splits[good]
         if options.group_column:
             _require_whole_groups(names, splits, options)
-        return splits, None, f"as {options.split_column} says"
+        return splits, None, f"from the column {options.split_column}"
     joined = ""
     if not options.group_column:
         images = [refs.take(good) for refs in rows.images]
-        by_image = join_by_image(names, names, images)
+        by_image = join_by_image(names, images)
         num_joined = pc.sum(pc.not_equal(by_image, names)).as_py()
         if num_joined:
-            joined = f"; {num_joined} rows go with another that shows the same image"
+            joined = f"; {count_text(num_joined, 'row')} grouped by a shared image"
         names = by_image
     groups = Groups.of(names, rows.labels[good], seed)
     if earlier and earlier.manifest.cuts and _splits_alike(earlier.manifest, spec, classes):
-        stood = np.full(len(rows), -1, np.int8)
-        for (split, _, _), chosen in zip(earlier.shards, places, strict=True):
-            stood[chosen[chosen >= 0]] = SPLITS.index(split)
+        earlier_split = np.full(len(rows), -1, np.int8)
+        for (split, _, _), chosen in zip(earlier.shards, earlier_rows, strict=True):
+            earlier_split[chosen[chosen >= 0]] = SPLITS.index(split)
         cuts = earlier.manifest.cuts
-        note = f"cut as in the manifest before, so that no row has moved{joined}"
-        return assign(groups, cuts, stood[good]), cuts, note
+        note = f"by the cuts of the existing manifest, so no row has moved{joined}"
+        return assign(groups, cuts, earlier_split[good]), cuts, note
     cuts = make_cuts(groups, options.validation_fraction, options.test_fraction)
     note = f"by hash of {options.group_column or options.key_column}, seed {seed}{joined}"
     if earlier:
-        note += "; the rows before were split by another rule"
+        note += "; the existing manifest was split by another rule"
     return assign(groups, cuts), cuts, note
 
 
-def _earlier_places(rows: Rows, earlier: Earlier | None) -> list[np.ndarray]:
-    """Return which rows stand in each earlier shard, -1 for one that cannot be used any more."""
+def _find_earlier_rows(rows: CheckedRows, earlier: Earlier | None) -> list[np.ndarray]:
+    """Return the rows of each earlier shard, -1 for a row that is gone or no longer usable."""
     if not earlier or not earlier.shards:
         return []
     keys = pa.concat_arrays([keys for _, _, keys in earlier.shards])
-    found = pc.index_in(keys, value_set=rows.keys).fill_null(-1).to_numpy().astype(np.int64)
-    found[~rows.good[found]] = -1
-    return np.split(found, np.cumsum([len(keys) for _, _, keys in earlier.shards])[:-1])
+    indices = pc.index_in(keys, value_set=rows.keys).fill_null(-1).to_numpy().astype(np.int64)
+    indices[~rows.good[indices]] = -1
+    return np.split(indices, np.cumsum([len(keys) for _, _, keys in earlier.shards])[:-1])
 
 
 def _splits_alike(earlier: Manifest, spec: RunSpec, classes: Classes) -> bool:
-    """Whether an earlier prepare split by the same rule, so that its cuts mean the same here."""
+    """Return whether an earlier prepare split by the same rule, so its cuts apply here."""
     same = ("key_column", "label_column", "group_column", "validation_fraction", "test_fraction")
     return (
         earlier.seed == spec.run.seed
@@ -212,32 +198,34 @@ def _splits_alike(earlier: Manifest, spec: RunSpec, classes: Classes) -> bool:
     )
 
 
-def _require_whole_groups(groups: pa.StringArray, splits: np.ndarray, options: PrepareSpec) -> None:
+def _require_whole_groups(
+    groups: pa.LargeStringArray, splits: np.ndarray, options: PrepareSpec
+) -> None:
     encoded = groups.dictionary_encode()
     codes = encoded.indices.to_numpy()
     first = np.full(len(encoded.dictionary), TRAIN, np.int8)
-    # Written from the last row to the first, so that the first stays.
+    # Assigned from the last row to the first, so that the first row of each group remains.
     first[codes[::-1]] = splits[::-1]
     for row in np.flatnonzero(first[codes] != splits)[:1]:
         raise JobError(
             f"{options.group_column} {groups[row].as_py()!r} has rows in both "
-            f"{SPLITS[first[codes[row]]]} and {SPLITS[splits[row]]}, as {options.split_column} "
-            "says; a group belongs to one split: correct the column, or leave prepare.group_column "
-            "out"
+            f"{SPLITS[first[codes[row]]]} and {SPLITS[splits[row]]} by "
+            f"prepare.split_column={options.split_column}, but a group belongs to one split; "
+            "correct the column, or leave prepare.group_column out"
         )
 
 
 def _container_order(images: list[ImageRefs]) -> np.ndarray:
-    """Return the order in which the containers of some rows' images are read in sequence."""
+    """Return the order of rows that reads the containers of their images sequentially."""
     paths = pc.coalesce(*(refs.path for refs in images)).dictionary_encode()
     rank = pc.rank(paths.dictionary, tiebreaker="first").to_numpy().astype(np.int64)
     start = np.zeros(len(paths), np.int64)
     for refs in reversed(images):
         if refs.start is not None:
-            start = np.where(refs.is_there, refs.start, start)
+            start = np.where(refs.has_image, refs.start, start)
     return np.lexsort((start, rank[paths.indices.to_numpy()]))
 
 
 def _index(shard: Shard) -> int:
-    found = _INDEX.search(shard.path)
-    return int(found[1]) if found else 0
+    match = _INDEX.search(shard.path)
+    return int(match[1]) if match else 0

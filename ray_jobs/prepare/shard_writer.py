@@ -1,15 +1,13 @@
-"""What one task of `prepare` does: the rows of one shard → one Parquet file.
+"""Writes the rows of one shard to a Parquet file, as one task of `prepare`.
 
-Enters: keys, where the images are, numbers, words and labels.  Leaves: the file, and a few facts
-about it.
+Input: keys, image references, numbers, words and labels. Output: the file, and facts about it.
 
-The columns of a shard, in order: `key` string; `image`, or of several `image_NAME` with null where
-one is missing, as binary (a JPEG) or as fixed-size binary (the pixels); each numeric column float32
-with null where missing; each categorical column string with null where missing; `label` int8.
-Nothing in a file depends on when or where it was written.  Imports neither Ray nor TensorFlow.
+The columns of a shard, in order: `key` string; `image`, or `image_NAME` for each of several images
+with null where one is missing, as binary (JPEG) or fixed-size binary (pixels); each numeric column
+float32 with null where missing; each categorical column string with null where missing; `label`
+int8. The content of a file does not depend on when or where it was written.
 """
 
-# pyarrow makes the functions of its compute module when it is imported, unseen by pyright.
 # pyright: reportAttributeAccessIssue=false
 
 import hashlib
@@ -29,13 +27,14 @@ from ray_jobs.config.spec import PrepareSpec, Split
 from ray_jobs.data.batch import KEY, LABEL
 from ray_jobs.data.images import BadImage, prepare_image
 from ray_jobs.data.manifest import ImageInfo, Shard
-from ray_jobs.prepare.sources.refs import ImageReader, ImageRefs
+from ray_jobs.prepare.row_validation import Rows
+from ray_jobs.prepare.sources.source import ImageReader, ImageRefs
 from ray_jobs.storage.folder import Folder
 
 StoredImages = tuple[bytes | None, ...]
-"""The images of a row as they are stored, None for one of several that is missing."""
+"""The stored images of a row, None for a missing one of several."""
 
-# What a shard's bytes and row groups depend on, besides its rows.
+# Settings that a shard's bytes and row groups depend on.
 _RULES = (
     "source",
     "images",
@@ -49,38 +48,13 @@ _RULES = (
     "rows_per_shard",
     "rows_per_group",
 )
-# A task holds its shard; pixels are large.
-_MOST_SHARD_BYTES = 1 << 28
-_MOST_GROUP_BYTES = 1 << 22
-
-
-@dataclass(frozen=True)
-class ShardRows:
-    """The rows that are to become one shard."""
-
-    split: Split
-    index: int
-    keys: pa.StringArray
-    images: tuple[ImageRefs, ...]
-    numeric_RF: np.ndarray
-    categories: dict[str, pa.StringArray]
-    labels: np.ndarray
-
-    def take(self, rows: np.ndarray) -> "ShardRows":
-        """Return some of the rows."""
-        return ShardRows(
-            split=self.split,
-            index=self.index,
-            keys=self.keys.take(pa.array(rows)),
-            images=tuple(refs.take(rows) for refs in self.images),
-            numeric_RF=self.numeric_RF[rows],
-            categories={n: texts.take(pa.array(rows)) for n, texts in self.categories.items()},
-            labels=self.labels[rows],
-        )
+# A task holds its shard, and a feed many row groups, in memory.
+_MAX_SHARD_BYTES = 1 << 28
+_MAX_GROUP_BYTES = 1 << 22
 
 
 class BadRow(Spec):
-    """A row that cannot be used, and why."""
+    """A row whose images cannot be used, and why."""
 
     key: str
     reason: str
@@ -88,59 +62,59 @@ class BadRow(Spec):
 
 
 class ShardFacts(Spec):
-    """What the driver learns of one shard."""
+    """Facts about one shard for the driver."""
 
     split: Split
     index: int
     shard: Shard | None
-    """None if no row was left."""
+    """None if no row was usable."""
     bad_rows: tuple[BadRow, ...]
 
 
 @dataclass(frozen=True)
 class RowConverter:
-    """Makes of rows and their images what a shard holds of them, for `prepare` and `predict`."""
+    """Converts rows and their images to the columns of a shard, for `prepare` and `predict`."""
 
     readers: tuple[ImageReader, ...]
-    """Of the images, in the order of `image_columns`."""
+    """In the order of `image_columns`."""
     numeric_columns: tuple[str, ...]
     categorical: tuple[str, ...]
     spec: PrepareSpec
 
     @cached_property
     def image(self) -> ImageInfo:
-        """How images are stored."""
+        """Format of the stored images."""
         return ImageInfo.of(self.spec)
 
     @cached_property
     def schema(self) -> pa.Schema:
         """Columns of a shard."""
         image = pa.binary(self.spec.image_size**2 * 3 if self.spec.store == "raw" else -1)
-        some_may_be_missing = bool(self.image.names)
+        may_be_missing = bool(self.image.names)
         return pa.schema(
             [
                 pa.field(KEY, pa.string(), nullable=False),
-                *(pa.field(n, image, nullable=some_may_be_missing) for n in self.image.columns),
+                *(pa.field(n, image, nullable=may_be_missing) for n in self.image.columns),
                 *(pa.field(name, pa.float32()) for name in self.numeric_columns),
                 *(pa.field(name, pa.string()) for name in self.categorical),
                 pa.field(LABEL, pa.int8(), nullable=False),
             ]
         )
 
-    def images_of(self, rows: ShardRows) -> Iterator[StoredImages | BadImage]:
-        """Yield the images of each row as they are stored, or why the row cannot be used."""
+    def convert_images(self, rows: Rows) -> Iterator[StoredImages | BadImage]:
+        """Yield the stored images of each row, or why the row cannot be used."""
         columns = [
-            _where_there(refs, reader)
+            _read_present(refs, reader)
             for refs, reader in zip(rows.images, self.readers, strict=True)
         ]
         for row, contents in enumerate(zip(*columns, strict=True)):
             try:
-                yield self._stored(rows, row, contents)
+                yield self._convert_row(rows, row, contents)
             except BadImage as error:
                 yield error
 
-    def table(self, rows: ShardRows, images: Sequence[StoredImages]) -> pa.Table:
-        """Return some rows as a shard holds them."""
+    def table(self, rows: Rows, images: Sequence[StoredImages]) -> pa.Table:
+        """Return rows and their stored images as columns of a shard."""
         columns = [
             rows.keys,
             *(
@@ -154,33 +128,33 @@ class RowConverter:
         ]
         return pa.Table.from_arrays(columns, schema=self.schema)
 
-    def _stored(
-        self, rows: ShardRows, row: int, contents: Sequence[bytes | BadImage | None]
+    def _convert_row(
+        self, rows: Rows, row: int, contents: Sequence[bytes | BadImage | None]
     ) -> StoredImages:
-        """Return the images of one row as they are stored.
+        """Return the stored images of one row.
 
         Raises:
-            BadImage: if one of them cannot be used, or of several all are missing.
+            BadImage: If an image cannot be used, or all of several are missing.
         """
         stored: list[bytes | None] = []
         for position, content in enumerate(contents):
             try:
                 if isinstance(content, BadImage):
                     raise content
-                stored.append(content if content is None else self._converted(content))
+                stored.append(None if content is None else self._convert_image(content))
             except BadImage as error:
                 if self.image.names and error.reason == "missing_image":
                     stored.append(None)
                     continue
-                of = f"{self.image.names[position]}, " if self.image.names else ""
-                detail = f"{of}{rows.images[position].name(row)}: {error.detail}"
+                prefix = f"{self.image.names[position]}, " if self.image.names else ""
+                detail = f"{prefix}{rows.images[position].name(row)}: {error.detail}"
                 raise BadImage(error.reason, detail) from error
         if all(content is None for content in stored):
             names = [refs.name(row) for refs in rows.images if refs.path[row].is_valid]
-            raise BadImage("missing_image", f"none of its images is there: {', '.join(names)}")
+            raise BadImage("missing_image", f"none of its images exists: {', '.join(names)}")
         return tuple(stored)
 
-    def _converted(self, content: bytes) -> bytes:
+    def _convert_image(self, content: bytes) -> bytes:
         return prepare_image(
             content,
             self.spec.image_size,
@@ -193,50 +167,46 @@ class RowConverter:
 
 @dataclass(frozen=True)
 class ShardWriter(RowConverter):
-    """Writes shards; one serves all tasks."""
+    """Writes shards; all tasks share one."""
 
     output: Folder
     seed: int
 
     @property
     def rows_per_shard(self) -> int:
-        """Rows of one shard: as the specification says, or fewer where their pixels are many."""
-        if self.spec.store == "jpeg":
-            return self.spec.rows_per_shard
-        return max(min(self.spec.rows_per_shard, _MOST_SHARD_BYTES // self.image.row_bytes), 1)
+        """Rows of one shard: `prepare.rows_per_shard`, or fewer if raw pixels need too much."""
+        return self._limit_rows(self.spec.rows_per_shard, _MAX_SHARD_BYTES)
 
     @property
     def rows_per_group(self) -> int:
-        """Rows of one row group, likewise: a feed holds many row groups whole."""
-        if self.spec.store == "jpeg":
-            return self.spec.rows_per_group
-        return max(min(self.spec.rows_per_group, _MOST_GROUP_BYTES // self.image.row_bytes), 1)
+        """Rows of one row group: `prepare.rows_per_group`, or fewer if raw pixels need too much."""
+        return self._limit_rows(self.spec.rows_per_group, _MAX_GROUP_BYTES)
 
-    def fingerprint(self, rows: ShardRows) -> str:
-        """Return a hash of all that the content of the rows' shard follows from.
+    def fingerprint(self, split: Split, rows: Rows) -> str:
+        """Return a hash of everything that determines the content of the rows' shard.
 
-        Images stand in it by their places: they are taken as unchanged there.
+        Images are represented by their locations and assumed to be unchanged there.
         """
         rules: dict[str, Any] = self.spec.model_dump(mode="json", include=set(_RULES))
         rules["images"] = self.spec.images.removeprefix("file://")
-        rules |= {"seed": self.seed, "columns": self.schema.names, "split": rows.split}
-        found = hashlib.sha256(json.dumps(rules, sort_keys=True).encode())
+        rules |= {"seed": self.seed, "columns": self.schema.names, "split": split}
+        digest = hashlib.sha256(json.dumps(rules, sort_keys=True).encode())
         for texts in (rows.keys, *rows.categories.values(), *(r.path for r in rows.images)):
-            _update(found, texts)
+            _hash_text(digest, texts)
         for refs in rows.images:
-            for place in (refs.start, refs.size):
-                found.update(b"" if place is None else place.astype(np.int64).tobytes())
-        # There are many NaN, and one is to be like another.
+            for values in (refs.start, refs.size):
+                digest.update(b"" if values is None else values.astype(np.int64).tobytes())
+        # NaN has many bit patterns.
         numbers = np.where(np.isnan(rows.numeric_RF), np.float32(np.nan), rows.numeric_RF)
-        found.update(numbers.astype(np.float32).tobytes())
-        found.update(rows.labels.astype(np.int8).tobytes())
-        return found.hexdigest()
+        digest.update(numbers.astype(np.float32).tobytes())
+        digest.update(rows.labels.astype(np.int8).tobytes())
+        return digest.hexdigest()
 
-    def write(self, rows: ShardRows) -> ShardFacts:
-        """Read, convert and store the images of one shard with the rest of its rows.
+    def write(self, split: Split, index: int, rows: Rows) -> ShardFacts:
+        """Read and convert the images of one shard, and write them with the rest of its rows.
 
-        The file's name ends in a piece of its own hash, so that preparing again leaves the files of
-        the manifest before untouched until there is a new manifest.
+        The file name ends in part of the file's hash, so preparing again does not touch the files
+        of the existing manifest before there is a new one.
         """
         bad_rows: list[BadRow] = []
         good: list[int] = []
@@ -253,7 +223,7 @@ class ShardWriter(RowConverter):
                     row_groups.append(len(group))
                     group.clear()
 
-            for row, images in enumerate(self.images_of(rows)):
+            for row, images in enumerate(self.convert_images(rows)):
                 if isinstance(images, BadImage):
                     key = rows.keys[row].as_py()
                     bad_rows.append(BadRow(key=key, reason=images.reason, detail=images.detail))
@@ -265,43 +235,47 @@ class ShardWriter(RowConverter):
             flush()
         shard = None
         if good:
-            shard = self._store(file.getvalue(), rows.take(np.array(good)), row_groups)
-        return ShardFacts(split=rows.split, index=rows.index, shard=shard, bad_rows=tuple(bad_rows))
+            content = file.getvalue()
+            sha256 = hashlib.sha256(content).hexdigest()
+            path = f"{split}/part-{index:05d}-{sha256[:8]}.parquet"
+            self.output.write_bytes(path, content)
+            shard = Shard(
+                path=path,
+                num_rows=len(good),
+                row_groups=tuple(row_groups),
+                num_bytes=len(content),
+                sha256=sha256,
+                rows_sha256=self.fingerprint(split, rows.take(np.array(good))),
+            )
+        return ShardFacts(split=split, index=index, shard=shard, bad_rows=tuple(bad_rows))
 
-    def _store(self, content: pa.Buffer, rows: ShardRows, row_groups: list[int]) -> Shard:
-        sha256 = hashlib.sha256(content).hexdigest()
-        path = f"{rows.split}/part-{rows.index:05d}-{sha256[:8]}.parquet"
-        self.output.write_bytes(path, content)
-        return Shard(
-            path=path,
-            num_rows=sum(row_groups),
-            row_groups=tuple(row_groups),
-            num_bytes=len(content),
-            sha256=sha256,
-            rows_sha256=self.fingerprint(rows),
-        )
+    def _limit_rows(self, num_rows: int, max_bytes: int) -> int:
+        if self.spec.store == "jpeg":
+            return num_rows
+        return max(min(num_rows, max_bytes // self.image.row_bytes), 1)
 
 
 def parquet_options(schema: pa.Schema, image: ImageInfo) -> dict[str, Any]:
-    """Return how a shard's columns are written."""
+    """Return the Parquet options of a shard's columns."""
     others = [name for name in schema.names if name not in image.columns]
     return {
-        # JPEGs do not get smaller, and pixels are to be read as they are; nor is there any use in
-        # the least and greatest of them.
+        # JPEGs do not compress, raw pixels should be read without decompression, and minimum and
+        # maximum of images have no use.
         "compression": dict.fromkeys(image.columns, "none") | dict.fromkeys(others, "zstd"),
         "use_dictionary": False,
         "write_statistics": others,
     }
 
 
-def _where_there(refs: ImageRefs, reader: ImageReader) -> Iterator[bytes | BadImage | None]:
-    found = reader.read(refs.take(np.flatnonzero(refs.is_there)))
-    for is_there in refs.is_there:
-        yield next(found) if is_there else None
+def _read_present(refs: ImageRefs, reader: ImageReader) -> Iterator[bytes | BadImage | None]:
+    """Yield each row's image, None for a row without one."""
+    images = reader.read(refs.take(np.flatnonzero(refs.has_image)))
+    for has_image in refs.has_image:
+        yield next(images) if has_image else None
 
 
-def _update(found: Any, texts: pa.StringArray) -> None:
-    """Add texts to a hash, nulls and borders between them included."""
+def _hash_text(digest: Any, texts: pa.LargeStringArray) -> None:
+    """Add texts to a hash, including nulls and the boundaries between texts."""
     lengths = pc.binary_length(texts).fill_null(-1).to_numpy()
-    found.update(lengths.astype(np.int64).tobytes())
-    found.update("".join(texts.drop_null().to_pylist()).encode())
+    digest.update(lengths.astype(np.int64).tobytes())
+    digest.update("".join(texts.drop_null().to_pylist()).encode())

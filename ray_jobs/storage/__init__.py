@@ -1,1 +1,5 @@
-"""Paths and URIs of any file system."""
+"""Paths, URIs and atomic writes."""
+
+from ray_jobs.storage.folder import Folder
+
+__all__ = ["Folder"]

@@ -1,8 +1,7 @@
-"""Folders on local disk or behind a URI, through pyarrow's filesystems.
+"""Reads and writes folders on local disks and in object stores, through pyarrow's file systems.
 
-Everything that outlives a process is written here: prepared data, run folders, predictions.
-pyarrow itself knows s3://, gs://, abfs://, hdfs:// and more; other schemes, such as http:// and
-memory://, are fsspec's, with the packages that each of them asks for.
+pyarrow itself supports s3://, gs://, abfs://, hdfs:// and more. Other schemes, such as http:// and
+memory://, use fsspec, with the packages that it needs for each of them.
 """
 
 import json
@@ -16,21 +15,23 @@ from urllib.parse import quote
 import pyarrow as pa
 from pyarrow import fs
 
+from ray_jobs.storage.atomic_write import atomic_write
+
 _MAGIC = re.compile(r"[*?\[{]")
 _QUERY = re.compile(r"\?\w+=.*$")
 
 
 class Folder:
-    """A folder by path or URI; names in it are relative, and may not leave it.
+    """A folder, given by path or URI, whose files have names relative to it.
 
-    Picklable, so that tasks on other nodes can be handed one.
+    It is picklable, so it can be passed to tasks on other nodes.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Open a folder; a relative path is taken from the current directory. Creates nothing.
+        """Open a folder without creating it; a relative path starts in the current directory.
 
         Raises:
-            ValueError: if the URI is of a kind that neither pyarrow nor fsspec can open.
+            ValueError: If neither pyarrow nor fsspec supports the scheme of the URI.
         """
         text = os.fspath(path)
         if "://" not in text:
@@ -45,33 +46,33 @@ class Folder:
         self.locate(name)
         if "://" not in self.uri or isinstance(self.filesystem, fs.PyFileSystem):
             return Folder(f"{self.uri}/{name}")
-        # Options of the filesystem, such as ?endpoint_override=…, stay at the end.
+        # Options of the file system, such as ?endpoint_override=…, must stay at the end.
         base, mark, options = self.uri.partition("?")
         return Folder(f"{base.rstrip('/')}/{quote(name)}{mark}{options}")
 
     def locate(self, name: str) -> str:
-        """Return the path of a name inside this folder, for its filesystem.
+        """Return the path of a name in this folder for `self.filesystem`.
 
         Raises:
-            ValueError: if the name is absolute or climbs out of the folder.
+            ValueError: If the name is absolute or outside the folder.
         """
         parts = PurePosixPath(name).parts
         if not parts or name.startswith("/") or ".." in parts:
-            raise ValueError(f"{name!r} is no path inside {self.uri}")
+            raise ValueError(f"{name!r} is not a path inside {self.uri}")
         return f"{self.path}/{name}"
 
     @property
     def is_local(self) -> bool:
-        """Whether the folder is on a mounted disk."""
+        """Whether the folder is in the local file system."""
         return isinstance(self.filesystem, fs.LocalFileSystem)
 
     def exists(self, name: str) -> bool:
-        """Whether there is a file or folder of this name."""
+        """Whether a file or folder with this name exists."""
         return self.filesystem.get_file_info(self.locate(name)).type != fs.FileType.NotFound
 
-    def names(self, below: str = "") -> Iterator[str]:
-        """Yield the names of all files in this folder, or below one inside it, in order."""
-        base = self.locate(below) if below else self.path
+    def names(self, subfolder: str = "") -> Iterator[str]:
+        """Yield, sorted, the names of all files in this folder or one of its subfolders."""
+        base = self.locate(subfolder) if subfolder else self.path
         selector = fs.FileSelector(base, recursive=True, allow_not_found=True)
         for info in sorted(self.filesystem.get_file_info(selector), key=lambda i: i.path):
             if info.type == fs.FileType.File:
@@ -87,27 +88,27 @@ class Folder:
         return json.loads(self.read_bytes(name))
 
     def write_bytes(self, name: str, content: bytes) -> None:
-        """Write a file whole or not at all: other readers see the old one or the new one."""
+        """Write a file atomically: readers see the old or the new content."""
         path = self.locate(name)
         self.filesystem.create_dir(str(PurePosixPath(path).parent), recursive=True)
-        # Object stores replace objects atomically; file systems do so by a rename.
-        target = f"{path}.{os.getpid()}.partial" if self.is_local else path
-        try:
-            with self.filesystem.open_output_stream(target) as stream:
+        if self.is_local:
+            with atomic_write(path) as partial:
+                partial.write_bytes(content)
+        else:
+            # Object stores replace objects atomically.
+            with self.filesystem.open_output_stream(path) as stream:
                 stream.write(content)
-            if target != path:
-                os.replace(target, path)
-        except BaseException:
-            if target != path:
-                Path(target).unlink(missing_ok=True)
-            raise
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a text file whole or not at all."""
+        """Write a text file atomically."""
         self.write_bytes(name, text.encode())
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write a JSON file whole or not at all; NaN is refused."""
+        """Write a JSON file atomically.
+
+        Raises:
+            ValueError: If the value contains NaN or infinity.
+        """
         self.write_text(name, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
     def upload(self, local: str | Path, name: str) -> None:
@@ -115,18 +116,18 @@ class Folder:
         local = Path(local)
         for file in [local] if local.is_file() else sorted(local.rglob("*")):
             if file.is_file():
-                below = "" if file == local else f"/{file.relative_to(local).as_posix()}"
-                self.write_bytes(name + below, file.read_bytes())
+                relative = file.relative_to(local).as_posix()
+                self.write_bytes(name if file == local else f"{name}/{relative}", file.read_bytes())
 
     def download(self, name: str, local: str | Path) -> Path:
-        """Copy a file to a local path and return it."""
+        """Copy a file to a local path, and return the path."""
         local = Path(local)
         local.parent.mkdir(parents=True, exist_ok=True)
         local.write_bytes(self.read_bytes(name))
         return local
 
     def delete(self, name: str) -> None:
-        """Remove a file or a folder with all that is in it, if it is there."""
+        """Delete a file or a folder with its content, if it exists."""
         kind = self.filesystem.get_file_info(self.locate(name)).type
         if kind == fs.FileType.Directory:
             self.filesystem.delete_dir(self.locate(name))
@@ -135,10 +136,10 @@ class Folder:
 
 
 def split_glob(location: str) -> tuple[str, str | None]:
-    """Return the folder in front of a location's first wildcard or brace, and the rest.
+    """Split a location before its first wildcard or brace into a folder and a pattern.
 
-    The rest is None where there is no wildcard, or where there is a local file or folder of this
-    very name; in a URI such characters are written as %2A, %3F, %5B and %7B.
+    The pattern is None without a wildcard, or if a local file or folder has exactly this name. In a
+    URI, %2A, %3F, %5B and %7B stand for literal characters.
     """
     path, options = _split_options(location)
     if not _MAGIC.search(path) or ("://" not in path and Path(path).expanduser().exists()):
@@ -150,7 +151,7 @@ def split_glob(location: str) -> tuple[str, str | None]:
 
 
 def split_file(location: str) -> tuple[Folder, str]:
-    """Return the folder of a file that is given by path or URI, and its name in that folder."""
+    """Return the folder of a file, given by path or URI, and its name in that folder."""
     path, options = _split_options(location)
     parent, slash, _ = path.rpartition("/")
     name = Folder(location).path.rpartition("/")[2]
@@ -158,15 +159,15 @@ def split_file(location: str) -> tuple[Folder, str]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Return the patterns that one with `{000..012}` or `{a,b}` stands for, in that order.
+    """Expand braces such as `{000..012}` or `{a,b}` in a pattern, in order.
 
     Raises:
-        ValueError: if braces hold neither.
+        ValueError: If braces contain neither a range nor a list.
     """
-    found = re.search(r"\{([^{}]*)\}", pattern)
-    if not found:
+    braces = re.search(r"\{([^{}]*)\}", pattern)
+    if not braces:
         return [pattern]
-    inner = found.group(1)
+    inner = braces.group(1)
     if ends := re.fullmatch(r"([0-9]+)\.\.([0-9]+)", inner):
         first, last = ends.groups()
         width = len(first) if first.startswith("0") or len(first) == len(last) else 0
@@ -176,30 +177,28 @@ def expand_braces(pattern: str) -> list[str]:
         choices = inner.split(",")
     else:
         raise ValueError(
-            f"{pattern!r}: braces hold a range such as {{000..012}} or a list such as {{a,b}}, not "
-            f"{{{inner}}}"
+            f"{pattern!r}: braces must contain a range such as {{000..012}} or a list such as "
+            f"{{a,b}}, not {{{inner}}}"
         )
-    rest = expand_braces(pattern[found.end() :])
-    return [f"{pattern[: found.start()]}{choice}{end}" for choice in choices for end in rest]
+    rest = expand_braces(pattern[braces.end() :])
+    return [f"{pattern[: braces.start()]}{choice}{end}" for choice in choices for end in rest]
 
 
 def glob_regex(pattern: str) -> str:
-    """Return a glob as a regular expression: `*` stays in one folder, `**` goes into all."""
-    pieces = re.split(r"(\*\*/|\*\*|\*|\?|\[!?[^\]]+\])", pattern)
-    meaning = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]", "": ""}
-    return "".join(
-        meaning[piece]
-        if piece in meaning
-        else piece.replace("[!", "[^")
-        if piece.startswith("[")
-        else re.escape(piece)
-        for piece in pieces
-    )
+    """Return the regular expression of a glob: `*` matches within a folder, `**` across folders."""
+    wildcards = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+
+    def translate(token: str) -> str:
+        if token.startswith("["):
+            return token.replace("[!", "[^")
+        return wildcards.get(token) or re.escape(token)
+
+    return "".join(map(translate, re.split(r"(\*\*/|\*\*|\*|\?|\[!?[^\]]+\])", pattern)))
 
 
 def _open(uri: str) -> tuple[fs.FileSystem, str]:
-    """Return the filesystem of a URI or absolute path, and the path in it."""
-    # A small object is then written by one request, not by the three of an upload in parts.
+    """Return the file system of a URI or absolute path, and the path in it."""
+    # With this option, a small object takes one request instead of three for a multipart upload.
     delayed = "allow_delayed_open=true" if uri.startswith("s3://") else ""
     mark = "" if not delayed else "&" if "?" in uri else "?"
     try:
@@ -210,13 +209,13 @@ def _open(uri: str) -> tuple[fs.FileSystem, str]:
     from fsspec.core import url_to_fs
 
     try:
-        opened, path = url_to_fs(uri)
+        filesystem, path = url_to_fs(uri)
     except (ImportError, ValueError) as error:
-        raise ValueError(f"{uri} cannot be opened: {error}") from error
-    return fs.PyFileSystem(fs.FSSpecHandler(opened)), path.rstrip("/")
+        raise ValueError(f"could not open {uri}: {error}") from error
+    return fs.PyFileSystem(fs.FSSpecHandler(filesystem)), path.rstrip("/")
 
 
 def _split_options(location: str) -> tuple[str, str]:
-    """Return a URI without its options such as `?region=x`, and these."""
+    """Split a URI into the part before its options, such as `?region=x`, and the options."""
     options = _QUERY.search(location) if "://" in location else None
     return (location[: options.start()], options.group()) if options else (location, "")

@@ -1,6 +1,7 @@
-"""The job server of a cluster: found by URL, let in by token, its errors in the user's terms.
+"""Connects to the job server of a cluster and turns its errors into one-line messages.
 
-Enters: an address, and a token from where Ray looks for one.  Leaves: a connected `Server`.
+Input: the address of a dashboard, and a token from the places where Ray looks for one.
+Output: a connected `Server`.
 """
 
 import logging
@@ -9,116 +10,107 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ray_jobs.cluster import compat_ray
 from ray_jobs.cluster.connection import first_line
 from ray_jobs.config.errors import JobError
-from ray_jobs.submit.submit_spec import DEFAULT, is_url
+from ray_jobs.submit.submit_spec import DEFAULT_ADDRESS, is_url
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
 PROG = "python -m ray_jobs.submit"
 
-_SILENT_S = 60.0
+_REQUEST_TIMEOUT_S = 60.0
 _TOKEN = "RAY_AUTH_TOKEN"
 _TOKEN_FILE = "~/.ray/auth_token"
 _TOKEN_PATH = "RAY_AUTH_TOKEN_PATH"
 
 
-class Unanswered(JobError):
-    """The server does not answer at the moment; the jobs at it may go on."""
+class UnavailableError(JobError):
+    """The server does not respond at the moment; its jobs may continue."""
 
 
 @dataclass(frozen=True)
 class Server:
-    """A cluster's job server."""
+    """The job server of a cluster."""
 
     client: "JobSubmissionClient"
     address: str
-    """URL of the dashboard, which is where the jobs are taken, too."""
+    """URL of the dashboard, which also accepts jobs."""
     flag: str
-    """What a command of ours needs to find it again."""
+    """Flag with which a command of `submit` finds the server again."""
 
     def command(self, verb: str, job: str) -> str:
-        """Return the command that does something with a job."""
+        """Return the command that applies a verb of `submit` to a job."""
         return f"{PROG} {self.flag}{verb} {job}"
 
-    def page(self, job: str) -> str:
-        """Return the dashboard's page of a job."""
+    def dashboard_url(self, job: str) -> str:
+        """Return the URL of a job's page in the dashboard."""
         return f"{self.address}/#/jobs/{job}"
 
-    def details(self, job: str) -> "JobDetails":
-        """Return what the cluster knows of a job.
+    def job_details(self, job: str) -> "JobDetails":
+        """Return the status and metadata of a job.
 
         Raises:
-            JobError: if it knows none of this id, or does not answer.
+            JobError: If the job does not exist, or the server does not respond.
         """
-        with asking(self.address):
+        with request_errors(self.address):
             try:
                 return self.client.get_job_info(job)
             except RuntimeError as error:
                 if "status code 404" not in str(error):
                     raise
-        raise JobError(
-            f"{self.address} knows no job {job!r}; `{PROG} {self.flag}list` shows those there are"
-        )
+        raise JobError(f"no job {job!r} at {self.address}; `{PROG} {self.flag}list` lists its jobs")
 
 
 def connect(given: str | None) -> Server:
-    """Return the job server at an address, or at the one that the environment names.
+    """Return the job server at an address, or at the one in the environment.
 
     Raises:
-        JobError: if there is none, or it does not let us in.
+        JobError: If it does not respond or rejects the token.
     """
     address = server_address(given)
-    # Ray takes this over the address that it is given.
+    # Ray prefers this variable to the address that it is given.
     os.environ["RAY_API_SERVER_ADDRESS"] = address
-    from ray.job_submission import JobSubmissionClient
+    import ray  # noqa: F401 - creates the log handler
 
-    class Client(JobSubmissionClient):
-        """One that does not wait for ever for a server which takes a connection and is silent."""
-
-        def _do_request(self, *args: Any, **options: Any) -> Any:
-            return super()._do_request(*args, **{"timeout": _SILENT_S, **options})
-
-    with asking(address):
-        client = Client(address)
+    # The client logs each upload at level INFO.
+    for handler in logging.getLogger("ray").handlers:
+        handler.setLevel(logging.ERROR)
+    with request_errors(address):
+        client = compat_ray.job_client(address, _REQUEST_TIMEOUT_S)
     return Server(client, address, f"--address {address} " if given else "")
 
 
 def server_address(given: str | None) -> str:
-    """Return the URL of a cluster's dashboard: the given one, the environment's, or one here."""
-    named = (given, os.environ.get("RAY_API_SERVER_ADDRESS"), os.environ.get("RAY_ADDRESS"))
-    return next((url for url in named if url and is_url(url)), DEFAULT).rstrip("/")
+    """Return the URL of a dashboard: as given, from the environment, or on this machine."""
+    candidates = (given, os.environ.get("RAY_API_SERVER_ADDRESS"), os.environ.get("RAY_ADDRESS"))
+    return next((url for url in candidates if url and is_url(url)), DEFAULT_ADDRESS).rstrip("/")
 
 
-def prepare_ray() -> None:
-    """Let Ray's client send a token where there is one, and say nothing by itself.
+def enable_token() -> None:
+    """Let Ray's client send the token if there is one.
 
-    Neither variable nor file makes it send a token without a mode, which it reads once: this comes
-    before anything else of Ray's.
+    Ray sends it only with an authentication mode, which it reads when it is imported.
 
     Raises:
-        JobError: if there is to be one, and there is not.
+        JobError: If the token file does not exist.
     """
     path = os.environ.get(_TOKEN_PATH)
     if path and not os.environ.get(_TOKEN) and not Path(path).expanduser().is_file():
-        raise JobError(f"${_TOKEN_PATH}={path} is no file; it should hold the cluster's token")
+        raise JobError(f"${_TOKEN_PATH}={path} is not a file; it must contain the cluster's token")
     if _token_source():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
-    import ray  # noqa: F401 - makes the handler
-
-    for handler in logging.getLogger("ray").handlers:
-        handler.setLevel(logging.ERROR)
 
 
 @contextmanager
-def asking(address: str) -> Iterator[None]:
-    """Say what went wrong between us and the server, in one line.
+def request_errors(address: str) -> Iterator[None]:
+    """Convert errors of requests to a server into one-line messages.
 
     Raises:
-        JobError: in place of what Ray and its HTTP client raise.
+        JobError: Replaces the errors of Ray and its HTTP client.
     """
     import requests
     from ray.exceptions import AuthenticationError
@@ -126,24 +118,24 @@ def asking(address: str) -> Iterator[None]:
     try:
         yield
     except AuthenticationError as error:
-        raise JobError(f"{address} does not let us in: {_what_token()}") from error
+        raise JobError(f"{address} denied access: {_token_advice()}") from error
     except (ConnectionError, requests.ConnectionError) as error:
-        raise Unanswered(
-            f"no Ray dashboard answers at {address}; name it by --address or "
-            "RAY_API_SERVER_ADDRESS, or open the way to it, such as with `ray dashboard "
+        raise UnavailableError(
+            f"could not connect to a Ray dashboard at {address}; set --address or "
+            "RAY_API_SERVER_ADDRESS, or forward the dashboard's port, such as with `ray dashboard "
             "cluster.yaml`"
         ) from error
     except requests.RequestException as error:
-        raise Unanswered(f"{address} does not answer as Ray does: {first_line(error)}") from error
+        raise UnavailableError(f"request to {address} failed: {first_line(error)}") from error
     except RuntimeError as error:
-        # The server's own errors come as tracebacks, with the reason at their end.
-        why = str(error).strip().splitlines()[-1]
-        kind = Unanswered if "status code 5" in str(error) else JobError
-        raise kind(f"{address} refuses: {why}") from error
+        # The server sends tracebacks, whose last line is the reason.
+        reason = str(error).strip().splitlines()[-1]
+        kind = UnavailableError if "status code 5" in str(error) else JobError
+        raise kind(f"request to {address} failed: {reason}") from error
 
 
 def _token_source() -> str | None:
-    """Return where Ray finds a token, in words."""
+    """Describe where Ray finds a token; None if there is none."""
     if os.environ.get(_TOKEN):
         return f"${_TOKEN}"
     if path := os.environ.get(_TOKEN_PATH):
@@ -151,13 +143,14 @@ def _token_source() -> str | None:
     return _TOKEN_FILE if Path(_TOKEN_FILE).expanduser().is_file() else None
 
 
-def _what_token() -> str:
+def _token_advice() -> str:
     source, mode = _token_source(), os.environ.get("RAY_AUTH_MODE")
-    where = f"set ${_TOKEN} to the cluster's, or ${_TOKEN_PATH} to a file with it"
+    remedy = f"set ${_TOKEN} to the cluster's token, or ${_TOKEN_PATH} to a file that contains it"
     if source is None:
-        return f"it wants a token, and there is none here; {where}"
+        return f"it requires a token, and none was found; {remedy}"
     if mode != "token":
-        return f"it wants a token, and RAY_AUTH_MODE={mode} keeps that in {source} back; unset it"
+        return f"it requires a token, but RAY_AUTH_MODE={mode} ignores {source}; unset the mode"
     return (
-        f"the token in {source} is not the cluster's (there `ray get-auth-token` shows it); {where}"
+        f"the token in {source} is not the cluster's, which `ray get-auth-token` prints there; "
+        f"{remedy}"
     )

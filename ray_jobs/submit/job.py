@@ -1,22 +1,21 @@
-"""Send a job to a cluster, follow it there, stop it.
+"""Submits a job to a cluster, follows it and stops it.
 
-Reads: this project, which goes along as runtime_env.yaml says.  Writes: what the job writes. The
-job's log comes to this terminal, and its summary after that. Data and results must be where every
-node can reach them.
+Uploads this project as runtime_env.yaml defines, prints the job's log and then its summary. Input
+data and results must be in storage that every node can reach.
 
 Run:   python -m ray_jobs.submit train ray_jobs/specs/houses.yaml --run.storage_path s3://bucket/runs
 
-    VERB ARGUMENTS   doctor, prepare, inspect, train, tune, evaluate or predict, with the arguments
-                     that `python -m ray_jobs.VERB` takes: they are checked before anything is sent.
-                     Exits as the job does, and with 130 where it was stopped
-    list             the jobs of the cluster
-    status ID        PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED
-    logs ID          follow a job again, from its beginning
+    VERB ARGUMENTS   submit doctor, prepare, inspect, train, tune, evaluate or predict, with the
+                     arguments of `python -m ray_jobs.VERB`, which are checked before anything is
+                     sent. The exit status is that of the job, or 130 if it was stopped
+    list             list the jobs of the cluster
+    status ID        print PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED
+    logs ID          follow a job again, from the start of its log
     stop ID          stop a job; training saves a checkpoint first
-    fetch ID         print the summary of a job that succeeded
+    fetch ID         print the summary of a successful job
 
-Ctrl-C ends the following, not the job. A token is taken from $RAY_AUTH_TOKEN, from the file
-$RAY_AUTH_TOKEN_PATH or from ~/.ray/auth_token. Flags of submit itself come before the verb:
+Ctrl-C stops following, not the job. The token comes from $RAY_AUTH_TOKEN, the file
+$RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token. The flags of submit itself come before the verb:
 """
 
 import json
@@ -25,7 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
 from operator import attrgetter
 from pathlib import Path, PurePosixPath
@@ -33,36 +32,37 @@ from typing import Any
 
 from mm_model.nearest_match import did_you_mean
 from mm_model.spec import Spec
-from ray_jobs.cluster.packaging import folder_to_send, require_sendable, runtime_env
+from ray_jobs.cluster.packaging import require_uploadable, resolve_working_dir, runtime_env
 from ray_jobs.config import command_line
 from ray_jobs.config.errors import JobError, UsageError
 from ray_jobs.config.spec import EvaluateSpec, InspectSpec, PredictSpec, RunSpec
 from ray_jobs.doctor.job import DoctorSpec
 from ray_jobs.evaluate.job import METRICS
-from ray_jobs.submit.client import PROG, Server, asking, connect, prepare_ray
-from ray_jobs.submit.logs import FOLDER_KEY, SUMMARY_KEY, follow, say, summary_of, wait
+from ray_jobs.submit.client import PROG, Server, connect, enable_token, request_errors
+from ray_jobs.submit.logs import FOLDER_KEY, SUMMARY_KEY, follow, print_status, read_summary, wait
 from ray_jobs.submit.submit_spec import FetchSpec, JobSpec, ServerSpec, SubmitSpec
 from ray_jobs.train.finalize import SUMMARY
+from ray_jobs.tune.search.space import SearchSpec
 
 _PACKAGE = "python -m ray_jobs."
 
 
 @dataclass(frozen=True)
 class _Verb:
-    """A job that can be sent."""
+    """A verb that can be submitted."""
 
     spec: type[Spec]
     output: str
-    """Setting that says where its results go."""
+    """Path of the setting with the folder of the results."""
     summary: str | None = None
-    """File among them that sums them up."""
+    """Name of the summary file in the results."""
 
 
 JOBS = {
     "prepare": _Verb(RunSpec, "prepare.output"),
     "inspect": _Verb(InspectSpec, "output"),
     "train": _Verb(RunSpec, "run.storage_path", SUMMARY),
-    "tune": _Verb(RunSpec, "run.storage_path", SUMMARY),
+    "tune": _Verb(SearchSpec, "run.storage_path", SUMMARY),
     "evaluate": _Verb(EvaluateSpec, "output", METRICS),
     "predict": _Verb(PredictSpec, "output"),
     "doctor": _Verb(DoctorSpec, "run.storage_path"),
@@ -71,17 +71,17 @@ JOBS = {
 
 @dataclass(frozen=True)
 class Job:
-    """A job to send, checked."""
+    """A validated job to submit."""
 
     verb: str
     arguments: tuple[str, ...]
-    """Of the verb, as they hold at the cluster."""
-    spec: str | None
-    """YAML file among them, by its name in the folder that goes along."""
+    """Arguments of the verb on the cluster."""
+    spec_file: str | None
+    """The YAML file among them, relative to the uploaded folder."""
     folder: str
-    """Where its results go."""
+    """Folder of the results."""
     summary: str | None
-    """What sums them up, by its name in that folder."""
+    """Summary file, relative to that folder."""
 
     @property
     def entrypoint(self) -> str:
@@ -90,81 +90,80 @@ class Job:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What the cluster keeps of it, so that its summary is found."""
+        """Metadata that the cluster stores, with which `fetch` finds the summary."""
         return {FOLDER_KEY: self.folder} | ({SUMMARY_KEY: self.summary} if self.summary else {})
 
     @property
     def results(self) -> str:
-        """Where its results go, to be read."""
+        """Folder that contains the summary, or all results."""
         return "/".join((self.folder, *PurePosixPath(self.summary or "").parent.parts))
 
 
 def submit(spec: SubmitSpec, job: Job, environment: dict[str, Any]) -> int:
-    """Send a job, follow it, print its summary, and return its exit status.
+    """Submit a job, follow it, print its summary, and return its exit status.
 
     Args:
-        spec: how it is sent.
-        job: that is sent.
-        environment: of the job, with the folder that goes along.
+        spec: How the job is submitted.
+        job: The job.
+        environment: The job's runtime environment, with the folder to upload.
 
     Raises:
-        JobError: if the folder is too large, or the cluster does not take the job.
+        JobError: If the folder is too large, or the cluster rejects the job.
     """
-    require_sendable(environment, job.spec)
+    require_uploadable(environment, job.spec_file)
     server = connect(spec.address)
-    with asking(server.address):
-        sent = server.client.submit_job(
+    with request_errors(server.address):
+        job_id = server.client.submit_job(
             entrypoint=job.entrypoint,
             submission_id=spec.submission_id,
             runtime_env=environment,
             metadata=job.metadata,
         )
-    say(f"job {sent}: {job.verb} → {job.results}\n  dashboard: {server.page(sent)}")
+    url = server.dashboard_url(job_id)
+    print_status(f"job {job_id}: {job.verb} → {job.results}\n  dashboard: {url}")
     if not spec.wait:
-        print(sent)
+        print(job_id)
         return 0
-    status = follow(server, sent)
+    status = follow(server, job_id)
     if status == 0 and job.summary:
         try:
-            _print_summary(server, sent, environment["working_dir"])
+            _print_summary(server, job_id, environment["working_dir"])
         except JobError as error:
-            say(f"{error}\n  again: {server.command('fetch', sent)}")
+            print_status(f"{error}\n  try again: {server.command('fetch', job_id)}")
     return status
 
 
-# -- what is asked of jobs that were sent ---------------------------------------------------------
+# -- submitted jobs -------------------------------------------------------------------------------
 
 
 def list_jobs(spec: ServerSpec) -> int:
-    """Print a table of the cluster's jobs, the newest at the end."""
+    """Print a table of the cluster's jobs, the newest last."""
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Column, Table
 
     server = connect(spec.address)
-    with asking(server.address):
+    with request_errors(server.address):
         jobs = [job for job in server.client.list_jobs() if job.submission_id]
-    table = Table("id", "status", "started", "took", "job")
-    for column in table.columns:
-        column.no_wrap = True
+    names = ("id", "status", "started", "took", "job")
+    table = Table(*(Column(name, no_wrap=True) for name in names))
     for job in sorted(jobs, key=lambda job: job.start_time or 0):
-        began_s, ended_s = (job.start_time or 0) / 1e3, (job.end_time or 0) / 1e3
-        table.add_row(
-            job.submission_id,
-            str(job.status),
-            f"{datetime.fromtimestamp(began_s):%m-%d %H:%M}" if began_s else "–",
-            _duration((ended_s or time.time()) - began_s) if began_s else "–",
-            escape(job.entrypoint.removeprefix(_PACKAGE)),
-        )
-    # Of a long command a terminal shows the beginning, and a file the whole.
+        started, took = "–", "–"
+        if job.start_time:
+            start_s, end_s = job.start_time / 1e3, (job.end_time or 0) / 1e3 or time.time()
+            started = f"{datetime.fromtimestamp(start_s):%m-%d %H:%M}"
+            took = str(timedelta(seconds=round(end_s - start_s)))
+        command = escape(job.entrypoint.removeprefix(_PACKAGE))
+        table.add_row(job.submission_id, str(job.status), started, took, command)
+    # A terminal truncates long commands; a file contains them in full.
     width = None if sys.stdout.isatty() else max((len(job.entrypoint) for job in jobs), default=0)
     Console(highlight=False, width=width and width + 200).print(table)
     return 0
 
 
 def status(spec: JobSpec) -> int:
-    """Print how a job fares, in one word."""
-    print(connect(spec.address).details(spec.id).status)
+    """Print the status of a job."""
+    print(connect(spec.address).job_details(spec.id).status)
     return 0
 
 
@@ -174,31 +173,23 @@ def logs(spec: JobSpec) -> int:
 
 
 def stop(spec: JobSpec) -> int:
-    """Stop a job, and wait until it has ended.
-
-    Raises:
-        JobError: if there is no such job.
-    """
+    """Stop a job and wait until it has ended."""
     server = connect(spec.address)
-    server.details(spec.id)
-    with asking(server.address):
+    server.job_details(spec.id)
+    with request_errors(server.address):
         server.client.stop_job(spec.id)
-    say(f"job {spec.id}: {wait(server, spec.id).status}")
+    print_status(f"job {spec.id}: {wait(server, spec.id).status}")
     return 0
 
 
 def fetch(spec: FetchSpec) -> int:
-    """Print the summary of a job.
-
-    Raises:
-        JobError: if there is none.
-    """
-    folder = folder_to_send(spec.working_dir)
+    """Print the summary of a job."""
+    folder = resolve_working_dir(spec.working_dir)
     _print_summary(connect(spec.address), spec.id, str(folder))
     return 0
 
 
-ASKS: dict[str, tuple[type[Spec], Callable[[Any], int]]] = {
+COMMANDS: dict[str, tuple[type[Spec], Callable[[Any], int]]] = {
     "list": (ServerSpec, list_jobs),
     "status": (JobSpec, status),
     "logs": (JobSpec, logs),
@@ -207,45 +198,37 @@ ASKS: dict[str, tuple[type[Spec], Callable[[Any], int]]] = {
 }
 
 
-def _print_summary(server: Server, job: str, folder: str) -> None:
-    print(json.dumps(summary_of(server, job, Path(folder)), indent=2))
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"
+def _print_summary(server: Server, job_id: str, folder: str) -> None:
+    print(json.dumps(read_summary(server, job_id, Path(folder)), indent=2))
 
 
 # -- the command line -----------------------------------------------------------------------------
 
 
-def command(arguments: Sequence[str]) -> Callable[[], int]:
-    """Return what the command line asks for, checked; nothing is sent yet, and no Ray is needed.
+def parse(arguments: Sequence[str]) -> Callable[[], int]:
+    """Return the validated action of a command line; nothing is sent and Ray is not imported.
 
     Raises:
-        UsageError: saying what is wrong with it.
+        UsageError: If the command line is invalid.
     """
     flags, verb, rest = split(arguments)
-    if verb in ASKS:
-        spec_class, ask = ASKS[verb]
-        return partial(ask, command_line.parse(spec_class, [*rest, *flags]))
-    accepted = [*JOBS, *ASKS]
+    if verb in COMMANDS:
+        spec_class, action = COMMANDS[verb]
+        return partial(action, command_line.parse(spec_class, [*rest, *flags]))
+    accepted = [*JOBS, *COMMANDS]
     if verb not in JOBS:
-        what = (
-            f"{verb!r} is no verb{did_you_mean(verb, accepted)}" if verb else "the verb is missing"
-        )
-        raise UsageError(f"{what} (accepted: {', '.join(accepted)})")
+        problem = f"unknown verb {verb!r}{did_you_mean(verb, accepted)}" if verb else "no verb"
+        raise UsageError(f"{problem} (accepted: {', '.join(accepted)})")
     spec = command_line.parse(SubmitSpec, flags)
-    folder = folder_to_send(spec.working_dir)
-    job = checked(verb, rest, folder)
+    folder = resolve_working_dir(spec.working_dir)
+    job = make_job(verb, rest, folder)
     return partial(submit, spec, job, runtime_env(folder, spec.env))
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], str, list[str]]:
-    """Return submit's own flags, the verb, and what comes after it.
+    """Return the flags of submit, the verb, and the verb's arguments.
 
-    Own flags may be written as Ray's are: `--no-wait`, `--working-dir`.
+    The flags of submit may be written like Ray's: `--no-wait`, `--working-dir`.
     """
     flags, rest = [], list(arguments)
     while rest and rest[0].startswith("--"):
@@ -259,82 +242,70 @@ def split(arguments: Sequence[str]) -> tuple[list[str], str, list[str]]:
     return flags, rest[0] if rest else "", rest[1:]
 
 
-def checked(verb: str, arguments: Sequence[str], folder: Path) -> Job:
-    """Return the job that a verb and its arguments describe.
+def make_job(verb: str, arguments: Sequence[str], folder: Path) -> Job:
+    """Return the job with a verb and its arguments.
 
     Args:
-        verb: of `JOBS`.
-        arguments: of the verb.
-        folder: that goes along with the job.
+        verb: A key of `JOBS`.
+        arguments: The arguments of the verb.
+        folder: The folder to upload with the job.
 
     Raises:
-        UsageError: if the verb would not take them, or they cannot mean the same at a cluster.
+        UsageError: If the verb does not accept the arguments, or the cluster could not use them.
     """
-    known = JOBS[verb]
-    _require_flags_of(verb, arguments)
-    spec: Any = command_line.parse(known.spec, arguments)
+    _require_no_submit_flags(verb, arguments)
+    spec: Any = command_line.parse(JOBS[verb].spec, arguments)
     is_run = isinstance(spec, RunSpec)
     addresses = {"address": getattr(spec, "address", None)}
     if is_run:
         addresses["run.address"] = spec.run.address
-    for where, address in addresses.items():
+    for path, address in addresses.items():
         if address not in (None, "auto"):
             raise UsageError(
-                f"{where}={address!r}: a job uses the cluster that it is sent to, which --address "
-                f"before {verb} says; leave it out"
+                f"{path}={address!r}: a submitted job uses the cluster that it runs on; remove the "
+                f"setting, and choose the cluster with --address before {verb}"
             )
-    output = attrgetter(known.output)(spec) or spec.prepared
+    output = attrgetter(JOBS[verb].output)(spec) or spec.prepared
     if "://" not in output and not output.startswith("/"):
         raise UsageError(
-            f"{known.output}={output!r} is relative, and a job works in a copy of the project that "
-            "is deleted after it; give a path from the root, or a URI, that every node can reach"
+            f"{JOBS[verb].output}={output!r} is relative, but a submitted job runs in a temporary "
+            "copy of the project; use an absolute path or a URI that every node can reach"
         )
-    words, file, below = list(arguments), None, ""
+    words, spec_file, summary = list(arguments), None, JOBS[verb].summary
     if is_run and words and not words[0].startswith("--"):
-        words[0] = file = _name_in(folder, words[0])
-    if is_run and known.summary:
-        # What it is called is settled here, so that its summary is found.
+        words[0] = spec_file = _relative_name(folder, words[0])
+    if is_run and summary:
+        # The name must be known here to find the summary.
         name = spec.run.name or time.strftime("%Y%m%d-%H%M%S")
         words += [] if spec.run.name else ["--run.name", name]
-        below = f"{name}/"
-    summary = below + known.summary if known.summary else None
-    return Job(verb, tuple(words), file, output, summary)
+        summary = f"{name}/{summary}"
+    return Job(verb, tuple(words), spec_file, output, summary)
 
 
-def _require_flags_of(verb: str, arguments: Sequence[str]) -> None:
-    """Check that submit's own flags are not among those of a verb.
-
-    Raises:
-        UsageError: if one is.
-    """
+def _require_no_submit_flags(verb: str, arguments: Sequence[str]) -> None:
     own = {"no_wait", *SubmitSpec.model_fields} - set(command_line.flatten(JOBS[verb].spec))
     for argument in arguments:
         flag = argument.partition("=")[0]
         if flag.startswith("--") and flag[2:].replace("-", "_") in own:
-            raise UsageError(f"{flag} is submit's own flag; put it before {verb}")
+            raise UsageError(f"{flag} is a flag of submit; put it before {verb}")
 
 
-def _name_in(folder: Path, file: str) -> str:
-    """Return the name of a file in the folder that goes along with a job.
-
-    Raises:
-        UsageError: if it lies elsewhere.
-    """
+def _relative_name(folder: Path, file: str) -> str:
     path = Path(file).resolve()
     if not path.is_relative_to(folder):
         raise UsageError(
-            f"{file} is not in {folder}, which goes along with the job; copy it there, or name "
-            "another folder by --working_dir before the verb"
+            f"{file} is not in {folder}, the folder that is uploaded with the job; move it there, "
+            "or set another folder with --working_dir before the verb"
         )
     return path.relative_to(folder).as_posix()
 
 
 def help_text(arguments: Sequence[str]) -> str:
-    """Return the help of submit, or of the verb that it is asked of."""
+    """Return the help of submit, or of the first verb among the arguments."""
     for verb in arguments:
         if verb in JOBS:
             return command_line.help_text(
-                JOBS[verb].spec, f"{PROG} [FLAGS] {verb}", f"{verb}, at a cluster"
+                JOBS[verb].spec, f"{PROG} [FLAGS] {verb}", f"Run {verb} on a cluster."
             )
     _, _, flags = command_line.help_text(SubmitSpec, PROG, __doc__ or "").partition("\n")
     return f"usage: {PROG} [--key value …] VERB [ARGUMENTS]\n{flags}"
@@ -343,12 +314,12 @@ def help_text(arguments: Sequence[str]) -> str:
 def main() -> None:
     """Run from the command line."""
     arguments = sys.argv[1:]
-    if command_line.asks_for_help(arguments):
+    if command_line.is_help_request(arguments):
         print(help_text(arguments))
         return
 
-    def answer(ask: Callable[[], int]) -> None:
-        prepare_ray()
-        sys.exit(ask())
+    def run(action: Callable[[], int]) -> None:
+        enable_token()
+        sys.exit(action())
 
-    command_line.run(PROG, lambda: command(arguments), answer)
+    command_line.run(PROG, lambda: parse(arguments), run)

@@ -1,7 +1,7 @@
-"""Print a JSON file that lies where the cluster can reach it, and perhaps only the cluster.
+"""Prints a JSON file that only the cluster may be able to read; runs there as a job.
 
-Reads: the file.  Writes: one line with its content, which `fetch` finds in the job's log.
-Run:   python -m ray_jobs.submit.summary FOLDER NAME, as a job
+Output: one line with the content, which `fetch` finds in the job's log.
+Run:    python -m ray_jobs.submit.summary FOLDER NAME
 """
 
 import json
@@ -13,8 +13,8 @@ from ray_jobs.storage.folder import Folder
 _MARK = "content: "
 
 
-def shown_in(log: str) -> Any:
-    """Return the value that a job's log shows; None if it shows none."""
+def parse_log(log: str) -> Any:
+    """Return the value that a job's log contains; None if there is none."""
     for line in reversed(log.splitlines()):
         if line.startswith(_MARK):
             return json.loads(line.removeprefix(_MARK))

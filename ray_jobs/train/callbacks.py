@@ -1,4 +1,4 @@
-"""What the loop calls while it trains: for checkpoints and records, and to learn when to stop."""
+"""Defines the callbacks of the training loop: progress, records, checkpoints, stop requests."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -8,48 +8,48 @@ from ray_jobs.train.telemetry.console import Event
 
 
 class CopyCheckpoint(Protocol):
-    """Copies a checkpoint out of the model; at once or never, since the next step changes it."""
+    """Copies the current state into a checkpoint. Call it before the callback returns, or never."""
 
     def __call__(self, spare: Checkpoint | None = None) -> Checkpoint:
-        """Return the checkpoint; `spare` is an earlier one that nobody needs, to be overwritten."""
+        """Return the checkpoint; reuse the memory of `spare`, an earlier checkpoint, if given."""
         ...
 
 
 @dataclass(frozen=True)
 class ControlRequest:
-    """What the world outside asks of the loop."""
+    """A request to the loop from outside."""
 
     save: bool = False
-    """Save a checkpoint soon, such as before a node goes."""
+    """Save a checkpoint soon, for example before a node is preempted."""
     stop: bool = False
-    """Save a checkpoint and end."""
+    """Save a checkpoint and stop."""
 
 
 class Callbacks:
-    """Every rank calls all of them alike; as they stand here they do nothing."""
+    """Callbacks that do nothing. The loop calls every method on all ranks at the same steps."""
 
     def post(self, event: Event) -> None:
-        """Take a progress event."""
+        """Receive a progress event."""
 
     def before_step(self, step: int, num_steps: int) -> None:
-        """Learn that the next `num_steps` steps begin, after `step` of them."""
+        """Run before a call that takes `num_steps` steps, after `step` completed ones."""
 
     def after_step(self, step: int) -> None:
-        """Learn that `step` steps are done."""
+        """Run after a call; `step` steps are completed."""
 
     def alive(self) -> None:
-        """Learn that something else is done, such as a batch of the validation."""
+        """Run after other progress, such as a batch of the validation."""
 
     def poll_control(self) -> ControlRequest:
-        """Return what this worker was asked for, every few seconds; ranks are combined by OR."""
+        """Return this worker's request, every few seconds; the ranks' requests are ORed."""
         return ControlRequest()
 
     def on_checkpoint(self, step: int, copy: CopyCheckpoint) -> None:
-        """Take a checkpoint in the middle of an epoch."""
+        """Receive a checkpoint within an epoch."""
 
     def measures(self) -> dict[str, Any]:
-        """Return more of an epoch's record."""
+        """Return additional measurements for an epoch's record."""
         return {}
 
     def on_epoch(self, record: dict[str, Any], copy: CopyCheckpoint) -> None:
-        """Take an epoch's record and its checkpoint."""
+        """Receive the record and the checkpoint of an epoch."""

@@ -1,56 +1,65 @@
-"""What driver and workers of a run tell each other: an actor without a CPU that both can reach.
+"""Passes messages between the driver and the workers of a run, through an actor without a CPU.
 
-Workers post what they do and why they fail; the driver reads it, and asks them to stop. Nobody
-waits for it long, and no training depends on it.
+Workers post events and failures; the driver reads them and requests stops. Calls time out after
+10 s; training never depends on them.
 """
 
-import time
 from contextlib import suppress
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from ray_jobs.train.telemetry.console import Event
 
-_ANSWER_S = 10.0
-_AT_ONCE_S = 0.1
+_TIMEOUT_S = 10.0
+_STOP_POLL_S = 0.1
+
+
+@dataclass(frozen=True)
+class WorkerFailure:
+    """Why a worker failed, as it reports itself."""
+
+    rank: int
+    text: str
+    kind: Literal["error", "hang", "secondary"] = "error"
+    """`secondary` is an error that the failure of another worker caused."""
+    permanent: bool = False
+    """Whether a restart would fail in the same way."""
 
 
 class _Coordinator:
-    """Holds the events that were not read yet, the failures, and what workers are asked for."""
+    """Holds the unread events, the failures of the current attempt and the request to stop."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
-        self.failed: list[Event] = []
-        self.stop = self.heard = False
+        self.begin_attempt()
+
+    def begin_attempt(self) -> None:
+        self.reported: list[WorkerFailure] = []
+        self.stop = self.step_finished = False
 
     def post(self, event: Event) -> None:
         self.events.append(event)
-        # Rank 0 tells of its start when its first step is done.
-        self.heard |= event["kind"] == "startup"
+        # Rank 0 reports its start-up after the first step.
+        self.step_finished |= event["kind"] == "startup"
 
     def take(self) -> list[Event]:
         taken, self.events = self.events, []
         return taken
 
-    def fail(self, failure: Event) -> None:
-        # Times of one clock: those of the workers may differ by more than their failures.
-        self.failed.append({**failure, "time": time.monotonic()})
+    def report_failure(self, failure: WorkerFailure) -> None:
+        self.reported.append(failure)
 
-    def failures(self) -> list[Event]:
-        return self.failed
+    def failures(self) -> list[WorkerFailure]:
+        return self.reported
 
-    def ask_to_stop(self) -> None:
+    def request_stop(self) -> None:
         self.stop = True
 
-    def asked_to_stop(self) -> bool:
+    def stop_requested(self) -> bool:
         return self.stop
 
     def any_step_finished(self) -> bool:
-        return self.heard
-
-    def begin(self) -> None:
-        """Begin another attempt, of which nothing is known yet."""
-        self.failed = []
-        self.stop = self.heard = False
+        return self.step_finished
 
 
 def make_coordinator() -> Any:
@@ -58,7 +67,7 @@ def make_coordinator() -> Any:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    # On the driver's node, which is the one that has to be there anyway.
+    # On the driver's node, since the job ends with that node anyway.
     node = ray.get_runtime_context().get_node_id()
     here = NodeAffinitySchedulingStrategy(node, soft=False)
     actor: Any = ray.remote(_Coordinator)
@@ -66,71 +75,49 @@ def make_coordinator() -> Any:
 
 
 def begin_attempt(coordinator: Any) -> None:
-    """Let a coordinator forget the attempt before."""
-    import ray
-    from ray.exceptions import RayError
-
-    # A busy coordinator does it later, before anything that is asked of it then; a lost one tells
-    # nothing any more, and the training does not depend on it.
-    with suppress(RayError):
-        ray.get(coordinator.begin.remote(), timeout=_ANSWER_S)
+    """Clear the failures and requests of the previous attempt."""
+    # A busy coordinator does it after the timeout, but before any later call.
+    _answer(coordinator.begin_attempt.remote())
 
 
 def any_step_finished(coordinator: Any) -> bool:
-    """Return whether a step was done in this attempt."""
+    """Return whether the current attempt has finished a step."""
+    return _answer(coordinator.any_step_finished.remote(), default=False)
+
+
+def report_failure(coordinator: Any, failure: WorkerFailure) -> None:
+    """Report a worker's failure to the driver, in more detail than Ray does."""
+    _answer(coordinator.report_failure.remote(failure))
+
+
+def reported_failures(coordinator: Any) -> list[WorkerFailure]:
+    """Return the failures that workers reported in this attempt, in order."""
+    return _answer(coordinator.failures.remote(), default=[])
+
+
+def _answer(reference: Any, default: Any = None) -> Any:
+    """Return the result of a call, or the default if the coordinator is busy or lost."""
     import ray
     from ray.exceptions import RayError
 
     with suppress(RayError):
-        return ray.get(coordinator.any_step_finished.remote(), timeout=_ANSWER_S)
-    return False
-
-
-def report_failure(coordinator: Any, failure: Event) -> None:
-    """Tell the driver of a worker's failure.
-
-    Args:
-        coordinator: of the run.
-        failure: `rank`; `text`; `again`, whether trying again is worth it; and `of`, which is
-            `own`, a `hang`, or the `echo` of another worker's.
-    """
-    import ray
-    from ray.exceptions import RayError
-
-    # Else Ray tells the driver, too, if with fewer words.
-    with suppress(RayError):
-        ray.get(coordinator.fail.remote(failure), timeout=_ANSWER_S)
-
-
-def reported_failures(coordinator: Any) -> list[Event]:
-    """Return what workers told of their failures in this attempt, the first one first."""
-    import ray
-    from ray.exceptions import RayError
-
-    with suppress(RayError):
-        told = ray.get(coordinator.failures.remote(), timeout=_ANSWER_S)
-        return sorted(told, key=lambda failure: failure["time"])
-    return []
+        return ray.get(reference, timeout=_TIMEOUT_S)
+    return default
 
 
 class StopRequest:
-    """Tells a worker whether it was asked to stop, without waiting long for the answer."""
+    """Polls a coordinator for a request to stop."""
 
     def __init__(self, coordinator: Any) -> None:
-        self.coordinator, self._answer, self._stop = coordinator, None, False
+        self.coordinator, self._pending, self._stop = coordinator, None, False
 
     def __call__(self) -> bool:
-        """Return the answer, or if it does not come at once, the one before."""
+        """Return whether a stop was requested, or the last known answer if none arrives quickly."""
         import ray
-        from ray.exceptions import RayError
 
-        if self._answer is None:
-            self._answer = self.coordinator.asked_to_stop.remote()
-        if ray.wait([self._answer], timeout=_AT_ONCE_S)[0]:
-            try:
-                self._stop = bool(ray.get(self._answer))
-            except RayError:
-                # The coordinator is gone with its job, and soon this worker with it.
-                self._stop = False
-            self._answer = None
+        if self._pending is None:
+            self._pending = self.coordinator.stop_requested.remote()
+        if ray.wait([self._pending], timeout=_STOP_POLL_S)[0]:
+            # A lost coordinator requests nothing; this worker will soon end with the job, too.
+            self._stop, self._pending = _answer(self._pending, default=False), None
         return self._stop

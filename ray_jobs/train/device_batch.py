@@ -1,37 +1,45 @@
-"""Batches of arrays → what a step takes: tensors on the device, shared out among the replicas."""
+"""Turns batches of arrays into tensors on the device, split over the replicas.
 
-from collections.abc import Mapping, Sequence
+Shapes: B rows of a batch.
+"""
+
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from ray_jobs.cluster.strategy import Replicas
+from ray_jobs.config.spec import TrainSpec
 from ray_jobs.data.batch import LABEL, WEIGHT
-from ray_jobs.data.reader import ALIGNMENT, Batch
+from ray_jobs.data.decoder import ALIGNMENT_BYTES, Batch
+from ray_jobs.data.prefetch import prefetch
+from ray_jobs.data.sampler import TrainingSampler
 
 
 @dataclass(frozen=True)
 class DeviceBatch:
-    """One worker's rows of a step, or of several steps, stacked; of each replica its own."""
+    """One worker's rows of one step, or of several stacked steps; one part per replica."""
 
     inputs: dict[str, Any]
-    """By the names of the model's inputs, which are those of `ray_jobs.data.batch`."""
+    """Tensors by the names of the model's inputs, as in `ray_jobs.data.batch`."""
     label_B1: Any
     weight_B1: Any
     num_steps: int = 1
-    """Steps that are real; further ones only fill the stack."""
+    """Number of real steps; the stack may end with copies of the last one."""
 
 
 class DeviceBatcher:
-    """Makes tensors of batches.
+    """Turns batches into device batches.
 
     Args:
-        replicas: that they are for.
-        input_names: of the model.
-        class_weight: by label what a row's weight is multiplied by.
-        stack: steps that are taken by one call; above 1, tensors have them as a first axis.
+        replicas: The replicas of this worker.
+        input_names: Names of the model's inputs.
+        class_weight: Factor of a row's weight by label.
+        stack: Steps per call; above 1, the tensors have a first axis of steps.
     """
 
     def __init__(
@@ -45,42 +53,70 @@ class DeviceBatcher:
         self.class_weight, self.stack = class_weight, stack
 
     def __call__(self, batches: Sequence[Batch]) -> DeviceBatch:
-        """Return the batches of one call."""
-        steps = [self._of(batch) for batch in batches]
+        """Return the batches of one call, at most `stack` of them."""
+        steps = [self._step(batch) for batch in batches]
         if self.stack == 1:
             return steps[0]
-        fill = [steps[-1]] * (self.stack - len(steps))
+        filled = [*steps, *[steps[-1]] * (self.stack - len(steps))]
 
         def stacked(values: Sequence[Any]) -> Any:
             copies = zip(*map(self.replicas.results, values), strict=True)
             return self.replicas.values([tf.stack(copy) for copy in copies])
 
         return DeviceBatch(
-            {name: stacked([s.inputs[name] for s in (*steps, *fill)]) for name in self.input_names},
-            stacked([s.label_B1 for s in (*steps, *fill)]),
-            stacked([s.weight_B1 for s in (*steps, *fill)]),
+            {name: stacked([step.inputs[name] for step in filled]) for name in self.input_names},
+            stacked([step.label_B1 for step in filled]),
+            stacked([step.weight_B1 for step in filled]),
             len(steps),
         )
 
-    def _of(self, batch: Batch) -> DeviceBatch:
+    def stream(
+        self, batches: Generator[Batch], sizes: Iterable[int], depth: int
+    ) -> Generator[DeviceBatch]:
+        """Yield device batches of `sizes` batches; a thread prepares `depth` of them in advance."""
+
+        def device_batches() -> Iterator[DeviceBatch]:
+            with closing(batches):
+                for size in sizes:
+                    if not (group := list(islice(batches, size))):
+                        return
+                    yield self(group)
+
+        return prefetch(device_batches(), depth)
+
+    def _step(self, batch: Batch) -> DeviceBatch:
         by_class = np.where(batch[LABEL] > 0.5, self.class_weight[1], self.class_weight[0])
         weight = (batch[WEIGHT] * by_class).astype(np.float32)
-        share = self.replicas.shares
+        split = self.replicas.split
         return DeviceBatch(
-            {name: share(batch[name], as_tensor) for name in self.input_names},
-            share(batch[LABEL], tf.convert_to_tensor),
-            share(weight, tf.convert_to_tensor),
+            {name: split(batch[name], as_tensor) for name in self.input_names},
+            split(batch[LABEL], tf.convert_to_tensor),
+            split(weight, tf.convert_to_tensor),
         )
 
 
-def as_tensor(array: np.ndarray) -> tf.Tensor:
-    """Return an array as a tensor on the device that computes; nobody may write to it any more.
+def call_sizes(sampler: TrainingSampler, train: TrainSpec, start: int, stop: int) -> Iterator[int]:
+    """Yield the steps of each call from step `start` to `stop`.
 
-    On the CPU an aligned array is taken as it is: TensorFlow's own copy of a batch of pixels, into
-    memory that is new each time, costs as much as decoding a fifth of it.
+    No call crosses the end of an epoch or a step that is due for a checkpoint.
     """
-    # Ray Data hands over views of its store that nobody may write to, which DLPack cannot say.
-    shareable = array.flags.writeable and array.ctypes.data % ALIGNMENT == 0
+    cadence, step = train.checkpoint_cadence, start
+    while step < stop:
+        ends = [step + train.steps_per_call, sampler.steps_before(sampler.epoch_of(step) + 1)]
+        if cadence is not None:
+            ends.append((step // cadence + 1) * cadence)
+        yield min(ends) - step
+        step = min(ends)
+
+
+def as_tensor(array: np.ndarray) -> tf.Tensor:
+    """Return an array as a tensor on the default device; do not write to the array afterwards.
+
+    On the CPU, an aligned array is shared. TensorFlow's copy of a batch of pixels into newly
+    allocated memory takes a fifth of the time of decoding it.
+    """
+    # DLPack cannot express Ray Data's read-only views of the object store.
+    shareable = array.flags.writeable and array.ctypes.data % ALIGNMENT_BYTES == 0
     if not shareable or tf.config.list_logical_devices("GPU"):
         return tf.convert_to_tensor(array)
     return tf.experimental.dlpack.from_dlpack(array.__dlpack__())

@@ -1,6 +1,6 @@
-"""From the best epoch to the model that people use: blended, calibrated, saved, summed up.
+"""Turns the best epoch into the final model: blended, calibrated, saved and summarized.
 
-Enters: the outcome of the loop, on rank 0.  Leaves: model/model.keras, model/saved_model and
+Inputs: the outcome of the loop, on rank 0.  Outputs: model/model.keras, model/saved_model and
 summary.json in the run folder.
 """
 
@@ -15,38 +15,32 @@ if TYPE_CHECKING:
     from ray_jobs.train.loop import Loop
 
 SUMMARY = "summary.json"
+"""Written last: a run folder with a summary is finished."""
 MODEL = "model/model.keras"
 
 
-def is_finished(folder: Folder) -> bool:
-    """Whether a run has come to its end, whose last step is to write the summary."""
-    return folder.exists(SUMMARY)
-
-
-def finish(
+def finalize(
     loop: "Loop", state: "LoopState", best: "BestCheckpoint", folder: Folder, train_s: float
 ) -> dict[str, Any]:
-    """Write the best model, blended and calibrated on the validation rows, and the summary.
-
-    The summary comes last: a run folder that has one is finished.
+    """Write the best model, blended and calibrated on the validation rows, then the summary.
 
     Args:
-        loop: that trained it.
-        state: in which training ended.
-        best: model of its best epoch.
-        folder: of the run.
-        train_s: how long the last attempt trained.
+        loop: The loop that trained the model.
+        state: The state at the end of training.
+        best: The model of the best epoch.
+        folder: The run folder.
+        train_s: Duration of the last attempt's training.
     """
     from mm_model.calibration import fit_blend, fit_calibration, log_loss, sigmoid
+    from mm_model.compat_keras import finalize_normalization
     from ray_jobs.train.checkpoints.checkpoint import assign
     from ray_jobs.train.metrics import choose_threshold, validation_metrics
-    from ray_jobs.train.model_factory import new_model
+    from ray_jobs.train.model_factory import float32_copy
 
     spec, label_N = loop.spec, best.label_N
-    # A model of its own, outside the strategy, whose variables are plain ones; in float32. With the
-    # same weights to start from, since an ImageNet backbone has a layer more than one without.
-    model = new_model(spec, loop.manifest)
+    model = float32_copy(loop.model)
     assign(model.variables, best.model, "best weights")
+    finalize_normalization(model)
     blend_M, bias = model.blend.weights_M(), -loop.logit_shift
     logits_NM = best.head_logits_NM.astype("float64")
     before = log_loss(logits_NM @ blend_M + bias, label_N)
@@ -58,7 +52,6 @@ def finish(
         scale, bias = fit_calibration(logits_NM @ blend_M, label_N)
     model.calibration.set([scale], bias)
     probability_N = sigmoid(scale * (logits_NM @ blend_M) + bias)
-    threshold = choose_threshold(label_N, probability_N, spec.train.decision_threshold)
     with tempfile.TemporaryDirectory() as path:
         model.save(f"{path}/model.keras")
         export_saved_model(model, f"{path}/saved_model")
@@ -70,7 +63,9 @@ def finish(
         "steps": state.step,
         "best_epoch": (state.best_epoch or 0) + 1,
         "stopped_early": state.epoch < spec.train.epochs,
-        "decision_threshold": threshold,
+        "decision_threshold": choose_threshold(
+            label_N, probability_N, spec.train.decision_threshold
+        ),
         "validation": validation_metrics(label_N, probability_N),
         "calibration": {
             "scale": scale,

@@ -1,10 +1,11 @@
-"""Which settings of a training can change while its graph stays, and how.
+"""Decides whether a training can reuse the graph of another one with other settings.
 
-A search trains thousands of models whose graphs differ in a few numbers: tracing each anew would
-take longer than training many of them.
+A search trains thousands of models that differ in a few numbers. Tracing a graph for each would
+take longer than training many of them, so these numbers become variables of the graph.
 """
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 from mm_model.tunable import Tunable
@@ -20,34 +21,26 @@ TUNABLE_SETTINGS = (
     "model.fusion.modality_dropout",
     "model.fusion.auxiliary_weight",
 )
-"""Settings that are numbers to the graph; one that is 0 leaves a part of the graph out."""
+"""Settings that can be variables of the graph; a setting of 0 removes a part of the graph."""
 _NO_GRAPH = ("run", "prepare", "tune")
-"""Sections that have nothing to do with it, but for `run.seed`."""
+"""Sections that do not affect the graph, except for `run.seed`."""
 
 
 def make_tunables(spec: RunSpec) -> dict[str, Tunable]:
-    """Return a tunable for each setting that can have one, by path; in a strategy's scope."""
-    values = {path: value_of(spec, path) for path in TUNABLE_SETTINGS}
+    """Return a tunable by path for each non-zero setting; call it in the strategy's scope."""
+    values = {path: attrgetter(path)(spec) for path in TUNABLE_SETTINGS}
     return {path: Tunable(value) for path, value in values.items() if value}
 
 
 def with_tunables(spec: RunSpec, tunables: dict[str, Tunable]) -> RunSpec:
-    """Return a spec with tunables in place of the settings' numbers."""
+    """Return a spec with the tunables in place of the settings' numbers."""
     for path, tunable in tunables.items():
         spec = _replaced(spec, path.split("."), tunable)
     return spec
 
 
-def value_of(spec: RunSpec, path: str) -> Any:
-    """Return a setting's value by its path."""
-    value: Any = spec
-    for name in path.split("."):
-        value = getattr(value, name)
-    return value
-
-
 def same_graph(spec: RunSpec, other: RunSpec, paths: Sequence[str]) -> bool:
-    """Whether specs differ, if at all, in settings at some paths and in what makes no graph."""
+    """Whether two specs have the same graph, if the settings at `paths` are tunable."""
     return _graph(spec, paths) == _graph(other, paths)
 
 
@@ -59,7 +52,7 @@ def _graph(spec: RunSpec, paths: Sequence[str]) -> dict[str, Any]:
 
 
 def _replaced(spec: Any, names: Sequence[str], value: Any) -> Any:
-    # Not validated, which would make a plain float of it.
+    # Without validation, which would convert the value to a plain float.
     name, *rest = names
-    below = _replaced(getattr(spec, name), rest, value) if rest else value
-    return spec.model_copy(update={name: below})
+    child = _replaced(getattr(spec, name), rest, value) if rest else value
+    return spec.model_copy(update={name: child})

@@ -1,9 +1,9 @@
-"""How good the probabilities of a yes/no model are: NumPy and scikit-learn only.
+"""Measures a binary classifier, with NumPy and scikit-learn only.
 
-Enters: labels 0 or 1 and the probability of 1, one of each a row.  Leaves: plain numbers for JSON.
+Input: per row, a label 0 or 1 and the probability of 1. Output: plain numbers for JSON.
 
-Everything is computed in float64 from the probabilities as they are, so that the numbers equal
-scikit-learn's on the same predictions. A row is called positive where probability >= threshold.
+Everything is computed in float64, so the numbers equal scikit-learn's. A row is predicted positive
+if probability >= threshold.
 """
 
 from typing import Any, Literal
@@ -17,28 +17,28 @@ ECE_BINS = 15
 def binary_metrics(label: np.ndarray, probability: np.ndarray, threshold: float) -> dict[str, Any]:
     """Return all metrics of `metrics.json`.
 
-    Where the rows are of one class, what needs the other is None: `roc_auc` and
-    `balanced_accuracy` need both, `pr_auc`, `precision`, `recall` and `f1` need positives.
-    `precision` is 0 where no row is called positive, as in scikit-learn. `pr_auc` is average
-    precision, `confusion` is [[tn, fp], [fn, tp]], `class_counts` is [rows of 0, rows of 1].
+    A metric is None if the rows lack a class that it needs: `roc_auc` and `balanced_accuracy` need
+    both classes; `pr_auc`, `precision`, `recall` and `f1` need positives. `precision` is 0 if no
+    row is predicted positive, as in scikit-learn. `pr_auc` is average precision, `confusion` is
+    [[tn, fp], [fn, tp]], and `class_counts` is [rows with 0, rows with 1].
 
     Args:
         label: 0 or 1, (N,) or (N, 1).
-        probability: of 1, same shape.
-        threshold: from which a row is called positive.
+        probability: Probability of 1, same shape.
+        threshold: Lowest probability of a predicted positive.
 
     Raises:
-        ValueError: if there are no rows, lengths differ, a label is not 0 or 1, or a probability
+        ValueError: If there are no rows, lengths differ, a label is not 0 or 1, or a probability
             is not between 0 and 1.
     """
-    label, probability = _checked(label, probability)
-    called = (probability >= threshold).astype(np.int64)
+    label, probability = _validated(label, probability)
+    predicted = (probability >= threshold).astype(np.int64)
     counts = np.bincount(label, minlength=2)
-    ((tn, fp), (fn, tp)) = metrics.confusion_matrix(label, called, labels=[0, 1]).tolist()
+    ((tn, fp), (fn, tp)) = metrics.confusion_matrix(label, predicted, labels=[0, 1]).tolist()
     both, positives = bool(counts.all()), bool(counts[1])
     return {
         "accuracy": (tn + tp) / len(label),
-        "balanced_accuracy": metrics.balanced_accuracy_score(label, called) if both else None,
+        "balanced_accuracy": metrics.balanced_accuracy_score(label, predicted) if both else None,
         "roc_auc": metrics.roc_auc_score(label, probability) if both else None,
         "pr_auc": metrics.average_precision_score(label, probability) if positives else None,
         "log_loss": metrics.log_loss(label, probability, labels=[0, 1]),
@@ -55,25 +55,24 @@ def binary_metrics(label: np.ndarray, probability: np.ndarray, threshold: float)
 
 
 def validation_metrics(label: np.ndarray, probability: np.ndarray) -> dict[str, float | None]:
-    """Return log_loss, roc_auc, pr_auc and accuracy (at 0.5), as `binary_metrics` does."""
-    names = ("log_loss", "roc_auc", "pr_auc", "accuracy")
-    found = binary_metrics(label, probability, threshold=0.5)
-    return {name: found[name] for name in names}
+    """Return log_loss, roc_auc, pr_auc and accuracy at 0.5, as in `binary_metrics`."""
+    values = binary_metrics(label, probability, threshold=0.5)
+    return {name: values[name] for name in ("log_loss", "roc_auc", "pr_auc", "accuracy")}
 
 
 def auc_gain(
     label: np.ndarray, ours: np.ndarray, theirs: np.ndarray, num_draws: int = 10_000
 ) -> dict[str, float]:
-    """Return `difference` of two models' ROC AUC, ours less theirs, and its 95 % interval.
+    """Return the `difference` in ROC AUC of two models, with its 95 % interval `low` to `high`.
 
-    From `low` to `high`, by a paired bootstrap: rows are drawn with replacement, for both models
-    alike (Efron and Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13: percentiles).
+    The interval is from a paired bootstrap, which draws the same rows for both models (Efron and
+    Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13: percentiles).
 
     Args:
-        label: 0 or 1, (N,), both of them there.
-        ours: probabilities of 1, (N,).
-        theirs: likewise.
-        num_draws: draws of the bootstrap; some 3 ms each.
+        label: 0 or 1, (N,), with both classes.
+        ours: Probabilities of 1, (N,).
+        theirs: Probabilities of 1 of the model to compare with, (N,).
+        num_draws: Draws of the bootstrap, about 3 ms each.
     """
     auc, rng, differences = metrics.roc_auc_score, np.random.default_rng(0), []
     while len(differences) < num_draws:
@@ -87,12 +86,12 @@ def auc_gain(
 
 
 def expected_calibration_error(label: np.ndarray, probability: np.ndarray) -> float:
-    """Return how far probabilities are from frequencies, on average over the rows.
+    """Return the expected calibration error (ECE) over 15 bins of equal width.
 
-    The rows are put into 15 bins of equal width by their probability of 1; in each bin counts the
-    absolute difference between mean probability and share of 1, weighted by the bin's rows
-    (Naeini et al. 2015, "Obtaining Well Calibrated Probabilities Using Bayesian Binning", section
-    "Calibration measures"; 15 bins as in Guo et al. 2017, arXiv 1706.04599, section 4.1).
+    It is the mean absolute difference between mean probability and share of 1 per bin, weighted by
+    the bin's rows (Naeini et al. 2015, "Obtaining Well Calibrated Probabilities Using Bayesian
+    Binning", section "Calibration measures"; 15 bins as in Guo et al. 2017, arXiv 1706.04599,
+    section 4.1).
     """
     rows, mean_probability, share = reliability(label, probability)
     gaps = np.abs(mean_probability - share)[rows > 0]
@@ -102,11 +101,12 @@ def expected_calibration_error(label: np.ndarray, probability: np.ndarray) -> fl
 def reliability(
     label: np.ndarray, probability: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return rows, mean probability and share of 1 of each of 15 bins; NaN where a bin is empty.
+    """Return the rows, mean probability and share of 1 of each of 15 bins; NaN in empty bins.
 
-    A bin holds its upper edge, the first one 0 too, as in scikit-learn's `calibration_curve`.
+    Bins include their upper edge, and the first one also 0, as in scikit-learn's
+    `calibration_curve`.
     """
-    label, probability = _checked(label, probability)
+    label, probability = _validated(label, probability)
     inner_edges = np.linspace(0.0, 1.0, ECE_BINS + 1)[1:-1]
     bins = np.searchsorted(inner_edges, probability)
     rows = np.bincount(bins, minlength=ECE_BINS)
@@ -121,24 +121,24 @@ def choose_threshold(
     probability: np.ndarray,
     by: float | Literal["f1", "balanced_accuracy"],
 ) -> float:
-    """Return the probability from which a row counts as positive.
+    """Return the decision threshold: the lowest probability of a predicted positive.
 
-    A number is returned as it is. A metric's name gives the threshold that makes the metric largest
-    on these rows: half-way between the lowest probability that is called positive and the next one
-    below, so that no row stands on it; of several, the one nearest to 0.5.
+    A number is returned unchanged. For the name of a metric, returns the threshold that maximizes
+    it on these rows: halfway between the lowest probability that is predicted positive and the next
+    lower one, so that rounding cannot change a prediction. Of several, the one nearest to 0.5.
 
     Raises:
-        ValueError: if `by` is another name, or the rows are not usable (see `binary_metrics`).
+        ValueError: If `by` is another name, or the rows are unusable (see `binary_metrics`).
     """
     if not isinstance(by, str):
         return float(by)
     if by not in ("f1", "balanced_accuracy"):
-        raise ValueError(f"a threshold is chosen by f1 or balanced_accuracy, not by {by!r}")
-    label, probability = _checked(label, probability)
-    candidates, place = np.unique(probability, return_inverse=True)
-    positives = np.bincount(place, weights=label, minlength=len(candidates))
-    negatives = np.bincount(place, weights=1 - label, minlength=len(candidates))
-    # With candidate i as the threshold, all rows at i and above are called positive.
+        raise ValueError(f"the threshold metric must be f1 or balanced_accuracy, not {by!r}")
+    label, probability = _validated(label, probability)
+    candidates, index = np.unique(probability, return_inverse=True)
+    positives = np.bincount(index, weights=label, minlength=len(candidates))
+    negatives = np.bincount(index, weights=1 - label, minlength=len(candidates))
+    # With candidate i as the threshold, all rows at i and above are predicted positive.
     tp, fp = np.cumsum(positives[::-1])[::-1], np.cumsum(negatives[::-1])[::-1]
     if by == "f1":
         score = 2 * tp / (tp + fp + max(tp[0], 1))
@@ -149,19 +149,19 @@ def choose_threshold(
     return float(best[np.argmin(np.abs(best - 0.5))])
 
 
-def _checked(label: np.ndarray, probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _validated(label: np.ndarray, probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return labels as int64 (N,) and probabilities as float64 (N,)."""
     label, probability = np.ravel(label), np.ravel(probability).astype(np.float64)
     if len(label) != len(probability) or not len(label):
         raise ValueError(
-            f"metrics need a label and a probability for each of some rows, got {len(label)} "
-            f"labels and {len(probability)} probabilities"
+            f"metrics need as many labels as probabilities and at least one, got {len(label)} and "
+            f"{len(probability)}"
         )
     if not np.isin(label, (0, 1)).all():
         raise ValueError(f"labels must be 0 or 1, got {np.unique(label)[:5].tolist()}")
-    within = (probability >= 0) & (probability <= 1)
-    if not within.all():
+    is_valid = (probability >= 0) & (probability <= 1)
+    if not is_valid.all():
         raise ValueError(
-            f"probabilities must be between 0 and 1, got {probability[~within][:5].tolist()}"
+            f"probabilities must be between 0 and 1, got {probability[~is_valid][:5].tolist()}"
         )
     return label.astype(np.int64), probability

@@ -1,7 +1,6 @@
-"""What a Ray worker of the training does around the loop: start, checkpoints, reports, its end.
+"""Runs the training loop in a Ray worker, with checkpoints, reports and the final model.
 
-Runs in the worker's process, which imports TensorFlow here and not before. Rank 0 alone writes to
-the run folder.
+TensorFlow is imported here, in the worker's process. Only rank 0 writes to the run folder.
 """
 
 import math
@@ -19,99 +18,93 @@ from ray_jobs.storage.folder import Folder
 from ray_jobs.train.callbacks import Callbacks, ControlRequest, CopyCheckpoint
 from ray_jobs.train.checkpoints.checkpoint import Checkpoint
 from ray_jobs.train.checkpoints.checkpoint_manager import CheckpointManager
-from ray_jobs.train.coordinator import StopRequest, report_failure
-from ray_jobs.train.telemetry import console
+from ray_jobs.train.coordinator import StopRequest, WorkerFailure, report_failure
+from ray_jobs.train.telemetry import history_keys
 from ray_jobs.train.telemetry.console import Event
 from ray_jobs.train.telemetry.history import Tracker
 from ray_jobs.train.telemetry.profiler import Profiler
-from ray_jobs.train.telemetry.system_metrics import Sampler, measure
+from ray_jobs.train.telemetry.system_metrics import UsageSampler, measure_memory
 
 if TYPE_CHECKING:
     from ray_jobs.data.loader import FeedOptions
     from ray_jobs.data.manifest import Manifest
     from ray_jobs.train.loop import Loop
 
-_PREEMPTION_EVERY = 5
-"""Questions of the loop between two looks for a node that is about to go; each is a barrier."""
-_NOT_TRIED_AGAIN = (
-    JobError,
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    NotImplementedError,
-    TypeError,
-    ValueError,
-)
-"""Errors that come again as often as one tries: in the data, the settings or the program."""
-_OF_THE_PROGRAM = ("InvalidArgumentError", "ResourceExhaustedError", "UnimplementedError")
-"""Those of TensorFlow, by their names, since it is imported later."""
-_OF_THE_OTHERS = ("AbortedError", "CancelledError", "DeadlineExceededError", "UnavailableError")
-"""Those of TensorFlow that a collective ends in whose cause lies on another worker."""
+_POLLS_PER_PREEMPTION_CHECK = 5
+"""A check is a barrier, so only every fifth poll of the loop checks for a preemption."""
+_PERMANENT = (
+    JobError, ArithmeticError, AssertionError, AttributeError, ImportError, LookupError,
+    NotImplementedError, TypeError, ValueError,
+)  # fmt: skip
+"""Errors in the data, the settings or the code, which a retry would repeat."""
+_TF_PERMANENT = ("InvalidArgumentError", "ResourceExhaustedError", "UnimplementedError")
+"""TensorFlow's, by name, since it is imported later."""
+_TF_SECONDARY = ("AbortedError", "CancelledError", "DeadlineExceededError", "UnavailableError")
+"""Errors of a collective whose cause is on another worker."""
 
 
 def train_on_worker(config: dict[str, Any]) -> None:
     """Train on one Ray worker.
 
     Args:
-        config: `spec`, of this attempt; `run`, the folder's URI; `coordinator` for progress;
-            `decode`, `cache` and `index` of the feed; `began`, when the attempt started; and
-            `ray_s`, how long the connection to Ray took before.
+        config: `spec`; `run`, the URI of the run folder; `coordinator`; `decode`, `cache` and
+            `index` of the feed; `attempt_start`, a time stamp; and `ray_s`, the seconds that
+            connecting to Ray took before.
     """
     import ray.train
 
     context = ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
-    with _failures_told(config["coordinator"], rank), ThreadPoolExecutor(1) as beside:
-        # Reading the checkpoint takes seconds that the imports and the build take, too.
-        worker = _Worker(config, rank, beside)
-        with worker.part(console.STARTUP_IMPORTS_S):
+    with _reporting_failures(config["coordinator"], rank), ThreadPoolExecutor(1) as background:
+        # Reads the checkpoint during the imports and the build, which take seconds, too.
+        worker = _Worker(config, rank, background)
+        with worker.startup_part(history_keys.STARTUP_IMPORTS_S):
             from ray_jobs.cluster.strategy import WorkerContext, set_devices
             from ray_jobs.train.loop import Loop
         train = worker.spec.train
         set_devices(train.cpus_per_worker, train.use_gpu, train.deterministic)
-        with worker.part(console.STARTUP_BUILD_S):
+        with worker.startup_part(history_keys.STARTUP_BUILD_S):
             manifest = read_manifest(worker.run)
-            feeding = worker.feeding(manifest)
-            loop = Loop(worker.spec, manifest, WorkerContext(rank, num_workers), feeding=feeding)
+            options = worker.feed_options(manifest)
+            context = WorkerContext(rank, num_workers)
+            loop = Loop(worker.spec, manifest, context, feed_options=options)
         worker.train(loop)
 
 
 class _Worker(Callbacks):
-    """One worker's share of an attempt."""
+    """One worker's part of an attempt."""
 
-    def __init__(self, config: dict[str, Any], rank: int, beside: ThreadPoolExecutor) -> None:
+    def __init__(self, config: dict[str, Any], rank: int, background: ThreadPoolExecutor) -> None:
         self.config, self.rank, self.first = config, rank, rank == 0
         self.spec = RunSpec.model_validate(config["spec"])
         self.coordinator, self.run = config["coordinator"], Folder(config["run"])
         train = self.spec.train
-        self.watchdog = Watchdog(train.hang_timeout_s, self._tell_hang)
-        self.store = CheckpointManager(self.run, train.keep_checkpoints, self._note)
-        self._newest = beside.submit(self.store.newest, with_best=self.first)
-        # By the clocks of two machines, whose difference is in it.
+        self.watchdog = Watchdog(train.hang_timeout_s, self._report_hang)
+        self.checkpoints = CheckpointManager(self.run, train.keep_checkpoints, self._note)
+        self._newest = background.submit(self.checkpoints.newest, with_best=self.first)
+        # Includes the difference between the clocks of two machines.
         self.startup = {
-            console.STARTUP_RAY_S: config["ray_s"],
-            console.STARTUP_WORKERS_S: time.time() - config["began"],
+            history_keys.STARTUP_RAY_S: config["ray_s"],
+            history_keys.STARTUP_WORKERS_S: time.time() - config["attempt_start"],
         }
-        """Seconds that each part of the start took."""
+        """Seconds of each part of the start-up."""
         self.step: int | None = None
-        """Steps done, once one is."""
+        """Completed steps; None before the first one."""
         self._stop = StopRequest(self.coordinator)
-        self._questions = 0
+        self._polls = 0
         self._saved_for_preemption = False
 
-    # -- start ------------------------------------------------------------------------------------
+    # -- start-up ---------------------------------------------------------------------------------
 
     @contextmanager
-    def part(self, key: str) -> Iterator[None]:
-        """Measure a part of the start."""
+    def startup_part(self, key: str) -> Iterator[None]:
+        """Measure a part of the start-up."""
         started = time.monotonic()
         yield
         self.startup[key] = time.monotonic() - started
 
-    def feeding(self, manifest: "Manifest") -> "FeedOptions":
-        """Return how rows are fed."""
+    def feed_options(self, manifest: "Manifest") -> "FeedOptions":
+        """Return how this worker's rows are fed."""
         from ray_jobs.data.cache import open_cache
         from ray_jobs.data.loader import FeedOptions
 
@@ -124,59 +117,59 @@ class _Worker(Callbacks):
             cache=self.cache,
         )
 
-    def _agreed_checkpoint(self) -> Checkpoint | None:
-        """Return the checkpoint that rank 0 found to be the newest whole one."""
+    def _shared_checkpoint(self) -> Checkpoint | None:
+        """Return the newest complete checkpoint that rank 0 found."""
         from ray.train.collective import broadcast_from_rank_zero
 
         newest = self._newest.result()
-        del self._newest  # As large as three models.
-        found = None if newest is None else newest.state.step
-        step = broadcast_from_rank_zero(found)
+        del self._newest  # Frees three times the memory of the model.
+        own_step = None if newest is None else newest.state.step
+        step = broadcast_from_rank_zero(own_step)
         if step is None:
             return None
-        if newest is None or found != step:
-            # Not as this rank has it: its view of a shared disk may be an old one.
-            newest = self.store.load(step, with_best=False)
-        self._note(f"going on after step {step}, in epoch {newest.state.epoch + 1}")
+        if newest is None or own_step != step:
+            # This rank may have an outdated view of a shared disk.
+            newest = self.checkpoints.load(step, with_best=False)
+        self._note(f"resuming after step {step}, in epoch {newest.state.epoch + 1}")
         return newest
 
     # -- training ---------------------------------------------------------------------------------
 
     def train(self, loop: "Loop") -> None:
-        """Train from the newest checkpoint on, and finish the run."""
-        # In a list, from which the loop takes it: three times the weights need not stay in memory.
-        with self.part(console.STARTUP_CHECKPOINT_S):
-            saved = [self._agreed_checkpoint()]
+        """Train from the newest checkpoint on, and finalize the run."""
+        # In a list, so that the loop can free it: it takes three times the memory of the model.
+        with self.startup_part(history_keys.STARTUP_CHECKPOINT_S):
+            checkpoint = [self._shared_checkpoint()]
         self.watchdog.alive()
-        self.began = time.monotonic()
+        self.train_start = time.monotonic()
         profile = self.spec.run.profile_steps if self.first else None
-        self.sampler = Sampler(self.spec.train.use_gpu) if self.first else None
+        self.usage = UsageSampler(self.spec.train.use_gpu) if self.first else None
         self.tracker = Tracker(self.run, self.spec, self._note) if self.first else None
         with (
             closing(self.watchdog),
-            closing(self.sampler) if self.sampler is not None else nullcontext(),
+            closing(self.usage) if self.usage is not None else nullcontext(),
             Profiler(self.run, profile, self._note) as self.profiler,
             self.tracker or nullcontext(),
         ):
-            outcome = loop.run(self, saved.pop())
+            outcome = loop.run(self, checkpoint.pop())
             if self.cache is not None:
                 self.cache.close()
-            self.store.close()
+            self.checkpoints.close()
             if not outcome.finished:
-                self._note(_stopped_text(outcome.state.step, self.store.written))
+                self._note(_stopped_text(outcome.state.step, self.checkpoints.written))
             elif self.tracker is not None and outcome.best is not None:
-                from ray_jobs.train.finalize import finish
+                from ray_jobs.train.finalize import finalize
 
                 self.watchdog.close()
-                # What the last epoch, or that of an attempt before this one, could not write.
+                # Includes epochs that could not be written before.
                 self.tracker.write(outcome.state.history)
-                self._note("writing the best model, calibrated")
-                seconds = time.monotonic() - self.began
-                summary = finish(loop, outcome.state, outcome.best, self.run, seconds)
+                self._note("calibrating and writing the best model")
+                seconds = time.monotonic() - self.train_start
+                summary = finalize(loop, outcome.state, outcome.best, self.run, seconds)
                 self.tracker.finish(summary)
 
     def post(self, event: Event) -> None:
-        """Send a progress event, which one rank does for all."""
+        """Send a progress event, on rank 0."""
         if self.first:
             self.coordinator.post.remote(event)
 
@@ -184,102 +177,101 @@ class _Worker(Callbacks):
         self.post({"kind": "note", "text": text})
 
     def before_step(self, step: int, num_steps: int) -> None:
-        """Wait for a checkpoint that is still being written, where a failure would cost more."""
+        """Wait for the checkpoint in writing, if a failure would cost too many steps otherwise."""
         every = self.spec.train.checkpoint_every_steps
-        if self.first and every is not None and step + num_steps > self.store.written + every:
-            self.store.wait()
+        if self.first and every is not None and step + num_steps > self.checkpoints.written + every:
+            self.checkpoints.wait()
         self.profiler.before(step + 1, num_steps)
 
     def after_step(self, step: int) -> None:
-        """Give signs of life."""
+        """Reset the watchdog; after the first step, report the start-up."""
         self.watchdog.alive()
         self.profiler.after(step)
         if self.step is None:
-            self.startup[console.STARTUP_FIRST_STEP_S] = time.monotonic() - self.began
+            first_step_s = time.monotonic() - self.train_start
+            self.startup[history_keys.STARTUP_FIRST_STEP_S] = first_step_s
             self.post({"kind": "startup", "parts": self.startup})
         self.step = step
 
     def alive(self) -> None:
-        """Give a sign of life."""
+        """Reset the watchdog."""
         self.watchdog.alive()
 
     def poll_control(self) -> ControlRequest:
-        """Return what the driver asks for, or a node that is about to be taken away."""
+        """Return the driver's request to stop, or a request to save before a preemption."""
         import ray.train
 
-        self._questions += 1
+        self._polls += 1
         save = False
-        if self._questions % _PREEMPTION_EVERY == 0 and not self._saved_for_preemption:
+        if self._polls % _POLLS_PER_PREEMPTION_CHECK == 0 and not self._saved_for_preemption:
             save = self._saved_for_preemption = ray.train.get_preemption_info() is not None
         return ControlRequest(save=save, stop=self.first and self._stop())
 
     def on_checkpoint(self, step: int, copy: CopyCheckpoint) -> None:
-        """Write a checkpoint in the background."""
+        """Write a checkpoint in the background, on rank 0."""
         if self.first:
-            self.store.save(copy(self.store.spare()))
+            self.checkpoints.save(copy(self.checkpoints.spare()))
             self.post({"kind": "checkpoint", "step": step})
 
     def measures(self) -> dict[str, Any]:
-        """Return what rank 0 used, which stands for all; with the first epoch its start, too."""
-        if self.sampler is None:
+        """Return the resource usage of rank 0 and, with the first epoch, its start-up times."""
+        if self.usage is None:
             return {}
         startup, self.startup = self.startup, {}
-        return {**measure(), **self.sampler.take(), **startup}
+        return {**measure_memory(), **self.usage.take(), **startup}
 
     def on_epoch(self, record: dict[str, Any], copy: CopyCheckpoint) -> None:
-        """Write checkpoint and history, and report to Ray."""
+        """Write the checkpoint and the history, on rank 0, and report to Ray."""
         import ray.train
 
         if self.tracker is not None:
-            saved = copy(self.store.spare())
-            self.store.save(saved)
-            self.tracker.write(saved.state.history)
-        # Every rank reports, since a report waits for all of them.
+            checkpoint = copy(self.checkpoints.spare())
+            self.checkpoints.save(checkpoint)
+            self.tracker.write(checkpoint.state.history)
+        # On every rank, since a report waits for all ranks.
         ray.train.report(record)
         self.watchdog.alive()
 
     # -- failures ---------------------------------------------------------------------------------
 
-    def _tell_hang(self, silent_s: float) -> None:
-        """Say why this process is about to be ended."""
-        where = "in its start" if self.step is None else f"after step {self.step}"
+    def _report_hang(self, silent_s: float) -> None:
+        """Report to the driver before the watchdog ends this process."""
+        where = "during start-up" if self.step is None else f"after step {self.step}"
         text = (
-            f"nothing happened for {silent_s:.0f} s {where} (train.hang_timeout_s): this worker or "
-            "one that it waits for hangs"
+            f"no progress for {silent_s:.0f} s {where} (train.hang_timeout_s): this worker, or one "
+            "that it waits for, hangs"
         )
-        report_failure(
-            self.coordinator, {"rank": self.rank, "text": text, "again": True, "of": "hang"}
-        )
+        report_failure(self.coordinator, WorkerFailure(self.rank, text, kind="hang"))
 
 
 def _stopped_text(step: int, saved_step: int) -> str:
     if saved_step == step:
-        return f"stopped after step {step}, which is saved"
-    newest = f"the newest is that after step {saved_step}" if saved_step else "there is none"
-    return f"stopped after step {step}, whose checkpoint could not be written; {newest}"
+        return f"stopped after step {step}; its checkpoint is saved"
+    newest = f"the newest one is from step {saved_step}" if saved_step else "there is no other"
+    return f"stopped after step {step}; its checkpoint could not be written, {newest}"
 
 
 @contextmanager
-def _failures_told(coordinator: Any, rank: int) -> Iterator[None]:
-    """Tell the driver of an exception, with more words than Ray has."""
+def _reporting_failures(coordinator: Any, rank: int) -> Iterator[None]:
+    """Report an exception to the driver, in more detail than Ray does."""
     try:
         yield
     except Exception as error:
-        text, again = f"{type(error).__name__}: {error}", not is_permanent(error)
-        of = "echo" if _is_echo(error) else "own"
-        report_failure(coordinator, {"rank": rank, "text": text, "again": again, "of": of})
+        text = f"{type(error).__name__}: {error}"
+        kind = "secondary" if _is_secondary(error) else "error"
+        report_failure(coordinator, WorkerFailure(rank, text, kind, is_permanent(error)))
         raise
 
 
 def is_permanent(error: Exception) -> bool:
-    """Whether an error lies in data, settings or program, and would come as often as one tries."""
-    return isinstance(error, _NOT_TRIED_AGAIN) or type(error).__name__ in _OF_THE_PROGRAM
+    """Whether an error is in the data, the settings or the code, so a retry would repeat it."""
+    return isinstance(error, _PERMANENT) or type(error).__name__ in _TF_PERMANENT
 
 
-def _is_echo(error: Exception) -> bool:
-    """Whether an error is that of a collective or a call whose other side has failed."""
+def _is_secondary(error: Exception) -> bool:
+    """Whether an error of a collective or a remote call was caused by its other side."""
     from ray.exceptions import RayActorError
 
-    of_tensorflow = type(error).__module__.startswith("tensorflow")
-    lost = type(error).__name__ in _OF_THE_OTHERS or "ollective" in str(error)
-    return isinstance(error, RayActorError) or (of_tensorflow and lost)
+    in_collective = type(error).__name__ in _TF_SECONDARY or "ollective" in str(error)
+    from_tensorflow = type(error).__module__.startswith("tensorflow")
+    return isinstance(error, RayActorError) or (from_tensorflow and in_collective)

@@ -1,20 +1,13 @@
-"""The parts of `tune.py`, in running order.
+"""Searches for the best settings: many trials → the best run.
 
-In parentheses stands what does a part of it.
+Input: a spec with a `tune` section, and prepared data. Output: a search folder with the trials, the
+leaderboard, tune.html, best.yaml and the run folder of the best trial.
 
-    spec.py         settings of a search
-    space.py        what is tried, checked before anything starts
-    features.py     a frozen backbone's features, computed once (cheap.py: whether, and which)
-    slots.py        how many trials a cluster can hold at once
-    run.py          Ray Tune, from the begin or from where it stopped (whole_files.py)
-    searcher.py     who chooses the next trial's values
-    scheduler.py    who stops, pauses or clones trials (scheduler_state.py: across restarts)
-    trial.py        one trial after another in one actor (group.py: its processes)
-    follow.py       what Tune tells of trials: state, budget, checkpoints that may go (kept.py)
-    result.py       what is known of a search and its trials
-    screen.py       the leaderboard on the terminal
-    finish.py       the best trained in full, evaluated, written down
-    page.py         tune.html (figures.py charts.py standing.py importance.py)
+job.py          the entrance: checks, connects to Ray, runs the search
+run_trials.py   runs or resumes the trials under Ray Tune
+search/         what is tried
+trials/         how it is trained
+results/        leaderboard, report page and the best run
 """
 
 from ray_jobs.tune.job import search

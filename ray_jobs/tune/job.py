@@ -1,8 +1,8 @@
 """Search for the settings that train the best model, and train it.
 
-Reads: manifest.json from `prepare`.  Writes: a search folder with a folder of each trial, the
-leaderboard, a page, the best trial's specification and its run folder. The same name again goes on
-with a search that did not finish.
+Reads: manifest.json from `prepare`.  Writes: a search folder with a folder per trial, the
+leaderboard, a report page, the spec of the best trial and its run folder. The same run name again
+resumes a search that did not finish.
 
 Run:   python -m ray_jobs.tune ray_jobs/specs/houses_tune.yaml --run.name search
        python -m ray_jobs.submit tune ray_jobs/specs/houses_tune.yaml
@@ -10,117 +10,106 @@ Run:   python -m ray_jobs.tune ray_jobs/specs/houses_tune.yaml --run.name search
 
 from typing import Any
 
+import yaml
+
+from ray_jobs.checks.preflight import preflight
 from ray_jobs.cluster import connection
+from ray_jobs.cluster.capacity import cpu_settings
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import RunSpec
-from ray_jobs.data.manifest import Manifest, read_manifest
-from ray_jobs.storage.folder import Folder
 from ray_jobs.train.finalize import SUMMARY
-from ray_jobs.train.job import feeding, require_same, require_trainable, resolved, run_folder
+from ray_jobs.train.job import Run, open_run, require_same, shared_feed
 from ray_jobs.tune.results.search_state import Objective, Search
+from ray_jobs.tune.search.feature_trials import compute_feature_sets, should_use_features
 from ray_jobs.tune.search.space import Space
 
 SPEC = "tune.yaml"
 
-_MAY_DIFFER = ("budget", "max_concurrent_trials", "max_failures", "checkpoint_every_s", "promote")
-"""Settings of `tune` that a search may go on with otherwise."""
-_NO_DECODING = {"decode": "trainer", "cache": "none", "index": None}
 _SAME_SEARCH = (
     "run.seed", "data.image_size", "data.shuffle_window_rows", "data.buffer_bytes",
     "model", "train", "tune",
 )  # fmt: skip
-"""Parts of a spec in which a search that goes on must agree with what it was begun with."""
+"""Settings that must not change when a search resumes."""
+_CHANGEABLE = ("budget", "max_concurrent_trials", "max_failures", "checkpoint_every_s", "promote")
+"""Settings of `tune` that may change nevertheless."""
+_NO_DECODING = {"decode": "trainer", "cache": "none", "index": None}
 
 
 def search(spec: RunSpec) -> dict[str, Any]:
-    """Search, train the best, and return the search's summary.
+    """Run a search, train the best trial in full, and return the summary of the search.
 
     Raises:
-        JobError: if the data, the cluster or the search folder does not allow it, or every trial
+        JobError: If the data, the cluster or the search folder is unsuitable, or every trial
             failed.
-        ValueError: if the space does not fit the settings.
-        Interrupted: if the user stopped it.
+        ValueError: If the search space does not fit the other settings.
+        Interrupted: If the user stopped the search.
     """
-    spec = resolved(spec)
-    folder = run_folder(spec)
-    manifest = read_manifest(Folder(spec.data.prepared))
+    run = open_run(spec)
+    spec, manifest, folder = run.spec, run.manifest, run.folder
     space = Space(spec)
     if not space.distributions:
-        raise JobError("tune.space is empty; say which settings to search over")
-    require_trainable(spec, manifest)
+        raise JobError("tune.space is empty; name at least one setting to search over")
     if folder.exists(SPEC):
-        may_differ = {"tune": _MAY_DIFFER}
-        require_same("search", spec, manifest, folder, SPEC, _SAME_SEARCH, may_differ)
+        require_same("search", run, SPEC, _SAME_SEARCH, {"tune": _CHANGEABLE})
     if folder.exists(SUMMARY):
-        print(f"search {spec.run.name} is finished already: {folder}")
+        print(f"search {spec.run.name} is already finished: {folder}")
         return folder.read_json(SUMMARY)
-    _begin(spec, manifest, folder)
+    manifest.write(folder)
+    folder.write_text(SPEC, yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False))
     train = spec.train
     workers = spec.tune.workers_per_trial or train.workers_range[0]
     gpus = workers * (spec.tune.gpus_per_worker or train.gpus_per_worker)
-    # A local Ray has room for a trial, and afterwards for the training of the best.
+    # A local Ray must hold a trial and, afterwards, the training of the best trial.
     in_full = train.workers_range[0] * train.cpus_per_worker + 1
     with connection.connected(
         spec.run.address,
         num_cpus=max(workers * train.cpus_per_worker, in_full),
+        cpu_settings=f"tune.workers_per_trial={workers}, {cpu_settings(train)}",
         num_gpus=gpus if train.use_gpu else 0,
         data_cpus=0,
         worker_logs=spec.run.worker_logs,
         object_store_memory=spec.data.object_store_memory,
     ):
-        from ray_jobs.checks.preflight import preflight
-        from ray_jobs.tune.results.best_run import finish_search
-        from ray_jobs.tune.search.feature_trials import uses_features
+        from ray_jobs.tune.results.best_run import finalize_search
 
         preflight(spec, manifest)
-        found = trials_of(spec, manifest, space)
-        return finish_search(spec, space, folder, found, uses_features(spec, space))
+        results = run_search(run, space)
+        return finalize_search(spec, space, folder, results, should_use_features(spec, space))
 
 
-def trials_of(spec: RunSpec, manifest: Manifest, space: Space) -> Search:
-    """Run the trials of a search, in the Ray that is connected, and return how they ended.
+def run_search(run: Run, space: Space) -> Search:
+    """Run the trials of a search on the connected Ray, and return their results.
 
-    Leaderboard and page are written in any case.
+    Writes the leaderboard and the page even if an error or the user ends the search.
 
     Raises:
-        JobError: as `search`.
-        Interrupted: likewise.
+        JobError: If a trial cannot run on the cluster, or every trial failed.
+        Interrupted: If the user stopped the search.
     """
     from ray_jobs.tune.results.best_run import write_results
     from ray_jobs.tune.run_trials import run_trials
-    from ray_jobs.tune.search.feature_trials import all_features, uses_features
 
-    folder = run_folder(spec)
-    found = Search(
+    spec, folder = run.spec, run.folder
+    results = Search(
         name=str(spec.run.name),
-        objectives=objectives_of(spec),
+        objectives=make_objectives(spec),
         trials=[],
         budget=spec.tune.budget.model_dump(exclude_none=True),
     )
     try:
-        if uses_features(spec, space):
-            print("features of the frozen backbone: computing those that are not there yet")
-            features = all_features(spec, space)
-            run_trials(spec, space, folder, found, _NO_DECODING, features)
+        if should_use_features(spec, space):
+            print("computing the features of the frozen backbone that do not exist yet")
+            features = compute_feature_sets(spec, space)
+            run_trials(spec, space, folder, results, _NO_DECODING, features)
         else:
-            with feeding(spec, manifest) as feed:
-                run_trials(spec, space, folder, found, feed)
+            with shared_feed(run) as feed:
+                run_trials(spec, space, folder, results, feed)
     finally:
-        if found.trials:
-            write_results(found, folder)
-    return found
+        if results.trials:
+            write_results(results, folder)
+    return results
 
 
-def objectives_of(spec: RunSpec) -> list[Objective]:
-    """Return what a search improves."""
-    from ray_jobs.train.telemetry.console import FALLING
-
-    metrics = spec.tune.metrics or (spec.train.monitor,)
-    return [Objective(metric, "min" if metric in FALLING else "max") for metric in metrics]
-
-
-def _begin(spec: RunSpec, manifest: Manifest, folder: Folder) -> None:
-    import yaml
-
-    manifest.write(folder)
-    folder.write_text(SPEC, yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False))
+def make_objectives(spec: RunSpec) -> list[Objective]:
+    """Return the metrics that a search optimizes, the one that ranks trials first."""
+    return [Objective(metric) for metric in spec.tune.metrics or (spec.train.monitor,)]

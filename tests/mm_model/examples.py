@@ -1,4 +1,4 @@
-"""Rows and models that several tests share."""
+"""Rows, images and models that several tests share."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -6,6 +6,7 @@ from typing import Any
 
 import keras
 import numpy as np
+from scipy import ndimage
 
 import mm_model
 from mm_model import per_row_random
@@ -21,7 +22,7 @@ SMALLEST_OF_EACH_FAMILY = {
     "resnet50": 32,
 }
 UNTRAINED = {"image": {"kind": "tiny", "weights": None}}
-NO_CHANCE = {
+NO_RANDOMNESS = {
     **UNTRAINED,
     "augmentation": NO_AUGMENTATION.model_dump(),
     "dropout": 0,
@@ -41,10 +42,10 @@ def rows(
     return rng.integers(0, 256, (count, size, size, 3), dtype=np.uint8), numbers, y
 
 
-def rows_of_everything(
+def rows_with_all_inputs(
     count: int = 16, num_images: int = 3, size: int = 16
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Inputs by name, several images a row among them, some of which are missing."""
+    """All inputs by name, with several images per row, some of them missing, and labels."""
     rng = np.random.default_rng(7)
     _, numbers, y = rows(count)
     image = rng.integers(0, 256, (count, num_images, size, size, 3), dtype=np.uint8)
@@ -54,30 +55,30 @@ def rows_of_everything(
     return {"image": image, "image_mask": mask, "numeric": numbers, "category": category}, y
 
 
-def model_of_everything(inputs: dict[str, np.ndarray], **options: Any) -> mm_model.FusionModel:
-    """A model for `rows_of_everything`, whose rows it tells apart."""
+def model_with_all_inputs(inputs: dict[str, np.ndarray], **options: Any) -> mm_model.FusionModel:
+    """A model for `rows_with_all_inputs` with a different probability for each row."""
     statistics = mm_model.fit_numeric_statistics(inputs["numeric"])
     shapes = inputs["image"].shape[1:], inputs["numeric"].shape[1:]
     model = mm_model.create_model(
         *shapes, statistics, vocabularies=[COLOUR], **UNTRAINED, **options
     )
-    return told_apart(model)
+    return with_random_heads(model)
 
 
 def in_parts(
     call: Callable[[], Callable[[np.ndarray], Any]], rows: np.ndarray, count: int
 ) -> np.ndarray:
-    """What `count` replicas of equal seed states make of their parts of the rows, side by side."""
+    """The concatenated results of `count` replicas with equal seed states for their rows."""
     parts = []
     for index, part in enumerate(np.split(rows, count)):
-        with per_row_random.replica(index, count):
+        with per_row_random.batch_part(index, count):
             parts.append(np.asarray(call()(part)))
     return np.concatenate(parts)
 
 
 @contextmanager
 def half_precision() -> Iterator[None]:
-    """Let layers that are made inside compute in bfloat16."""
+    """Create layers that compute in bfloat16."""
     keras.mixed_precision.set_dtype_policy("mixed_bfloat16")
     try:
         yield
@@ -85,10 +86,24 @@ def half_precision() -> Iterator[None]:
         keras.mixed_precision.set_dtype_policy("float32")
 
 
-def told_apart(model: mm_model.FusionModel) -> mm_model.FusionModel:
-    """Give heads that start at zero weights by which different features give different logits."""
+def with_random_heads(model: mm_model.FusionModel) -> mm_model.FusionModel:
+    """Replace the zero weights of the heads, so that different features have different logits."""
     rng = np.random.default_rng(3)
     for name in model.heads:
         head = model.network.get_layer(f"{name}_head")
         head.set_weights([rng.normal(size=w.shape) for w in head.get_weights()])
     return model
+
+
+def views(num_rows: int, num_views: int, width: int = 3) -> np.ndarray:
+    """Features whose values are the number of their view."""
+    numbers = np.arange(num_views, dtype=np.float32)[None, :, None]
+    return np.broadcast_to(numbers, (num_rows, num_views, width)).copy()
+
+
+def pictures(count: int = 8, height: int = 20, width: int = 24, seed: int = 0) -> np.ndarray:
+    """Smooth images with integer pixels and different channels."""
+    noise = np.random.default_rng(seed).normal(size=(count, height, width, 3))
+    smooth = ndimage.gaussian_filter(noise, (0, 2, 2, 0))
+    scaled = (smooth - smooth.min()) / np.ptp(smooth) * 255
+    return np.round(scaled).astype(np.float32)

@@ -26,14 +26,14 @@ def test_calibration_undoes_a_wrong_scale_and_bias():
     assert log_loss(scale * (3 * true + 2) + bias, y) < log_loss(3 * true + 2, y)
 
 
-def test_rows_that_are_told_apart_perfectly_do_not_ask_for_certainty():
+def test_separable_rows_do_not_make_the_probability_certain():
     logit = np.array([-2.0] * 20 + [2.0] * 20)
     y = np.array([0] * 20 + [1] * 20)
     scale, _ = fit_calibration(logit, y)
     assert sigmoid(np.array([2 * scale]))[0] < 0.99
 
 
-def test_a_logit_that_points_the_wrong_way_says_the_base_rate():
+def test_a_logit_that_contradicts_the_labels_yields_the_base_rate():
     rng = np.random.default_rng(2)
     y = (rng.random(1000) < 0.25).astype(int)
     scale, bias = fit_calibration(-3.0 * (2 * y - 1) + rng.normal(size=1000), y)
@@ -41,7 +41,7 @@ def test_a_logit_that_points_the_wrong_way_says_the_base_rate():
     assert sigmoid(np.array([bias]))[0] == pytest.approx(y.mean(), abs=0.01)
 
 
-def test_the_blend_takes_the_vote_from_a_head_that_knows_nothing_and_is_sure_of_it():
+def test_the_blend_removes_the_weight_of_a_confident_head_that_knows_nothing():
     rng = np.random.default_rng(3)
     true = rng.normal(size=400)
     y = (rng.random(400) < sigmoid(2 * true)).astype(int)

@@ -1,25 +1,16 @@
-"""The model on features of a frozen backbone, and the backbone alone."""
+"""The model on features of a frozen backbone, and the backbone by itself."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 
 import mm_model
 from mm_model.branches import IMAGE_BRANCHES
-from mm_model.layers.blocks import PickView
 from mm_model.model import backbone_model, build_model
 from mm_model.spec import NO_AUGMENTATION, FusionSpec, ImageSpec, ModelSpec, NumericSpec
-from tests.mm_model.examples import COLOUR, in_parts, rows_of_everything, told_apart
-
-
-def views(num_rows: int, num_views: int, width: int = 3) -> np.ndarray:
-    """Features that hold the number of their view."""
-    numbers = np.arange(num_views, dtype=np.float32)[None, :, None]
-    return np.broadcast_to(numbers, (num_rows, num_views, width)).copy()
+from tests.mm_model.examples import COLOUR, rows_with_all_inputs, views, with_random_heads
 
 
 def spec_of(kind: str = "tiny", frozen: bool = True, augmented: bool = True) -> ModelSpec:
@@ -31,15 +22,14 @@ def spec_of(kind: str = "tiny", frozen: bool = True, augmented: bool = True) -> 
     return spec if augmented else spec.model_copy(update={"augmentation": NO_AUGMENTATION})
 
 
-def learnt(variables: Sequence[keras.Variable]) -> dict[str, keras.Variable]:
-    """Variables by path, without the states of random generators."""
-    return {v.path: v for v in variables if "seed_generator" not in v.path}
+def weights_by_path(model: keras.Model) -> dict[str, keras.Variable]:
+    return {v.path: v for v in model.weights}
 
 
 def models_of(
     inputs: dict[str, np.ndarray], kind: str, num_views: int = 1
 ) -> tuple[mm_model.FusionModel, mm_model.FusionModel]:
-    """A full model, and one on features whose weights the full one has above its backbone."""
+    """A full model and one on features, with equal weights above the backbone."""
     statistics = mm_model.fit_numeric_statistics(inputs["numeric"])
     full = build_model(spec_of(kind), statistics, inputs["image"].shape[1:], vocabularies=[COLOUR])
     width = backbone_model(full).output.shape[-1]
@@ -51,12 +41,12 @@ def models_of(
         vocabularies=[COLOUR],
         shape_features=(*several, num_views, width),
     )
-    above = learnt(full.variables)
+    above = weights_by_path(full)
     for layer in full.backbone_layers():
         for variable in layer.variables:
             above.pop(variable.path, None)
-    mine = learnt(told_apart(small).variables)
-    # Weights can be carried over by path: all that is above the backbone, and nothing else.
+    mine = weights_by_path(with_random_heads(small))
+    # The paths are equal for all weights above the backbone, and only for these.
     assert mine.keys() == above.keys()
     for path, variable in mine.items():
         above[path].assign(variable)
@@ -64,7 +54,7 @@ def models_of(
 
 
 def fit_batch_norms(model: mm_model.FusionModel, image: np.ndarray) -> None:
-    """Let an untrained backbone tell images apart: its own statistics leave nothing of them."""
+    """Fit the batch norms of an untrained backbone, so that images have different features."""
     norms: list[Any] = [x for x in model.backbone_layers() if hasattr(x, "moving_mean")]
     for norm in norms:
         norm.trainable, norm.momentum = True, 0.0
@@ -74,7 +64,7 @@ def fit_batch_norms(model: mm_model.FusionModel, image: np.ndarray) -> None:
 
 
 def features_of(full: mm_model.FusionModel, image: np.ndarray) -> np.ndarray:
-    """Features (…, 1, F) of images (…, H, W, 3) as they are."""
+    """Features (…, 1, F) of unaugmented images (…, H, W, 3)."""
     shape = image.shape[:-3]
     pooled = np.array(backbone_model(full)(image.reshape(-1, *image.shape[-3:])))
     return pooled.reshape(*shape, 1, -1)
@@ -82,8 +72,10 @@ def features_of(full: mm_model.FusionModel, image: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize(("kind", "size"), [("tiny", 16), ("mobilenet_v3_small", 32)])
 @pytest.mark.parametrize("num_images", [1, 3])
-def test_on_features_a_model_says_what_the_full_one_says_of_the_images(kind, size, num_images):
-    inputs, _ = rows_of_everything(num_images=num_images, size=size)
+def test_a_model_on_features_predicts_what_the_full_model_predicts_for_the_images(
+    kind, size, num_images
+):
+    inputs, _ = rows_with_all_inputs(num_images=num_images, size=size)
     if num_images == 1:
         inputs = {**inputs, "image": inputs["image"][:, 0]}
         del inputs["image_mask"]
@@ -94,7 +86,7 @@ def test_on_features_a_model_says_what_the_full_one_says_of_the_images(kind, siz
     mask = inputs.get("image_mask")
     if mask is not None:
         assert (mask == 0).any()
-        features[mask == 0] = 1e6  # What stands there is not looked at.
+        features[mask == 0] = 1e6  # Missing features have no effect.
     given = {**inputs, "features": features}
     del given["image"]
     assert small.input_names == ["features", *full.input_names[1:]]
@@ -107,8 +99,8 @@ def test_on_features_a_model_says_what_the_full_one_says_of_the_images(kind, siz
         np.testing.assert_array_equal(np.asarray(small(by_place)), np.asarray(small(given)))
 
 
-def test_without_a_mask_the_features_of_all_images_are_there():
-    inputs, _ = rows_of_everything()
+def test_without_a_mask_the_features_of_all_images_are_present():
+    inputs, _ = rows_with_all_inputs()
     full, small = models_of(inputs, "tiny")
     given = {**inputs, "features": features_of(full, inputs["image"])}
     given["image_mask"] = np.ones_like(given["image_mask"])
@@ -117,8 +109,8 @@ def test_without_a_mask_the_features_of_all_images_are_there():
     np.testing.assert_array_equal(np.asarray(small(given)), expected)
 
 
-def test_a_model_on_features_learns_and_is_loaded_again(tmp_path):
-    inputs, y = rows_of_everything()
+def test_a_model_on_features_trains_saves_and_loads(tmp_path):
+    inputs, y = rows_with_all_inputs()
     full, small = models_of(inputs, "tiny", num_views=2)
     plain = features_of(full, inputs["image"])
     given = {**inputs, "features": np.concatenate([plain, 1 - plain], axis=2)}
@@ -132,62 +124,8 @@ def test_a_model_on_features_learns_and_is_loaded_again(tmp_path):
     np.testing.assert_array_equal(np.asarray(again(given)), np.asarray(small(given)))
 
 
-# -- views ----------------------------------------------------------------------------------------
-
-
-def test_training_draws_one_of_the_augmented_views_each_as_often_and_inference_takes_the_first():
-    layer, features = PickView(seed=1), views(3000, 4)
-    np.testing.assert_array_equal(layer(features), features[:, 0])
-    got = np.asarray(layer(features, training=True))
-    assert (got == got[:, :1]).all()
-    np.testing.assert_array_equal(np.unique(got[:, 0]), [1, 2, 3])
-    shares = np.bincount(got[:, 0].astype(int))[1:] / 3000
-    np.testing.assert_allclose(shares, 1 / 3, atol=0.03)
-    assert (np.asarray(layer(features, training=True)) != got).any()
-    # The one augmented view of two is the one that is drawn.
-    assert (np.asarray(PickView()(views(50, 2), training=True)) == 1).all()
-
-
-def test_a_row_gets_its_own_view():
-    rng = np.random.default_rng(0)
-    features = rng.normal(size=(40, 3, 5)).astype(np.float32)
-    got = np.asarray(PickView(seed=2)(features, training=True))
-    own = (features == got[:, None]).all(axis=2)
-    assert (own.sum(axis=1) == 1).all()
-    assert not own[:, 0].any()
-
-
-def test_where_there_is_one_view_nothing_is_drawn():
-    layer, features = PickView(seed=1), views(4, 1)
-    layer(features)
-    before = np.array(layer.seed_generator.state)
-    np.testing.assert_array_equal(layer(features, training=True), features[:, 0])
-    np.testing.assert_array_equal(layer.seed_generator.state, before)
-
-
-@pytest.mark.parametrize("count", [1, 2, 4])
-def test_which_view_a_row_gets_does_not_depend_on_the_number_of_parts(count):
-    features = views(16, 5)
-
-    def picked():
-        layer = PickView(seed=3)
-        return lambda rows: layer(rows, training=True)
-
-    whole = np.asarray(picked()(features))
-    assert len(np.unique(whole)) > 2
-    np.testing.assert_array_equal(in_parts(picked, features, count), whole)
-
-
-def test_picking_a_view_compiles():
-    layer, features = PickView(seed=3), views(16, 5)
-    compiled = tf.function(lambda x: layer(x, training=True), jit_compile=True)
-    assert set(np.unique(compiled(features))) <= {1, 2, 3, 4}
-    again = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(layer))
-    assert again.get_config() == layer.get_config()
-
-
-def test_each_image_of_a_row_gets_a_view_of_its_own():
-    inputs, _ = rows_of_everything(count=64)
+def test_each_image_of_a_row_gets_its_own_view():
+    inputs, _ = rows_with_all_inputs(count=64)
     shape = (3, 4, 2)
     statistics = mm_model.fit_numeric_statistics(inputs["numeric"])
     model = build_model(spec_of(), statistics, None, shape_features=shape)
@@ -202,17 +140,14 @@ def test_each_image_of_a_row_gets_a_view_of_its_own():
     assert (got[:, 0] == got[:, 1]).any()
 
 
-# -- the backbone alone ---------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("kind", "size"), [("tiny", 16), ("mobilenet_v3_small", 32)])
 def test_a_frozen_backbone_augments_and_keeps_its_statistics(kind, size):
-    inputs, _ = rows_of_everything(count=4, num_images=1, size=size)
+    inputs, _ = rows_with_all_inputs(count=4, num_images=1, size=size)
     image = inputs["image"][:, 0]
     model = build_model(spec_of(kind), None, (size, size, 3), (3,))
     fit_batch_norms(model, image)
     backbone = backbone_model(model)
-    before = {path: np.array(v) for path, v in learnt(backbone.variables).items()}
+    before = {path: np.array(v) for path, v in weights_by_path(backbone).items()}
     plain = np.asarray(backbone(image, training=False))
     expected = keras.Model(
         model.network.input["image"], model.network.get_layer("image_pool").output
@@ -221,31 +156,30 @@ def test_a_frozen_backbone_augments_and_keeps_its_statistics(kind, size):
     augmented = [np.asarray(backbone(image, training=True)) for _ in range(2)]
     for a, b in ((plain, augmented[0]), (plain, augmented[1]), augmented):
         assert (np.abs(a - b).max(axis=1) > 1e-2).all()
-    for path, v in learnt(backbone.variables).items():
+    for path, v in weights_by_path(backbone).items():
         np.testing.assert_array_equal(before[path], v, err_msg=path)
     assert any("moving_mean" in path for path in before)
 
 
-def test_a_backbone_of_several_images_a_row_takes_single_ones():
-    inputs, _ = rows_of_everything(count=2)
+def test_the_backbone_of_a_model_with_several_images_per_row_takes_single_images():
+    inputs, _ = rows_with_all_inputs(count=2)
     one = build_model(spec_of(augmented=False), None, (16, 16, 3), (3,))
     three = build_model(spec_of(augmented=False), None, (3, 16, 16, 3), (3,))
-    for path, variable in learnt(one.variables).items():
-        learnt(three.variables)[path].assign(variable)
+    for path, variable in weights_by_path(one).items():
+        weights_by_path(three)[path].assign(variable)
     image = inputs["image"][:, 0]
     expected = np.asarray(backbone_model(one)(image))
     np.testing.assert_array_equal(backbone_model(three)(image), expected)
 
 
-# -- errors ---------------------------------------------------------------------------------------
-
-
-def test_a_backbone_that_is_not_there_is_refused(monkeypatch):
+def test_a_missing_backbone_is_rejected(monkeypatch):
     without = ModelSpec(image=ImageSpec(kind="none", weights=None))
-    with pytest.raises(ValueError, match=r"a model of \['numeric'\] has no image backbone"):
+    with pytest.raises(
+        ValueError, match=r"a model with inputs \['numeric'\] has no image backbone"
+    ):
         backbone_model(build_model(without, None, None, (3,)))
 
-    def mine(image, kind, spec, blocks):
+    def mine(image, spec, blocks):
         pooled = keras.layers.GlobalMaxPooling2D()(image)
         return {"pooled": pooled, "tokens": keras.layers.Reshape((1, -1))(pooled)}
 
@@ -253,16 +187,16 @@ def test_a_backbone_that_is_not_there_is_refused(monkeypatch):
     spec = spec_of("mine")
     with pytest.raises(ValueError, match="has no layer 'image_pool'"):
         backbone_model(build_model(spec, None, (16, 16, 3), (3,)))
-    with pytest.raises(ValueError, match="'mine' cannot be built on features: IMAGE_TOPS"):
+    with pytest.raises(ValueError, match="'mine' cannot be built on features; .* IMAGE_TOPS"):
         build_model(spec, None, None, (3,), shape_features=(1, 8))
 
 
 @pytest.mark.parametrize("shape", [(8,), (1, 2, 3, 4), (0, 8)])
-def test_features_of_another_shape_are_refused(shape):
-    with pytest.raises(ValueError, match=r"features are \(views, width\)"):
+def test_features_of_an_invalid_shape_are_rejected(shape):
+    with pytest.raises(ValueError, match=r"features shape .* invalid; pass \(views, width\)"):
         build_model(spec_of(), None, None, (3,), shape_features=shape)
 
 
-def test_neither_images_nor_features_are_refused_by_their_shape():
-    with pytest.raises(ValueError, match=r"got shape \(\)"):
+def test_a_model_without_an_image_or_features_shape_is_rejected():
+    with pytest.raises(ValueError, match=r"image shape \(\) is invalid"):
         build_model(spec_of(), None, None, (3,))

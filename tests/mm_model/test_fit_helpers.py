@@ -15,9 +15,12 @@ def test_class_weights_agree_with_scikit_learn(positives):
 
 @pytest.mark.parametrize(
     ("y", "message"),
-    [([1, 1], "both classes are needed"), ([0, 2], r"must be 0 or 1, got \[0, 2\]")],
+    [
+        ([1, 1], "need rows of both classes, got 0 with label 0 and 2 with label 1"),
+        ([0, 2], r"must be 0 or 1, got \[0, 2\]"),
+    ],
 )
-def test_labels_that_cannot_be_weighed_say_why(y, message):
+def test_labels_without_two_classes_are_rejected_with_the_reason(y, message):
     with pytest.raises(ValueError, match=message):
         balanced_class_weight(np.array(y))
 

@@ -3,10 +3,10 @@ import numpy as np
 import pytest
 
 import mm_model
-from mm_model.freezing import NO_STAGES, apply_stage, learning_rates, stage_of
+from mm_model.freezing import NO_STAGES, apply_stage, learning_rate_factors, stage_of
 from mm_model.model import build_model
 from mm_model.spec import ModelSpec, StageSpec
-from tests.mm_model.examples import UNTRAINED, rows, rows_of_everything
+from tests.mm_model.examples import UNTRAINED, rows, rows_with_all_inputs
 
 TINY = [f"image_conv{i}{end}" for i in range(3) for end in ("", "_bn")]
 SIZE = {"tiny": 16, "mobilenet_v3_small": 32, "efficientnet_b0": 32}
@@ -22,15 +22,15 @@ def compiled(kind: str = "tiny", **image) -> mm_model.FusionModel:
     model = build_model(ModelSpec.model_validate(options), None, (size, size, 3), (3,))
     optimizer = keras.optimizers.SGD(0.1)
     model.compile(optimizer, "binary_crossentropy", run_eagerly=True)
-    # Heads that start at 0 pass no gradient on.
+    # Heads with zero weights propagate no gradient.
     for name in model.heads:
         head = model.network.get_layer(f"{name}_head")
         head.kernel.assign(np.random.default_rng(0).normal(size=head.kernel.shape))
     return model
 
 
-def moved_by_a_step(model: mm_model.FusionModel) -> set[str]:
-    """Names of the backbone's layers of which any variable moves in a training step."""
+def changed_by_a_step(model: mm_model.FusionModel) -> set[str]:
+    """Names of the backbone's layers that a training step changes."""
     size = model.network.input["image"].shape[1]
     image, numbers, y = rows(8, size=size)
     before = {x.name: [np.array(w) for w in x.weights] for x in model.backbone_layers()}
@@ -42,7 +42,7 @@ def moved_by_a_step(model: mm_model.FusionModel) -> set[str]:
     }
 
 
-def test_an_epoch_belongs_to_the_stage_that_it_falls_into_and_the_last_one_goes_on():
+def test_each_epoch_has_a_stage_and_the_last_stage_lasts_to_the_end():
     first, second = StageSpec(epochs=2, backbone=0), StageSpec(epochs=3)
     found = [stage_of((first, second), epoch) for epoch in range(8)]
     assert found == [first] * 2 + [second] * 6
@@ -58,8 +58,8 @@ def test_the_backbone_is_its_layers_bottom_to_top(kind):
         assert names == TINY
     else:
         nested = model.network.get_layer(kind)
-        learnt = {v.path for x in model.backbone_layers() for v in x.trainable_variables}
-        assert learnt == {v.path for v in nested.trainable_variables}
+        trained = {v.path for x in model.backbone_layers() for v in x.trainable_variables}
+        assert trained == {v.path for v in nested.trainable_variables}
         first = "stem_conv" if kind == "efficientnet_b0" else "conv"
         last = "top_bn" if kind == "efficientnet_b0" else "conv_1_bn"
         assert (names[0], names[-1]) == (first, last)
@@ -70,7 +70,7 @@ def test_the_backbone_is_its_layers_bottom_to_top(kind):
     "kind",
     ["tiny", "mobilenet_v3_small", pytest.param("efficientnet_b0", marks=pytest.mark.slow)],
 )
-def test_layers_learn_from_the_top_and_frozen_ones_keep_their_statistics(kind):
+def test_layers_unfreeze_from_the_top_and_frozen_ones_keep_their_statistics(kind):
     model = compiled(kind)
     model.optimizer.build(model.trainable_variables)
     everything = [layer.name for layer in model.backbone_layers()]
@@ -86,20 +86,20 @@ def test_layers_learn_from_the_top_and_frozen_ones_keep_their_statistics(kind):
             own = {v.path for v in layer.weights if "moving" not in v.path}
             assert (own <= in_model) == (layer.name in trained)
             assert own & in_model in (own, set())
-        moved = moved_by_a_step(model)
-        assert moved <= set(trained)
-        # A layer before a ReLU that is dead for all rows may stand still.
-        assert len(moved) >= 0.8 * learning
+        changed = changed_by_a_step(model)
+        assert changed <= set(trained)
+        # A layer before a ReLU that is inactive for all rows does not change.
+        assert len(changed) >= 0.8 * learning
     apply_stage(model, NO_STAGES)
     assert [x.name for x in model.backbone_layers() if x.trainable] == trained
 
 
-def test_what_is_above_the_backbone_learns_in_every_stage():
+def test_layers_above_the_backbone_train_in_every_stage():
     model = compiled()
     apply_stage(model, stage(backbone=0))
     top = model.network.get_layer("image_top_dense").kernel
     before = np.array(top)
-    assert moved_by_a_step(model) == set()
+    assert changed_by_a_step(model) == set()
     assert (np.asarray(top) != before).any()
 
 
@@ -109,41 +109,44 @@ def test_a_backbone_that_was_built_frozen_stays_frozen(kind):
     assert not model.backbone_trainable
     for each in (NO_STAGES, stage(backbone=0)):
         apply_stage(model, each)
-        assert moved_by_a_step(model) == set()
+        assert changed_by_a_step(model) == set()
     with pytest.raises(ValueError, match=r"backbone=0\.5 .*model\.image\.trainable=false"):
         apply_stage(model, stage(backbone=0.5))
 
 
-def test_stages_of_a_model_without_images_are_refused():
+def test_stages_of_a_model_without_images_are_rejected():
     options = {"image": {"kind": "none", "weights": None}}
     model = build_model(ModelSpec.model_validate(options), None, (16, 16, 3), (3,))
     apply_stage(model, NO_STAGES)
-    assert learning_rates(model, NO_STAGES) == {}
-    with pytest.raises(ValueError, match=r"image backbone, and this model has none"):
+    assert learning_rate_factors(model, NO_STAGES) == {}
+    with pytest.raises(ValueError, match=r"image backbone, but this model has none"):
         apply_stage(model, stage())
 
 
-def test_the_rate_falls_from_the_top_of_the_backbone_to_its_bottom_in_equal_ratios():
+def test_the_learning_rate_falls_from_the_top_of_the_backbone_in_equal_ratios():
     model = compiled()
     each = stage(backbone_rate=0.5, layer_decay=0.1)
     apply_stage(model, each)
-    factors = learning_rates(model, each)
-    assert set(factors) == {v.path for x in model.backbone_layers() for v in x.trainable_variables}
+    factors = learning_rate_factors(model, each)
+    trained = {id(v) for v in model.trainable_variables}
+    assert set(factors) <= trained
+    layers = model.backbone_layers()
+    assert set(factors) == {id(v) for layer in layers for v in layer.trainable_variables}
     for i, layer in enumerate(reversed(model.backbone_layers())):
         for v in layer.trainable_variables:
-            assert factors[v.path] == pytest.approx(0.5 * 0.1 ** (i / 5))
+            assert factors[id(v)] == pytest.approx(0.5 * 0.1 ** (i / 5))
     half = stage(backbone=0.5, backbone_rate=0.5, layer_decay=0.1)
     apply_stage(model, half)
-    # A layer's depth is its place in the whole backbone, whichever part of it learns.
-    assert learning_rates(model, half) == {
-        path: factor for path, factor in factors.items() if factor > 0.5 * 0.1**0.5
+    # The depth of a layer does not depend on the part of the backbone that trains.
+    assert learning_rate_factors(model, half) == {
+        key: factor for key, factor in factors.items() if factor > 0.5 * 0.1**0.5
     }
     apply_stage(model, stage())
-    assert learning_rates(model, stage()) == {}
+    assert learning_rate_factors(model, stage()) == {}
 
 
-def test_a_model_of_several_images_has_the_same_backbone_and_keeps_it_when_loaded(tmp_path):
-    inputs, _ = rows_of_everything()
+def test_a_model_of_several_images_has_the_same_backbone_before_and_after_loading(tmp_path):
+    inputs, _ = rows_with_all_inputs()
     model = build_model(ModelSpec.model_validate(UNTRAINED), None, (3, 16, 16, 3), (3,))
     assert [layer.name for layer in model.backbone_layers()] == TINY
     model.save(tmp_path / "model.keras")

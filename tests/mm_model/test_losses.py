@@ -5,7 +5,7 @@ import tensorflow as tf
 from scipy.special import expit
 
 import mm_model
-from mm_model.losses import FocalLoss, make_loss, of_logits
+from mm_model.losses import FocalLoss, loss_from_logits, make_loss
 from mm_model.spec import LossSpec
 from tests.mm_model.examples import UNTRAINED, rows
 
@@ -14,7 +14,7 @@ SOFT = np.array([0.0, 1.0, 0.3, 0.5, 0.9, 0.0, 1.0, 0.1])
 
 
 def focal(logit: np.ndarray, y: np.ndarray, gamma: float) -> np.ndarray:
-    """The expectation of equation 4 of Lin et al. over the label, in float64."""
+    """The expectation over the label of equation 4 of Lin et al., in float64."""
     p = expit(logit)
     return y * (1 - p) ** gamma * -np.log(p) + (1 - y) * p**gamma * -np.log1p(-p)
 
@@ -57,15 +57,15 @@ def test_focal_with_gamma_0_is_cross_entropy(from_logits, smoothing):
 def test_the_loss_of_a_mixed_label_is_the_mixed_loss_of_both(kind):
     loss = make_loss(LossSpec(loss=kind, label_smoothing=0.1), from_logits=True)
     for share in (0.0, 0.3, 0.5):
-        zero, one, mixed = (
+        zero, one, soft = (
             float(loss(np.full((8, 1), y), LOGITS[:, None])) for y in (0.0, 1.0, share)
         )
-        assert mixed == pytest.approx(share * one + (1 - share) * zero, rel=1e-6)
+        assert soft == pytest.approx(share * one + (1 - share) * zero, rel=1e-6)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
 @pytest.mark.parametrize("kind", ["binary_crossentropy", "focal"])
-def test_no_certainty_makes_a_gradient_infinite(kind, gamma):
+def test_confident_predictions_have_finite_gradients(kind, gamma):
     sure = np.array([-1e4, -100.0, -20.0, 20.0, 100.0, 1e4])
     for y in (np.zeros(6), np.ones(6)):
         for from_logits in (True, False):
@@ -73,11 +73,11 @@ def test_no_certainty_makes_a_gradient_infinite(kind, gamma):
             value, gradient = value_and_gradient(loss, y, sure)
             assert np.isfinite(value)
             assert np.isfinite(gradient).all()
-    # Where the model is sure and wrong, it is told so in full.
+    # A confident wrong prediction has the full gradient.
     np.testing.assert_allclose(gradient[:3], -1 / 6, rtol=1e-4)
 
 
-def test_probabilities_alone_have_finite_gradients_too():
+def test_probabilities_without_logits_have_finite_gradients():
     p = tf.constant([[0.0], [1e-9], [0.4], [1.0]])
     with tf.GradientTape() as tape:
         tape.watch(p)
@@ -89,7 +89,7 @@ def test_probabilities_alone_have_finite_gradients_too():
 
 
 @pytest.mark.parametrize("weights", [None, np.linspace(0, 2, 16)])
-def test_the_heads_learn_by_the_loss_of_the_output(weights):
+def test_the_heads_have_the_loss_of_the_output(weights):
     image, numbers, y = rows()
     model = mm_model.create_model(
         (16, 16, 3), (3,), mm_model.fit_numeric_statistics(numbers), **UNTRAINED, l2=0
@@ -106,12 +106,12 @@ def test_the_heads_learn_by_the_loss_of_the_output(weights):
     assert got == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_loss_is_known_by_name_and_made_again_for_logits():
+def test_a_loss_or_its_name_is_converted_to_logits():
     for loss in ("binary_crossentropy", "bce", keras.losses.BinaryCrossentropy()):
-        assert isinstance(of_logits(loss), keras.losses.BinaryCrossentropy)
-        assert of_logits(loss).get_config()["from_logits"]
-    made = of_logits(FocalLoss(3.0, label_smoothing=0.2))
-    assert isinstance(made, FocalLoss)
-    assert (made.gamma, made.label_smoothing, made.from_logits) == (3.0, 0.2, True)
-    with pytest.raises(ValueError, match=r"from logits, which 'mse' cannot be"):
-        of_logits("mse")
+        assert isinstance(loss_from_logits(loss), keras.losses.BinaryCrossentropy)
+        assert loss_from_logits(loss).get_config()["from_logits"]
+    converted = loss_from_logits(FocalLoss(3.0, label_smoothing=0.2))
+    assert isinstance(converted, FocalLoss)
+    assert (converted.gamma, converted.label_smoothing, converted.from_logits) == (3.0, 0.2, True)
+    with pytest.raises(ValueError, match=r"loss='mse' cannot be computed from logits"):
+        loss_from_logits("mse")

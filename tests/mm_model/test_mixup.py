@@ -5,16 +5,16 @@ import tensorflow as tf
 from scipy import stats
 
 from mm_model.losses import make_loss
-from mm_model.mixup import beta_quantile, mixed
+from mm_model.mixup import beta_quantile, mix_rows
 from mm_model.spec import LossSpec
-from tests.mm_model.examples import rows_of_everything
+from tests.mm_model.examples import rows_with_all_inputs
 
 MIXUP, CUTMIX = LossSpec(mixup_alpha=0.4), LossSpec(cutmix_alpha=1.0)
 BOTH = LossSpec(mixup_alpha=0.4, cutmix_alpha=1.0)
 
 
 def batch(count: int = 6, seed: int = 0):
-    """Numbers of float64, some missing, of rows whose weights differ; one image a row."""
+    """Inputs with some missing numbers and one image per row, labels, and different weights."""
     rng = np.random.default_rng(seed)
     numeric = rng.normal(size=(count, 4))
     numeric[rng.random(numeric.shape) < 0.3] = np.nan
@@ -28,12 +28,12 @@ def batch(count: int = 6, seed: int = 0):
 
 
 def step(inputs, y, weight, spec: LossSpec, seed: int):
-    result, y, weight = mixed(inputs, y, weight, spec, keras.random.SeedGenerator(seed))
+    result, y, weight = mix_rows(inputs, y, weight, spec, keras.random.SeedGenerator(seed))
     return {k: np.asarray(v) for k, v in result.items()}, np.asarray(y), np.asarray(weight)
 
 
 def share_of(got: np.ndarray, own: np.ndarray) -> float:
-    """The share by which pixels are a row's own, from any that differ from the neighbour's."""
+    """The row's own share of the pixels, from those that differ from the neighbour's."""
     other = np.roll(own, 1, axis=0)
     differs = np.abs(own.astype(float) - other) > 100
     return float(
@@ -63,7 +63,7 @@ def test_mixup_is_the_weighted_mean_of_a_row_and_its_neighbour(seed):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_cutmix_puts_one_box_in_and_shares_by_the_area_that_it_covers(seed):
+def test_cutmix_pastes_one_box_and_shares_by_the_area_outside_it(seed):
     inputs, y, weight = batch(seed=seed)
     got, got_y, got_weight = step(inputs, y, np.ones_like(weight), CUTMIX, seed)
     own, other = inputs["image"], np.roll(inputs["image"], 1, axis=0)
@@ -80,13 +80,13 @@ def test_cutmix_puts_one_box_in_and_shares_by_the_area_that_it_covers(seed):
     np.testing.assert_array_equal(got["category"], larger)
 
 
-def test_boxes_have_the_area_of_the_paper_where_no_edge_cuts_them():
+def test_boxes_that_no_edge_clips_have_the_area_of_the_paper():
     areas, cut = [], []
     image = np.zeros((2, 64, 64, 3), np.float32)
     image[1] = 255
     seed = keras.random.SeedGenerator(0)
     one = np.ones((2, 1), np.float32)
-    make = tf.function(lambda: mixed({"image": tf.constant(image)}, one, one, CUTMIX, seed)[0])
+    make = tf.function(lambda: mix_rows({"image": tf.constant(image)}, one, one, CUTMIX, seed)[0])
     for _ in range(1500):
         inside = np.asarray(make()["image"])[0, :, :, 0] > 0
         edge = inside[0].any() or inside[-1].any() or inside[:, 0].any() or inside[:, -1].any()
@@ -94,8 +94,8 @@ def test_boxes_have_the_area_of_the_paper_where_no_edge_cuts_them():
         cut.append(edge)
     whole = np.array(areas)[~np.array(cut)]
     assert len(whole) > 180
-    # A box of share a of the area lies inside with chance (1 - √a)²; a itself is uniform, since
-    # Beta(1, 1) is. So √a, of density 2√a (1 - √a)² × 6, is Beta(2, 3).
+    # A box of area a is inside with probability (1 - √a)², and a is uniform like Beta(1, 1). So √a
+    # has the density 12 √a (1 - √a)², that of Beta(2, 3).
     sides = np.sqrt(whole)
     assert sides.mean() == pytest.approx(0.4, abs=0.03)
     assert (
@@ -112,7 +112,7 @@ def test_the_loss_of_mixed_rows_is_the_mixed_loss_of_both(spec):
     p = np.random.default_rng(1).uniform(0.05, 0.95, y.shape)
     for seed in range(4):
         got, got_y, got_weight = step(inputs, y, weight, spec, seed)
-        # From the label of a row of 1 after one of 0, both of weight 1.
+        # The mixed label of a row with label 1 after one with label 0, with equal weights.
         probe_y = np.array([[1.0], [0.0]] * 3, np.float32)
         _, mixed_y, _ = step(inputs, probe_y, np.ones_like(y), spec, seed)
         share = float(mixed_y[0, 0])
@@ -125,10 +125,10 @@ def test_the_loss_of_mixed_rows_is_the_mixed_loss_of_both(spec):
         assert got["image"].dtype == np.float32
 
 
-def test_each_step_does_one_of_both_each_as_often():
+def test_each_step_uses_mixup_or_cutmix_with_equal_probability():
     inputs, y, weight = batch()
     seed = keras.random.SeedGenerator(0)
-    make = tf.function(lambda: mixed(inputs, y, weight, BOTH, seed)[0]["image"])
+    make = tf.function(lambda: mix_rows(inputs, y, weight, BOTH, seed)[0]["image"])
     own = inputs["image"].astype(np.float32)
     other = np.roll(own, 1, axis=0)
     boxes = 0
@@ -138,24 +138,24 @@ def test_each_step_does_one_of_both_each_as_often():
     assert 70 < boxes < 130
 
 
-def test_nothing_is_mixed_where_nothing_is_asked_for():
+def test_without_alphas_nothing_is_mixed():
     inputs, y, weight = batch()
     seed = keras.random.SeedGenerator(0)
     before = np.array(seed.state)
-    got = mixed(inputs, y, weight, LossSpec(), seed)
+    got = mix_rows(inputs, y, weight, LossSpec(), seed)
     assert got[0] is inputs
     assert got[1] is y
     assert got[2] is weight
     np.testing.assert_array_equal(seed.state, before)
 
 
-def test_an_image_that_is_missing_is_not_mixed_in():
-    inputs, y = rows_of_everything()
+def test_a_missing_image_is_not_mixed_in():
+    inputs, y = rows_with_all_inputs()
     y, weight = y[:, None].astype(np.float32), np.ones((16, 1), np.float32)
     for spec in (MIXUP, CUTMIX):
         for seed in range(4):
             mask = inputs["image_mask"]
-            # Pixels of a missing image would be seen anywhere.
+            # Pixels of a missing image would be visible in any mixture.
             image = np.where(mask[:, :, None, None, None] > 0, inputs["image"].astype(float), 1e9)
             got, _, _ = step({**inputs, "image": image.astype(np.float32)}, y, weight, spec, seed)
             there = got["image_mask"] > 0
@@ -165,22 +165,25 @@ def test_an_image_that_is_missing_is_not_mixed_in():
             assert own or (got["image_mask"] == np.roll(mask, 1, axis=0)).all()
 
 
-def test_rows_without_weight_do_not_count_and_have_a_finite_label():
+def test_rows_without_weight_have_no_effect_and_a_finite_label():
     inputs, y, weight = batch()
     weight[:3] = 0
     _, got_y, got_weight = step(inputs, y, weight, MIXUP, 1)
     assert np.isfinite(got_y).all()
     assert (got_weight[1:3] == 0).all()
-    # The label of a row mixed with one without weight is its own.
+    # A row mixed with one without weight keeps its own label.
     assert got_y[3, 0] == pytest.approx(y[3, 0])
 
 
-def test_boxes_for_a_model_without_images_are_refused_and_mixup_is_not():
+def test_cutmix_without_images_is_rejected_but_mixup_is_not():
     inputs, y, weight = batch()
     inputs.pop("image")
     got, _, _ = step(inputs, y, weight, MIXUP, 0)
     assert set(got) == {"numeric", "category"}
-    with pytest.raises(ValueError, match="cutmix_alpha=1 puts boxes into images"):
+    with pytest.raises(
+        ValueError,
+        match=r"cutmix_alpha=1 needs images, but the model takes \['numeric', 'category'\]",
+    ):
         step(inputs, y, weight, CUTMIX, 0)
 
 
@@ -188,7 +191,7 @@ def test_boxes_for_a_model_without_images_are_refused_and_mixup_is_not():
 def test_shares_are_drawn_from_the_beta_distribution(alpha):
     uniform = keras.random.uniform((20_000,), seed=keras.random.SeedGenerator(3))
     got = np.asarray(beta_quantile(uniform, alpha))
-    # Float32 tells numbers next to 0 apart, and not next to 1; both halves are alike.
+    # Float32 resolves small differences near 0 but not near 1; the distribution is symmetric.
     low = got[got < 0.5]
     assert len(low) / len(got) == pytest.approx(0.5, abs=0.02)
     assert stats.kstest(low, lambda x: 2 * stats.beta(alpha, alpha).cdf(x)).pvalue > 0.01
@@ -197,15 +200,15 @@ def test_shares_are_drawn_from_the_beta_distribution(alpha):
     np.testing.assert_allclose(beta_quantile(shares.astype(np.float32), alpha), expected, atol=1e-3)
 
 
-def test_mixing_compiles():
-    inputs, y = rows_of_everything()
+def test_mixing_compiles_with_xla():
+    inputs, y = rows_with_all_inputs()
     y, weight = y[:, None].astype(np.float32), np.ones((16, 1), np.float32)
     inputs = {**inputs, "numeric": inputs["numeric"].astype(np.float32)}
     seed = keras.random.SeedGenerator(0)
 
     @tf.function(jit_compile=True)
     def compiled(inputs, y, weight):
-        return [mixed(inputs, y, weight, spec, seed) for spec in (MIXUP, CUTMIX, BOTH)]
+        return [mix_rows(inputs, y, weight, spec, seed) for spec in (MIXUP, CUTMIX, BOTH)]
 
     for _ in range(3):
         for got, got_y, got_weight in compiled(inputs, y, weight):
@@ -215,7 +218,7 @@ def test_mixing_compiles():
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_features_mix_as_images_do_view_by_view(seed):
+def test_features_are_mixed_like_images_view_by_view(seed):
     inputs, y, weight = batch(seed=seed)
     pixels = inputs["image"].astype(np.float32)
     inputs["features"] = inputs.pop("image").reshape(6, 10, -1).astype(np.float32)
@@ -225,8 +228,8 @@ def test_features_mix_as_images_do_view_by_view(seed):
     assert (got["features"] != inputs["features"]).any()
 
 
-def test_features_of_an_image_that_is_missing_are_not_mixed_in():
-    inputs, y = rows_of_everything()
+def test_features_of_a_missing_image_are_not_mixed_in():
+    inputs, y = rows_with_all_inputs()
     y, weight = y[:, None].astype(np.float32), np.ones((16, 1), np.float32)
     mask = inputs["image_mask"]
     features = np.random.default_rng(0).random((*mask.shape, 2, 5)).astype(np.float32)
@@ -237,8 +240,10 @@ def test_features_of_an_image_that_is_missing_are_not_mixed_in():
         assert got["features"][got["image_mask"] > 0].max() <= 1
 
 
-def test_boxes_for_a_model_on_features_are_refused():
+def test_cutmix_on_features_is_rejected():
     inputs, y, weight = batch()
     inputs["features"] = inputs.pop("image").reshape(6, 10, -1)
-    with pytest.raises(ValueError, match=r"cutmix_alpha=1 .* takes features of them; set it to 0"):
+    with pytest.raises(
+        ValueError, match=r"cutmix_alpha=1 needs images, but .*'features'\]; set it to 0"
+    ):
         step(inputs, y, weight, CUTMIX, 0)

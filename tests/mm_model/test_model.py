@@ -14,14 +14,14 @@ from tests.mm_model.examples import (
     rows,
 )
 
-# Of the families whose backbone is a model of its own, the one that has layers of ours in it.
+# Its backbone is a nested model that contains layers of this project.
 FAST = ("efficientnet_b0",)
 
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "image_options",
-    # The latter is the default, EfficientNetB5.
+    # Without options, the backbone is EfficientNetB5.
     [{"kind": "tiny"}, pytest.param({}, marks=pytest.mark.slow)],
 )
 def test_the_documented_call_trains_on_plain_arrays(image_options):
@@ -50,7 +50,7 @@ def test_the_documented_call_trains_on_plain_arrays(image_options):
     assert model.predict([image, numbers], verbose=0).shape == (16, 1)
 
 
-# Each fusion sees the tiny branch; the other families see one fusion.
+# Tests all fusions with the tiny branch, and the other families with one fusion.
 @pytest.mark.parametrize(
     ("kind", "fusion"),
     [
@@ -81,7 +81,7 @@ def test_every_family_and_fusion_builds_steps_saves_and_reloads(kind, fusion, tm
     np.testing.assert_array_equal(again, expected)
 
 
-def test_a_model_of_one_image_and_numbers_alone_has_no_layer_for_more():
+def test_a_model_has_no_layers_for_inputs_that_it_lacks():
     spec = ModelSpec(
         image=ImageSpec(kind="tiny", weights=None),
         augmentation=NO_AUGMENTATION,
@@ -112,22 +112,14 @@ def test_a_model_of_one_image_and_numbers_alone_has_no_layer_for_more():
     }
 
 
-def test_the_spec_says_the_activation_of_all_blocks():
-    spec = ModelSpec(image=ImageSpec(kind="tiny", weights=None), activation="silu")
-    model = build_model(spec, mm_model.fit_numeric_statistics(rows()[1]), (16, 16, 3))
-    own = [n for n in model.network.layers if n.name.endswith("_activation")]
-    assert {"image_conv0_activation", "numeric_0_activation"} <= {n.name for n in own}
-    assert {n.activation for n in own} == {keras.activations.silu}
-
-
-def test_a_foreign_branch_and_fusion_need_an_entry_in_the_dicts_alone(monkeypatch):
-    def mean_colour(image, kind, spec, blocks: Blocks):
+def test_a_custom_branch_and_fusion_need_only_an_entry_in_the_registries(monkeypatch):
+    def mean_colour(image, spec, blocks: Blocks):
         pooled = keras.layers.GlobalAveragePooling2D()(image)
         return {"pooled": pooled, "tokens": keras.layers.Reshape((1, 3))(pooled)}
 
     def add(image, numeric, spec, blocks: Blocks):
-        kernels = [blocks.kernel(b["pooled"], 4, n) for b, n in ((image, "a"), (numeric, "b"))]
-        return keras.layers.Add()(kernels)
+        joint = [blocks.linear(b["pooled"], 4, n) for b, n in ((image, "a"), (numeric, "b"))]
+        return keras.layers.Add()(joint)
 
     monkeypatch.setitem(IMAGE_BRANCHES, "mean_colour", mean_colour)
     monkeypatch.setitem(FUSIONS, "add", add)
@@ -138,7 +130,7 @@ def test_a_foreign_branch_and_fusion_need_an_entry_in_the_dicts_alone(monkeypatc
     assert np.asarray(model([image, np.nan_to_num(numbers)])).shape == (16, 1)
 
 
-def test_list_and_dict_inputs_and_any_number_type_give_the_same_probability():
+def test_list_and_dict_inputs_of_any_dtype_have_the_same_probability():
     image, numbers, _ = rows()
     model = mm_model.create_model(
         (16, 16, 3), (3,), mm_model.fit_numeric_statistics(numbers), **UNTRAINED
@@ -153,7 +145,7 @@ def test_list_and_dict_inputs_and_any_number_type_give_the_same_probability():
 
 
 @pytest.mark.parametrize("absent", ["image", "numeric"])
-def test_a_model_of_one_branch_takes_its_input_from_both(absent):
+def test_a_model_of_one_branch_ignores_the_input_of_the_other(absent):
     image, numbers, y = rows()
     options = {
         **UNTRAINED,
@@ -171,7 +163,7 @@ def test_a_model_of_one_branch_takes_its_input_from_both(absent):
     np.testing.assert_array_equal(np.asarray(model([image, numbers])), np.asarray(model(present)))
 
 
-def test_missing_numbers_do_not_make_the_probability_missing():
+def test_missing_numbers_yield_a_finite_probability():
     image, numbers, _ = rows()
     model = mm_model.create_model(
         (16, 16, 3), (3,), mm_model.fit_numeric_statistics(numbers), **UNTRAINED
@@ -179,19 +171,7 @@ def test_missing_numbers_do_not_make_the_probability_missing():
     assert np.isfinite(np.asarray(model([image, np.full_like(numbers, np.nan)]))).all()
 
 
-def test_no_layer_with_a_bias_stands_before_a_batch_norm():
-    spec = ModelSpec(image=ImageSpec(kind="tiny", weights=None))
-    for fusion in FUSIONS:
-        spec = spec.model_copy(update={"fusion": FusionSpec(kind=fusion)})
-        network = build_model(spec, None, (16, 16, 3), (3,)).network
-        norms = [x for x in network.layers if isinstance(x, keras.layers.BatchNormalization)]
-        assert norms
-        for norm in norms:
-            before = norm.input._keras_history.operation
-            assert not getattr(before, "use_bias", False), before.name
-
-
-def test_the_loss_is_main_plus_heads_plus_penalty():
+def test_the_loss_is_the_sum_of_main_loss_heads_and_penalty():
     image, numbers, y = rows()
     spec = ModelSpec(
         image=ImageSpec(kind="tiny", weights=None),
@@ -240,41 +220,41 @@ def test_augmentation_changes_training_and_never_inference():
 @pytest.mark.parametrize(
     ("shape_image", "shape_numeric", "message"),
     [
-        ((16, 16), (3,), r"images are \(height, width, 3\)"),
-        ((2, 16, 16, 1), (3,), r"several a row \(images, height, width, 3\), got .*\(2, 16, 16, 1"),
-        ((0, 16, 16, 3), (3,), r"got shape \(0, 16, 16, 3\)"),
-        ((16, 16, 3), (), r"numbers are \(columns,\)"),
-        ((16, 16, 3), (4,), r"does not fit the statistics' 3 columns"),
+        ((16, 16), (3,), r"image shape \(16, 16\) is invalid; pass \(height, width, 3\)"),
+        ((2, 16, 16, 1), (3,), r"\(2, 16, 16, 1\) .* or \(images, height, width, 3\)"),
+        ((0, 16, 16, 3), (3,), r"shape \(0, 16, 16, 3\) is invalid"),
+        ((16, 16, 3), (), r"numeric shape \(\) is invalid; pass \(columns,\)"),
+        ((16, 16, 3), (4,), r"numeric shape \(4,\) does not match .* columns in the statistics, 3"),
     ],
 )
-def test_a_wrong_shape_names_itself(shape_image, shape_numeric, message):
+def test_an_invalid_shape_is_rejected_with_its_value(shape_image, shape_numeric, message):
     statistics = mm_model.fit_numeric_statistics(rows()[1])
     with pytest.raises(ValueError, match=message):
         mm_model.create_model(shape_image, shape_numeric, statistics, **UNTRAINED)
 
 
 @pytest.mark.parametrize("shape", [None, (0,)])
-def test_a_numeric_branch_without_numbers_and_categories_says_what_to_set(shape):
+def test_a_numeric_branch_without_inputs_is_rejected(shape):
     with pytest.raises(
-        ValueError, match=r"no numbers and no categories.*model\.numeric\.kind=none"
+        ValueError, match=r"neither numbers nor categories.*model\.numeric\.kind=none"
     ):
         build_model(ModelSpec.model_validate(UNTRAINED), None, (16, 16, 3), shape)
 
 
-def test_a_wrong_option_names_the_nearest_one():
-    with pytest.raises(ValueError, match=r"'tiney' is no image branch; did you mean 'tiny'"):
+def test_an_unknown_option_suggests_the_nearest_one():
+    with pytest.raises(ValueError, match=r"unknown image branch 'tiney'; did you mean 'tiny'"):
         mm_model.create_model((16, 16, 3), (3,), image={"kind": "tiney", "weights": None})
 
 
-def test_a_file_that_brings_code_is_refused(tmp_path):
+def test_a_file_that_contains_code_is_rejected(tmp_path):
     inputs = keras.Input((1,))
     keras.Model(inputs, keras.layers.Lambda(lambda x: x + 1)(inputs)).save(tmp_path / "x.keras")
     with pytest.raises(ValueError, match="lambda"):
         mm_model.load_model(tmp_path / "x.keras")
 
 
-def test_a_file_of_another_model_is_refused(tmp_path):
+def test_a_file_of_another_model_is_rejected(tmp_path):
     other = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     other.save(tmp_path / "other.keras")
-    with pytest.raises(ValueError, match="no FusionModel"):
+    with pytest.raises(ValueError, match="contains a Sequential, not a FusionModel"):
         mm_model.load_model(tmp_path / "other.keras")

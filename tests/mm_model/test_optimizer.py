@@ -6,7 +6,7 @@ import tensorflow as tf
 import mm_model
 from mm_model.optimizer import make_optimizer
 from mm_model.spec import OptimizerSpec
-from tests.mm_model.examples import NO_CHANCE, rows
+from tests.mm_model.examples import NO_RANDOMNESS, rows
 
 TOTAL, WARMUP, PEAK = 200, 20, 0.1
 STEPS = (0, 1, 7, 19, 20, 21, 65, 110, 199, 200, 300)
@@ -21,7 +21,7 @@ def rates(optimizer: keras.Optimizer) -> list[float]:
 
 
 def formula(schedule: str, step: int, end: float, power: float) -> float:
-    """The module's formulas, in float64."""
+    """The formulas of the module's docstring in float64."""
     if step < WARMUP:
         return PEAK * step / WARMUP
     done = min((step - WARMUP) / (TOTAL - WARMUP), 1.0)
@@ -33,7 +33,7 @@ def formula(schedule: str, step: int, end: float, power: float) -> float:
     return PEAK * left[schedule]
 
 
-def test_the_cosine_schedule_climbs_to_the_peak_and_ends_at_zero():
+def test_the_cosine_schedule_rises_to_the_peak_and_ends_at_zero():
     optimizer = make_optimizer(OptimizerSpec(learning_rate=0.1, warmup_fraction=0.1), 100)
     found = []
     for step in (0, 5, 10, 55, 100):
@@ -54,7 +54,7 @@ def test_the_cosine_schedule_climbs_to_the_peak_and_ends_at_zero():
         ("polynomial", 0.1, 2.5),
     ],
 )
-def test_a_schedule_follows_its_formula_and_is_made_again(schedule, end, power):
+def test_a_schedule_follows_its_formula_also_after_deserialization(schedule, end, power):
     spec = OptimizerSpec(
         schedule=schedule,
         learning_rate=PEAK,
@@ -71,7 +71,7 @@ def test_a_schedule_follows_its_formula_and_is_made_again(schedule, end, power):
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "exponential", "polynomial"])
-def test_without_warm_up_a_schedule_is_that_of_keras(schedule):
+def test_without_warm_up_a_schedule_equals_that_of_keras(schedule):
     spec = OptimizerSpec(
         schedule=schedule, learning_rate=PEAK, warmup_fraction=0, end_fraction=0.1, power=2
     )
@@ -86,13 +86,13 @@ def test_without_warm_up_a_schedule_is_that_of_keras(schedule):
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "exponential", "polynomial"])
-def test_a_schedule_that_decays_is_refused_without_an_end(schedule):
+def test_a_decaying_schedule_without_total_steps_is_rejected(schedule):
     with pytest.raises(ValueError, match=f"schedule={schedule} needs the number of steps"):
         make_optimizer(OptimizerSpec(schedule=schedule))
 
 
 @pytest.mark.parametrize("schedule", ["constant", "plateau"])
-def test_a_rate_without_a_schedule_can_be_assigned(schedule):
+def test_a_constant_learning_rate_can_be_assigned(schedule):
     optimizer = make_optimizer(OptimizerSpec(schedule=schedule, learning_rate=0.25))
     assert rates(optimizer) == [0.25] * len(STEPS)
     optimizer.learning_rate.assign(0.125)
@@ -121,7 +121,7 @@ def constant(**settings) -> keras.Optimizer:
         ),
     ],
 )
-def test_each_kind_is_that_of_keras_with_the_settings_of_the_spec(ours, theirs):
+def test_each_optimizer_equals_that_of_keras_with_the_settings_of_the_spec(ours, theirs):
     found = []
     for optimizer in (ours, theirs):
         kernel = keras.Variable([[1.0, -2.0], [3.0, 4.0]], name="kernel")
@@ -136,12 +136,12 @@ def test_each_kind_is_that_of_keras_with_the_settings_of_the_spec(ours, theirs):
 def variables() -> list:
     _, numbers, _ = rows()
     statistics = mm_model.fit_numeric_statistics(numbers)
-    return mm_model.create_model((16, 16, 3), (3,), statistics, **NO_CHANCE).trainable_variables
+    return mm_model.create_model((16, 16, 3), (3,), statistics, **NO_RANDOMNESS).trainable_variables
 
 
 @pytest.mark.parametrize("in_graph", [False, True])
 @pytest.mark.parametrize("kind", ["adamw", "lamb"])
-def test_weight_decay_leaves_biases_and_batch_norms_alone(kind, in_graph, variables):
+def test_weight_decay_excludes_biases_and_batch_norms(kind, in_graph, variables):
     optimizer = constant(optimizer=kind, learning_rate=0.5, weight_decay=0.1)
     for v in variables:
         v.assign(np.ones(v.shape))
@@ -160,7 +160,7 @@ def test_weight_decay_leaves_biases_and_batch_norms_alone(kind, in_graph, variab
     assert seen == {"kernel", "bias", "gamma", "beta"}
 
 
-def test_weight_decay_under_a_strategy_leaves_the_same_alone():
+def test_weight_decay_under_a_strategy_excludes_the_same_variables():
     cpu = tf.config.list_logical_devices("CPU")[0].name
     strategy = tf.distribute.MirroredStrategy([cpu])
     with strategy.scope():
@@ -174,7 +174,7 @@ def test_weight_decay_under_a_strategy_leaves_the_same_alone():
     np.testing.assert_allclose([np.asarray(v)[0] for v in decayed], [0.95] * 3, rtol=1e-6)
 
 
-def test_an_average_of_the_weights_is_kept_beside_them_until_it_is_asked_for():
+def test_an_average_of_the_weights_is_kept_until_it_is_assigned():
     optimizer = constant(optimizer="sgd", learning_rate=1.0, momentum=0, ema_momentum=0.9)
     kernel = keras.Variable([0.0], name="kernel")
     optimizer.build([kernel])

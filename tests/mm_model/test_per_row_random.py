@@ -6,8 +6,8 @@ import pytest
 from keras import ops
 
 from mm_model import per_row_random
-from mm_model.layers.blocks import ModalityDropout, RowDropout
-from mm_model.layers.encodings import CategoryEmbedding
+from mm_model.layers.category_embedding import CategoryEmbedding
+from mm_model.layers.dropout import ModalityDropout, RowDropout
 from mm_model.statistics import Vocabulary
 from tests.mm_model.examples import in_parts
 
@@ -23,26 +23,26 @@ def test_one_part_draws_what_keras_draws():
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_the_parts_together_draw_what_one_draws_and_advance_alike(count):
+def test_several_parts_draw_what_one_part_draws_and_advance_equally(count):
     whole = keras.random.SeedGenerator(5)
     seeds = [keras.random.SeedGenerator(5) for _ in range(count)]
     for _ in range(2):
         parts = []
         for index, seed in enumerate(seeds):
-            with per_row_random.replica(index, count):
+            with per_row_random.batch_part(index, count):
                 parts.append(np.asarray(per_row_random.uniform((8 // count, 3), seed)))
         np.testing.assert_array_equal(np.concatenate(parts), per_row_random.uniform((8, 3), whole))
     for seed in seeds:
         np.testing.assert_array_equal(seed.state, whole.state)
 
 
-def test_a_part_is_the_thread_s_own_and_ends_with_its_block():
+def test_a_part_applies_to_its_thread_and_ends_with_its_block():
     def first(seen: list) -> None:
         seen.append(np.asarray(per_row_random.uniform((2,), keras.random.SeedGenerator(1))))
 
     seen: list[np.ndarray] = []
-    with per_row_random.replica(1, 2):
-        with per_row_random.replica(0, 2):
+    with per_row_random.batch_part(1, 2):
+        with per_row_random.batch_part(0, 2):
             first(seen)
         first(seen)
         thread = threading.Thread(target=first, args=(seen,))
@@ -55,40 +55,16 @@ def test_a_part_is_the_thread_s_own_and_ends_with_its_block():
 
 
 @pytest.mark.parametrize(("index", "count"), [(2, 2), (-1, 2), (0, 0)])
-def test_a_part_that_is_not_there_is_refused(index, count):
+def test_a_part_outside_the_range_is_rejected(index, count):
     with (
         pytest.raises(ValueError, match=f"part {index} of {count} does not exist"),
-        per_row_random.replica(index, count),
+        per_row_random.batch_part(index, count),
     ):
         pass
 
 
-@pytest.mark.parametrize("noise_shape", [None, (None, 1, 1, 1), (None, None, None, 1)])
-@pytest.mark.parametrize("rate", [0.0, 0.3, 0.9, 1.0])
-def test_dropout_drops_bit_for_bit_what_keras_drops(rate, noise_shape):
-    x = np.random.default_rng(0).normal(size=(6, 4, 5, 3)).astype(np.float32)
-    ours = RowDropout(rate, noise_shape=noise_shape, seed=11)
-    theirs = keras.layers.Dropout(rate, noise_shape=noise_shape, seed=11)
-    for _ in range(3):
-        np.testing.assert_array_equal(ours(x, training=True), theirs(x, training=True))
-    np.testing.assert_array_equal(ours(x), x)
-
-
-def test_a_noise_shape_without_rows_drops_the_same_of_every_row_in_every_part():
-    x = np.ones((8, 50), np.float32)
-    whole = np.asarray(RowDropout(0.5, noise_shape=(1, None), seed=2)(x, training=True))
-    assert (whole == whole[0]).all()
-    assert 0 < (whole[0] == 0).sum() < 50
-
-    def layer():
-        dropout = RowDropout(0.5, noise_shape=(1, None), seed=2)
-        return lambda rows: dropout(rows, training=True)
-
-    np.testing.assert_array_equal(in_parts(layer, x, 4), whole)
-
-
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_what_a_row_loses_does_not_depend_on_the_number_of_parts(count):
+def test_the_dropout_of_a_row_does_not_depend_on_the_number_of_parts(count):
     x = np.random.default_rng(0).normal(size=(16, 6)).astype(np.float32)
     codes = np.random.default_rng(0).integers(0, WORDS.num_codes, (16, 1))
     embedding = CategoryEmbedding([WORDS], dropout=0.5)
@@ -113,14 +89,3 @@ def test_what_a_row_loses_does_not_depend_on_the_number_of_parts(count):
         changed = (whole != np.asarray(call(rows, training=False))).any(axis=1)
         assert changed.sum() > 0
         assert call is drop or changed.sum() < len(rows)
-
-
-def test_dropout_keeps_its_share_and_its_scale_under_mixed_precision():
-    layer = RowDropout(0.999, seed=1, dtype="mixed_bfloat16")
-    x = np.ones((200_000, 1), np.float32)
-    got = layer(x, training=True)
-    assert keras.backend.standardize_dtype(got.dtype) == "bfloat16"
-    kept = np.asarray(ops.cast(got, "float32"))
-    # A bfloat16 draw has 8 bits, which is too few to tell 0.999 from 1.
-    assert (kept > 0).mean() == pytest.approx(0.001, rel=0.3)
-    assert kept.max() == pytest.approx(1000, rel=0.01)

@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 from keras import ops
 
-from mm_model.layers.blocks import ModalityDropout, RowDropout, penalty
-from mm_model.tunable import Tunable, current_value
+from mm_model.layers.dropout import ModalityDropout, RowDropout
+from mm_model.tunable import Tunable, current_value, l2_regularizer
 
 
 def outputs(layer, inputs) -> list[np.ndarray]:
@@ -14,7 +14,7 @@ def outputs(layer, inputs) -> list[np.ndarray]:
     return [np.asarray(x) for x in tf.nest.flatten(call())]
 
 
-def test_a_dial_is_its_first_number_to_python_and_what_it_stands_at_to_the_graph():
+def test_python_sees_the_initial_value_of_a_tunable_and_the_graph_its_current_one():
     tunable = Tunable(0.25)
     tunable.assign(0.5)
     assert tunable == 0.25
@@ -24,15 +24,15 @@ def test_a_dial_is_its_first_number_to_python_and_what_it_stands_at_to_the_graph
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
-def test_dropout_at_a_dial_is_dropout_at_its_number(rate):
+def test_dropout_with_a_tunable_rate_equals_dropout_with_a_constant_rate(rate):
     x = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
     tunable = Tunable(0.3)
-    turned, constant = RowDropout(tunable, seed=1), RowDropout(rate, seed=1)
+    with_tunable, constant = RowDropout(tunable, seed=1), RowDropout(rate, seed=1)
     tunable.assign(rate)
-    np.testing.assert_allclose(outputs(turned, x), outputs(constant, x), rtol=1e-6)
+    np.testing.assert_allclose(outputs(with_tunable, x), outputs(constant, x), rtol=1e-6)
 
 
-def test_one_graph_follows_its_dial():
+def test_one_graph_follows_the_value_of_a_tunable():
     import tensorflow as tf
 
     tunable, traces = Tunable(0.3), []
@@ -52,25 +52,27 @@ def test_one_graph_follows_its_dial():
     assert len(traces) == 1
 
 
-def test_a_branch_is_hidden_at_the_rate_of_a_dial():
+def test_modality_dropout_with_a_tunable_rate_equals_that_with_a_constant_rate():
     x = [np.ones((64, 3), np.float32), np.ones((64, 2), np.float32)]
     tunable = Tunable(0.1)
-    turned, constant = ModalityDropout(tunable, seed=1), ModalityDropout(0.6, seed=1)
+    with_tunable, constant = ModalityDropout(tunable, seed=1), ModalityDropout(0.6, seed=1)
     tunable.assign(0.6)
-    for ours, theirs in zip(outputs(turned, x), outputs(constant, x), strict=True):
+    for ours, theirs in zip(outputs(with_tunable, x), outputs(constant, x), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_the_penalty_at_a_dial_is_that_of_keras():
+def test_the_penalty_with_a_tunable_factor_equals_that_of_keras():
     x = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
     tunable = Tunable(1.0)
     tunable.assign(0.003)
     expected = float(keras.regularizers.L2(0.003)(x))
-    assert float(penalty(tunable)(ops.convert_to_tensor(x))) == pytest.approx(expected, rel=1e-6)
-    assert penalty(0.0) is None
-    assert type(penalty(0.003)) is keras.regularizers.L2
+    assert float(l2_regularizer(tunable)(ops.convert_to_tensor(x))) == pytest.approx(
+        expected, rel=1e-6
+    )
+    assert l2_regularizer(0.0) is None
+    assert type(l2_regularizer(0.003)) is keras.regularizers.L2
 
 
-def test_half_precision_stays_half_at_a_dial():
+def test_a_tunable_does_not_change_half_precision():
     layer = RowDropout(Tunable(0.3), seed=1, dtype="mixed_bfloat16")
     assert layer(np.ones((4, 2), np.float32), training=True).dtype == "bfloat16"

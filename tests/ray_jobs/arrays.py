@@ -1,4 +1,4 @@
-"""Copying weights, and comparing them."""
+"""Copies and compares weights."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,19 +12,19 @@ Arrays = Mapping[Any, np.ndarray]
 
 
 def arrays_of(variables: "Sequence[keras.Variable]") -> dict[str, np.ndarray]:
-    """Return a copy of every variable, by its place and path, as checkpoints have it."""
+    """Return a copy of every variable by index and path, as in checkpoints."""
     return {f"{i:05d} {v.path}": np.array(v.numpy()) for i, v in enumerate(variables)}
 
 
 def distance(first: Arrays, second: Arrays) -> float:
-    """Return the largest distance of two tensors, as a share of the largest weight in them."""
+    """Return the largest difference of two tensors relative to the largest weight in them."""
     pairs = zip(first.values(), second.values(), strict=True)
-    # NumPy's largest is not a number where one of them is not; Python's may pass it over.
+    # Unlike Python's max, NumPy's propagates NaN.
     return float(np.max([np.abs(a - b).max() / max(np.abs(b).max(), 1e-12) for a, b in pairs]))
 
 
 def same_arrays(first: Arrays, second: Arrays) -> bool:
-    """Whether two copies of variables are bitwise the same, in the same order."""
+    """Whether two copies of variables are bitwise equal, in the same order."""
     pairs = zip(first.values(), second.values(), strict=True)
     return all(a.tobytes() == b.tobytes() for a, b in pairs)
 

@@ -1,4 +1,4 @@
-"""A cluster on this machine whose nodes come and go as an autoscaler wants."""
+"""A cluster on this machine whose autoscaler adds and removes nodes."""
 
 import os
 import signal
@@ -16,22 +16,22 @@ import yaml
 
 @contextmanager
 def autoscaling_cluster(
-    folder: Path, node: dict[str, float], most: int, idle_minutes: float = 0.25
+    folder: Path, node: dict[str, float], max_nodes: int, idle_minutes: float = 0.25
 ) -> Iterator[str]:
-    """Start a head without CPUs to which up to `most` nodes are added; yield its address.
+    """Start a head without CPUs and yield its address.
 
     Args:
-        folder: for its configuration and its log.
-        node: resources of such a node.
-        most: of them.
-        idle_minutes: after which one goes.
+        folder: Folder for the configuration and the log.
+        node: Resources of each node that the autoscaler adds.
+        max_nodes: Maximum number of these nodes.
+        idle_minutes: Idle time after which a node is removed.
     """
     port, dashboard = _free_port(), _free_port()
     from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID as head_id
 
     config = {
         "cluster_name": f"fake-{port}",
-        "max_workers": most,
+        "max_workers": max_nodes,
         "idle_timeout_minutes": idle_minutes,
         "upscaling_speed": 10.0,
         "provider": {
@@ -49,7 +49,8 @@ def autoscaling_cluster(
         "available_node_types": {
             "ray.head.default": {"resources": {}, "node_config": {}, "max_workers": 0},
             "worker": {
-                "resources": node, "node_config": {}, "min_workers": 0, "max_workers": most,
+                "resources": node, "node_config": {}, "min_workers": 0,
+                "max_workers": max_nodes,
             },
         },
         "head_node_type": "ray.head.default",
@@ -83,7 +84,7 @@ def autoscaling_cluster(
         _wait_for(port, head, folder / "head.log")
         yield f"127.0.0.1:{port}"
     finally:
-        # The whole session that it leads, the nodes that it started among it.
+        # End its whole session, which includes the nodes that it started.
         with suppress(ProcessLookupError):
             os.killpg(head.pid, signal.SIGTERM)
         try:
@@ -106,4 +107,4 @@ def _wait_for(port: int, head: subprocess.Popen[Any], log: Path) -> None:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 return
         time.sleep(0.2)
-    raise AssertionError(f"the head does not answer: {log.read_text()}")
+    raise AssertionError(f"the head does not listen: {log.read_text()}")

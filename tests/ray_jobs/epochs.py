@@ -1,20 +1,20 @@
-"""Records of epochs, and a tracker that writes them, for tests of what follows a run."""
+"""Creates and writes records of epochs for the tests of tracking."""
 
 from pathlib import Path
 from typing import Any
 
 from ray_jobs.config.spec import RunSpec
-from ray_jobs.train.telemetry import console
+from ray_jobs.train.telemetry import history_keys as keys
 from ray_jobs.train.telemetry.history import Tracker
 
 
 def record(epoch: int, attempt: int = 0, **changes: Any) -> dict[str, Any]:
-    """Numbers of an epoch; each attempt's are other ones."""
+    """Return the record of an epoch, which differs between attempts."""
     return {
-        console.EPOCH: epoch,
-        console.STEP: 10 * (epoch + 1),
-        console.TRAIN_LOSS: 0.5 / (epoch + 1) + attempt,
-        console.VAL_ROC_AUC: None,
+        keys.EPOCH: epoch,
+        keys.STEP: 10 * (epoch + 1),
+        keys.TRAIN_LOSS: 0.5 / (epoch + 1) + attempt,
+        keys.VAL_ROC_AUC: None,
         **changes,
     }
 

@@ -1,13 +1,13 @@
-"""Feeds of small prepared data, for the tests of feeds and of their cache."""
+"""Creates feeds of small prepared data for the tests of feeds and caches."""
 
 from pathlib import Path
 from typing import Any
 
 from ray_jobs.config.spec import DataSpec
 from ray_jobs.data.batch import NUMERIC, WEIGHT
+from ray_jobs.data.decoder import Batch
 from ray_jobs.data.loader import FeedOptions, TrainingFeed
 from ray_jobs.data.manifest import Manifest
-from ray_jobs.data.reader import Batch
 from ray_jobs.data.sampler import TrainingSampler
 from ray_jobs.storage.folder import Folder
 from tests.ray_jobs.tiny import ROW
@@ -16,17 +16,19 @@ SIZE = 16
 COUNTS = {"train": 53, "validation": 22, "test": 3}
 
 
-def order_of(manifest: Manifest, batch_size: int = 8, window_rows: int = 16) -> TrainingSampler:
+def sampler_of(manifest: Manifest, batch_size: int = 8, window_rows: int = 16) -> TrainingSampler:
     data = DataSpec(shuffle_window_rows=window_rows)
     return TrainingSampler.of(manifest.splits["train"], batch_size, 0, data)
 
 
 def training_feed(
     folder: Path, manifest: Manifest, rank: int = 0, num_workers: int = 1,
-    order: TrainingSampler | None = None, **options: Any,
+    sampler: TrainingSampler | None = None, **options: Any,
 ) -> TrainingFeed:  # fmt: skip
-    order = order or order_of(manifest)
-    return TrainingFeed(Folder(folder), manifest, order, rank, num_workers, FeedOptions(**options))
+    sampler = sampler or sampler_of(manifest)
+    return TrainingFeed(
+        Folder(folder), manifest, sampler, rank, num_workers, FeedOptions(**options)
+    )
 
 
 def row_ids(batch: Batch, real: bool = False) -> list[int]:

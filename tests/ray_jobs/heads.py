@@ -1,4 +1,4 @@
-"""A real Ray head on loopback, with token authentication, that jobs are sent to."""
+"""A real Ray head on loopback with token authentication, for submitting jobs."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ TOKEN = "0123456789abcdef" * 4
 
 @contextmanager
 def running_head(log: Path) -> Iterator[dict[str, str]]:
-    """Start a head, and yield its clients' environment; it ends with the block."""
+    """Start a head for the block and yield the environment of its clients."""
     gcs, dashboard, agent = _free_ports(3)
     binaries = Path(sys.executable).parent
     environment = {
@@ -27,7 +27,7 @@ def running_head(log: Path) -> Iterator[dict[str, str]]:
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
         "RAY_USAGE_STATS_ENABLED": "0",
     }
-    # Ray's sockets lie below, whose paths must be short.
+    # The paths of Ray's sockets, which are in this folder, must be short.
     folder = tempfile.mkdtemp(prefix="ray-")
     with open(log, "w") as written:
         process = subprocess.Popen(
@@ -35,14 +35,14 @@ def running_head(log: Path) -> Iterator[dict[str, str]]:
                 *("ray", "start", "--head", "--block", "--num-cpus", "4"),
                 *("--node-ip-address", "127.0.0.1", "--port", gcs),
                 *("--dashboard-host", "127.0.0.1", "--dashboard-port", dashboard),
-                # Where another Ray has the usual one, this one's agent would run no jobs.
+                # Without a free port the agent would run no jobs.
                 *("--dashboard-agent-listen-port", agent),
                 *("--temp-dir", folder),
             ],
             env=environment, stdout=written, stderr=subprocess.STDOUT,
         )  # fmt: skip
         try:
-            # Jobs can be listed before there is an agent that runs them.
+            # The server lists jobs before an agent can run them.
             ready = ["ray", "job", "submit", "--", "true"]
             while subprocess.run(ready, env=environment, capture_output=True).returncode != 0:
                 assert process.poll() is None, log.read_text()

@@ -1,8 +1,8 @@
-"""Hosts of one's own on this machine: network namespaces, joined by a switch.
+"""Virtual hosts on this machine: network namespaces that are connected by a switch.
 
-Each has an address of its own, and a cable that can be pulled. They share the disk, as hosts that
-mount the same NFS. A machine is a host with a home, processes and a /tmp/ray of its own, too, that
-lets one in by ssh. Needs root, iproute2, and for machines sshd.
+Each has its own address and a cable that can be pulled. They share the disk, like hosts that mount
+the same NFS. A machine is a host that also has its own home, processes and /tmp/ray, and accepts
+ssh connections. Needs root, iproute2 and, for machines, sshd.
 """
 
 import json
@@ -27,12 +27,12 @@ _ENDS_S = 20.0
 
 @dataclass(frozen=True)
 class Host:
-    """A host.
+    """A virtual host.
 
     Args:
-        name: of its network namespace.
-        address: in the network of the hosts.
-        switch: namespace that the other end of its cable is in.
+        name: Name of its network namespace.
+        address: Address in the network of the hosts.
+        switch: Network namespace of the switch.
     """
 
     name: str
@@ -40,19 +40,19 @@ class Host:
     switch: str
 
     def command(self, *words: str) -> list[str]:
-        """Return a command as one that runs on this host."""
+        """Return a command that runs the words on this host."""
         return ["ip", "netns", "exec", self.name, *words]
 
     def pull_cable(self) -> None:
-        """Let nothing in or out."""
+        """Disconnect the host."""
         _ip("-n", self.switch, "link", "set", self.name, "down")
 
     def plug_cable(self) -> None:
-        """Undo `pull_cable`."""
+        """Connect the host again."""
         _ip("-n", self.switch, "link", "set", self.name, "up")
 
     def processes(self) -> list[int]:
-        """Return the processes that run on this host."""
+        """Return the IDs of the processes on this host."""
         listed = subprocess.run(
             ["ip", "netns", "pids", self.name], capture_output=True, text=True, check=True
         )
@@ -61,13 +61,13 @@ class Host:
 
 @contextmanager
 def hosts(count: int) -> Iterator[list[Host]]:
-    """Make some hosts; remove them, and end what still runs on them.
+    """Create hosts for the block, then end their processes and remove them.
 
-    Skips the test where the machine does not let us.
+    Skips the test if this machine does not allow it.
     """
-    if why_not := _why_not():
-        pytest.skip(why_not)
-    # Names of interfaces have 15 letters at most.
+    if obstacle := _obstacle():
+        pytest.skip(obstacle)
+    # Interface names have at most 15 characters.
     stem = f"mm{os.getpid() % 100_000}"
     switch = f"{stem}s"
     made = [Host(f"{stem}h{n}", f"{_NETWORK}.{n + 1}", switch) for n in range(count)]
@@ -85,7 +85,7 @@ def hosts(count: int) -> Iterator[list[Host]]:
             _ip("-n", host.name, "address", "add", f"{host.address}/24", "dev", "eth0")
             _ip("-n", host.name, "link", "set", "eth0", "up")
             _ip("-n", host.name, "link", "set", "lo", "up")
-            # Leads nowhere, and tells programs which address is theirs.
+            # Leads nowhere, but lets programs find their own address.
             _ip("-n", host.name, "route", "add", "default", "dev", "eth0")
         yield made
     finally:
@@ -97,7 +97,7 @@ def hosts(count: int) -> Iterator[list[Host]]:
 
 @contextmanager
 def started(command: Sequence[str], log: Path, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a command while the block runs, and then end it."""
+    """Run a command during the block."""
     with open(log, "ab") as written:
         process = subprocess.Popen(command, stdout=written, stderr=written, **options)
     try:
@@ -113,11 +113,11 @@ def started(command: Sequence[str], log: Path, **options: Any) -> Iterator[subpr
 
 @dataclass(frozen=True)
 class Machine:
-    """A host with a home of its own.
+    """A host with its own home.
 
     Args:
-        host: that it is.
-        folder: with its home and its /tmp/ray.
+        host: The host.
+        folder: Folder with its home and its /tmp/ray.
     """
 
     host: Host
@@ -125,11 +125,11 @@ class Machine:
 
     @property
     def home(self) -> Path:
-        """The home of root on this machine."""
+        """Home of root on this machine."""
         return self.folder / "home"
 
     def command(self, *words: str) -> list[str]:
-        """Return a command as one that sees this machine's files."""
+        """Return a command that runs the words with this machine's files."""
         for name in ("home", "ray"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         passwd = self.folder / "passwd"
@@ -140,7 +140,7 @@ class Machine:
         return self.host.command("env", f"HOME={self.home}", *inside)
 
     def others(self) -> list[str]:
-        """Return the processes on this machine that are not those it starts with."""
+        """Return the processes on this machine other than its initial ones."""
         found = []
         for pid in self.host.processes():
             with suppress(OSError):
@@ -151,7 +151,7 @@ class Machine:
 
 @contextmanager
 def ssh_server(machine: Machine, public_key: Path) -> Iterator[None]:
-    """Let the owner of a key in; processes that are started so end with the block."""
+    """Accept ssh connections with a key; their processes end with the block."""
     if not (sshd := shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")):
         pytest.skip("needs sshd")
     host_key, config = machine.folder / "host_key", machine.folder / "sshd_config"
@@ -171,12 +171,12 @@ def ssh_server(machine: Machine, public_key: Path) -> Iterator[None]:
 
 
 def ray_node(host: Host, *options: str, head: Host | None = None) -> list[str]:
-    """Return the command that makes a host a node of Ray.
+    """Return the command that starts a Ray node on a host.
 
     Args:
-        host: that it runs on.
-        options: of `ray start`.
-        head: whose cluster it joins; without one it is a head.
+        host: Host of the node.
+        options: Options of `ray start`.
+        head: Host of the head node; None starts a head node.
     """
     joins = ["--head", "--port=6379"] if head is None else [f"--address={head.address}:6379"]
     return host.command(
@@ -188,31 +188,31 @@ def ray_node(host: Host, *options: str, head: Host | None = None) -> list[str]:
 
 
 def nodes_of(address: str, prefix: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Return the nodes that a cluster counts on, as Ray tells of them.
+    """Return Ray's descriptions of the alive nodes of a cluster.
 
     Args:
-        address: of the cluster.
-        prefix: of a command, such as what puts it on another host.
+        address: Address of the cluster.
+        prefix: Words in front of the command, for example to run it on another host.
     """
-    # Of another process: this one may hold a Ray of its own.
+    # In another process, since this one may be connected to its own Ray.
     code = (
         "import json, sys, ray\n"
         f"ray.init({address!r}, logging_level='ERROR', log_to_driver=False)\n"
         "print('\\n|', json.dumps([node for node in ray.nodes() if node['Alive']]))"
     )
     words = [*prefix, sys.executable, "-c", code]
-    said = subprocess.run(words, capture_output=True, text=True)
-    assert said.returncode == 0, said.stderr
-    # Ray may tell of lost nodes there, too.
-    (answer,) = [line[1:] for line in said.stdout.splitlines() if line.startswith("|")]
+    result = subprocess.run(words, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    # Ray may also print messages about lost nodes.
+    (answer,) = [line[1:] for line in result.stdout.splitlines() if line.startswith("|")]
     return json.loads(answer)
 
 
 def wait_until(condition: Any, timeout_s: float, what: str) -> None:
-    """Wait for something that another process does.
+    """Wait for a condition.
 
     Raises:
-        AssertionError: if it does not come about in time.
+        AssertionError: If it is not met in time.
     """
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -221,7 +221,7 @@ def wait_until(condition: Any, timeout_s: float, what: str) -> None:
 
 
 def end_processes(host: Host) -> None:
-    """End all processes of a host, first by asking."""
+    """End all processes of a host, first with SIGTERM."""
     with suppress(subprocess.CalledProcessError):
         for number in (signal.SIGTERM, signal.SIGKILL):
             deadline = time.monotonic() + _ENDS_S
@@ -232,14 +232,14 @@ def end_processes(host: Host) -> None:
                 time.sleep(0.1)
 
 
-def _why_not() -> str | None:
+def _obstacle() -> str | None:
     if not shutil.which("ip"):
         return "needs iproute2"
     probe = f"mm{os.getpid() % 100_000}p"
     added = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True)
     subprocess.run(["ip", "netns", "delete", probe], capture_output=True)
     if added.returncode:
-        return f"needs the right to make network namespaces: {added.stderr.strip()}"
+        return f"needs permission to create network namespaces: {added.stderr.strip()}"
     return None
 
 

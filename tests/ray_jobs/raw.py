@@ -1,4 +1,4 @@
-"""Raw data of a few rows for `prepare`, and what it made of them."""
+"""Raw data of a few rows for `prepare`, and helpers to read the prepared data."""
 
 import csv
 import io
@@ -29,7 +29,7 @@ def jpeg(seed: int, kind: str = "JPEG", mode: str = "RGB") -> bytes:
 
 
 class Raw:
-    """A folder with a table and one image a row."""
+    """A folder with a table and one image per row."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -53,7 +53,7 @@ class Raw:
     def spec(
         self, name: str = "out", seed: int = 0, categorical: Iterable[str] = (), **options: Any
     ) -> RunSpec:
-        """Write the table, and return the specification."""
+        """Write the table and return the spec."""
         with open(self.folder / "table.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, list(self.rows[0]))
             writer.writeheader()

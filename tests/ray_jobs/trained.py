@@ -1,4 +1,4 @@
-"""Run folders as `train` would leave them: a tiny model whose weights are drawn, not learned."""
+"""Writes run folders as `train` does, with a tiny model and random weights."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ THRESHOLD = 0.45
 def write_run(
     folder: Path, manifest: Manifest, image: str = "tiny", numeric: str = "mlp", seed: int = 1
 ) -> Any:
-    """Write a run folder and return its model; every row gets a probability of its own."""
+    """Write a run folder and return its model, which predicts a different probability per row."""
     import keras
 
     from mm_model import build_model
@@ -33,7 +33,7 @@ def write_run(
     model = build_model(spec, manifest.statistics, (size, size, 3))
     rng = np.random.default_rng(seed)
     for variable in model.trainable_variables:
-        # Heads start at zero, which would give every row 0.5.
+        # Heads are initialized with zeros, which would predict 0.5 for every row.
         if "head" in variable.path and variable.name == "kernel":
             variable.assign(rng.normal(size=variable.shape))
     model.calibration.set([2.0], -0.3)
@@ -45,14 +45,14 @@ def write_run(
 
 
 def stored_rows(folder: Path, manifest: Manifest, split: Split) -> pa.Table:
-    """Return the rows of a split as they are stored."""
+    """Return the stored rows of a split."""
     return pa.concat_tables(
         [pq.read_table(folder / shard.path) for shard in manifest.splits[split].shards]
     )
 
 
 def probabilities(model: Any, rows: pa.Table, manifest: Manifest) -> np.ndarray:
-    """Return what a model says of stored rows, all at once in this process."""
+    """Return the probabilities of stored rows, computed in this process in one batch."""
     images = np.stack([decode_stored(content) for content in rows["image"].to_pylist()])
     columns = [rows[name].to_numpy().astype(np.float32) for name in manifest.numeric_columns]
     inputs = {"image": images, "numeric": np.stack(columns, axis=1)}
@@ -60,7 +60,7 @@ def probabilities(model: Any, rows: pa.Table, manifest: Manifest) -> np.ndarray:
 
 
 def damage_image(folder: Path, manifest: Manifest, split: Split, shard: int, row: int) -> Manifest:
-    """Cut a stored image short, as nobody would notice from outside; return the new manifest."""
+    """Truncate a stored image in a valid Parquet file, and return the new manifest."""
     info = manifest.splits[split]
     path = folder / info.shards[shard].path
     table = pq.read_table(path)

@@ -90,7 +90,7 @@ class Variant(Loop):
     def _feeds(self) -> Any:
         train, validation = super()._feeds()
         if self.copies > 1:
-            arguments = (self.folder, self.manifest, self.order, 0, 1, FeedOptions())
+            arguments = (self.folder, self.manifest, self.sampler, 0, 1, FeedOptions())
             return Copies(self.copies, *arguments), validation
         return train, validation
 
@@ -178,7 +178,7 @@ def fit(folder: Path, prepared: Path, name: str) -> None:
     keras.utils.set_random_seed(spec.run.seed)
     model = new_model(spec, manifest)
     loop = Loop(spec, manifest, Place())
-    num_steps = loop.order.steps_before(spec.train.epochs)
+    num_steps = loop.sampler.steps_before(spec.train.epochs)
     optimizer = make_optimizer(spec.train, num_steps)
     model.compile(optimizer, make_loss(spec.train), jit_compile=False)
     feed, _ = loop._feeds()

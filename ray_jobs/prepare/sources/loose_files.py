@@ -1,9 +1,5 @@
-"""Image files below a folder, or found by a glob, and a table that says which are whose.
+"""Reads image files in a folder or matched by a glob, and the table that assigns them to rows."""
 
-Imports neither Ray nor TensorFlow.
-"""
-
-# pyarrow makes the functions of its compute module when it is imported, unseen by pyright.
 # pyright: reportAttributeAccessIssue=false
 
 import re
@@ -12,170 +8,157 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pyarrow import fs
 
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import PrepareSpec
-from ray_jobs.prepare.sources.containers import PieceReader
-from ray_jobs.prepare.sources.refs import ImageRefs, Source
-from ray_jobs.prepare.table import path_pattern, read_table, require_column, texts_of
-from ray_jobs.storage.folder import Folder, expand_braces, glob_regex, split_glob
+from ray_jobs.config.text import names_text
+from ray_jobs.prepare.cell_text import TEXT, column_text
+from ray_jobs.prepare.sources.piece_reader import PieceReader
+from ray_jobs.prepare.sources.source import ImageRefs, Source
+from ray_jobs.prepare.sources.source_files import open_folder
+from ray_jobs.prepare.table import parse_path_pattern, read_table, require_column
+from ray_jobs.storage.folder import expand_braces, glob_regex, split_glob
 
-Bad = dict[int, tuple[str, str]]
+Quarantined = dict[int, tuple[str, str]]
 
 
-def open_source(
-    spec: PrepareSpec, categorical: Sequence[str] = (), labelled: bool = True
-) -> Source:
-    """Return the rows of a table and the files that hold their images.
-
-    Raises:
-        JobError: if there is no such table, folder or column, or the glob finds nothing.
-    """
+def open_source(spec: PrepareSpec) -> Source:
+    """Return the rows of a table, and the files of their images."""
     table = read_table(spec.table)
     names = spec.image_columns or ("",)
-    patterns = {name: _pattern(table, spec, name) for name in names}
+    patterns = {name: _path_pattern(table, spec, name) for name in names}
     files = ImageFiles(spec.images)
-    reader = PieceReader(files.folder, in_containers=False)
     images: dict[str, ImageRefs] = {}
-    bad: Bad = {}
+    quarantined: Quarantined = {}
     for name, (columns, texts) in patterns.items():
-        cells = [texts_of(table.column(column)) for column in columns]
-        paths, wrong = files.find(_joined(cells, texts))
-        if not name:
-            # An empty cell is bad where there is but one image; of several, that one is missing.
-            for column, cell in zip(columns, cells, strict=True):
-                for row in np.flatnonzero(cell.is_null().to_numpy(zero_copy_only=False)).tolist():
-                    detail = f"{column} is empty, so the image has no path"
-                    bad.setdefault(row, ("missing_image", detail))
-        for row, (reason, detail) in wrong.items():
-            if not name:
-                bad.setdefault(row, (reason, detail))
-            elif reason != "missing_image":
-                bad.setdefault(row, (reason, f"{name}: {detail}"))
+        cells = [column_text(table.column(column)) for column in columns]
+        paths, problems = files.find(_join_text(cells, texts))
         images[name] = ImageRefs(paths)
-    return Source(table, images, dict.fromkeys(names, reader), bad=bad)
+        if name:
+            # One of several images may be missing.
+            problems = {
+                row: (reason, f"{name}: {detail}")
+                for row, (reason, detail) in problems.items()
+                if reason != "missing_image"
+            }
+        else:
+            for column, cell in zip(columns, cells, strict=True):
+                detail = f"{column} is empty, so the image has no path"
+                for row in np.flatnonzero(cell.is_null().to_numpy(zero_copy_only=False)).tolist():
+                    problems.setdefault(row, ("missing_image", detail))
+        quarantined = problems | quarantined
+    readers = dict.fromkeys(names, PieceReader(files.folder))
+    return Source(table, images, readers, quarantined=quarantined)
 
 
 class ImageFiles:
-    """The images below a folder, or those that a glob such as `photos/**/*.jpg` finds.
+    """The images in a folder, or those that a glob such as `photos/**/*.jpg` matches.
 
     Args:
-        location: folder, glob or URI of either.
+        location: Folder, glob or URI of either.
 
     Raises:
-        JobError: if there is no such folder, or the glob finds nothing.
+        JobError: If the folder does not exist, or the glob matches no file.
     """
 
     def __init__(self, location: str) -> None:
-        if not location:
-            raise JobError("prepare.images is not set: give the folder, glob or URI of the images")
         base, pattern = split_glob(location)
-        self.folder = Folder(base)
-        if not _is_folder(self.folder):
-            raise JobError(f"prepare.images={location!r}: there is no folder {self.folder}")
-        self._found: pa.StringArray | None = None
+        self.folder = open_folder(base)
+        self._matched: pa.LargeStringArray | None = None
         if pattern:
-            globs = [re.compile(glob_regex(one)) for one in expand_braces(pattern)]
-            found = [n for n in self.folder.names() if any(g.fullmatch(n) for g in globs)]
-            self._found = pa.array(found, pa.string())
-            if not found:
-                raise JobError(f"prepare.images={location!r} finds no file")
+            globs = [re.compile(glob_regex(each)) for each in expand_braces(pattern)]
+            matched = [n for n in self.folder.names() if any(g.fullmatch(n) for g in globs)]
+            if not matched:
+                raise JobError(f"prepare.images={location!r} matches no file")
+            self._matched = pa.array(matched, TEXT)
 
-    def find(self, paths: pa.StringArray) -> tuple[pa.StringArray, Bad]:
-        """Return the paths below `folder` of some images, null where there is none, and why.
+    def find(self, paths: pa.LargeStringArray) -> tuple[pa.LargeStringArray, Quarantined]:
+        """Return the paths of some images below `folder`, null with a reason where unusable.
 
-        Reasons are `image_outside_folder`, `missing_image` and `ambiguous_image`. Whether there is
-        such a file in a folder shows only when it is read.
+        Reasons are `image_outside_folder`, `missing_image` and `ambiguous_image`. Without a glob,
+        a missing file is noticed only when it is read.
 
         Args:
-            paths: below the folder, by URI or absolute inside it; in a glob's findings also the
-                file's name alone, or the end of its path.
+            paths: Relative to the folder, or absolute paths or URIs inside it. With a glob also a
+                file's name, or the end of its path.
         """
         for prefix in (self.folder.uri, self.folder.path):
             prefix = f"{prefix.rstrip('/')}/"
             inside = pc.utf8_slice_codeunits(paths, len(prefix))
             paths = pc.if_else(pc.starts_with(paths, prefix), inside, paths)
-        bad: Bad = {}
-        suspicious = pc.match_substring_regex(paths, r"^/|\.\.|^[./]*$").fill_null(False)
-        for row in np.flatnonzero(suspicious.to_numpy(zero_copy_only=False)).tolist():
+        problems: Quarantined = {}
+        is_suspicious = pc.match_substring_regex(paths, r"^/|\.\.|^[./]*$").fill_null(False)
+        is_outside = np.zeros(len(paths), bool)
+        for row in np.flatnonzero(is_suspicious.to_numpy(zero_copy_only=False)).tolist():
             try:
                 self.folder.locate(paths[row].as_py())
             except ValueError as error:
-                bad[row] = ("image_outside_folder", str(error))
-        paths = _without(paths, bad)
-        # One image has one path, whoever names it.
+                problems[row] = ("image_outside_folder", str(error))
+                is_outside[row] = True
+        paths = pc.if_else(pa.array(is_outside), None, paths)
+        # One image has one path, however a row spells it.
         paths = pc.replace_substring_regex(paths, r"/(\.?/)+", "/")
         paths = pc.replace_substring_regex(paths, r"^(\./)+|/\.?$", "")
-        if self._found is None:
-            return paths, bad
-        found, unclear = _match_ends(paths, self._found)
-        lost = pc.and_(found.is_null(), paths.is_valid()).to_numpy(zero_copy_only=False)
-        for row in np.flatnonzero(lost).tolist():
-            bad[row] = unclear.get(row, ("missing_image", f"the glob finds no {paths[row]}"))
-        return found, bad
+        if self._matched is None:
+            return paths, problems
+        files, ambiguous = _match_path_ends(paths, self._matched)
+        is_lost = pc.and_(files.is_null(), paths.is_valid()).to_numpy(zero_copy_only=False)
+        for row in np.flatnonzero(is_lost).tolist():
+            missing = ("missing_image", f"the glob matches no {paths[row]}")
+            problems[row] = ambiguous.get(row, missing)
+        return files, problems
 
 
-def _pattern(table: pa.Table, spec: PrepareSpec, name: str) -> tuple[list[str], list[str]]:
-    """Return the columns that paths are made from, and the texts around them."""
+def _path_pattern(table: pa.Table, spec: PrepareSpec, name: str) -> tuple[list[str], list[str]]:
+    """Return the columns that make up an image's path, and the texts around them."""
     if spec.image_column and not name:
-        require_column(table, spec.image_column, "prepare.image_column")
+        require_column(table.column_names, spec.image_column, "prepare.image_column")
         return [spec.image_column], ["", ""]
     if name and name in table.column_names:
         return [name], ["", ""]
     if name and "{image}" not in spec.image_pattern:
         raise JobError(
-            f"prepare.image_columns names {name!r}: the table has no such column "
-            f"(it has: {', '.join(table.column_names)}), and prepare.image_pattern="
-            f"{spec.image_pattern!r} has no {{image}} for it to stand in"
+            f"prepare.image_columns names {name!r}, but the table has no such column "
+            f"(it has: {names_text(table.column_names)}) and prepare.image_pattern="
+            f"{spec.image_pattern!r} has no {{image}} to replace"
         )
-    columns, texts = path_pattern(spec, name)
+    columns, texts = parse_path_pattern(spec, name)
     for column in columns:
-        is_key = column == spec.key_column
-        require_column(table, column, f"prepare.{'key_column' if is_key else 'image_pattern'}")
+        setting = "key_column" if column == spec.key_column else "image_pattern"
+        require_column(table.column_names, column, f"prepare.{setting}")
     return columns, texts
 
 
-def _joined(cells: Sequence[pa.StringArray], texts: Sequence[str]) -> pa.StringArray:
-    """Return the texts with the cells between them, null where a cell is."""
-    pieces: list[pa.StringArray | str] = [texts[0]]
+def _join_text(cells: Sequence[pa.LargeStringArray], texts: Sequence[str]) -> pa.LargeStringArray:
+    """Return the texts with the cells between them, null where a cell is null."""
+    pieces: list[pa.LargeStringArray | pa.Scalar] = [pa.scalar(texts[0], TEXT)]
     for cell, text in zip(cells, texts[1:], strict=True):
-        pieces += [cell, text]
-    return pc.binary_join_element_wise(*pieces, "", null_handling="emit_null")
+        pieces += [cell, pa.scalar(text, TEXT)]
+    separator = pa.scalar("", TEXT)
+    return pc.binary_join_element_wise(*pieces, separator, null_handling="emit_null")
 
 
-def _without(paths: pa.StringArray, rows: Bad) -> pa.StringArray:
-    """Return the paths with some of them null."""
-    if not rows:
-        return paths
-    mask = np.zeros(len(paths), bool)
-    mask[list(rows)] = True
-    return pc.if_else(pa.array(mask), None, paths)
-
-
-def _match_ends(paths: pa.StringArray, files: pa.StringArray) -> tuple[pa.StringArray, Bad]:
+def _match_path_ends(
+    paths: pa.LargeStringArray, files: pa.LargeStringArray
+) -> tuple[pa.LargeStringArray, Quarantined]:
     """Return the file whose path ends in each path, null where none or more than one does."""
     depths = pc.count_substring(paths, "/").fill_null(-1).to_numpy()
-    places = np.full(len(paths), -1, np.int64)
-    unclear: Bad = {}
+    matches = np.full(len(paths), -1, np.int64)
+    ambiguous: Quarantined = {}
     for depth in np.unique(depths[depths >= 0]).tolist():
         deep = files.filter(pc.greater_equal(pc.count_substring(files, "/"), depth))
-        start = rf"(?s)^(?:.*/)?(?P<end>(?:[^/]*/){{{depth}}}[^/]*)$"
-        ends = pc.struct_field(pc.extract_regex(deep, start), "end")
+        pattern = rf"(?s)^(?:.*/)?(?P<end>(?:[^/]*/){{{depth}}}[^/]*)$"
+        ends = pc.struct_field(pc.extract_regex(deep, pattern), "end")
         rows = np.flatnonzero(depths == depth)
         wanted = paths.take(pa.array(rows))
         first = pc.index_in(wanted, value_set=ends).fill_null(-1).to_numpy()
-        # Searched from the other side, a file is the same one only where no other ends alike.
+        # A search from the other side finds the same file unless another has the same end.
         last = pc.index_in(wanted, value_set=ends[::-1]).fill_null(-1)
         last = np.where(first < 0, -1, len(ends) - 1 - last.to_numpy())
         for i in np.flatnonzero(first != last).tolist():
             row, one, other = int(rows[i]), deep[int(first[i])], deep[int(last[i])]
-            unclear[row] = ("ambiguous_image", f"{paths[row]} may be {one} or {other}")
+            ambiguous[row] = ("ambiguous_image", f"{paths[row]} may be {one} or {other}")
         in_files = pc.index_in(deep, value_set=files).to_numpy()
         is_clear = (first >= 0) & (first == last)
-        places[rows[is_clear]] = in_files[first[is_clear]]
-    return files.take(pa.array(places, mask=places < 0)), unclear
-
-
-def _is_folder(folder: Folder) -> bool:
-    return folder.filesystem.get_file_info(folder.path).type == fs.FileType.Directory
+        matches[rows[is_clear]] = in_files[first[is_clear]]
+    return files.take(pa.array(matches, mask=matches < 0)), ambiguous

@@ -1,12 +1,10 @@
-"""Parquet files with images in a column → a `Source`.
+"""Reads Parquet files with images in a column.
 
-Enters: files whose rows hold an image's bytes (or Hugging Face's struct of bytes and path) and,
-unless there is a table, the numbers.  Leaves: file and row of each image; pixels are not read.
-
-Imports neither Ray nor TensorFlow.
+Input: files whose rows hold an image's bytes (or Hugging Face's struct of bytes and path) and,
+unless there is a table, the numbers. Output: file and row of each image; pixels are not read.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,36 +15,28 @@ import pyarrow.parquet as pq
 from mm_model.nearest_match import did_you_mean
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import PrepareSpec
+from ray_jobs.config.text import names_text
 from ray_jobs.data.images import BadImage
-from ray_jobs.prepare.number_parsing import texts
-from ray_jobs.prepare.sources.containers import (
-    Index,
-    file_of_each,
-    find_files,
-    in_threads,
-    join,
-    read_user_table,
-    require_key_column,
-    stack,
-)
-from ray_jobs.prepare.sources.refs import ImageReader, ImageRefs, Source
+from ray_jobs.prepare.cell_text import column_text
+from ray_jobs.prepare.sources.key_join import ImageIndex, join_images, read_keyed_table
+from ray_jobs.prepare.sources.record_table import stack
+from ray_jobs.prepare.sources.source import ImageRefs, Source, repeat_paths
+from ray_jobs.prepare.sources.source_files import find_files, map_in_threads
+from ray_jobs.prepare.table import require_column
 from ray_jobs.storage.folder import Folder
 
 DEFAULT_COLUMN = "image"
-_ROWS_AT_ONCE = 16
+_BATCH_ROWS = 16
 _BUFFER_BYTES = {True: 1 << 20, False: 8 << 20}
-"""By whether the files are local: read at once of each column, in place of whole column chunks."""
+"""By whether the files are local: buffer per column, instead of whole column chunks."""
 
 
-def open_source(spec: PrepareSpec, categorical: Sequence[str], labelled: bool) -> Source:
-    """Return the rows of the Parquet files that `prepare.images` names.
+def open_source(spec: PrepareSpec) -> Source:
+    """Return the rows of the Parquet files in `prepare.images`.
 
-    The image is in `prepare.image_column`, by default `image`, or several are in
-    `prepare.image_columns`. All columns but those of bytes, lists and structs are the table, or
-    with `prepare.table` only the key, by which both are joined.
-
-    Raises:
-        JobError: if a file is missing or damaged, or lacks an image column or the key.
+    The image is in `prepare.image_column`, by default `image`; several are in
+    `prepare.image_columns`. The table consists of all columns except bytes, lists and structs. With
+    `prepare.table` only the key column is read, and the two are joined by it.
     """
     folder, names = find_files(spec.images, is_parquet, "Parquet files")
     table_path = Folder(spec.table).path if spec.table else None
@@ -56,52 +46,50 @@ def open_source(spec: PrepareSpec, categorical: Sequence[str], labelled: bool) -
     columns = {
         name: name or spec.image_column or DEFAULT_COLUMN for name in spec.image_columns or ("",)
     }
-    tables = in_threads(partial(_read_columns, folder, columns, spec), names)
-    paths = file_of_each(names, map(len, tables))
-    refs = ImageRefs(paths, np.concatenate([np.arange(len(t), dtype=np.int64) for t in tables]))
-    readers: dict[str, ImageReader] = {
-        name: ParquetReader(folder, column) for name, column in columns.items()
-    }
+    tables = map_in_threads(partial(_read_columns, folder, columns, spec), names)
+    num_rows = [table.num_rows for table in tables]
+    rows = np.concatenate([np.arange(n, dtype=np.int64) for n in num_rows])
+    refs = ImageRefs(repeat_paths(names, num_rows), rows)
+    readers = {name: ParquetReader(folder, column) for name, column in columns.items()}
     own = stack(tables)
     if not spec.table:
         return Source(own, dict.fromkeys(columns, refs), readers)
-    table = read_user_table(spec)
-    index = Index(texts(own.column(spec.key_column)), refs)
-    images, unmatched = join(table, spec, dict.fromkeys(columns, index))
-    # All images of a row stand in one row of the files, and are reported once.
+    table = read_keyed_table(spec)
+    index = ImageIndex(column_text(own.column(spec.key_column)), refs)
+    images, unmatched = join_images(table, spec, dict.fromkeys(columns, index))
+    # All images of a row are in one row of the files, so report that row once.
     return Source(table, images, readers, tuple(dict.fromkeys(unmatched)))
 
 
 def is_parquet(name: str) -> bool:
-    """Whether a file's name is that of a Parquet file."""
+    """Return whether a file name is that of a Parquet file."""
     return name.lower().endswith((".parquet", ".parq", ".pq"))
 
 
 @dataclass
 class ParquetReader:
-    """Reads images by file and row, a few rows at a time: a file once where rows only ascend."""
+    """Reads images by file and row, a few rows at a time; rows in order read a file only once."""
 
     folder: Folder
     column: str
-    in_containers: bool = True
 
     def read(self, refs: ImageRefs) -> Iterator[bytes | BadImage]:
-        """Yield the content of each image, in order, or why there is none."""
+        """Yield each image's content, or why it cannot be read, in order."""
         for path, rows in _runs(refs):
             if path is None:
-                yield BadImage("missing_image", "there is no image of this key")
+                yield BadImage("missing_image", "the row has no image")
                 continue
-            given = 0
+            num_read = 0
             try:
                 for image in self._read_run(path, rows):
                     yield image
-                    given += 1
+                    num_read += 1
+                continue
             except FileNotFoundError:
                 bad = BadImage("missing_image", f"no such file in {self.folder}")
-                yield from [bad] * (len(rows) - given)
             except (OSError, pa.ArrowException) as error:
                 bad = BadImage("unreadable_file", str(error))
-                yield from [bad] * (len(rows) - given)
+            yield from [bad] * (len(rows) - num_read)
 
     def _read_run(self, path: str, rows: np.ndarray) -> Iterator[bytes | BadImage]:
         with (
@@ -110,42 +98,45 @@ class ParquetReader:
                 stream, buffer_size=_BUFFER_BYTES[self.folder.is_local], pre_buffer=False
             ) as file,
         ):
-            ends = np.cumsum([file.metadata.row_group(g).num_rows for g in range(_groups(file))])
-            # Hugging Face's struct holds a path beside the bytes.
+            metadata = file.metadata
+            num_groups = metadata.num_row_groups
+            ends = np.cumsum([metadata.row_group(g).num_rows for g in range(num_groups)])
+            # Hugging Face's struct has a path next to the bytes.
             kind = file.schema_arrow.field(self.column).type
             column = f"{self.column}.bytes" if pa.types.is_struct(kind) else self.column
             group_of = np.searchsorted(ends, rows, side="right")
             for group in np.unique(group_of):
-                if group == len(ends):
-                    raise pa.ArrowInvalid(f"it has no row {rows[-1]}; it has changed meanwhile")
+                if group == num_groups:
+                    raise pa.ArrowInvalid(
+                        f"row {rows[-1]} does not exist; the file was changed after it was indexed"
+                    )
                 first = int(ends[group - 1]) if group else 0
                 wanted = rows[group_of == group] - first
-                given = 0
+                num_read = 0
                 try:
                     for image in _read_group(file, int(group), column, wanted):
                         yield image
-                        given += 1
-                # The other row groups may be whole.
+                        num_read += 1
+                # Other row groups may be intact.
                 except (OSError, pa.ArrowException) as error:
                     detail = f"row group {group}: {error}"
-                    yield from [BadImage("unreadable_file", detail)] * (len(wanted) - given)
+                    yield from [BadImage("unreadable_file", detail)] * (len(wanted) - num_read)
 
 
 def _read_group(
     file: pq.ParquetFile, group: int, column: str, wanted: np.ndarray
 ) -> Iterator[bytes | BadImage]:
-    """Yield the images of some rows of a row group, which ascend."""
-    place, first = 0, 0
-    batches = file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=[column])
-    for batch in batches:
+    """Yield the images of some rows of a row group; the rows ascend."""
+    position, first = 0, 0
+    for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=[column]):
         cells = batch.column(0)
         if pa.types.is_struct(cells.type):
             cells = cells.flatten()[0]
-        while place < len(wanted) and wanted[place] < first + len(batch):
-            content = cells[int(wanted[place]) - first].as_py()
+        while position < len(wanted) and wanted[position] < first + len(batch):
+            content = cells[int(wanted[position]) - first].as_py()
             yield content or BadImage("missing_image", f"{column} is empty")
-            place += 1
-        if place == len(wanted):
+            position += 1
+        if position == len(wanted):
             return
         first += len(batch)
 
@@ -153,7 +144,7 @@ def _read_group(
 def _read_columns(
     folder: Folder, columns: dict[str, str], spec: PrepareSpec, name: str
 ) -> pa.Table:
-    """Return a file's columns but those of bytes, lists and structs; only the key for a join."""
+    """Return a file's columns except bytes, lists and structs; for a join only the key."""
     try:
         with (
             folder.filesystem.open_input_file(folder.locate(name)) as stream,
@@ -163,28 +154,27 @@ def _read_columns(
             _require_images(schema, columns.values(), f"{folder}/{name}")
             flat = [f.name for f in schema if not _is_bulky(f.type)]
             if spec.table:
-                require_key_column(flat, spec, f"{folder}/{name}")
+                require_column(flat, spec.key_column, "prepare.key_column", f"{folder}/{name}")
                 flat = [spec.key_column]
-            if duplicated := [n for n in flat if flat.count(n) > 1]:
-                raise JobError(f"{folder}/{name} has more than one column {duplicated[0]!r}")
+            if duplicates := [n for n in flat if flat.count(n) > 1]:
+                raise JobError(f"{folder}/{name} has more than one column named {duplicates[0]!r}")
             return file.read(columns=flat)
     except (pa.ArrowException, OSError) as error:
         raise JobError(f"{folder}/{name} cannot be read as Parquet: {error}") from error
 
 
-def _require_images(schema: pa.Schema, columns: Iterable[str], what: str) -> None:
+def _require_images(schema: pa.Schema, columns: Iterable[str], file: str) -> None:
     images = [field.name for field in schema if _holds_images(field.type)]
     for column in columns:
         if column not in images:
-            there = f"(there are: {', '.join(images)})" if images else "(there is none)"
             problem = (
                 f"has no column {column!r}{did_you_mean(column, images)}"
                 if column not in schema.names
-                else f"has in column {column!r} values of type {schema.field(column).type}"
+                else f"has values of type {schema.field(column).type} in column {column!r}"
             )
             raise JobError(
-                f"{what} {problem}; prepare.image_column must name a column of images' bytes "
-                f"{there}, or prepare.image_columns several"
+                f"{file} {problem}; prepare.image_column must name a column of image bytes "
+                f"(columns of bytes: {names_text(images)}), or prepare.image_columns several"
             )
 
 
@@ -209,14 +199,10 @@ def _is_bulky(kind: pa.DataType) -> bool:
     return pa.types.is_nested(kind) or _is_binary(kind)
 
 
-def _groups(file: pq.ParquetFile) -> int:
-    return file.metadata.num_row_groups
-
-
 def _runs(refs: ImageRefs) -> Iterator[tuple[str | None, np.ndarray]]:
     """Yield file and rows of neighbouring images in one file whose rows do not descend."""
     if refs.start is None:
-        raise ValueError("images of Parquet files are found by their rows")
+        raise ValueError("references to images in Parquet files need row numbers")
     paths = refs.path.to_pylist()
     first = 0
     for row in range(1, len(paths) + 1):

@@ -1,10 +1,10 @@
-"""WebDataset: tar shards whose files belong together by their names → a `Source`.
+"""Reads WebDataset: tar shards in which files belong together by name.
 
-Enters: `photos/shard-{000..012}.tar`, a folder or a glob, and a table joined by key; without one
-each sample's own `.json` and `.cls`.  Leaves: places in the tars; pixels are not read.
+Input: `photos/shard-{000..012}.tar`, a folder or a glob, and a table that is joined by key; without
+a table, the `.json` and `.cls` of each sample. Output: positions in the tars; pixels are not read.
 
-A sample's key is a file's path in the tar up to the first dot of its last part, and what follows
-that dot is the file's extension, as in the webdataset library. Imports neither Ray nor TensorFlow.
+As in the webdataset library, a sample's key is the path of a file in the tar up to the first dot of
+its last part, and the rest after that dot is the file's extension.
 """
 
 import io
@@ -20,156 +20,120 @@ import pyarrow as pa
 
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import PrepareSpec
-from ray_jobs.prepare.sources.containers import (
-    CHUNK_RECORDS,
-    Index,
-    PieceReader,
-    find_files,
-    in_threads,
-    join,
-    read_user_table,
-    stack,
-    table_of_records,
-)
-from ray_jobs.prepare.sources.refs import ImageReader, ImageRefs, Source
+from ray_jobs.config.text import names_text
+from ray_jobs.prepare.cell_text import TEXT
+from ray_jobs.prepare.sources.key_join import ImageIndex, join_images, read_keyed_table
+from ray_jobs.prepare.sources.piece_reader import PieceReader
+from ray_jobs.prepare.sources.record_table import RecordTable, stack
+from ray_jobs.prepare.sources.source import ImageRefs, Source, repeat_paths
+from ray_jobs.prepare.sources.source_files import find_files, map_in_threads
 from ray_jobs.storage.folder import Folder
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif")
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _BUFFER_BYTES = {True: 16 << 10, False: 64 << 10}
-"""By whether the files are local. Small images are skipped inside a buffer, large ones by a seek
-to the next header, which is another request to a remote storage."""
+"""By whether the files are local. Small images are skipped inside a buffer, large ones by a seek to
+the next header, which is another request to remote storage."""
 _MAX_RECORD_BYTES = 16 << 20
+_MAX_EXTENSIONS = 20
+"""Extensions of a tar that are remembered for an error message."""
 
 
-def open_source(spec: PrepareSpec, categorical: Sequence[str], labelled: bool) -> Source:
-    """Return the samples of the tars that `prepare.images` names.
+def open_source(spec: PrepareSpec) -> Source:
+    """Return the samples of the tars in `prepare.images`.
 
-    The image is the file with an image's extension, or with the extension that
-    `prepare.image_column` names; `prepare.image_columns` names several, as `front` for `.front.jpg`
-    or `.front`. All columns are kept, whatever the label and the categories are.
-
-    Raises:
-        JobError: if a tar is missing, compressed or damaged, no image is found, or a sample has
-            several and it is not said which is meant.
+    The image is the file with an image extension, or with the extension `prepare.image_column`;
+    `prepare.image_columns` names several, such as `front` for `.front.jpg` or `.front`.
     """
     folder, names = find_files(spec.images, is_tar, "tar files")
-    images = _ImageNames(spec)
-    own_records = not spec.table
-    tars = in_threads(partial(_read_tar, folder, images, own_records, spec), names)
-    indexes = {image: _stack_indexes([tar.images[image] for tar in tars]) for image in images.names}
-    for image, index in indexes.items():
-        if not len(index.keys):
-            seen = ", ".join(sorted({f".{e}" for tar in tars for e in tar.extensions})) or "none"
+    extensions = _image_extensions(spec)
+    tars = map_in_threads(partial(_read_tar, folder, extensions, spec), names)
+    indexes: dict[str, ImageIndex] = {}
+    for image, extension in extensions.items():
+        keys = pa.concat_arrays([tar.keys[image] for tar in tars])
+        spans = np.concatenate([tar.spans[image] for tar in tars])
+        if not len(keys):
+            what = f"files .{extension}" if extension else f"images ({', '.join(IMAGE_EXTENSIONS)})"
+            seen = {f".{e}" for tar in tars for e in tar.extensions}
             raise JobError(
-                f"the tar files of prepare.images={spec.images!r} hold no {images.describe(image)} "
-                f"(extensions seen: {seen}); set prepare.image_column to the images' extension"
+                f"the tar files of prepare.images={spec.images!r} hold no {what} (extensions seen: "
+                f"{names_text(sorted(seen))}); set prepare.image_column to the images' extension"
             )
-    table = stack(tar.records for tar in tars) if own_records else read_user_table(spec)
-    refs, unmatched = join(table, spec, indexes)
-    readers: dict[str, ImageReader] = dict.fromkeys(indexes, PieceReader(folder))
-    return Source(table, refs, readers, unmatched)
+        paths = repeat_paths(names, [len(tar.keys[image]) for tar in tars])
+        indexes[image] = ImageIndex(keys, ImageRefs(paths, spans[:, 0], spans[:, 1]))
+    table = read_keyed_table(spec) if spec.table else stack(tar.records for tar in tars)
+    images, unmatched = join_images(table, spec, indexes)
+    return Source(table, images, dict.fromkeys(indexes, PieceReader(folder)), unmatched)
 
 
 def is_tar(name: str) -> bool:
-    """Whether a file's name is that of a tar."""
+    """Return whether a file name is that of a tar."""
     return name.lower().endswith(TAR_SUFFIXES)
 
 
-class _ImageNames:
-    """Which file of a sample is which image."""
-
-    def __init__(self, spec: PrepareSpec) -> None:
-        self.names = spec.image_columns or ("",)
-        self._wanted = [name.lower().lstrip(".") for name in self.names]
-        self._any = not spec.image_columns and not spec.image_column
-        if not spec.image_columns and spec.image_column:
-            self._wanted = [spec.image_column.lower().lstrip(".")]
-
-    def find(self, extension: str) -> str | None:
-        """Return the name of the image that a file with this extension is; None for no image."""
-        if self._any:
-            return "" if extension in IMAGE_EXTENSIONS else None
-        stem, _, last = extension.rpartition(".")
-        for name, wanted in zip(self.names, self._wanted, strict=True):
-            if extension == wanted or (last in IMAGE_EXTENSIONS and stem == wanted):
-                return name
-        return None
-
-    def describe(self, name: str) -> str:
-        """Return what an error calls such files."""
-        if self._any:
-            return f"images ({', '.join(IMAGE_EXTENSIONS)})"
-        return f"files .{self._wanted[self.names.index(name)]}"
-
-
-class _Pieces:
-    """The images of one name in one tar, while it is read."""
-
-    def __init__(self) -> None:
-        self.keys: list[str] = []
-        self.starts: list[int] = []
-        self.sizes: list[int] = []
-
-    def index(self, name: str) -> Index:
-        """Return the images compactly."""
-        return Index(
-            pa.chunked_array([pa.array(self.keys, pa.string())]),
-            ImageRefs(
-                pa.repeat(pa.scalar(name), len(self.keys)),
-                np.array(self.starts, np.int64),
-                np.array(self.sizes, np.int64),
-            ),
-        )
-
-
 @dataclass
-class _Tar:
-    images: dict[str, Index]
+class _TarIndex:
+    keys: dict[str, pa.LargeStringArray]
+    """Keys of the images, by image name."""
+    spans: dict[str, np.ndarray]
+    """Start and size of the images: int64 (number of images, 2), by image name."""
     records: pa.Table
     extensions: set[str]
 
 
+def _image_extensions(spec: PrepareSpec) -> dict[str, str | None]:
+    """Return the file extension of each image, None for any extension of images."""
+    if spec.image_columns:
+        return {name: name.lower().lstrip(".") for name in spec.image_columns}
+    return {"": spec.image_column.lower().lstrip(".") if spec.image_column else None}
+
+
+def _find_image(extension: str, extensions: dict[str, str | None]) -> str | None:
+    """Return the name of the image with this file extension, None if it is not an image."""
+    stem, _, last = extension.rpartition(".")
+    for name, wanted in extensions.items():
+        if wanted is None:
+            is_image = extension in IMAGE_EXTENSIONS
+        else:
+            is_image = extension == wanted or (last in IMAGE_EXTENSIONS and stem == wanted)
+        if is_image:
+            return name
+    return None
+
+
 def _read_tar(
-    folder: Folder, images: _ImageNames, own_records: bool, spec: PrepareSpec, name: str
-) -> _Tar:
-    """Return the places of a tar's images, and its records if they are wanted."""
-    pieces = {image: _Pieces() for image in images.names}
-    found = _Records(spec) if own_records else None
-    extensions: dict[str, str] = {}
+    folder: Folder, extensions: dict[str, str | None], spec: PrepareSpec, name: str
+) -> _TarIndex:
+    """Return the positions of a tar's images, and its records unless there is a table."""
+    images: dict[str, list[_Member]] = {image: [] for image in extensions}
+    samples = _Samples(spec)
+    extension_of: dict[tuple[str, str], str] = {}
     seen: set[str] = set()
     with folder.filesystem.open_input_file(folder.locate(name)) as raw:
-        contents = ("json", "cls") if own_records else ()
-        for member in _members(raw, folder, name, contents):
-            if len(seen) < 20:
+        contents = () if spec.table else ("json", "cls")
+        for member in _read_members(raw, folder, name, contents):
+            if len(seen) < _MAX_EXTENSIONS:
                 seen.add(member.extension)
-            image = images.find(member.extension)
+            image = _find_image(member.extension, extensions)
             if image is not None:
-                before = extensions.setdefault(f"{image}\n{member.key}", member.extension)
-                if before != member.extension:
+                extension = extension_of.setdefault((image, member.key), member.extension)
+                if extension != member.extension:
                     raise JobError(
-                        f"{folder}/{name}: the sample {member.key!r} has the images .{before} and "
-                        f".{member.extension}; say in prepare.image_column which extension is "
-                        "meant, or name all of them in prepare.image_columns"
+                        f"{folder}/{name}: the sample {member.key!r} has the images .{extension} "
+                        f"and .{member.extension}; set prepare.image_column to one extension, or "
+                        "prepare.image_columns to all of them"
                     )
-                pieces[image].keys.append(member.key)
-                pieces[image].starts.append(member.start)
-                pieces[image].sizes.append(member.size)
-            if found is not None and (image is not None or member.content is not None):
-                found.add(member, f"{folder}/{name}")
-    indexes = {image: of_image.index(name) for image, of_image in pieces.items()}
-    return _Tar(indexes, found.table() if found else pa.table({}), seen)
-
-
-def _stack_indexes(indexes: Sequence[Index]) -> Index:
-    refs = [index.refs for index in indexes]
-    return Index(
-        pa.chunked_array([chunk for index in indexes for chunk in index.keys.chunks], pa.string()),
-        ImageRefs(
-            pa.concat_arrays([each.path for each in refs]),
-            np.concatenate([each.start for each in refs if each.start is not None]),
-            np.concatenate([each.size for each in refs if each.size is not None]),
-        ),
+                images[image].append(member)
+            if not spec.table and (image is not None or member.content is not None):
+                samples.add(member, f"{folder}/{name}")
+    return _TarIndex(
+        keys={i: pa.array([m.key for m in members], TEXT) for i, members in images.items()},
+        spans={
+            i: np.array([(m.start, m.size) for m in members], np.int64).reshape(-1, 2)
+            for i, members in images.items()
+        },
+        records=samples.records.to_table(),
+        extensions=seen,
     )
 
 
@@ -183,22 +147,22 @@ class _Member(NamedTuple):
     content: bytes | None
 
 
-def _members(
+def _read_members(
     raw: pa.NativeFile, folder: Folder, name: str, contents: Sequence[str]
 ) -> Iterator[_Member]:
-    """Yield the files in a tar; the contents of some extensions are read, the others skipped."""
+    """Yield the files in a tar; only files with the given extensions are read, others skipped."""
     size = raw.size()
-    # Python's own buffer keeps what it holds when a seek stays inside it.
+    # Python's buffer keeps its content when a seek stays inside it.
     with io.BufferedReader(raw, _BUFFER_BYTES[folder.is_local]) as stream:  # type: ignore[arg-type]
         if stream.peek(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7z")):
             raise JobError(
-                f"{folder}/{name} is compressed, so that its images cannot be read one by one; "
-                "uncompress it (images hardly shrink by it)"
+                f"{folder}/{name} is compressed, so its images cannot be read one by one; "
+                "uncompress it (compression hardly shrinks images)"
             )
         try:
             tar = tarfile.TarFile(fileobj=stream, mode="r")
             while (member := tar.next()) is not None:
-                # It would keep all of them.
+                # Else it would keep all members.
                 tar.members = []  # pyright: ignore[reportAttributeAccessIssue]
                 start = member.offset_data
                 if start + member.size > size:
@@ -212,16 +176,16 @@ def _members(
                         stream.seek(start)
                         content = stream.read(member.size)
                     yield _Member(*split, start, member.size, content)
-            # A header that is none ends tarfile's reading as if the tar ended there.
+            # tarfile takes an invalid header for the end of the tar.
             stream.seek(tar.offset)
             if stream.read(512).strip(b"\0"):
-                raise tarfile.ReadError(f"there is no header at byte {tar.offset}")
+                raise tarfile.ReadError(f"no valid header at byte {tar.offset}")
         except (tarfile.TarError, OSError, EOFError) as error:
             raise JobError(f"{folder}/{name} is damaged: {error}; write it again") from error
 
 
 def _key_and_extension(path: str) -> tuple[str, str] | None:
-    """Return a sample's key and a file's extension in small letters; None for no sample's file."""
+    """Return the key and the extension in lower case of a sample's file; None for other files."""
     while path.startswith("./"):
         path = path[2:]
     parent, slash, base = path.rpartition("/")
@@ -229,47 +193,35 @@ def _key_and_extension(path: str) -> tuple[str, str] | None:
     return (f"{parent}{slash}{stem}", extension.lower()) if stem and dot else None
 
 
-class _Records:
-    """The samples of one tar as rows: the fields of `.json`, the label of `.cls`, the key."""
+class _Samples:
+    """Collects the samples of a tar as records: fields of `.json`, the label of `.cls`, the key."""
 
     def __init__(self, spec: PrepareSpec) -> None:
+        self.records = RecordTable()
         self._spec = spec
-        self._tables: list[pa.Table] = []
-        self._records: list[dict[str, Any]] = []
-        self._last: tuple[str, dict[str, Any]] | None = None
+        self._key: str | None = None
+        self._record: dict[str, Any] = {}
 
-    def add(self, member: _Member, where: str) -> None:
-        """Take a file of a sample; the files of one stand together in a tar."""
-        if self._last is None or self._last[0] != member.key:
-            if len(self._records) >= CHUNK_RECORDS:
-                self._flush()
-            self._last = member.key, {}
-            self._records.append(self._last[1])
-        record = self._last[1]
+    def add(self, member: _Member, file: str) -> None:
+        """Add a file of a sample; the files of one sample are consecutive in a tar."""
+        if member.key != self._key:
+            self._key, self._record = member.key, {}
+            self.records.append(self._record)
         if member.content is not None:
             try:
                 text = member.content.decode()
                 if member.extension == "cls":
-                    record[self._spec.label_column] = text.strip()
+                    self._record[self._spec.label_column] = text.strip()
                 else:
-                    record |= _fields(text)
+                    self._record |= _parse_fields(text)
             except ValueError as error:
                 name = f"{member.key}.{member.extension}"
-                raise JobError(f"{where}: {name} cannot be read: {error}") from error
-        record[self._spec.key_column] = member.key
-
-    def table(self) -> pa.Table:
-        """Return all rows."""
-        self._flush()
-        return stack(self._tables)
-
-    def _flush(self) -> None:
-        self._tables.append(table_of_records(self._records))
-        self._records = []
+                raise JobError(f"{file}: {name} cannot be read: {error}") from error
+        self._record[self._spec.key_column] = member.key
 
 
-def _fields(text: str) -> dict[str, Any]:
+def _parse_fields(text: str) -> dict[str, Any]:
     fields = json.loads(text)
     if not isinstance(fields, dict):
-        raise ValueError("it is no JSON object")
+        raise ValueError("not a JSON object")
     return fields

@@ -1,21 +1,23 @@
-"""What a checkpoint holds, how it is written, and how a run goes on from it.
+"""Defines what a checkpoint contains, and reads, writes and restores it.
 
     state.json      epoch, step, history, early stopping, learning-rate plateau, best epoch
-    model.npz       every variable of the model, by its place and path, random states among them
-    optimizer.npz   every variable of the optimizer and of the step, likewise
-    local.npz       what each replica has for itself: batch-norm statistics, its part of the loss
+    model.npz       every variable of the model by index and path, including random states
+    optimizer.npz   every variable of the optimizer and of the training step, likewise
+    local.npz       values that differ between replicas: batch-norm statistics, parts of the loss
 
-The weights of a best epoch lie in a folder of their own, since they are written once:
+The weights of a best epoch are in a folder of their own, because they are written only once:
 
     model.npz       every variable of the model at that epoch
     validation.npz  logits of every head and labels of the validation rows
 
-Plain arrays and JSON: nothing in a checkpoint is executed when it is read.
+Files contain plain arrays and JSON, so reading a checkpoint executes no code.
 """
 
 import json
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +27,8 @@ import numpy as np
 from pydantic import NonNegativeInt
 
 from mm_model.spec import Spec
+from ray_jobs.config.spec import TrainSpec
+from ray_jobs.train.telemetry.history_keys import sort_key
 
 if TYPE_CHECKING:
     import keras
@@ -32,30 +36,44 @@ if TYPE_CHECKING:
 Arrays = dict[str, np.ndarray]
 
 STATE = "state.json"
+_AUTOMATIC_NUMBER = re.compile(r"_\d+(?=[/_]|$)")
 
 
 class DamagedCheckpointError(Exception):
-    """A checkpoint is not whole; what cannot be read at the moment is another thing."""
+    """A checkpoint is incomplete or damaged. Transient I/O errors raise OSError instead."""
 
 
 class LoopState(Spec):
-    """Where training stands after a step; the same on every worker but for rank 0's measures."""
+    """Progress of a training; equal on all workers except for rank 0's measurements."""
 
     epoch: NonNegativeInt = 0
-    """Epochs done."""
+    """Completed epochs."""
     step: NonNegativeInt = 0
-    """Steps done: the data cursor."""
+    """Completed steps, which also give the position in the training data."""
     history: tuple[dict[str, Any], ...] = ()
-    """One record an epoch."""
+    """One record per epoch."""
     best_epoch: NonNegativeInt | None = None
-    """Index of the best epoch so far."""
+    """Index of the best epoch."""
     plateau_epochs: NonNegativeInt = 0
-    """Epochs since the plateau schedule last saw a better one, or acted."""
+    """Epochs since the plateau schedule last saw an improvement or reduced the learning rate."""
+
+    def best_epochs(self, train: TrainSpec) -> list[int]:
+        """Return the indices of the best epochs to keep, best first, earlier ones first on ties."""
+        key = train.monitor
+        epochs = range(len(self.history))
+        ranked = sorted(epochs, key=lambda epoch: sort_key(key, self.history[epoch][key]))
+        return ranked[: train.keep_best]
+
+    def is_finished(self, train: TrainSpec) -> bool:
+        """Whether training has reached its last epoch or run out of patience."""
+        if self.epoch == train.epochs:
+            return True
+        return self.best_epoch is not None and self.epoch - 1 - self.best_epoch >= train.patience
 
 
 @dataclass
 class BestCheckpoint:
-    """The model at one of the best epochs so far, and what it said of the validation rows."""
+    """The model at one of the best epochs, and its output for the validation rows."""
 
     model: Arrays
     head_logits_NM: np.ndarray
@@ -70,66 +88,73 @@ class Checkpoint:
     model: Arrays
     optimizer: Arrays
     local: Arrays = field(default_factory=dict)
-    """By name what each replica has for itself, their number first; in the middle of epochs."""
+    """Values that differ between replicas, with a first axis of replicas; only within an epoch."""
     best: dict[int, BestCheckpoint] = field(default_factory=dict)
-    """The best epochs that are kept, by their index."""
+    """The kept best epochs, by index."""
+
+
+def array_name(index: int, variable: "keras.Variable") -> str:
+    """Return the name of a variable's array in a checkpoint."""
+    return f"{index:05d} {variable.path}"
 
 
 def assign(variables: "Sequence[keras.Variable]", arrays: Arrays, what: str) -> None:
-    """Give variables the values that were copied from others of the same places.
+    """Assign saved arrays to variables in the order in which they were saved.
 
     Raises:
-        ValueError: if there are more or fewer of them, or one has another shape.
+        ValueError: If a layer, a name or a shape differs; nothing is assigned.
     """
-    by_place = [arrays[name] for name in sorted(arrays)]
-    shapes = [tuple(v.shape) for v in variables]
-    if shapes != [array.shape for array in by_place]:
-        odd = next(
-            (
-                v.path
-                for v, a in zip(variables, by_place, strict=False)
-                if tuple(v.shape) != a.shape
-            ),
-            f"{len(variables)} variables, {len(by_place)} stored",
+    names = sorted(arrays)
+    saved = [_identity(name.partition(" ")[2], arrays[name].shape) for name in names]
+    here = [_identity(variable.path, tuple(variable.shape)) for variable in variables]
+    if saved != here:
+        pairs = zip(here, saved, strict=False)
+        difference = next(
+            (f"{one} was saved as {other}" for one, other in pairs if one != other),
+            f"{len(here)} variables, {len(saved)} saved",
         )
         raise ValueError(
-            f"the {what} do not fit the model ({odd}); was it changed under the same run name?"
+            f"the saved {what} do not fit the model ({difference}); the settings or the version of "
+            "Keras changed, so choose another --run.name"
         )
-    for variable, array in zip(variables, by_place, strict=True):
-        variable.assign(array)
+    for variable, name in zip(variables, names, strict=True):
+        variable.assign(arrays[name])
 
 
-def is_random_state(variable: "keras.Variable") -> bool:
-    """Whether a variable is the state of a random generator, not something learnt."""
-    return "seed_generator_state" in variable.path
+def _identity(path: str, shape: tuple[int, ...]) -> str:
+    """Return what must be equal: layer, name and shape.
+
+    Without the numbers of unnamed layers, which Keras counts by process, and without the models
+    around a layer, of which `from_config` drops some.
+    """
+    layer_and_name = "/".join(path.split("/")[-2:])
+    return f"{_AUTOMATIC_NUMBER.sub('', layer_and_name)} {shape}"
 
 
-def write_checkpoint(folder: str | Path, saved: Checkpoint) -> None:
+def write_checkpoint(folder: str | Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint, without the best epochs, into an empty local folder."""
     folder = Path(folder)
-    parts = {"model": saved.model, "optimizer": saved.optimizer, "local": saved.local}
-    for name, arrays in parts.items():
-        _write_arrays(folder / f"{name}.npz", arrays)
-    # Last, so that a folder with a state is whole.
-    _write_state(folder, saved.state)
+    for name in ("model", "optimizer", "local"):
+        _write_arrays(folder / f"{name}.npz", getattr(checkpoint, name))
+    # Last, so that a folder with a state is complete.
+    with _synced(folder / STATE) as file:
+        file.write(json.dumps(checkpoint.state.model_dump(mode="json")).encode())
 
 
 def read_checkpoint(folder: str | Path) -> Checkpoint:
-    """Return a checkpoint, without the best epochs.
+    """Return a checkpoint without the best epochs.
 
     Raises:
-        DamagedCheckpointError: if it is not whole.
-        OSError: if it cannot be read.
+        DamagedCheckpointError: If it is incomplete or damaged.
+        OSError: If it cannot be read.
     """
     folder = Path(folder)
-    try:
+    with _detecting_damage("the checkpoint", folder):
         state = LoopState.model_validate_json((folder / STATE).read_text())
         model, optimizer, local = (
             _read_arrays(folder / f"{name}.npz") for name in ("model", "optimizer", "local")
         )
         return Checkpoint(state, model, optimizer, local)
-    except _NOT_WHOLE as error:
-        raise DamagedCheckpointError(f"the checkpoint in {folder} is not whole: {error}") from error
 
 
 def write_best(folder: str | Path, best: BestCheckpoint) -> None:
@@ -144,42 +169,41 @@ def read_best(folder: str | Path) -> BestCheckpoint:
     """Return the model of a best epoch.
 
     Raises:
-        DamagedCheckpointError: if it is not whole.
-        OSError: if it cannot be read.
+        DamagedCheckpointError: If it is incomplete or damaged.
+        OSError: If it cannot be read.
     """
     folder = Path(folder)
-    try:
+    with _detecting_damage("the best epoch", folder):
         validation = _read_arrays(folder / "validation.npz")
         model = _read_arrays(folder / "model.npz")
         return BestCheckpoint(model, validation["head_logits"], validation["label"])
-    except _NOT_WHOLE as error:
-        raise DamagedCheckpointError(f"the best epoch in {folder} is not whole: {error}") from error
 
 
-_NOT_WHOLE = (FileNotFoundError, EOFError, BadZipFile, ValueError, KeyError)
+@contextmanager
+def _detecting_damage(what: str, folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (FileNotFoundError, EOFError, BadZipFile, ValueError, KeyError) as error:
+        raise DamagedCheckpointError(f"{what} in {folder} is damaged: {error}") from error
 
 
 def _write_arrays(path: Path, arrays: Arrays) -> None:
-    with open(path, "wb") as file:
-        # A slash in the name would become a folder inside the zip file.
-        named: dict[str, Any] = {key.replace("/", "|"): value for key, value in arrays.items()}
+    # In a zip file, a slash in a name would become a folder.
+    named: dict[str, Any] = {key.replace("/", "|"): value for key, value in arrays.items()}
+    with _synced(path) as file:
         np.savez(file, **named)
-        _flush(file)
 
 
 def _read_arrays(path: Path) -> Arrays:
-    # Opened here, since NumPy leaves a file open that it finds to be no archive.
+    # NumPy would leave a file open that is not an archive.
     with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
         return {key.replace("|", "/"): file[key] for key in file.files}
 
 
-def _write_state(folder: Path, state: LoopState) -> None:
-    with open(folder / STATE, "w") as file:
-        file.write(json.dumps(state.model_dump(mode="json")))
-        _flush(file)
-
-
-def _flush(file: Any) -> None:
-    """Wait until the disk has a file: its name must not be there before its content."""
-    file.flush()
-    os.fsync(file.fileno())
+@contextmanager
+def _synced(path: Path) -> Iterator[Any]:
+    """Open a file and sync it to disk: a rename must not become visible before its content."""
+    with open(path, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,16 +1,14 @@
-"""Where the checkpoints of a run lie: written in the background, the newest whole one read back.
+"""Writes the checkpoints of a run in the background, and finds the newest complete one.
 
-    checkpoints/steps/00000120/   after step 120: the latest few
-    checkpoints/best/00003/       models of the best epochs, by their index
+    checkpoints/steps/00000120/   after step 120; the latest few
+    checkpoints/best/00003/       models of the best epochs, by index
 
-A folder gets its name when all of it is on the disk, or in an object store its state last; so what
-a killed writer leaves behind is never taken for a checkpoint. One that was damaged later is passed
-over for the one before.
+A local folder is renamed into place when it is complete; in an object store, the state is uploaded
+last. So the remains of a killed writer never count as a checkpoint. Checkpoints that are damaged
+later are skipped.
 """
 
 import logging
-import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from ray_jobs.storage.atomic_write import PARTIAL, atomic_write
 from ray_jobs.storage.folder import Folder
 from ray_jobs.train.checkpoints.checkpoint import (
     STATE,
@@ -33,7 +32,6 @@ from ray_jobs.train.checkpoints.checkpoint import (
 
 STEPS = "checkpoints/steps"
 BEST = "checkpoints/best"
-_PARTIAL = ".partial"
 
 T = TypeVar("T")
 
@@ -41,172 +39,153 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointManager:
-    """The checkpoints of one run; one process writes, any may read.
+    """The checkpoints of one run. One process writes, any process reads.
 
     Args:
-        run: folder of the run.
-        keep: latest checkpoints that are kept.
-        warn: told what could not be written, and why.
+        run: The run folder.
+        keep: Number of latest checkpoints to keep.
+        warn: Receives a message if something could not be written.
     """
 
     def __init__(
-        self, run: Folder, keep: int = 2, warn: Callable[[str], None] | None = None
+        self, run: Folder, keep: int = 2, warn: Callable[[str], None] = logger.warning
     ) -> None:
-        self.run, self.keep = run, keep
-        self.warn = warn or logger.warning
+        self.run, self.keep, self.warn = run, keep, warn
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
         self._latest: Checkpoint | None = None
         self.written = 0
-        """Step of the latest checkpoint that is written, or was gone on from."""
+        """Step of the latest checkpoint that was written or loaded."""
         self._best: set[int] = set()
-        """Epochs whose models are known to be there, whole."""
+        """Epochs whose models are known to be complete."""
 
-    def save(self, saved: Checkpoint) -> None:
-        """Write a checkpoint in the background, once the one before is written.
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write a checkpoint in the background, after waiting for the previous one.
 
-        A checkpoint that cannot be written costs the run nothing but the steps since the one before
-        in case it fails: training goes on, `warn` is told, and the next one is tried as usual.
+        If writing fails, `warn` is called and training continues; a later failure of the run then
+        costs the steps since the previous checkpoint.
         """
         self.wait()
-        # Best epochs are not for overwriting, and would be kept longer than they are needed.
-        self._latest = replace(saved, best={}, local={})
-        self._writing = self._writer.submit(self._save, saved)
+        # Without the best epochs, which are not overwritten and would stay in memory too long.
+        self._latest = replace(checkpoint, best={}, local={})
+        self._writing = self._writer.submit(self._save, checkpoint)
 
     def spare(self) -> Checkpoint | None:
-        """Give away what was saved last, if it is written by now, for another copy to overwrite.
-
-        To have it at hand the store keeps model and optimizer of the last checkpoint in memory.
-        """
+        """Hand over the memory of the last checkpoint, once, if it is written by now."""
         if self._writing is None or not self._writing.done():
             return None
         spare, self._latest = self._latest, None
         return spare
 
     def wait(self) -> None:
-        """Wait until what was saved is written, or could not be."""
+        """Wait for the background write."""
         if self._writing is not None:
             self._writing.result()
 
     def close(self) -> None:
-        """Wait, end the thread, and let go of what was saved last."""
+        """Wait for the background write, stop the thread and free the memory."""
         self.wait()
         self._writer.shutdown()
         self._latest = None
 
     def steps(self) -> list[int]:
-        """Return the steps of which there is a checkpoint, perhaps damaged since, in order."""
-        return _whole_steps(self.run.names(STEPS))
+        """Return the steps of all checkpoints in order, including damaged ones."""
+        return _steps_with_state(self.run.names(STEPS))
 
     def load(self, step: int, with_best: bool = True) -> Checkpoint:
-        """Return the checkpoint after a step.
-
-        Args:
-            step: of it.
-            with_best: whether with the models of the best epochs, which only whoever writes needs.
+        """Return the checkpoint after a step, for the writer also the models of the best epochs.
 
         Raises:
-            DamagedCheckpointError: if it, or the model of its best epoch, is not whole.
-            OSError: if it cannot be read.
+            DamagedCheckpointError: If the checkpoint or the model of its best epoch is damaged.
+            OSError: If it cannot be read.
         """
-        saved = self._read(f"{STEPS}/{step:08d}", read_checkpoint)
-        best = saved.state.best_epoch
-        # Those of later epochs are of a future that this checkpoint knows nothing of.
-        there = _numbers(self.run.names(BEST)) if with_best else []
-        for epoch in (e for e in there if e < saved.state.epoch):
+        checkpoint = self._read(f"{STEPS}/{step:08d}", read_checkpoint)
+        best = checkpoint.state.best_epoch
+        stored = _numbers(self.run.names(BEST)) if with_best else []
+        # Later epochs are those of a run that went back to this checkpoint.
+        for epoch in (e for e in stored if e < checkpoint.state.epoch):
             try:
-                saved.best[epoch] = self._read(f"{BEST}/{epoch:05d}", read_best)
+                checkpoint.best[epoch] = self._read(f"{BEST}/{epoch:05d}", read_best)
             except DamagedCheckpointError:
                 if epoch == best:
                     raise
-        if with_best and best is not None and best not in saved.best:
+        if with_best and best is not None and best not in checkpoint.best:
             raise DamagedCheckpointError(
-                f"the checkpoint after step {step} lacks its best epoch {best + 1}"
+                f"the checkpoint after step {step} lacks the model of its best epoch {best + 1}"
             )
-        self.written, self._best = step, set(saved.best)
-        return saved
+        self.written, self._best = step, set(checkpoint.best)
+        return checkpoint
 
     def newest(self, with_best: bool = True) -> Checkpoint | None:
-        """Return the newest checkpoint that is whole, if there is any.
+        """Return the newest complete checkpoint, if any; skip damaged ones with a warning.
 
         Raises:
-            OSError: if one cannot be read, which says nothing about whether it is whole.
+            OSError: If a checkpoint cannot be read, which does not mean that it is damaged.
         """
         for step in reversed(self.steps()):
             try:
                 return self.load(step, with_best)
             except DamagedCheckpointError as error:
-                self.warn(f"{error}; it is passed over")
+                self.warn(f"skipping a checkpoint: {error}")
         return None
 
     # -- in the writer's thread -------------------------------------------------------------------
 
-    def _save(self, saved: Checkpoint) -> None:
-        step = saved.state.step
+    def _save(self, checkpoint: Checkpoint) -> None:
+        step = checkpoint.state.step
         try:
-            # First, since a checkpoint without its best epoch is none.
-            for epoch in saved.best.keys() - self._best:
-                best = saved.best[epoch]
+            # First, since a checkpoint is not complete without its best epoch.
+            for epoch in checkpoint.best.keys() - self._best:
+                best = checkpoint.best[epoch]
                 self._write(f"{BEST}/{epoch:05d}", lambda path, best=best: write_best(path, best))
                 self._best.add(epoch)
-            self._write(f"{STEPS}/{step:08d}", lambda path: write_checkpoint(path, saved))
+            self._write(f"{STEPS}/{step:08d}", lambda path: write_checkpoint(path, checkpoint))
             self.written = step
         except Exception as error:
-            # Of any class: a disk's, or a remote file system's.
+            # Remote file systems raise exceptions of many classes.
             self.warn(f"the checkpoint after step {step} could not be written: {error}")
             return
         try:
-            self._prune(saved)
+            self._prune(checkpoint)
         except Exception as error:
-            self.warn(f"checkpoints that are not needed could not be deleted: {error}")
+            self.warn(f"old checkpoints could not be deleted: {error}")
 
     def _write(self, name: str, write: Callable[[Path], None]) -> None:
-        """Make a folder, there whole or not at all, of what `write` puts into a local one."""
-        if not self.run.is_local:
-            with tempfile.TemporaryDirectory() as path:
-                write(Path(path))
-                for file in sorted(Path(path).iterdir(), key=lambda file: file.name == STATE):
-                    self.run.upload(file, f"{name}/{file.name}")
+        """Create a folder atomically from the files that `write` puts into a local folder."""
+        if self.run.is_local:
+            with atomic_write(self.run.locate(name), is_folder=True) as partial:
+                write(partial)
             return
-        target = Path(self.run.locate(name))
-        partial = target.with_name(f"{target.name}{_PARTIAL}")
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            write(partial)
-            # Left by a run that went on from an earlier one, this one being damaged.
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(partial, target)
-        except OSError:
-            # At once: what is left of it may be what fills the disk.
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+        with tempfile.TemporaryDirectory() as path:
+            write(Path(path))
+            for file in sorted(Path(path).iterdir(), key=lambda file: file.name == STATE):
+                self.run.upload(file, f"{name}/{file.name}")
 
-    def _prune(self, saved: Checkpoint) -> None:
-        """Delete what is no longer needed, now that a checkpoint is written."""
-        # Listed once: of an object store every list is a question over the network.
-        of_steps, of_best = list(self.run.names(STEPS)), list(self.run.names(BEST))
-        states = self._states(_whole_steps(of_steps))
-        past = sorted(step for step in states if step <= saved.state.step)[-self.keep :]
-        # Later ones are of a future that this run came back from.
-        for step in set(_numbers(of_steps)) - set(past):
+    def _prune(self, checkpoint: Checkpoint) -> None:
+        """Delete what is not needed any more after a checkpoint is written."""
+        # List each folder once: in an object store, a listing is a network request.
+        step_files, best_files = list(self.run.names(STEPS)), list(self.run.names(BEST))
+        states = self._states(_steps_with_state(step_files))
+        # Later steps are those of a run that went back to an earlier checkpoint.
+        kept = sorted(step for step in states if step <= checkpoint.state.step)[-self.keep :]
+        for step in set(_numbers(step_files)) - set(kept):
             self.run.delete(f"{STEPS}/{step:08d}")
-        needed = {*saved.best, *(states[step].best_epoch for step in past)}
-        for epoch in set(_numbers(of_best)) - needed:
+        needed = {*checkpoint.best, *(states[step].best_epoch for step in kept)}
+        for epoch in set(_numbers(best_files)) - needed:
             self._best.discard(epoch)
             self.run.delete(f"{BEST}/{epoch:05d}")
-        for folder in {name.rpartition("/")[0] for name in (*of_steps, *of_best)}:
-            if folder.endswith(_PARTIAL):
+        for folder in {name.rpartition("/")[0] for name in (*step_files, *best_files)}:
+            if folder.endswith(PARTIAL):
                 self.run.delete(folder)
 
     def _states(self, steps: list[int]) -> dict[int, LoopState]:
-        """Return the states of checkpoints that have one that can be read, by step."""
-        found = {}
+        """Return the readable states of checkpoints, by step."""
+        states = {}
         for step in steps:
             with suppress(ValueError):
                 content = self.run.read_bytes(f"{STEPS}/{step:08d}/{STATE}")
-                found[step] = LoopState.model_validate_json(content)
-        return found
+                states[step] = LoopState.model_validate_json(content)
+        return states
 
     def _read(self, name: str, read: Callable[[Path], T]) -> T:
         if self.run.is_local:
@@ -218,11 +197,11 @@ class CheckpointManager:
 
 
 def _numbers(files: Iterable[str]) -> list[int]:
-    """Return the numbers that the folders of files are named by, in order."""
+    """Return the numbers in the names of the files' folders, in order."""
     folders = {Path(file).parent.name for file in files}
     return sorted(int(folder) for folder in folders if folder.isdigit())
 
 
-def _whole_steps(files: Iterable[str]) -> list[int]:
-    """Return the steps whose state, which is written last, is among files, in order."""
+def _steps_with_state(files: Iterable[str]) -> list[int]:
+    """Return the steps whose state, which is written last, is among the files, in order."""
     return _numbers(file for file in files if Path(file).name == STATE)

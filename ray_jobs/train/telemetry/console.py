@@ -1,62 +1,42 @@
-"""What a run says of itself: the keys of its history, its progress, the terminal.
+"""Prints the progress of a run to the terminal.
 
-Rank 0 posts events to the coordinator; the driver reads and prints them. Tune schedules on the
-keys, so they are defined once, here.
+Rank 0 posts events to the coordinator; the driver fetches and prints them.
 """
 
 import textwrap
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from ray_jobs.train.telemetry.history_keys import (
+    DATA_WAIT_S,
+    EPOCH,
+    EPOCH_S,
+    ROWS_PER_S,
+    STARTUP_BUILD_S,
+    STARTUP_CHECKPOINT_S,
+    STARTUP_FIRST_STEP_S,
+    STARTUP_IMPORTS_S,
+    STARTUP_RAY_S,
+    STARTUP_WORKERS_S,
+    STEP,
+    TRAIN_LOSS,
+    VAL_ACCURACY,
+    VAL_LOG_LOSS,
+    VAL_ROC_AUC,
+)
+
 if TYPE_CHECKING:
     from rich.console import Console
-
-EPOCH = "epoch"
-STEP = "step"
-TRAIN_LOSS = "train/loss"
-LEARNING_RATE = "train/learning_rate"
-VAL_LOG_LOSS = "val/log_loss"
-VAL_ROC_AUC = "val/roc_auc"
-VAL_PR_AUC = "val/pr_auc"
-VAL_ACCURACY = "val/accuracy"
-INFERENCE_ROW_S = "inference/row_s"
-ROWS_PER_S = "data/rows_per_s"
-DATA_WAIT_S = "data/wait_s"
-EPOCH_S = "time/epoch_s"
-STEP_S = "time/step_s"
-COLLECTIVE_S = "time/collective_s"
-VALIDATION_S = "time/validation_s"
-CHECKPOINT_S = "time/checkpoint_s"
-STARTUP_RAY_S = "startup/ray_s"
-STARTUP_WORKERS_S = "startup/workers_s"
-STARTUP_IMPORTS_S = "startup/imports_s"
-STARTUP_BUILD_S = "startup/build_s"
-STARTUP_CHECKPOINT_S = "startup/checkpoint_s"
-STARTUP_FIRST_STEP_S = "startup/first_step_s"
-WORKER_BYTES = "memory/worker_bytes"
-NODE_MEMORY_FRACTION = "memory/node_used_fraction"
-CPU_CORES = "cpu/process_cores"
-GPU_UTILIZATION = "gpu/utilization"
-GPU_BYTES = "gpu/memory_bytes"
-GPU_PEAK_BYTES = "gpu/memory_peak_bytes"
-
-FALLING = (VAL_LOG_LOSS, INFERENCE_ROW_S)
-"""Keys of what is better the less it is; of the other metrics it is the more."""
-
-HISTORY = "history.jsonl"
-"""File of a run folder: a record an epoch, as a line of JSON."""
-HISTORY_TABLE = "history.parquet"
-"""The same as a table."""
 
 Event = dict[str, Any]
 
 _POLL_S = 0.25
+_HEADER = "  epoch   step  rows/s  data wait  train loss  val loss  val AUC  val acc"
 _STARTING = "starting workers"
-_WORTH_SAYING_S = 0.05
-_PARTS = {
+_MIN_STARTUP_PART_S = 0.05
+_STARTUP_PARTS = {
     STARTUP_RAY_S: "Ray",
     STARTUP_WORKERS_S: "workers",
     STARTUP_IMPORTS_S: "imports",
@@ -64,55 +44,48 @@ _PARTS = {
     STARTUP_CHECKPOINT_S: "checkpoint",
     STARTUP_FIRST_STEP_S: "first step",
 }
-_UNBROKEN = "\N{NO-BREAK SPACE}"
-
-
-def rank(key: str, value: float | None) -> float:
-    """Return a number that is lower the better a metric is."""
-    if value is None:
-        return float("inf")
-    return value if key in FALLING else -value
+_NO_BREAK_SPACE = "\N{NO-BREAK SPACE}"
 
 
 @contextmanager
-def shown(coordinator: Any, title: str) -> Iterator[None]:
-    """Show the events of a coordinator on the terminal until the block ends."""
+def show_progress(coordinator: Any, title: str) -> Iterator[None]:
+    """Print the events of a coordinator until the block ends, then kill the coordinator."""
     import ray
     from ray.exceptions import GetTimeoutError, RayError
 
-    screen = ProgressConsole(title)
+    console = ProgressConsole(title)
     done = threading.Event()
 
-    def follow() -> None:
-        last, taken = False, []
-        while not last:
-            last = done.wait(_POLL_S)
-            taken.append(coordinator.take.remote())
+    def poll() -> None:
+        is_last, calls = False, []
+        while not is_last:
+            is_last = done.wait(_POLL_S)
+            calls.append(coordinator.take.remote())
             try:
-                while taken:
-                    for event in ray.get(taken[0], timeout=10):
-                        screen.show(event)
-                    del taken[0]
+                while calls:
+                    for event in ray.get(calls[0], timeout=10):
+                        console.show(event)
+                    del calls[0]
             except GetTimeoutError:
-                # A busy node starts actors slowly. The call stands, with the events it takes.
+                # A busy node starts actors slowly. The call will still return its events.
                 continue
             except RayError:
                 # The coordinator died with its node or job; training does not depend on it.
                 return
 
-    follower = threading.Thread(target=follow, name="progress", daemon=True)
-    with screen:
-        follower.start()
+    poller = threading.Thread(target=poll, name="progress", daemon=True)
+    with console:
+        poller.start()
         try:
             yield
         finally:
             done.set()
-            follower.join(timeout=15)
+            poller.join(timeout=15)
             ray.kill(coordinator)
 
 
 class ProgressConsole:
-    """A line for each epoch and incident, and on a terminal a bar for the steps in between."""
+    """Prints a line per epoch and incident; on a terminal, a progress bar for the steps."""
 
     def __init__(self, title: str, console: "Console | None" = None) -> None:
         from rich.console import Console
@@ -120,8 +93,7 @@ class ProgressConsole:
 
         self.console = console or Console(highlight=False)
         self.title = title
-        self.started = time.monotonic()
-        self.header_shown = False
+        self.has_header = False
         self.saved = ""
         self.bar = Progress(
             TextColumn("{task.description}"),
@@ -143,58 +115,36 @@ class ProgressConsole:
         self.bar.stop()
 
     def show(self, event: Event) -> None:
-        """Show one event; one of an unknown kind is left out."""
-        show = {
-            "step": self._step,
-            "epoch": self._epoch,
-            "note": self._note,
-            "stage": self._note,
-            "startup": self._startup,
-            "checkpoint": self._checkpoint,
-            "failure": self._failure,
-        }.get(event["kind"])
-        if show is not None:
-            show(event)
-
-    def _step(self, event: Event) -> None:
-        self.bar.update(
-            self.task,
-            description=f"epoch {event[EPOCH] + 1}",
-            completed=event["done"],
-            total=event["total"],
-            speed=f"{event[ROWS_PER_S]:,.0f} rows/s  loss {event[TRAIN_LOSS]:.4f}{self.saved}",
-        )
-
-    def _epoch(self, event: Event) -> None:
-        if not self.header_shown:
-            self.header_shown = True
-            self.console.print(
-                "  epoch   step  rows/s  data wait  train loss  val loss  val AUC  val acc",
-                style="bold",
-            )
-        self.console.print(_epoch_line(event))
-
-    def _note(self, event: Event) -> None:
-        self._print(event["text"], "dim")
-
-    def _startup(self, event: Event) -> None:
-        parts = event["parts"]
-        each = [f"{_PARTS[key]} {s:.1f}" for key, s in parts.items() if s >= _WORTH_SAYING_S]
-        # Lines break between the parts, not in them.
-        text = ", ".join(part.replace(" ", _UNBROKEN) for part in each)
-        self._print(f"started in {sum(parts.values()):.1f} s: {text}", "dim")
-
-    def _checkpoint(self, event: Event) -> None:
-        self.saved = f"  saved at {event['step']:,}"
-
-    def _failure(self, event: Event) -> None:
-        most = f" of at most {event['most']}" if event["most"] >= 0 else ""
-        self._print(f"failure {event['attempt']}{most}: {event['text']}", "yellow")
-        self.bar.tasks[0].total = None
-        self.bar.reset(self.task, description=_STARTING, speed="")
+        """Print an event; ignore unknown kinds."""
+        match event["kind"]:
+            case "step":
+                speed = f"{event[ROWS_PER_S]:,.0f} rows/s  loss {event[TRAIN_LOSS]:.4f}{self.saved}"
+                self.bar.update(
+                    self.task,
+                    description=f"epoch {event[EPOCH] + 1}",
+                    completed=event["done"],
+                    total=event["total"],
+                    speed=speed,
+                )
+            case "epoch":
+                if not self.has_header:
+                    self.has_header = True
+                    self.console.print(_HEADER, style="bold")
+                self.console.print(_epoch_line(event))
+            case "note" | "stage":
+                self._print(event["text"], "dim")
+            case "startup":
+                self._print(_startup_text(event["parts"]), "dim")
+            case "checkpoint":
+                self.saved = f"  saved at {event['step']:,}"
+            case "failure":
+                limit = f" of at most {event['most']}" if event["most"] >= 0 else ""
+                self._print(f"failure {event['attempt']}{limit}: {event['text']}", "yellow")
+                self.bar.tasks[0].total = None
+                self.bar.reset(self.task, description=_STARTING, speed="")
 
     def _print(self, text: str, style: str) -> None:
-        """Print a paragraph, whose further lines stand a little further in."""
+        """Print a paragraph with a hanging indent."""
         from rich.text import Text
 
         lines = textwrap.wrap(
@@ -205,16 +155,25 @@ class ProgressConsole:
             break_long_words=False,
             break_on_hyphens=False,
         )
-        shown = "\n".join(lines).replace(_UNBROKEN, " ")
-        # As a Text, since the texts of errors are no markup, and since a style of the whole print
-        # would colour the bar below, too.
-        self.console.print(Text(shown, style=style))
+        # A Text, because error messages are no markup, and because `print(style=…)` would also
+        # colour the progress bar.
+        self.console.print(Text("\n".join(lines).replace(_NO_BREAK_SPACE, " "), style=style))
+
+
+def _startup_text(parts: dict[str, float]) -> str:
+    # No-break spaces keep a part on one line.
+    texts = [
+        f"{_STARTUP_PARTS[key]} {seconds:.1f}".replace(" ", _NO_BREAK_SPACE)
+        for key, seconds in parts.items()
+        if seconds >= _MIN_STARTUP_PART_S
+    ]
+    return f"started in {sum(parts.values()):.1f} s: {', '.join(texts)}"
 
 
 def _epoch_line(record: Event) -> str:
-    def number(key: str, width: int, digits: int = 4) -> str:
+    def number(key: str, width: int) -> str:
         value = record.get(key)
-        return f"{value:>{width}.{digits}f}" if value is not None else f"{'-':>{width}}"
+        return f"{value:>{width}.4f}" if value is not None else f"{'-':>{width}}"
 
     wait = f"{100 * record[DATA_WAIT_S] / max(record[EPOCH_S], 1e-9):.0f} %"
     line = (

@@ -1,10 +1,10 @@
-"""What follows a run outside the terminal: history files, TensorBoard, MLflow.
+"""Writes the history of a run: JSON and Parquet files, TensorBoard logs and an MLflow run.
 
-Enters: a record an epoch, on rank 0.  Leaves: `history.jsonl`, `history.parquet` and `tensorboard/`
-in the run folder, and a run in MLflow where `run.tracking` says so.
+Input: one record per epoch, on rank 0. Output: `history.jsonl`, `history.parquet` and
+`tensorboard/` in the run folder, and an MLflow run with `run.tracking: mlflow`.
 
-A run that goes on after a failure trains some epochs again. Files are therefore made from the whole
-history each time, so that nothing stays of what an interrupted attempt wrote further.
+A run that resumes after a failure repeats some epochs. Files are therefore rewritten from the
+whole history, so that nothing of an interrupted attempt remains.
 """
 
 import json
@@ -22,28 +22,26 @@ import pyarrow.parquet as pq
 
 from ray_jobs.config.spec import RunSpec
 from ray_jobs.storage.folder import Folder
-from ray_jobs.train.telemetry import console
-from ray_jobs.train.telemetry.console import HISTORY, HISTORY_TABLE
+from ray_jobs.train.telemetry.history_keys import EPOCH, HISTORY, HISTORY_TABLE
 from ray_jobs.train.telemetry.mlflow_logger import MlflowRun, require_mlflow
 
 TENSORBOARD = "tensorboard"
 
 Record = Mapping[str, Any]
-"""The keys of `console` with what an epoch had for them: numbers, or None."""
+"""The numbers of an epoch by the keys of `history_keys`; None for an undefined metric."""
 
 _log = logging.getLogger(__name__)
 
 
 def require_tracking(spec: RunSpec) -> RunSpec:
-    """Check that a run can be tracked as its spec says, before any worker is started.
+    """Check that a run can be tracked, before any worker starts.
 
     Returns:
-        The spec with the place of tracking in it, which workers do not find out by themselves: they
-        run in another directory, without the driver's environment. A server's user name and
-        password or token stay where MLflow looks for them, in the environment of the workers.
+        The spec with `run.tracking_uri` resolved, because workers run in another directory without
+        the driver's environment. MLflow itself reads credentials from the workers' environment.
 
     Raises:
-        JobError: if a package is missing, or MLflow's store or server does not answer.
+        JobError: If a package is missing, or MLflow's store or server does not answer.
     """
     if spec.run.tracking == "none":
         return spec
@@ -51,17 +49,11 @@ def require_tracking(spec: RunSpec) -> RunSpec:
 
 
 class Tracker:
-    """Fans the records of a run out; on rank 0 alone.
+    """Writes the records of a run to all destinations, on rank 0 only.
 
-    As a context manager it opens MLflow's run at once, and marks it as failed if the block ends in
-    an error. Without `with`, `fail` and `finish` tell MLflow the end of a run whose workers did not
-    live to tell.
-
-    Args:
-        folder: of the run.
-        spec: of the run.
-        warn: takes a text for the user when tracking is in trouble, which never ends the run; by
-            default logged.
+    As a context manager, it opens the MLflow run at once, and marks it as failed if the block
+    raises. Without `with`, the driver reports the end of a run whose workers died. Tracking errors
+    never end a run; they are passed to `warn`.
     """
 
     def __init__(
@@ -74,7 +66,7 @@ class Tracker:
 
     def __enter__(self) -> Self:
         if self._mlflow is not None:
-            self._mlflow.start()
+            self._mlflow.write(())
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -83,11 +75,7 @@ class Tracker:
         self.close()
 
     def write(self, history: Sequence[Record]) -> None:
-        """Write the epochs that are not written yet.
-
-        Args:
-            history: all records of the run so far, in order.
-        """
+        """Write the new epochs, given all records of the run so far."""
         if self._num_written < len(history):
             self._write_files(history)
         if self._mlflow is not None:
@@ -101,52 +89,50 @@ class Tracker:
             self._board.write(history)
             self._num_written = len(history)
         except Exception as error:
-            # Of any class: a disk's, TensorFlow's, a remote file system's. The next epoch writes
-            # what is missing, and TensorBoard's log anew.
+            # Disks, TensorFlow and remote file systems raise any class of error. The next epoch
+            # writes the missing records, and a new TensorBoard log.
             self.close()
-            self._warn(f"the history could not be written: {error}")
+            self._warn(f"could not write the history: {error}")
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Tell that the run is finished, when model and summary are in the run folder."""
+        """Report that the run finished and that its model and summary are in the run folder."""
         if self._mlflow is not None:
             self._mlflow.finish(summary)
 
-    def fail(self, text: str) -> None:
-        """Tell that the run failed, and why."""
+    def fail(self, error: str) -> None:
+        """Report that the run failed."""
         if self._mlflow is not None:
-            self._mlflow.fail(text)
+            self._mlflow.end("FAILED", error)
 
     def stop(self) -> None:
-        """Tell that its user stopped the run."""
+        """Report that the user stopped the run."""
         if self._mlflow is not None:
-            self._mlflow.stop()
+            self._mlflow.end("KILLED")
 
     def close(self) -> None:
-        """Close what is open."""
+        """Close the TensorBoard log."""
         if self._board is not None:
-            # Every epoch was flushed; a full disk has been warned of then.
+            # All epochs were flushed, with a warning on errors.
             with suppress(Exception):
                 self._board.close()
             self._board = None
 
 
 class TensorBoard:
-    """The numbers of each epoch, for TensorBoard, below the run folder.
+    """Writes the numbers of each epoch for TensorBoard; replaces the log of earlier attempts.
 
-    Args:
-        folder: of the run; a remote one gets a copy after each epoch. What is there of an earlier
-            attempt is deleted.
+    To a remote run folder, the log is uploaded after each epoch.
     """
 
     def __init__(self, folder: Folder) -> None:
         import tensorflow as tf
 
         self.folder = folder
-        # Traces of the profiler are no numbers of epochs, and stay.
+        # Keeps the traces of the profiler.
         for name in list(folder.names(TENSORBOARD)):
             if Path(name).name.startswith("events.out"):
                 folder.delete(name)
-        # Last, since nobody would delete it for a log that could not be made.
+        # Created last, so that an error above leaves no temporary folder.
         self._copy = None if folder.is_local else tempfile.mkdtemp(prefix="tensorboard-")
         self._writer = tf.summary.create_file_writer(
             self._copy or folder.locate(TENSORBOARD), filename_suffix=".epochs"
@@ -154,9 +140,14 @@ class TensorBoard:
         self._added = 0
 
     def write(self, history: Sequence[Record]) -> None:
-        """Write the epochs of a history that are not written yet."""
+        """Write the new epochs of a history."""
+        import tensorflow as tf
+
         for record in history[self._added :]:
-            self._add(record)
+            with self._writer.as_default(step=record[EPOCH]):
+                for key, value in record.items():
+                    if isinstance(value, float):
+                        tf.summary.scalar(key, value)
         self._added = len(history)
         self._writer.flush()
         if self._copy:
@@ -170,35 +161,25 @@ class TensorBoard:
             if self._copy:
                 shutil.rmtree(self._copy, ignore_errors=True)
 
-    def _add(self, record: Record) -> None:
-        import tensorflow as tf
-
-        with self._writer.as_default(step=record[console.EPOCH]):
-            for key, value in record.items():
-                if isinstance(value, float):
-                    tf.summary.scalar(key, value)
-
 
 def history_text(history: Sequence[Record]) -> str:
-    """Return what history.jsonl holds of some records."""
-    return "".join(map(_line, history))
-
-
-def _line(record: Record) -> str:
-    """Return a line of JSON, which has no infinity: null where a number is not finite."""
-    finite = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in record.items()
-    }
-    return json.dumps(finite, allow_nan=False) + "\n"
+    """Return records as JSON lines, with null for numbers that are not finite."""
+    finite = [
+        {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }
+        for record in history
+    ]
+    return "".join(json.dumps(record, allow_nan=False) + "\n" for record in finite)
 
 
 def _parquet(history: Sequence[Record]) -> bytes:
-    """Return a table of records: a column a key, null where a record has no number for it."""
+    """Return records as a Parquet table with a column per key, and null for missing numbers."""
     columns: dict[str, pa.Array] = {}
     for key in dict.fromkeys(key for record in history for key in record):
         column = pa.array([record.get(key) for record in history])
-        # A metric that no epoch has is a column of numbers all the same.
+        # A metric that is always undefined still has the type of numbers.
         columns[key] = column.cast(pa.float64()) if pa.types.is_null(column.type) else column
     stream = pa.BufferOutputStream()
     pq.write_table(pa.table(columns), stream)

@@ -1,7 +1,7 @@
-"""A run in MLflow: parameters, metrics, artifacts and the model, beside the run folder.
+"""Logs a run to MLflow: parameters, metrics, artifacts and the model.
 
-The run folder keeps the id of its MLflow run, so that a run that goes on after a failure goes on in
-MLflow, too.  Whatever MLflow's server or store does, the training goes on without it.
+The run folder stores the ID of its MLflow run, so a resumed run resumes its MLflow run. Errors of
+MLflow never end a training.
 """
 
 import json
@@ -20,66 +20,65 @@ from ray_jobs.cluster.connection import first_line
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import RunSpec
 from ray_jobs.storage.folder import Folder
-from ray_jobs.train.telemetry import console
+from ray_jobs.train.telemetry.history_keys import EPOCH, HISTORY, HISTORY_TABLE, STEP
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 EXPERIMENT = "multimodal-ray"
-NOTE = "mlflow.json"
-"""What the run folder remembers of its MLflow run."""
+RUN_ID = "mlflow.json"
+"""File of the run folder with the URI and the ID of its MLflow run."""
 FAILURE = "failure"
-"""Tag of a run that failed: why."""
+"""Tag with the error of a failed run."""
 ARTIFACTS = (
-    "run.yaml", "manifest.json", "environment.json", console.HISTORY, console.HISTORY_TABLE,
-    "summary.json",
+    "run.yaml", "manifest.json", "environment.json", HISTORY, HISTORY_TABLE, "summary.json",
 )  # fmt: skip
 
-_MOST_CHARACTERS = 6000
-"""Of a parameter's value; MLflow refuses longer ones."""
-_PARAMETERS_AT_ONCE = 100
+_MAX_VALUE_CHARS = 6000
+"""MLflow's limit for the value of a parameter."""
+_PARAMETERS_PER_CALL = 100
 _USER_INFO = re.compile(r"://[^/@\s]+@")
 
 
 def tracking_uri(spec: RunSpec) -> str:
-    """Return where a run is tracked: the setting, $MLFLOW_TRACKING_URI, or beside the runs.
+    """Return the tracking URI: the setting, $MLFLOW_TRACKING_URI, or a file in the runs' folder.
 
     Raises:
-        JobError: if none of them says a place that MLflow can write.
+        JobError: If MLflow cannot write there.
     """
     storage = Folder(spec.run.storage_path)
-    given = spec.run.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-    if not given:
+    uri = spec.run.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri:
         if not storage.is_local:
             raise JobError(
-                f"run.tracking=mlflow keeps its SQLite file beside the runs, and {storage} is on "
-                "no disk; set run.tracking_uri to an MLflow server, such as http://HOST:5000"
+                f"run.tracking=mlflow needs a local run.storage_path for its SQLite file, not "
+                f"{storage}; set run.tracking_uri to an MLflow server, such as http://HOST:5000"
             )
         return f"sqlite:///{storage.path}/mlflow.db"
-    if given.startswith("file:") or (":" not in given and given != "databricks"):
-        path = given.removeprefix("file://").removeprefix("file:")
+    if uri.startswith("file:") or (":" not in uri and uri != "databricks"):
+        path = uri.removeprefix("file://").removeprefix("file:")
         raise JobError(
-            f"run.tracking_uri={given}: MLflow writes to no plain folder any more; try "
+            f"run.tracking_uri={uri} is a plain folder, which MLflow no longer supports; use "
             f"sqlite:///{Path(path).expanduser().absolute()}/mlflow.db"
         )
-    if _USER_INFO.search(given):
+    if _USER_INFO.search(uri):
         raise JobError(
-            f"{masked(given)} holds a user name, perhaps with a password, which would be written "
-            "into the run folder; for a server set $MLFLOW_TRACKING_USERNAME and "
-            "$MLFLOW_TRACKING_PASSWORD on every node, for a database what it reads itself, such as "
-            "$PGPASSWORD"
+            f"the tracking URI {mask_credentials(uri)} contains credentials, which would be "
+            "written to the run folder; set $MLFLOW_TRACKING_USERNAME and "
+            "$MLFLOW_TRACKING_PASSWORD on every node for a server, or the database's own "
+            "variables, such as $PGPASSWORD"
         )
-    if given.startswith("sqlite:///"):
-        # Workers run in another directory, where a relative path would mean something else.
-        return f"sqlite:///{Path(given.removeprefix('sqlite:///')).expanduser().absolute()}"
-    return given
+    if uri.startswith("sqlite:///"):
+        # Absolute, because workers run in another directory.
+        return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).expanduser().absolute()}"
+    return uri
 
 
 def require_mlflow(spec: RunSpec) -> str:
-    """Open MLflow's store once, before any worker is started, and return its URI.
+    """Open MLflow's store once, before any worker starts, and return its URI.
 
     Raises:
-        JobError: if the package is missing, or the store or server does not answer.
+        JobError: If the package is missing, or the store or server does not answer.
     """
     uri = tracking_uri(spec)
     try:
@@ -87,30 +86,25 @@ def require_mlflow(spec: RunSpec) -> str:
     except ImportError as error:
         raise JobError(
             f"run.tracking=mlflow needs packages that are not installed ({error}); run "
-            "`pip install '.[mlflow]'` in the project's folder, on every node, or set "
+            "`pip install '.[mlflow]'` in the project folder on every node, or set "
             "run.tracking=none"
         ) from error
     except Exception as error:
-        # Of any class: a server's, a database driver's, a disk's.
+        # Servers, database drivers and disks raise any class of error.
         raise JobError(
-            f"MLflow at {masked(uri)} cannot be used: {_text_of(error)}; start it, or set "
-            "run.tracking_uri or run.tracking=none"
+            f"could not connect to MLflow at {mask_credentials(uri)}: {_error_text(error)}; start "
+            "it, set run.tracking_uri, or set run.tracking=none"
         ) from error
     return uri
 
 
 class MlflowRun:
-    """The MLflow run of a run folder; on rank 0 alone.
+    """The MLflow run of a run folder, on rank 0 only.
 
-    Points that an interrupted attempt has logged stay as they are, since MLflow takes none back: an
-    epoch that is trained again is not logged twice. The model is logged as files, which
-    `mm_model.load_model` loads, and not as MLflow's keras flavor: that one would load it, to find
-    its requirements and to serve it, in processes that have not imported the layers of `mm_model`.
-
-    Args:
-        folder: of the run.
-        spec: of the run.
-        warn: takes a text when MLflow is in trouble, once an outage.
+    MLflow cannot delete points, so an epoch that is trained again is not logged again. The model
+    is logged as files for `mm_model.load_model`, not with MLflow's Keras flavor, which would load
+    it in processes that have not imported the layers of `mm_model`. `warn` is called once per
+    outage of MLflow.
     """
 
     def __init__(self, folder: Folder, spec: RunSpec, warn: Callable[[str], None]) -> None:
@@ -118,138 +112,128 @@ class MlflowRun:
         self._client: MlflowClient | None = None
         self._run_id = ""
         self._logged: set[int] = set()
-        self._in_trouble = False
-
-    def start(self) -> None:
-        """Open the run, or go on with the one that the folder knows."""
-        with self._going_on():
-            self._open()
+        self._is_failing = False
 
     def write(self, history: Sequence[Mapping[str, Any]]) -> None:
-        """Log the epochs that are not there yet."""
-        with self._going_on():
+        """Log the new epochs; creates or resumes the MLflow run."""
+        with self._warn_on_error():
             self._log_epochs(self._open(), history)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Log the summary's numbers, the run's files and its model; the run is FINISHED then.
+        """Log missing epochs, the summary, the files and the model, and mark the run as FINISHED.
 
-        Epochs of the history that are not there yet are logged, too. Where all was done before,
-        nothing is.
+        Does nothing for a finished run.
         """
-        with self._going_on():
-            if self._note().get("finished"):
+        with self._warn_on_error():
+            if self._saved().get("finished"):
                 return
             client = self._open()
-            if self.folder.exists(console.HISTORY):
-                lines = self.folder.read_bytes(console.HISTORY).decode("utf-8").splitlines()
+            if self.folder.exists(HISTORY):
+                lines = self.folder.read_bytes(HISTORY).decode("utf-8").splitlines()
                 self._log_epochs(client, [json.loads(line) for line in lines])
             self._log_metrics(client, _flat({"summary": summary}, "/"), 0)
             self._log_files(client)
             client.set_terminated(self._run_id, "FINISHED")
-            self.folder.write_json(NOTE, {**self._note(), "finished": True})
+            self.folder.write_json(RUN_ID, {**self._saved(), "finished": True})
 
-    def fail(self, text: str) -> None:
-        """Mark the run as FAILED, if there is one."""
-        self._end("FAILED", text)
-
-    def stop(self) -> None:
-        """Mark the run as KILLED, which is MLflow's word for stopped, if there is one."""
-        self._end("KILLED")
-
-    def _end(self, status: str, failure: str | None = None) -> None:
-        with self._going_on():
-            note = self._note()
-            # A finished run stays one, whatever becomes of its job.
-            if not note or note.get("finished"):
+    def end(self, status: str, error: str = "") -> None:
+        """Set the status of an unfinished run, if there is one, and the error of a failed one."""
+        with self._warn_on_error():
+            saved = self._saved()
+            if not saved or saved.get("finished"):
                 return
             client = self._open()
-            if failure is not None:
-                client.set_tag(self._run_id, FAILURE, _text(failure))
+            if error:
+                client.set_tag(self._run_id, FAILURE, _text(error))
             client.set_terminated(self._run_id, status)
 
     @contextmanager
-    def _going_on(self) -> Iterator[None]:
-        """Turn trouble into one warning; what could not be logged is tried again later."""
+    def _warn_on_error(self) -> Iterator[None]:
+        """Turn the errors of an outage into one warning; later calls log what is missing."""
         try:
             yield
         except Exception as error:
-            # Of any class: a server's, a database driver's, a disk's. None of them is the run's.
-            if not self._in_trouble:
-                self._in_trouble = True
+            # Servers, database drivers and disks raise any class of error.
+            if not self._is_failing:
+                self._is_failing = True
                 self._warn(
-                    f"MLflow cannot be written ({_text_of(error)}); the run goes on, and is "
-                    "whole in its folder"
+                    f"could not write to MLflow ({_error_text(error)}); the run continues and is "
+                    "complete in its folder"
                 )
         else:
-            self._in_trouble = False
+            self._is_failing = False
 
     def _open(self) -> "MlflowClient":
-        """Return a client, with the run open and the epochs known that it has."""
+        """Return a client, after opening the run and reading which epochs it has."""
         if self._client is not None:
             return self._client
         client = _client(tracking_uri(self.spec))
-        note = self._note()
-        if note:
-            run = client.get_run(note["run_id"])
-            note.pop("finished", None)
-            self.folder.write_json(NOTE, note)
+        saved = self._saved()
+        if saved:
+            run = client.get_run(saved["run_id"])
+            saved.pop("finished", None)
+            self.folder.write_json(RUN_ID, saved)
             client.update_run(run.info.run_id, status="RUNNING")
             if FAILURE in run.data.tags:
                 client.delete_tag(run.info.run_id, FAILURE)
         else:
             experiment = _experiment(client, self.spec)
             run = client.create_run(experiment, run_name=self.spec.run.name, tags=self._tags())
-            uri = masked(tracking_uri(self.spec))
-            self.folder.write_json(NOTE, {"tracking_uri": uri, "run_id": run.info.run_id})
+            uri = mask_credentials(tracking_uri(self.spec))
+            self.folder.write_json(RUN_ID, {"tracking_uri": uri, "run_id": run.info.run_id})
         self._run_id = run.info.run_id
         self._log_parameters(client, run.data.params)
-        points = client.get_metric_history(self._run_id, console.STEP)
+        points = client.get_metric_history(self._run_id, STEP)
         self._logged = {point.step for point in points}
         self._client = client
         return client
 
-    def _note(self) -> dict[str, Any]:
-        """Return what the folder knows of its MLflow run; nothing if it has none in this store."""
-        if not self.folder.exists(NOTE):
+    def _saved(self) -> dict[str, Any]:
+        """Return the run folder's record of its MLflow run; {} if it has none in this store."""
+        if not self.folder.exists(RUN_ID):
             return {}
-        note = self.folder.read_json(NOTE)
-        return note if note["tracking_uri"] == masked(tracking_uri(self.spec)) else {}
+        saved = self.folder.read_json(RUN_ID)
+        return saved if saved["tracking_uri"] == mask_credentials(tracking_uri(self.spec)) else {}
 
     def _tags(self) -> dict[str, str]:
-        tags = {"run_folder": masked(str(self.folder))}
+        tags = {"run_folder": mask_credentials(str(self.folder))}
         if self.folder.exists("environment.json"):
             revision = self.folder.read_json("environment.json").get("git_revision")
             if revision:
                 tags["mlflow.source.git.commit"] = revision
         return tags
 
-    def _log_parameters(self, client: "MlflowClient", there: Mapping[str, str]) -> None:
+    def _log_parameters(self, client: "MlflowClient", logged: Mapping[str, str]) -> None:
         from mlflow.entities import Param
 
-        # MLflow takes a parameter once. What may differ when a run goes on, such as the number of
-        # workers, stays what it was at first.
+        # MLflow does not overwrite parameters. Those that changed when the run was resumed, such
+        # as the number of workers, keep their first value.
         parameters = [
             Param(key, _text(value))
             for key, value in _flat(self.spec.model_dump(mode="json")).items()
-            if key not in there
+            if key not in logged
         ]
-        for start in range(0, len(parameters), _PARAMETERS_AT_ONCE):
-            part = parameters[start : start + _PARAMETERS_AT_ONCE]
-            client.log_batch(self._run_id, params=part)
+        for start in range(0, len(parameters), _PARAMETERS_PER_CALL):
+            batch = parameters[start : start + _PARAMETERS_PER_CALL]
+            client.log_batch(self._run_id, params=batch)
 
     def _log_epochs(self, client: "MlflowClient", history: Sequence[Mapping[str, Any]]) -> None:
         for record in history:
-            epoch = record[console.EPOCH]
+            epoch = record[EPOCH]
             if epoch not in self._logged:
-                metrics = {k: v for k, v in record.items() if k != console.EPOCH}
+                metrics = {k: v for k, v in record.items() if k != EPOCH}
                 self._log_metrics(client, metrics, epoch)
                 self._logged.add(epoch)
 
     def _log_metrics(self, client: "MlflowClient", values: Mapping[str, Any], step: int) -> None:
         from mlflow.entities import Metric
 
-        now = int(time.time() * 1000)
-        metrics = [Metric(key, value, now, step) for key, value in _numbers(values).items()]
+        now_ms = int(time.time() * 1000)
+        metrics = [
+            Metric(key, float(value), now_ms, step)
+            for key, value in values.items()
+            if isinstance(value, int | float) and math.isfinite(value)
+        ]
         client.log_batch(self._run_id, metrics=metrics)
 
     def _log_files(self, client: "MlflowClient") -> None:
@@ -259,20 +243,19 @@ class MlflowRun:
             files = [self.folder.download(n, local / n) for n in ARTIFACTS if self.folder.exists(n)]
             for file in files:
                 if file.suffix != ".parquet":
-                    file.write_text(masked(file.read_text("utf-8")), "utf-8")
+                    file.write_text(mask_credentials(file.read_text("utf-8")), "utf-8")
                 client.log_artifact(self._run_id, str(file))
             if models:
                 client.log_artifacts(self._run_id, str(local / "model"), "model")
 
 
-def masked(text: str) -> str:
-    """Return a text without the user names and passwords of the URIs in it."""
+def mask_credentials(text: str) -> str:
+    """Return a text with the credentials in its URIs masked."""
     return _USER_INFO.sub("://***@", text)
 
 
 def _client(uri: str) -> "MlflowClient":
-    # A training sends nothing to anyone that its user did not name, and waits for a server that is
-    # gone some seconds, not the minutes that are MLflow's default.
+    # No usage statistics without consent, and a timeout of seconds instead of MLflow's minutes.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
@@ -286,53 +269,44 @@ def _client(uri: str) -> "MlflowClient":
 
 
 def _experiment(client: "MlflowClient", spec: RunSpec) -> str:
-    """Return the experiment's id; the first one that asks makes it."""
-    found = client.get_experiment_by_name(EXPERIMENT)
-    if found is not None:
-        return found.experiment_id
+    """Return the ID of the experiment; create it if it does not exist."""
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    if experiment is not None:
+        return experiment.experiment_id
     from mlflow.exceptions import MlflowException
 
-    # A server knows where its artifacts go; a file on disk has them beside it.
-    uri = tracking_uri(spec)
-    beside = None
+    # A server has its own location for artifacts; with a SQLite file, they are stored next to it.
+    uri, location = tracking_uri(spec), None
     if uri.startswith("sqlite:///"):
-        beside = Path(uri.removeprefix("sqlite:///")).parent.joinpath("mlflow-artifacts").as_uri()
+        location = Path(uri.removeprefix("sqlite:///")).parent.joinpath("mlflow-artifacts").as_uri()
     try:
-        return client.create_experiment(EXPERIMENT, artifact_location=beside)
+        return client.create_experiment(EXPERIMENT, artifact_location=location)
     except MlflowException:
-        # Another run of these was quicker.
-        found = client.get_experiment_by_name(EXPERIMENT)
-        if found is None:
+        # Another run may have created it in the meantime.
+        experiment = client.get_experiment_by_name(EXPERIMENT)
+        if experiment is None:
             raise
-        return found.experiment_id
+        return experiment.experiment_id
 
 
 def _flat(tree: Mapping[str, Any], separator: str = ".") -> dict[str, Any]:
-    """Return the leaves of nested mappings by their paths."""
+    """Return the leaves of nested mappings by path."""
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
-            below = _flat(value, separator)
-            leaves |= {f"{key}{separator}{path}": leaf for path, leaf in below.items()}
+            nested = _flat(value, separator)
+            leaves |= {f"{key}{separator}{path}": leaf for path, leaf in nested.items()}
         else:
             leaves[key] = value
     return leaves
 
 
-def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
-    """Return what can be a metric: numbers that are there, and finite."""
-    return {
-        key: float(value)
-        for key, value in record.items()
-        if isinstance(value, int | float) and math.isfinite(value)
-    }
-
-
 def _text(value: Any) -> str:
+    """Return the value of a parameter or tag, masked and within MLflow's limit."""
     text = value if isinstance(value, str) else "none" if value is None else json.dumps(value)
-    text = masked(text)
-    return text if len(text) <= _MOST_CHARACTERS else text[: _MOST_CHARACTERS - 1] + "…"
+    text = mask_credentials(text)
+    return text if len(text) <= _MAX_VALUE_CHARS else text[: _MAX_VALUE_CHARS - 1] + "…"
 
 
-def _text_of(error: Exception) -> str:
-    return f"{type(error).__name__}: {masked(first_line(error))[:300]}"
+def _error_text(error: Exception) -> str:
+    return f"{type(error).__name__}: {mask_credentials(first_line(error))[:300]}"

@@ -1,7 +1,7 @@
-"""A trace of some steps, for TensorBoard's profiler.
+"""Profiles training steps for TensorBoard.
 
-Leaves: `tensorboard/plugins/profile/TIME/HOST.xplane.pb` in the run folder, which
-`tensorboard --logdir RUN/tensorboard` shows where `tensorboard-plugin-profile` is installed.
+Writes `tensorboard/plugins/profile/TIME/HOST.xplane.pb` to the run folder. To view it, install
+`tensorboard-plugin-profile` and run `tensorboard --logdir RUN/tensorboard`.
 """
 
 import logging
@@ -17,14 +17,12 @@ _log = logging.getLogger(__name__)
 
 
 class Profiler:
-    """Traces the steps of a range, the first time that they come; costs nothing beside them.
-
-    A trace that fails is a warning: the training goes on.
+    """Traces a range of steps once. A failure is a warning; training continues.
 
     Args:
-        folder: of the run.
-        steps: first and last step to trace, where 1 is the first of the run; None for none.
-        warn: takes a text for the user when that fails; by default logged.
+        folder: The run folder.
+        steps: First and last step to trace, counted from 1; None for no trace.
+        warn: Receives warnings for the user.
     """
 
     def __init__(
@@ -44,12 +42,7 @@ class Profiler:
         self.close()
 
     def before(self, step: int, count: int = 1) -> None:
-        """Begin the trace if it is time.
-
-        Args:
-            step: that comes next.
-            count: of steps that are taken at once, this one among them.
-        """
+        """Start the trace if the next call, of `count` steps from `step` on, is in the range."""
         if self.steps is None:
             return
         first, last = self.steps
@@ -60,15 +53,11 @@ class Profiler:
         if self._trace is not None:
             import tensorflow as tf
 
-            # What the profiler tells steps by.
+            # The profiler groups events by these step markers.
             self._step.enter_context(tf.profiler.experimental.Trace("train", step_num=step, _r=1))
 
     def after(self, step: int) -> None:
-        """End the trace if this was its last step.
-
-        Args:
-            step: that is done; of several at once, the last of them.
-        """
+        """Stop the trace if `step`, the last one of the call, completes the range."""
         if self._trace is None:
             return
         self._step.close()
@@ -76,7 +65,7 @@ class Profiler:
             self.close()
 
     def close(self) -> None:
-        """End a trace that was begun, and bring it to the run folder."""
+        """Stop a running trace and write it to the run folder."""
         if self._trace is None:
             return
         trace, self._trace, self.steps = self._trace, None, None
@@ -95,7 +84,7 @@ class Profiler:
         except (tf.errors.OpError, OSError) as error:
             stack.close()
             self.steps = None
-            self._warn(f"no trace of steps: {error}")
+            self._warn(f"could not start the profiler: {error}")
             return
 
         def stop() -> None:
@@ -104,14 +93,14 @@ class Profiler:
                 profiler.stop()
                 self.folder.upload(local, TENSORBOARD)
             except (tf.errors.OpError, OSError) as error:
-                self._warn(f"the trace of steps was lost: {error}")
+                self._warn(f"could not write the profile: {error}")
 
         stack.callback(stop)
         self._trace = stack
 
 
 def _wait_for_devices() -> None:
-    """Let what steps left to a GPU come to its end, in the trace that it belongs to."""
+    """Wait for running GPU kernels, so that a trace has those of its own steps only."""
     import tensorflow as tf
 
     tf.test.experimental.sync_devices()

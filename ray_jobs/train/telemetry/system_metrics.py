@@ -1,6 +1,6 @@
-"""What a worker uses of its machine: memory, processor, GPUs, as numbers for the run's history.
+"""Measures memory, CPU and GPU use of a worker for the run's history.
 
-Keys that a machine has nothing for are left out: without a GPU there is no `gpu/…`.
+Metrics that a machine cannot provide are left out, such as `gpu/…` without a GPU.
 """
 
 import os
@@ -8,30 +8,26 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from importlib import import_module
 from typing import Any
 
-from ray_jobs.train.telemetry import console
+from ray_jobs.cluster import compat_ray
+from ray_jobs.train.telemetry import history_keys
 
 _SAMPLE_S = 1.0
 
 
-def measure() -> dict[str, float]:
-    """Return what this process and its node hold at this moment.
+def measure_memory() -> dict[str, float]:
+    """Return the memory that this process, its node and its GPUs use now.
 
-    `memory/worker_bytes` counts memory that processes share, such as Ray's object store, by each
-    one's part (PSS), where the system says it. `gpu/memory_peak_bytes` is the most since the start
-    of the process. Bytes of several GPUs are summed.
+    `memory/worker_bytes` is the proportional set size (PSS) if the system reports it: memory that
+    several processes share, such as Ray's object store, is divided among them.
+    `gpu/memory_peak_bytes` is the maximum since the process started. GPU values are sums over the
+    GPUs of the process.
     """
-    # Ray brings psutil along, and its measure of memory knows the limits of a container.
-    from ray._common.utils import get_system_memory
-    from ray._private.utils import get_used_memory
-
-    psutil: Any = import_module("psutil")
-    memory = psutil.Process().memory_full_info()
+    memory = compat_ray.psutil().Process().memory_full_info()
     return {
-        console.WORKER_BYTES: float(getattr(memory, "pss", memory.rss)),
-        console.NODE_MEMORY_FRACTION: get_used_memory() / get_system_memory(),
+        history_keys.WORKER_BYTES: float(getattr(memory, "pss", memory.rss)),
+        history_keys.NODE_MEMORY_FRACTION: compat_ray.memory_fraction(),
         **_gpu_memory(),
     }
 
@@ -41,30 +37,30 @@ def _gpu_memory() -> dict[str, float]:
 
     num_gpus = len(tf.config.get_visible_devices("GPU"))
     try:
-        found = [tf.config.experimental.get_memory_info(f"GPU:{i}") for i in range(num_gpus)]
-    except ValueError:  # An allocator that does not count.
+        infos = [tf.config.experimental.get_memory_info(f"GPU:{i}") for i in range(num_gpus)]
+    except ValueError:  # Not all allocators have statistics.
         return {}
-    if not found:
+    if not infos:
         return {}
     return {
-        console.GPU_BYTES: float(sum(info["current"] for info in found)),
-        console.GPU_PEAK_BYTES: float(sum(info["peak"] for info in found)),
+        history_keys.GPU_BYTES: float(sum(info["current"] for info in infos)),
+        history_keys.GPU_PEAK_BYTES: float(sum(info["peak"] for info in infos)),
     }
 
 
-class Sampler:
-    """Means over time: of the process's busy cores, and of its GPUs' utilisation.
+class UsageSampler:
+    """Measures mean CPU cores in use and mean GPU utilization of this process.
 
-    The processor's is exact, from the time that the system counted; the GPUs' is sampled every
-    second in a thread of its own, which is not started where there is no GPU.
+    CPU use is exact, from the process's CPU time. GPU utilization is sampled every second in a
+    thread, which runs only if the process uses GPUs.
 
     Args:
-        use_gpu: whether the process computes on GPUs; those of others are not looked at.
-        nvml: the module `pynvml`; by default the one that Ray brings along.
+        use_gpu: Whether the process computes on GPUs.
+        nvml: The module `pynvml`; by default the one that Ray bundles.
     """
 
     def __init__(self, use_gpu: bool, nvml: Any = None) -> None:
-        self._utilization = _gpu_utilization(nvml) if use_gpu else None
+        self._utilization = _gpu_utilization(nvml or compat_ray.nvml()) if use_gpu else None
         self._samples: list[float] = []
         self._lock = threading.Lock()
         self._stopped = threading.Event()
@@ -74,18 +70,18 @@ class Sampler:
             self._thread.start()
 
     def take(self) -> dict[str, float]:
-        """Return the means since the last call, or since the beginning."""
+        """Return the means since the last call, or since the start."""
         now, (wall, cpu) = (time.monotonic(), time.process_time()), self._since
         self._since = now
         with self._lock:
             samples, self._samples = self._samples, []
-        means = {console.CPU_CORES: (now[1] - cpu) / max(now[0] - wall, 1e-9)}
+        means = {history_keys.CPU_CORES: (now[1] - cpu) / max(now[0] - wall, 1e-9)}
         if samples:
-            means[console.GPU_UTILIZATION] = sum(samples) / len(samples)
+            means[history_keys.GPU_UTILIZATION] = sum(samples) / len(samples)
         return means
 
     def close(self) -> None:
-        """End the thread."""
+        """Stop the thread."""
         self._stopped.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -93,7 +89,7 @@ class Sampler:
     def _sample(self) -> None:
         read = self._utilization
         while read is not None and not self._stopped.is_set():
-            # A driver that hiccups costs a sample, not the run.
+            # A driver error costs a sample, not the run.
             with suppress(Exception):
                 sample = read()
                 with self._lock:
@@ -102,16 +98,11 @@ class Sampler:
 
 
 def _gpu_utilization(nvml: Any) -> Callable[[], float] | None:
-    """Return what reads the mean utilisation (0 to 1) of this process's GPUs; None without any."""
-    if nvml is None:
-        try:
-            import ray._private.thirdparty.pynvml as nvml
-        except ImportError:
-            return None
+    """Return a function for the mean utilization (0 to 1) of this process's GPUs, if any."""
     try:
         nvml.nvmlInit()
         handles = _visible_gpus(nvml)
-    except Exception:  # No driver, or one without a part of NVML: there is nothing to say then.
+    except Exception:  # No bindings, no driver, or a driver without full NVML support.
         return None
     if not handles:
         return None
@@ -124,7 +115,7 @@ def _gpu_utilization(nvml: Any) -> Callable[[], float] | None:
 
 
 def _visible_gpus(nvml: Any) -> list[Any]:
-    """Return the handles of the GPUs that CUDA lets this process see, all of them by default."""
+    """Return the NVML handles of the GPUs in CUDA_VISIBLE_DEVICES, which defaults to all."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]

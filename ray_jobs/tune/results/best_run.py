@@ -1,24 +1,24 @@
-"""From a search's trials to its results: the best trained in full, evaluated, and written down.
+"""Completes a search: trains the best trials to their end, evaluates, and writes the results.
 
-Enters: the search as it stands.  Leaves: leaderboard.csv, best.yaml, tune.html and summary.json in
-the search folder, and the run folder of the best.
+Input: a search whose trials have ended. Output: leaderboard.csv, best.yaml, tune.html and
+summary.json in the search folder, and the run folder of the best trial.
 """
 
-import csv
-import io
 import json
 from dataclasses import asdict
 from typing import Any
 
 from ray_jobs.config.spec import EvaluateSpec, RunSpec
+from ray_jobs.config.text import count_text
 from ray_jobs.config.tune_spec import EXPLOITING
 from ray_jobs.data.manifest import read_manifest
 from ray_jobs.storage.folder import Folder
 from ray_jobs.train.checkpoints.checkpoint_manager import CheckpointManager
 from ray_jobs.train.finalize import SUMMARY
 from ray_jobs.train.job import run_folder
-from ray_jobs.train.telemetry.console import HISTORY
-from ray_jobs.tune.results.search_state import PARTS, Comparison, Search, TrialRow
+from ray_jobs.train.telemetry.history_keys import HISTORY, sort_key
+from ray_jobs.tune.results.leaderboard import leaderboard_csv, leaderboard_table
+from ray_jobs.tune.results.search_state import Comparison, Search, TrialRow
 from ray_jobs.tune.run_trials import TRIALS
 from ray_jobs.tune.search.space import Space
 from ray_jobs.tune.trials.trial_checkpoints import delete_checkpoints, newest_checkpoint
@@ -28,56 +28,60 @@ BEST = "best.yaml"
 PAGE = "tune.html"
 EVALUATIONS = "evaluation"
 IN_FULL = "full"
-"""Folder of the runs that trials on features went on to."""
+"""Folder of the full training runs that follow trials on features."""
 
 _BOOTSTRAP_DRAWS = 2_000
 
 
-def finish_search(
+def finalize_search(
     spec: RunSpec, space: Space, folder: Folder, search: Search, on_features: bool
 ) -> dict[str, Any]:
-    """Train the best trials and the untuned one to their ends, evaluate, and sum up.
+    """Train the best trials and the untuned one to their end, evaluate, and return the summary.
 
-    Which one is best is decided on validation rows alone; the test rows come after.
+    The best trial is chosen on validation rows alone; test rows only measure it.
 
     Args:
-        spec: of the search.
-        space: of it.
-        folder: of it.
-        search: whose trials are done.
-        on_features: whether they saw features: then the best ones are trained from the beginning,
-            on images and with all that the spec says; else they go on from where they were.
+        spec: Spec of the search.
+        space: Search space.
+        folder: Search folder.
+        search: Search whose trials have ended.
+        on_features: Whether trials trained on features. Then the best trials are trained on images
+            from the start, with the whole spec; otherwise they continue from their checkpoints.
 
     Raises:
-        JobError: if a training or an evaluation fails.
+        JobError: If a training run or an evaluation fails.
     """
     import yaml
+
+    from ray_jobs.train.job import fit
 
     untuned = search.trials[0]
     ranked = [row for row in search.ranked() if row.scores]
     chosen = ranked[: spec.tune.promote if on_features else 1]
     runs = {}
     for row in [*chosen, *([untuned] if untuned.scores and untuned not in chosen else [])]:
-        runs[row.name] = _trained(spec, space, folder, row, on_features)
+        runs[row.name] = _train_in_full(spec, space, folder, row, on_features)
         if on_features:
-            row.scores_in_full = _scores(runs[row.name], search)
+            row.scores_in_full = _best_scores(runs[row.name], search)
     best = chosen[0]
     if on_features:
-        first = search.objectives[0]
-        # The untuned one, too, is a choice where no other one is better.
-        every = [row for row in search.trials if row.scores_in_full]
-        best = min(every, key=lambda row: first.rank(row.scores_in_full.get(first.metric)))
+        metric = search.objectives[0].metric
+        # Includes the untuned trial, which can be the best one.
+        candidates = [row for row in search.trials if row.scores_in_full]
+        best = min(candidates, key=lambda row: sort_key(metric, row.scores_in_full.get(metric)))
     best_spec = runs[best.name]
-    # As a run of its own beside the search, which is there already.
+    # best.yaml trains a run of its own, in the folder that contains the search.
     own = best_spec.overlay(
         {"run.name": f"{search.name}-best", "run.storage_path": spec.run.storage_path}
     )
     folder.write_text(BEST, yaml.safe_dump(own.model_dump(mode="json"), sort_keys=False))
     untuned_run = runs.get(untuned.name)
     if spec.tune.scheduler in EXPLOITING:
-        # The first trial has had other values since.
-        untuned_run = _trained_untuned(spec, space, folder)
-    search.comparison = _compared(spec, folder, best_spec, untuned_run)
+        # The scheduler has changed the values of the first trial.
+        place = {"run.name": "untuned", "run.storage_path": (folder / IN_FULL).uri}
+        untuned_run = space.base.overlay(place)
+        fit(untuned_run)
+    search.comparison = _compare(spec, folder, best_spec, untuned_run)
     write_results(search, folder)
     for row in search.trials:
         delete_checkpoints(folder / TRIALS / row.name)
@@ -88,7 +92,7 @@ def finish_search(
         "scores": best.scores_in_full or best.scores,
         "run": str(run_folder(best_spec)),
         "untuned_scores": untuned.scores_in_full or untuned.scores,
-        "trials": {state: sum(r.state == state for r in search.trials) for state in _ENDS},
+        "trials": search.count_states(),
         "spent": search.spent,
         "test": asdict(search.comparison) if search.comparison else None,
     }
@@ -97,61 +101,18 @@ def finish_search(
     return summary
 
 
-_ENDS = ("finished", "stopped", "failed")
-
-
 def write_results(search: Search, folder: Folder) -> None:
-    """Write leaderboard and page of a search as it stands."""
+    """Write the leaderboard and the page of a search in its current state."""
     from ray_jobs.tune.results.tune_page import html
 
-    folder.write_text(LEADERBOARD, leaderboard(search))
+    folder.write_text(LEADERBOARD, leaderboard_csv(search))
     folder.write_text(PAGE, html(search))
 
 
-def leaderboard(search: Search) -> str:
-    """Return the trials as CSV, the best first."""
-    metrics = [objective.metric for objective in search.objectives]
-    paths = list(dict.fromkeys(path for row in search.trials for path in row.values))
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    seconds = [f"{part}_s" for part in PARTS]
-    in_full = [f"{metric} in full" for metric in metrics]
-    writer.writerow(
-        [
-            "rank",
-            "trial",
-            "state",
-            *metrics,
-            *in_full,
-            "epochs",
-            "best_epoch",
-            *seconds,
-            *paths,
-            "error",
-        ]
-    )
-    for rank, row in enumerate(search.ranked(), start=1):
-        writer.writerow(
-            [
-                rank,
-                row.name,
-                row.state,
-                *(row.scores.get(metric, "") for metric in metrics),
-                *(row.scores_in_full.get(metric, "") for metric in metrics),
-                row.epochs,
-                "" if row.best_epoch is None else row.best_epoch + 1,
-                *(round(row.seconds.get(part, 0.0), 3) for part in PARTS),
-                *(row.values.get(path, "") for path in paths),
-                row.error or "",
-            ]
-        )
-    return stream.getvalue()
-
-
-def _trained(
+def _train_in_full(
     spec: RunSpec, space: Space, folder: Folder, row: TrialRow, on_features: bool
 ) -> RunSpec:
-    """Let `train` bring a trial to its end, and return the spec of that run."""
+    """Train a trial to its end and return the spec of the run."""
     from ray_jobs.train.job import begin_run, fit
 
     trial = folder / TRIALS / row.name
@@ -163,42 +124,37 @@ def _trained(
         }
     )
     if not on_features and not CheckpointManager(trial).steps():
-        # PBT has changed its values since it began.
+        # PBT can have changed the values since the trial started.
         begin_run(run, read_manifest(Folder(run.data.prepared)), trial)
         checkpoint = newest_checkpoint(trial)
-        # In their order, a step's state last: without it there is no checkpoint yet.
+        # In their order, with the state last: a checkpoint without it does not count yet.
         if checkpoint is not None:
-            for name in checkpoint.names():
-                trial.write_bytes(name, checkpoint.read_bytes(name))
+            for name in checkpoint[0].names():
+                trial.write_bytes(name, checkpoint[0].read_bytes(name))
     fit(run)
     return run
 
 
-def _trained_untuned(spec: RunSpec, space: Space, folder: Folder) -> RunSpec:
-    """Let `train` train what the specification says, and return the spec of that run."""
-    from ray_jobs.train.job import fit
-
-    run = space.base.overlay({"run.name": "untuned", "run.storage_path": (folder / IN_FULL).uri})
-    fit(run)
-    return run
-
-
-def _scores(run: RunSpec, search: Search) -> dict[str, float]:
-    """Return what a training in full reached in the objectives, at its best epoch."""
+def _best_scores(run: RunSpec, search: Search) -> dict[str, float]:
+    """Return the scores of a finished run in the objectives, at its best epoch."""
     folder = run_folder(run)
     lines = folder.read_bytes(HISTORY).decode().splitlines()
     best = json.loads(lines[folder.read_json(SUMMARY)["best_epoch"] - 1])
     return {o.metric: best[o.metric] for o in search.objectives if best.get(o.metric) is not None}
 
 
-def _compared(
+def _compare(
     spec: RunSpec, folder: Folder, best: RunSpec, untuned: RunSpec | None
 ) -> Comparison | None:
-    """Evaluate the best run and the untuned one on the test rows; None where that says nothing."""
-    from ray_jobs.evaluate.job import Evaluation, evaluation
+    """Evaluate the best and the untuned run on the test rows.
+
+    Returns:
+        None if the test rows have one class only, or if there is no untuned run.
+    """
+    from ray_jobs.evaluate.job import Evaluation, evaluate_split
     from ray_jobs.train.metrics import auc_gain
 
-    def evaluated(run: RunSpec, name: str) -> Evaluation:
+    def evaluate(run: RunSpec, name: str) -> Evaluation:
         job = EvaluateSpec(
             run=str(run_folder(run)),
             data=spec.data.prepared,
@@ -207,16 +163,16 @@ def _compared(
             cpus_per_worker=spec.train.cpus_per_worker,
             address=spec.run.address,
         )
-        return evaluation(job)
+        return evaluate_split(job)
 
     test = read_manifest(Folder(spec.data.prepared)).splits["test"]
     if not all(test.class_counts):
         return None
-    ours = evaluated(best, "best")
+    ours = evaluate(best, "best")
     if untuned is None:
         return None
     same = run_folder(untuned).uri == run_folder(best).uri
-    theirs = ours if same else evaluated(untuned, "untuned")
+    theirs = ours if same else evaluate(untuned, "untuned")
     gain = auc_gain(ours.label, ours.probability, theirs.probability, _BOOTSTRAP_DRAWS)
     return Comparison(
         metric="roc_auc",
@@ -233,25 +189,23 @@ def _print(summary: dict[str, Any], search: Search, folder: Folder) -> None:
     from rich.console import Console
     from rich.markup import escape
 
-    from ray_jobs.tune.results.leaderboard import table
-
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
-        # A log has no width, and names should not be cut.
+        # A log has no width, so names need not be cut.
         console.width = 160
-    console.print(table(search))
+    console.print(leaderboard_table(search))
     test = search.comparison
-    if test is not None and test.same:
-        console.print(
-            f"  no trial was better than the specification's own values: AUC {test.best:.4f} on "
-            f"{test.num_rows:,} test rows"
-        )
-    elif test is not None:
-        noise = ", which is within the noise" if test.low <= 0 <= test.high else ""
-        console.print(
-            f"  on {test.num_rows:,} test rows: AUC {test.best:.4f}, untuned {test.untuned:.4f}; "
-            f"gain {test.best - test.untuned:+.4f} (95 % interval {test.low:+.4f} to "
-            f"{test.high:+.4f}){noise}"
-        )
+    if test is not None:
+        rows = count_text(test.num_rows, "test row")
+        if test.same:
+            text = f"no trial was better than the untuned model: AUC {test.best:.4f} on {rows}"
+        else:
+            noise = ", which is within the noise" if test.low <= 0 <= test.high else ""
+            text = (
+                f"on {rows}: AUC {test.best:.4f}, untuned {test.untuned:.4f}; gain "
+                f"{test.best - test.untuned:+.4f} (95 % interval {test.low:+.4f} to "
+                f"{test.high:+.4f}){noise}"
+            )
+        console.print(f"  {text}")
     console.print(f"  best run: {escape(summary['run'])}")
     console.print(f"  [green]done[/green] → {escape(str(folder))}")

@@ -1,26 +1,30 @@
-"""The leaderboard on the terminal while a search runs; elsewhere a line for each trial's end."""
+"""Shows the trials of a search, best first: live on the terminal, as log lines, and as CSV."""
 
+import csv
+import io
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ray_jobs.tune.results.figures import score_text
-from ray_jobs.tune.results.search_progress import settings, value_text
-from ray_jobs.tune.results.search_state import Search, TrialRow
+from ray_jobs.pages.page_kit import NONE, number_text
+from ray_jobs.tune.results.search_state import PARTS, Search, TrialRow
+from ray_jobs.tune.results.searched_settings import searched_settings, value_text
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
 
-_ROWS = 12
-_PAUSE_S = 0.5
-_ENDS = {"finished": "green", "stopped": "dim", "failed": "red"}
+_MAX_ROWS = 12
+_REFRESH_S = 0.5
+_STYLES = {"finished": "green", "stopped": "dim", "failed": "red"}
 
 
 class LiveLeaderboard:
-    """Shows a search; on a terminal as a table that is kept up to date.
+    """Prints a line for each trial that ends, and on a terminal a live table.
 
     Args:
-        title: shown above it.
-        console: to print to.
+        title: Line to print first.
+        console: Console to print to.
     """
 
     def __init__(self, title: str, console: "Console | None" = None) -> None:
@@ -30,7 +34,7 @@ class LiveLeaderboard:
         self.console = console or Console(highlight=False)
         self.title = title
         self.live = Live(console=self.console, auto_refresh=False, transient=True)
-        self._shown_at = 0.0
+        self._refreshed_at = 0.0
 
     def __enter__(self) -> "LiveLeaderboard":
         self.console.print(self.title, soft_wrap=True)
@@ -42,65 +46,89 @@ class LiveLeaderboard:
         self.live.stop()
 
     def note(self, text: str) -> None:
-        """Show a line."""
+        """Print a line."""
         self.console.print(f"  {text}", style="dim", soft_wrap=True, markup=False)
 
     def show(self, search: Search, ended: TrialRow | None) -> None:
-        """Show how a search stands, and which trial has just ended, if one has."""
+        """Refresh the table, and print a line if a trial has just ended."""
         if ended is not None:
             self.console.print(_ended_line(search, ended), soft_wrap=True)
         now = time.monotonic()
-        if self.console.is_terminal and (ended or now - self._shown_at > _PAUSE_S):
-            self._shown_at = now
-            self.live.update(table(search), refresh=True)
+        if self.console.is_terminal and (ended or now - self._refreshed_at > _REFRESH_S):
+            self._refreshed_at = now
+            self.live.update(leaderboard_table(search), refresh=True)
 
 
-def table(search: Search, rows: int = _ROWS) -> "RenderableType":
-    """Return the best trials as a table, with what was spent below it."""
+def leaderboard_table(search: Search) -> "Table":
+    """Return the best trials as a table, with the spent budget as its caption."""
     from rich.table import Table
 
-    names = {setting.path: setting.name for setting in settings(search.trials)}
-    metrics = [o.metric for o in search.objectives]
-    shown = Table(caption=spent_text(search), caption_justify="left", box=None, pad_edge=False)
-    for column in ("trial", "state", "epochs", *metrics, *names.values()):
-        shown.add_column(column, justify="left" if column in ("trial", "state") else "right")
-    for row in search.ranked()[:rows]:
-        shown.add_row(
+    settings = searched_settings(search.trials)
+    metrics = [objective.metric for objective in search.objectives]
+    table = Table(caption=spent_text(search), caption_justify="left", box=None, pad_edge=False)
+    for column in ("trial", "state", "epochs", *metrics, *(s.name for s in settings)):
+        table.add_column(column, justify="left" if column in ("trial", "state") else "right")
+    for row in search.ranked()[:_MAX_ROWS]:
+        table.add_row(
             row.name,
             row.state,
             str(row.epochs),
             *(score_text(row.scores.get(metric)) for metric in metrics),
-            *(value_text(row.values[path]) if path in row.values else "–" for path in names),
-            style=_ENDS.get(row.state),
+            *(value_text(row.values[s.path]) if s.path in row.values else NONE for s in settings),
+            style=_STYLES.get(row.state),
         )
-    return shown
+    return table
+
+
+def leaderboard_csv(search: Search) -> str:
+    """Return all trials as CSV, best first."""
+    metrics = [objective.metric for objective in search.objectives]
+    paths = [setting.path for setting in searched_settings(search.trials)]
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    in_full = [f"{metric} in full" for metric in metrics]
+    seconds = [f"{part}_s" for part in PARTS]
+    head = ["rank", "trial", "state", *metrics, *in_full, "epochs", "best_epoch", *seconds, *paths]
+    writer.writerow([*head, "error"])
+    for rank, row in enumerate(search.ranked(), start=1):
+        cells = [rank, row.name, row.state]
+        cells += [scores.get(m, "") for scores in (row.scores, row.scores_in_full) for m in metrics]
+        cells += [row.epochs, "" if row.best_epoch is None else row.best_epoch + 1]
+        cells += [round(row.seconds.get(part, 0.0), 3) for part in PARTS]
+        cells += [row.values.get(path, "") for path in paths]
+        writer.writerow([*cells, row.error or ""])
+    return stream.getvalue()
+
+
+def score_text(score: float | None) -> str:
+    """Return a score with four decimals, unless it is very small or large."""
+    return number_text(score, 4 if score is not None and 0.01 <= abs(score) < 100 else None)
 
 
 def spent_text(search: Search) -> str:
-    """Return what a search has done and spent, of what it may."""
-    counts = {state: 0 for state in ("finished", "stopped", "failed", "running")}
-    for row in search.trials:
-        counts[row.state] = counts.get(row.state, 0) + 1
-    trials = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
-    parts = [trials or "no trial yet"]
+    """Return the number of trials by state and the spent budget."""
+    counts = search.count_states().items()
+    trials = ", ".join(f"{count} {state}" for state, count in counts if count)
+    parts = [trials or "no trials yet"]
     for name, unit in (("hours", "h"), ("cpu_hours", "CPU h"), ("gpu_hours", "GPU h")):
-        spent, most = search.spent.get(name, 0.0), search.budget.get(name)
-        if most is not None or spent >= 0.005:
-            of = f" of {most:g}" if most is not None else ""
+        spent, limit = search.spent.get(name, 0.0), search.budget.get(name)
+        if limit is not None or spent >= 0.005:
+            of = f" of {limit:g}" if limit is not None else ""
             parts.append(f"{spent:.2f}{of} {unit}")
     return "  ".join(parts)
 
 
-def _ended_line(search: Search, row: TrialRow) -> Any:
+def _ended_line(search: Search, row: TrialRow) -> "Text":
     from rich.text import Text
 
-    objective = search.objectives[0]
-    values = ", ".join(f"{s.name} {value_text(row.values[s.path])}" for s in settings([row]))
-    score = row.scores.get(objective.metric)
-    best = score is not None and search.ranked()[0] is row
-    what = row.error or f"{objective.metric} {score_text(score)}"
-    mark = "  best" if best else ""
+    metric = search.objectives[0].metric
+    values = ", ".join(
+        f"{s.name} {value_text(row.values[s.path])}" for s in searched_settings([row])
+    )
+    is_best = search.scored()[:1] == [row]
+    result = row.error or f"{metric} {score_text(row.scores.get(metric))}"
+    mark = "  best" if is_best else ""
     return Text(
-        f"  {row.name}  {row.state:<8}  epoch {row.epochs:>3}  {what}{mark}  ({values})",
-        style="bold green" if best else _ENDS.get(row.state, ""),
+        f"  {row.name}  {row.state:<8}  epoch {row.epochs:>3}  {result}{mark}  ({values})",
+        style="bold green" if is_best else _STYLES.get(row.state, ""),
     )

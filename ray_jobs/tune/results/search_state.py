@@ -1,4 +1,4 @@
-"""What a search knows of its trials: what the leaderboard, the page and the budget are made of.
+"""Holds the state of a search and ranks its trials.
 
 Imports neither Ray nor TensorFlow.
 """
@@ -6,95 +6,164 @@ Imports neither Ray nor TensorFlow.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, Literal
 
+from ray_jobs.train.telemetry.history_keys import MINIMIZED, sort_key
+
 State = Literal["pending", "running", "paused", "finished", "stopped", "failed"]
-"""`finished` came to its own end; `stopped` was ended by the scheduler or the budget."""
-Mode = Literal["min", "max"]
+"""`finished` trials ran to their end; the scheduler or the budget ended `stopped` ones."""
 
 PARTS = ("start", "data", "compute", "validation", "checkpoint")
-"""Where a trial's time goes: imports, build and first step; waiting for rows; steps; validation;
+"""How a trial spends its time: imports, build and first step; waiting for rows; steps; validation;
 saving."""
+
+_LARGEST = 1e300
+"""Differences of larger numbers can overflow."""
+
+
+def finite(value: object) -> float | None:
+    """Return a finite number as a float; None for any other value."""
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    return float(value) if is_number and abs(value) < _LARGEST else None
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A number that the search makes small or large."""
+    """A metric that the search minimizes or maximizes."""
 
     metric: str
-    """Key of the records of an epoch, as in `ray_jobs.train.telemetry.console`."""
-    mode: Mode
+    """Key of the epoch records, as in `ray_jobs.train.telemetry.history_keys`."""
 
-    def rank(self, value: float | None) -> float:
-        """Return a number that is lower the better a value is; infinity without a finite one."""
-        if value is None or not math.isfinite(value):
-            return math.inf
-        return value if self.mode == "min" else -value
+    @property
+    def mode(self) -> Literal["min", "max"]:
+        """Whether lower or higher values are better."""
+        return "min" if self.metric in MINIMIZED else "max"
 
 
 @dataclass
 class TrialRow:
-    """One trial as it stands."""
+    """The state of one trial."""
 
     name: str
-    """Of its folder below `trials/`."""
+    """Name of its folder in `trials/`."""
     state: State
     values: dict[str, Any]
-    """What the search space gave it, by field path; without conditional ones that do not count."""
+    """Values from the search space by field path, without inactive conditional ones."""
     scores: dict[str, float] = field(default_factory=dict)
-    """By the objectives' metrics, at its best epoch so far; empty before the first."""
+    """Metrics of the objectives at the best epoch so far; empty before the first epoch."""
     epochs: int = 0
-    """Epochs that it has trained."""
+    """Number of trained epochs."""
     best_epoch: int | None = None
-    """Index of its best epoch so far."""
+    """Index of the best epoch so far."""
     history: Sequence[dict[str, Any]] = ()
-    """A record an epoch; keys of `ray_jobs.train.telemetry.console`."""
+    """One record per epoch, with keys from `ray_jobs.train.telemetry.history_keys`."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Spent on each of `PARTS`, so far."""
+    """Time spent on each of `PARTS` so far."""
     began_s: float = 0.0
-    """When it began, in seconds after the search did."""
+    """Start, in seconds after the start of the search."""
     ended_s: float | None = None
-    """When it ended, likewise."""
+    """End, in seconds after the start of the search."""
     error: str | None = None
-    """First error of a trial that failed, in a line."""
+    """First error of a failed trial, in one line."""
     scores_in_full: dict[str, float] = field(default_factory=dict)
-    """As `scores`, of the training in full that a trial on features went on to."""
+    """Like `scores`, from the full training that follows a trial on features."""
+
+    def score(self, objective: Objective) -> float | None:
+        """Return the score in an objective; None if it is missing or not finite."""
+        return finite(self.scores.get(objective.metric))
+
+    def part_s(self, part: str) -> float:
+        """Return the time spent on one of `PARTS`."""
+        return max(finite(self.seconds.get(part)) or 0.0, 0.0)
+
+    @property
+    def wall_s(self) -> float:
+        """Duration of the trial; for a running trial, the sum of its parts."""
+        if self.ended_s is not None:
+            return max(self.ended_s - self.began_s, 0.0)
+        return sum(map(self.part_s, PARTS))
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The best model and the untuned one on the test rows, which had no part in the choice."""
+    """The best and the untuned model on the test rows, which were not used to choose them."""
 
     metric: str
-    """Name as in `metrics.json`, such as `roc_auc`."""
+    """Name in `metrics.json`, where higher values are better, such as `roc_auc`."""
     untuned: float
     best: float
     low: float
     """Lower end of the 95 % bootstrap interval of best − untuned, over the same rows."""
     high: float
-    """Upper end of it."""
+    """Upper end of the interval."""
     num_rows: int
     same: bool = False
-    """Whether the untuned model is the best one itself."""
+    """Whether the untuned model is the best model."""
 
 
 @dataclass
 class Search:
-    """A search as it stands; its trials in the order in which they were suggested."""
+    """The state of a search, with its trials in order of suggestion."""
 
     name: str
     objectives: Sequence[Objective]
-    """The first one ranks the leaderboard."""
+    """The first objective ranks the trials."""
     trials: list[TrialRow]
     spent: dict[str, float] = field(default_factory=dict)
-    """`hours`, `cpu_hours`, `gpu_hours` and `trials`, over all restarts."""
+    """Spent `hours`, `cpu_hours`, `gpu_hours` and `trials`, over all restarts."""
     budget: dict[str, float] = field(default_factory=dict)
-    """What may be spent of them; those without a limit are left out."""
+    """Limits with the same keys; a missing key has no limit."""
     slots: int = 1
-    """Trials that could run at once."""
+    """Number of trials that can run at the same time."""
     comparison: Comparison | None = None
 
+    def count_states(self) -> dict[str, int]:
+        """Return the number of trials by state, with the final states first."""
+        counts = {"finished": 0, "stopped": 0, "failed": 0}
+        for trial in self.trials:
+            counts[trial.state] = counts.get(trial.state, 0) + 1
+        return counts
+
     def ranked(self) -> list[TrialRow]:
-        """Return the trials, the best first; those without a score last, in their order."""
-        first = self.objectives[0]
-        return sorted(self.trials, key=lambda t: first.rank(t.scores.get(first.metric)))
+        """Return all trials, best first; trials without a finite score come last."""
+        return sorted(self.trials, key=self._rank)
+
+    def scored(self) -> list[TrialRow]:
+        """Return the trials with a finite score, best first."""
+        return [trial for trial in self.ranked() if math.isfinite(self._rank(trial))]
+
+    def pareto_front(self) -> list[TrialRow]:
+        """Return the trials that no other trial dominates, in order of rank.
+
+        A trial dominates another if it is at least as good in each objective and better in one.
+        Only trials with a finite score in each objective take part.
+        """
+        ranks = {
+            trial.name: tuple(sort_key(o.metric, trial.score(o)) for o in self.objectives)
+            for trial in self.scored()
+        }
+        complete = [rank for rank in ranks.values() if math.inf not in rank]
+
+        def is_dominated(own: Sequence[float]) -> bool:
+            return any(
+                other != own and all(o <= mine for o, mine in zip(other, own, strict=True))
+                for other in complete
+            )
+
+        return [
+            trial
+            for trial in self.scored()
+            if math.inf not in ranks[trial.name] and not is_dominated(ranks[trial.name])
+        ]
+
+    def idle_s(self) -> float:
+        """Return the time of all slots outside trials, from the first start to the last end."""
+        if not self.trials:
+            return 0.0
+        start = min(trial.began_s for trial in self.trials)
+        end = max(trial.began_s + trial.wall_s for trial in self.trials)
+        return max(self.slots * (end - start) - sum(trial.wall_s for trial in self.trials), 0.0)
+
+    def _rank(self, trial: TrialRow) -> float:
+        return sort_key(self.objectives[0].metric, trial.score(self.objectives[0]))

@@ -1,7 +1,7 @@
-"""Trials that see features in place of images: whether they may, which ones, and as what training.
+"""Decides whether trials train on features in place of images, and makes their specs.
 
-Enters: the space and the search's settings.  Leaves: features by what they follow from, and the
-specification of a training on them.
+Input: the search space and the spec of the search. Output: the features by `features_key`, and the
+spec of a trial that trains on them.
 """
 
 import json
@@ -13,82 +13,92 @@ from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import RunSpec
 from ray_jobs.data.manifest import read_manifest
 from ray_jobs.storage.folder import Folder
-from ray_jobs.train.telemetry.console import INFERENCE_ROW_S
-from ray_jobs.tune.search.backbone_features import features_of, has_activation_of_ours
+from ray_jobs.train.telemetry.history_keys import INFERENCE_ROW_S
+from ray_jobs.tune.search.backbone_features import compute_features, uses_model_activation
 from ray_jobs.tune.search.space import Space, Values
 
-_MOST = 16
-"""Sets of features that are computed by themselves, without being asked for."""
+_MAX_FEATURE_SETS = 16
+"""Limit for `tune.feature_cache=auto`."""
 _AFFECTING = (
-    "data.prepared",
     "data.image_size",
     "model.image.kind",
     "model.image.weights",
-    "model.augmentation",
+    "model.augmentation.",
     "model.activation",
-    "run.seed",
 )
+"""Settings, or sections of settings, that change the features."""
+
+
+def should_use_features(spec: RunSpec, space: Space) -> bool:
+    """Return whether trials should train on features.
+
+    Raises:
+        JobError: If `tune.feature_cache=always`, but trials cannot train on features.
+    """
+    setting = spec.tune.feature_cache
+    if setting == "none" or spec.model.image.kind == "none":
+        return False
+    if setting == "auto" and not is_frozen(spec):
+        return False
+    obstacle = _find_obstacle(spec, space)
+    if obstacle and setting == "always":
+        raise JobError(f"tune.feature_cache=always: {obstacle}; set it to none")
+    return not obstacle
 
 
 def is_frozen(spec: RunSpec) -> bool:
-    """Whether the image backbone stands still, at least in a training's first stage."""
+    """Return whether the image backbone is frozen, at least in the first stage of training."""
     image, stages = spec.model.image, spec.train.stages
     if image.kind == "none":
         return False
     return not image.trainable or (bool(stages) and stages[0].backbone == 0)
 
 
-def uses_features(spec: RunSpec, space: Space) -> bool:
-    """Whether trials are to see features.
+def compute_feature_sets(spec: RunSpec, space: Space) -> dict[str, Folder]:
+    """Compute the features that any trial can need, and return their folders by `features_key`.
 
     Raises:
-        JobError: if they are to by `tune.feature_cache=always`, and cannot.
-    """
-    settings = spec.tune
-    if settings.feature_cache == "none" or spec.model.image.kind == "none":
-        return False
-    if settings.feature_cache == "auto" and not is_frozen(spec):
-        return False
-    why_not = _why_not(spec, space)
-    if why_not and settings.feature_cache == "always":
-        raise JobError(f"tune.feature_cache=always: {why_not}; set it to none")
-    return not why_not
-
-
-def all_features(spec: RunSpec, space: Space) -> dict[str, Folder]:
-    """Return the features of all combinations of values that make them differ; computes them.
-
-    Raises:
-        JobError: if they cannot be computed.
+        JobError: If features cannot be computed.
     """
     num_views = 1 + spec.tune.feature_views
-    found: dict[str, Folder] = {}
+    folders: dict[str, Folder] = {}
     for values in _combinations(space):
         key = features_key(values, space)
-        if key not in found:
-            found[key] = features_of(space.spec_of(values), num_views)
-    return found
+        if key not in folders:
+            folders[key] = compute_features(space.spec_of(values), num_views)
+    return folders
 
 
-def on_features(spec: RunSpec, features: Folder) -> RunSpec:
-    """Return the specification of a trial on features, from that of the training it stands for.
+def features_key(values: Values, space: Space) -> str:
+    """Return the values of a trial that determine its features, as JSON."""
+    affecting = {path: value for path, value in values.items() if affects_features(path, space)}
+    return json.dumps(affecting, sort_keys=True)
 
-    The order of its rows is that of the training on images: as many of them are shuffled together,
-    where need be by a larger `data.buffer_bytes`. What layers draw at random is not, since there
-    are fewer of them.
+
+def affects_features(path: str, space: Space) -> bool:
+    """Return whether trials that differ in a setting can need different features."""
+    if path == "model.activation" and "model.image.kind" not in space.distributions:
+        return uses_model_activation(space.base.model.image.kind)
+    return path.startswith(_AFFECTING)
+
+
+def feature_trial_spec(spec: RunSpec, features: Folder) -> RunSpec:
+    """Return the spec of a trial on features that stands for a training on images.
+
+    Rows come in the same order: as many of them are shuffled together, if necessary with a larger
+    `data.buffer_bytes`. The random numbers of layers differ, because there are fewer layers.
 
     Args:
-        spec: with the prepared images.
-        features: of them, from `features_of`.
+        spec: The spec of the training on images.
+        features: From `compute_features`.
 
     Raises:
-        ValueError: if cutmix is asked for, which features cannot do.
+        ValueError: If CutMix is enabled, which features do not support.
     """
-    train = spec.train
-    if train.cutmix_alpha:
+    if spec.train.cutmix_alpha:
         raise ValueError(
-            f"train.cutmix_alpha={train.cutmix_alpha:g} puts boxes into images, and a trial on "
-            "features of a frozen backbone sees none; set it to 0, or search on images"
+            f"train.cutmix_alpha={spec.train.cutmix_alpha:g} needs images, and this trial trains "
+            "on features of a frozen backbone; set it to 0, or set tune.feature_cache=none"
         )
     image_bytes, feature_bytes = (
         read_manifest(folder).splits["train"].row_bytes
@@ -102,7 +112,7 @@ def on_features(spec: RunSpec, features: Folder) -> RunSpec:
             "data.prepared": features.uri,
             "data.shuffle_window_rows": window_rows,
             "data.buffer_bytes": data.buffer_bytes,
-            # There is nothing to decode, so nothing to hand out to others or to keep.
+            # Features are not decoded, so decoding tasks and a cache would be useless.
             "data.decode": "trainer",
             "data.cache": "none",
             "model.image.weights": None,
@@ -111,72 +121,42 @@ def on_features(spec: RunSpec, features: Folder) -> RunSpec:
     )
 
 
-def tells_features(path: str, space: Space) -> bool:
-    """Whether trials with other values of a setting may see other features."""
-    # The base says what its own kind of branch goes by; where there are several, one may go by all.
-    base = None if "model.image.kind" in space.distributions else space.base
-    return affects_features(path, base)
-
-
-def features_key(values: Values, space: Space) -> str:
-    """Return those of a trial's values that its features follow from, as a text."""
-    affecting = {path: value for path, value in values.items() if tells_features(path, space)}
-    return json.dumps(affecting, sort_keys=True)
-
-
-def affects_features(path: str, spec: RunSpec | None = None) -> bool:
-    """Whether features may be others under another value of a setting.
-
-    Args:
-        path: of a field or a section, such as `model.image.kind`.
-        spec: of the search; without it every image branch counts, also those in which the backbone
-            has `model.activation`, too.
-    """
-    own = spec is None or has_activation_of_ours(spec.model.image.kind)
-    return any(
-        f"{path}.".startswith(f"{other}.") or f"{other}.".startswith(f"{path}.")
-        for other in _AFFECTING
-        if own or other != "model.activation"
-    )
-
-
-def _why_not(spec: RunSpec, space: Space) -> str | None:
+def _find_obstacle(spec: RunSpec, space: Space) -> str | None:
+    """Return why trials cannot train on features, if they cannot."""
+    searched = space.distributions
     kinds = {spec.model.image.kind}
-    if "model.image.kind" in space.distributions:
-        kinds |= set(space.distributions["model.image.kind"].values())
-    if without := [kind for kind in sorted(kinds) if kind not in IMAGE_TOPS]:
-        return f"model.image.kind={', '.join(without)} has no backbone whose features are known"
-    if thawing := [
-        p for p in ("model.image.trainable", "train.stages") if p in space.distributions
-    ]:
-        return f"{', '.join(thawing)} would make no difference to trials on features"
-    paths = _relevant(space)
-    if continuous := [path for path in paths if space.distributions[path].is_continuous]:
-        return f"every value of {', '.join(continuous)} would make other features"
-    keys = {features_key(values, space) for values in _combinations(space)}
-    if len(keys) > _MOST and spec.tune.feature_cache == "auto":
-        return f"the space has {len(keys)} sets of features"
+    if "model.image.kind" in searched:
+        kinds |= set(searched["model.image.kind"].values())
+    if unsupported := [kind for kind in sorted(kinds) if kind not in IMAGE_TOPS]:
+        return f"model.image.kind={', '.join(unsupported)} has no backbone with features"
+    if unfreezing := [p for p in ("model.image.trainable", "train.stages") if p in searched]:
+        return f"trials on features cannot vary {', '.join(unfreezing)}"
+    if continuous := [path for path in _relevant_paths(space) if searched[path].is_continuous]:
+        return f"each value of {', '.join(continuous)} needs different features"
+    num_sets = len({features_key(values, space) for values in _combinations(space)})
+    if num_sets > _MAX_FEATURE_SETS and spec.tune.feature_cache == "auto":
+        return f"the space needs {num_sets} sets of features, more than {_MAX_FEATURE_SETS}"
     if INFERENCE_ROW_S in spec.tune.metrics:
-        return f"{INFERENCE_ROW_S} is of the whole model, which such trials do not have"
-    if spec.train.cutmix_alpha or "train.cutmix_alpha" in space.distributions:
-        return "train.cutmix_alpha puts boxes into images"
+        return f"{INFERENCE_ROW_S} measures the whole model, of which such trials have only a part"
+    if spec.train.cutmix_alpha or "train.cutmix_alpha" in searched:
+        return "train.cutmix_alpha needs images"
     return None
 
 
-def _relevant(space: Space) -> list[str]:
-    """Return the settings that make features differ, and those that their `when` asks about."""
-    found = [path for path in space.order if tells_features(path, space)]
-    for path in found:
-        asked = space.distributions[path].when
-        found += [other for other in asked if other in space.distributions and other not in found]
-    return found
+def _relevant_paths(space: Space) -> list[str]:
+    """Return the settings that affect features, and those that their `when` conditions name."""
+    paths = [path for path in space.order if affects_features(path, space)]
+    for path in paths:
+        when = space.distributions[path].when
+        paths += [other for other in when if other in space.distributions and other not in paths]
+    return paths
 
 
 def _combinations(space: Space) -> Iterator[Values]:
-    paths = _relevant(space)
+    paths = _relevant_paths(space)
     for combination in product(*(space.distributions[path].values() for path in paths)):
         chosen = dict(zip(paths, combination, strict=True))
-        yield {path: v for path, v in chosen.items() if space.counts(path, chosen)}
-    # The first trial's, which may lie outside the space.
+        yield {path: v for path, v in chosen.items() if space.is_active(path, chosen)}
+    # The first trials may have values outside the space.
     for values in space.first:
         yield {path: value for path, value in values.items() if path in paths}

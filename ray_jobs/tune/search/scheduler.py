@@ -1,9 +1,10 @@
-"""Who stops trials early, pauses them, or lets bad ones go on from good ones: Ray's schedulers.
+"""Makes Ray's schedulers, which stop, pause or clone trials.
 
-They count the epochs that a trial has trained, since Ray's own count of results may begin again
-after a restart.
+All of them count the epochs that a trial has trained, because Ray's own count of results can start
+again after a restart.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -19,17 +20,18 @@ from ray.tune.schedulers import (
 )
 from ray.tune.schedulers.pb2 import PB2
 
+from ray_jobs.cluster.compat_ray import pause_trial
 from ray_jobs.config.spec import RunSpec
 from ray_jobs.config.tune_spec import DistributionSpec
 from ray_jobs.tune.results.search_state import Objective
 from ray_jobs.tune.search.searcher import result_key
 
 EPOCHS = "epochs"
-"""Key of a trial's results: epochs trained."""
+"""Key of a trial's results: the number of epochs trained."""
 
 
 class _Median(MedianStoppingRule):
-    """Ray's, which cannot bear a last result without a metric, such as that of a trial's error."""
+    """Ray's rule, made to accept a last result without metrics, such as that of a failed trial."""
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict) -> None:
         if EPOCHS in result:
@@ -37,97 +39,91 @@ class _Median(MedianStoppingRule):
 
 
 class HyperBand(HyperBandScheduler):
-    """Ray's, which a search can go on with: trials that waited for others wait again."""
+    """Ray's HyperBand, extended to resume: paused trials are paused again."""
 
-    waiting: frozenset[str] = frozenset()
-    """Names of the trials that waited when the search was stopped, until they do again."""
+    paused: frozenset[str] = frozenset()
+    """Names of the trials that were paused when the search stopped, until they are again."""
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
-        """Return the next trial; at first let those wait that Tune has made ready to run."""
-        waiting, self.waiting = self.waiting, frozenset()
-        for trial in tune_controller.get_trials() if waiting else ():
-            if trial.trial_id in waiting and trial.status == Trial.PENDING:
-                tune_controller._set_trial_status(trial, Trial.PAUSED)
+        """Return the next trial; first pause the trials that Tune marked as pending on resume."""
+        paused, self.paused = self.paused, frozenset()
+        for trial in tune_controller.get_trials() if paused else ():
+            if trial.trial_id in paused and trial.status == Trial.PENDING:
+                pause_trial(tune_controller, trial)
         return super().choose_trial_to_run(tune_controller)
 
 
-def make_scheduler(spec: RunSpec, most_epochs: int, objective: Objective) -> TrialScheduler:
-    """Return the scheduler that a spec asks for.
+def make_scheduler(spec: RunSpec, max_epochs: int, objective: Objective) -> TrialScheduler:
+    """Return the scheduler that `tune.scheduler` names.
 
     Args:
-        spec: with `tune.scheduler`.
-        most_epochs: of any trial.
-        objective: to schedule by.
+        spec: The spec of the search.
+        max_epochs: The most epochs of any trial.
+        objective: The metric to schedule by.
     """
     settings = spec.tune
-    grace = settings.grace_epochs or max(most_epochs // 9, 1)
-    # What matters of a trial is its best epoch, whose weights are kept.
-    best: dict[str, Any] = {"metric": result_key(objective.metric), "mode": objective.mode}
-    # A trial that exploits another one takes its weights of now.
-    now: dict[str, Any] = {"metric": objective.metric, "mode": objective.mode}
-    perturb = perturbation_epochs(spec, most_epochs)
+    grace = settings.grace_epochs or max(max_epochs // 9, 1)
+    # A trial is judged by its best epoch, whose weights it keeps.
+    best: dict[str, Any] = {
+        "time_attr": EPOCHS,
+        "metric": result_key(objective.metric),
+        "mode": objective.mode,
+    }
+    # A clone takes the current weights of its donor, so trials are judged by their latest epoch.
+    latest = {
+        **best,
+        "metric": objective.metric,
+        "perturbation_interval": perturbation_epochs(spec, max_epochs),
+        "log_config": False,
+        "require_attrs": False,
+    }
     if settings.scheduler == "asha":
         return ASHAScheduler(
-            time_attr=EPOCHS,
-            # One more than there are: a trial comes to its end by itself, and not by being killed.
-            max_t=most_epochs + 1,
-            grace_period=min(grace, most_epochs),
+            # One more than a trial can reach: each trial ends by itself instead of being killed.
+            max_t=max_epochs + 1,
+            grace_period=min(grace, max_epochs),
             reduction_factor=settings.reduction_factor,
             **best,
         )
     if settings.scheduler == "hyperband":
-        return HyperBand(
-            time_attr=EPOCHS,
-            max_t=most_epochs,
-            reduction_factor=settings.reduction_factor,
-            **best,
-        )
+        return HyperBand(max_t=max_epochs, reduction_factor=settings.reduction_factor, **best)
     if settings.scheduler == "median":
-        return _Median(time_attr=EPOCHS, grace_period=grace, **best)
+        return _Median(grace_period=grace, **best)
     if settings.scheduler == "pbt":
         return PopulationBasedTraining(
-            time_attr=EPOCHS,
-            perturbation_interval=perturb,
             hyperparam_mutations={p: _mutations(d) for p, d in settings.space.items()},
-            custom_explore_fn=partial(within, settings.space),
-            log_config=False,
-            require_attrs=False,
-            **now,
+            custom_explore_fn=partial(clip_to_space, settings.space),
+            **latest,
         )
     if settings.scheduler == "pb2":
-        return PB2(
-            time_attr=EPOCHS,
-            perturbation_interval=perturb,
-            hyperparam_bounds={p: [d.low, d.high] for p, d in settings.space.items()},
-            log_config=False,
-            require_attrs=False,
-            **now,
-        )
+        bounds: dict[str, Any] = {p: [d.low, d.high] for p, d in settings.space.items()}
+        return PB2(hyperparam_bounds=bounds, **latest)
     return FIFOScheduler()
 
 
-def perturbation_epochs(spec: RunSpec, most_epochs: int) -> int:
-    """Return the epochs between two looks of `pbt` and `pb2`."""
-    return spec.tune.perturbation_epochs or max(most_epochs // 10, 1)
+def perturbation_epochs(spec: RunSpec, max_epochs: int) -> int:
+    """Return the number of epochs between two perturbations by `pbt` and `pb2`."""
+    return spec.tune.perturbation_epochs or max(max_epochs // 10, 1)
 
 
-def within(space: dict[str, DistributionSpec], config: dict[str, Any]) -> dict[str, Any]:
-    """Return a trial's values, those beyond the ends of their distribution put to these.
+def clip_to_space(
+    space: Mapping[str, DistributionSpec], values: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return a trial's values, each clipped to the range of its distribution.
 
-    PBT multiplies by 0.8 or 1.2 and looks at no bounds.
+    PBT multiplies values by 0.8 or 1.2 without regard to bounds.
     """
-    inside = dict(config)
-    for path, values in space.items():
-        if values.kind == "choice":
+    clipped = dict(values)
+    for path, distribution in space.items():
+        if distribution.kind == "choice":
             continue
-        high = values.high if values.is_continuous else values.values()[-1]
-        inside[path] = min(max(inside[path], values.low), high)
-    return inside
+        high = distribution.high if distribution.is_continuous else distribution.values()[-1]
+        clipped[path] = min(max(clipped[path], distribution.low), high)
+    return clipped
 
 
 def _mutations(values: DistributionSpec) -> Any:
-    """Return a distribution as PBT takes it: a list, to whose neighbours it moves, or a domain."""
+    """Return a distribution for PBT: a list, whose neighbouring values it takes, or a domain."""
     if not values.is_continuous:
         return list(values.values())
-    kind = tune.loguniform if values.is_log else tune.uniform
-    return kind(values.low, values.high)
+    return (tune.loguniform if values.is_log else tune.uniform)(values.low, values.high)

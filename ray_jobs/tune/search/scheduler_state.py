@@ -1,73 +1,70 @@
-"""A scheduler's state as bytes, which Ray Tune's own snapshots leave out.
+"""Saves and restores the state of a scheduler, which Ray Tune's snapshots leave out.
 
-Schedulers refer to trials, which a search that goes on makes anew: they are written by their names.
+Schedulers hold references to trials, which Tune creates anew when a search resumes. The saved state
+therefore refers to trials by name.
 """
 
 import io
 import pickle
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import ray.cloudpickle
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
+from ray_jobs.cluster.compat_ray import is_pending_result, live_trials
 
-def dumps(scheduler: TrialScheduler, trials: Sequence[Trial]) -> bytes:
-    """Return the state of a scheduler that has been told of some trials."""
+
+def dump_scheduler(scheduler: TrialScheduler, trials: Sequence[Trial]) -> bytes:
+    """Return the state of a scheduler to which these trials were added."""
     stream = io.BytesIO()
     names = {trial.trial_id for trial in trials}
     _Pickler(stream).dump((names, vars(scheduler)))
     return stream.getvalue()
 
 
-def restore(scheduler: TrialScheduler, state: bytes, trials: Sequence[Trial]) -> None:
-    """Give a new scheduler, which knows of some trials, an earlier one's state.
+def restore_scheduler(scheduler: TrialScheduler, state: bytes, trials: Sequence[Trial]) -> None:
+    """Restore the state of an earlier scheduler.
 
     Args:
-        scheduler: that has been told of the trials.
-        state: of the earlier one, from `dumps`.
-        trials: the same, made anew; one that the state knows and that is no more stays away.
+        scheduler: A new scheduler to which the trials were added.
+        state: From `dump_scheduler`. Trials that no longer exist are dropped from it.
+        trials: The current trials of the search.
     """
     by_name = {trial.trial_id: trial for trial in trials}
-    known, earlier = _Unpickler(io.BytesIO(state), by_name).load()
-    for value in earlier.values():
-        _forget_nobody(value)
-    vars(scheduler).update(earlier)
-    controller: Any = _NoController()
+    saved_names, attributes = _Unpickler(io.BytesIO(state), by_name).load()
+    for value in attributes.values():
+        _drop_none(value)
+    vars(scheduler).update(attributes)
+    # What schedulers use of Tune's controller when a trial is added.
+    controller: Any = SimpleNamespace(search_alg=None)
     for trial in trials:
-        if trial.trial_id not in known:
-            # Begun after the state was written, which took away what was known of it.
+        if trial.trial_id not in saved_names:
+            # The trial started after the state was saved, so the update above removed it.
             scheduler.on_trial_add(controller, trial)
 
 
-class _NoController:
-    """What schedulers ask of Tune's controller when they are told of a trial."""
-
-    search_alg = None
-
-
-def _forget_nobody(value: Any) -> None:
-    """Take out of what a scheduler holds the trials that are no more, which are None there."""
+def _drop_none(value: Any) -> None:
+    """Remove trials that no longer exist, which are None, from an attribute of a scheduler."""
     if isinstance(value, dict):
         value.pop(None, None)
     elif isinstance(value, set):
         value.discard(None)
     elif isinstance(value, list):
         for part in value:
-            _forget_nobody(part)
-    elif hasattr(value, "_live_trials"):
-        _forget_nobody(value._live_trials)
+            _drop_none(part)
+    elif (trials := live_trials(value)) is not None:
+        _drop_none(trials)
 
 
 class _Pickler(ray.cloudpickle.Pickler):
     def persistent_id(self, obj: Any) -> tuple[str, str] | None:
         if isinstance(obj, Trial):
             return ("trial", obj.trial_id)
-        # What a trial is being asked for at this moment, nobody will answer later.
-        if type(obj).__name__ in ("_FutureTrainingResult", "ObjectRef"):
-            return ("nothing", "")
-        return None
+        # The result of a pending request is lost with the driver.
+        return ("nothing", "") if is_pending_result(obj) else None
 
 
 class _Unpickler(pickle.Unpickler):

@@ -1,86 +1,95 @@
-"""The search space of a spec: which values of which settings, checked before anything starts.
+"""Validates the search space of a spec and turns the values of a trial into a spec.
 
-Enters: `tune.space` and the spec around it.  Leaves: values by path, and the spec that they make.
+Input: `tune.space` and the rest of the spec. Output: values by setting path, and the trial's spec.
+Imports neither Ray nor Optuna.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from itertools import product
-from typing import Any, get_args
+from typing import Any, Self, get_args
+
+from pydantic import model_validator
+from pydantic.fields import FieldInfo
 
 from mm_model.nearest_match import did_you_mean
+from ray_jobs.config.command_line import flatten
+from ray_jobs.config.errors import UsageError
 from ray_jobs.config.spec import RunSpec
 from ray_jobs.config.tune_spec import EXPLOITING, DistributionSpec, TuneSpec
 
 Values = dict[str, Any]
-"""Values of settings by their paths, such as {"train.learning_rate": 1e-3}."""
+"""Values of settings by path, such as {"train.learning_rate": 1e-3}."""
 Suggest = Callable[[str, DistributionSpec], Any]
 
-_NOT_SEARCHED = ("run.", "prepare.", "tune.", "data.prepared", "train.monitor", "train.num_workers")
-"""What says where and how a search runs, or what it goes by."""
-_KEEP_THE_WEIGHTS = (
+_NOT_SEARCHABLE = (
+    "run.", "prepare.", "tune.", "data.prepared", "train.monitor", "train.num_workers",
+)  # fmt: skip
+"""Settings that define where and how a search runs, and how it ranks trials."""
+_CLONEABLE = (
     "train.learning_rate", "train.weight_decay", "train.momentum", "train.label_smoothing",
     "train.focal_gamma", "train.clip_norm", "model.dropout", "model.l2",
     "model.fusion.modality_dropout", "model.fusion.auxiliary_weight",
     "model.numeric.category_dropout",
 )  # fmt: skip
-"""Settings that another trial's weights and optimizer state can go on with."""
-_LAYERS_FROM_ZERO = ("model.dropout", "model.fusion.modality_dropout")
-"""Of these a rate of 0 leaves out a layer, whose random state would be missing."""
+"""Settings under which a trial can continue from another trial's weights and optimizer state."""
+_ABSENT_AT_ZERO = ("model.dropout", "model.fusion.modality_dropout")
+"""A rate of 0 removes the layer, so a checkpoint lacks its random state."""
 
 
 class Space:
-    """What a search chooses from.
+    """The values that a search chooses from.
 
     Args:
-        spec: whole specification; its own values are the first trial's.
+        spec: The whole spec; the first trial uses its own values.
 
     Raises:
-        ValueError: naming every setting that does not exist, and every value that does not fit.
+        UsageError: Names every setting that does not exist and every value that is invalid.
     """
 
     def __init__(self, spec: RunSpec) -> None:
         self.base = spec.model_copy(update={"tune": TuneSpec()})
-        """What trials are trained by, but for the values."""
-        self._own = self.base.model_dump(mode="json")
+        """The spec of every trial, apart from the searched values."""
+        self._base_tree = self.base.model_dump(mode="json")
         self.distributions = {p: _with_none(d, p) for p, d in spec.tune.space.items()}
-        self.order = self._ordered()
-        """Paths, each after those that its `when` asks about."""
+        self.order = self._sorted_paths()
+        """Paths in an order in which each one follows the paths that its `when` names."""
         self._require_searchable(spec.tune)
-        self._require_fitting()
-        self.first = self._first(spec.tune.first)
-        """Values of the first trials: the spec's own, then those given."""
+        self._require_valid_values()
+        self.first = self._first_points(spec.tune.first)
+        """Values of the first trials: the spec's own values, then `tune.first`."""
 
     def values(self, suggest: Suggest) -> Values:
-        """Return one value of each setting that counts.
+        """Return a value for each active setting.
 
         Args:
-            suggest: chooses one, given the path; is asked in order.
+            suggest: Chooses the value of a setting; called in the order of `self.order`.
         """
         values: Values = {}
         for path in self.order:
-            if self.counts(path, values):
+            if self.is_active(path, values):
                 values[path] = suggest(path, self.distributions[path])
         return values
 
-    def counts(self, path: str, values: Mapping[str, Any]) -> bool:
-        """Whether a setting counts beside the values of others."""
+    def is_active(self, path: str, values: Mapping[str, Any]) -> bool:
+        """Return whether the `when` condition of a setting holds, given other settings' values."""
         when = self.distributions[path].when
         return all(
-            any(_same(values.get(other, self.own(other)), value) for value in allowed)
+            any(_same(values.get(other, self._own_value(other)), value) for value in allowed)
             for other, allowed in when.items()
         )
 
-    def own(self, path: str) -> Any:
-        """Return the spec's own value of a setting."""
-        value: Any = self._own
+    def _own_value(self, path: str) -> Any:
+        """Return the value of a setting in the spec."""
+        value: Any = self._base_tree
         for name in path.split("."):
             value = value[name]
         return value
 
     def contains(self, values: Values) -> bool:
-        """Whether each value is one that the search could choose."""
+        """Return whether the search could choose each of these values."""
         return all(
-            any(_same(value, one) for one in distribution.values())
+            any(_same(value, choice) for choice in distribution.values())
             if (distribution := self.distributions[path]).kind == "choice"
             else distribution.contains(value)
             for path, value in values.items()
@@ -90,12 +99,12 @@ class Space:
         """Return the spec of a trial.
 
         Raises:
-            ValueError: if the values do not go together.
+            ValueError: If the values are invalid in combination.
         """
         return self.base.overlay(dict(values))
 
     def grid(self) -> Iterator[Values]:
-        """Yield every combination that differs, the last path's values changing fastest."""
+        """Yield every distinct combination; the value of the last path changes fastest."""
         seen: list[Values] = []
         choices = [self.distributions[path].values() for path in self.order]
         for combination in product(*choices):
@@ -107,142 +116,157 @@ class Space:
 
     # -- checks -----------------------------------------------------------------------------------
 
-    def _ordered(self) -> list[str]:
-        from ray_jobs.config.command_line import flatten
-
-        fields = list(flatten(RunSpec))
-        wanted = [*self.distributions, *(p for d in self.distributions.values() for p in d.when)]
-        unknown = [path for path in dict.fromkeys(wanted) if path not in fields]
-        if unknown:
-            raise ValueError(
+    def _sorted_paths(self) -> list[str]:
+        paths = [*self.distributions, *(p for d in self.distributions.values() for p in d.when)]
+        if unknown := [path for path in dict.fromkeys(paths) if path not in _fields()]:
+            fields = list(_fields())
+            raise UsageError(
                 "tune.space: "
-                + "; ".join(f"{path} is no setting{did_you_mean(path, fields)}" for path in unknown)
+                + "; ".join(f"no setting {path}{did_you_mean(path, fields)}" for path in unknown)
             )
         ordered: list[str] = []
         left = list(self.distributions)
         while left:
             ready = [p for p in left if not set(self.distributions[p].when) & set(left)]
             if not ready:
-                raise ValueError(f"tune.space: {', '.join(left)} wait for each other's `when`")
+                raise UsageError(
+                    f"tune.space: the `when` conditions of {', '.join(left)} form a cycle; "
+                    "remove one of them"
+                )
             ordered += ready
             left = [path for path in left if path not in ready]
         return ordered
 
     def _require_searchable(self, tune: TuneSpec) -> None:
-        wrong = [path for path in self.distributions if path.startswith(_NOT_SEARCHED)]
-        if wrong:
-            raise ValueError(f"tune.space: {', '.join(wrong)} cannot be searched over")
+        if fixed := [path for path in self.distributions if path.startswith(_NOT_SEARCHABLE)]:
+            raise UsageError(f"tune.space: cannot search over {', '.join(fixed)}; leave it out")
         if tune.scheduler not in EXPLOITING:
             return
-        wrong = [path for path in self.distributions if path not in _KEEP_THE_WEIGHTS]
-        if wrong:
-            raise ValueError(
-                f"tune.scheduler={tune.scheduler} goes on from another trial's weights, which "
-                f"{', '.join(wrong)} may not fit (accepted: {', '.join(_KEEP_THE_WEIGHTS)})"
+        scheduler = f"tune.scheduler={tune.scheduler}"
+        if wrong := [path for path in self.distributions if path not in _CLONEABLE]:
+            raise UsageError(
+                f"{scheduler} continues from another trial's weights, which do not fit other "
+                f"values of {', '.join(wrong)} (accepted: {', '.join(_CLONEABLE)})"
             )
         if self.base.train.schedule == "plateau" and "train.learning_rate" in self.distributions:
-            raise ValueError(
-                f"tune.scheduler={tune.scheduler} would take over another trial's learning rate, "
-                "which train.schedule=plateau has lowered; choose another schedule"
+            raise UsageError(
+                f"{scheduler} cannot search over train.learning_rate with train.schedule=plateau: "
+                "a trial would inherit the lowered rate of another trial; choose another schedule"
             )
-        conditional = [path for path, d in self.distributions.items() if d.when]
-        if conditional:
-            raise ValueError(
-                f"tune.scheduler={tune.scheduler} knows no `when` ({', '.join(conditional)})"
+        if conditional := [path for path, d in self.distributions.items() if d.when]:
+            raise UsageError(
+                f"{scheduler} does not support `when` ({', '.join(conditional)}); remove it, or "
+                "choose another scheduler"
             )
-        for path in set(_LAYERS_FROM_ZERO) & set(self.distributions):
+        for path in set(_ABSENT_AT_ZERO) & set(self.distributions):
             values = self.distributions[path]
             if not min(values.values() if values.kind == "choice" else (values.low,)) > 0:
-                raise ValueError(
-                    f"tune.scheduler={tune.scheduler}: {path} must stay above 0, where its layer "
-                    "has no state to go on from"
+                raise UsageError(
+                    f"{scheduler}: {path} must stay above 0; at 0 its layer has no state that "
+                    "another trial could continue from"
                 )
 
-    def _require_fitting(self) -> None:
-        """Check by each setting's ends, and a value between them, that specs can be made of it."""
+    def _require_valid_values(self) -> None:
+        """Build specs from the end points and one inner value of each setting."""
         errors: dict[str, None] = {}
         for path in self.order:
-            for value in self._probes(self.distributions[path]):
+            for value in _probes(self.distributions[path]):
                 try:
-                    self.spec_of(self._with(path, value))
+                    self.spec_of(self._values_around(path, value))
                 except ValueError as error:
                     errors[f"tune.space: {error}"] = None
                     break
         if errors:
-            raise ValueError("\n".join(errors))
+            raise UsageError("\n".join(errors))
 
-    @staticmethod
-    def _probes(values: DistributionSpec) -> Sequence[Any]:
-        if values.kind == "choice":
-            return values.values()
-        if not values.is_continuous:
-            every = values.values()
-            return every[0], every[-1]
-        # Between them, so that whole numbers at both ends do not hide that others are wanted.
-        return values.low, values.low + 0.381966 * (values.high - values.low), values.high
-
-    def _with(self, path: str, value: Any) -> Values:
-        """Return values with one given, and others as near to the spec's own as they can be."""
+    def _values_around(self, path: str, value: Any) -> Values:
+        """Return values that include a given one; the others stay close to the spec's own."""
         forced = {path: value}
         pending = [path]
         while pending:
             for other, allowed in self.distributions[pending.pop()].when.items():
                 if other in self.distributions and other not in forced:
-                    forced[other] = next(
-                        (v for v in allowed if _same(v, self.own(other))), allowed[0]
-                    )
+                    own = self._own_value(other)
+                    forced[other] = next((v for v in allowed if _same(v, own)), allowed[0])
                     pending.append(other)
 
         def suggest(path: str, values: DistributionSpec) -> Any:
             if path in forced:
                 return forced[path]
-            own = self.own(path)
-            return own if self.contains({path: own}) else self._probes(values)[0]
+            own = self._own_value(path)
+            return own if self.contains({path: own}) else _probes(values)[0]
 
         return self.values(suggest)
 
-    def _first(self, points: Sequence[Mapping[str, Any]]) -> list[Values]:
+    def _first_points(self, points: Sequence[Mapping[str, Any]]) -> list[Values]:
         first = []
-        for place, given in enumerate(({}, *points)):
-            point = {path: _none_by_name(path, value) for path, value in given.items()}
-            unknown = [path for path in point if path not in self.distributions]
-            if unknown:
-                raise ValueError(f"tune.first: {', '.join(unknown)} not in tune.space")
-            values = self.values(lambda path, _, point=point: point.get(path, self.own(path)))
-            idle = [path for path in point if path not in values]
-            if idle:
-                raise ValueError(f"tune.first, point {place}: {', '.join(idle)} has no effect")
+        for number, given in enumerate(({}, *points)):
+            point = {path: _parse_none(path, value) for path, value in given.items()}
+            if unknown := [path for path in point if path not in self.distributions]:
+                raise UsageError(
+                    f"tune.first, point {number}: {', '.join(unknown)} not in tune.space; leave "
+                    "it out, or add it to the space"
+                )
+            values = self.values(
+                lambda path, _, point=point: point.get(path, self._own_value(path))
+            )
+            if inactive := [path for path in point if path not in values]:
+                raise UsageError(
+                    f"tune.first, point {number}: the `when` condition of {', '.join(inactive)} "
+                    "does not hold; leave it out"
+                )
             try:
                 self.spec_of(values)
             except ValueError as error:
-                raise ValueError(f"tune.first, point {place}: {error}") from error
+                raise UsageError(f"tune.first, point {number}: {error}") from error
             if values not in first:
                 first.append(values)
         return first
 
 
+class SearchSpec(RunSpec):
+    """The spec of `tune`: a `RunSpec` whose search space is valid."""
+
+    @model_validator(mode="after")
+    def _require_valid_space(self) -> Self:
+        if self.tune.space or self.tune.first:
+            Space(self)
+        return self
+
+
+def _probes(values: DistributionSpec) -> Sequence[Any]:
+    if values.kind == "choice":
+        return values.values()
+    if not values.is_continuous:
+        every = values.values()
+        return every[0], every[-1]
+    # The inner value is fractional, so a setting of whole numbers fails even with whole ends.
+    return values.low, values.low + 0.381966 * (values.high - values.low), values.high
+
+
 def _same(one: Any, other: Any) -> bool:
-    """Whether two values of a setting are the same: true is not 1, and a tuple is a list."""
+    """Compare two values of a setting; true differs from 1, and a tuple equals a list."""
     one, other = (list(value) if isinstance(value, tuple) else value for value in (one, other))
     return one == other and isinstance(one, bool) == isinstance(other, bool)
 
 
 def _with_none(values: DistributionSpec, path: str) -> DistributionSpec:
-    """Return a distribution with no value in place of the word `none`."""
-    choice = values.choice
-    if choice is not None:
-        choice = tuple(_none_by_name(path, value) for value in choice)
+    """Return a distribution in which None replaces the word `none`."""
+    choice = values.choice and tuple(_parse_none(path, value) for value in values.choice)
     when = {
-        other: tuple(_none_by_name(other, value) for value in allowed)
+        other: tuple(_parse_none(other, value) for value in allowed)
         for other, allowed in values.when.items()
     }
     return values.model_copy(update={"choice": choice, "when": when})
 
 
-def _none_by_name(path: str, value: Any) -> Any:
-    """Return a setting's value, None for the word `none` where the setting may have no value."""
-    from ray_jobs.config.command_line import flatten
-
-    field = flatten(RunSpec).get(path)
+def _parse_none(path: str, value: Any) -> Any:
+    """Return None for the words `none` and `null` if the setting is optional."""
+    field = _fields().get(path)
     optional = field is not None and type(None) in get_args(field.annotation)
     return None if optional and value in ("none", "null") else value
+
+
+@cache
+def _fields() -> dict[str, FieldInfo]:
+    return flatten(RunSpec)

@@ -1,58 +1,50 @@
-"""A local file system for Ray Tune on which a file is there whole or not at all.
+"""A local file system for Ray Tune that writes each file completely or not at all.
 
-Tune copies its snapshots over the earlier ones, file by file; a driver that is killed meanwhile
-would leave one that cannot be read. Object stores replace objects as a whole by themselves.
+Tune overwrites its snapshot file by file, so a killed driver would leave a damaged one. Object
+stores replace objects atomically by themselves.
 """
 
 import io
-import os
+import sys
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
-import fsspec.implementations.local
+import pyarrow as pa
+from fsspec.implementations.local import LocalFileSystem
 from pyarrow import fs
 
+from ray_jobs.storage.atomic_write import atomic_write
 from ray_jobs.storage.folder import Folder
 
 
 def filesystem_of(folder: Folder) -> fs.FileSystem | None:
-    """Return what Tune is to write a folder through; None for its own choice."""
-    if not folder.is_local:
-        return None
-    return fs.PyFileSystem(fs.FSSpecHandler(_WholeFiles()))
+    """Return the file system through which Tune writes to a folder; None for Tune's default."""
+    return fs.PyFileSystem(_AtomicHandler(LocalFileSystem())) if folder.is_local else None
 
 
-class _WholeFiles(fsspec.implementations.local.LocalFileSystem):
-    def _open(
-        self, path: str, mode: str = "rb", block_size: int | None = None, **options: Any
-    ) -> Any:
-        if mode == "wb":
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            return _WholeFile(path)
-        return super()._open(path, mode, block_size, **options)
+class _AtomicHandler(fs.FSSpecHandler):
+    def open_output_stream(self, path: str, metadata: Any) -> pa.PythonFile:
+        return pa.PythonFile(_AtomicFile(path), mode="w")
 
 
-class _WholeFile(io.FileIO):
-    """A file that gets its name when it is closed, if all of it could be written."""
+class _AtomicFile(io.BufferedWriter):
+    """A file that is renamed into place when it is closed, unless a write failed."""
 
     def __init__(self, path: str) -> None:
-        self.path, self.partial, self.is_whole = path, f"{path}.{os.getpid()}.partial", True
-        super().__init__(self.partial, "wb")
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        self._replacement = ExitStack()
+        partial = self._replacement.enter_context(atomic_write(path))
+        super().__init__(io.FileIO(partial, "wb"))
 
     def write(self, content: Any, /) -> int:
         try:
-            view, written = memoryview(content).cast("B"), 0
-            while written < len(view):
-                written += super().write(view[written:]) or 0
-            return written
+            return super().write(content)
         except BaseException:
-            self.is_whole = False
+            self._replacement.__exit__(*sys.exc_info())
             raise
 
     def close(self) -> None:
-        if self.closed:
-            return
-        super().close()
-        if self.is_whole:
-            os.replace(self.partial, self.path)
-        else:
-            os.unlink(self.partial)
+        if not self.closed:
+            with self._replacement:
+                super().close()

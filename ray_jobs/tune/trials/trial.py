@@ -1,13 +1,12 @@
-"""One trial after another in one actor: Ray Tune's side of a training.
+"""Ray Tune's view of a training: an actor that runs one trial after another.
 
-Enters: the values that the search chose.  Leaves: a result an epoch, checkpoints, and in
-`trials/ID/` what makes it a run folder.
+Input: the values that the search chose. Output: a result per epoch, checkpoints, and the rest of a
+run folder in `trials/ID/`.
 
-Tune reuses the actor, so that imports and the strategy are paid for once; and it owns the trial's
-placement group, in which every process of the trial lives, so that nothing outlives the trial.
+Tune reuses the actor, so imports and the strategy are paid for once. Every process of a trial runs
+in the trial's placement group, which Tune owns, so no process outlives the trial.
 """
 
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,66 +15,57 @@ from typing import Any
 
 from ray import tune
 
+from ray_jobs.cluster.capacity import worker_resources
 from ray_jobs.config.spec import RunSpec
+from ray_jobs.data.manifest import read_manifest
 from ray_jobs.storage.folder import Folder
+from ray_jobs.train.checkpoints.checkpoint import LoopState
 from ray_jobs.train.checkpoints.checkpoint_manager import CheckpointManager
-from ray_jobs.train.telemetry import console
-from ray_jobs.train.telemetry.console import HISTORY
+from ray_jobs.train.job import SPEC, begin_run
+from ray_jobs.train.telemetry import history_keys
 from ray_jobs.train.telemetry.history import history_text
 from ray_jobs.train.worker import is_permanent
 from ray_jobs.tune.results.search_state import PARTS, Objective
-from ray_jobs.tune.search.feature_trials import features_key, on_features
+from ray_jobs.tune.search.feature_trials import feature_trial_spec, features_key
 from ray_jobs.tune.search.scheduler import EPOCHS
 from ray_jobs.tune.search.searcher import result_key
 from ray_jobs.tune.search.space import Space, Values
-from ray_jobs.tune.trials.trial_checkpoints import newest_saved
-from ray_jobs.tune.trials.trial_workers import (
-    BrokenGroupError,
-    EpochResult,
-    TrialGroup,
-    member_resources,
-)
+from ray_jobs.tune.trials.trial_checkpoints import newest_checkpoint
+from ray_jobs.tune.trials.trial_workers import TrialWorkerGroup
 
 ENDED = "ended.json"
-"""File of a trial's folder: its last result, once it has ended in any way."""
+"""File in a trial's folder with its last result, written when the trial ends in any way."""
 ERROR = "error"
-"""Key of the last result of a trial that failed: what its first error said."""
+"""Key of the last result of a failed trial: its first error."""
 BEST_EPOCH = "best_epoch"
-"""Key of results: index of the best epoch so far."""
+"""Key of results: the index of the best epoch so far."""
 FINISHED = "finished"
-"""Key of results: whether the trial came to its own end."""
+"""Key of results: whether the trial trained to its own end."""
 WRITTEN = "written"
-"""Key of a result that was read from `ended.json`, and not trained for."""
+"""Key of a result that was read from `ended.json` instead of trained for."""
 _SECONDS = "seconds/"
 
 
 @dataclass(frozen=True)
-class Job:
-    """What all trials of a search share.
-
-    Args:
-        space: what they are made of.
-        trials: folder of the trials' folders.
-        objectives: of the search.
-        num_workers: processes of each, where the values do not say.
-        gpus_per_worker: GPUs of each process, in place of whole ones.
-        checkpoint_every_s: seconds between two checkpoints.
-        feeding: `decode`, `cache` and `index`, as of a run.
-        features: where trials see features in place of images, the features by what they follow
-            from, as `features_key` says.
-    """
+class SearchContext:
+    """What all trials of a search share."""
 
     space: Space
     trials: Folder
+    """The parent of the trials' folders."""
     objectives: tuple[Objective, ...]
     num_workers: int
+    """Workers of each trial."""
     gpus_per_worker: float | None
+    """GPUs, or a share of one, instead of `train.gpus_per_worker`."""
     checkpoint_every_s: float
-    feeding: Mapping[str, Any] = field(default_factory=dict)
+    feeding: Mapping[str, Any]
+    """`decode`, `cache` and `index`, as for a training."""
     features: Mapping[str, Folder] = field(default_factory=dict)
+    """For trials on features: the features by `features_key`."""
 
     def spec_of(self, values: Values, name: str = "trial") -> RunSpec:
-        """Return the spec of a trial's run folder."""
+        """Return the spec for a trial's run folder."""
         changes = {
             "run.name": name,
             "run.storage_path": self.trials.uri,
@@ -85,158 +75,151 @@ class Job:
         spec = self.space.spec_of({**changes, **values})
         if not self.features:
             return spec
-        return on_features(spec, self.features[features_key(values, self.space)])
+        return feature_trial_spec(spec, self.features[features_key(values, self.space)])
 
     def resources_of(self, values: Values) -> "tune.PlacementGroupFactory":
-        """Return what a trial holds: a bundle for each process, on as few nodes as can be."""
+        """Return the resources of a trial: a bundle per worker, on as few nodes as possible."""
         try:
             train = self.space.spec_of(values).train
         except ValueError:
-            # Values that do not go together: the trial says so, and fails.
+            # The trial itself reports invalid values, and fails.
             train = self.space.base.train
-        bundle = member_resources(train, self.gpus_per_worker)
+        bundle = worker_resources(train, self.gpus_per_worker)
         return tune.PlacementGroupFactory([bundle] * self.num_workers, strategy="PACK")
 
 
 class Trial(tune.Trainable):
-    """Trains an epoch a step."""
+    """Trains one epoch per Tune step."""
 
-    def setup(self, config: dict[str, Any], job: Job) -> None:  # type: ignore[override]
-        """Begin the first trial of this actor."""
-        self.job = job
-        self.group = TrialGroup(lambda error: self._write_down(error))
-        self._begin(config)
+    def setup(self, config: dict[str, Any], context: SearchContext) -> None:  # type: ignore[override]
+        """Prepare the first trial of this actor."""
+        self.context = context
+        self.group = TrialWorkerGroup(self._record_failure)
+        self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Begin another trial."""
-        self._begin(new_config)
-        return True
-
-    def _begin(self, values: Values) -> None:
-        self.values = dict(values)
-        self.folder = self.job.trials / self.trial_id
-        self.done: EpochResult | None = None
+        """Prepare the next trial; it starts at its first step."""
+        self.values = dict(new_config)
+        self.folder = self.context.trials / self.trial_id
+        self.state: LoopState | None = None
         self._running = False
         self._saved: Any = None
         self._saved_at = time.monotonic()
         self._seconds = dict.fromkeys(PARTS, 0.0)
         self._inference_row_s: float | None = None
+        return True
 
     def step(self) -> dict[str, Any]:
-        """Train an epoch, and return its result; an error of the trial's own is one, too."""
-        # Its end was written down, and the search's driver did not live to note it.
+        """Train an epoch and return its result, or the error that ends the trial."""
+        # The trial ended before, but its driver was killed before it saved that.
         if not self._running and self.folder.exists(ENDED):
             return {**self.folder.read_json(ENDED), "done": True, WRITTEN: True}
         try:
             if not self._running:
                 self._start()
-            return self._epoch()
-        except BrokenGroupError as error:
-            if isinstance(error.__cause__, Exception):
-                self._write_down(error.__cause__)
-            os._exit(1)
+            return self._train_epoch()
         except Exception as error:
             if not is_permanent(error):
                 raise
             self._running = False
-            self.group.end()
+            self.group.end_trial()
             return _failure(error)
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Write a checkpoint as a run folder holds it."""
+        """Write a checkpoint in the layout of a run folder."""
         started = time.monotonic()
-        if self._running and self.done is not None:
-            saved = self.group.saved(self.done.state)
+        if self._running and self.state is not None:
+            saved = self.group.local.take_checkpoint(self.state)
         elif self._saved is not None:
-            # Nothing was trained since it was read, and it is to stay the newest.
+            # Nothing was trained since the checkpoint was loaded; save it as the newest one.
             saved = self._saved
         else:
             return
-        store = CheckpointManager(Folder(checkpoint_dir), warn=_fail)
-        store.save(saved)
-        store.close()
-        self.folder.write_text(HISTORY, history_text(saved.state.history))
+        manager = CheckpointManager(Folder(checkpoint_dir), warn=_fail)
+        manager.save(saved)
+        manager.close()
+        self.folder.write_text(history_keys.HISTORY, history_text(saved.state.history))
         self._saved_at = time.monotonic()
         self._seconds["checkpoint"] += self._saved_at - started
 
     def restore(self, checkpoint_path: Any) -> None:
-        """Go on from a checkpoint; from the trial's newest, where that one is no more.
+        """Restore a checkpoint or, if it no longer exists, the newest one of this trial.
 
-        A killed driver's snapshot may be older than what its trials have deleted since.
+        The snapshot of a killed driver can name a checkpoint that its trial has deleted since.
         """
         path = PurePosixPath(getattr(getattr(checkpoint_path, "checkpoint", None), "path", "/"))
         if path.parent.name == self.trial_id and not self.folder.exists(path.name):
-            self._saved = newest_saved(self.folder)
+            newest = newest_checkpoint(self.folder)
+            self._saved = newest and newest[1]
             return
         super().restore(checkpoint_path)
 
     def load_checkpoint(self, checkpoint: str | dict | None) -> None:
-        """Read the checkpoint that the trial goes on from, perhaps another trial's."""
+        """Read the checkpoint to continue from, which may be another trial's."""
         self._saved = CheckpointManager(Folder(str(checkpoint)), warn=_fail).newest()
 
     def cleanup(self) -> None:
-        """End the trial's other processes."""
+        """End the other processes of the trial."""
         self.group.close()
 
-    def _write_down(self, error: Exception) -> None:
-        """Leave an error to the process that takes the trial on, if it would come again there."""
+    def _record_failure(self, error: Exception) -> None:
+        """Write a permanent error, so that the process that restarts the trial reports it."""
         if is_permanent(error):
             self.folder.write_json(ENDED, _failure(error))
 
     def _start(self) -> None:
-        from ray_jobs.data.manifest import read_manifest
-        from ray_jobs.train.job import SPEC, begin_run
-
-        spec = self.job.spec_of(self.values, self.trial_id)
+        spec = self.context.spec_of(self.values, self.trial_id)
         if not self.folder.exists(SPEC):
             begin_run(spec, read_manifest(Folder(spec.data.prepared)), self.folder)
         saved, self._saved = self._saved, None
-        self.group.begin(spec, self.job.feeding, saved)
+        self.group.start_trial(spec, self.context.feeding, saved)
         self._running = True
 
-    def _epoch(self) -> dict[str, Any]:
-        done = self.done = self.group.epoch()
-        record, history = done.record, done.state.history
-        best = history[int(done.state.best_epoch or 0)]
-        self._add_seconds(done)
-        scores = {result_key(o.metric): self._score(o.metric, best) for o in self.job.objectives}
-        # Schedulers pass over a metric that is not there, and stumble over one that is None.
-        known = {key: value for key, value in (record | scores).items() if value is not None}
+    def _train_epoch(self) -> dict[str, Any]:
+        outcome = self.group.train_epoch()
+        state = self.state = outcome.state
+        record, best = state.history[-1], state.history[int(state.best_epoch or 0)]
+        self._add_seconds(record)
+        objectives = self.context.objectives
+        scores = {result_key(o.metric): self._score(o.metric, best) for o in objectives}
+        # Schedulers ignore an absent metric but fail on None.
+        metrics = {key: value for key, value in (record | scores).items() if value is not None}
+        due = time.monotonic() - self._saved_at > self.context.checkpoint_every_s
         return {
-            **known,
+            **metrics,
             **{f"{_SECONDS}{part}": seconds for part, seconds in self._seconds.items()},
-            EPOCHS: done.state.epoch,
-            BEST_EPOCH: done.state.best_epoch,
-            FINISHED: done.finished,
-            "done": done.finished,
-            "should_checkpoint": time.monotonic() - self._saved_at > self.job.checkpoint_every_s,
+            EPOCHS: state.epoch,
+            BEST_EPOCH: state.best_epoch,
+            FINISHED: outcome.finished,
+            "done": outcome.finished,
+            "should_checkpoint": due,
         }
 
     def _score(self, metric: str, best: Mapping[str, Any]) -> Any:
-        if metric != console.INFERENCE_ROW_S:
+        if metric != history_keys.INFERENCE_ROW_S:
             return best[metric]
         if self._inference_row_s is None:
-            self._inference_row_s = self.group.first.inference_row_s()
+            self._inference_row_s = self.group.local.measure_inference_row_s()
         return self._inference_row_s
 
-    def _add_seconds(self, done: EpochResult) -> None:
-        record = done.record
-        waited, saved = record[console.DATA_WAIT_S], record[console.CHECKPOINT_S]
-        steps_s = record[console.EPOCH_S] - waited - saved - done.first_step_s
-        self._seconds["start"] += done.build_s + done.first_step_s
-        self._seconds["data"] += waited
+    def _add_seconds(self, record: Mapping[str, Any]) -> None:
+        build_s, first_step_s = self.group.local.take_start_seconds()
+        waited_s, saved_s = record[history_keys.DATA_WAIT_S], record[history_keys.CHECKPOINT_S]
+        steps_s = record[history_keys.EPOCH_S] - waited_s - saved_s - first_step_s
+        self._seconds["start"] += build_s + first_step_s
+        self._seconds["data"] += waited_s
         self._seconds["compute"] += max(steps_s, 0.0)
-        self._seconds["validation"] += record[console.VALIDATION_S]
-        self._seconds["checkpoint"] += saved
+        self._seconds["validation"] += record[history_keys.VALIDATION_S]
+        self._seconds["checkpoint"] += saved_s
 
 
 def seconds_of(result: Mapping[str, Any]) -> dict[str, float]:
-    """Return what a trial spent on each of `PARTS`, by its last result."""
+    """Return the seconds that a trial spent on each of `PARTS`, by its last result."""
     return {part: float(result.get(f"{_SECONDS}{part}", 0.0)) for part in PARTS}
 
 
 def _failure(error: Exception) -> dict[str, Any]:
-    # Another process's comes wrapped, with that one's traceback.
+    # The error of another process is the cause of a Ray error, whose text is a traceback.
     error = getattr(error, "cause", None) or error
     return {"done": True, ERROR: f"{type(error).__name__}: {error}"}
 

@@ -1,8 +1,8 @@
-"""The processes of a trial: they start once, and train one trial after another.
+"""Runs the worker processes of a trial, which train one trial after another.
 
-Imports, TensorFlow's start and the strategy are paid for once a process; a trial pays for its model
-and its graph. The first member lives in the trial's own process, the others in actors inside the
-trial's placement group: whatever ends the trial ends them.
+A process imports TensorFlow and creates the strategy once; each trial adds only the time to build
+its model and graph. The first worker runs in the trial's own process, the others in actors in the
+trial's placement group, so all of them end with the trial.
 """
 
 import gc
@@ -13,123 +13,109 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from ray_jobs.cluster.capacity import actor_in_bundle, worker_resources
-from ray_jobs.cluster.tf_backend import free_address, set_environment
+import numpy as np
+import ray
+
 from ray_jobs.cluster.watchdog import Watchdog
-from ray_jobs.config.spec import RunSpec, TrainSpec
+from ray_jobs.cluster.worker_group import GroupWorker, start_workers
+from ray_jobs.config.spec import RunSpec
+from ray_jobs.data.batch import INPUT_TYPES
+from ray_jobs.data.cache import open_cache
+from ray_jobs.data.loader import FeedOptions
+from ray_jobs.data.manifest import read_manifest
+from ray_jobs.storage.folder import Folder
 from ray_jobs.train.callbacks import Callbacks
 
 if TYPE_CHECKING:
     from ray_jobs.train.checkpoints.checkpoint import Checkpoint, LoopState
+    from ray_jobs.train.loop import Outcome
 
-_OTHERS_END_S = 10.0
-"""An error of all members reaches the first one by itself in this time; else it waits for ever."""
+_ERROR_TIMEOUT_S = 10.0
+"""An error that all workers share reaches each of them within this time."""
 _INFERENCE_CALLS = 5
-_MOST_LOOPS = 8
-_MOST_PARAMETERS = 10_000_000
-"""Of all earlier trials' models whose graphs are kept."""
+_MAX_LOOPS = 8
+_MAX_PARAMETERS = 10_000_000
+"""Limit on the parameters of the models whose graphs are kept for reuse, in total."""
 
 
-@dataclass(frozen=True)
-class EpochResult:
-    """How a trial stands after an epoch."""
-
-    record: dict[str, Any]
-    """Of the epoch; keys of `ray_jobs.train.telemetry.console`."""
-    state: "LoopState"
-    finished: bool
-    """Whether the trial has come to its own end."""
-    build_s: float
-    """Seconds from the trial's begin to its built model; 0 in later epochs."""
-    first_step_s: float
-    """Seconds of its first step, in which the graph is made; 0 in later epochs."""
-
-
-class TrialWorker:
-    """One process of a group.
+class TrialWorker(GroupWorker):
+    """One process of a trial.
 
     Args:
-        rank: among the members.
-        num_workers: of them.
+        rank: Index of this process.
+        num_workers: Processes of the trial.
     """
 
     def __init__(self, rank: int, num_workers: int) -> None:
-        self.rank, self.num_workers = rank, num_workers
-        self._ready = False
-        self._strategy: Any = None
+        super().__init__(rank, num_workers)
         self._loops: list[Any] = []
-        """Of earlier trials, the latest last: their graphs may be another trial's, too."""
+        """Loops of recent trials, the latest last, whose graphs later trials can reuse."""
         self._loop: Any = None
         self._epochs: Any = None
-        self._hooks = _Signs()
+        self.callbacks = _TrialCallbacks()
         self._build_s = self._hang_timeout_s = 0.0
 
-    def address(self) -> str:
-        """Return where this member can listen."""
-        return free_address()
-
-    def begin(
+    def start_trial(
         self, spec: RunSpec, feeding: Mapping[str, Any], addresses: Sequence[str], saved: Any
     ) -> None:
-        """Build the model of a trial; the first trial starts TensorFlow, too.
+        """Build the model of a trial; the first trial also starts TensorFlow.
 
         Args:
-            spec: of the trial.
-            feeding: `decode`, `cache` and `index`, as of a run.
-            addresses: of all members.
-            saved: checkpoint to go on from, if any.
+            spec: The spec of the trial.
+            feeding: `decode`, `cache` and `index`, as for a training.
+            addresses: Addresses of all workers.
+            saved: The checkpoint to continue from, or None.
         """
-        self.end()
+        self.end_trial()
         started = time.monotonic()
-        if not self._ready:
-            set_environment(addresses, self.rank)
-        from ray_jobs.cluster.strategy import WorkerContext, make_strategy, set_devices
-        from ray_jobs.data.manifest import read_manifest
-        from ray_jobs.storage.folder import Folder
+        if self.strategy is None:
+            # All trials share a strategy: TensorFlow would mix up the collectives of two.
+            self.start_tensorflow(addresses, spec.train)
+        from ray_jobs.cluster.strategy import WorkerContext
         from ray_jobs.train.loop import Loop
 
-        train = spec.train
-        if not self._ready:
-            set_devices(train.cpus_per_worker, train.use_gpu, train.deterministic)
-            # One for all trials: collectives of two would be taken for each other's.
-            self._strategy = make_strategy(self.num_workers)
-            self._ready = True
-        manifest = read_manifest(Folder(spec.data.prepared))
-        place = WorkerContext(self.rank, self.num_workers)
-        self._loop = next((loop for loop in self._loops if loop.becomes(spec)), None)
+        self._loop = next((loop for loop in self._loops if loop.reuse_for(spec)), None)
         if self._loop is None:
-            self._make_room()
-            feed = _feeding(spec, manifest, feeding)
-            self._loop = Loop(spec, manifest, place, self._strategy, feed, tunable=True)
+            self._evict_loops()
+            manifest = read_manifest(Folder(spec.data.prepared))
+            options = FeedOptions(
+                data=spec.data,
+                decode=feeding["decode"],
+                threads=max(math.ceil(spec.train.cpus_per_worker), 1),
+                cache=open_cache(
+                    feeding["cache"], manifest, spec.data.image_size, feeding["index"]
+                ),
+            )
+            context = WorkerContext(self.rank, self.num_workers)
+            self._loop = Loop(spec, manifest, context, self.strategy, options, tunable=True)
         self._loops = [loop for loop in self._loops if loop is not self._loop] + [self._loop]
-        self._hooks = _Signs()
-        self._epochs = self._loop.epochs(self._hooks, saved)
+        self.callbacks = _TrialCallbacks()
+        self._epochs = self._loop.epochs(self.callbacks, saved)
         self._build_s = time.monotonic() - started
-        self._hang_timeout_s = train.hang_timeout_s
+        self._hang_timeout_s = spec.train.hang_timeout_s
 
-    def epoch(self) -> EpochResult:
+    def train_epoch(self) -> "Outcome":
         """Train an epoch."""
-        with closing(Watchdog(self._hang_timeout_s, _tell_hang)) as watchdog:
-            self._hooks.watchdog = watchdog
-            outcome = next(self._epochs)
-        record = outcome.state.history[-1]
-        build_s, self._build_s = self._build_s, 0.0
-        return EpochResult(record, outcome.state, outcome.finished, build_s, self._hooks.take())
+        with closing(Watchdog(self._hang_timeout_s, _report_hang)) as watchdog:
+            self.callbacks.watchdog = watchdog
+            return next(self._epochs)
 
-    def saved(self, state: "LoopState") -> "Checkpoint":
-        """Return a checkpoint after the last epoch."""
+    def take_start_seconds(self) -> tuple[float, float]:
+        """Return the seconds to build the model and to take the first step; 0 in later calls."""
+        seconds = self._build_s, self.callbacks.first_step_s or 0.0
+        self._build_s = self.callbacks.first_step_s = 0.0
+        return seconds
+
+    def take_checkpoint(self, state: "LoopState") -> "Checkpoint":
+        """Return a checkpoint of the last epoch."""
         return self._loop.snapshots.take(state, {}, self._loop.best)
 
-    def inference_row_s(self) -> float:
-        """Return the seconds that the model takes for a row, of a batch like that of a step."""
-        import numpy as np
-
-        from ray_jobs.data.batch import INPUT_TYPES
-
+    def measure_inference_row_s(self) -> float:
+        """Return the seconds of inference per row, in batches of a training step's size."""
         inputs = self._loop.model.network.input
         rows = self._loop.spec.train.global_batch_size // self.num_workers
         batch = {n: np.zeros((rows, *t.shape[1:]), INPUT_TYPES[n]) for n, t in inputs.items()}
@@ -138,190 +124,138 @@ class TrialWorker:
             started = time.monotonic()
             self._loop.evaluate_step(batch).numpy()
             seconds.append(time.monotonic() - started)
-        # The first one traces.
+        # The first call traces the graph.
         return median(seconds[1:]) / rows
 
-    def end(self) -> None:
-        """End the trial; its graph stays for others."""
+    def end_trial(self) -> None:
+        """End the trial; keep its graph for later trials."""
         if self._loop is not None:
             self._epochs.close()
             self._epochs = self._loop = None
 
-    def _make_room(self) -> None:
-        """Let go of graphs of earlier trials, the oldest first, where they are many or large."""
+    def _evict_loops(self) -> None:
+        """Delete the oldest loops while there are too many, or their models are too large."""
         while self._loops and (
-            len(self._loops) >= _MOST_LOOPS
-            or sum(loop.model.count_params() for loop in self._loops) > _MOST_PARAMETERS
+            len(self._loops) >= _MAX_LOOPS
+            or sum(loop.model.count_params() for loop in self._loops) > _MAX_PARAMETERS
         ):
             del self._loops[0]
             gc.collect()
 
 
-class TrialGroup:
-    """All processes of a trial, seen from the first one, whose placement group is theirs, too.
+class TrialWorkerGroup:
+    """All workers of a trial; belongs to the first one, which runs in this process.
 
     Args:
-        told: takes what another one failed of, before this one ends since it waits for that.
+        on_abort: Receives the error of a worker before this process exits because of it.
     """
 
-    def __init__(self, told: Callable[[Exception], None]) -> None:
-        import ray
-
-        self.told = told
+    def __init__(self, on_abort: Callable[[Exception], None]) -> None:
+        self.on_abort = on_abort
         placement: Any = ray.util.get_current_placement_group()
-        bundles = placement.bundle_specs if placement else [{}]
-        self.first = TrialWorker(0, len(bundles))
-        self.others = [
-            actor_in_bundle(TrialWorker, placement, rank, rank, len(bundles))
-            for rank in range(1, len(bundles))
-        ]
+        num_workers = len(placement.bundle_specs) if placement else 1
+        self.local = TrialWorker(0, num_workers)
+        self.remote = start_workers(TrialWorker, placement, first_rank=1) if placement else []
         self.addresses: list[str] = []
 
-    def begin(self, spec: RunSpec, feeding: Mapping[str, Any], saved: "Checkpoint | None") -> None:
-        """Build the model of a trial on every member.
-
-        Args:
-            spec: of the trial.
-            feeding: as of `TrialWorker.begin`.
-            saved: checkpoint to go on from, if any.
-        """
-        import ray
-
+    def start_trial(
+        self, spec: RunSpec, feeding: Mapping[str, Any], saved: "Checkpoint | None"
+    ) -> None:
+        """Build the model of a trial on every worker; see `TrialWorker.start_trial`."""
         if not self.addresses:
-            others = ray.get([member.address.remote() for member in self.others])
-            self.addresses = [self.first.address(), *others]
-        # The best epochs' models are for whoever writes.
-        stripped = ray.put(replace(saved, best={})) if saved and self.others else None
-        begun = [m.begin.remote(spec, feeding, self.addresses, stripped) for m in self.others]
-        with _together(begun, self.told):
-            self.first.begin(spec, feeding, self.addresses, saved)
+            others = ray.get([worker.address.remote() for worker in self.remote])
+            self.addresses = [self.local.address(), *others]
+        # Only the local worker writes checkpoints, so only it needs the best epochs' models.
+        stripped = ray.put(replace(saved, best={})) if saved and self.remote else None
+        arguments = spec, feeding, self.addresses
+        with self._together([w.start_trial.remote(*arguments, stripped) for w in self.remote]):
+            self.local.start_trial(*arguments, saved)
 
-    def epoch(self) -> EpochResult:
-        """Train an epoch on every member, and return how the first one stands."""
-        with _together([member.epoch.remote() for member in self.others], self.told):
-            return self.first.epoch()
+    def train_epoch(self) -> "Outcome":
+        """Train an epoch on every worker, and return the outcome of the local one."""
+        with self._together([worker.train_epoch.remote() for worker in self.remote]):
+            return self.local.train_epoch()
 
-    def saved(self, state: "LoopState") -> "Checkpoint":
-        """Return a checkpoint after the last epoch."""
-        return self.first.saved(state)
-
-    def end(self) -> None:
-        """Let go of the trial's model on every member."""
-        with _together([member.end.remote() for member in self.others], self.told):
-            self.first.end()
+    def end_trial(self) -> None:
+        """End the trial on every worker."""
+        with self._together([worker.end_trial.remote() for worker in self.remote]):
+            self.local.end_trial()
 
     def close(self) -> None:
         """End the other processes."""
-        import ray
+        for worker in self.remote:
+            ray.kill(worker)
+        self.remote = []
 
-        for member in self.others:
-            ray.kill(member)
-        self.others = []
+    @contextmanager
+    def _together(self, calls: Sequence[Any]) -> Iterator[None]:
+        """Run the body while the other workers run `calls`, and raise the error of any of them.
+
+        If one worker fails alone, the others wait for it forever in a collective that cannot be
+        interrupted. This process then exits, and Tune restarts the trial from its checkpoint.
+        """
+        if not calls:
+            yield
+            return
+        done = threading.Event()
+        raised: list[Exception] = []
+
+        def watch() -> None:
+            try:
+                ray.get(list(calls))
+            except Exception as error:
+                raised.append(error)
+                if not done.wait(_ERROR_TIMEOUT_S):
+                    self._abort(error)
+
+        watcher = threading.Thread(target=watch, name="remote-workers", daemon=True)
+        watcher.start()
+        try:
+            yield
+        except Exception as error:
+            done.set()
+            watcher.join(_ERROR_TIMEOUT_S)
+            if watcher.is_alive():
+                self._abort(error)
+            raise
+        done.set()
+        watcher.join()
+        if raised:
+            raise raised[0]
+
+    def _abort(self, error: Exception) -> NoReturn:
+        print(f"a worker of this trial failed: {error}", file=sys.stderr, flush=True)
+        try:
+            self.on_abort(error)
+        finally:
+            os._exit(1)
 
 
-class _Signs(Callbacks):
-    """Gives signs of life, and measures the first step."""
+class _TrialCallbacks(Callbacks):
+    """Feeds the watchdog and measures the first step."""
 
     def __init__(self) -> None:
         self.watchdog: Watchdog | None = None
-        self.began: float | None = None
-        self.seconds: float | None = None
+        self._started: float | None = None
+        self.first_step_s: float | None = None
 
     def alive(self) -> None:
         if self.watchdog is not None:
             self.watchdog.alive()
 
     def before_step(self, step: int, num_steps: int) -> None:
-        if self.began is None:
-            self.began = time.monotonic()
+        if self._started is None:
+            self._started = time.monotonic()
 
     def after_step(self, step: int) -> None:
         self.alive()
-        if self.seconds is None and self.began is not None:
-            self.seconds = time.monotonic() - self.began
-
-    def take(self) -> float:
-        """Return its seconds, once."""
-        seconds, self.seconds = self.seconds or 0.0, 0.0
-        return seconds
+        if self.first_step_s is None and self._started is not None:
+            self.first_step_s = time.monotonic() - self._started
 
 
-def _tell_hang(silent_s: float) -> None:
+def _report_hang(silent_s: float) -> None:
     text = (
-        f"nothing happened for {silent_s:.0f} s (train.hang_timeout_s): this trial's worker hangs"
+        f"this worker of a trial made no progress for {silent_s:.0f} s and is restarted; if its "
+        "first step takes longer, increase train.hang_timeout_s"
     )
     print(text, file=sys.stderr, flush=True)
-
-
-class BrokenGroupError(Exception):
-    """Members do not stand alike any more; what broke them is the cause."""
-
-
-@contextmanager
-def _together(calls: Sequence[Any], told: Callable[[Exception], None]) -> Iterator[None]:
-    """Do something while other members do the same, and raise what any of them raises.
-
-    One that died leaves this one waiting in a collective, from which there is no way back: then the
-    process ends, and the trial with it, to be started anew from its checkpoint.
-
-    Raises:
-        BrokenGroupError: if this one failed, and others wait for it.
-    """
-    if not calls:
-        yield
-        return
-    import ray
-
-    done = threading.Event()
-    raised: list[Exception] = []
-
-    def follow() -> None:
-        try:
-            ray.get(list(calls))
-        except Exception as error:
-            raised.append(error)
-            if not done.wait(_OTHERS_END_S):
-                print(f"another worker of this trial failed: {error}", file=sys.stderr, flush=True)
-                try:
-                    told(error)
-                finally:
-                    os._exit(1)
-
-    follower = threading.Thread(target=follow, name="others", daemon=True)
-    follower.start()
-    try:
-        yield
-    except Exception as error:
-        done.set()
-        follower.join(_OTHERS_END_S)
-        if follower.is_alive():
-            raise BrokenGroupError(str(error)) from error
-        raise
-    done.set()
-    follower.join()
-    if raised:
-        raise raised[0]
-
-
-def member_resources(train: TrainSpec, gpus: float | None) -> dict[str, float]:
-    """Return the Ray resources of one process of a trial.
-
-    Args:
-        train: of the trial.
-        gpus: of each process, in place of whole ones.
-    """
-    resources = worker_resources(train)
-    return {**resources, "GPU": gpus} if gpus is not None and train.use_gpu else resources
-
-
-def _feeding(spec: RunSpec, manifest: Any, feeding: Mapping[str, Any]) -> Any:
-    from ray_jobs.data.cache import open_cache
-    from ray_jobs.data.loader import FeedOptions
-
-    cache = open_cache(feeding["cache"], manifest, spec.data.image_size, feeding["index"])
-    return FeedOptions(
-        data=spec.data,
-        decode=feeding["decode"],
-        threads=max(math.ceil(spec.train.cpus_per_worker), 1),
-        cache=cache,
-    )

@@ -7,13 +7,13 @@ import pytest
 
 import mm_model
 from mm_model.branches.image_application import CaffePixels, make_backbone
-from mm_model.layers.blocks import RowDropout
+from mm_model.layers.dropout import RowDropout
 from tests.mm_model.examples import SMALLEST_OF_EACH_FAMILY
 
 
 @pytest.fixture(scope="module")
 def built() -> Callable[[str], mm_model.FusionModel]:
-    """A model of each kind, which a test may look at and must not change, built when asked for."""
+    """A function that builds one model per kind on its first call; tests must not change it."""
 
     @cache
     def of(kind: str) -> mm_model.FusionModel:
@@ -27,8 +27,8 @@ def backbone_of(model: mm_model.FusionModel) -> keras.Model:
 
 
 @pytest.mark.parametrize("kind", [k for k in SMALLEST_OF_EACH_FAMILY if k != "tiny"])
-def test_every_backbone_sees_the_range_that_it_was_trained_on(kind, built):
-    """The first convolution's input, for black and white, as each family's papers have it."""
+def test_every_backbone_gets_the_pixel_range_of_its_training(kind, built):
+    """The input of the first convolution for black and white, as in the paper of each family."""
     model = built(kind)
     backbone = backbone_of(model)
     first = next(
@@ -36,7 +36,7 @@ def test_every_backbone_sees_the_range_that_it_was_trained_on(kind, built):
         for x in backbone.layers
         if isinstance(x, keras.layers.Conv2D | keras.layers.DepthwiseConv2D)
     )
-    # ConvNeXt's first convolution is inside a block; its preprocessing stands right before.
+    # ConvNeXt's first convolution is inside a block, directly after its preprocessing.
     probe = backbone.layers[1].output if kind == "convnext_tiny" else first.input
     seen = keras.Model(backbone.input, probe)
     pixels = np.stack([np.zeros((32, 32, 3)), np.full((32, 32, 3), 255)]).astype("float32")
@@ -61,7 +61,7 @@ def test_every_backbone_sees_the_range_that_it_was_trained_on(kind, built):
     np.testing.assert_allclose(high, expected[1], atol=1e-2)
 
 
-def test_the_pixels_of_resnet_are_loaded_safely_and_are_the_same(tmp_path):
+def test_the_preprocessing_of_resnet_loads_in_safe_mode(tmp_path):
     model = keras.Sequential([keras.Input((4, 4, 3)), CaffePixels(name="image_range")])
     model.save(tmp_path / "model.keras")
     again = keras.saving.load_model(tmp_path / "model.keras", safe_mode=True)
@@ -70,16 +70,14 @@ def test_the_pixels_of_resnet_are_loaded_safely_and_are_the_same(tmp_path):
     np.testing.assert_array_equal(again(pixels), model(pixels))
 
 
-def test_a_file_of_efficientnet_gets_the_scale_of_imagenet_weights_and_dropout_by_rows(
-    tmp_path, built
-):
+def test_an_efficientnet_file_gets_the_scale_of_imagenet_weights_and_row_dropout(tmp_path, built):
     theirs = keras.applications.EfficientNetB0(
         include_top=False, weights=None, input_shape=(32, 32, 3)
     )
     normalization = next(x for x in theirs.layers if isinstance(x, keras.layers.Normalization))
     mean, deviation = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     normalization.adapt_mean.assign(mean)
-    normalization.adapt_variance.assign(deviation)  # as the files of keras.applications have it
+    normalization.adapt_variance.assign(deviation)  # as stored in the files of keras.applications
     path = tmp_path / "b0.weights.h5"
     theirs.save_weights(path)
     normalization.adapt_variance.assign(np.square(deviation, dtype=np.float32))
@@ -105,7 +103,7 @@ def test_a_file_of_efficientnet_gets_the_scale_of_imagenet_weights_and_dropout_b
         assert all(norm.synchronized == synchronized for norm in norms)
 
 
-def test_weights_of_a_file_are_the_ones_that_were_saved(tmp_path, built):
+def test_weights_are_loaded_from_a_file(tmp_path, built):
     first = backbone_of(built("mobilenet_v3_small"))
     first.save_weights(tmp_path / "w.weights.h5")
     for synchronized in (False, True):
@@ -119,24 +117,24 @@ def test_weights_of_a_file_are_the_ones_that_were_saved(tmp_path, built):
     assert all(norm.synchronized for norm in norms)
 
 
-def test_a_failed_download_names_the_other_ways(monkeypatch):
+def test_a_failed_download_suggests_alternatives(monkeypatch):
     def offline(**_):
         raise Exception("URL fetch failure")
 
     monkeypatch.setattr(keras.applications, "EfficientNetB0", offline)
     with pytest.raises(
-        OSError, match=r"could not be downloaded.*to a file that you have, or to none"
+        OSError, match=r"could not download the ImageNet weights.*to a local file or to none"
     ):
         make_backbone("efficientnet_b0", (32, 32, 3), "imagenet", synchronized=False)
 
 
-def test_a_weights_file_that_is_not_there_names_the_other_ways():
-    with pytest.raises(OSError, match=r"no file nowhere\.h5.*imagenet, or to none"):
+def test_a_missing_weights_file_suggests_alternatives():
+    with pytest.raises(OSError, match=r"nowhere\.h5 does not exist.*imagenet, or to none"):
         make_backbone("mobilenet_v3_small", (32, 32, 3), "nowhere.h5", synchronized=False)
 
 
 @pytest.mark.parametrize("kind", SMALLEST_OF_EACH_FAMILY)
-def test_every_random_layer_of_a_model_draws_by_rows(kind, built):
+def test_every_random_layer_of_a_model_draws_per_row(kind, built):
     layers = [x for x in built(kind)._flatten_layers() if not isinstance(x, keras.Model)]
     random = [x for x in layers if any("seed_generator" in v.path for v in x.variables)]
     assert {type(x).__module__.split(".")[0] for x in random} == {"mm_model"}

@@ -4,43 +4,32 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from keras import ops
+from mm_model.layers.augmentation_layers import (
+    RandAugment,
+    RandomColour,
+    RandomGeometry,
+    augmentation_layers,
+)
 from PIL import Image, ImageEnhance, ImageOps
 from scipy import ndimage, stats
 
 from mm_model import per_row_random
-from mm_model.layers.augmentation import (
-    Affine,
-    RandAugment,
-    RandomColour,
-    RandomGeometry,
-    augmentation,
-    resampled,
-)
 from mm_model.spec import NO_AUGMENTATION, AugmentationSpec
-from tests.mm_model.examples import half_precision, in_parts
+from tests.mm_model.examples import half_precision, in_parts, pictures
 
 EVERYTHING = AugmentationSpec(flip="horizontal_and_vertical", rand_augment=0.5)
 
 
-def pictures(count: int = 8, height: int = 20, width: int = 24, seed: int = 0) -> np.ndarray:
-    """Smooth pictures of whole pixels, of which every channel differs."""
-    noise = np.random.default_rng(seed).normal(size=(count, height, width, 3))
-    smooth = ndimage.gaussian_filter(noise, (0, 2, 2, 0))
-    scaled = (smooth - smooth.min()) / np.ptp(smooth) * 255
-    return np.round(scaled).astype(np.float32)
-
-
 def draws_of(seed: int, num_rows: int, count: int) -> np.ndarray:
-    """What a layer of this seed draws when it is called for the first time."""
+    """The random numbers of the first call of a layer with this seed."""
     draw = per_row_random.uniform((num_rows, count), keras.random.SeedGenerator(seed), -1.0, 1.0)
     return np.asarray(draw, np.float64)
 
 
 def moved(image: np.ndarray, forward: np.ndarray) -> np.ndarray:
-    """SciPy's picture of an image whose pixels at (x, y) from the centre go to forward @ (x, y, 1).
+    """SciPy's result of moving pixels at (x, y) from the centre to forward @ (x, y, 1).
 
-    SciPy maps positions (y, x) of the result to those of the image.
+    SciPy maps positions (y, x) of the result to positions of the image.
     """
     height, width = image.shape[:2]
     back = np.linalg.inv(forward)
@@ -56,7 +45,7 @@ def moved(image: np.ndarray, forward: np.ndarray) -> np.ndarray:
 
 
 def turn(angle: float) -> np.ndarray:
-    # Anticlockwise to the eye, since y points down.
+    # Counterclockwise as displayed, because y points down.
     return np.array(
         [[np.cos(angle), np.sin(angle), 0], [-np.sin(angle), np.cos(angle), 0], [0, 0, 1]]
     )
@@ -66,48 +55,20 @@ def shift(x: float, y: float) -> np.ndarray:
     return np.array([[1, 0, x], [0, 1, y], [0, 0, 1]], np.float64)
 
 
-def test_a_resampling_agrees_with_the_kernel_of_tensorflow():
-    rng = np.random.default_rng(0)
-    images = rng.uniform(0, 255, (16, 20, 24, 3)).astype(np.float32)
-    xx, xy, yx, yy = rng.uniform(-1.5, 1.5, (4, 16)).astype(np.float32)
-    x1, y1 = rng.uniform(-60, 60, (2, 16)).astype(np.float32)
-    got = resampled(images, Affine(xx, xy, x1, yx, yy, y1))
-    cx, cy = (24 - 1) / 2, (20 - 1) / 2
-    zero = np.zeros(16, np.float32)
-    first = [xx, xy, x1 + cx - xx * cx - xy * cy, yx, yy, y1 + cy - yx * cx - yy * cy]
-    expected = ops.image.affine_transform(
-        images, np.stack([*first, zero, zero], axis=1), fill_mode="reflect"
-    )
-    np.testing.assert_allclose(got, expected, atol=0.05)
-
-
-def test_the_identity_mirrors_and_quarter_turns_move_pixels_exactly():
-    images = pictures(2, 20, 20)
-    np.testing.assert_array_equal(resampled(images, Affine()), images)
-    np.testing.assert_array_equal(resampled(images, Affine(xx=-1.0)), images[:, :, ::-1])
-    np.testing.assert_array_equal(resampled(images, Affine(yy=-1.0)), images[:, ::-1])
-    quarter = Affine(xx=0.0, xy=-1.0, yx=1.0, yy=0.0)
-    np.testing.assert_array_equal(resampled(images, quarter), np.rot90(images, axes=(1, 2)))
-    shifted = resampled(images, Affine(x1=-3.0))
-    np.testing.assert_array_equal(shifted[:, :, 3:], images[:, :, :-3])
-    # What comes in is the mirrored edge: c b a | a b c.
-    np.testing.assert_array_equal(shifted[:, :, :3], images[:, :, 2::-1])
-
-
-def test_a_geometry_agrees_with_scipy_under_the_same_draws():
+def test_random_geometry_agrees_with_scipy():
     images = pictures()
     layer = RandomGeometry("horizontal_and_vertical", 0.2, 0.3, 0.25, seed=4)
     got = np.asarray(layer(images, training=True))
-    mirrored = set()
+    flipped = set()
     for i, (fx, fy, angle, zoom, tx, ty) in enumerate(draws_of(4, 8, 6)):
         flips = np.diag([-1.0 if fx < 0 else 1.0, -1.0 if fy < 0 else 1.0, 1.0])
-        mirrored.add((fx < 0, fy < 0))
+        flipped.add((fx < 0, fy < 0))
         smaller = np.diag([1 / (1 + 0.3 * zoom), 1 / (1 + 0.3 * zoom), 1.0])
         forward = (
             shift(tx * 0.25 * 24, ty * 0.25 * 20) @ smaller @ turn(angle * 0.2 * 2 * np.pi) @ flips
         )
         np.testing.assert_allclose(got[i], moved(images[i], forward), atol=0.02)
-    assert len(mirrored) > 2
+    assert len(flipped) > 2
 
 
 @pytest.mark.parametrize(
@@ -118,16 +79,16 @@ def test_a_geometry_agrees_with_scipy_under_the_same_draws():
         ("horizontal_and_vertical", [(1, 2), (1,), (2,), ()]),
     ],
 )
-def test_mirrored_images_are_mirrored_exactly_each_way_as_often(flip, axes):
+def test_images_are_flipped_exactly_and_along_all_axes_equally_often(flip, axes):
     images = np.repeat(pictures(1), 2000, axis=0)
     got = np.asarray(RandomGeometry(flip, seed=1)(images, training=True))
-    ways = np.stack([(got == np.flip(images, a)).all(axis=(1, 2, 3)) for a in axes])
-    assert (ways.sum(axis=0) == 1).all()
-    np.testing.assert_allclose(ways.mean(axis=1), 1 / len(axes), atol=0.04)
+    matches = np.stack([(got == np.flip(images, a)).all(axis=(1, 2, 3)) for a in axes])
+    assert (matches.sum(axis=0) == 1).all()
+    np.testing.assert_allclose(matches.mean(axis=1), 1 / len(axes), atol=0.04)
 
 
-def test_zooms_and_shifts_reach_their_largest_and_no_further():
-    """A ramp's inner pixels say by how much it was zoomed and shifted."""
+def test_zooms_and_shifts_are_uniform_up_to_their_limits():
+    """The inner pixels of a ramp show zoom and shift."""
     size, num_rows = 41, 3000
     ramp = np.broadcast_to(np.arange(size, dtype=np.float32)[None, :, None], (size, size, 3))
     layer = RandomGeometry(zoom=0.2, translation=0.1, seed=3)
@@ -141,7 +102,7 @@ def test_zooms_and_shifts_reach_their_largest_and_no_further():
         assert stats.kstest(values, "uniform", (low, high - low)).pvalue > 0.01
 
 
-def test_colours_agree_with_tensorflow_under_the_same_draws():
+def test_random_colour_agrees_with_tensorflow():
     images = pictures()
     got = np.asarray(RandomColour(0.9, 0.6, seed=5)(images, training=True))
     for i, (contrast, brightness) in enumerate(draws_of(5, 8, 2)):
@@ -152,9 +113,9 @@ def test_colours_agree_with_tensorflow_under_the_same_draws():
     assert (got == 255).any()
 
 
-def test_settings_of_zero_change_nothing():
+def test_zero_settings_change_nothing():
     images = pictures()
-    assert augmentation(NO_AUGMENTATION) == []
+    assert augmentation_layers(NO_AUGMENTATION) == []
     for layer in (RandomGeometry(), RandomColour(), RandAugment(0.5, ["identity"])):
         np.testing.assert_array_equal(layer(images, training=True), images)
 
@@ -174,7 +135,7 @@ def pillow(name: str, image: Image.Image, magnitude: float, sign: float) -> Imag
 
 @pytest.mark.parametrize("magnitude", [0.25, 0.75])
 @pytest.mark.parametrize("name", [*RandAugment.ENHANCING, "autocontrast", "posterize", "solarize"])
-def test_an_operation_on_colours_agrees_with_pillow(name, magnitude):
+def test_a_colour_operation_agrees_with_pillow(name, magnitude):
     images = pictures()
     layer = RandAugment(magnitude, [name], num_operations=1, seed=6)
     got = np.asarray(layer(images, training=True))
@@ -182,7 +143,7 @@ def test_an_operation_on_colours_agrees_with_pillow(name, magnitude):
     assert len(set(signs)) == 2
     for image, changed, sign in zip(images, got, signs, strict=True):
         expected = pillow(name, Image.fromarray(image.astype(np.uint8)), magnitude, sign)
-        # Pillow rounds what goes in between, too.
+        # Pillow also rounds intermediate results.
         np.testing.assert_allclose(changed, np.asarray(expected), atol=2)
     assert np.abs(got - images).mean() > 0.05
 
@@ -206,7 +167,7 @@ def test_a_geometric_operation_agrees_with_scipy(name):
         np.testing.assert_allclose(changed, moved(image, forward), atol=0.02)
 
 
-def test_two_operations_are_drawn_an_image_each_as_often_and_done_in_order():
+def test_two_operations_per_image_are_drawn_uniformly_and_applied_in_order():
     names = ("identity", "solarize", "translate_x")
     images = np.repeat(pictures(1), 3000, axis=0)
     layer = RandAugment(0.5, names, seed=8)
@@ -225,55 +186,55 @@ def test_two_operations_are_drawn_an_image_each_as_often_and_done_in_order():
         for chosen in drawn[i]:
             if names[chosen] == "solarize":
                 expected = np.where(expected >= 128, 255 - expected, expected)
-        # Two shifts are one resampling, which smooths once where two would smooth twice.
+        # Two shifts are resampled once here, but twice in the expected image.
         once = (drawn[i] == 2).sum() < 2
         if once:
             np.testing.assert_allclose(got[i], expected, atol=0.02)
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_what_changes_an_image_does_not_depend_on_the_number_of_parts(count):
+def test_augmentation_does_not_depend_on_the_number_of_parts(count):
     images = pictures()
-    made = [
+    factories = [
         lambda: RandomGeometry("horizontal", 0.1, 0.1, 0.1, seed=1),
         lambda: RandomColour(0.2, 0.2, seed=1),
         lambda: RandAugment(0.5, seed=1),
     ]
-    for new in made:
+    for new in factories:
         whole = np.asarray(new()(images, training=True))
         parts = in_parts(lambda new=new: partial(new(), training=True), images, count)
-        # Sines of a batch are rounded by place: vectors and what is left over.
+        # Rounding of sines depends on the position in the batch (vectorized or remainder).
         np.testing.assert_allclose(parts, whole, atol=1e-3)
 
 
-def test_all_of_it_compiles_to_the_same_and_takes_any_number_of_rows(monkeypatch):
+def test_augmentation_compiles_with_xla_and_for_any_number_of_rows(monkeypatch):
     def drawn(shape, seed, minval=0.0, maxval=1.0, dtype="float32"):
-        # XLA draws other numbers than TensorFlow without it.
+        # XLA draws different random numbers than TensorFlow.
         return np.random.default_rng(shape[1]).uniform(minval, maxval, (8, shape[1])).astype(dtype)
 
     monkeypatch.setattr(per_row_random, "uniform", drawn)
     images = pictures()
-    made = augmentation(EVERYTHING)
+    layers = augmentation_layers(EVERYTHING)
 
-    def all_of_it(x):
-        for layer in made:
+    def augment(x):
+        for layer in layers:
             x = layer(x, training=True)
         return x
 
-    expected = np.asarray(all_of_it(images))
+    expected = np.asarray(augment(images))
     anything = tf.TensorSpec((None, 20, 24, 3), tf.float32)
     for function in (
-        tf.function(all_of_it, jit_compile=True),
-        tf.function(all_of_it, input_signature=[anything]),
+        tf.function(augment, jit_compile=True),
+        tf.function(augment, input_signature=[anything]),
     ):
         got = np.asarray(function(images))
-        # A pixel next to where an operation jumps may fall on its other side.
+        # A pixel near the threshold of an operation may fall on its other side.
         assert (np.abs(got - expected) < 0.1).mean() > 0.999
 
 
-def test_pixels_are_changed_in_full_precision_and_never_at_inference():
+def test_augmentation_is_in_full_precision_and_in_training_only():
     images = pictures()
-    for layer in augmentation(EVERYTHING):
+    for layer in augmentation_layers(EVERYTHING):
         assert layer(images) is not None
         np.testing.assert_array_equal(layer(images, training=False), images)
     full = RandomGeometry(rotation=0.1, seed=1)(images, training=True)
@@ -283,8 +244,8 @@ def test_pixels_are_changed_in_full_precision_and_never_at_inference():
     np.testing.assert_array_equal(half, full)
 
 
-def test_a_layer_is_made_again_from_its_settings():
-    for layer in augmentation(EVERYTHING):
+def test_a_layer_is_restored_from_its_config():
+    for layer in augmentation_layers(EVERYTHING):
         again = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(layer))
         assert type(again) is type(layer)
         assert again.get_config() == layer.get_config()

@@ -1,17 +1,90 @@
-from ray_jobs.cluster.capacity import workers_that_fit
+import pytest
+
+from ray_jobs.cluster import capacity
+from ray_jobs.cluster.capacity import (
+    bundles_that_fit,
+    trial_slots,
+    worker_resources,
+    workers_that_fit,
+)
+from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import TrainSpec
 
 
-def test_room_that_a_run_grows_into_is_there_when_it_starts_again():
+def test_a_larger_run_fits_after_a_restart_if_it_could_grow_before():
     train = TrainSpec(global_batch_size=24, num_workers=(2, 4), cpus_per_worker=4)
-    # Two workers on the larger node: what is free, with them, is no more than there is at all.
+    # With two workers on the larger node, free plus used resources equal the total.
     assert workers_that_fit([{"CPU": 5}, {"CPU": 12}], train) == 4
     assert workers_that_fit([{"CPU": 5}, {"CPU": 4}], train) == 2
     assert workers_that_fit([{"CPU": 4}, {"CPU": 8}], train) == 2
 
 
-def test_there_is_no_room_where_ray_data_would_have_no_cpu():
+def test_no_worker_fits_without_a_cpu_for_ray_data():
     assert workers_that_fit([{"CPU": 1}], TrainSpec()) == 0
     assert workers_that_fit([{"CPU": 2}], TrainSpec()) == 1
     assert workers_that_fit([{"CPU": 0.5}, {"GPU": 1}], TrainSpec()) == 0
     assert workers_that_fit([], TrainSpec()) == 0
+
+
+@pytest.mark.parametrize(
+    ("node", "bundle", "count"),
+    [
+        ({"CPU": 1.2}, {"CPU": 0.4}, 3),
+        ({"CPU": 0.3}, {"CPU": 0.1}, 3),
+        ({"CPU": 1.19}, {"CPU": 0.4}, 2),
+        ({"CPU": 8, "GPU": 1}, {"CPU": 1, "GPU": 0.25}, 4),
+        ({"CPU": 8, "GPU": 0.7}, {"CPU": 1, "GPU": 0.1}, 7),
+        ({"CPU": 8}, {"CPU": 1, "GPU": 0.25}, 0),
+        ({"CPU": 8}, {"CPU": 2, "GPU": 0}, 4),
+        ({"CPU": 8, "rack": 0.003}, {"CPU": 1, "rack": 0.001}, 3),
+    ],
+)
+def test_bundles_are_counted_in_the_units_of_ray(node, bundle, count):
+    assert bundles_that_fit(node, bundle) == count
+
+
+def test_fractional_workers_fill_a_node_except_for_the_cpu_of_ray_data():
+    train = TrainSpec(global_batch_size=24, num_workers=3, cpus_per_worker=0.4)
+    assert workers_that_fit([{"CPU": 2.2}], train) == 3
+    assert workers_that_fit([{"CPU": 2.19}], train) == 2
+
+
+def test_workers_of_a_trial_may_share_a_gpu():
+    train = TrainSpec(use_gpu=True, gpus_per_worker=2, resources_per_worker={"rack": 1.0})
+    assert worker_resources(train) == {"CPU": 1.0, "GPU": 2.0, "rack": 1.0}
+    assert worker_resources(train, 0.25) == {"CPU": 1.0, "GPU": 0.25, "rack": 1.0}
+    assert worker_resources(TrainSpec(), 0.25) == {"CPU": 1.0}
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch):
+    """Set the current and the possible nodes of a cluster that is not a local Ray."""
+
+    def set_nodes(current: list, possible: list) -> None:
+        monkeypatch.setattr(capacity, "current_nodes", lambda: current)
+        monkeypatch.setattr(capacity, "possible_nodes", lambda: possible)
+        monkeypatch.setattr(capacity, "owns_ray", lambda: False)
+
+    return set_nodes
+
+
+def test_slots_include_nodes_that_the_autoscaler_may_add(cluster):
+    cluster([{"CPU": 2}], [{"CPU": 4}] * 3)
+    assert trial_slots({"CPU": 2}, 2) == 3
+
+
+def test_a_trial_that_never_fits_is_refused_with_the_settings_to_lower(cluster):
+    cluster([{"CPU": 2}], [{"CPU": 4}] * 3)
+    message = (
+        r"tune\.workers_per_trial=2: a trial needs 2 × \(8 CPU\), each on one node, and the "
+        r"cluster has 2 CPU, with its autoscaler at most 3 × 4 CPU; lower tune\.workers_per_trial"
+    )
+    with pytest.raises(JobError, match=message):
+        trial_slots({"CPU": 8}, 2)
+
+
+def test_max_concurrent_trials_counts_if_the_limits_of_the_autoscaler_are_unknown(cluster):
+    cluster([{"CPU": 2}], [])
+    assert trial_slots({"CPU": 8}, 2, max_concurrent=5) == 5
+    with pytest.raises(JobError, match=r"if an autoscaler will add nodes, set tune\.max_conc"):
+        trial_slots({"CPU": 8}, 2)

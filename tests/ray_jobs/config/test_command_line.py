@@ -32,17 +32,17 @@ def yaml_file(tmp_path: Path) -> Any:
     return write
 
 
-# -- what wins ------------------------------------------------------------------------------------
+# -- precedence -----------------------------------------------------------------------------------
 
 
-def test_a_flag_wins_over_yaml_and_yaml_over_the_default(yaml_file):
+def test_flags_override_yaml_and_yaml_overrides_defaults(yaml_file):
     path = yaml_file("train: {epochs: 7, patience: 4}\n")
     spec = parse(RunSpec, [path, "--train.epochs", "9"])
     assert (spec.train.epochs, spec.train.patience) == (9, 4)
     assert spec.train.global_batch_size == RunSpec().train.global_batch_size
 
 
-def test_a_flag_leaves_the_rest_of_a_yaml_section_alone(yaml_file):
+def test_a_flag_keeps_the_other_settings_of_a_yaml_section(yaml_file):
     path = yaml_file("model:\n  image: {kind: tiny, weights: null, units: 8}\n  l2: 0.5\n")
     spec = parse(RunSpec, [path, "--model.image.units", "16"])
     assert (spec.model.image.kind, spec.model.image.units, spec.model.l2) == ("tiny", 16, 0.5)
@@ -56,16 +56,16 @@ def test_the_last_of_two_equal_flags_wins():
     assert parse(RunSpec, ["--train.epochs", "3", "--train.epochs=4"]).train.epochs == 4
 
 
-def test_a_list_that_is_given_twice_is_refused():
+def test_a_list_flag_that_is_given_twice_is_refused():
     error = usage_error("--data.categorical", "a", "--data.categorical", "b")
-    assert error.startswith("--data.categorical is given twice; give all of it at once")
+    assert error.startswith("--data.categorical is given twice; give all values at once")
 
 
 @pytest.mark.parametrize(
     "arguments",
     [["data"], ["--prepared", "data"], ["data", "--max_rows", "9"], ["--max_rows=9", "data"]],
 )
-def test_the_one_positional_setting_of_a_flat_spec_may_stand_anywhere_or_be_a_flag(arguments):
+def test_the_positional_setting_of_a_flat_spec_can_be_anywhere_or_a_flag(arguments):
     assert parse(InspectSpec, arguments).prepared == "data"
 
 
@@ -100,8 +100,8 @@ def test_the_one_positional_setting_of_a_flat_spec_may_stand_anywhere_or_be_a_fl
 def test_a_flag_takes_its_value_after_a_space_or_an_equals_sign(path, text, value):
     extra = ["--model.image.kind", "tiny"] if path == "model.image.weights" else []
     for arguments in ([f"--{path}", text], [f"--{path}={text}"]):
-        found = setting(parse(RunSpec, [*extra, *arguments]), path)
-        assert (found, type(found)) == (value, type(value))
+        parsed = setting(parse(RunSpec, [*extra, *arguments]), path)
+        assert (parsed, type(parsed)) == (value, type(value))
 
 
 @pytest.mark.parametrize(("text", "workers"), [("2", 2), ("1,4", (1, 4)), ("[1, 4]", (1, 4))])
@@ -109,7 +109,7 @@ def test_a_flag_takes_one_number_or_a_pair(text, workers):
     assert parse(RunSpec, ["--train.num_workers", text]).train.num_workers == workers
 
 
-def test_one_number_or_three_where_two_are_needed_are_told_what_is_accepted():
+def test_the_error_for_a_wrong_number_of_values_contains_what_is_accepted():
     for value in ("10", "1,2,3", "[]"):
         with pytest.raises(UsageError) as error:
             parse(RunSpec, ["--run.profile_steps", value])
@@ -129,7 +129,7 @@ def test_yaml_gives_the_same_types_as_flags(yaml_file):
     assert spec.prepare.numeric_columns == ("area", "rooms")
 
 
-def test_a_section_whose_lines_are_all_commented_out_keeps_its_defaults(yaml_file):
+def test_a_section_with_all_lines_commented_out_keeps_its_defaults(yaml_file):
     path = yaml_file("train:\n  # epochs: 3\nmodel:\n  image:\n  l2: 0.5\n")
     spec = parse(RunSpec, [path])
     assert spec.train == RunSpec().train
@@ -145,29 +145,29 @@ def test_a_flat_spec_takes_flags_without_a_section():
     assert spec == EvaluateSpec(run="r", data="d", output="o", split="train")
 
 
-# -- wrong keys -----------------------------------------------------------------------------------
+# -- unknown keys ---------------------------------------------------------------------------------
 
 
-def test_a_wrong_flag_names_itself_the_nearest_and_the_accepted_ones():
+def test_the_error_for_an_unknown_flag_contains_the_nearest_and_the_accepted_ones():
     message = usage_error("--train.epoch", "3")
-    assert message.startswith("--train.epoch is no flag; did you mean 'train.epochs'? ")
+    assert message.startswith("unknown flag --train.epoch; did you mean 'train.epochs'? ")
     assert "(accepted in train: optimizer, learning_rate, " in message
     assert ", epochs, " in message
 
 
-def test_a_flag_of_an_unknown_section_names_the_sections():
+def test_the_error_for_an_unknown_section_contains_the_sections():
     message = usage_error("--trian.epochs", "3")
-    assert message.startswith("--trian.epochs is no flag; did you mean 'train.epochs'? ")
+    assert message.startswith("unknown flag --trian.epochs; did you mean 'train.epochs'? ")
     assert "(sections: data, model, model.augmentation, " in message
 
 
-def test_a_flag_without_a_section_finds_its_section():
+def test_the_error_for_a_flag_without_its_section_suggests_the_section():
     assert "did you mean 'train.epochs'?" in usage_error("--epochs", "3")
 
 
-def test_a_wrong_flag_of_a_flat_spec_names_all_accepted_ones():
+def test_the_error_for_an_unknown_flag_of_a_flat_spec_contains_all_flags():
     message = usage_error("--splt", "test", spec_class=EvaluateSpec)
-    assert message.startswith("--splt is no flag; did you mean 'split'? (accepted: run, data, ")
+    assert message.startswith("unknown flag --splt; did you mean 'split'? (accepted: run, data, ")
 
 
 @pytest.mark.parametrize(
@@ -182,24 +182,26 @@ def test_a_wrong_flag_of_a_flat_spec_names_all_accepted_ones():
         ("1: 2", "1=1: Keys should be strings"),
     ],
 )  # fmt: skip
-def test_a_wrong_yaml_key_names_itself_the_nearest_and_the_accepted_ones(yaml_file, text, message):
+def test_the_error_for_an_unknown_yaml_key_contains_the_nearest_and_the_accepted_ones(
+    yaml_file, text, message
+):
     assert usage_error(yaml_file(text)).startswith(message)
 
 
-def test_a_wrong_key_in_a_list_of_sections_is_named_with_the_accepted_ones():
-    message = r"train.stages.0.epochs: is required .*\n.*no key 'epoch'; did you mean 'epochs'\?"
+def test_the_error_for_an_unknown_key_in_a_list_contains_its_index_and_the_accepted_ones():
+    message = r"train.stages.0.epochs is required .*\n.*no key 'epoch'; did you mean 'epochs'\?"
     with pytest.raises(UsageError, match=message):
         parse(RunSpec, ["--train.stages", "[{epoch: 3}]"])
 
 
-def test_every_wrong_key_and_value_has_a_line_of_its_own(yaml_file):
+def test_every_invalid_key_or_value_has_its_own_line(yaml_file):
     message = usage_error(yaml_file("train: {epoch: 3, patience: x}\nmodel: {l2: -1}\n"))
     assert [line.split(":")[0] for line in message.splitlines()] == [
         "model.l2=-1", "train.patience='x'", "train.epoch",
     ]  # fmt: skip
 
 
-# -- wrong values ---------------------------------------------------------------------------------
+# -- invalid values -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -211,7 +213,9 @@ def test_every_wrong_key_and_value_has_a_line_of_its_own(yaml_file):
     ],
 )
 def test_a_password_in_a_setting_is_refused_and_not_repeated(flag, uri):
-    with pytest.raises(UsageError, match=rf"{flag} holds a password.*AWS_ACCESS_KEY_ID") as error:
+    with pytest.raises(
+        UsageError, match=rf"{flag} contains a password.*AWS_ACCESS_KEY_ID"
+    ) as error:
         parse(RunSpec, [f"--{flag}", uri])
     assert "hunter2" not in str(error.value)
     parse(RunSpec, [f"--{flag}", "hdfs://me@host:8020/a:b@c"])
@@ -228,10 +232,10 @@ def test_a_password_in_a_setting_is_refused_and_not_repeated(flag, uri):
         ("train.learning_rate=nan", "train.learning_rate='nan': Input should be a finite number"),
         ("train.monitor=roc_auc", "train.monitor='roc_auc': accepted: val/log_loss, val/roc_auc, "
          "val/pr_auc; did you mean 'val/roc_auc'?"),
-        ("model.image.kind=efficientnet_b", "model.image.kind='efficientnet_b': 'efficientnet_b' "
-         "is no image branch; did you mean 'efficientnet_b"),
+        ("model.image.kind=efficientnet_b", "model.image.kind='efficientnet_b': unknown "
+         "image branch 'efficientnet_b'; did you mean 'efficientnet_b"),
         ("model.numeric.units=8,x", "model.numeric.units.1='x': Input should be a valid integer"),
-        ("model.numeric.units=[8,", "model.numeric.units='[8,' is no YAML: "),
+        ("model.numeric.units=[8,", "model.numeric.units='[8,' is not valid YAML: "),
         ("train.resources_per_worker=a", "train.resources_per_worker='a': Input should be a valid "
          "dictionary"),
         ("train.resources_per_worker={a: -1}", "train.resources_per_worker.a=-1: Input should be "
@@ -241,48 +245,50 @@ def test_a_password_in_a_setting_is_refused_and_not_repeated(flag, uri):
         ("train.decision_threshold=1.4", "train.decision_threshold='1.4': Input should be less "
          "than 1 (accepted: NUMBER|f1|balanced_accuracy)"),
         ("train.decision_threshold=", "train.decision_threshold='': accepted: NUMBER|f1|"),
-        ("run.name=a/b", "run.name='a/b': a run's name is one folder name"),
-        ("train.num_workers=3", "train: num_workers=3 cannot share global_batch_size=32 evenly; "
-         "it can be 1, 2, 4, 8, 16, 32"),
+        ("run.name=a/b", "run.name='a/b': must be one folder name"),
+        ("train.num_workers=3", "train: num_workers=3 cannot share global_batch_size=32 equally "
+         "(accepted: 1, 2, 4, 8, 16, 32)"),
     ],
 )  # fmt: skip
-def test_a_wrong_value_is_one_line_with_path_value_and_what_is_accepted(flag, message):
-    found = usage_error(f"--{flag}")
-    assert found.startswith(message)
-    assert "\n" not in found
+def test_the_error_for_an_invalid_value_is_one_line_with_path_value_and_what_is_accepted(
+    flag, message
+):
+    error = usage_error(f"--{flag}")
+    assert error.startswith(message)
+    assert "\n" not in error
 
 
-def test_a_wrong_type_in_yaml_is_one_line_too(yaml_file):
+def test_the_error_for_an_invalid_type_in_yaml_is_one_line(yaml_file):
     message = usage_error(yaml_file("train: {decision_threshold: [1, 2]}"))
-    assert message == "train.decision_threshold='[1, 2]': accepted: NUMBER|f1|balanced_accuracy"
+    assert message == "train.decision_threshold='1,2': accepted: NUMBER|f1|balanced_accuracy"
 
 
-def test_a_value_in_the_place_of_a_section_names_the_keys_of_the_section(yaml_file):
+def test_the_error_for_a_value_in_place_of_a_section_contains_its_keys(yaml_file):
     message = usage_error(yaml_file("model: {fusion: skip_concat}"))
     assert message.startswith(
-        "model.fusion='skip_concat': is a section, not a value (accepted in it: kind, units, "
+        "model.fusion='skip_concat': must be a section, not a value (accepted: kind, units, "
     )
 
 
 @pytest.mark.parametrize("rest", [[], ["--train.patience", "3"]])
-def test_a_flag_without_a_value_says_which_kind_it_needs(rest):
+def test_the_error_for_a_flag_without_a_value_contains_its_type(rest):
     assert usage_error("--train.epochs", *rest) == "--train.epochs needs a value (INT)"
 
 
-def test_a_boolean_flag_needs_its_value_too():
+def test_a_boolean_flag_needs_a_value():
     assert usage_error("--train.use_gpu") == "--train.use_gpu needs a value (true|false)"
 
 
-def test_a_required_setting_that_is_missing_names_its_flag():
+def test_the_error_for_a_missing_required_setting_contains_its_flag():
     message = usage_error("--run", "r", "--data", "d", spec_class=PredictSpec)
-    assert message == "output: is required; give it as --output"
+    assert message == "output is required; set it with --output"
 
 
-def test_a_positional_setting_that_is_missing_or_given_twice_says_so():
+def test_a_missing_or_repeated_positional_setting_is_an_error():
     missing = usage_error("--max_rows", "9", spec_class=InspectSpec)
-    assert missing == "prepared: is required; give it as PREPARED or --prepared"
+    assert missing == "prepared is required; set it with PREPARED or --prepared"
     twice = usage_error("a", "--prepared", "b", spec_class=InspectSpec)
-    assert twice == "prepared is given twice: 'a' and --prepared 'b'"
+    assert twice == "prepared is given twice: 'a' and 'b'"
 
 
 @pytest.mark.parametrize(
@@ -294,42 +300,42 @@ def test_a_positional_setting_that_is_missing_or_given_twice_says_so():
         (InspectSpec, ["data", "more.yaml"]),
     ],
 )
-def test_an_argument_too_many_names_itself(yaml_file, spec_class, arguments):
+def test_an_extra_argument_is_an_error(yaml_file, spec_class, arguments):
     path = yaml_file("train: {epochs: 3}")
     given = [path if a == "{yaml}" else a for a in arguments]
     assert usage_error(*given, spec_class=spec_class) == "unexpected argument 'more.yaml'"
 
 
-# -- YAML that is none ----------------------------------------------------------------------------
+# -- invalid YAML ---------------------------------------------------------------------------------
 
 
-def test_a_missing_yaml_names_itself():
-    assert "nowhere.yaml could not be read: " in usage_error("nowhere.yaml")
+def test_the_error_for_a_missing_yaml_file_contains_its_name():
+    assert "could not read nowhere.yaml: " in usage_error("nowhere.yaml")
 
 
 @pytest.mark.parametrize("text", ["train: [", "train: {epochs: 3", "\tx: 1"])
-def test_broken_yaml_names_its_file(yaml_file, text):
+def test_the_error_for_invalid_yaml_contains_the_file(yaml_file, text):
     path = yaml_file(text)
-    assert usage_error(path).startswith(f"{path} could not be read: ")
+    assert usage_error(path).startswith(f"could not read {path}: ")
 
 
-def test_a_binary_file_in_place_of_yaml_names_itself(tmp_path):
+def test_the_error_for_a_binary_file_in_place_of_yaml_contains_its_name(tmp_path):
     path = tmp_path / "photo.jpg"
     path.write_bytes(b"\xff\xd8\xff\xe0\x00")
-    assert usage_error(str(path)).startswith(f"{path} could not be read: ")
+    assert usage_error(str(path)).startswith(f"could not read {path}: ")
 
 
 @pytest.mark.parametrize(("text", "kind"), [("- train\n", "list"), ("train\n", "str")])
-def test_yaml_that_is_no_mapping_says_what_it_is(yaml_file, text, kind):
+def test_the_error_for_yaml_without_a_mapping_contains_its_type(yaml_file, text, kind):
     path = yaml_file(text)
-    assert usage_error(path) == f"{path} holds no mapping of sections, but a {kind}"
+    assert usage_error(path) == f"{path} must contain a mapping, not a {kind}"
 
 
 # -- help -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("spec_class", SPECS)
-def test_every_setting_has_a_help_text_and_stands_in_the_help(spec_class):
+def test_the_help_contains_every_setting_with_its_docstring(spec_class):
     text = help_text(spec_class, "python -m ray_jobs.verb", "What it does.")
     words = " ".join(text.split())
     for path, field in flatten(spec_class).items():
@@ -339,14 +345,14 @@ def test_every_setting_has_a_help_text_and_stands_in_the_help(spec_class):
 
 
 @pytest.mark.parametrize("spec_class", SPECS)
-def test_help_shows_no_python_types(spec_class):
+def test_the_help_contains_no_python_types(spec_class):
     text = help_text(spec_class, "python -m ray_jobs.verb", "")
     assert "<class" not in text
     assert "typing." not in text
     assert "Undefined" not in text
 
 
-def test_help_shows_type_and_default_of_each_kind_of_setting():
+def test_the_help_contains_type_and_default_of_each_kind_of_setting():
     lines = help_text(RunSpec, "python -m ray_jobs.train", "Train.").splitlines()
     assert lines[0] == "usage: python -m ray_jobs.train [SPEC.yaml] [--section.key value …]"
     for line in (
@@ -361,13 +367,13 @@ def test_help_shows_type_and_default_of_each_kind_of_setting():
         assert line in lines
 
 
-def test_help_of_a_flat_spec_says_what_is_required():
+def test_the_help_of_a_flat_spec_marks_required_settings():
     lines = help_text(EvaluateSpec, "python -m ray_jobs.evaluate", "").splitlines()
     assert lines[0] == "usage: python -m ray_jobs.evaluate [--key value …]"
     assert "  --run TEXT  (required)" in lines
 
 
-def test_help_shows_the_positional_setting_in_usage_and_among_the_flags():
+def test_the_help_contains_the_positional_setting_in_the_usage_and_among_the_flags():
     lines = help_text(InspectSpec, "python -m ray_jobs.inspect", "").splitlines()
     assert lines[0] == "usage: python -m ray_jobs.inspect PREPARED [--key value …]"
     assert "  PREPARED or --prepared TEXT  (required)" in lines

@@ -1,4 +1,4 @@
-"""What a job says and exits with."""
+"""The error messages and exit status of a job."""
 
 import subprocess
 import sys
@@ -27,7 +27,7 @@ def failing(error: BaseException) -> Any:
     return job
 
 
-def test_a_job_that_is_done_exits_with_0(monkeypatch):
+def test_a_successful_job_exits_with_0(monkeypatch):
     seen = []
     assert run_main(monkeypatch, seen.append, "--train.epochs", "3") == 0
     assert [spec.train.epochs for spec in seen] == [3]
@@ -40,7 +40,7 @@ def test_help_exits_with_0_and_runs_nothing(monkeypatch, capsys, flag):
     assert capsys.readouterr().out.startswith("usage: ")
 
 
-def test_wrong_usage_exits_with_2_and_runs_nothing(monkeypatch, capsys):
+def test_a_usage_error_exits_with_2_and_runs_nothing(monkeypatch, capsys):
     assert run_main(monkeypatch, failing(AssertionError()), "--train.epochs", "x") == 2
     output = capsys.readouterr()
     assert output.out == ""
@@ -57,21 +57,19 @@ def test_wrong_usage_exits_with_2_and_runs_nothing(monkeypatch, capsys):
         (ValueError(), "error: ValueError\n"),
     ],
 )
-def test_an_error_that_the_user_can_mend_exits_with_1_and_one_line(
-    monkeypatch, capsys, error, line
-):
+def test_an_error_that_the_user_can_fix_exits_with_1_and_one_line(monkeypatch, capsys, error, line):
     monkeypatch.delenv("RAY_JOBS_TRACEBACK", raising=False)
     assert run_main(monkeypatch, failing(error)) == 1
     assert capsys.readouterr().err == line
 
 
-def test_a_traceback_is_shown_on_request(monkeypatch):
+def test_a_traceback_is_printed_on_request(monkeypatch):
     monkeypatch.setenv("RAY_JOBS_TRACEBACK", "1")
     with pytest.raises(JobError, match="the table is empty"):
         run_main(monkeypatch, failing(JobError("the table is empty")))
 
 
-def test_an_error_of_the_program_keeps_its_traceback(monkeypatch):
+def test_an_unexpected_error_keeps_its_traceback(monkeypatch):
     with pytest.raises(ZeroDivisionError):
         run_main(monkeypatch, failing(ZeroDivisionError()))
 
@@ -81,23 +79,25 @@ def test_an_interrupt_exits_with_130(monkeypatch, capsys):
     assert capsys.readouterr().err == "error: interrupted\n"
 
 
-def test_a_verb_says_how_to_call_it_and_exits_with_2_on_wrong_usage():
+def test_a_verb_refers_to_its_help_and_exits_with_2_on_a_usage_error():
     result = subprocess.run(
         [sys.executable, "-m", "ray_jobs.train", "--train.epoch", "3"],
         capture_output=True, text=True,
     )  # fmt: skip
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.startswith("error: --train.epoch is no flag; did you mean 'train.epochs'?")
+    assert result.stderr.startswith(
+        "error: unknown flag --train.epoch; did you mean 'train.epochs'?"
+    )
     assert result.stderr.endswith("\nSee python -m ray_jobs.train --help.\n")
 
 
-def test_a_verb_exits_with_1_and_one_line_where_its_data_is_missing(tmp_path):
+def test_a_verb_exits_with_1_and_one_line_if_its_data_is_missing(tmp_path):
     result = subprocess.run(
         [sys.executable, "-m", "ray_jobs.train", "--data.prepared", str(tmp_path / "nothing"),
          "--run.storage_path", str(tmp_path / "runs")],
         capture_output=True, text=True,
     )  # fmt: skip
     assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr.startswith(f"error: no manifest.json in {tmp_path}/nothing; has ")
+    assert result.stderr.startswith(f"error: {tmp_path}/nothing has no manifest.json; ")
     assert result.stderr.count("\n") == 1
     assert not (tmp_path / "runs").exists()

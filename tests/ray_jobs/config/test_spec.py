@@ -15,6 +15,7 @@ from ray_jobs.config.spec import (
     RunSpec,
     TrainSpec,
 )
+from ray_jobs.tune.search.space import SearchSpec
 
 YAMLS = sorted((Path(ray_jobs.__file__).parent / "specs").glob("*.yaml"))
 
@@ -32,14 +33,14 @@ CHANGED = RunSpec.model_validate(
 )
 
 
-def test_there_are_specs_to_test():
+def test_presets_exist():
     assert YAMLS
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.name)
-def test_every_spec_that_is_shipped_is_valid(path):
-    spec = parse(RunSpec, [str(path)])
-    assert spec != RunSpec()
+def test_every_preset_is_valid(path):
+    spec = parse(SearchSpec, [str(path)])
+    assert spec != SearchSpec()
 
 
 @pytest.mark.parametrize(
@@ -52,31 +53,31 @@ def test_every_spec_that_is_shipped_is_valid(path):
         DemoSpec(),
     ],
 )
-def test_a_spec_survives_json_and_yaml(spec):
+def test_a_spec_round_trips_through_json_and_yaml(spec):
     tree = spec.model_dump(mode="json")
     assert type(spec).model_validate(tree) == spec
     assert type(spec).model_validate(yaml.safe_load(yaml.safe_dump(tree))) == spec
     assert type(spec).model_validate_json(spec.model_dump_json()) == spec
 
 
-def test_a_spec_cannot_be_changed_in_place():
+def test_a_spec_is_immutable():
     with pytest.raises(ValidationError, match="frozen"):
         RunSpec().train.epochs = 3  # type: ignore[misc]
 
 
-def test_overlay_replaces_values_by_path_and_nothing_else():
+def test_overlay_replaces_only_the_given_values():
     spec = CHANGED.overlay({"train.learning_rate": 1e-3, "model.numeric.units": (4, 2)})
     assert (spec.train.learning_rate, spec.model.numeric.units) == (1e-3, (4, 2))
     back = {"train.learning_rate": 0.1 + 0.2, "model.numeric.units": [8]}
     assert spec.overlay(back) == CHANGED
 
 
-def test_overlay_takes_the_numbers_of_a_search():
+def test_overlay_accepts_numpy_numbers():
     spec = RunSpec().overlay({"train.epochs": np.int64(3), "model.l2": np.float64(0.5)})
     assert (spec.train.epochs, spec.model.l2) == (3, 0.5)
 
 
-def test_overlay_of_nothing_gives_an_equal_spec():
+def test_an_empty_overlay_gives_an_equal_spec():
     assert CHANGED.overlay({}) == CHANGED
 
 
@@ -86,10 +87,10 @@ def test_overlay_of_nothing_gives_an_equal_spec():
         ({"train.epoch": 3}, "train.epoch: train has no key 'epoch'; did you mean 'epochs'?"),
         ({"train.epochs": 0}, "train.epochs=0: Input should be greater than 0"),
         ({"train.epochs.most": 3}, r"train.epochs: Input should be a valid integer"),
-        ({"train.num_workers": 5}, "num_workers=5 cannot share global_batch_size=32 evenly"),
+        ({"train.num_workers": 5}, "num_workers=5 cannot share global_batch_size=32 equally"),
     ],
 )
-def test_overlay_refuses_what_the_command_line_would_refuse(changes, message):
+def test_overlay_validates_like_the_command_line(changes, message):
     with pytest.raises(ValueError, match=message):
         RunSpec().overlay(changes)
 
@@ -98,22 +99,24 @@ def test_overlay_refuses_what_the_command_line_would_refuse(changes, message):
     ("batch", "workers", "allowed"),
     [(32, 3, "1, 2, 4, 8, 16, 32"), (67, 67, "1"), (96, 32, "1, 2, 3, 4, 6, 8, 12, 16, 24, 48")],
 )
-def test_workers_that_cannot_share_the_batch_are_told_which_numbers_can(batch, workers, allowed):
-    message = f"num_workers={workers} cannot share global_batch_size={batch} evenly; it can be "
-    with pytest.raises(ValueError, match=rf"{message}{allowed} \["):
+def test_the_error_for_workers_that_cannot_share_the_batch_contains_the_accepted_numbers(
+    batch, workers, allowed
+):
+    message = f"num_workers={workers} cannot share global_batch_size={batch} equally "
+    with pytest.raises(ValueError, match=rf"{message}\(accepted: {allowed}\) \["):
         TrainSpec(global_batch_size=batch, num_workers=workers)
 
 
-def test_between_the_least_and_the_most_workers_one_number_must_share_the_batch():
+def test_a_range_of_workers_must_contain_a_number_that_can_share_the_batch():
     spec = TrainSpec(global_batch_size=32, num_workers=(3, 9))
     assert spec.workers_range == (3, 9)
     with pytest.raises(ValueError, match="num_workers=5,7 cannot share global_batch_size=32"):
         TrainSpec(global_batch_size=32, num_workers=(5, 7))
-    with pytest.raises(ValueError, match="num_workers=4,2: the least is more than the most"):
+    with pytest.raises(ValueError, match="num_workers=4,2: the minimum exceeds the maximum"):
         TrainSpec(global_batch_size=32, num_workers=(4, 2))
 
 
-def test_replicas_and_parts_of_a_step_must_share_it_too():
+def test_replicas_and_accumulation_must_share_the_batch_equally():
     gpus = {"use_gpu": True, "gpus_per_worker": 2}
     assert TrainSpec(global_batch_size=16, **gpus, accumulate_steps=2).allowed_workers() == [
         1,
@@ -125,20 +128,20 @@ def test_replicas_and_parts_of_a_step_must_share_it_too():
         TrainSpec(global_batch_size=32, **gpus, accumulate_steps=3)
 
 
-def test_stages_must_all_be_reached():
+def test_all_stages_must_be_reachable():
     stages = [{"epochs": 3, "backbone": 0}, {"epochs": 1}]
     assert TrainSpec.model_validate({"epochs": 4, "stages": stages}).stages[0].backbone == 0
-    with pytest.raises(ValueError, match="those before the last take 3 of epochs=3"):
+    with pytest.raises(ValueError, match="starts after epoch 3, which epochs=3 does not reach"):
         TrainSpec.model_validate({"epochs": 3, "stages": stages})
 
 
-def test_fractions_that_leave_nothing_to_train_on_are_refused():
-    message = r"validation_fraction=0.5 and test_fraction=0.5 leave nothing to train on"
+def test_fractions_that_leave_no_rows_for_training_are_refused():
+    message = r"validation_fraction=0.5 and test_fraction=0.5 leave no rows for training"
     with pytest.raises(ValueError, match=message):
         PrepareSpec(validation_fraction=0.5, test_fraction=0.5)
 
 
 @pytest.mark.parametrize("name", ["", "a/b", ".hidden", ".."])
-def test_the_name_of_a_run_is_one_folder_name(name):
-    with pytest.raises(ValueError, match="a run's name is one folder name"):
+def test_the_name_of_a_run_must_be_one_folder_name(name):
+    with pytest.raises(ValueError, match="must be one folder name"):
         RunSpec.model_validate({"run": {"name": name}})

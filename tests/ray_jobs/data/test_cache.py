@@ -1,4 +1,8 @@
+import signal
+import subprocess
+import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -7,13 +11,11 @@ import pyarrow as pa
 import pytest
 
 from ray_jobs.config.spec import DataSpec
-from ray_jobs.data.cache import choose_kind, make_index, open_cache
+from ray_jobs.data.cache import DiskCache, choose_cache, make_cache_index, open_cache
 from ray_jobs.data.manifest import Manifest, read_manifest
 from ray_jobs.storage.folder import Folder
 from tests.ray_jobs.feeds import COUNTS, SIZE, row_ids, training_feed
 from tests.ray_jobs.tiny import write_prepared
-
-pytestmark = pytest.mark.usefixtures("ray_local")
 
 
 @pytest.fixture(scope="module")
@@ -28,25 +30,26 @@ def manifest(folder: Path) -> Manifest:
     return read_manifest(Folder(folder))
 
 
+@pytest.mark.usefixtures("ray_local")
 @pytest.mark.parametrize("kind", ["object_store", "disk"])
-@pytest.mark.parametrize("num_kept", [0, 20, 1000])
-def test_a_cache_changes_no_batch_and_decodes_a_row_group_once(
-    folder, manifest, monkeypatch, tmp_path, kind, num_kept
+@pytest.mark.parametrize("num_cached", [0, 20, 1000])
+def test_a_cache_keeps_batches_equal_and_decodes_a_row_group_once(
+    folder, manifest, monkeypatch, tmp_path, kind, num_cached
 ):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
-    data = DataSpec(cache=kind, cache_bytes=num_kept * SIZE * SIZE * 3, image_size=12)
+    data = DataSpec(cache=kind, cache_bytes=num_cached * SIZE * SIZE * 3, image_size=12)
     plain = training_feed(folder, manifest, data=DataSpec(cache="none", image_size=12))
-    cache = open_cache(kind, manifest, 12, make_index())
+    cache = open_cache(kind, manifest, 12, make_cache_index())
     feed = training_feed(folder, manifest, data=data, cache=cache, threads=2)
     decoded: list[int] = []
-    decode = feed.decoder.decoded
+    decode_images = feed.decoder.decode_images
 
-    def noted(table: pa.Table) -> pa.Table:
+    def count_and_decode(table: pa.Table) -> pa.Table:
         decoded.append(table.num_rows)
-        return decode(table)
+        return decode_images(table)
 
-    monkeypatch.setattr(feed.decoder, "decoded", noted)
+    monkeypatch.setattr(feed.decoder, "decode_images", count_and_decode)
     for start, stop in ((0, 13), (13, 26)):
         for batch, expected in zip(
             feed.batches(start, stop), plain.batches(start, stop), strict=True
@@ -54,11 +57,12 @@ def test_a_cache_changes_no_batch_and_decodes_a_row_group_once(
             for name, values in expected.items():
                 np.testing.assert_array_equal(batch[name], values)
     sizes = [rows for shard in manifest.splits["train"].shards for rows in shard.row_groups]
-    budget = num_kept * SIZE * SIZE // 12**2
-    kept = [rows for i, rows in enumerate(sizes) if sum(sizes[: i + 1]) <= budget]
-    assert sorted(decoded) == sorted(kept)
+    budget = num_cached * SIZE * SIZE // 12**2
+    cacheable = [rows for i, rows in enumerate(sizes) if sum(sizes[: i + 1]) <= budget]
+    assert sorted(decoded) == sorted(cacheable)
     assert cache is not None
     cache.close()
+    assert list(tmp_path.glob("multimodal-ray-*/*")) == []
 
 
 @pytest.mark.parametrize(
@@ -69,26 +73,27 @@ def test_a_cache_changes_no_batch_and_decodes_a_row_group_once(
         (75 * SIZE * SIZE * 3 - 1, 1 << 30, "none"),
     ],
 )
-def test_auto_keeps_rows_where_all_that_are_trained_and_validated_on_fit(
+def test_auto_caches_if_all_rows_of_training_and_validation_fit(
     manifest, cache_bytes, object_store, kind
 ):
     data = DataSpec(cache_bytes=cache_bytes)
-    assert choose_kind(data, manifest, SIZE * SIZE * 3, object_store) == kind
+    assert choose_cache(data, manifest, SIZE * SIZE * 3, object_store) == kind
 
 
-def test_auto_keeps_nothing_that_is_stored_as_the_model_takes_it(manifest):
+def test_auto_does_not_cache_rows_that_are_stored_as_the_model_takes_them(manifest):
     raw = manifest.model_copy(
         update={"image": manifest.image.model_copy(update={"encoding": "raw"})}
     )
-    assert choose_kind(DataSpec(), raw, SIZE * SIZE * 3, 1 << 40) == "none"
-    assert choose_kind(DataSpec(), raw, 12 * 12 * 3, 1 << 40) == "object_store"
-    assert choose_kind(DataSpec(), manifest, 0, 1 << 40) == "none"
+    assert choose_cache(DataSpec(), raw, SIZE * SIZE * 3, 1 << 40) == "none"
+    assert choose_cache(DataSpec(), raw, 12 * 12 * 3, 1 << 40) == "object_store"
+    assert choose_cache(DataSpec(), manifest, 0, 1 << 40) == "none"
 
 
-def test_a_lost_object_is_decoded_anew(folder, manifest):
+@pytest.mark.usefixtures("ray_local")
+def test_a_lost_object_is_decoded_again(folder, manifest):
     import ray
 
-    cache = open_cache("object_store", manifest, None, make_index())
+    cache = open_cache("object_store", manifest, None, make_cache_index())
     data = DataSpec(cache="object_store")
 
     @ray.remote(num_cpus=0)
@@ -102,3 +107,93 @@ def test_a_lost_object_is_decoded_anew(folder, manifest):
     ray.kill(first)
     second = Worker.remote()
     assert ray.get(second.run.remote(cache), timeout=120) == expected
+
+
+# -- concurrent runs with a disk cache ------------------------------------------------------------
+
+GROUP = ("train", 0, 0)
+TABLE = pa.table({"image": [b"pixels"]})
+OPEN_AND_WAIT = """
+import sys
+from pathlib import Path
+from ray_jobs.data.cache import DiskCache
+
+cache = DiskCache(Path(sys.argv[1]))
+print(flush=True)
+input()
+cache.close()
+"""
+
+
+def open_in_another_process(folder: Path) -> subprocess.Popen[bytes]:
+    """Return a process that has opened the cache, and closes it after a line on its stdin."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", OPEN_AND_WAIT, str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"\n"
+    return process
+
+
+def cached(cache: DiskCache) -> bool:
+    return cache.get([GROUP]) == {GROUP: TABLE}
+
+
+def test_the_last_of_two_runs_deletes_their_cache(tmp_path):
+    cache = DiskCache(tmp_path / "data")
+    cache.put(GROUP, TABLE)
+    with open_in_another_process(tmp_path / "data") as process:
+        process.communicate(b"\n")
+    assert process.returncode == 0
+    assert cached(cache)
+
+    with open_in_another_process(tmp_path / "data") as process:
+        cache.close()
+        other = DiskCache(tmp_path / "data")
+        assert cached(other)
+        other.close()
+        assert (tmp_path / "data").is_dir()
+        process.communicate(b"\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_uses_or_deletes_what_a_killed_run_left(tmp_path):
+    process = open_in_another_process(tmp_path / "data")
+    cache = DiskCache(tmp_path / "data")
+    cache.put(GROUP, TABLE)
+    with process:
+        process.send_signal(signal.SIGKILL)
+    assert cached(cache)
+    cache.close()
+    assert list(tmp_path.iterdir()) == []
+
+    with open_in_another_process(tmp_path / "data") as process:
+        process.send_signal(signal.SIGKILL)
+    assert (tmp_path / "data").is_dir()
+    other_data = DiskCache(tmp_path / "other data")
+    assert not (tmp_path / "data").exists()
+    other_data.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_threads_that_open_and_close_a_cache_do_not_delete_it_from_each_other(tmp_path):
+    lost: list[int] = []
+
+    def work(i: int) -> None:
+        for n in range(50):
+            cache = DiskCache(tmp_path / f"data {(i + n) % 2}")
+            group = ("train", i, 0)
+            cache.put(group, TABLE)
+            if not cache.get([group]):
+                lost.append(n)
+            cache.close()
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert lost == []
+    assert list(tmp_path.iterdir()) == []

@@ -13,13 +13,13 @@ import pytest
 
 from ray_jobs.config.spec import DataSpec
 from ray_jobs.data.batch import IMAGE, LABEL, NUMERIC, WEIGHT
+from ray_jobs.data.decoder import Batch
 from ray_jobs.data.images import decode_stored
 from ray_jobs.data.loader import EvaluationFeed, FeedOptions, TrainingFeed, choose_decode
 from ray_jobs.data.manifest import Manifest
-from ray_jobs.data.reader import Batch
 from ray_jobs.data.sampler import TrainingSampler
 from ray_jobs.storage.folder import Folder
-from tests.ray_jobs.feeds import COUNTS, SIZE, order_of, row_ids, training_feed
+from tests.ray_jobs.feeds import COUNTS, SIZE, row_ids, sampler_of, training_feed
 from tests.ray_jobs.tiny import COLUMNS, with_image, write_prepared
 
 
@@ -39,7 +39,7 @@ def manifest(folder: Path) -> Manifest:
 
 @pytest.fixture(scope="module")
 def stored(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """The rows of each split as Parquet has them, in stored order."""
+    """The rows of each split in stored order."""
     return {
         split: [row for path in sorted((folder / split).iterdir())
                 for row in pq.read_table(path).to_pylist()]
@@ -56,29 +56,31 @@ def evaluation_feed(
     )
 
 
-def of_epochs(feed: TrainingFeed, epochs: range) -> Iterator[Batch]:
-    first, last = (feed.order.steps_before(epoch) for epoch in (epochs.start, epochs.stop))
+def batches_of_epochs(feed: TrainingFeed, epochs: range) -> Iterator[Batch]:
+    first, last = (feed.sampler.steps_before(epoch) for epoch in (epochs.start, epochs.stop))
     return feed.batches(first, last)
 
 
-def ordered_rows(
-    manifest: Manifest, order: TrainingSampler, epochs: range, rank: int, num_workers: int
+def expected_rows(
+    manifest: Manifest, sampler: TrainingSampler, epochs: range, rank: int, num_workers: int
 ) -> list[list[int]]:
-    """The places in the split of the rows of each step on one worker, as the order says."""
+    """Return the indices in the split of each step's rows on one worker."""
     first, places = 0, {}
     for shard, info in enumerate(manifest.splits["train"].shards):
         for group, rows in enumerate(info.row_groups):
             places[shard, group] = first
             first += rows
     found = []
-    first_step, last_step = (order.steps_before(epoch) for epoch in (epochs.start, epochs.stop))
-    for window in order.windows(first_step, last_step):
+    first_step, last_step = (sampler.steps_before(epoch) for epoch in (epochs.start, epochs.stop))
+    for window in sampler.windows(first_step, last_step):
         streams = [
-            [places[r.shard, r.group] + i for r in order.stream_rows(window, stream)
+            [places[r.shard, r.group] + i for r in sampler.stream_rows(window, stream)
              for i in range(r.start, r.stop)]
-            for stream in order.streams_of(rank, num_workers)
+            for stream in sampler.streams_of(rank, num_workers)
         ]  # fmt: skip
-        shuffles = [order.shuffle(window, stream) for stream in order.streams_of(rank, num_workers)]
+        shuffles = [
+            sampler.shuffle(window, stream) for stream in sampler.streams_of(rank, num_workers)
+        ]
         for step in range(window.num_steps):
             found.append([
                 rows[i] for rows, shuffle in zip(streams, shuffles, strict=True)
@@ -87,8 +89,8 @@ def ordered_rows(
     return found
 
 
-def assert_is_stored(batch: Batch, rows: list[dict[str, Any]]) -> None:
-    """Every row of a batch holds what its stored row holds."""
+def assert_equals_stored_rows(batch: Batch, rows: list[dict[str, Any]]) -> None:
+    """Check that each row of a batch equals its stored row."""
     for i, place in enumerate(row_ids(batch)):
         row = rows[place]
         numbers = [np.nan if row[name] is None else row[name] for name in COLUMNS]
@@ -98,7 +100,7 @@ def assert_is_stored(batch: Batch, rows: list[dict[str, Any]]) -> None:
             np.testing.assert_array_equal(batch[IMAGE][i], decode_stored(row["image"]))
 
 
-def assert_keeps_the_contract(batch: Batch, num_rows: int, with_image: bool = True) -> None:
+def assert_types_and_shapes(batch: Batch, num_rows: int, with_image: bool = True) -> None:
     expected: dict[str, Any] = {
         NUMERIC: ((num_rows, len(COLUMNS)), np.float32),
         LABEL: ((num_rows, 1), np.float32),
@@ -114,63 +116,63 @@ def assert_keeps_the_contract(batch: Batch, num_rows: int, with_image: bool = Tr
 pytestmark = pytest.mark.usefixtures("ray_local")
 
 
-both_ways = pytest.mark.parametrize("decode", ["trainer", "workers"])
+both_decoders = pytest.mark.parametrize("decode", ["trainer", "workers"])
 
 
-@both_ways
+@both_decoders
 @pytest.mark.parametrize("num_workers", [1, 2])
-def test_training_batches_are_those_of_the_order_over_several_epochs(
+def test_training_batches_follow_the_sampler_over_several_epochs(
     folder, manifest, stored, num_workers, decode
 ):
-    order, epochs = order_of(manifest), range(1, 4)
+    sampler, epochs = sampler_of(manifest), range(1, 4)
     shares = []
     for rank in range(num_workers):
-        feed = training_feed(folder, manifest, rank, num_workers, order, decode=decode, threads=2)
-        batches = list(of_epochs(feed, epochs))
+        feed = training_feed(folder, manifest, rank, num_workers, sampler, decode=decode, threads=2)
+        batches = list(batches_of_epochs(feed, epochs))
         for batch in batches:
-            assert_keeps_the_contract(batch, 8 // num_workers)
-            assert_is_stored(batch, stored["train"])
+            assert_types_and_shapes(batch, 8 // num_workers)
+            assert_equals_stored_rows(batch, stored["train"])
             assert (batch[WEIGHT] == 1).all()
         rows = [row_ids(batch) for batch in batches]
-        assert rows == ordered_rows(manifest, order, epochs, rank, num_workers)
+        assert rows == expected_rows(manifest, sampler, epochs, rank, num_workers)
         shares.append(rows)
     counts = Counter(row for share in shares for step in share for row in step)
-    # What epoch 0 left over opens epoch 1, and epoch 3 leaves some over in turn.
-    steps = order.steps_before(4) - order.steps_before(1)
+    # Rows left over from epoch 0 start epoch 1, and epoch 3 leaves some over.
+    steps = sampler.steps_before(4) - sampler.steps_before(1)
     assert counts.total() == steps * 8
     assert set(counts) == set(range(COUNTS["train"]))
     assert set(counts.values()) <= {2, 3, 4}
 
 
-@both_ways
+@both_decoders
 @pytest.mark.parametrize("start", [1, 5, 7, 12])
-def test_a_feed_goes_on_at_any_step_with_the_rows_of_that_step(folder, manifest, decode, start):
+def test_a_feed_resumes_at_any_step(folder, manifest, decode, start):
     feed = training_feed(folder, manifest, decode=decode)
-    expected = ordered_rows(manifest, feed.order, range(2), 0, 1)
+    expected = expected_rows(manifest, feed.sampler, range(2), 0, 1)
     assert [row_ids(batch) for batch in feed.batches(start, 13)] == expected[start:]
 
 
-def test_a_row_group_on_the_border_of_two_windows_is_read_once(folder, manifest, monkeypatch):
+def test_a_row_group_shared_by_two_windows_is_read_once(folder, manifest, monkeypatch):
     feed = training_feed(folder, manifest)
     read: list[tuple[int, int]] = []
     read_groups = feed.reader.read_groups
 
-    def noted(shard: int, groups: Any) -> Any:
+    def record_and_read(shard: int, groups: Any) -> Any:
         read.extend((shard, group) for group in groups)
         return read_groups(shard, groups)
 
-    monkeypatch.setattr(feed.reader, "read_groups", noted)
-    last = feed.order.steps_before(1)
+    monkeypatch.setattr(feed.reader, "read_groups", record_and_read)
+    last = feed.sampler.steps_before(1)
     list(feed.batches(0, last))
-    wanted = [{(r.shard, r.group) for r in piece.ranges} for piece in feed.chunks(0, last)]
+    wanted = [{(r.shard, r.group) for r in chunk.ranges} for chunk in feed.chunks(0, last)]
     assert len(wanted) > 2
     new = [wanted[0], *(now - before for before, now in pairwise(wanted))]
     assert sorted(read) == sorted(group for groups in new for group in groups)
     assert len(read) < sum(map(len, wanted))
 
 
-def test_what_tasks_are_sent_does_not_hold_the_pieces_of_the_others(tmp_path):
-    """A long validation split has many chunks, and each task needs one of them."""
+def test_a_task_does_not_receive_the_chunks_of_other_tasks(tmp_path):
+    """Use many chunks, as a long validation split has."""
     sizes = []
     for count in (600, 6000):
         manifest = write_prepared(
@@ -186,26 +188,26 @@ def test_training_without_images_or_steps(folder, manifest, stored):
     feed = training_feed(folder, manifest, with_image=False, data=DataSpec(prefetch_batches=0))
     assert list(feed.batches(5, 5)) == []
     batch = next(feed.batches(0, 6))
-    assert_keeps_the_contract(batch, 8, with_image=False)
-    assert_is_stored(batch, stored["train"])
+    assert_types_and_shapes(batch, 8, with_image=False)
+    assert_equals_stored_rows(batch, stored["train"])
 
 
-@both_ways
-def test_damaged_prepared_data_fails_the_training_with_the_rows_key(tmp_path, decode):
+@both_decoders
+def test_a_damaged_image_raises_an_error_with_its_key(tmp_path, decode):
     manifest = write_prepared(tmp_path, {"train": 8, "validation": 3, "test": 3}, size=SIZE)
     path = tmp_path / "train/part-00000.parquet"
     pq.write_table(with_image(pq.read_table(path), 3, b"damage"), path, row_group_size=5)
     feed = training_feed(tmp_path, manifest, decode=decode)
-    with pytest.raises(Exception, match="the stored image of row 'train-3' cannot be used"):
+    with pytest.raises(Exception, match="the stored image of row 'train-3' is damaged"):
         list(feed.batches(0, 1))
 
 
 # -- evaluation -----------------------------------------------------------------------------------
 
 
-@both_ways
+@both_decoders
 @pytest.mark.parametrize(("num_workers", "batch_size"), [(1, 4), (2, 4), (1, 64), (3, 5)])
-def test_evaluation_counts_each_row_once_a_pass_and_pads_with_weight_0(
+def test_evaluation_yields_each_row_once_per_pass_and_pads_with_weight_0(
     folder, manifest, stored, num_workers, batch_size, decode
 ):
     found: list[list[int]] = [[], []]
@@ -216,10 +218,10 @@ def test_evaluation_counts_each_row_once_a_pass_and_pads_with_weight_0(
         batches = list(feed.batches(passes=2))
         assert len(batches) == 2 * feed.num_batches
         for n, batch in enumerate(batches):
-            assert_keeps_the_contract(batch, batch_size)
-            assert_is_stored(batch, stored["validation"])
+            assert_types_and_shapes(batch, batch_size)
+            assert_equals_stored_rows(batch, stored["validation"])
             found[n // feed.num_batches] += row_ids(batch, real=True)
-            # Only the last batch of a pass is filled up.
+            # Only the last batch of a pass is padded.
             real = len(feed.rows) % batch_size or batch_size
             full = (n + 1) % feed.num_batches != 0
             assert batch[WEIGHT][:, 0].tolist() == [
@@ -228,7 +230,7 @@ def test_evaluation_counts_each_row_once_a_pass_and_pads_with_weight_0(
     assert found == [list(range(COUNTS["validation"]))] * 2
 
 
-def test_a_worker_without_a_row_has_no_batch(folder, manifest):
+def test_a_worker_without_rows_has_no_batches(folder, manifest):
     shares = []
     for rank in range(5):
         feed = evaluation_feed(folder, manifest, "test", 4, rank, 5)
@@ -238,28 +240,28 @@ def test_a_worker_without_a_row_has_no_batch(folder, manifest):
     assert sorted(shares) == [[], [], [0, 0], [1, 1], [2, 2]]
 
 
-def test_no_passes_give_no_batches(folder, manifest):
+def test_zero_passes_yield_no_batches(folder, manifest):
     assert list(evaluation_feed(folder, manifest).batches(passes=0)) == []
 
 
-@both_ways
-def test_evaluation_in_several_pieces_keeps_the_stored_order(folder, manifest, monkeypatch, decode):
+@both_decoders
+def test_evaluation_in_several_chunks_keeps_the_stored_order(folder, manifest, monkeypatch, decode):
     from ray_jobs.data import loader
 
-    monkeypatch.setattr(loader, "_EVALUATION_PIECE_ROWS", 8)
+    monkeypatch.setattr(loader, "_EVALUATION_CHUNK_ROWS", 8)
     feed = evaluation_feed(folder, manifest, decode=decode)
-    assert [sum(r.num_rows for r in piece.ranges) for piece in feed.chunks] == [8, 8, 6]
+    assert [sum(r.num_rows for r in chunk.ranges) for chunk in feed.chunks] == [8, 8, 6]
     rows = [row for batch in feed.batches(passes=2) for row in row_ids(batch, real=True)]
     assert rows == [*range(22), *range(22)]
 
 
-# -- what is left of it ---------------------------------------------------------------------------
+# -- clean-up -------------------------------------------------------------------------------------
 
 
-def until(holds: Callable[[], Any], timeout_s: float = 60) -> Any:
-    """Poll until something holds; return its last value."""
+def wait_until(condition: Callable[[], Any], timeout_s: float = 60) -> Any:
+    """Poll a condition until it is true or times out, and return its last value."""
     deadline = time.monotonic() + timeout_s
-    while not (value := holds()) and time.monotonic() < deadline:
+    while not (value := condition()) and time.monotonic() < deadline:
         time.sleep(0.1)
     return value
 
@@ -273,30 +275,32 @@ def running_tasks() -> list[str]:
     return [task.name for task in tasks if task.state not in ("FINISHED", "FAILED")]
 
 
-# Far more rows than are made ready ahead.
-ENDLESS: dict[str, Callable[..., Iterator[Batch]]] = {
+# Far more rows than are prefetched.
+LONG_FEEDS: dict[str, Callable[..., Iterator[Batch]]] = {
     "training": lambda *where, decode: training_feed(*where, decode=decode).batches(0, 2000),
     "evaluation": lambda *where, decode: evaluation_feed(*where, decode=decode).batches(300),
 }
-kinds = pytest.mark.parametrize("kind", ENDLESS)
+both_feeds = pytest.mark.parametrize("kind", LONG_FEEDS)
 
 
-@kinds
-def test_an_iterator_that_is_left_half_way_leaves_no_task_and_no_cpu_taken(folder, manifest, kind):
+@both_feeds
+def test_an_abandoned_iterator_leaves_no_tasks_and_frees_all_cpus(folder, manifest, kind):
     import ray
 
-    batches = ENDLESS[kind](folder, manifest, decode="workers")
+    batches = LONG_FEEDS[kind](folder, manifest, decode="workers")
     for _ in range(3):
         next(batches)
-    assert until(running_tasks)
+    assert wait_until(running_tasks)
     del batches
-    assert until(lambda: not running_tasks()), running_tasks()
-    assert until(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"])
+    assert wait_until(lambda: not running_tasks()), running_tasks()
+    assert wait_until(
+        lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"]
+    )
 
 
-@kinds
-def test_an_iterator_that_is_left_half_way_leaves_no_thread(folder, manifest, kind):
-    batches = ENDLESS[kind](folder, manifest, decode="trainer")
+@both_feeds
+def test_an_abandoned_iterator_leaves_no_threads(folder, manifest, kind):
+    batches = LONG_FEEDS[kind](folder, manifest, decode="trainer")
     for _ in range(3):
         next(batches)
     assert any(thread.name.startswith("feed") for thread in threading.enumerate())
@@ -304,20 +308,22 @@ def test_an_iterator_that_is_left_half_way_leaves_no_thread(folder, manifest, ki
     assert not [t.name for t in threading.enumerate() if t.name.startswith("feed")]
 
 
-def test_an_iterator_that_is_read_to_the_end_leaves_no_task_and_no_cpu_taken(folder, manifest):
+def test_an_exhausted_iterator_leaves_no_tasks_and_frees_all_cpus(folder, manifest):
     import ray
 
     assert len(list(training_feed(folder, manifest, decode="workers").batches(0, 13))) == 13
-    assert until(lambda: not running_tasks()), running_tasks()
-    assert until(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"])
+    assert wait_until(lambda: not running_tasks()), running_tasks()
+    assert wait_until(
+        lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"]
+    )
 
 
 # -- where rows are decoded -----------------------------------------------------------------------
 
 
-def test_decoding_is_left_to_tasks_only_where_there_are_nodes_without_gpus():
+def test_tasks_decode_only_if_some_nodes_have_no_gpu():
     assert choose_decode(DataSpec(), use_gpu=False) == "trainer"
-    # The local Ray of the tests is such a node.
+    # The tests' local Ray has no GPU.
     assert choose_decode(DataSpec(), use_gpu=True) == "workers"
     assert choose_decode(DataSpec(decode="trainer"), use_gpu=True) == "trainer"
     assert choose_decode(DataSpec(cache="disk"), use_gpu=True) == "trainer"

@@ -21,34 +21,36 @@ def change(folder: Path, **values: object) -> None:
     (folder / "manifest.json").write_text(json.dumps(tree | values))
 
 
-def test_a_manifest_is_read_back_as_it_was_written(prepared):
+def test_a_manifest_is_read_as_it_was_written(prepared):
     manifest = read_manifest(Folder(prepared))
     before = (prepared / "manifest.json").read_bytes()
     manifest.write(Folder(prepared))
     assert (prepared / "manifest.json").read_bytes() == before
 
 
-def test_a_folder_without_a_manifest_is_an_error_with_a_remedy(tmp_path):
-    message = rf"no manifest.json in {re.escape(str(tmp_path))}; has `python -m ray_jobs.prepare`"
+def test_a_folder_without_a_manifest_raises_an_error_with_a_remedy(tmp_path):
+    message = rf"{re.escape(str(tmp_path))} has no manifest.json; run `python -m ray_jobs.prepare`"
     with pytest.raises(JobError, match=message):
         read_manifest(Folder(tmp_path))
 
 
-def test_a_manifest_of_another_version_is_an_error(prepared):
+def test_a_manifest_of_another_version_raises_an_error(prepared):
     change(prepared, schema_version=99)
-    with pytest.raises(JobError, match=r"of schema version 99, this program reads 2; prepare"):
+    with pytest.raises(
+        JobError, match="has schema version 99, but this version of the program reads 2; prep"
+    ):
         read_manifest(Folder(prepared))
 
 
-def test_a_manifest_with_an_unknown_or_wrong_entry_is_an_error(prepared):
+def test_a_manifest_with_an_invalid_entry_raises_an_error(prepared):
     change(prepared, splits={"training": {}})
     with pytest.raises(JobError, match=r"(?s)is damaged.*training"):
         read_manifest(Folder(prepared))
 
 
 @pytest.mark.parametrize("text", ['{"schema_version": 1', "", "[1]", "\x00"])
-def test_a_manifest_that_is_no_json_object_names_its_file(prepared, text):
+def test_the_error_for_a_damaged_manifest_names_its_file(prepared, text):
     (prepared / "manifest.json").write_text(text)
-    message = rf"{re.escape(str(prepared))}/manifest.json is damaged: .*; prepare the data again"
+    message = rf"(?s){re.escape(str(prepared))}/manifest.json is damaged: .*; prepare the data"
     with pytest.raises(JobError, match=message):
         read_manifest(Folder(prepared))

@@ -18,26 +18,26 @@ def test_items_come_in_order_and_once(depth):
     assert feed_threads() == []
 
 
-def test_so_many_items_are_made_ahead_and_no_more():
-    made, all_made = [], threading.Event()
+def test_no_more_than_the_given_number_of_items_is_prefetched():
+    produced, all_produced = [], threading.Event()
 
     def items() -> Iterator[int]:
         for i in range(10):
-            made.append(i)
-            if len(made) == 4:
-                all_made.set()
+            produced.append(i)
+            if len(produced) == 4:
+                all_produced.set()
             yield i
 
     stream = prefetch(items(), 3)
     assert next(stream) == 0
-    assert all_made.wait(30)
-    # Three wait; the thread makes a fifth only when one of them is taken.
-    assert made == [0, 1, 2, 3]
+    assert all_produced.wait(30)
+    # Three items wait; the thread produces a fifth one only when one of them is consumed.
+    assert produced == [0, 1, 2, 3]
     assert list(stream) == list(range(1, 10))
 
 
 @pytest.mark.parametrize("depth", [0, 2])
-def test_an_error_comes_when_its_turn_has_come(depth):
+def test_an_error_is_raised_in_its_turn(depth):
     def items() -> Iterator[int]:
         yield 1
         yield 2
@@ -50,7 +50,7 @@ def test_an_error_comes_when_its_turn_has_come(depth):
     assert feed_threads() == []
 
 
-def test_leaving_half_way_ends_the_thread_and_closes_what_it_read_from():
+def test_closing_early_ends_the_thread_and_closes_the_source():
     closed = threading.Event()
 
     def items() -> Iterator[int]:
@@ -68,7 +68,7 @@ def test_leaving_half_way_ends_the_thread_and_closes_what_it_read_from():
     assert feed_threads() == []
 
 
-def test_a_function_is_mapped_in_order_by_threads_and_its_error_ends_the_rest():
+def test_results_of_threads_come_in_order_up_to_an_error():
     def halve(number: int) -> float:
         if number == 7:
             raise ValueError("7 is odd")

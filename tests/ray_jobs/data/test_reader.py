@@ -12,11 +12,12 @@ import pytest
 from PIL import Image
 
 from mm_model.statistics import Vocabulary
-from ray_jobs.data import reader as rows_module
+from ray_jobs.data import reader as reader_module
 from ray_jobs.data.batch import CATEGORY, FEATURES, IMAGE, IMAGE_MASK, LABEL, NUMERIC, WEIGHT
+from ray_jobs.data.decoder import RowDecoder, bytes_column
 from ray_jobs.data.images import decode_stored
 from ray_jobs.data.manifest import ImageInfo, Manifest
-from ray_jobs.data.reader import RowDecoder, ShardReader, StoredRows, bytes_column
+from ray_jobs.data.reader import ShardReader, StoredRows
 from ray_jobs.data.sampler import RowRange
 from ray_jobs.storage.folder import Folder
 from tests.ray_jobs.tiny import COLUMNS, with_image, write_prepared
@@ -38,10 +39,10 @@ def reader_of(folder: Path, manifest: Manifest, columns: list[str]) -> ShardRead
     return ShardReader(Folder(folder), manifest.splits["train"].shards, columns)
 
 
-def test_a_reader_returns_ranges_in_their_order_and_a_row_group_for_each(folder, manifest):
+def test_ranges_are_read_in_order(folder, manifest):
     reader = reader_of(folder, manifest, ["key"])
     ranges = [RowRange(2, 1, 3, 5), RowRange(0, 0, 0, 2), RowRange(2, 1, 0, 1)]
-    for _ in range(2):  # the second time with the footers that it remembers
+    for _ in range(2):  # The second time with cached footers.
         stored = reader.read(ranges)
         assert stored.num_rows == 5
         assert stored.take(["key"], np.arange(5))["key"].to_pylist() == [
@@ -49,10 +50,8 @@ def test_a_reader_returns_ranges_in_their_order_and_a_row_group_for_each(folder,
         ]  # fmt: skip
 
 
-def test_no_more_than_some_footers_are_kept_however_many_threads_read(
-    folder, manifest, monkeypatch
-):
-    monkeypatch.setattr(rows_module, "_FOOTERS", 2)
+def test_the_number_of_cached_footers_is_bounded_with_many_threads(folder, manifest, monkeypatch):
+    monkeypatch.setattr(reader_module, "_MAX_FOOTERS", 2)
     reader = reader_of(folder, manifest, ["key"])
 
     def remember(thread: int) -> None:
@@ -71,7 +70,7 @@ def test_no_more_than_some_footers_are_kept_however_many_threads_read(
     assert table["key"][0].as_py() == "train-20"
 
 
-def test_a_decoded_batch_keeps_the_contract_and_marks_missing_numbers_by_nan(folder, manifest):
+def test_a_decoded_batch_equals_the_stored_rows_with_nan_for_missing_numbers(folder, manifest):
     decoder = RowDecoder(manifest, with_image=True)
     (table,) = reader_of(folder, manifest, decoder.columns).read_groups(0, [0])
     rows = pq.read_table(folder / "train/part-00000.parquet").slice(0, 5).to_pylist()
@@ -90,7 +89,7 @@ def test_a_decoded_batch_keeps_the_contract_and_marks_missing_numbers_by_nan(fol
     assert (batch[WEIGHT] == 1).all()
 
 
-def test_a_model_without_images_reads_none(folder, manifest):
+def test_images_are_not_read_for_a_model_without_images(folder, manifest):
     decoder = RowDecoder(manifest, with_image=False)
     assert "image" not in decoder.columns
     (table,) = reader_of(folder, manifest, decoder.columns).read_groups(0, [0])
@@ -98,7 +97,7 @@ def test_a_model_without_images_reads_none(folder, manifest):
     assert decoder.row_bytes == 0
 
 
-def test_data_without_numbers_gives_an_array_of_no_columns(folder, manifest):
+def test_data_without_numbers_results_in_an_array_without_columns(folder, manifest):
     bare = manifest.model_copy(update={"numeric_columns": ()})
     decoder = RowDecoder(bare, with_image=True)
     (table,) = reader_of(folder, bare, decoder.columns).read_groups(0, [0])
@@ -109,34 +108,37 @@ def test_data_without_numbers_gives_an_array_of_no_columns(folder, manifest):
 @pytest.mark.parametrize(
     ("content", "reason"), [(b"", "0 bytes"), (b"no image", "8 bytes"), (b"\xff\xd8\xff", "3 b")]
 )
-def test_a_damaged_stored_image_names_its_row_and_the_remedy(folder, manifest, content, reason):
+def test_the_error_for_a_damaged_image_names_its_row_and_the_remedy(
+    folder, manifest, content, reason
+):
     table = with_image(pq.read_table(folder / "test/part-00000.parquet"), 1, content)
     decoder = RowDecoder(manifest, with_image=True)
     message = (
-        rf"the stored image of row 'test-1' cannot be used: {reason}.*the prepared data is "
-        "damaged, prepare it again"
+        rf"the stored image of row 'test-1' is damaged: its {reason}.*; prepare the data again"
     )
-    for decode in (decoder.decode, decoder.decoded):
+    for decode in (decoder.decode, decoder.decode_images):
         with pytest.raises(ValueError, match=message):
             decode(table)
 
 
-def test_who_wants_to_know_is_told_of_damaged_images_and_gets_the_others(folder, manifest):
+def test_damaged_images_are_reported_and_the_others_decoded(folder, manifest):
     table = with_image(pq.read_table(folder / "test/part-00000.parquet"), 1, b"no image")
     decoder, stored, rows = RowDecoder(manifest, with_image=True), StoredRows([table]), np.arange(3)
-    batch, errors = decoder.batch(stored, rows), {}
-    decoder.fill(batch, stored, rows, on_error=lambda row, error: errors.update({row: str(error)}))
-    assert errors == {1: "8 bytes that are no image"}
+    batch, errors = decoder.make_batch(stored, rows), {}
+    decoder.fill_images(
+        batch, stored, rows, on_error=lambda row, error: errors.update({row: str(error)})
+    )
+    assert errors == {1: "its 8 bytes are not a JPEG"}
     assert not batch[IMAGE][1].any()
     expected = decode_stored(table["image"][2].as_py())
     np.testing.assert_array_equal(batch[IMAGE][2], expected)
 
 
-def test_a_stored_image_of_another_size_names_its_row_and_both_sizes(folder, manifest):
+def test_the_error_for_an_image_of_another_size_names_its_row_and_both_sizes(folder, manifest):
     image = manifest.image.model_copy(update={"width": 12})
     decoder = RowDecoder(manifest.model_copy(update={"image": image}), with_image=True)
     message = (
-        r"row 'test-0' cannot be used: its shape is \(16, 16, 3\), the manifest says \(16, 12, 3\)"
+        r"row 'test-0' is damaged: its shape is \(16, 16, 3\), but the manifest says \(16, 12, 3\)"
     )
     with pytest.raises(ValueError, match=message):
         decoder.decode(pq.read_table(folder / "test/part-00000.parquet"))
@@ -154,7 +156,7 @@ def jpeg(pixels: np.ndarray) -> bytes:
 
 
 @pytest.mark.parametrize("size", [64, 48, 32, 20, 16, 8, 100])
-def test_images_come_at_the_size_a_model_takes_from_jpegs_and_from_pixels(size):
+def test_jpegs_and_pixels_are_decoded_at_the_size_of_the_model(size):
     pixels, expected = smooth(64), smooth(size).astype(int)
     image = ImageInfo(height=64, width=64)
     manifest = tiny_manifest(image)
@@ -164,22 +166,22 @@ def test_images_come_at_the_size_a_model_takes_from_jpegs_and_from_pixels(size):
         decoder = RowDecoder(manifest, with_image=True, size=size)
         batch = decoder.decode(table)
         assert batch[IMAGE].shape == (1, size, size, 3)
-        # An even sampling of a gradient: at most half a pixel's step and JPEG's noise apart.
+        # A resampled gradient differs by at most half a pixel's step plus JPEG noise.
         assert np.abs(batch[IMAGE][0].astype(int) - expected).max() <= 256 / size / 2 + 6
-        # What a cache keeps is decoded to the same.
-        kept = decoder.decode(decoder.decoded(table))
-        np.testing.assert_array_equal(kept[IMAGE], batch[IMAGE])
+        # A cached table is decoded to the same pixels.
+        cached = decoder.decode(decoder.decode_images(table))
+        np.testing.assert_array_equal(cached[IMAGE], batch[IMAGE])
 
 
-def test_a_jpeg_that_is_needed_at_half_its_size_is_decoded_at_half_its_size(monkeypatch):
+def test_a_jpeg_is_decoded_at_a_reduced_size_where_that_suffices(monkeypatch):
     flags: list[int] = []
     imdecode = cv2.imdecode
 
-    def noted(content: np.ndarray, flag: int) -> np.ndarray:
+    def record_and_decode(content: np.ndarray, flag: int) -> np.ndarray:
         flags.append(flag)
         return imdecode(content, flag)
 
-    monkeypatch.setattr(cv2, "imdecode", noted)
+    monkeypatch.setattr(cv2, "imdecode", record_and_decode)
     content = jpeg(smooth(64))
     for size in (64, 33, 32, 17, 16, 8, 3):
         decode_stored(content, (64, 64, 3), (size, size, 3))
@@ -188,11 +190,11 @@ def test_a_jpeg_that_is_needed_at_half_its_size_is_decoded_at_half_its_size(monk
     assert flags == [full, full, half, half, quarter, eighth, eighth]
 
 
-def test_pixels_of_another_length_than_the_manifest_says_are_an_error():
+def test_raw_pixels_of_another_size_raise_an_error():
     cells = bytes_column(smooth(32)[None])
     table = pa.table({"key": ["a"], "image": cells, "label": pa.array([1], pa.int8())})
     decoder = RowDecoder(tiny_manifest(ImageInfo(height=64, width=64)), with_image=True)
-    with pytest.raises(ValueError, match=r"row 'a' cannot be used: it has 3072 bytes, .*64, 64, 3"):
+    with pytest.raises(ValueError, match=r"row 'a' is damaged: it has 3072 bytes, .*64, 64, 3"):
         decoder.decode(table)
 
 
@@ -201,19 +203,19 @@ def tiny_manifest(image: ImageInfo, **changes: object) -> Manifest:
     return base.model_copy(update=changes)
 
 
-def test_rows_of_row_groups_that_hold_images_in_different_ways_are_read_alike(folder, manifest):
+def test_a_batch_can_mix_encoded_and_decoded_row_groups(folder, manifest):
     decoder = RowDecoder(manifest, with_image=True)
     first, second = reader_of(folder, manifest, decoder.columns).read_groups(0, [0, 1])
-    mixed = StoredRows([decoder.decoded(first), second.slice(1, 3)])
+    mixed = StoredRows([decoder.decode_images(first), second.slice(1, 3)])
     rows = np.array([7, 0, 5, 4, 4])
-    batch = decoder.batch(mixed, rows)
-    decoder.fill(batch, mixed, rows)
+    batch = decoder.make_batch(mixed, rows)
+    decoder.fill_images(batch, mixed, rows)
     expected = decoder.decode(pa.concat_tables([first, second.slice(1, 3)]).take(pa.array(rows)))
     for name, values in expected.items():
         np.testing.assert_array_equal(batch[name], values)
 
 
-def test_several_images_a_row_have_a_place_each_and_a_mask_says_which_are_missing():
+def test_several_images_per_row_are_stacked_and_missing_ones_masked():
     image = ImageInfo(height=32, width=32, names=("front", "back"))
     front, back = smooth(32), smooth(32)[::-1]
     for stored in (lambda p: jpeg(p), lambda p: p.tobytes()):
@@ -229,7 +231,7 @@ def test_several_images_a_row_have_a_place_each_and_a_mask_says_which_are_missin
         decoder = RowDecoder(tiny_manifest(image), with_image=True, size=16)
         assert decoder.columns == ["key", "image_front", "image_back", "label"]
         assert (decoder.row_shape, decoder.row_bytes) == ((2, 16, 16, 3), 2 * 16 * 16 * 3)
-        for batch in (decoder.decode(table), decoder.decode(decoder.decoded(table))):
+        for batch in (decoder.decode(table), decoder.decode(decoder.decode_images(table))):
             assert batch[IMAGE].shape == (2, 2, 16, 16, 3)
             assert batch[IMAGE_MASK].tolist() == [[1, 1], [0, 1]]
             assert not batch[IMAGE][1, 0].any()
@@ -237,7 +239,7 @@ def test_several_images_a_row_have_a_place_each_and_a_mask_says_which_are_missin
             assert (batch[IMAGE][0, 0] != batch[IMAGE][0, 1]).any()
 
 
-def test_categories_become_the_codes_of_their_vocabularies():
+def test_categories_become_vocabulary_codes():
     vocabularies = (
         Vocabulary(column="colour", words=("blue", "red")),
         Vocabulary(column="make", words=("x",)),
@@ -256,7 +258,7 @@ def test_categories_become_the_codes_of_their_vocabularies():
     assert batch[CATEGORY].tolist() == [[3, 2], [0, 2], [1, 0]]
 
 
-def test_features_take_the_place_of_images_as_they_are_stored():
+def test_features_replace_images():
     features = np.random.default_rng(0).normal(size=(3, 2, 5)).astype(np.float32)
     image = ImageInfo(encoding="raw", height=32, width=32, features=(2, 5))
     decoder = RowDecoder(tiny_manifest(image), with_image=True, size=16)
@@ -267,11 +269,11 @@ def test_features_take_the_place_of_images_as_they_are_stored():
     assert batch[FEATURES].dtype == np.float32
     np.testing.assert_array_equal(batch[FEATURES], features)
     assert (decoder.row_shape, decoder.row_bytes) == ((2, 5), 40)
-    assert decoder.decoded(table) is table
+    assert decoder.decode_images(table) is table
     assert FEATURES not in RowDecoder(tiny_manifest(image), with_image=False).decode(table)
 
 
-def test_features_of_several_images_have_a_place_each_and_zeros_where_one_is_missing():
+def test_features_of_several_images_are_stacked_and_zero_where_missing():
     features = np.random.default_rng(0).normal(size=(2, 1, 5)).astype(np.float32)
     image = ImageInfo(encoding="raw", height=32, width=32, names=("front", "back"), features=(1, 5))
     decoder = RowDecoder(tiny_manifest(image), with_image=True)
@@ -290,10 +292,10 @@ def test_features_of_several_images_have_a_place_each_and_zeros_where_one_is_mis
     assert (decoder.row_shape, decoder.row_bytes) == ((2, 1, 5), 40)
 
 
-def test_features_of_another_number_name_their_row():
+def test_the_error_for_a_wrong_number_of_features_names_its_row():
     cells = bytes_column(np.zeros((1, 2, 4), np.float32))
     table = pa.table({"key": ["a"], "image": cells, "label": pa.array([1], pa.int8())})
     image = ImageInfo(encoding="raw", height=32, width=32, features=(2, 5))
     decoder = RowDecoder(tiny_manifest(image), with_image=True)
-    with pytest.raises(ValueError, match=r"row 'a' cannot be used: it has 8 features, .*\(2, 5\)"):
+    with pytest.raises(ValueError, match=r"row 'a' is damaged: it has 8 features, .*\(2, 5\)"):
         decoder.decode(table)

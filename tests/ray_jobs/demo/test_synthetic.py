@@ -29,7 +29,7 @@ def numbers_of(table: pa.Table) -> np.ndarray:
 
 
 def tint_of(folder: Path, table: pa.Table) -> np.ndarray:
-    """What red and blue say in the one disc that is neither green nor grey."""
+    """Return red minus blue of the only disc that is neither green nor gray."""
     tints = []
     for key in table.column("key").to_pylist():
         pixels = cv2.imread(str(folder / "images" / f"{key}.jpg")).astype(np.float64)
@@ -39,14 +39,14 @@ def tint_of(folder: Path, table: pa.Table) -> np.ndarray:
     return np.asarray(tints)
 
 
-def test_one_row_in_four_is_positive_and_eight_cells_in_a_hundred_are_missing(demo):
+def test_a_quarter_of_the_rows_is_positive_and_8_percent_of_the_numbers_is_missing(demo):
     table = table_of(demo)
     assert table.column_names == ["key", *NUMERIC_COLUMNS, "label"]
     assert np.bincount(table.column("label").to_numpy()).tolist() == [900, 300]
     assert np.isnan(numbers_of(table)).mean() == pytest.approx(0.08, abs=0.01)
 
 
-def test_every_row_has_an_image_of_64_pixels(demo):
+def test_every_row_has_an_image_of_64_by_64_pixels(demo):
     keys = table_of(demo).column("key").to_pylist()
     assert sorted(f"{key}.jpg" for key in keys) == sorted(
         path.name for path in (demo / "images").iterdir()
@@ -54,7 +54,7 @@ def test_every_row_has_an_image_of_64_pixels(demo):
     assert cv2.imread(str(demo / "images" / f"{keys[-1]}.jpg")).shape == (64, 64, 3)
 
 
-def test_image_and_numbers_each_say_something_and_together_more(demo):
+def test_image_and_numbers_together_predict_better_than_each_alone(demo):
     table = table_of(demo)
     label, tint, numbers = table.column("label").to_numpy(), tint_of(demo, table), numbers_of(table)
 
@@ -71,15 +71,15 @@ def test_image_and_numbers_each_say_something_and_together_more(demo):
     assert abs(np.corrcoef(tint, np.nan_to_num(numbers[:, 0]))[0, 1]) < 0.1
 
 
-def test_the_relation_to_one_number_is_not_monotone(demo):
+def test_the_label_depends_on_the_temperature_non_monotonically(demo):
     table = table_of(demo)
     label, temperature = table.column("label").to_numpy(), numbers_of(table)[:, 1]
-    known = ~np.isnan(temperature)
-    assert roc_auc_score(label[known], temperature[known]) == pytest.approx(0.5, abs=0.06)
-    assert roc_auc_score(label[known], np.abs(temperature[known] - 60)) > 0.6
+    valid = ~np.isnan(temperature)
+    assert roc_auc_score(label[valid], temperature[valid]) == pytest.approx(0.5, abs=0.06)
+    assert roc_auc_score(label[valid], np.abs(temperature[valid] - 60)) > 0.6
 
 
-def test_the_same_seed_gives_the_same_files_and_another_seed_others(tmp_path):
+def test_the_files_depend_only_on_the_seed(tmp_path):
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         write_demo_data(tmp_path / name, num_rows=12, seed=seed)
     files = [

@@ -15,7 +15,8 @@ from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import EvaluateSpec
 from ray_jobs.data.manifest import Manifest
 from ray_jobs.evaluate.job import evaluate
-from ray_jobs.predict import predictor
+from ray_jobs.predict.predictor import Predictor
+from ray_jobs.predict.row_sources import PreparedRows, rows_per_task
 from ray_jobs.predict.trained_run import open_run
 from ray_jobs.storage.folder import Folder
 from ray_jobs.train.metrics import binary_metrics
@@ -32,8 +33,8 @@ NUM_TEST_ROWS = 47  # in shards of 20, 20 and 7 rows
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> tuple[Path, Manifest, Any]:
-    """A folder with `prepared` data and a `run`, its manifest and its model."""
+def prepared_run(tmp_path_factory) -> tuple[Path, Manifest, Any]:
+    """A folder with `prepared` data and a `run`, the manifest and the model."""
     folder = tmp_path_factory.mktemp("evaluate")
     num_rows = {"train": 30, "validation": 11, "test": NUM_TEST_ROWS}
     manifest = write_prepared(folder / "prepared", num_rows)
@@ -45,14 +46,14 @@ def spec_of(folder: Path, **changes) -> EvaluateSpec:
         "run": str(folder / "run"),
         "data": str(folder / "prepared"),
         "output": str(folder / "evaluation"),
-        # Divides neither the split, nor a shard, nor a row group.
+        # Does not divide the split, a shard or a row group.
         "batch_size": 4,
     }
     return EvaluateSpec(**(fields | changes))
 
 
-def assert_nothing_is_left() -> None:
-    """Check that no actor of Ray Data and no placement group lives on."""
+def assert_no_actors_are_left() -> None:
+    """Check that no actor of Ray Data and no placement group is left."""
     import ray
     from ray.util import placement_group_table
     from ray.util.state import list_actors
@@ -62,7 +63,7 @@ def assert_nothing_is_left() -> None:
         alive = [a.class_name for a in list_actors(address=address) if a.state != "DEAD"]
         return [name for name in alive if name.startswith("MapWorker")]
 
-    # Actors are told to stop, and stop a moment later.
+    # Actors stop asynchronously.
     deadline = time.monotonic() + 10
     while actors() and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -71,10 +72,10 @@ def assert_nothing_is_left() -> None:
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
-def test_every_row_counts_once_whatever_the_number_of_workers(
-    world, ray_local, num_workers, tmp_path
+def test_each_row_counts_once_with_any_number_of_workers(
+    prepared_run, ray_local, num_workers, tmp_path
 ):
-    folder, manifest, model = world
+    folder, manifest, model = prepared_run
     found = evaluate(spec_of(folder, num_workers=num_workers, output=str(tmp_path)))
 
     rows = stored_rows(folder / "prepared", manifest, "test")
@@ -92,16 +93,16 @@ def test_every_row_counts_once_whatever_the_number_of_workers(
     with Image.open(io.BytesIO((tmp_path / "roc.png").read_bytes())) as image:
         assert np.ptp(np.asarray(image)) > 100
 
-    assert_nothing_is_left()
+    assert_no_actors_are_left()
 
 
-def test_a_damaged_stored_image_is_an_error_that_names_shard_and_row(world, ray_local, tmp_path):
-    folder, manifest, _ = world
+def test_the_error_for_a_damaged_image_names_its_shard_and_row(prepared_run, ray_local, tmp_path):
+    folder, manifest, _ = prepared_run
     shutil.copytree(folder / "prepared", tmp_path / "prepared")
     damage_image(tmp_path / "prepared", manifest, "test", shard=1, row=3)
     message = (
         "1 of 47 rows of the test split of .* cannot be evaluated; the first is 'test-23': "
-        r"the stored image in test/part-00001\.parquet is damaged: .*Prepare the data again"
+        r"the stored image in test/part-00001\.parquet is damaged: .*; prepare the data again"
     )
     with pytest.raises(JobError, match=message):
         evaluate(spec_of(folder, data=str(tmp_path / "prepared"), output=str(tmp_path / "out")))
@@ -109,51 +110,51 @@ def test_a_damaged_stored_image_is_an_error_that_names_shard_and_row(world, ray_
 
 
 @pytest.mark.slow
-def test_a_shard_that_cannot_be_read_ends_the_job_in_one_sentence(world, ray_local, tmp_path):
-    folder, _, _ = world
+def test_an_unreadable_shard_ends_the_job_with_a_one_line_error(prepared_run, ray_local, tmp_path):
+    folder, _, _ = prepared_run
     shutil.copytree(folder / "prepared", tmp_path / "prepared")
     shard = tmp_path / "prepared/test/part-00001.parquet"
     content = bytearray(shard.read_bytes())
     content[4:-400] = bytes(len(content) - 404)
     shard.write_bytes(content)
-    message = r"^/.*/test/part-00001\.parquet cannot be read: .*is damaged, prepare it again$"
-    # What was raised is held until the end, and must not hold actors.
+    message = r"^could not read /.*/test/part-00001\.parquet: .*is damaged, prepare it again$"
+    # The exception and its traceback must not reference the actors.
     with pytest.raises(JobError, match=message) as raised:
         evaluate(spec_of(folder, data=str(tmp_path / "prepared"), output=str(tmp_path)))
-    assert_nothing_is_left()
+    assert_no_actors_are_left()
     assert raised.value.__traceback__
 
 
 @pytest.fixture
 def no_ray(monkeypatch):
-    """What can be said at once is said before a cluster is asked for."""
+    """Fail if the job connects to a cluster before it reports an error."""
 
     def connected(*_, **__):
-        raise AssertionError("a cluster was asked for")
+        raise AssertionError("the job connected to a cluster")
 
     monkeypatch.setattr(connection, "connected", connected)
 
 
-def test_a_folder_without_a_run_is_refused(world, no_ray, tmp_path):
-    folder, _, _ = world
-    with pytest.raises(JobError, match=r"is no run folder: it has no manifest\.json"):
+def test_a_folder_without_a_run_is_rejected(prepared_run, no_ray, tmp_path):
+    folder, _, _ = prepared_run
+    with pytest.raises(JobError, match=r"is not a run folder: it has no manifest\.json"):
         evaluate(spec_of(folder, run=str(tmp_path / "nowhere")))
 
 
-def test_a_run_that_is_not_finished_is_refused(world, no_ray, tmp_path):
-    folder, manifest, _ = world
+def test_an_unfinished_run_is_rejected(prepared_run, no_ray, tmp_path):
+    folder, manifest, _ = prepared_run
     manifest.write(Folder(tmp_path))
     (tmp_path / "run.yaml").write_text("run: {}\n")
-    with pytest.raises(JobError, match=r"is not finished: it has no summary\.json"):
+    with pytest.raises(JobError, match=r"is an unfinished run: it has no summary\.json"):
         evaluate(spec_of(folder, run=str(tmp_path)))
 
 
 @pytest.mark.parametrize("content", [b"no archive", b"PK\x05\x06" + bytes(18)])
-def test_a_file_that_is_no_model_is_refused(world, no_ray, tmp_path, content):
-    folder, _, _ = world
+def test_a_file_that_is_not_a_model_is_rejected(prepared_run, no_ray, tmp_path, content):
+    folder, _, _ = prepared_run
     shutil.copytree(folder / "run", tmp_path / "run")
     (tmp_path / "run/model/model.keras").write_bytes(content)
-    with pytest.raises(JobError, match=r"model\.keras is damaged or no fusion model"):
+    with pytest.raises(JobError, match=r"model\.keras is damaged or not a fusion model"):
         evaluate(spec_of(folder, run=str(tmp_path / "run")))
 
 
@@ -162,53 +163,55 @@ def test_a_file_that_is_no_model_is_refused(world, no_ray, tmp_path, content):
     [
         (
             {"numeric_columns": (COLUMNS[0], "delta", COLUMNS[2])},
-            rf"of its numeric columns \['{COLUMNS[1]}'\] are missing and \['delta'\] are unknown",
+            rf"of its numeric columns, \['{COLUMNS[1]}'\] are missing and \['delta'\] are unknown",
         ),
         (
             {"numeric_columns": COLUMNS[::-1]},
-            rf"in the order \['{COLUMNS[2]}', .*'{COLUMNS[0]}'\], the run's \['{COLUMNS[0]}', ",
+            rf"the order .* is \['{COLUMNS[2]}', .*'{COLUMNS[0]}'\], not \['{COLUMNS[0]}', ",
         ),
         (
             {"image": {"height": 32, "width": 32}},
-            "its images have 32 × 32 pixels, the run's 16 × 16 pixels",
+            "its images have 32 × 32 pixels, not 16 × 16 pixels",
         ),
-        ({"positive_label": "sold"}, "its positive label is 'sold', the run's '1'"),
+        ({"positive_label": "sold"}, "its positive label is 'sold', not '1'"),
     ],
 )
-def test_data_that_does_not_fit_the_run_is_refused_by_what_differs(
-    world, no_ray, tmp_path, changes, message
+def test_the_error_for_data_that_does_not_fit_the_run_names_the_difference(
+    prepared_run, no_ray, tmp_path, changes, message
 ):
-    folder, manifest, _ = world
+    folder, manifest, _ = prepared_run
     other = Manifest.model_validate({**manifest.model_dump(mode="json"), **changes})
     other.write(Folder(tmp_path))
     with pytest.raises(JobError, match=f"does not fit the run in .*{message}"):
         evaluate(spec_of(folder, data=str(tmp_path)))
 
 
-def test_a_split_without_rows_is_refused(world, no_ray, tmp_path):
-    folder, manifest, _ = world
+def test_a_split_without_rows_is_rejected(prepared_run, no_ray, tmp_path):
+    folder, manifest, _ = prepared_run
     empty = manifest.splits["test"].model_copy(update={"num_rows": 0, "shards": ()})
     splits = {**manifest.splits, "test": empty}
     manifest.model_copy(update={"splits": splits}).write(Folder(tmp_path))
-    with pytest.raises(JobError, match=r"the test split of .* has no rows"):
+    with pytest.raises(JobError, match=r"--split=test of .* has no rows"):
         evaluate(spec_of(folder, data=str(tmp_path)))
 
 
-def test_a_shard_that_is_missing_or_cut_short_is_refused_by_name(world, no_ray, tmp_path):
-    folder, _, _ = world
+def test_a_missing_or_truncated_shard_is_rejected_by_name(prepared_run, no_ray, tmp_path):
+    folder, _, _ = prepared_run
     shutil.copytree(folder / "prepared", tmp_path / "prepared")
     spec = spec_of(folder, data=str(tmp_path / "prepared"))
     shard = tmp_path / "prepared/test/part-00002.parquet"
     shard.write_bytes(shard.read_bytes()[:-10])
-    with pytest.raises(JobError, match=r"test/part-00002\.parquet has \d+ bytes, the manifest"):
+    with pytest.raises(
+        JobError, match=r"test/part-00002\.parquet has \d+ bytes, but should have \d+"
+    ):
         evaluate(spec)
     shard.unlink()
-    with pytest.raises(JobError, match=r"test/part-00002\.parquet is missing, the manifest"):
+    with pytest.raises(JobError, match=r"test/part-00002\.parquet is missing, but should have \d+"):
         evaluate(spec)
 
 
-def test_a_model_takes_the_inputs_that_its_file_names(world, tmp_path):
-    folder, manifest, _ = world
+def test_the_inputs_of_a_model_are_read_from_its_file(prepared_run, tmp_path):
+    folder, manifest, _ = prepared_run
     assert open_run(str(folder / "run")).input_shapes == {
         "image": (16, 16, 3),
         "numeric": (3,),
@@ -223,24 +226,22 @@ def test_a_model_takes_the_inputs_that_its_file_names(world, tmp_path):
     ("num_rows", "workers", "expected"),
     [(47, 1, 8), (47, 2, 4), (3, 1, 4), (100_000, 2, 512), (400, 1, 100)],
 )
-def test_a_task_holds_whole_batches_and_every_worker_gets_several(num_rows, workers, expected):
+def test_a_task_has_whole_batches_and_each_worker_several_tasks(num_rows, workers, expected):
     spec = EvaluateSpec(run="", data="", output="", batch_size=4, num_workers=workers)
-    assert predictor.rows_per_task(num_rows, spec) == expected
+    assert rows_per_task(num_rows, spec) == expected
 
 
 @pytest.mark.parametrize("kinds", [("tiny", "mlp"), ("tiny", "none"), ("none", "mlp")])
-def test_a_model_is_traced_once_and_sees_only_the_inputs_that_it_takes(
-    world, monkeypatch, tmp_path, kinds
+def test_a_model_is_traced_once_and_receives_only_its_inputs(
+    prepared_run, monkeypatch, tmp_path, kinds
 ):
-    folder, manifest, _ = world
+    folder, manifest, _ = prepared_run
     model = write_run(tmp_path / "run", manifest, *kinds)
-    # This process has used TensorFlow already, so that its threads are set.
+    # TensorFlow is already initialized in this process, so its threads cannot be set.
     monkeypatch.setattr("ray_jobs.cluster.strategy.set_devices", lambda num_cpus, use_gpu: None)
     run = open_run(str(tmp_path / "run"))
-    source = predictor.PreparedSource(
-        run, Folder(folder / "prepared"), manifest, ["test"], spec_of(folder)
-    )
-    loaded = predictor.Predictor(run, batch_size=4, num_cpus=1, use_gpu=False)
+    source = PreparedRows(run, Folder(folder / "prepared"), manifest, ["test"], spec_of(folder))
+    loaded = Predictor(run, batch_size=4, num_cpus=1, use_gpu=False)
     found = [
         (row["key"], row["probability"])
         for task in source.tasks()
@@ -258,8 +259,8 @@ def test_a_model_is_traced_once_and_sees_only_the_inputs_that_it_takes(
     assert ("numeric" in one_task.column_names) == (kinds[1] != "none")
 
 
-def test_a_model_that_cannot_be_loaded_ends_the_job_in_one_sentence(world, monkeypatch, tmp_path):
-    folder, manifest, _ = world
+def test_a_damaged_model_ends_the_job_with_a_one_line_error(prepared_run, monkeypatch, tmp_path):
+    folder, manifest, _ = prepared_run
     monkeypatch.setattr("ray_jobs.cluster.strategy.set_devices", lambda num_cpus, use_gpu: None)
     shutil.copytree(folder / "run", tmp_path / "run")
     whole = tmp_path / "run/model/model.keras"
@@ -270,26 +271,22 @@ def test_a_model_that_cannot_be_loaded_ends_the_job_in_one_sentence(world, monke
         file.writestr("metadata.json", "{}")
         file.writestr("model.weights.h5", b"no weights")
     run = open_run(str(tmp_path / "run"))
-    source = predictor.PreparedSource(
-        run, Folder(folder / "prepared"), manifest, ["test"], spec_of(folder)
-    )
+    source = PreparedRows(run, Folder(folder / "prepared"), manifest, ["test"], spec_of(folder))
     rows = next(source.read(source.tasks()[0]))
-    (table,) = predictor.Predictor(run, 64, 1, False)(rows)
+    (table,) = Predictor(run, 64, 1, False)(rows)
     (failure,) = table["failure"].to_pylist()
-    assert failure.startswith(f"{whole} cannot be loaded: Unable to")
+    assert failure.startswith(f"could not load {whole}: Unable to")
 
 
-def test_a_probability_that_is_no_number_becomes_an_error(world, monkeypatch, tmp_path):
-    folder, manifest, _ = world
+def test_a_probability_that_is_not_finite_becomes_an_error(prepared_run, monkeypatch, tmp_path):
+    folder, manifest, _ = prepared_run
     monkeypatch.setattr("ray_jobs.cluster.strategy.set_devices", lambda num_cpus, use_gpu: None)
     model = write_run(tmp_path / "run", manifest, image="none")
     model.calibration.set([float("nan")])
     model.save(tmp_path / "run/model/model.keras")
     run = open_run(str(tmp_path / "run"))
-    source = predictor.PreparedSource(
-        run, Folder(folder / "prepared"), manifest, ["test"], spec_of(folder)
-    )
+    source = PreparedRows(run, Folder(folder / "prepared"), manifest, ["test"], spec_of(folder))
     rows = next(source.read(source.tasks()[0]))
-    (table,) = predictor.Predictor(run, 64, 1, False)(rows)
+    (table,) = Predictor(run, 64, 1, False)(rows)
     assert table["probability"].null_count == table.num_rows
-    assert set(table["error"].to_pylist()) == {"the model gives no finite probability for it"}
+    assert set(table["error"].to_pylist()) == {"the model's probability is not finite"}

@@ -39,7 +39,7 @@ def drawn() -> dict[str, bytes]:
     return plots()
 
 
-def test_there_are_four_plots_that_decode_and_are_large_enough_to_read(drawn):
+def test_four_readable_plots_are_drawn(drawn):
     assert list(drawn) == NAMES
     for content in drawn.values():
         assert min(pixels(content).shape[:2]) > 800
@@ -52,13 +52,13 @@ def test_the_model_and_the_threshold_are_drawn(drawn, name):
     assert share_of(ORANGE, image) > 2e-4
 
 
-def test_the_same_rows_give_the_same_bytes(drawn):
+def test_equal_rows_give_equal_bytes(drawn):
     assert plots() == drawn
     assert b"matplotlib" not in b"".join(drawn.values()).lower()
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_other_probabilities_give_another_plot(drawn, name):
+def test_other_probabilities_change_the_plot(drawn, name):
     assert plots(seed=2)[name] != drawn[name]
 
 
@@ -66,16 +66,16 @@ def test_other_probabilities_give_another_plot(drawn, name):
 def test_rows_of_one_class_are_drawn_without_a_warning(only, drawn):
     one_class = plots(label=np.full(7, only))
     assert list(one_class) == NAMES
-    # There is no curve to draw, and so no threshold on it.
+    # Without a curve, no threshold is marked.
     assert share_of(ORANGE, pixels(one_class["roc.png"])) == 0
 
 
-def test_a_class_name_that_looks_like_a_formula_is_drawn_as_it_is():
+def test_a_class_name_with_formula_characters_is_drawn():
     label, probability = np.array([0, 1]), np.array([0.2, 0.8])
     metrics = binary_metrics(label, probability, 0.5)
     names = ("over $100 {", "\\frac$x$" + "long" * 20)
     assert evaluation_plots(label, probability, metrics, names)["confusion.png"]
 
 
-def test_one_row_is_enough_for_every_plot():
+def test_one_row_suffices_for_every_plot():
     assert list(plots(label=np.array([1]))) == NAMES

@@ -14,8 +14,8 @@ from PIL import Image
 from mm_model.statistics import fit_vocabulary
 from ray_jobs.config.spec import InspectSpec, PrepareSpec
 from ray_jobs.data.manifest import ImageInfo, Manifest, Shard, SplitInfo
-from ray_jobs.inspect.facts import Report
 from ray_jobs.inspect.job import inspect
+from ray_jobs.inspect.report_schema import Report
 from ray_jobs.storage.folder import Folder
 
 SIZE = 32

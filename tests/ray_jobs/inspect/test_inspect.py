@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from ray_jobs.config.errors import JobError
-from ray_jobs.inspect.facts import Report
+from ray_jobs.inspect.report_schema import Report
 from tests.ray_jobs.inspect.samples import SPLITS, look, rows, write
 from tests.ray_jobs.tiny import write_prepared
 

@@ -1,4 +1,4 @@
-"""Machines, models and data whose plans can be reckoned by hand."""
+"""Machines, models and data whose plans can be calculated by hand."""
 
 from typing import Any
 
@@ -40,7 +40,7 @@ COSTS = ModelCosts(
 
 
 def spec(**changes: Any) -> RunSpec:
-    """Return a run on GPUs; settings by their paths, with `__` for the dot."""
+    """Return a run on GPUs; settings by path, with `__` instead of dots."""
     base = {
         "model.image.weights": None,
         "train.use_gpu": True,
@@ -57,4 +57,4 @@ def manifest(of: RunSpec | None = None, num_rows: int = 1000) -> Manifest:
 
 
 def plan(of: RunSpec, machine: MachineSpec = MACHINE, costs: ModelCosts = COSTS) -> Plan:
-    return Estimator("box", machine, [costs], manifest(of)).plan(of)
+    return Estimator(of, "box", machine, [costs], manifest(of)).plan()

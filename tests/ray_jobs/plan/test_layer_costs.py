@@ -1,4 +1,4 @@
-"""What is said of models, against their own counts, TensorFlow's profiler and published figures."""
+"""Compares layer costs with counts by hand, TensorFlow's profiler and published figures."""
 
 import keras
 import pytest
@@ -18,14 +18,14 @@ TINY = {
 }
 # Tan and Le 2019, arXiv 1905.11946, table 2: multiplications, with the classifier.
 PUBLISHED_MACS = {"efficientnet_b0": (224, 0.39e9), "efficientnet_b5": (456, 9.9e9)}
-# What keras.io says of them, less the classifier of 1,000 classes.
+# From keras.io, without the classifier of 1,000 classes.
 PUBLISHED_WEIGHTS = {
     "efficientnet_b0": 5_330_571 - 1281 * 1000,
     "efficientnet_b5": 30_562_527 - 2049 * 1000,
 }
-# Rows a second of TensorFlow 2 with XLA on one GPU, and rows a step: NVIDIA, DeepLearningExamples,
-# TensorFlow2/Classification/ConvNets/efficientnet_v1, of February 2022. Left out is B0 in half
-# precision on V100, where the processor's augmentation was the bound, as they say.
+# (GPU, precision, rows per step, rows per second) of TensorFlow 2 with XLA on one GPU: NVIDIA,
+# DeepLearningExamples, TensorFlow2/Classification/ConvNets/efficientnet_v1, February 2022. Without
+# B0 in half precision on V100, which was limited by augmentation on the CPU, as they note.
 PUBLISHED_ROWS_PER_S = {
     "efficientnet_b0": [
         ("a100-80", "float32", 512, 1209),
@@ -42,7 +42,7 @@ PUBLISHED_ROWS_PER_S = {
 SIZES = {"efficientnet_b0": 224, "efficientnet_b4": 380, "efficientnet_b5": 456}
 WITHIN = 1.35
 MEMORY_GIB = {"a100-80": 80.0, "v100": 31.7}
-"""What those GPUs had; in the table stands the smaller V100."""
+"""Memory of those GPUs; the table has the smaller V100."""
 
 
 def of(run: RunSpec) -> ModelCosts:
@@ -50,7 +50,7 @@ def of(run: RunSpec) -> ModelCosts:
 
 
 def alone(kind: str, **changes) -> RunSpec:
-    """Return a run of an image backbone with as little else as there can be."""
+    """Return a run of an image backbone with as little else as possible."""
     return spec(
         model__image__kind=kind, model__image__units=8, model__numeric__kind="none",
         data__image_size=SIZES[kind], train__optimizer="sgd", **changes,
@@ -62,14 +62,14 @@ def b0() -> ModelCosts:
     return of(alone("efficientnet_b0"))
 
 
-def test_operations_of_a_small_network_are_those_counted_by_hand():
+def test_operations_of_a_small_network_match_a_count_by_hand():
     run = spec(**TINY, model__numeric__kind="none")
     convolutions = 16**2 * 27 * 16 + 8**2 * 144 * 32 + 4**2 * 288 * 64
     dense = 64 * 24 + 24
     assert sum(layer.flops for layer in of(run).layers) == 2 * (convolutions + dense)
 
 
-def test_weights_of_a_small_network_are_those_counted_by_hand():
+def test_weights_of_a_small_network_match_a_count_by_hand():
     costs = of(spec(**TINY, model__numeric__kind="none", train__optimizer="sgd"))
     kernels = 27 * 16 + 144 * 32 + 288 * 64 + 64 * 24
     learning = kernels + 2 * (16 + 32 + 64 + 24) + 25
@@ -95,41 +95,41 @@ def check_rows_per_s(kind: str, costs: ModelCosts, half: ModelCosts) -> None:
         )
         model = costs if precision == "float32" else half
         machine = machines[gpu].model_copy(update={"memory_gib": MEMORY_GIB[gpu]})
-        (stage,) = Estimator(gpu, machine, [model], manifest(run, 2000)).plan(run).stages
+        (stage,) = Estimator(run, gpu, machine, [model], manifest(run, 2000)).plan().stages
         ratio = rows / stage.compute_s / published
         assert 1 / WITHIN < ratio < WITHIN, (gpu, precision, ratio)
-        # They ran, and were about as large as would go.
+        # These runs fitted, and were about as large as possible.
         assert stage.memory.total < stage.memory.capacity < 2 * stage.memory.total
 
 
-def test_operations_and_weights_of_efficientnet_b0_are_the_published_ones(b0):
+def test_operations_and_weights_of_efficientnet_b0_match_the_publication(b0):
     check_against_published("efficientnet_b0", b0)
 
 
-def test_step_times_of_efficientnet_b0_are_near_what_nvidia_published(b0):
+def test_step_times_of_efficientnet_b0_are_near_those_of_nvidia(b0):
     half = of(alone("efficientnet_b0", train__precision="mixed_float16"))
     check_rows_per_s("efficientnet_b0", b0, half)
 
 
 @pytest.mark.slow
-def test_operations_and_weights_of_efficientnet_b5_are_the_published_ones():
+def test_operations_and_weights_of_efficientnet_b5_match_the_publication():
     check_against_published("efficientnet_b5", of(alone("efficientnet_b5")))
 
 
 @pytest.mark.slow
-def test_step_times_of_efficientnet_b4_are_near_what_nvidia_published():
+def test_step_times_of_efficientnet_b4_are_near_those_of_nvidia():
     costs = [of(alone("efficientnet_b4", train__precision=p)) for p in ("float32", "mixed_float16")]
     check_rows_per_s("efficientnet_b4", *costs)
 
 
 @pytest.mark.slow
-def test_tensorflow_counts_the_same_operations_and_what_is_element_by_element(b0):
+def test_tensorflow_counts_the_same_operations_plus_element_wise_ones(b0):
     import tensorflow as tf
 
     model = keras.applications.EfficientNetB0(
         include_top=False, weights=None, input_shape=(224, 224, 3)
     )
-    # Another way than `plan` takes: what the traced graph does.
+    # Independent of `plan`: counts the operations of the traced graph.
     graph = tf.function(lambda x: model(x)).get_concrete_function(tf.TensorSpec((1, 224, 224, 3)))
     profiler = tf.compat.v1.profiler
     options = profiler.ProfileOptionBuilder(profiler.ProfileOptionBuilder.float_operation())
@@ -138,7 +138,7 @@ def test_tensorflow_counts_the_same_operations_and_what_is_element_by_element(b0
     assert ours < found.total_float_ops < 1.06 * ours
 
 
-def test_nothing_below_the_first_layer_that_learns_has_a_gradient():
+def test_no_layer_below_the_first_trainable_one_has_a_gradient():
     run = spec(**TINY, train__epochs=5, train__stages=[
         {"epochs": 1, "backbone": 0}, {"epochs": 2, "backbone": 0.4}, {"epochs": 2},
     ])  # fmt: skip
@@ -147,7 +147,7 @@ def test_nothing_below_the_first_layer_that_learns_has_a_gradient():
     learning = [sum(layer.learns for layer in stage.layers) for stage in stages]
     assert learning[0] < learning[1] < learning[2] < len(stages[2].layers)
     assert stages[0].num_learning < stages[1].num_learning < stages[2].num_learning
-    # The optimizer knows from the start what will learn.
+    # The optimizer has slots for all weights that learn in any stage.
     assert {stage.num_slots for stage in stages} == {2 * stages[2].num_learning}
     (frozen,) = model_costs(spec(**TINY, model__image__trainable=False), manifest(run))
     assert frozen.num_learning == stages[0].num_learning
@@ -163,12 +163,12 @@ def test_nothing_below_the_first_layer_that_learns_has_a_gradient():
         ({"train__optimizer": "sgd", "train__ema_momentum": 0.99}, 2),
     ],
 )
-def test_the_optimizer_itself_says_what_it_keeps(changes, slots):
+def test_slots_are_counted_in_the_optimizer_itself(changes, slots):
     costs = of(spec(**TINY, **changes))
     assert costs.num_slots == slots * costs.num_learning
 
 
-def test_several_images_a_row_go_through_the_backbone_each():
+def test_each_image_of_a_row_goes_through_the_backbone():
     one = of(spec(**TINY, model__numeric__kind="none"))
     four = of(spec(**TINY, model__numeric__kind="none", prepare__image_columns=list("abcd")))
     dense = 2 * (64 * 24 + 24)
@@ -176,15 +176,17 @@ def test_several_images_a_row_go_through_the_backbone_each():
     assert flops[1] - dense == 4 * (flops[0] - dense)
 
 
-def test_half_precision_keeps_half_the_bytes_of_what_is_not_pixels():
+def test_half_precision_halves_the_bytes_of_all_but_pixels():
     full, half = (of(spec(**TINY, train__precision=p)) for p in ("float32", "mixed_bfloat16"))
     kept = [sum(layer.kept_bytes for layer in c.layers if layer.learns) for c in (full, half)]
     assert 0.5 <= kept[1] / kept[0] < 0.6
     assert full.num_weights == half.num_weights
 
 
-def test_a_model_that_cannot_be_built_says_why():
+def test_an_impossible_model_is_refused_with_the_reason():
     stages = [{"epochs": 1, "backbone": 1}, {"epochs": 1}]
     run = spec(**TINY, model__image__trainable=False, train__stages=stages)
-    with pytest.raises(JobError, match=r"cannot be built: a stage lets backbone=1 of the backbone"):
+    with pytest.raises(
+        JobError, match=r"cannot be built: backbone=1 in train\.stages unfreezes the backbone"
+    ):
         model_costs(run, manifest(run))

@@ -30,30 +30,30 @@ def usage_error(*arguments: str) -> str:
 
 
 @pytest.mark.slow
-def test_the_command_of_the_issue_runs():
+def test_the_documented_command_runs():
     specs = Path(ray_jobs.__file__).parent / "specs"
     command = [sys.executable, "-m", "ray_jobs.plan", str(specs / "houses.yaml")]
     command += ["--gpu", "a10g", "--workers", "8", "--train.global_batch_size", "64"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "8 × a10g: 8 × AWS g5.xlarge, 8 rows a step on each" in result.stdout
+    assert "8 × a10g: 8 × AWS g5.xlarge, 8 rows per step on each" in result.stdout
 
 
-def test_the_job_prints_what_a_run_takes_and_writes_the_same_as_json(tmp_path, capsys):
+def test_the_job_prints_the_plan_and_writes_it_as_json(tmp_path, capsys):
     output = tmp_path / "plan.json"
     planned(
         *("--gpu", "a10g", "--workers", "8", "--train.global_batch_size", "64"),
         *("--output", str(output)),
     )
     shown, found = capsys.readouterr().out, json.loads(output.read_text())
-    assert "8 × a10g: 8 × AWS g5.xlarge, 8 rows a step on each, float32" in shown
+    assert "8 × a10g: 8 × AWS g5.xlarge, 8 rows per step on each, float32" in shown
     assert f"${found['usd']['on_demand']:.2f} on demand" in shown
     assert f"{found['stages'][0]['rows_per_s']:,.0f} rows/s" in shown
-    assert (found["num_machines"], found["fits"], found["suggestions"]) == (8, True, [])
+    assert (found["num_machines"], found["fits"], found["remedies"]) == (8, True, [])
     assert [other["num_workers"] for other in found["other_workers"]] == [1, 2, 4, 8, 16, 32]
 
 
-def test_without_prepared_data_rows_are_those_given_and_with_it_the_manifests(tmp_path):
+def test_the_manifest_overrides_the_given_number_of_rows(tmp_path):
     assert planned("--gpu", "t4", "--rows", "500").num_rows == 500
     write_prepared(tmp_path, {"train": 101, "validation": 37, "test": 5})
     found = planned("--gpu", "t4", "--rows", "500", "--data.prepared", str(tmp_path))
@@ -61,16 +61,16 @@ def test_without_prepared_data_rows_are_those_given_and_with_it_the_manifests(tm
     assert found.stages[0].steps == 2 * 101 // 32
 
 
-def test_workers_are_by_default_the_most_that_the_run_may_have():
+def test_workers_default_to_the_maximum_of_the_run():
     assert planned("--gpu", "T4", "--train.num_workers", "2,4").num_workers == 4
     assert planned("--gpu", "t4", "--train.num_workers", "2,4", "--workers", "8").num_workers == 8
 
 
-def test_a_run_that_does_not_fit_says_what_would_and_that_is_true():
+def test_a_run_that_does_not_fit_suggests_settings_that_do():
     given = ["--gpu", "t4", "--train.global_batch_size", "32768", "--rows", "40000"]
     given += ["--data.image_size", "64", "--model.batch_norm", "local"]
     with pytest.raises(
-        JobError, match=r"needs .* GiB of memory for 32768 rows a step, and t4"
+        JobError, match=r"needs .* GiB of memory for 32768 rows per step, but t4"
     ) as no:
         planned(*given)
     lines = str(no.value).splitlines()[1:]
@@ -81,7 +81,7 @@ def test_a_run_that_does_not_fit_says_what_would_and_that_is_true():
         assert planned(*[word for pair in kept for word in pair], *changes).fits
 
 
-def test_a_model_of_which_not_even_one_row_fits_says_so(tmp_path):
+def test_a_model_too_large_for_one_row_is_refused(tmp_path):
     machines = yaml.safe_load(TABLE.read_text())
     machines["t4"]["memory_gib"] = 1.0
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(machines))
@@ -89,7 +89,7 @@ def test_a_model_of_which_not_even_one_row_fits_says_so(tmp_path):
         planned("--gpu", "t4", "--machines", str(tmp_path / "mine.yaml"))
 
 
-def test_what_it_costs_is_in_a_table_that_users_edit(tmp_path):
+def test_prices_come_from_a_table_that_users_can_edit(tmp_path):
     machines = yaml.safe_load(TABLE.read_text())
     machines["t4"]["usd_per_hour"] = {"on_demand": 0.526 * 2, "spot": 0}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(machines))
@@ -105,23 +105,23 @@ def test_every_machine_of_the_table_has_both_prices():
         assert machine.usd_per_hour["on_demand"] > machine.usd_per_hour["spot"] > 0
 
 
-def test_what_is_wrong_with_the_command_is_said_before_anything_is_built(tmp_path):
-    assert usage_error().startswith("gpu: is required; give it as --gpu")
-    assert "'a100' is no gpu; did you mean" in usage_error("--gpu", "a100")
-    assert "num_workers=5 cannot share global_batch_size=32 evenly" in usage_error(
+def test_a_wrong_command_is_refused_before_a_model_is_built(tmp_path):
+    assert usage_error().startswith("gpu is required; set it with --gpu")
+    assert "unknown gpu 'a100'; did you mean" in usage_error("--gpu", "a100")
+    assert "num_workers=5 cannot share global_batch_size=32 equally" in usage_error(
         "--gpu", "t4", "--workers", "5"
     )
     table = tmp_path / "mine.yaml"
-    assert "could not be read" in usage_error("--gpu", "t4", "--machines", str(table))
+    assert "could not read" in usage_error("--gpu", "t4", "--machines", str(table))
     table.write_text("t4: {instance: x, cpus: 4, memory: 3}\n")
     assert "memory: the spec has no key 'memory'; did you mean" in usage_error(
         "--gpu", "t4", "--machines", str(table)
     )
     table.write_text("")
-    assert "names no machine" in usage_error("--gpu", "t4", "--machines", str(table))
+    assert "contains no machines" in usage_error("--gpu", "t4", "--machines", str(table))
 
 
-def test_help_says_every_flag_and_loads_nothing_heavy():
+def test_help_lists_every_flag_and_loads_nothing_heavy():
     code = (
         "import sys, runpy; sys.argv = ['x', '--help']; "
         "runpy.run_module('ray_jobs.plan', run_name='__main__'); "

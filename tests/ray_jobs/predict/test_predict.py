@@ -14,7 +14,8 @@ from ray_jobs.config.spec import PredictSpec, PrepareSpec
 from ray_jobs.data.images import prepare_image
 from ray_jobs.data.manifest import ImageInfo, Manifest, SplitInfo
 from ray_jobs.predict import job as predict_job
-from ray_jobs.predict.job import PREDICTIONS, RawSource, predict
+from ray_jobs.predict.job import PREDICTIONS, predict
+from ray_jobs.predict.row_sources import RawRows
 from ray_jobs.predict.trained_run import open_run
 from ray_jobs.storage.folder import Folder
 from tests.ray_jobs.tiny import write_prepared
@@ -44,7 +45,7 @@ def predictions(folder: Path) -> pa.Table:
     return pa.concat_tables([pq.read_table(path) for path in sorted(folder.glob("*.parquet"))])
 
 
-def test_prepared_rows_come_out_in_their_order_and_a_damaged_one_with_its_reason(
+def test_prepared_rows_are_predicted_in_order_and_a_damaged_one_has_its_reason(
     tmp_path, ray_local, capsys
 ):
     manifest = write_prepared(tmp_path / "data", {"train": 21, "validation": 6, "test": 13})
@@ -65,7 +66,7 @@ def test_prepared_rows_come_out_in_their_order_and_a_damaged_one_with_its_reason
     bad = 21 + 2
     error = found["error"].to_pylist()
     assert error.pop(bad).startswith(
-        "the stored image in validation/part-00000.parquet is damaged: 40 bytes"
+        "the stored image in validation/part-00000.parquet is damaged: its 40 bytes"
     )
     assert set(error) == {None}
     probability = found["probability"].to_numpy()
@@ -80,7 +81,7 @@ def test_prepared_rows_come_out_in_their_order_and_a_damaged_one_with_its_reason
     assert "1 × the stored image in validation/part-00000.parquet is damaged" in printed
 
 
-# Every row of the table, the reason why it cannot be used, and what its error says besides.
+# Key, area and rooms of each row, why it cannot be used, and a part of its error.
 RAW_ROWS = [
     ("h1", "101.5", "3", None, ""),
     ("h2", "", "4", None, ""),
@@ -99,7 +100,7 @@ GOOD = [row for row in RAW_ROWS if row[3] is None]
 
 @pytest.fixture(scope="module")
 def houses(tmp_path_factory) -> Path:
-    """Photos of several shapes and a table without labels, some rows of it bad."""
+    """Photos of several shapes and a table without labels, with some unusable rows."""
     folder = tmp_path_factory.mktemp("houses")
     photos = folder / "photos"
     photos.mkdir()
@@ -109,7 +110,7 @@ def houses(tmp_path_factory) -> Path:
         Image.fromarray(pixels).save(photos / f"{key}_front.jpg", "PNG" if i % 2 else "JPEG")
     whole = (photos / "h1_front.jpg").read_bytes()
     (photos / "broken_front.jpg").write_bytes(whole[: len(whole) // 2])
-    # The columns stand in another order than in the manifest, and there is one more.
+    # Columns in another order than in the manifest, and an additional one.
     lines = ["rooms,house,note,area", *(f"{r[2]},{r[0]},x,{r[1]}" for r in RAW_ROWS)]
     (folder / "houses.csv").write_text("\n".join(lines) + "\n")
     return folder
@@ -117,7 +118,7 @@ def houses(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def rules() -> Manifest:
-    """What the run was trained on: its rules are not the default ones."""
+    """The manifest of the run, with settings that are not the defaults."""
     return Manifest(
         prepare=PrepareSpec(
             key_column="house",
@@ -146,8 +147,8 @@ def model(houses, rules) -> Any:
     return write_run(houses / "run", rules)
 
 
-def twins(houses: Path, rules: Manifest) -> pa.Table:
-    """The good rows as `prepare` stores them."""
+def prepared_rows(houses: Path, rules: Manifest) -> pa.Table:
+    """Return the usable rows as `prepare` stores them."""
     options = rules.prepare
     images = [
         prepare_image(
@@ -163,7 +164,7 @@ def twins(houses: Path, rules: Manifest) -> pa.Table:
     return pa.table({"key": [row[0] for row in GOOD], "image": images, **numbers})
 
 
-def test_every_raw_row_comes_out_a_good_one_with_the_probability_of_its_prepared_twin(
+def test_raw_rows_get_the_probabilities_of_equal_prepared_rows_or_a_reason(
     houses, rules, model, ray_local, monkeypatch, tmp_path
 ):
     monkeypatch.chdir(houses)
@@ -179,7 +180,7 @@ def test_every_raw_row_comes_out_a_good_one_with_the_probability_of_its_prepared
             assert error.startswith(f"{row[3]}: "), row
             assert row[4] in error
     good = found.filter(found["error"].is_null())
-    expected = probabilities(model, twins(houses, rules), rules)
+    expected = probabilities(model, prepared_rows(houses, rules), rules)
     np.testing.assert_allclose(good["probability"].to_numpy(), expected, atol=1e-6)
     assert np.ptp(expected) > 0.1
     assert found["probability"].null_count == found["predicted_label"].null_count == 6
@@ -187,25 +188,25 @@ def test_every_raw_row_comes_out_a_good_one_with_the_probability_of_its_prepared
 
 
 def raw_rows(spec: PredictSpec) -> pa.Table:
-    """Return what the model would see of raw rows."""
-    source = RawSource(open_run(spec.run), spec)
+    """Return raw rows as the model receives them."""
+    source = RawRows(open_run(spec.run), spec)
     return pa.concat_tables([rows for task in source.tasks() for rows in source.read(task)])
 
 
-def test_images_are_found_by_a_pattern_a_folder_with_the_runs_own_and_a_glob(houses, model):
+def test_images_are_found_by_pattern_folder_and_glob(houses, model):
     photos = houses / "photos"
-    ways = [f"{photos}/{{house}}_front.jpg", str(photos), photos.as_uri(), f"{photos}/*.jpg"]
-    by_pattern, *others = [raw_rows(spec_of(houses, images=way)) for way in ways]
-    for rows in others:
+    locations = [f"{photos}/{{house}}_front.jpg", str(photos), photos.as_uri(), f"{photos}/*.jpg"]
+    by_pattern, *by_others = [raw_rows(spec_of(houses, images=location)) for location in locations]
+    for rows in by_others:
         assert rows["image"] == by_pattern["image"]
         assert rows["error"].is_null() == by_pattern["error"].is_null()
 
 
-def test_a_model_of_numbers_needs_no_images(houses, rules, tmp_path):
+def test_a_model_without_images_needs_no_images(houses, rules, tmp_path):
     write_run(tmp_path / "run", rules, image="none")
     rows = raw_rows(spec_of(houses, run=str(tmp_path / "run")))
     assert "image" not in rows.column_names
-    # Neither the missing nor the broken photo matters.
+    # Missing and broken photos do not matter.
     assert [e and e.partition(":")[0] for e in rows["error"].to_pylist()] == [
         None if "image" in (row[3] or "") else row[3] for row in RAW_ROWS
     ]
@@ -213,7 +214,7 @@ def test_a_model_of_numbers_needs_no_images(houses, rules, tmp_path):
     np.testing.assert_array_equal(numbers, [60.25, 1.0])
 
 
-def test_a_model_of_images_needs_no_numbers(houses, rules, tmp_path):
+def test_a_model_without_numbers_needs_no_numbers(houses, rules, tmp_path):
     write_run(tmp_path / "run", rules, numeric="none")
     table = tmp_path / "keys.csv"
     table.write_text("house\n" + "\n".join(row[0] for row in GOOD) + "\n")
@@ -224,7 +225,7 @@ def test_a_model_of_images_needs_no_numbers(houses, rules, tmp_path):
     assert len(set(rows["image"].to_pylist())) == len(GOOD)
 
 
-def test_a_parquet_table_and_a_path_column_serve_as_well(houses, rules, tmp_path):
+def test_a_parquet_table_with_a_path_column_is_read(houses, rules, tmp_path):
     options = rules.prepare.model_copy(update={"image_column": "photo", "image_pattern": "?"})
     write_run(tmp_path / "run", rules.model_copy(update={"prepare": options}))
     columns = {"house": [7], "area": [80.0], "rooms": [None], "photo": ["h4_front.jpg"]}
@@ -239,7 +240,7 @@ def test_a_parquet_table_and_a_path_column_serve_as_well(houses, rules, tmp_path
     assert np.ptp(np.frombuffer(row["image"], np.uint8)) > 0
 
 
-def test_a_column_of_numbers_may_be_named_error(houses, rules, tmp_path):
+def test_a_numeric_column_may_be_named_error(houses, rules, tmp_path):
     columns = ("error", "rooms")
     assert rules.statistics is not None
     statistics = rules.statistics.model_copy(update={"columns": columns})
@@ -268,10 +269,10 @@ def test_an_image_outside_the_folder_is_not_read(houses, rules, tmp_path):
 
 @pytest.fixture
 def no_ray(monkeypatch):
-    """What can be said at once is said before a cluster is asked for."""
+    """Fail if the job connects to a cluster before it reports an error."""
 
     def connected(*_, **__):
-        raise AssertionError("a cluster was asked for")
+        raise AssertionError("the job connected to a cluster")
 
     monkeypatch.setattr(connection, "connected", connected)
 
@@ -283,7 +284,7 @@ def no_ray(monkeypatch):
             "house,area\nh1,1\n",
             "photos",
             r"prepare\.numeric_columns: the table has no column 'rooms' \(it has: house, area\); "
-            r"these settings are the run's, in .*/run/manifest\.json",
+            r"these settings come from the run, in .*/run/manifest\.json",
         ),
         ("hous,area,rooms\nh1,1,1\n", "photos", "no column 'house'; did you mean 'hous'"),
         (
@@ -295,12 +296,12 @@ def no_ray(monkeypatch):
         (
             "house,area,rooms\nh1,1,1\n",
             None,
-            r"looks at images: give --images, such as 'photos/\{house\}_front\.jpg'",
+            r"takes images; set --images to a pattern such as 'photos/\{house\}_front\.jpg'",
         ),
         ("house,area,rooms\n", "photos", "has no rows"),
     ],
 )
-def test_a_table_that_does_not_fit_the_run_is_refused(
+def test_a_table_that_does_not_fit_the_run_is_rejected(
     houses, model, no_ray, monkeypatch, tmp_path, table, images, message
 ):
     monkeypatch.chdir(houses)
@@ -309,11 +310,13 @@ def test_a_table_that_does_not_fit_the_run_is_refused(
         predict(spec_of(houses, data=str(tmp_path / "table.csv"), images=images))
 
 
-def test_flags_of_the_other_kind_of_data_are_refused(houses, rules, model, no_ray, tmp_path):
-    with pytest.raises(JobError, match="--split is for prepared data, and there is no manifest"):
+def test_flags_for_the_other_kind_of_data_are_rejected(houses, rules, model, no_ray, tmp_path):
+    with pytest.raises(JobError, match="--split=test is for prepared data, but .* has no manifest"):
         predict(spec_of(houses, split="test", images="photos"))
     rules.write(Folder(tmp_path))
-    with pytest.raises(JobError, match=r"--images is for a table .*; .* is prepared data"):
+    with pytest.raises(
+        JobError, match=r"--images=photos is for a table .*, but .* is prepared data"
+    ):
         predict(spec_of(houses, data=str(tmp_path), images="photos"))
 
 
@@ -324,7 +327,7 @@ def test_a_table_is_not_overwritten_by_its_predictions(houses, model, no_ray, tm
         predict(spec_of(houses, data=str(table), output=str(tmp_path), images="photos"))
 
 
-def test_many_rows_are_written_in_parts_and_no_rows_in_one(monkeypatch, tmp_path):
+def test_many_rows_are_written_in_parts_and_zero_rows_in_one(monkeypatch, tmp_path):
     monkeypatch.setattr(predict_job, "_ROWS_PER_PART", 10)
     rows = [{"key": str(i), "probability": i / 40} for i in range(32)]
     tables = [pa.Table.from_pylist(rows[i : i + 4], PREDICTIONS) for i in range(0, 32, 4)]

@@ -1,4 +1,4 @@
-"""Damaged images and tables: nothing crashes, and every row is stored, or aside with a reason."""
+"""Damaged images and tables never crash: each row is stored, or quarantined with a reason."""
 
 import csv
 import io
@@ -13,8 +13,9 @@ from PIL import Image
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import SPLITS, RunSpec
 from ray_jobs.data.images import BadImage, prepare_image
+from ray_jobs.prepare.cell_text import column_text
 from ray_jobs.prepare.job import prepare
-from ray_jobs.prepare.table import read_table, texts_of
+from ray_jobs.prepare.table import read_table
 from ray_jobs.storage.folder import Folder
 from tests.ray_jobs.raw import SIZE
 
@@ -50,7 +51,7 @@ def original(rng: np.random.Generator) -> bytes:
 
 
 def mutated(content: bytes, rng: np.random.Generator) -> bytes:
-    """Change a file in one of the ways in which files go wrong, or in which people make them so."""
+    """Damage a file in a way that is common by accident or on purpose."""
     data = bytearray(content)
     place, other = sorted(rng.integers(0, len(data), 2).tolist())
     match rng.integers(8):
@@ -75,7 +76,7 @@ def mutated(content: bytes, rng: np.random.Generator) -> bytes:
 
 
 def check_image(seed: int) -> str:
-    """Return what became of one mutated image."""
+    """Return the outcome of one mutated image."""
     rng = np.random.default_rng(seed)
     content = mutated(original(rng), rng)
     try:
@@ -87,7 +88,7 @@ def check_image(seed: int) -> str:
 
 
 def check_prepare(folder: Path, seed: int) -> tuple[int, int]:
-    """Prepare a mutated table with mutated images; return how many rows are stored and aside."""
+    """Prepare mutated data; return the number of stored and of quarantined rows."""
     rng = np.random.default_rng(seed)
     (folder / "images").mkdir(parents=True)
     names = ["key", "area", "town", "rooms", "label", "photo"]
@@ -127,22 +128,24 @@ def check_prepare(folder: Path, seed: int) -> tuple[int, int]:
         for split, info in manifest.splits.items()
     }
     stored = [key for split in SPLITS for t in tables[split] for key in t["key"].to_pylist()]
-    aside = pq.read_table(folder / "out" / "quarantine").to_pylist()
+    quarantined = pq.read_table(folder / "out" / "quarantine").to_pylist()
     assert len(set(stored)) == len(stored)
-    assert all(row["reason"] and row["detail"] for row in aside)
-    # Read as the table reads it, since a cell may begin another line or not.
-    keys = texts_of(read_table(str(folder / "table.csv"))["key"]).to_pylist()
-    assert sorted(map(str, [*stored, *(row["key"] for row in aside)])) == sorted(map(str, keys))
+    assert all(row["reason"] and row["detail"] for row in quarantined)
+    # Read the keys like the table, since a mutated cell may start a new line.
+    keys = column_text(read_table(str(folder / "table.csv"))["key"]).to_pylist()
+    assert sorted(map(str, [*stored, *(row["key"] for row in quarantined)])) == sorted(
+        map(str, keys)
+    )
     for row in (row for split in SPLITS for t in tables[split] for row in t.to_pylist()):
         assert row["label"] in (0, 1)
         assert all(v is None or np.isfinite(v) for v in (row["area"], row["rooms"]))
         assert Image.open(io.BytesIO(row["image"])).size == (SIZE, SIZE)
     assert not [name for name in Folder(folder / "out").names() if name.endswith(".partial")]
-    return len(stored), len(aside)
+    return len(stored), len(quarantined)
 
 
 def check_table(path: Path, seed: int) -> bool:
-    """Read a table of which bytes were changed; return whether it could be read."""
+    """Return whether a table with mutated bytes could be read."""
     rng = np.random.default_rng(seed)
     lines = ["key,area,label", *(f"k{i},{i * 1.5},{i % 2}" for i in range(20))]
     path.write_bytes(mutated("\n".join(lines).encode(), rng))
@@ -161,16 +164,16 @@ def fuzz(folder: Path, num_cases: int, ray_rounds: int) -> None:
         tables = [check_table(folder / "t.csv", seed) for seed in range(num_cases)]
         counts = [check_prepare(folder / str(seed), seed) for seed in range(ray_rounds)]
     assert [str(w.message) for w in caught if "PIL" in w.filename] == []
-    # What cannot go wrong shows nothing: both ends must have come about.
+    # Both outcomes must occur, or the test shows nothing.
     assert {"stored", "unreadable_image"} <= set(found) <= {"stored", *IMAGE_REASONS}
     assert set(tables) == {True, False}
-    assert all(stored and aside for stored, aside in counts)
+    assert all(stored and quarantined for stored, quarantined in counts)
 
 
-def test_mutated_images_and_tables_are_stored_or_set_aside(tmp_path, ray_local):
+def test_mutated_images_and_tables_are_stored_or_quarantined(tmp_path, ray_local):
     fuzz(tmp_path, NUM_CASES, 1)
 
 
 @pytest.mark.slow
-def test_five_hundred_mutated_images_and_tables_are_stored_or_set_aside(tmp_path, ray_local):
+def test_five_hundred_mutated_images_and_tables_are_stored_or_quarantined(tmp_path, ray_local):
     fuzz(tmp_path, NUM_SLOW_CASES, NUM_SLOW_CASES // 40)

@@ -30,24 +30,35 @@ def column(*cells: object) -> pa.ChunkedArray:
         ((True, False), "False", Classes("true", "false")),
     ],
 )
-def test_labels_are_0_and_1_or_booleans_or_two_strings(cells, positive_label, classes):
+def test_labels_may_be_0_and_1_booleans_or_two_strings(cells, positive_label, classes):
     assert find_classes(column(*cells), spec(positive_label=positive_label)) == classes
 
 
 @pytest.mark.parametrize(
     ("cells", "positive_label", "message"),
     [
-        ((1, 1, 1), None, "holds one class only .'1' 3 times"),
-        (("yes", "yes", None), "yes", "holds one class only"),
+        ((1, 1, 1), None, "holds only one class .'1' 3 times"),
+        (("yes", "yes", None), "yes", "holds only one class .'yes' 2 times"),
         ((None, float("nan")), None, "is empty"),
-        (("yes", "no"), None, r"say which of them counts as 1, such as --prepare.positive_label"),
-        ((1, 2), None, "say which of them counts as 1"),
+        (("yes", "no"), None, r"set which of them counts as 1, such as --prepare.positive_label"),
+        ((1, 2), None, "holds '1' 1 time, '2' 1 time; set which of them counts as 1"),
         (("yes", "no"), "yess", "'yess' does not occur .* did you mean 'yes'.*it holds: "),
         (("a", "b", "c"), None, "holds 3 values .* set prepare.positive_label"),
         (("a", "b", "c"), "a", "holds 3 values .* raise prepare.max_bad_fraction=0.01"),
-        ((0, 1, 2), None, "holds 3 values .* correct those other than '0' and '1'"),
+        ((0, 1, 2), None, "holds 3 values .* correct the values other than '0' and '1'"),
     ],
 )
-def test_unclear_classes_are_an_error_with_the_values(cells, positive_label, message):
+def test_ambiguous_classes_raise_an_error_with_the_values(cells, positive_label, message):
     with pytest.raises(JobError, match=message):
         find_classes(column(*cells), spec(positive_label=positive_label))
+
+
+@pytest.mark.parametrize("text", ["NA", "n/a", "#N/A", "NaN", "-nan", "<NA>", "NULL"])
+def test_words_for_missing_labels_are_not_classes(text):
+    assert find_classes(column("0", "1", text), spec()) == Classes("0", "1")
+
+
+def test_none_may_be_the_name_of_a_class():
+    assert find_classes(column("none", "mild"), spec(positive_label="mild")) == Classes(
+        "none", "mild"
+    )

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 
 from ray_jobs.config.errors import JobError
-from ray_jobs.prepare.number_parsing import numbers_of, suggest_rule, texts
+from ray_jobs.prepare.number_parsing import parse_numbers, suggest_rule
 
 NAN = float("nan")
 
@@ -15,13 +15,13 @@ def column(*cells: object, kind: pa.DataType | None = None) -> pa.ChunkedArray:
 
 
 def check(cells: dict, rule=None) -> None:
-    """Compare each text's number; `...` stands for one that is no number."""
-    values, is_text = numbers_of(column(*cells), rule)
-    assert is_text.tolist() == [value is ... for value in cells.values()]
+    """Compare the number of each text; `...` marks text that is not a number."""
+    values, is_invalid = parse_numbers(column(*cells), rule)
+    assert is_invalid.tolist() == [value is ... for value in cells.values()]
     np.testing.assert_array_equal(values, [NAN if v is ... else v for v in cells.values()])
 
 
-def test_without_a_rule_text_is_a_number_or_is_none():
+def test_without_a_rule_only_plain_numbers_are_read():
     check(
         {" 1.50 ": 1.5, "-2e3": -2000, "+.5": 0.5, "": NAN, "N/A": NAN, "True": 1, "inf": np.inf}
         | dict.fromkeys(["50+", "91-92", "1,5", "2024-03-01", "unknown", "0x10"], ...)
@@ -31,7 +31,7 @@ def test_without_a_rule_text_is_a_number_or_is_none():
 @pytest.mark.parametrize(
     ("rule", "low_high"), [("range_low", 0), ("range_mean", 0.5), ("range_high", 1)]
 )
-def test_a_range_is_its_low_end_its_mean_or_its_high_end(rule, low_high):
+def test_a_range_is_read_as_its_low_end_mean_or_high_end(rule, low_high):
     ends = {
         "91-92": (91, 92),
         "1.5 – 2.5": (1.5, 2.5),
@@ -47,7 +47,7 @@ def test_a_range_is_its_low_end_its_mean_or_its_high_end(rule, low_high):
 
 
 @pytest.mark.parametrize("rule", ["range_low", "range_mean", "range_high"])
-def test_an_open_range_is_its_one_end_and_what_is_no_range_is_no_number(rule):
+def test_an_open_range_is_read_as_its_end_and_other_text_is_invalid(rule):
     check(
         {"50+": 50, "2.5 +": 2.5, "<5": 5, "< -5": -5, ">=7": 7, "≤3": 3, "12": 12, "na": NAN}
         | dict.fromkeys(["2024-03", "5-1", "a-b", "1-2-3", "+", "<", "1,5", "50++", "4 5"], ...),
@@ -55,7 +55,7 @@ def test_an_open_range_is_its_one_end_and_what_is_no_range_is_no_number(rule):
     )
 
 
-def test_a_decimal_comma_may_have_thousands_marked_by_one_kind_of_sign():
+def test_a_decimal_comma_allows_one_kind_of_thousands_separator():
     check(
         {
             "1.234,5": 1234.5,
@@ -76,7 +76,7 @@ def test_a_decimal_comma_may_have_thousands_marked_by_one_kind_of_sign():
     )
 
 
-def test_dates_are_days_since_1970():
+def test_dates_are_read_as_days_since_1970():
     def days(*date: int, zone: dt.timezone = dt.UTC) -> float:
         return dt.datetime(*date, tzinfo=zone).timestamp() / 86400  # type: ignore[arg-type]
 
@@ -105,29 +105,29 @@ def test_dates_are_days_since_1970():
     )  # fmt: skip
 
 
-def test_dates_and_timestamps_of_parquet_are_days_too():
+def test_dates_and_timestamps_from_parquet_are_read_as_days():
     moment = dt.datetime(1999, 12, 31, 18, 0)
     expected = [(moment - dt.datetime(1970, 1, 1)) / dt.timedelta(days=1), NAN]
     for kind in [*(pa.timestamp(unit) for unit in ("s", "ms", "us", "ns")),
                  pa.timestamp("ms", tz="Europe/Berlin")]:  # fmt: skip
-        values, is_text = numbers_of(column(moment, None, kind=kind), "date")
+        values, is_invalid = parse_numbers(column(moment, None, kind=kind), "date")
         np.testing.assert_array_equal(values, expected)
-        assert not is_text.any()
+        assert not is_invalid.any()
     for kind in (pa.date32(), pa.date64()):
-        values, _ = numbers_of(column(moment.date(), None, kind=kind), "date")
+        values, _ = parse_numbers(column(moment.date(), None, kind=kind), "date")
         np.testing.assert_array_equal(values, np.floor(expected))
-    np.testing.assert_array_equal(numbers_of(column(20000101, None), "date")[0], [10957, NAN])
+    np.testing.assert_array_equal(parse_numbers(column(20000101, None), "date")[0], [10957, NAN])
 
 
-def test_the_rule_missing_takes_any_other_text_for_missing():
+def test_the_rule_missing_treats_any_other_text_as_missing():
     check({"1.5": 1.5, "unknown": NAN, "50+": NAN, "": NAN, "inf": np.inf}, "missing")
 
 
 @pytest.mark.parametrize("rule", [None, "range_mean", "decimal_comma", "missing"])
-def test_numbers_and_booleans_are_numbers_under_every_rule(rule):
-    np.testing.assert_array_equal(numbers_of(column(1, None, 3), rule)[0], [1, NAN, 3])
-    np.testing.assert_array_equal(numbers_of(column(1.5, None, NAN), rule)[0], [1.5, NAN, NAN])
-    np.testing.assert_array_equal(numbers_of(column(True, False, None), rule)[0], [1, 0, NAN])
+def test_numbers_and_booleans_are_read_under_every_rule(rule):
+    np.testing.assert_array_equal(parse_numbers(column(1, None, 3), rule)[0], [1, NAN, 3])
+    np.testing.assert_array_equal(parse_numbers(column(1.5, None, NAN), rule)[0], [1.5, NAN, NAN])
+    np.testing.assert_array_equal(parse_numbers(column(True, False, None), rule)[0], [1, 0, NAN])
 
 
 @pytest.mark.parametrize(
@@ -137,16 +137,10 @@ def test_numbers_and_booleans_are_numbers_under_every_rule(rule):
      ("1,000", None), ("unknown", None),
      ("", None), ("10 cm", None)],
 )  # fmt: skip
-def test_a_rule_is_suggested_where_it_is_clear(text, rule):
+def test_a_rule_is_suggested_if_it_is_unambiguous(text, rule):
     assert suggest_rule(text) == rule
 
 
-def test_text_of_numbers_has_no_point_zero_and_none_where_there_is_none():
-    assert texts(column(1.0, None, NAN, 2.5)).to_pylist() == ["1", None, None, "2.5"]
-    assert texts(column("1.0", "2.0", None)).to_pylist() == ["1", "2", None]
-    assert texts(column(" a ", "", "7.0")).to_pylist() == ["a", None, "7.0"]
-
-
-def test_a_column_of_lists_is_an_error():
+def test_a_column_of_lists_raises_an_error():
     with pytest.raises(JobError, match="cannot be read as text"):
-        numbers_of(column([1], [2]))
+        parse_numbers(column([1], [2]))

@@ -35,7 +35,7 @@ def raw(tmp_path: Path) -> Raw:
     return Raw(tmp_path / "raw").add(range(48))
 
 
-def test_the_manifest_says_what_the_shards_hold(raw):
+def test_the_manifest_describes_the_shards(raw):
     manifest = raw.prepare()
     assert read_manifest(Folder(raw.out())) == manifest
     assert manifest.numeric_columns == ("area", "rooms")
@@ -63,7 +63,7 @@ def test_the_manifest_says_what_the_shards_hold(raw):
     assert set(files(raw.out())) == listed | {"quarantine/part-00000.parquet"}
 
 
-def test_shards_hold_key_jpeg_numbers_and_label_of_each_row(raw):
+def test_shards_hold_the_key_jpeg_numbers_and_label_of_each_row(raw):
     manifest = raw.prepare()
     table = shard_rows(raw.out(), manifest)["train"]
     assert table.schema.names == ["key", "image", "area", "rooms", "label"]
@@ -87,7 +87,7 @@ def test_the_splits_are_stratified(raw):
     assert counts == {"train": (16, 8), "validation": (8, 4), "test": (8, 4)}
 
 
-def test_statistics_are_of_the_training_rows_alone(raw):
+def test_statistics_come_from_training_rows_only(raw):
     manifest = raw.prepare()
     train = shard_rows(raw.out(), manifest)["train"]
     area = train.column("area").to_numpy().astype(np.float64)
@@ -102,14 +102,14 @@ def test_statistics_are_of_the_training_rows_alone(raw):
     assert statistics == fit_numeric_statistics(both, ("area", "rooms"))
 
 
-def test_the_same_input_gives_the_same_files_bit_by_bit_whatever_the_tables_order(raw):
+def test_the_same_rows_in_another_order_give_bitwise_equal_files(raw):
     raw.prepare("a")
     raw.rows.reverse()
     raw.prepare("b")
     assert files(raw.out("a")) == files(raw.out("b"))
 
 
-def test_splits_do_not_depend_on_how_many_shards_there_are(raw):
+def test_splits_do_not_depend_on_the_number_of_shards(raw):
     few = raw.prepare("few", rows_per_shard=1000, rows_per_group=1000)
     many = raw.prepare("many", rows_per_shard=3, rows_per_group=2)
     assert [len(info.shards) for info in few.splits.values()] == [1, 1, 1]
@@ -123,7 +123,7 @@ def test_another_seed_gives_other_splits(raw):
     assert split_of(raw.out("a"), first) != split_of(raw.out("b"), second)
 
 
-def test_an_earlier_row_never_moves_when_rows_are_added_or_their_labels_corrected(raw):
+def test_a_row_stays_in_its_split_when_rows_are_added_or_labels_change(raw):
     before = raw.prepare()
     old = split_of(raw.out(), before)
     raw.add(range(48, 120))
@@ -138,21 +138,21 @@ def test_an_earlier_row_never_moves_when_rows_are_added_or_their_labels_correcte
 
 def test_preparing_again_leaves_only_the_files_of_the_new_manifest(raw):
     raw.prepare(rows_per_shard=5)
-    (raw.out() / "train" / "notes.txt").write_text("not ours")
+    (raw.out() / "train" / "notes.txt").write_text("a foreign file")
     manifest = raw.prepare()
     listed = {s.path for info in manifest.splits.values() for s in info.shards}
     ours = {"quarantine/part-00000.parquet", "train/notes.txt"}
     assert set(files(raw.out())) == listed | ours
 
 
-def test_a_damaged_earlier_manifest_is_an_error_with_a_remedy(raw):
+def test_a_damaged_earlier_manifest_raises_an_error_with_a_remedy(raw):
     raw.out().mkdir()
     (raw.out() / "manifest.json").write_text('{"schema_version": 2}')
-    with pytest.raises(JobError, match=r"(?s)is damaged.*delete this one to split anew"):
+    with pytest.raises(JobError, match=r"(?s)is damaged.*delete this folder to split anew"):
         raw.prepare()
 
 
-def test_a_group_never_stands_in_two_splits(raw):
+def test_a_group_is_in_one_split(raw):
     for i, row in enumerate(raw.rows):
         row["patient"] = f"p{i // 3}"
     manifest = raw.prepare(group_column="patient")
@@ -162,7 +162,7 @@ def test_a_group_never_stands_in_two_splits(raw):
     for key, split in split_of(raw.out(), manifest).items():
         splits[patient[key]].add(split)
     assert len(splits) == 16
-    assert all(len(found) == 1 for found in splits.values())
+    assert all(len(of_patient) == 1 for of_patient in splits.values())
 
 
 def test_a_column_can_name_the_splits(raw):
@@ -229,13 +229,13 @@ def test_every_bad_row_is_in_quarantine_with_its_reason(raw):
     assert decode_stored(stored["k10"]["image"])[5, 5] == pytest.approx([156] * 3, abs=2)
 
 
-def test_too_many_bad_images_are_an_error_and_no_manifest(raw):
+def test_too_many_bad_images_raise_an_error_and_write_no_manifest(raw):
     for i in range(5):
         raw.image(f"k{i}", b"no photo")
     (raw.folder / "images" / "k9.jpg").unlink()
     message = (
         r"6 of 48 rows \(12.5%\) cannot be used, more than prepare.max_bad_fraction=0.1 allows: "
-        r"missing_image 1, unreadable_image 5. The first: 'k0', k0.jpg: no image .*mend them"
+        r"missing_image 1, unreadable_image 5. The first: 'k0', k0.jpg: no image .*correct them"
     )
     with pytest.raises(JobError, match=message):
         raw.prepare(max_bad_fraction=0.1)
@@ -244,7 +244,7 @@ def test_too_many_bad_images_are_an_error_and_no_manifest(raw):
     assert not (raw.out() / "manifest.json").exists()
 
 
-def test_a_failure_leaves_the_data_before_as_it_was(raw):
+def test_a_failure_leaves_existing_data_unchanged(raw):
     manifest = raw.prepare()
     before = {s.path for info in manifest.splits.values() for s in info.shards}
     raw.add(range(48, 58))
@@ -256,7 +256,7 @@ def test_a_failure_leaves_the_data_before_as_it_was(raw):
     assert before == set(files(raw.out())) - {"quarantine/part-00000.parquet"}
 
 
-def test_too_many_bad_cells_are_an_error_before_any_image_is_read(raw):
+def test_too_many_bad_cells_raise_an_error_before_images_are_read(raw):
     raw.rows[0]["key"] = raw.rows[1]["key"]
     with pytest.raises(JobError, match="duplicate_key 1"):
         raw.prepare()
@@ -264,18 +264,18 @@ def test_too_many_bad_cells_are_an_error_before_any_image_is_read(raw):
     assert not (raw.out() / "train").exists()
 
 
-def test_a_split_without_a_class_is_an_error_with_a_remedy(raw):
+def test_a_split_without_a_class_raises_an_error_with_a_remedy(raw):
     for row in raw.rows:
         row["fold"] = "train" if row["label"] else "test"
-    message = r"the train split would hold 0 rows of class 0 .* \(splits as fold says\)"
+    message = r"would have 0 rows of class 0 and 16 of class 1 \(splits from the column fold\)"
     with pytest.raises(JobError, match=message):
         raw.prepare(split_column="fold")
 
 
-def test_all_labels_one_class_is_an_error(raw):
+def test_a_single_class_raises_an_error(raw):
     for row in raw.rows:
         row["label"] = 1
-    with pytest.raises(JobError, match="one class only"):
+    with pytest.raises(JobError, match="only one class"):
         raw.prepare()
 
 
@@ -306,7 +306,7 @@ def test_input_and_output_may_be_uris(raw):
     assert by_uri.splits == by_path.splits
 
 
-def test_a_glob_finds_images_in_subfolders_and_doubt_is_quarantined(raw):
+def test_a_glob_matches_subfolders_and_ambiguous_images_are_quarantined(raw):
     images = raw.folder / "images"
     for i in range(48):
         folder = images / f"site{i % 3}" / "photos"
@@ -323,7 +323,7 @@ def test_a_glob_finds_images_in_subfolders_and_doubt_is_quarantined(raw):
     }
     assert found["k1"][1] == "k1.jpg may be site0/photos/k1.jpg or site1/photos/k1.jpg"
     assert sum(info.num_rows for info in manifest.splits.values()) == 46
-    with pytest.raises(JobError, match="finds no file"):
+    with pytest.raises(JobError, match="matches no file"):
         raw.prepare(images=f"{images}/**/*.webp")
 
 
@@ -341,20 +341,22 @@ def test_a_column_can_hold_the_paths(raw):
     ("images", "message"),
     [("", r"prepare\.images is not set"), ("nowhere", "there is no .*nowhere")],
 )
-def test_a_missing_folder_of_images_is_an_error(raw, images, message):
+def test_a_missing_image_folder_raises_an_error(raw, images, message):
     with pytest.raises(JobError, match=message):
         raw.prepare(images=images)
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write")
-def test_a_folder_that_cannot_be_written_is_an_error(raw):
+def test_a_read_only_folder_raises_an_error(raw):
     raw.out().mkdir(mode=0o500)
     with pytest.raises((JobError, OSError), match="Permission"):
         raw.prepare()
 
 
-def test_the_command_line_shows_what_it_made(raw, monkeypatch, capsys):
+def test_the_command_line_prints_a_summary(raw, monkeypatch, capsys):
     raw.image("k1", b"no photo")
+    for i, row in enumerate(raw.rows):
+        row |= {"": i, "town": "Lima"}
     raw.prepare(max_bad_fraction=0.1)
     capsys.readouterr()
     flags = {
@@ -365,16 +367,18 @@ def test_the_command_line_shows_what_it_made(raw, monkeypatch, capsys):
         "max_bad_fraction": 0.1,
     }
     arguments = [f"--prepare.{name}={value}" for name, value in flags.items()]
+    arguments.append("--data.categorical=town")
     monkeypatch.setattr(sys, "argv", ["prepare", *arguments])
     main(RunSpec, prepare, job.__doc__)
     shown = capsys.readouterr().out
     assert f"Prepared {raw.out('shown')}" in shown
     assert "splits: by hash of key, seed 0" in shown
-    assert "numeric columns: area, rooms" in shown
+    assert "numeric columns: area, rooms, ''\n" in shown
+    assert "categorical column town: 1 word\n" in shown
     assert f"quarantine: unreadable_image 1 ({raw.out('shown')}/quarantine/part" in shown
 
 
-def test_the_command_line_says_what_is_wrong_in_one_line(tmp_path):
+def test_the_command_line_reports_an_error_in_one_line(tmp_path):
     table = str(tmp_path / "none.csv")
     flags = ["--prepare.table", table, "--prepare.images", str(tmp_path), "--prepare.source=folder"]
     command = [sys.executable, "-m", "ray_jobs.prepare", *flags]
@@ -383,7 +387,7 @@ def test_the_command_line_says_what_is_wrong_in_one_line(tmp_path):
     assert ended.stderr == f"error: the table {table} does not exist\n"
 
 
-@pytest.mark.skipif(not HOUSES.exists(), reason="the houses data is not here")
+@pytest.mark.skipif(not HOUSES.exists(), reason="needs the houses data")
 def test_the_houses_are_prepared(tmp_path):
     section = {
         "images": str(HOUSES / "images"),

@@ -1,4 +1,4 @@
-"""What is kept when rows are added, changed or removed, and when a prepare was interrupted."""
+"""Tests which files `prepare` keeps when rows change, and when an earlier run was interrupted."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -33,23 +33,23 @@ def shards_with(raw: Raw, manifest: Manifest, key: str) -> set[str]:
     }
 
 
-def whole(folder: Path) -> dict[str, bytes]:
+def all_files(folder: Path) -> dict[str, bytes]:
     return files(folder) | {"manifest.json": (folder / "manifest.json").read_bytes()}
 
 
-def test_the_same_again_keeps_every_file(raw):
+def test_preparing_the_same_data_again_keeps_every_file(raw):
     raw.image("k5", b"no photo")
     raw.prepare(max_bad_fraction=0.1)
-    before = whole(raw.out())
+    before = all_files(raw.out())
     times = {path: path.stat().st_mtime_ns for path in raw.out().glob("t*/*.parquet")}
     raw.prepare(max_bad_fraction=0.1)
-    assert whole(raw.out()) == before
+    assert all_files(raw.out()) == before
     assert {path: path.stat().st_mtime_ns for path in times} == times
 
 
-def test_where_nothing_is_to_be_done_no_ray_is_asked_for(raw, monkeypatch):
+def test_ray_is_not_started_if_there_is_nothing_to_do(raw, monkeypatch):
     before = raw.prepare()
-    monkeypatch.delattr(prepare_job.cluster, "connected")
+    monkeypatch.delattr(prepare_job.connection, "connected")
     assert raw.prepare() == before
 
 
@@ -68,7 +68,7 @@ def test_new_rows_go_into_additional_shards(raw):
 
 
 @pytest.mark.parametrize(("column", "value"), [("area", "77"), ("label", None), ("area", "")])
-def test_a_changed_row_rewrites_its_shard_and_no_other(raw, column, value):
+def test_a_changed_row_rewrites_only_its_shard(raw, column, value):
     before = raw.prepare()
     row = raw.rows[10]
     row[column] = 1 - row["label"] if value is None else value
@@ -82,7 +82,7 @@ def test_a_changed_row_rewrites_its_shard_and_no_other(raw, column, value):
     assert after.cuts == before.cuts
 
 
-def test_a_row_that_is_gone_leaves_the_data(raw):
+def test_a_row_removed_from_the_table_is_removed_from_the_data(raw):
     before = raw.prepare()
     lost = shards_with(raw, before, "k20")
     del raw.rows[20]
@@ -92,11 +92,11 @@ def test_a_row_that_is_gone_leaves_the_data(raw):
     assert sum(info.num_rows for info in after.splits.values()) == 47
 
 
-def test_statistics_and_counts_are_over_all_rows_as_if_prepared_at_once(raw):
+def test_statistics_and_counts_cover_old_and_new_rows(raw):
     raw.prepare()
     raw.add(range(48, 90))
     again = raw.prepare()
-    # Cuts are of the first rows: splits are compared within what they are.
+    # The cuts come from the first rows, so prepare the same splits at once by a column.
     for row in raw.rows:
         row["fold"] = split_of(raw.out(), again)[row["key"]]
     at_once = raw.prepare("once", split_column="fold")
@@ -109,7 +109,7 @@ def test_statistics_and_counts_are_over_all_rows_as_if_prepared_at_once(raw):
     "change",
     [{"store": "raw"}, {"image_size": 16}, {"jpeg_quality": 50}, {"numeric_columns": ["rooms"]}],
 )
-def test_other_rules_write_every_shard_anew_and_keep_the_splits(raw, change):
+def test_other_settings_rewrite_every_shard_and_keep_the_splits(raw, change):
     before = raw.prepare()
     old = split_of(raw.out(), before)
     after = raw.prepare(**change)
@@ -117,20 +117,20 @@ def test_other_rules_write_every_shard_anew_and_keep_the_splits(raw, change):
     assert split_of(raw.out(), after) == old
 
 
-def test_a_shard_that_is_lost_is_written_again(raw):
+def test_a_deleted_shard_is_written_again(raw):
     before = raw.prepare()
-    expected = whole(raw.out())
+    expected = all_files(raw.out())
     path = before.splits["train"].shards[-1].path
     (raw.out() / path).unlink()
     raw.prepare()
-    assert whole(raw.out()) == expected
+    assert all_files(raw.out()) == expected
 
 
-def test_an_image_that_was_mended_comes_in(raw):
-    mended = (raw.folder / "images" / "k7.jpg").read_bytes()
+def test_a_repaired_image_is_added(raw):
+    repaired = (raw.folder / "images" / "k7.jpg").read_bytes()
     raw.image("k7", b"no photo")
     before = raw.prepare(max_bad_fraction=0.1)
-    raw.image("k7", mended)
+    raw.image("k7", repaired)
     after = raw.prepare(max_bad_fraction=0.1)
     assert quarantine(raw.out()) == {}
     assert "k7" in split_of(raw.out(), after)
@@ -138,12 +138,12 @@ def test_an_image_that_was_mended_comes_in(raw):
 
 
 class Stopped(Exception):
-    """Stands for what ends a prepare at some point."""
+    """Interrupts a prepare."""
 
 
 @pytest.fixture
 def stop_after(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Makes `prepare` end when it has learnt of some shards."""
+    """Return a function that interrupts `prepare` after some shards."""
 
     def stop(num_shards: int) -> None:
         original = prepare_job._write_shards
@@ -159,7 +159,9 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Any:
     return stop
 
 
-def test_what_was_finished_is_not_done_again_and_the_end_is_the_same(raw, stop_after, monkeypatch):
+def test_a_resumed_prepare_keeps_finished_shards_and_gives_the_same_result(
+    raw, stop_after, monkeypatch
+):
     raw.image("k5", b"no photo")
     raw.prepare("whole", max_bad_fraction=0.1)
     stop_after(3)
@@ -167,26 +169,24 @@ def test_what_was_finished_is_not_done_again_and_the_end_is_the_same(raw, stop_a
         raw.prepare(max_bad_fraction=0.1)
     assert not (raw.out() / "manifest.json").exists()
     monkeypatch.undo()
-    noted = journal.read_finished(prepare_job.Folder(raw.out()))
-    assert len(noted) >= 3
+    finished = journal.read_finished(prepare_job.Folder(raw.out()))
+    assert len(finished) >= 3
     times = {path: path.stat().st_mtime_ns for path in raw.out().glob("t*/*.parquet")}
-    # What a writer leaves that was killed within a file.
+    # A killed writer leaves a partial file.
     partial = raw.out() / "train" / "part-00000-12345678.parquet.99.partial"
     partial.write_bytes(b"PAR1")
     raw.prepare(max_bad_fraction=0.1)
-    done = {facts.shard.path for facts in noted.values() if facts.shard}
+    done = {facts.shard.path for facts in finished.values() if facts.shard}
     for path, time in times.items():
         if str(path.relative_to(raw.out())) in done:
             assert path.stat().st_mtime_ns == time
-    found, expected = whole(raw.out()), whole(raw.out("whole"))
+    found, expected = all_files(raw.out()), all_files(raw.out("whole"))
     output = f'"output": "{raw.out("whole")}"', f'"output": "{raw.out()}"'
     expected["manifest.json"] = expected["manifest.json"].decode().replace(*output).encode()
     assert found == expected
 
 
-def test_rows_that_changed_since_the_interruption_are_not_taken_from_before(
-    raw, stop_after, monkeypatch
-):
+def test_rows_changed_since_the_interruption_are_written_anew(raw, stop_after, monkeypatch):
     stop_after(6)
     with pytest.raises(Stopped):
         raw.add(range(48, 90)).prepare()
@@ -198,7 +198,7 @@ def test_rows_that_changed_since_the_interruption_are_not_taken_from_before(
     assert set(files(raw.out())) == {*shards(manifest), "quarantine/part-00000.parquet"}
 
 
-def test_a_shard_that_was_finished_and_is_damaged_is_done_again(raw, stop_after, monkeypatch):
+def test_a_finished_but_damaged_shard_is_written_again(raw, stop_after, monkeypatch):
     raw.prepare("whole")
     stop_after(5)
     with pytest.raises(Stopped):
@@ -212,7 +212,7 @@ def test_a_shard_that_was_finished_and_is_damaged_is_done_again(raw, stop_after,
     assert files(raw.out()) == files(raw.out("whole"))
 
 
-def test_a_folder_that_cannot_be_written_is_an_error_that_can_be_mended(raw):
+def test_a_folder_that_cannot_be_written_raises_an_error_and_can_be_fixed(raw):
     raw.out().mkdir()
     (raw.out() / "test").write_text("a file where a folder should be")
     with pytest.raises(JobError, match="could not be written"):
@@ -223,7 +223,7 @@ def test_a_folder_that_cannot_be_written_is_an_error_that_can_be_mended(raw):
     assert files(raw.out()) == files(raw.out("whole"))
 
 
-def test_rows_that_share_an_image_stand_in_one_split_and_stay_there(raw):
+def test_rows_that_share_an_image_stay_in_one_split(raw):
     for i, row in enumerate(raw.rows):
         row["photo"] = f"{'./' * (i % 2)}k{i % 24}.jpg"
     before = raw.prepare(image_column="photo")
@@ -234,8 +234,8 @@ def test_rows_that_share_an_image_stand_in_one_split_and_stay_there(raw):
         row["photo"] = f"k{int(row['key'][1:]) % 32}.jpg"
     new = split_of(raw.out(), raw.prepare(image_column="photo"))
     assert {key: new[key] for key in old} == old
-    stood = defaultdict(set)
+    splits_of = defaultdict(set)
     for row in raw.rows:
-        stood[row["photo"].removeprefix("./")].add(new[row["key"]])
-    assert len(stood) == 32
-    assert all(len(splits) == 1 for splits in stood.values())
+        splits_of[row["photo"].removeprefix("./")].add(new[row["key"]])
+    assert len(splits_of) == 32
+    assert all(len(splits) == 1 for splits in splits_of.values())

@@ -1,4 +1,4 @@
-"""Several images a row, raw pixels, words, and rows without a label."""
+"""Tests several images per row, raw pixels, words, and rows without a label."""
 
 import io
 import tarfile
@@ -29,7 +29,7 @@ def raw(tmp_path: Path) -> Raw:
 
 @pytest.fixture
 def homes(raw: Raw) -> Raw:
-    """Rows with two images each, by pattern."""
+    """Rows with two images each, in a folder per room."""
     for i in range(48):
         for number, room in enumerate(ROOMS):
             raw.image(f"{room}/k{i}", jpeg(1000 * number + i))
@@ -45,7 +45,7 @@ def colour(content: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))[5, 5].astype(int)
 
 
-def test_several_images_have_a_column_each_by_pattern_and_by_paths(homes):
+def test_several_images_are_found_by_pattern_or_by_columns_of_paths(homes):
     pattern = homes.prepare("a", image_columns=ROOMS, image_pattern="{image}/{key}.jpg")
     for row in homes.rows:
         row |= {room: f"{room}/{row['key']}.jpg" for room in ROOMS}
@@ -62,7 +62,7 @@ def test_several_images_have_a_column_each_by_pattern_and_by_paths(homes):
             np.testing.assert_allclose(pixel, colour(original), atol=4)
 
 
-def test_one_of_several_images_may_be_missing_but_not_all_and_none_damaged(homes):
+def test_some_of_several_images_may_be_missing_but_none_damaged(homes):
     images = homes.folder / "images"
     for row in homes.rows:
         row |= {room: f"{room}/{row['key']}.jpg" for room in ROOMS}
@@ -78,20 +78,20 @@ def test_one_of_several_images_may_be_missing_but_not_all_and_none_damaged(homes
     missing = {k: [r for r in ROOMS if row[f"image_{r}"] is None] for k, row in stored.items()}
     assert {k: rooms for k, rooms in missing.items() if rooms} == {"k1": ["bath"], "k2": ["bed"]}
     found = quarantine(homes.out())
-    assert found["k3"] == ("missing_image", "it has none of its images")
+    assert found["k3"] == ("missing_image", "the row has none of its images")
     assert found["k4"] == (
         "missing_image",
-        "none of its images is there: bath/k4.jpg, bed/k4.jpg",
+        "none of its images exists: bath/k4.jpg, bed/k4.jpg",
     )
     assert found["k5"][0] == "unreadable_image"
     assert found["k5"][1].startswith("bed, bed/k5.jpg: no image of a known format")
     assert found["k6"][0] == "image_outside_folder"
-    assert found["k6"][1].startswith("bath: '../k6.jpg' is no path inside")
+    assert found["k6"][1].startswith("bath: '../k6.jpg' is not a path inside")
     assert stored.keys() == {f"k{i}" for i in range(48)} - found.keys()
     assert len(found) == 4
 
 
-def test_a_glob_may_find_one_of_several_images_and_not_the_other(homes):
+def test_a_glob_may_match_only_one_of_several_images(homes):
     for row in homes.rows:
         row |= {room: f"{room}/{row['key']}.jpg" for room in ROOMS}
     homes.rows[1]["bath"] = "bath/none.jpg"
@@ -104,28 +104,31 @@ def test_a_glob_may_find_one_of_several_images_and_not_the_other(homes):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"image_columns": ["hall"]}, r"names 'hall': the table has no such column .*no \{image\}"),
-        ({"image_columns": ["key", "key"]}, "must be names, each once"),
-        ({"image_columns": ["area"], "image_column": "key"}, "keep one of them"),
+        (
+            {"image_columns": ["hall"]},
+            r"names 'hall', but the table has no such .*no \{image\}",
+        ),
+        ({"image_columns": ["key", "key"]}, "holds an empty or repeated name"),
+        ({"image_columns": ["area"], "image_column": "key"}, "set only one of them"),
     ],
 )
-def test_unclear_names_of_images_are_an_error(raw, options, message):
+def test_invalid_image_names_raise_an_error(raw, options, message):
     with pytest.raises(JobError, match=message):
         raw.prepare(**options)
 
 
-def test_a_number_cannot_have_the_name_of_an_image_column(homes):
+def test_a_numeric_column_cannot_have_the_name_of_an_image_column(homes):
     for row in homes.rows:
         row["image_bed"] = 1
     options = {"image_columns": ROOMS, "image_pattern": "{image}/{key}.jpg"}
-    with pytest.raises(JobError, match="'image_bed' has the name of one of the shards' own"):
+    with pytest.raises(JobError, match="'image_bed' has the name of a reserved column"):
         homes.prepare(**options)
-    with pytest.raises(JobError, match="numeric_columns names 'image_bed', which is the name of"):
+    with pytest.raises(JobError, match="names 'image_bed', which is a reserved column"):
         homes.prepare(**options, numeric_columns=["image_bed"])
     homes.prepare(**options, exclude_columns=["image_bed"])
 
 
-@pytest.mark.skipif(not HOUSES.exists(), reason="the houses data is not here")
+@pytest.mark.skipif(not HOUSES.exists(), reason="needs the houses data")
 def test_the_houses_have_four_images_each(tmp_path):
     rooms = ["bathroom", "bedroom", "frontal", "kitchen"]
     section = {
@@ -146,7 +149,7 @@ def test_the_houses_have_four_images_each(tmp_path):
     assert sum(table[f"image_{room}"].null_count for room in rooms) == 0
 
 
-def test_raw_pixels_are_those_that_would_become_a_jpeg(raw):
+def test_raw_pixels_match_the_decoded_jpegs(raw):
     manifest = raw.prepare("raw", store="raw")
     jpegs = stored_rows(raw.out("jpeg"), raw.prepare("jpeg", jpeg_quality=100))
     assert (manifest.image.encoding, manifest.image.row_bytes) == ("raw", SIZE * SIZE * 3)
@@ -164,7 +167,7 @@ def test_raw_pixels_are_those_that_would_become_a_jpeg(raw):
     assert "RLE_DICTIONARY" not in column.encodings
 
 
-def test_shards_and_row_groups_of_raw_pixels_are_no_larger_than_is_held_at_once():
+def test_shards_and_row_groups_of_raw_pixels_have_a_maximum_size():
     from ray_jobs.config.spec import PrepareSpec
     from ray_jobs.prepare.shard_writer import ShardWriter
     from ray_jobs.storage.folder import Folder
@@ -183,7 +186,7 @@ def test_shards_and_row_groups_of_raw_pixels_are_no_larger_than_is_held_at_once(
     assert rows(store="raw", image_size=20_000) == (1, 1)
 
 
-def test_words_are_stored_and_their_vocabulary_is_of_the_training_rows(raw):
+def test_words_are_stored_with_a_vocabulary_of_the_training_rows(raw):
     for i, row in enumerate(raw.rows):
         row["town"] = ("  Lima ", "Oslo", "", "Rome")[i % 4]
         row["zone"] = i % 2
@@ -202,7 +205,7 @@ def test_words_are_stored_and_their_vocabulary_is_of_the_training_rows(raw):
         assert row["zone"] == str(source[key]["zone"])
 
 
-def test_words_alone_need_no_numbers(raw):
+def test_words_need_no_numeric_columns(raw):
     for i, row in enumerate(raw.rows):
         del row["area"], row["rooms"]
         row["town"] = ("Lima", "Oslo")[i % 2]
@@ -221,17 +224,17 @@ def test_words_alone_need_no_numbers(raw):
         (["label"], {}, "names 'label', the label_column"),
         (["rooms"], {"numeric_columns": ["rooms"]}, "both name 'rooms'; a column holds"),
         (["town"], {"exclude_columns": ["town"]}, "exclude_columns both name 'town'"),
-        (["image"], {}, "names 'image', which is the name of one of the shards' own columns"),
+        (["image"], {}, "names 'image', which is a reserved column of the shards"),
     ],
 )
-def test_a_clash_of_categories_with_other_columns_is_an_error(raw, categorical, options, message):
+def test_a_categorical_column_with_another_role_raises_an_error(raw, categorical, options, message):
     for row in raw.rows:
         row |= {"town": "Lima", "image": "x"}
     with pytest.raises(JobError, match=message):
         raw.prepare(categorical=categorical, **options)
 
 
-def test_rows_without_a_label_are_bad_or_by_wish_only_set_aside(raw):
+def test_rows_without_a_label_are_bad_unless_they_are_skipped(raw):
     for row in raw.rows[::4]:
         row["label"] = ""
     message = r"12 of 48 rows \(25.0%\) cannot be used.*: missing_label 12. The first: 'k0', label"
@@ -246,7 +249,7 @@ def test_rows_without_a_label_are_bad_or_by_wish_only_set_aside(raw):
         raw.prepare(skip_unlabelled=True, max_bad_fraction=0)
 
 
-def test_a_rule_reads_text_as_numbers_and_without_one_it_is_suggested(raw):
+def test_a_number_rule_is_applied_or_suggested(raw):
     for row in raw.rows:
         row["age"] = "91-92" if row["key"] == "k3" else "50"
     manifest = raw.prepare(max_bad_fraction=0.1)
@@ -257,14 +260,14 @@ def test_a_rule_reads_text_as_numbers_and_without_one_it_is_suggested(raw):
     assert stored_rows(raw.out(), manifest)["k3"]["age"] == 91.5
 
 
-def test_rows_of_containers_are_read_in_sequence_and_images_without_a_row_reported(raw):
+def test_tars_are_read_sequentially_and_images_without_a_row_are_reported(raw):
     order = np.random.default_rng(0).permutation(48)
-    place = {}
+    position = {}
     for number, start in enumerate(range(0, 48, 16)):
         with tarfile.open(raw.folder / f"{number}.tar", "w") as tar:
             for i in [*order[start : start + 16].tolist(), *([99] if number == 1 else [])]:
                 content = jpeg(i)
-                place[f"k{i}"] = (number, len(place))
+                position[f"k{i}"] = (number, len(position))
                 info = tarfile.TarInfo(f"k{i}.jpg")
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
@@ -276,5 +279,5 @@ def test_rows_of_containers_are_read_in_sequence_and_images_without_a_row_report
     assert stored_rows(raw.out("tars"), manifest) == files_alone
     for table in shard_rows(raw.out("tars"), manifest).values():
         keys = table["key"].to_pylist()
-        assert keys == sorted(keys, key=lambda key: place[key])
+        assert keys == sorted(keys, key=lambda key: position[key])
     assert raw.prepare("tars", **options) == manifest

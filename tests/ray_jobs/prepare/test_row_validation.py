@@ -4,10 +4,11 @@ import pytest
 
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import PrepareSpec
+from ray_jobs.prepare.cell_text import TEXT, column_text
 from ray_jobs.prepare.labels import find_classes
-from ray_jobs.prepare.row_validation import Rows, read_rows
-from ray_jobs.prepare.sources.refs import ImageRefs, Source
-from ray_jobs.prepare.table import require_columns, texts_of
+from ray_jobs.prepare.row_validation import CheckedRows, read_rows
+from ray_jobs.prepare.sources.source import ImageRefs, Source
+from ray_jobs.prepare.table import require_columns
 
 
 def spec(**options: object) -> PrepareSpec:
@@ -15,9 +16,9 @@ def spec(**options: object) -> PrepareSpec:
 
 
 def source_of(table: pa.Table) -> Source:
-    """A source in which a row has an image where the column photo, if there is one, is filled."""
+    """A source whose rows have an image where the column photo, if it exists, is not empty."""
     has_photo = "photo" in table.column_names
-    paths = texts_of(table["photo"]) if has_photo else pa.array(["x"] * table.num_rows)
+    paths = column_text(table["photo"]) if has_photo else pa.array(["x"] * table.num_rows, TEXT)
     return Source(table, {"": ImageRefs(paths)}, {})
 
 
@@ -26,26 +27,26 @@ def rows_of(
     numeric: tuple[str, ...] = (),
     categorical: tuple[str, ...] = (),
     **options: object,
-) -> Rows:
+) -> CheckedRows:
     arrow, prepare = pa.table(table), spec(**options)
     require_columns(arrow, prepare, categorical)
     classes = find_classes(arrow.column(prepare.label_column), prepare)
     return read_rows(source_of(arrow), prepare, numeric, classes, categorical)
 
 
-def aside(rows: Rows) -> list[tuple[str, str] | None]:
-    return [rows.bad.get(row) for row in range(len(rows))]
+def quarantine_of(rows: CheckedRows) -> list[tuple[str, str] | None]:
+    return [rows.quarantined.get(row) for row in range(len(rows))]
 
 
-def reasons(rows: Rows) -> list[str | None]:
-    return [found and found[0] for found in aside(rows)]
+def reasons(rows: CheckedRows) -> list[str | None]:
+    return [entry and entry[0] for entry in quarantine_of(rows)]
 
 
-def test_a_rare_third_label_sets_its_rows_aside():
+def test_a_rare_third_label_quarantines_its_rows():
     keys, labels = [str(i) for i in range(200)], ["yes", "no"] * 99 + ["maybe", "n/a"]
     table = {"key": keys, "label": labels}
     rows = rows_of(table, positive_label="yes", max_bad_fraction=0.05)
-    assert rows.bad == {
+    assert rows.quarantined == {
         198: ("bad_label", "label is 'maybe', neither 'no' nor 'yes'"),
         199: ("missing_label", "label is empty"),
     }
@@ -53,7 +54,7 @@ def test_a_rare_third_label_sets_its_rows_aside():
     assert rows.good.tolist() == [True] * 198 + [False] * 2
 
 
-def test_each_bad_cell_sets_its_row_aside_with_the_value():
+def test_each_bad_cell_quarantines_its_row_with_the_value():
     table = {
         "id": ["a", None, "a", "d", "e", "f", "g", "h", "i"],
         "area": ["1", "1", "1", "one", "inf", "1e39", "NA", "1", "1"],
@@ -63,22 +64,22 @@ def test_each_bad_cell_sets_its_row_aside_with_the_value():
     }
     options = {"key_column": "id", "image_column": "photo", "split_column": "split"}
     rows = rows_of(table, ("area",), **options)
-    assert aside(rows) == [
+    assert quarantine_of(rows) == [
         None,
         ("missing_key", "row 2 has no id"),
         ("duplicate_key", "row 3 has the id of row 1"),
         ("non_numeric_text", "area is 'one'"),
-        ("non_finite_number", "area is inf, more than float32 holds"),
-        ("non_finite_number", "area is 1e39, more than float32 holds"),
+        ("non_finite_number", "area is inf, outside the range of float32"),
+        ("non_finite_number", "area is 1e39, outside the range of float32"),
         None,
-        ("missing_image", "there is no image for it"),
-        ("bad_split", "split is 'dev', none of train, validation, test"),
+        ("missing_image", "the row has no image"),
+        ("bad_split", "split is 'dev', not one of train, validation, test"),
     ]
     assert np.isnan(rows.numeric_RF[6, 0])
     assert rows.numeric_RF.dtype == np.float32
 
 
-def test_a_row_without_a_group_is_set_aside():
+def test_a_row_without_a_group_is_quarantined():
     table = {"key": ["a", "b"], "label": [0, 1], "patient": [7, None]}
     rows = rows_of(table, group_column="patient")
     assert reasons(rows) == [None, "missing_group"]
@@ -93,7 +94,7 @@ def test_rows_for_prediction_need_no_label():
     assert reasons(rows) == [None, "missing_key"]
 
 
-def test_a_column_of_dates_is_no_column_of_numbers():
+def test_a_column_of_dates_is_not_numeric():
     import datetime
 
     table = {"key": ["a", "b"], "label": [0, 1], "day": [datetime.date(2020, 1, 2)] * 2}
@@ -102,3 +103,11 @@ def test_a_column_of_dates_is_no_column_of_numbers():
     nested = {"key": ["a", "b"], "label": [0, 1], "list": [[1], [2]]}
     with pytest.raises(JobError, match="numeric column 'list' holds no numbers"):
         rows_of(nested, ("list",))
+
+
+def test_columns_of_text_may_exceed_2_gib():
+    table = {"key": ["a", "b"], "label": [0, 1], "town": ["x", None], "patient": [1, 2]}
+    rows = rows_of(table, categorical=("town",), group_column="patient")
+    taken = rows.take(np.array([1]))
+    for text in (rows.keys, rows.groups, rows.categories["town"], taken.keys):
+        assert text.type == pa.large_string()

@@ -21,32 +21,32 @@ NAMES = ("plain", "with space", "50%", "a%20b", "a#b", "a+b", "a?b", "[x]", "gr�
 
 
 @pytest.fixture(params=["path", "uri"])
-def opened(request: pytest.FixtureRequest) -> Open:
-    """Opens a local folder by its path, or by a URI."""
+def open_folder(request: pytest.FixtureRequest) -> Open:
+    """A function that opens a local folder by its path or by a URI."""
     return Folder if request.param == "path" else lambda path: Folder(f"file://{quote(str(path))}")
 
 
 @pytest.fixture
-def folder(opened: Open, tmp_path: Path) -> Folder:
-    return opened(tmp_path / "there")
+def folder(open_folder: Open, tmp_path: Path) -> Folder:
+    return open_folder(tmp_path / "folder")
 
 
-def test_what_is_written_is_read_back(folder, tmp_path):
+def test_written_content_is_read_back(folder, tmp_path):
     folder.write_bytes("deep/er/file.bin", b"\x00\xff")
     folder.write_text("text.txt", "größe\n")
     folder.write_json("value.json", {"a": [1, None, 0.1]})
     assert folder.read_bytes("deep/er/file.bin") == b"\x00\xff"
     assert folder.read_bytes("text.txt") == "größe\n".encode()
     assert folder.read_json("value.json") == {"a": [1, None, 0.1]}
-    assert (tmp_path / "there/deep/er/file.bin").read_bytes() == b"\x00\xff"
+    assert (tmp_path / "folder/deep/er/file.bin").read_bytes() == b"\x00\xff"
 
 
-def test_opening_a_folder_creates_nothing(opened, tmp_path):
-    assert opened(tmp_path / "there").is_local
+def test_opening_a_folder_creates_nothing(open_folder, tmp_path):
+    assert open_folder(tmp_path / "folder").is_local
     assert not list(tmp_path.iterdir())
 
 
-def test_names_are_those_of_all_files_below_in_order(folder):
+def test_names_are_sorted_and_include_files_in_subfolders(folder):
     for name in ("b.txt", "a/2.txt", "a/1.txt", "a/c/0.txt"):
         folder.write_text(name, name)
     assert list(folder.names()) == ["a/1.txt", "a/2.txt", "a/c/0.txt", "b.txt"]
@@ -55,12 +55,12 @@ def test_names_are_those_of_all_files_below_in_order(folder):
     assert list(folder.names("nothing")) == []
 
 
-def test_exists_knows_files_and_folders(folder):
+def test_exists_finds_files_and_folders(folder):
     folder.write_text("a/b.txt", "")
     assert [folder.exists(n) for n in ("a", "a/b.txt", "b.txt")] == [True, True, False]
 
 
-def test_delete_removes_files_and_folders_and_minds_no_missing_ones(folder):
+def test_delete_removes_files_and_folders_and_ignores_missing_ones(folder):
     for name in ("a/1.txt", "a/b/2.txt", "c.txt"):
         folder.write_text(name, "")
     for name in ("a", "c.txt", "nothing"):
@@ -69,7 +69,7 @@ def test_delete_removes_files_and_folders_and_minds_no_missing_ones(folder):
     assert not folder.exists("a")
 
 
-def test_a_folder_is_uploaded_with_all_that_is_below_and_files_come_down_again(folder, tmp_path):
+def test_a_folder_is_uploaded_with_its_subfolders_and_files_are_downloaded(folder, tmp_path):
     (tmp_path / "model/variables").mkdir(parents=True)
     (tmp_path / "model/a.txt").write_text("a")
     (tmp_path / "model/variables/b.bin").write_bytes(b"b" * 1000)
@@ -82,17 +82,17 @@ def test_a_folder_is_uploaded_with_all_that_is_below_and_files_come_down_again(f
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../x", "a/../../x", "a/..", "", ".", "//x"])
-def test_a_name_that_leaves_the_folder_is_refused(folder, name):
+def test_a_name_outside_the_folder_is_refused(folder, name):
     for use in (folder.locate, folder.read_bytes, folder.exists, folder.delete, folder.__truediv__):
-        with pytest.raises(ValueError, match="is no path inside"):
+        with pytest.raises(ValueError, match="is not a path inside"):
             use(name)
-    with pytest.raises(ValueError, match="is no path inside"):
+    with pytest.raises(ValueError, match="is not a path inside"):
         folder.write_bytes(name, b"")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_odd_characters_mean_themselves_in_folders_and_names(opened, tmp_path, name):
-    folder = opened(tmp_path / name)
+def test_special_characters_in_folders_and_names_are_literal(open_folder, tmp_path, name):
+    folder = open_folder(tmp_path / name)
     folder.write_text(f"{name}/{name}.txt", "here")
     assert (tmp_path / name / name / f"{name}.txt").read_text() == "here"
     inner = folder / name
@@ -102,7 +102,7 @@ def test_odd_characters_mean_themselves_in_folders_and_names(opened, tmp_path, n
     assert again.read_bytes(f"{name}.txt") == b"here"
 
 
-def test_a_relative_path_is_taken_from_the_current_directory_once(tmp_path, monkeypatch):
+def test_a_relative_path_is_resolved_when_the_folder_is_opened(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = Folder("runs/")
     monkeypatch.chdir("/")
@@ -111,20 +111,18 @@ def test_a_relative_path_is_taken_from_the_current_directory_once(tmp_path, monk
     assert (tmp_path / "runs/a.txt").exists()
 
 
-def test_the_home_folder_is_expanded(tmp_path, monkeypatch):
+def test_the_home_directory_is_expanded(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert Folder("~/runs").path == str(tmp_path / "runs")
 
 
-def test_a_folder_can_be_sent_to_another_process(folder):
+def test_a_folder_can_be_pickled(folder):
     folder.write_text("a.txt", "a")
     sent = pickle.loads(pickle.dumps(folder))
     assert (sent.uri, sent.read_bytes("a.txt")) == (folder.uri, b"a")
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_no_part_of_the_new(
-    folder, tmp_path, monkeypatch
-):
+def test_a_failed_write_keeps_the_old_file_and_leaves_no_partial_one(folder, tmp_path, monkeypatch):
     folder.write_text("a.txt", "old")
 
     def fail(source: str, target: str) -> None:
@@ -136,31 +134,31 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_part_of_the_new(
         with pytest.raises(OSError, match="no space left"):
             folder.write_text("a.txt", "new")
     assert folder.read_bytes("a.txt") == b"old"
-    assert os.listdir(tmp_path / "there") == ["a.txt"]
+    assert os.listdir(tmp_path / "folder") == ["a.txt"]
     folder.write_text("a.txt", "new")
     assert folder.read_bytes("a.txt") == b"new"
 
 
-def test_a_value_that_is_no_json_leaves_the_old_file(folder, tmp_path):
+def test_a_value_that_json_does_not_support_keeps_the_old_file(folder, tmp_path):
     folder.write_json("a.json", 1)
     with pytest.raises(ValueError, match="not JSON compliant"):
         folder.write_json("a.json", {"loss": math.nan})
     assert folder.read_json("a.json") == 1
-    assert os.listdir(tmp_path / "there") == ["a.json"]
+    assert os.listdir(tmp_path / "folder") == ["a.json"]
 
 
-def test_a_missing_file_is_an_error_with_its_path(folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match=str(tmp_path / "there/nothing.json")):
+def test_the_error_for_a_missing_file_contains_its_path(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match=str(tmp_path / "folder/nothing.json")):
         folder.read_json("nothing.json")
 
 
-def test_a_local_folder_needs_no_scheme_and_has_a_local_filesystem(tmp_path):
+def test_a_path_without_a_scheme_is_in_the_local_file_system(tmp_path):
     assert isinstance(Folder(tmp_path).filesystem, fs.LocalFileSystem)
     assert str(Folder(f"{tmp_path}/")) == str(tmp_path)
 
 
-def test_a_scheme_of_fsspec_is_a_folder_like_any_other():
-    folder = Folder(f"memory://{uuid.uuid4().hex}/there/")
+def test_a_folder_can_have_a_scheme_of_fsspec():
+    folder = Folder(f"memory://{uuid.uuid4().hex}/folder/")
     for name in ("b.txt", "a/2 ö%20#.txt", "a/1.txt"):
         folder.write_text(name, name)
     assert not folder.is_local
@@ -178,7 +176,7 @@ def test_a_scheme_of_fsspec_is_a_folder_like_any_other():
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[str]:
-    """The address of a web server that serves a folder."""
+    """The URL of a web server that serves a folder."""
 
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *args: object) -> None:
@@ -192,7 +190,7 @@ def served(tmp_path: Path) -> Iterator[str]:
         thread.join()
 
 
-def test_files_of_a_web_server_are_read(served, tmp_path):
+def test_files_on_a_web_server_are_read(served, tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a b.txt").write_text("here")
     folder = Folder(f"{served}/in")
@@ -203,12 +201,12 @@ def test_files_of_a_web_server_are_read(served, tmp_path):
 
 
 @pytest.mark.parametrize("uri", ["nonsense://x/y", "hf-nothing://x"])
-def test_an_unknown_scheme_is_an_error_with_the_uri(uri):
-    with pytest.raises(ValueError, match=f"{uri} cannot be opened: Protocol not known"):
+def test_the_error_for_an_unknown_scheme_contains_the_uri(uri):
+    with pytest.raises(ValueError, match=f"could not open {uri}: Protocol not known"):
         Folder(uri)
 
 
-def test_options_of_a_uri_stay_behind_the_path():
+def test_the_options_of_a_uri_stay_after_the_path():
     folder = Folder("s3://bucket/a/?endpoint_override=127.0.0.1:1&scheme=http&region=x")
     inner = folder / "b c"
     assert inner.uri == "s3://bucket/a/b%20c?endpoint_override=127.0.0.1:1&scheme=http&region=x"
@@ -231,7 +229,7 @@ def test_options_of_a_uri_stay_behind_the_path():
         ),
     ],
 )
-def test_a_glob_is_a_folder_and_a_pattern(location, base, pattern):
+def test_a_glob_is_split_into_a_folder_and_a_pattern(location, base, pattern):
     assert split_glob(location) == (base, pattern)
 
 
@@ -246,7 +244,7 @@ def test_a_file_is_split_into_its_folder_and_its_name(tmp_path, monkeypatch, opt
     assert split_file("/x.tar")[0].path == "/"
 
 
-def test_a_folder_whose_name_looks_like_a_glob_is_that_folder(tmp_path):
+def test_an_existing_folder_whose_name_looks_like_a_glob_is_not_split(tmp_path):
     (tmp_path / "a[1]{x}").mkdir()
     assert split_glob(f"{tmp_path}/a[1]{{x}}") == (f"{tmp_path}/a[1]{{x}}", None)
 
@@ -261,11 +259,11 @@ def test_a_folder_whose_name_looks_like_a_glob_is_that_folder(tmp_path):
         ("{a,b}{0..1}.tar", ["a0.tar", "a1.tar", "b0.tar", "b1.tar"]),
     ],
 )
-def test_braces_stand_for_names(pattern, names):
+def test_braces_are_expanded(pattern, names):
     assert expand_braces(pattern) == names
 
 
-def test_braces_that_hold_neither_a_range_nor_a_list_are_an_error():
+def test_braces_without_a_range_or_a_list_are_an_error():
     with pytest.raises(ValueError, match=r"a range such as \{000..012\} .*, not \{key\}"):
         expand_braces("{key}.jpg")
 
@@ -276,5 +274,5 @@ def test_braces_that_hold_neither_a_range_nor_a_list_are_an_error():
      ("**/*.jpg", "a/b/c.jpg", True), ("a?.jpg", "ab.jpg", True), ("a?.jpg", "a/.jpg", False),
      ("[!a]*", "b", True), ("[!a]*", "ab", False), ("a.b", "axb", False)],
 )  # fmt: skip
-def test_globs_find_names(pattern, name, fits):
+def test_globs_match_names(pattern, name, fits):
     assert bool(re.fullmatch(glob_regex(pattern), name)) is fits

@@ -1,4 +1,4 @@
-"""What Ray's job server answers, of jobs whose fate a test writes down. The client is Ray's own."""
+"""A fake of Ray's job server for jobs that a test defines; its client is Ray's own."""
 
 import asyncio
 import threading
@@ -16,20 +16,21 @@ class JobServer:
         self.jobs: dict[str, dict[str, Any]] = {}
         self.logs: dict[str, str] = {}
         self.tails: dict[str, list[tuple[str, bool]]] = {}
-        """Of each connection that follows a log what it brings, and whether it breaks then."""
-        self.sent: list[dict[str, Any]] = []
-        """Bodies of the jobs that were sent."""
+        """For each connection that follows a log: the text it sends, and whether it then breaks."""
+        self.submitted: list[dict[str, Any]] = []
+        """Request bodies of the submitted jobs."""
         self.uploads = 0
         self.on_tail: Callable[[str], None] = lambda job: None
-        self.log_of_sent = ""
+        self.log_of_submitted = ""
+        """Log of the jobs that are submitted."""
         self.broken = 0
-        """Answers to come that are the error of a server on its way up."""
+        """Number of next responses that are the error of a starting server."""
         self.silent_s = 0.0
-        """For how long nothing comes on a connection before it ends."""
+        """Seconds without data before a log connection ends."""
         self.address = ""
 
     def add(self, job: str, status: str, log: str = "", **details: Any) -> None:
-        """Put a job there."""
+        """Add a job."""
         self.logs[job] = log
         self.jobs[job] = {
             "type": "SUBMISSION",
@@ -52,7 +53,7 @@ class JobServer:
 
     async def _run(self, ready: threading.Event) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        app = web.Application(middlewares=[self._let_in, self._break], client_max_size=1 << 28)
+        app = web.Application(middlewares=[self._authenticate, self._fail], client_max_size=1 << 28)
         app.add_routes(
             [
                 web.get("/api/version", self._version),
@@ -77,7 +78,7 @@ class JobServer:
         await runner.cleanup()
 
     @web.middleware
-    async def _let_in(self, request: web.Request, handler: Any) -> web.StreamResponse:
+    async def _authenticate(self, request: web.Request, handler: Any) -> web.StreamResponse:
         given = request.headers.get("Authorization", "")
         if self.token and not given:
             return web.Response(status=401, text="Unauthorized: Missing authentication token")
@@ -86,7 +87,7 @@ class JobServer:
         return await handler(request)
 
     @web.middleware
-    async def _break(self, request: web.Request, handler: Any) -> web.StreamResponse:
+    async def _fail(self, request: web.Request, handler: Any) -> web.StreamResponse:
         if self.broken and not request.path.startswith("/api/version"):
             self.broken -= 1
             return web.Response(status=503, text="No head yet")
@@ -107,13 +108,13 @@ class JobServer:
 
     async def _submit(self, request: web.Request) -> web.Response:
         body = await request.json()
-        self.sent.append(body)
-        job = body.get("submission_id") or f"sent_{len(self.sent)}"
+        self.submitted.append(body)
+        job = body.get("submission_id") or f"job_{len(self.submitted)}"
         if job in self.jobs:
             text = f"Traceback (most recent call last):\nValueError: Job {job} already exists."
             return web.Response(status=500, text=text)
         kept = {name: body.get(name) for name in ("entrypoint", "metadata", "runtime_env")}
-        self.add(job, "SUCCEEDED", self.log_of_sent, driver_exit_code=0, **kept)
+        self.add(job, "SUCCEEDED", self.log_of_submitted, driver_exit_code=0, **kept)
         return web.json_response({"submission_id": job, "job_id": job})
 
     async def _job(self, request: web.Request) -> web.Response:

@@ -1,4 +1,4 @@
-"""`python -m ray_jobs.submit`, here and as a program of its own."""
+"""Runs `python -m ray_jobs.submit`, in this process or as a subprocess."""
 
 import os
 import signal
@@ -15,21 +15,21 @@ from tests.ray_jobs.submit.job_server import JobServer
 ROOT = Path(__file__).parents[3]
 SPEC = "ray_jobs/specs/houses.yaml"
 SHARED = ("--run.storage_path", "/shared/runs", "--run.name", "first")
-OF_THE_CLIENT = [
-    # Ray's own client gives aiohttp no context where it wants the usual one,
+IGNORED_WARNINGS = [
+    # Ray's client passes a deprecated default to aiohttp.
     pytest.mark.filterwarnings("ignore:ssl=None is deprecated:DeprecationWarning"),
-    # and leaves it to the collector to close a connection that it is told to leave.
+    # Ray's client leaves an abandoned connection to the garbage collector.
     pytest.mark.filterwarnings("ignore:Unclosed connection:ResourceWarning"),
 ]
 
 
 def run(server: JobServer, *arguments: str) -> int:
-    return submit_job.command(["--address", server.address, *arguments])()
+    return submit_job.parse(["--address", server.address, *arguments])()
 
 
 def program(*arguments: str, **variables: str) -> tuple[int, str, str]:
-    """Return exit status, stdout and stderr of it, in the project's folder."""
-    return outcome(arguments, ROOT, without_ray() | variables)
+    """Run it in the project's folder; return exit status, stdout and stderr."""
+    return run_program(arguments, ROOT, without_ray() | variables)
 
 
 def without_ray() -> dict[str, str]:
@@ -39,8 +39,8 @@ def without_ray() -> dict[str, str]:
 def start(
     arguments: tuple[str, ...], folder: Path, environment: Mapping[str, str]
 ) -> subprocess.Popen[str]:
-    """Start it in a folder, whose own ray_jobs it is if there is one."""
-    # Whoever runs the tests in the background lets them ignore Ctrl-C, and that is inherited.
+    """Start it in a folder; a copy of ray_jobs in the folder takes precedence."""
+    # Tests in the background ignore Ctrl-C, which the subprocess would inherit.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return subprocess.Popen(
@@ -55,10 +55,10 @@ def start(
         signal.signal(signal.SIGINT, before)
 
 
-def outcome(
+def run_program(
     arguments: tuple[str, ...], folder: Path, environment: Mapping[str, str]
 ) -> tuple[int, str, str]:
-    """Return exit status, stdout and stderr of it."""
+    """Run it in a folder; return exit status, stdout and stderr."""
     with start(arguments, folder, environment) as process:
         out, err = process.communicate()
     return process.returncode, out, err

@@ -1,4 +1,4 @@
-"""What is sent to a cluster, what is refused before, and who is let in."""
+"""Submitting jobs: command line, upload and authentication."""
 
 import json
 from collections.abc import Iterator
@@ -12,10 +12,10 @@ from ray_jobs.config.errors import JobError, UsageError
 from ray_jobs.submit import job as submit_job
 from ray_jobs.submit.client import server_address
 from tests.ray_jobs.submit.job_server import JobServer
-from tests.ray_jobs.submit.submitting import OF_THE_CLIENT, ROOT, SHARED, SPEC, program, run
+from tests.ray_jobs.submit.submitting import IGNORED_WARNINGS, ROOT, SHARED, SPEC, program, run
 
-pytestmark = OF_THE_CLIENT
-NOBODY = "http://127.0.0.1:1"
+pytestmark = IGNORED_WARNINGS
+NO_SERVER = "http://127.0.0.1:1"
 
 
 # -- the command line -----------------------------------------------------------------------------
@@ -30,61 +30,61 @@ NOBODY = "http://127.0.0.1:1"
         (["--working-dir", "a-b", "train", "--no-wait"], ["--working_dir", "a-b"], ["--no-wait"]),
     ],
 )
-def test_own_flags_end_at_the_verb(line, flags, rest):
+def test_the_flags_of_submit_end_at_the_verb(line, flags, rest):
     assert submit_job.split(line) == (flags, "train", rest)
 
 
-def test_a_line_of_flags_alone_has_no_verb():
+def test_flags_without_a_verb_are_a_usage_error():
     assert submit_job.split(["--address"]) == (["--address"], "", [])
-    with pytest.raises(UsageError, match="the verb is missing"):
-        submit_job.command([])
+    with pytest.raises(UsageError, match=r"no verb \(accepted: prepare, "):
+        submit_job.parse([])
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("trian", r"'trian' is no verb; did you mean 'train'\? \(accepted: prepare, .*fetch\)"),
-        ("--adress x train", r"--adress is no flag; did you mean 'address'\?"),
-        ("--address head:8265 list", r"address='head:8265': is the URL of a dashboard, such as"),
-        ("train --no-wait", r"--no-wait is submit's own flag; put it before train"),
-        ("train --address http://head:8265", r"--address is submit's own flag"),
-        ("train --train.epoch 3", r"--train\.epoch is no flag; did you mean 'train\.epochs'"),
+        ("trian", r"unknown verb 'trian'; did you mean 'train'\? \(accepted: prepare, .*fetch\)"),
+        ("--adress x train", r"unknown flag --adress; did you mean 'address'\?"),
+        ("--address head:8265 list", r"address='head:8265': must be the URL of a dashboard, such"),
+        ("train --no-wait", r"--no-wait is a flag of submit; put it before train"),
+        ("train --address http://head:8265", r"--address is a flag of submit"),
+        ("train --train.epoch 3", r"unknown flag --train\.epoch; did you mean 'train\.epochs'"),
         ("train --train.epochs 0", r"train\.epochs='0': "),
-        ("evaluate --data /d --output /o", r"run: is required; give it as --run"),
+        ("evaluate --data /d --output /o", r"run is required; set it with --run"),
         ("evaluate --run /r --data /d --output /o --address http://head:8265",
-         r"address='http://head:8265': a job uses the cluster that it is sent to, which --address"),
-        ("doctor --address http://head:8265", r"address='http://head:8265': a job uses"),
+         r"address='http://head:8265': a submitted job uses the cluster that it runs on"),
+        ("doctor --address http://head:8265", r"address='http://head:8265': a submitted job uses"),
         (f"train {SPEC} --run.storage_path /r --run.address ray://head", r"run\.address='ray://he"),
-        (f"train {SPEC}", r"run\.storage_path='runs' is relative, and a job works in a copy of"),
+        (f"train {SPEC}", r"run\.storage_path='runs' is relative, but a submitted job runs in"),
         (f"prepare {SPEC}", r"prepare\.output='runs/houses-prepared' is relative"),
         ("predict --run /r --data /d --output ~/out", r"output='~/out' is relative"),
         ("inspect prepared", r"output='prepared' is relative"),
-        ("--env NO_SUCH_THING train --run.storage_path /r", r"env: NO_SUCH_THING not set here"),
-        ("--working_dir nowhere train", r"working_dir='nowhere' is no folder"),
-        ("stop", r"id: is required; give it as ID or --id"),
+        ("--env NO_SUCH_THING train --run.storage_path /r", r"env=NO_SUCH_THING is not set in"),
+        ("--working_dir nowhere train", r"working_dir='nowhere' is not a folder"),
+        ("stop", r"id is required; set it with ID or --id"),
         ("stop one two", r"unexpected argument 'two'"),
-        ("demo", r"'demo' is no verb"),
+        ("demo", r"unknown verb 'demo'"),
     ],
 )  # fmt: skip
-def test_wrong_usage_says_what_is_wrong(line, message):
+def test_a_usage_error_names_the_problem(line, message):
     with pytest.raises(UsageError, match=message):
-        submit_job.command(line.split())
+        submit_job.parse(line.split())
 
 
-def test_a_specification_elsewhere_does_not_go_along(tmp_path):
+def test_a_spec_file_outside_the_uploaded_folder_is_refused(tmp_path):
     (tmp_path / "own.yaml").write_text("run: {storage_path: /shared/runs}")
-    with pytest.raises(UsageError, match=r"own\.yaml is not in /.*, which goes along with the job"):
-        submit_job.command(["train", str(tmp_path / "own.yaml")])
-    job = submit_job.checked("train", [str(tmp_path / "own.yaml"), *SHARED], tmp_path)
-    assert job.arguments[0] == job.spec == "own.yaml"
+    with pytest.raises(UsageError, match=r"own\.yaml is not in /.*, the folder that is uploaded"):
+        submit_job.parse(["train", str(tmp_path / "own.yaml")])
+    job = submit_job.make_job("train", [str(tmp_path / "own.yaml"), *SHARED], tmp_path)
+    assert job.arguments[0] == job.spec_file == "own.yaml"
 
 
-def test_a_job_has_a_name_so_that_its_summary_is_found():
-    job = submit_job.checked("train", [SPEC, *SHARED], ROOT)
+def test_a_run_without_a_name_is_given_one_so_that_its_summary_can_be_found():
+    job = submit_job.make_job("train", [SPEC, *SHARED], ROOT)
     assert job.entrypoint == f"python -m ray_jobs.train {SPEC} {' '.join(SHARED)}"
     assert job.metadata == {"folder": "/shared/runs", "summary": "first/summary.json"}
     assert job.results == "/shared/runs/first"
-    job = submit_job.checked("tune", ["--run.storage_path", "s3://b/r?region=x"], ROOT)
+    job = submit_job.make_job("tune", ["--run.storage_path", "s3://b/r?region=x"], ROOT)
     *words, flag, name = job.arguments
     assert (words, flag) == (["--run.storage_path", "s3://b/r?region=x"], "--run.name")
     assert job.summary == f"{name}/summary.json"
@@ -100,21 +100,21 @@ def test_a_job_has_a_name_so_that_its_summary_is_found():
         ("prepare --prepare.output gs://b/p", "gs://b/p", None),
     ],
 )
-def test_where_results_go(line, folder, summary):
+def test_the_folder_and_the_summary_of_results_are_known(line, folder, summary):
     verb, *words = line.split()
-    job = submit_job.checked(verb, words, ROOT)
+    job = submit_job.make_job(verb, words, ROOT)
     assert (job.folder, job.results, job.summary) == (folder, folder, summary)
     assert job.arguments == tuple(words)
 
 
-def test_words_with_blanks_come_to_the_job_as_they_are():
+def test_arguments_with_spaces_are_quoted():
     words = ["--run.storage_path", "/shared/my runs", "--run.name", "a b"]
-    assert submit_job.checked("train", words, ROOT).entrypoint == (
+    assert submit_job.make_job("train", words, ROOT).entrypoint == (
         "python -m ray_jobs.train --run.storage_path '/shared/my runs' --run.name 'a b'"
     )
 
 
-def test_help_is_of_submit_or_of_the_verb():
+def test_help_describes_submit_or_the_given_verb():
     assert submit_job.help_text(["--help"]).startswith(
         "usage: python -m ray_jobs.submit [--key value"
     )
@@ -124,7 +124,7 @@ def test_help_is_of_submit_or_of_the_verb():
     assert "--train.epochs INT" in of_train
 
 
-def test_the_address_is_the_given_one_then_the_environments_then_here(monkeypatch):
+def test_the_address_is_given_or_from_the_environment_or_local(monkeypatch):
     assert server_address(None) == "http://127.0.0.1:8265"
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
     assert server_address(None) == "http://127.0.0.1:8265"
@@ -135,10 +135,10 @@ def test_the_address_is_the_given_one_then_the_environments_then_here(monkeypatc
     assert server_address("http://c:1") == "http://c:1"
 
 
-# -- what goes along ------------------------------------------------------------------------------
+# -- upload ---------------------------------------------------------------------------------------
 
 
-def test_excludes_and_variables_come_from_runtime_env_yaml_and_no_secret_goes_along(monkeypatch):
+def test_runtime_env_yaml_sets_excludes_and_variables_and_secrets_are_not_sent(monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     environment = packaging.runtime_env(ROOT, ())
     assert ".venv" in environment["excludes"]
@@ -149,22 +149,24 @@ def test_excludes_and_variables_come_from_runtime_env_yaml_and_no_secret_goes_al
     assert named["env_vars"] == environment["env_vars"] | {"AWS_SECRET_ACCESS_KEY": "secret"}
 
 
-def test_this_project_is_small_and_goes_whole():
+def test_the_upload_of_this_project_is_complete_and_small():
     environment = packaging.runtime_env(ROOT, ())
-    sizes = packaging._sent_bytes(ROOT, environment["excludes"])
-    assert {"ray_jobs/train/job.py", "mm_model/model.py", "ray_jobs/pages/page.css"} < set(sizes)
+    sizes = packaging._upload_sizes(ROOT, environment["excludes"])
+    project = [path for name in ("mm_model", "ray_jobs") for path in (ROOT / name).rglob("*.py")]
+    assert {path.relative_to(ROOT).as_posix() for path in project} < set(sizes)
+    assert "ray_jobs/pages/page.css" in sizes
     assert not [name for name in sizes if name.startswith((".git/", ".venv/")) or ".pyc" in name]
-    assert sum(sizes.values()) < packaging.MOST_BYTES / 10
+    assert sum(sizes.values()) < packaging.MAX_UPLOAD_BYTES / 10
 
 
-def test_the_limit_is_rays():
+def test_the_upload_limit_is_that_of_ray():
     from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE
 
-    assert packaging.MOST_BYTES == DASHBOARD_CLIENT_MAX_SIZE
+    assert packaging.MAX_UPLOAD_BYTES == DASHBOARD_CLIENT_MAX_SIZE
 
 
 def big(folder: Path) -> None:
-    """Make a folder too large by files that take no room on the disk."""
+    """Make a folder too large, with sparse files that use no disk space."""
     (folder / "photos").mkdir()
     (folder / ".gitignore").write_text("runs/\n")
     for name, size in {"photos/a": 90, "photos/b": 60, "c": 20, "d.yaml": 0}.items():
@@ -172,49 +174,49 @@ def big(folder: Path) -> None:
             file.truncate(size * 10**6)
 
 
-def test_a_folder_that_is_too_large_is_refused_and_its_largest_entries_are_named(tmp_path):
+def test_a_folder_that_is_too_large_is_refused_with_its_largest_entries(tmp_path):
     big(tmp_path)
     environment: dict[str, Any] = {"working_dir": str(tmp_path)}
     message = (
-        r"holds 170\.0 MB to send, and Ray takes 104\.9 MB; leave out .*by `excludes` in "
+        r"has 170\.0 MB to upload, and Ray accepts at most 104\.9 MB; exclude .*by `excludes` in "
         r"runtime_env\.yaml or by \.gitignore. The largest are photos/ \(150\.0 MB\), c \(20\.0 MB"
     )
     with pytest.raises(JobError, match=message):
-        packaging.require_sendable(environment)
-    packaging.require_sendable(environment | {"excludes": ["photos/a"]})
+        packaging.require_uploadable(environment)
+    packaging.require_uploadable(environment | {"excludes": ["photos/a"]})
 
 
-def test_a_specification_that_is_left_out_is_refused(tmp_path):
+def test_an_excluded_spec_file_is_refused(tmp_path):
     big(tmp_path)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "best.yaml").touch()
     environment: dict[str, Any] = {"working_dir": str(tmp_path), "excludes": ["photos"]}
-    packaging.require_sendable(environment, "d.yaml")
-    with pytest.raises(JobError, match=r"runs/best\.yaml does not go with the job: runtime_env"):
-        packaging.require_sendable(environment, "runs/best.yaml")
+    packaging.require_uploadable(environment, "d.yaml")
+    with pytest.raises(JobError, match=r"runs/best\.yaml is not uploaded with the job"):
+        packaging.require_uploadable(environment, "runs/best.yaml")
 
 
-def test_nothing_is_sent_of_what_is_too_large(server, tmp_path):
+def test_nothing_is_sent_of_a_folder_that_is_too_large(server, tmp_path):
     big(tmp_path)
-    with pytest.raises(JobError, match="Ray takes"):
+    with pytest.raises(JobError, match="Ray accepts at most"):
         run(server, "--working-dir", str(tmp_path), "train", *SHARED)
-    assert (server.uploads, server.sent) == (0, [])
+    assert (server.uploads, server.submitted) == (0, [])
 
 
-# -- the program ----------------------------------------------------------------------------------
+# -- subprocess -----------------------------------------------------------------------------------
 
 
-def test_no_server_is_one_line_with_a_remedy_and_exit_status_1():
-    status, out, err = program("list", RAY_API_SERVER_ADDRESS=NOBODY)
+def test_a_missing_server_is_one_line_with_a_remedy_and_exit_status_1():
+    status, out, err = program("list", RAY_API_SERVER_ADDRESS=NO_SERVER)
     assert (status, out) == (1, "")
-    assert err.startswith(f"error: no Ray dashboard answers at {NOBODY}; name it by --address or ")
+    assert err.startswith(f"error: could not connect to a Ray dashboard at {NO_SERVER}; set ")
     assert err.count("\n") == 1
 
 
-def test_wrong_usage_exits_with_2_and_asks_nobody():
-    status, out, err = program("train", "--train.epoch", "3", RAY_API_SERVER_ADDRESS=NOBODY)
+def test_a_usage_error_exits_with_2_without_a_connection():
+    status, out, err = program("train", "--train.epoch", "3", RAY_API_SERVER_ADDRESS=NO_SERVER)
     assert (status, out) == (2, "")
-    assert err.startswith("error: --train.epoch is no flag; did you mean 'train.epochs'?")
+    assert err.startswith("error: unknown flag --train.epoch; did you mean 'train.epochs'?")
     assert err.endswith("\nSee python -m ray_jobs.submit --help.\n")
 
 
@@ -226,7 +228,7 @@ def guarded() -> Iterator[JobServer]:
 
 
 @pytest.mark.parametrize("where", ["variable", "path", "home"])
-def test_a_token_is_taken_from_where_ray_looks_for_one(guarded, tmp_path, where):
+def test_a_token_is_read_from_each_place_where_ray_looks(guarded, tmp_path, where):
     (tmp_path / ".ray").mkdir()
     file = tmp_path / (".ray/auth_token" if where == "home" else "token")
     file.write_text("right")
@@ -244,19 +246,19 @@ def test_a_token_is_taken_from_where_ray_looks_for_one(guarded, tmp_path, where)
     ("variables", "message"),
     [
         ({"RAY_AUTH_TOKEN": "wrong"},
-         "URL does not let us in: the token in $RAY_AUTH_TOKEN is not the cluster's (there `ray "
-         "get-auth-token` shows it); set $RAY_AUTH_TOKEN to the cluster's, or $RAY_AUTH_TOKEN_PATH "
-         "to a file with it"),
-        ({}, "URL does not let us in: it wants a token, and there is none here; set $RAY_AUTH_TOKEN"
-         " to the cluster's, or $RAY_AUTH_TOKEN_PATH to a file with it"),
+         "URL denied access: the token in $RAY_AUTH_TOKEN is not the cluster's, which `ray "
+         "get-auth-token` prints there; set $RAY_AUTH_TOKEN to the cluster's token, or "
+         "$RAY_AUTH_TOKEN_PATH to a file that contains it"),
+        ({}, "URL denied access: it requires a token, and none was found; set $RAY_AUTH_TOKEN to "
+         "the cluster's token, or $RAY_AUTH_TOKEN_PATH to a file that contains it"),
         ({"RAY_AUTH_TOKEN": "right", "RAY_AUTH_MODE": "disabled"},
-         "URL does not let us in: it wants a token, and RAY_AUTH_MODE=disabled keeps that in "
-         "$RAY_AUTH_TOKEN back; unset it"),
+         "URL denied access: it requires a token, but RAY_AUTH_MODE=disabled ignores "
+         "$RAY_AUTH_TOKEN; unset the mode"),
         ({"RAY_AUTH_TOKEN_PATH": "/no/token"},
-         "$RAY_AUTH_TOKEN_PATH=/no/token is no file; it should hold the cluster's token"),
+         "$RAY_AUTH_TOKEN_PATH=/no/token is not a file; it must contain the cluster's token"),
     ],
 )  # fmt: skip
-def test_who_is_not_let_in_is_told_in_one_line_what_to_do(guarded, tmp_path, variables, message):
+def test_denied_access_is_one_line_with_a_remedy(guarded, tmp_path, variables, message):
     address = ("--address", guarded.address)
     status, out, err = program(*address, "list", HOME=str(tmp_path), **variables)
     assert (status, out) == (1, "")

@@ -1,4 +1,4 @@
-"""Jobs that a real head runs, from a clean working directory, and what is left of them."""
+"""Jobs that a real head runs from a clean working directory, and what remains of them."""
 
 import json
 import re
@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from tests.ray_jobs.raw import Raw
-from tests.ray_jobs.submit.submitting import outcome, start
+from tests.ray_jobs.submit.submitting import run_program, start
 from tests.ray_jobs.tiny import write_prepared
 from tests.ray_jobs.trained import damage_image
 
@@ -28,21 +28,21 @@ MODEL = {
     "fusion": {"units": 8},
 }
 TRAIN = {"num_workers": 2, "global_batch_size": 8, "epochs": 2}
-LEFT = """
+REMAINS = """
 import json
 from ray.util.state import list_actors, list_placement_groups
-# One a cluster, without a CPU, from the first job that reads data on.
-rays = ("_StatsActor", "ActorLocationTracker", "_AutoscalingCoordinatorActor")
+# Ray keeps one of each per cluster, without a CPU, after the first job that reads data.
+permanent = ("_StatsActor", "ActorLocationTracker", "_AutoscalingCoordinatorActor")
 actors = [actor.class_name for actor in list_actors(limit=1000) if actor.state != "DEAD"]
 print(json.dumps({
-    "actors": [name for name in actors if name not in rays],
+    "actors": [name for name in actors if name not in permanent],
     "groups": [g.placement_group_id for g in list_placement_groups() if g.state != "REMOVED"],
 }))
 """
 
 
 class Client:
-    """Somebody with a clean copy of the project, and a head to send jobs to."""
+    """A user with a clean copy of the project and a cluster."""
 
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
         self.folder, self.environment = folder, environment
@@ -53,26 +53,26 @@ class Client:
 
     def run(self, *arguments: str, **variables: str) -> tuple[int, str, str]:
         """Return exit status, stdout and stderr."""
-        return outcome(arguments, self.folder, self.environment | variables)
+        return run_program(arguments, self.folder, self.environment | variables)
 
     def succeed(self, *arguments: str) -> str:
-        """Return what a job that succeeds prints."""
+        """Return the output of a job that must succeed."""
         status, out, err = self.run(*arguments)
         assert status == 0, out + err
         assert "Traceback" not in out + err
         return out
 
-    def left(self) -> dict[str, list[str]]:
-        """Return what lives in the cluster; what ends with a job has a moment to do so."""
-        left: dict[str, list[str]] = {}
+    def remains(self) -> dict[str, list[str]]:
+        """Return what is alive in the cluster, after a grace period for the end of jobs."""
+        remains: dict[str, list[str]] = {}
         for _ in range(20):
-            command = [sys.executable, "-c", LEFT]
+            command = [sys.executable, "-c", REMAINS]
             printed = subprocess.run(command, env=self.environment, capture_output=True, check=True)
-            left = json.loads(printed.stdout.splitlines()[-1])
-            if not any(left.values()):
+            remains = json.loads(printed.stdout.splitlines()[-1])
+            if not any(remains.values()):
                 break
             time.sleep(1)
-        return left
+        return remains
 
 
 @pytest.fixture(scope="module")
@@ -88,12 +88,12 @@ def client(head, tmp_path_factory) -> Client:
 
 
 def summary_in(out: str) -> dict[str, Any]:
-    """Return what is printed after a job's log."""
+    """Return the summary, which follows the job's log."""
     return json.loads(out[out.rindex("\n{\n") :])
 
 
 @pytest.mark.timeout(1800)
-def test_every_job_goes_to_success_from_a_clean_working_directory(client, tmp_path):
+def test_every_job_succeeds_from_a_clean_working_directory(client, tmp_path):
     raw = Raw(tmp_path / "raw").add(range(120))
     prepare = raw.spec(image_size=16).prepare.model_dump(mode="json", exclude_defaults=True)
     tree = {
@@ -107,7 +107,7 @@ def test_every_job_goes_to_success_from_a_clean_working_directory(client, tmp_pa
             "budget": {"trials": 2},
         },
     }
-    # It is nowhere but in what is sent.
+    # It exists only in the uploaded folder.
     spec = client.write("small.yaml", tree)
 
     client.succeed("prepare", spec)
@@ -131,13 +131,13 @@ def test_every_job_goes_to_success_from_a_clean_working_directory(client, tmp_pa
     listed = [re.split(" *│ *", line) for line in client.succeed("list").splitlines()]
     jobs = [(row[5].partition(" ")[0], row[2]) for row in listed if "small.yaml" in str(row)]
     assert jobs == [(verb, "SUCCEEDED") for verb in ("prepare", "train", "tune")]
-    # What read the summaries is gone.
+    # The jobs that read the summaries were deleted.
     assert not [row for row in listed if "ray_jobs.submit.summary" in str(row)]
-    assert client.left() == {"actors": [], "groups": []}
+    assert client.remains() == {"actors": [], "groups": []}
 
 
 def test_a_failing_job_ends_with_its_workers_first_error(client, tmp_path):
-    # As nobody notices from outside: what is wrong shows when a worker decodes it.
+    # The damage is found only when a worker decodes the image.
     manifest = write_prepared(tmp_path / "prepared", {"train": 40, "validation": 12, "test": 4})
     damage_image(tmp_path / "prepared", manifest, "train", shard=0, row=3)
     spec = client.write("damaged.yaml", {"model": MODEL, "train": TRAIN})
@@ -149,10 +149,10 @@ def test_a_failing_job_ends_with_its_workers_first_error(client, tmp_path):
         out.splitlines()[-1],
     ), out
     assert re.fullmatch(r"error: job raysubmit_\w+ failed with exit status 1", err.splitlines()[-1])
-    assert client.left() == {"actors": [], "groups": []}
+    assert client.remains() == {"actors": [], "groups": []}
 
 
-def test_a_job_goes_on_without_its_client_until_it_is_stopped(client, tmp_path):
+def test_a_job_continues_without_its_client_until_it_is_stopped(client, tmp_path):
     write_prepared(tmp_path / "prepared", {"train": 400, "validation": 40, "test": 4})
     long = TRAIN | {"epochs": 1000, "patience": 1000}
     spec = client.write("long.yaml", {"model": MODEL, "train": long})
@@ -167,7 +167,7 @@ def test_a_job_goes_on_without_its_client_until_it_is_stopped(client, tmp_path):
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err.startswith("error: job long goes on without this terminal\n")
+    assert err.startswith("error: job long continues without this terminal\n")
     assert client.succeed("status", "long") == "RUNNING\n"
 
     status, _, err = client.run("stop", "long")
@@ -177,13 +177,13 @@ def test_a_job_goes_on_without_its_client_until_it_is_stopped(client, tmp_path):
     assert "saving a checkpoint" in out
     assert out.endswith("error: stopped; the same command again goes on with the run\n"), out
     assert list((tmp_path / "long" / "checkpoints").rglob("*")), out
-    assert client.left() == {"actors": [], "groups": []}
+    assert client.remains() == {"actors": [], "groups": []}
 
 
 def test_a_wrong_token_is_refused(client):
     status, out, err = client.run("list", RAY_AUTH_TOKEN="f" * 64)
     assert (status, out) == (1, "")
-    assert "does not let us in: the token in $RAY_AUTH_TOKEN is not the cluster's" in err
+    assert "denied access: the token in $RAY_AUTH_TOKEN is not the cluster's" in err
     status, out, err = client.run("train", "--run.storage_path", "/r", RAY_AUTH_TOKEN="f" * 64)
     assert (status, out) == (1, "")
     assert err.count("\n") == 1

@@ -3,43 +3,43 @@ import asyncio
 from ray_jobs.train.coordinator import StopRequest
 
 
-def test_a_worker_learns_of_a_stop_and_that_it_is_over(coordinator):
+def test_a_worker_sees_a_stop_request_until_the_next_attempt(coordinator):
     import ray
 
-    asked = StopRequest(coordinator)
-    assert asked() is False
-    ray.get(coordinator.ask_to_stop.remote())
-    while not asked():
+    stop_requested = StopRequest(coordinator)
+    assert stop_requested() is False
+    ray.get(coordinator.request_stop.remote())
+    while not stop_requested():
         pass
-    ray.get(coordinator.begin.remote())
-    while asked():
+    ray.get(coordinator.begin_attempt.remote())
+    while stop_requested():
         pass
 
 
-def test_a_worker_does_not_wait_for_an_answer_that_is_late(ray_local):
+def test_a_worker_does_not_wait_for_a_late_answer(ray_local):
     import ray
 
     @ray.remote(num_cpus=0)
-    class Late:
-        """Answers when it may."""
+    class SlowCoordinator:
+        """Answers only once it is released."""
 
         def __init__(self) -> None:
-            self.may = asyncio.Event()
+            self.released = asyncio.Event()
 
-        async def answer(self) -> None:
-            self.may.set()
+        async def release(self) -> None:
+            self.released.set()
 
-        async def asked_to_stop(self) -> bool:
-            await self.may.wait()
+        async def stop_requested(self) -> bool:
+            await self.released.wait()
             return True
 
-    late = Late.remote()
-    asked = StopRequest(late)
-    assert [asked(), asked()] == [False, False]
-    ray.get(late.answer.remote())
-    while not asked():
+    slow = SlowCoordinator.remote()
+    stop_requested = StopRequest(slow)
+    assert [stop_requested(), stop_requested()] == [False, False]
+    ray.get(slow.release.remote())
+    while not stop_requested():
         pass
-    ray.kill(late)
-    # A coordinator that is lost asks nobody to stop.
-    while asked():
+    ray.kill(slow)
+    # A lost coordinator requests no stop.
+    while stop_requested():
         pass

@@ -105,12 +105,12 @@ def test_a_step_has_one_gradient_collective(seen, scenario):
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_no_row_is_dropped_or_doubled_where_nothing_divides(seen, num_workers):
     facts = [seen[f"uneven-{num_workers}-{rank}"] for rank in range(num_workers)]
-    order = TrainingSampler.of(seen["manifest"].splits["train"], 14, 0, DataSpec())
+    sampler = TrainingSampler.of(seen["manifest"].splits["train"], 14, 0, DataSpec())
     trained, validated = Counter(), [Counter() for _ in range(8)]
     for fact in facts:
         batches = iter(fact["rows"])
         for epoch in range(8):
-            for _ in range(order.num_steps(epoch)):
+            for _ in range(sampler.num_steps(epoch)):
                 rows = next(batches)
                 assert len(rows) == 14 // num_workers
                 trained.update(rows)
@@ -231,10 +231,10 @@ def test_a_backbone_is_frozen_and_thawed(seen_slowly, scenario, stem):
 
 
 def test_pixels_become_a_tensor_without_a_copy_and_other_arrays_with_one():
-    from ray_jobs.data.reader import aligned
+    from ray_jobs.data.decoder import aligned_array
     from ray_jobs.train.device_batch import as_tensor
 
-    pixels = aligned((2, 5, 5, 3))
+    pixels = aligned_array((2, 5, 5, 3))
     pixels[:] = np.arange(150).reshape(pixels.shape)
     shifted = np.zeros(151, np.uint8)[1:]
     shared, copied = as_tensor(pixels), as_tensor(shifted)

@@ -41,7 +41,7 @@ def rows(num_rows: int, seed: int, dtype=np.float32) -> tuple[np.ndarray, np.nda
     return label.astype(np.int8), (1 / (1 + np.exp(-2 * logit))).astype(dtype)
 
 
-def scikit_learns(label, probability, threshold) -> dict:
+def reference_metrics(label, probability, threshold) -> dict:
     probability = probability.astype(np.float64)
     called = probability >= threshold
     true, mean = calibration.calibration_curve(label, probability, n_bins=ECE_BINS)
@@ -69,7 +69,7 @@ def scikit_learns(label, probability, threshold) -> dict:
 def test_metrics_equal_those_of_scikit_learn(num_rows, threshold, dtype):
     label, probability = rows(num_rows, seed=num_rows, dtype=dtype)
     found = binary_metrics(label, probability, threshold)
-    for name, value in scikit_learns(label, probability, threshold).items():
+    for name, value in reference_metrics(label, probability, threshold).items():
         assert found[name] == pytest.approx(value, abs=1e-6), name
     confusion = metrics.confusion_matrix(label, probability.astype(np.float64) >= threshold)
     assert found["confusion"] == confusion.tolist()
@@ -78,29 +78,29 @@ def test_metrics_equal_those_of_scikit_learn(num_rows, threshold, dtype):
     assert found["threshold"] == threshold
 
 
-def test_metrics_have_the_keys_of_the_contract_and_go_into_json():
+def test_metrics_have_the_documented_keys_and_are_valid_json():
     label, probability = rows(50, seed=1)
     found = binary_metrics(label[:, None], probability[:, None], 0.5)
     assert list(found) == KEYS
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
-def test_sure_and_tied_probabilities_equal_those_of_scikit_learn():
+def test_metrics_of_certain_and_tied_probabilities_equal_those_of_scikit_learn():
     label = np.array([0, 1, 0, 1, 1, 0])
     probability = np.array([0.0, 1.0, 1.0, 0.0, 0.5, 0.5])
     found = binary_metrics(label, probability, 0.5)
-    for name, value in scikit_learns(label, probability, 0.5).items():
+    for name, value in reference_metrics(label, probability, 0.5).items():
         assert found[name] == pytest.approx(value, abs=1e-6), name
 
 
-def test_a_row_at_the_threshold_counts_as_positive():
+def test_a_row_at_the_threshold_is_predicted_positive():
     assert binary_metrics(np.array([1, 0]), np.array([0.3, 0.2]), 0.3)["confusion"] == [
         [1, 0],
         [0, 1],
     ]
 
 
-def test_a_float32_probability_just_below_a_threshold_that_float32_cannot_hold_is_negative():
+def test_a_float32_probability_just_below_a_float64_threshold_is_negative():
     just_below = np.float32(0.7)
     assert float(just_below) < 0.7
     label, probability = np.array([1, 0]), np.array([just_below, 0.1], np.float32)
@@ -114,7 +114,7 @@ def test_a_float32_probability_just_below_a_threshold_that_float32_cannot_hold_i
         (1, {"balanced_accuracy", "roc_auc"}),
     ],
 )
-def test_rows_of_one_class_leave_undefined_metrics_null_without_a_warning(only, undefined):
+def test_metrics_that_need_both_classes_are_null_without_a_warning(only, undefined):
     probability = np.array([0.2, 0.4, 0.9])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -125,19 +125,19 @@ def test_rows_of_one_class_leave_undefined_metrics_null_without_a_warning(only, 
     assert found["accuracy"] == pytest.approx([2 / 3, 1 / 3][only])
 
 
-def test_precision_is_zero_where_nothing_is_called_positive():
+def test_precision_is_zero_if_no_row_is_predicted_positive():
     found = binary_metrics(np.array([0, 1]), np.array([0.1, 0.2]), 0.5)
     assert (found["precision"], found["recall"], found["f1"]) == (0.0, 0.0, 0.0)
 
 
-def test_calibration_error_of_known_bins_is_their_weighted_gap():
-    # Three rows at 0.1, of which one is positive; one row at 0.9, which is not.
+def test_the_calibration_error_is_the_weighted_gap_of_the_bins():
+    # Three rows at 0.1, one of them positive, and one negative row at 0.9.
     label, probability = np.array([0, 0, 1, 0]), np.array([0.1, 0.1, 0.1, 0.9])
     expected = (3 * abs(0.1 - 1 / 3) + 1 * 0.9) / 4
     assert expected_calibration_error(label, probability) == pytest.approx(expected)
 
 
-def test_validation_metrics_are_those_of_the_evaluation():
+def test_validation_metrics_equal_those_of_the_evaluation():
     label, probability = rows(100, seed=3)
     whole = binary_metrics(label, probability, 0.5)
     found = validation_metrics(label, probability)
@@ -147,7 +147,7 @@ def test_validation_metrics_are_those_of_the_evaluation():
 
 @pytest.mark.parametrize("by", ["f1", "balanced_accuracy"])
 @pytest.mark.parametrize("seed", range(5))
-def test_the_chosen_threshold_is_the_best_of_all_probabilities(by, seed):
+def test_the_chosen_threshold_maximizes_the_metric(by, seed):
     label, probability = rows(60, seed)
     chosen = choose_threshold(label, probability, by)
     scores = {float(p): binary_metrics(label, probability, float(p))[by] for p in probability}
@@ -159,46 +159,46 @@ def test_the_chosen_threshold_is_the_best_of_all_probabilities(by, seed):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_no_row_stands_on_the_chosen_threshold_where_rounding_could_turn_it(seed):
+def test_rounding_does_not_change_predictions_at_the_chosen_threshold(seed):
     label, probability = rows(60, seed)
     chosen = choose_threshold(label, probability, "f1")
     rounded = probability.astype(np.float32)
     np.testing.assert_array_equal(rounded >= chosen, probability >= chosen)
 
 
-def test_a_threshold_that_is_given_is_kept():
+def test_a_given_threshold_is_returned_unchanged():
     label, probability = rows(10, seed=0)
     assert choose_threshold(label, probability, 0.37) == 0.37
 
 
 @pytest.mark.parametrize("only", [0, 1])
 @pytest.mark.parametrize("by", ["f1", "balanced_accuracy"])
-def test_a_threshold_is_chosen_from_rows_of_one_class_too(by, only):
+def test_a_threshold_can_be_chosen_from_rows_of_one_class(by, only):
     chosen = choose_threshold(np.full(3, only), np.array([0.3, 0.45, 0.6]), by)
     assert chosen == pytest.approx(0.525) or chosen in (0.15, 0.375)
 
 
-def test_a_threshold_by_an_unknown_metric_is_refused():
-    with pytest.raises(ValueError, match="by f1 or balanced_accuracy, not by 'recall'"):
+def test_an_unknown_threshold_metric_is_rejected():
+    with pytest.raises(ValueError, match="must be f1 or balanced_accuracy, not 'recall'"):
         choose_threshold(np.array([0, 1]), np.array([0.1, 0.9]), "recall")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     ("label", "probability", "message"),
     [
-        ([], [], "got 0 labels and 0 probabilities"),
-        ([0, 1], [0.5], "got 2 labels and 1 probabilities"),
+        ([], [], "at least one, got 0 and 0"),
+        ([0, 1], [0.5], "as many labels as probabilities and at least one, got 2 and 1"),
         ([0, 2], [0.5, 0.5], r"labels must be 0 or 1, got \[0, 2\]"),
         ([0, 1], [0.5, np.nan], r"between 0 and 1, got \[nan\]"),
         ([0, 1], [0.5, 1.5], r"between 0 and 1, got \[1.5\]"),
     ],
 )
-def test_rows_that_have_no_metrics_are_refused_by_name(label, probability, message):
+def test_invalid_rows_are_rejected_with_their_values(label, probability, message):
     with pytest.raises(ValueError, match=message):
         binary_metrics(np.array(label), np.array(probability), 0.5)
 
 
-def test_the_interval_of_a_gain_is_that_of_scipys_paired_bootstrap():
+def test_the_interval_of_a_gain_equals_scipys_paired_bootstrap():
     rng = np.random.default_rng(0)
     label = np.arange(120) % 3 == 0
     ours = label + rng.normal(size=120)

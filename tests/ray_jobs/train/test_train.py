@@ -249,7 +249,7 @@ def test_the_first_failing_workers_own_words_are_what_the_user_sees(
             {"data.categorical": ["colour"]},
             r"names \['colour'\], of which .* no words \(it has none",
         ),
-        ({"train.global_batch_size": 128}, "global_batch_size=128 is more than the 101 rows"),
+        ({"train.global_batch_size": 128}, "global_batch_size=128 exceeds the 101 rows"),
     ],
 )
 def test_what_the_data_cannot_give_is_said_before_a_worker_is_started(tmp_path, changes, message):
@@ -272,7 +272,9 @@ def test_numbers_that_are_not_there_are_missed_before_a_worker_is_started(tmp_pa
 
 def test_more_workers_than_the_cluster_has_cpus_for_are_refused(ray_local, tmp_path):
     prepared_in(tmp_path)
-    with pytest.raises(JobError, match=r"needs 17 CPUs .* lower num_workers or cpus_per_worker"):
+    with pytest.raises(
+        JobError, match=r"num_workers=16 .* need 17 CPUs .* the cluster has 5; lower"
+    ):
         fit(spec_in(tmp_path, train__num_workers=16))
 
 

@@ -1,7 +1,7 @@
-"""A search on a cluster without nodes, whose autoscaler brings them and takes them away again.
+"""Runs a search on a cluster whose autoscaler adds nodes and removes them again.
 
-Run as a program, since a client's authentication is settled when Ray is imported. Prints how many
-nodes there were before, at the most, and after, and how the trials ended.
+A program of its own, because Ray reads the client's authentication when it is imported. Prints the
+number of nodes before, at most and after, and the final states of the trials.
 """
 
 import json
@@ -16,9 +16,9 @@ from typing import Any
 def main(folder: Path, address: str) -> dict[str, Any]:
     import ray
 
-    from tests.ray_jobs.tune.searches import prepared_in, run_search, spec_in
+    from tests.ray_jobs.tune.searches import prepare_in, run_search, spec_in
 
-    prepared_in(folder)
+    prepare_in(folder)
     ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
 
     def nodes() -> int:
@@ -26,12 +26,12 @@ def main(folder: Path, address: str) -> dict[str, Any]:
 
     before, most, done = nodes(), 0, threading.Event()
 
-    def look() -> None:
+    def watch_nodes() -> None:
         nonlocal most
         while not done.wait(0.5):
             most = max(most, nodes())
 
-    watch = threading.Thread(target=look)
+    watch = threading.Thread(target=watch_nodes)
     watch.start()
     search = run_search(spec_in(folder, run__address=address))
     done.set()

@@ -1,14 +1,13 @@
-"""Searches of tiny trials, and whether anything of them is left."""
+"""Runs searches of tiny trials, and checks that nothing of them remains on the cluster."""
 
 import time
 from pathlib import Path
 from typing import Any
 
 from ray_jobs.config.spec import RunSpec
-from ray_jobs.data.manifest import Manifest, read_manifest
-from ray_jobs.storage.folder import Folder
-from ray_jobs.train.job import resolved
-from ray_jobs.tune.job import trials_of
+from ray_jobs.data.manifest import Manifest
+from ray_jobs.train.job import open_run
+from ray_jobs.tune import job
 from ray_jobs.tune.results.search_state import Search
 from ray_jobs.tune.search.space import Space
 from tests.ray_jobs.tiny import write_prepared
@@ -20,7 +19,7 @@ SPACE = {
 
 
 def spec_in(folder: Path, **changes: Any) -> RunSpec:
-    """Return a search over the data in a folder; `tune__scheduler="pbt"` changes a setting."""
+    """Return a search on the data in a folder; `tune__scheduler="pbt"` changes a setting."""
     tree = {
         "run": {"storage_path": str(folder / "runs"), "name": "search"},
         "data": {"prepared": str(folder / "prepared")},
@@ -36,29 +35,26 @@ def spec_in(folder: Path, **changes: Any) -> RunSpec:
     return spec.overlay({name.replace("__", "."): value for name, value in changes.items()})
 
 
-def prepared_in(folder: Path) -> Manifest:
+def prepare_in(folder: Path) -> Manifest:
+    """Write prepared data for `spec_in`."""
     return write_prepared(folder / "prepared", {"train": 64, "validation": 32, "test": 32})
 
 
 def run_search(spec: RunSpec) -> Search:
-    """Run the trials of a search, in the Ray that is there."""
-    spec = resolved(spec)
-    return trials_of(spec, read_manifest(Folder(spec.data.prepared)), Space(spec))
+    """Run the trials of a search on the connected Ray."""
+    run = open_run(spec)
+    return job.run_search(run, Space(run.spec))
 
 
 def require_nothing_left(timeout_s: float = 20.0) -> None:
-    """Wait until the cluster is empty again: no actor, no placement group, all resources free.
-
-    Raises:
-        AssertionError: naming what is left.
-    """
+    """Wait until no actor and no placement group remains and all resources are free."""
     deadline = time.monotonic() + timeout_s
-    while (left := _left()) and time.monotonic() < deadline:
+    while (left := _remaining()) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not left, left
 
 
-def _left() -> dict[str, Any]:
+def _remaining() -> dict[str, Any]:
     import ray
     from ray.util import placement_group_table
     from ray.util.state import list_actors
@@ -69,9 +65,9 @@ def _left() -> dict[str, Any]:
     total, free = ray.cluster_resources(), ray.available_resources()
     held = {name: total[name] - free.get(name, 0) for name in ("CPU", "GPU") if name in total}
     left = {
-        # Ray Data keeps a few detached ones of its own, without CPUs, for the cluster's life.
+        # Ray Data keeps some detached actors without CPUs while the cluster exists.
         "actors": [actor.class_name for actor in actors if not actor.is_detached],
         "placement groups": [state for state in groups if state != "REMOVED"],
         "held": {name: amount for name, amount in held.items() if amount > 1e-6},
     }
-    return {what: found for what, found in left.items() if found}
+    return {kind: items for kind, items in left.items() if items}

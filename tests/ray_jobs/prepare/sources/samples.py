@@ -1,4 +1,4 @@
-"""Images and tables of a few rows, in every container."""
+"""Images and tables of a few rows, in every format."""
 
 import io
 import tarfile
@@ -10,7 +10,7 @@ from PIL import Image
 
 from ray_jobs.config.spec import PrepareSpec
 from ray_jobs.data.images import BadImage
-from ray_jobs.prepare.sources.refs import Source
+from ray_jobs.prepare.sources.source import Source
 
 
 def spec(**options: object) -> PrepareSpec:
@@ -18,7 +18,7 @@ def spec(**options: object) -> PrepareSpec:
 
 
 def jpeg(seed: int, size: int = 8) -> bytes:
-    """Return a JPEG that is another for each seed."""
+    """Return a JPEG that differs for each seed."""
     pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
     content = io.BytesIO()
     Image.fromarray(pixels).save(content, "JPEG")
@@ -44,12 +44,12 @@ def write_csv(path: Path, columns: dict[str, list]) -> str:
 
 
 def read_all(source: Source, image: str = "", rows: list[int] | None = None) -> list:
-    """Return the images of a source in the table's order; a bad one by its reason."""
+    """Return the images of a source in the order of its table, or the reason of a bad image."""
     refs = source.images[image]
     assert len(refs) == source.table.num_rows
     refs = refs if rows is None else refs.take(rows)
-    found = source.readers[image].read(refs)
-    return [image.reason if isinstance(image, BadImage) else image for image in found]
+    images = source.readers[image].read(refs)
+    return [image.reason if isinstance(image, BadImage) else image for image in images]
 
 
 def columns(table: pa.Table) -> dict[str, list]:

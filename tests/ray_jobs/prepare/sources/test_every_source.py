@@ -1,4 +1,4 @@
-"""The same rows from every kind of source become the same prepared rows."""
+"""The same rows from every kind of source give the same prepared rows."""
 
 import io
 import json
@@ -12,9 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from ray_jobs.config.spec import RunSpec
+from ray_jobs.config.spec import PrepareSpec, RunSpec
 from ray_jobs.data.manifest import Manifest
 from ray_jobs.prepare.job import prepare
+from ray_jobs.prepare.sources import open_source
 from tests.ray_jobs.prepare.sources.samples import jpeg, write_csv, write_tar
 
 pytestmark = pytest.mark.usefixtures("ray_local")
@@ -91,12 +92,12 @@ def prepared(folder: Path, paths: dict[str, Any]) -> Manifest:
 
 
 def rows_of(folder: Path, manifest: Manifest) -> dict[str, tuple[Any, ...]]:
-    found = {}
+    rows = {}
     for split, info in manifest.splits.items():
         for shard in info.shards:
             for row in pq.read_table(folder / "out" / shard.path).to_pylist():
-                found[row["key"]] = (split, row["image"], row["area"], row["label"])
-    return found
+                rows[row["key"]] = (split, row["image"], row["area"], row["label"])
+    return rows
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +117,12 @@ def test_every_kind_of_source_gives_the_same_rows(
     assert manifest.numeric_columns == ("area",)
     assert manifest.quarantine == {}
     assert rows_of(tmp_path, manifest) == expected
+
+
+@pytest.mark.parametrize("write", KINDS)
+def test_paths_of_images_may_exceed_2_gib(tmp_path, write: Callable[[Path], dict[str, Any]]):
+    source = open_source(PrepareSpec.model_validate(write(tmp_path)))
+    assert source.images[""].path.type == pa.large_string()
 
 
 def test_rows_of_an_imagefolder_stay_in_the_splits_of_its_folders(tmp_path):

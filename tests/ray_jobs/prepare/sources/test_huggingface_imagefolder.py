@@ -11,7 +11,7 @@ from tests.ray_jobs.prepare.sources.samples import columns, jpeg, read_all, spec
 
 
 def opened(folder: Path, **options: object):
-    return open_source(spec(images=str(folder), **options), (), True)
+    return open_source(spec(images=str(folder), **options))
 
 
 def write_images(folder: Path, *names: str) -> None:
@@ -33,7 +33,7 @@ def write_metadata(folder: Path, kind: str, rows: dict[str, list]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
-def test_metadata_names_the_images_and_what_it_does_not_name_is_reported(tmp_path, kind):
+def test_metadata_names_the_images_and_other_images_are_reported(tmp_path, kind):
     write_images(tmp_path, "a.jpg", "in/b.jpg", "c.png")
     rows = {"file_name": ["./in/b.jpg", "a.jpg", "gone.jpg"], "x": [1, 2, 3], "label": [0, 1, 0]}
     write_metadata(tmp_path, kind, rows)
@@ -44,10 +44,10 @@ def test_metadata_names_the_images_and_what_it_does_not_name_is_reported(tmp_pat
     assert list(found) == ["file_name", "x", "label", "key"]
     assert read_all(source) == [jpeg(1), jpeg(0), "missing_image"]
     assert source.unmatched == (("c.png", "no_record", "the metadata does not name it"),)
-    assert not source.readers[""].in_containers
+    assert not source.images[""].in_containers
 
 
-def test_a_key_column_of_the_metadata_stays_the_key(tmp_path):
+def test_a_key_column_in_the_metadata_is_the_key(tmp_path):
     write_images(tmp_path, "a.jpg")
     write_metadata(tmp_path, "csv", {"file_name": ["a.jpg"], "id": ["17"]})
     assert columns(opened(tmp_path, key_column="id").table)["id"] == ["17"]
@@ -72,7 +72,7 @@ def test_split_folders_become_a_column_and_part_of_the_key(tmp_path):
         (["cat/0.jpg", "stray.jpg"], ["cat", None], None),
     ],
 )
-def test_without_metadata_folders_are_the_classes(tmp_path, names, labels, splits):
+def test_without_metadata_the_folders_are_classes(tmp_path, names, labels, splits):
     write_images(tmp_path, *names)
     (tmp_path / "README.md").write_text("not an image")
     source = opened(tmp_path, label_column="kind")
@@ -82,7 +82,7 @@ def test_without_metadata_folders_are_the_classes(tmp_path, names, labels, split
     assert source.unmatched == ()
 
 
-def test_several_images_a_row_are_columns_of_file_names(tmp_path):
+def test_several_images_per_row_are_columns_of_file_names(tmp_path):
     write_images(tmp_path, "a.jpg", "b.jpg")
     rows = {"front_file_name": ["a.jpg", "b.jpg"], "back": ["b.jpg", None], "x": [1, 2]}
     write_metadata(tmp_path, "jsonl", rows)
@@ -92,7 +92,7 @@ def test_several_images_a_row_are_columns_of_file_names(tmp_path):
     assert columns(source.table)["key"] == ["a.jpg", "b.jpg"]
 
 
-def test_a_path_that_leaves_the_folder_names_no_image(tmp_path):
+def test_a_path_outside_the_folder_names_no_image(tmp_path):
     write_images(tmp_path, "secret.jpg", "in/a.jpg")
     write_metadata(tmp_path / "in", "csv", {"file_name": ["../secret.jpg", "a.jpg"]})
     assert read_all(opened(tmp_path / "in")) == ["missing_image", jpeg(1)]
@@ -102,7 +102,7 @@ def test_a_path_that_leaves_the_folder_names_no_image(tmp_path):
     ("files", "options", "message"),
     [
         ({"a.txt": ""}, {}, "there are no images"),
-        ({"a.jpg": ""}, {}, r"neither metadata \(metadata.csv, .*\) nor a folder for each class"),
+        ({"a.jpg": ""}, {}, r"neither metadata \(metadata.csv, .*\) nor a folder per class"),
         ({"a.jpg": "", "metadata.csv": "file\na.jpg\n"}, {}, "no column 'file_name'"),
         ({"a.jpg": "", "metadata.csv": "file_name\nb.jpg\n"}, {}, "b.jpg is not in .*, a.jpg is"),
         ({"a.jpg": "", "metadata.jsonl": "{}\n["}, {}, "metadata.jsonl, line 2 cannot be read"),
@@ -111,7 +111,7 @@ def test_a_path_that_leaves_the_folder_names_no_image(tmp_path):
         ({"c/a.jpg": ""}, {"image_columns": ["a"]}, "needs an ImageFolder with metadata"),
     ],
 )
-def test_what_is_not_there_is_an_error(tmp_path, files, options, message):
+def test_missing_files_and_columns_raise_an_error(tmp_path, files, options, message):
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -119,6 +119,6 @@ def test_what_is_not_there_is_an_error(tmp_path, files, options, message):
         opened(tmp_path, **options)
 
 
-def test_a_folder_that_is_none_is_an_error(tmp_path):
+def test_a_missing_folder_raises_an_error(tmp_path):
     with pytest.raises(JobError, match="there is no folder"):
         opened(tmp_path / "none")

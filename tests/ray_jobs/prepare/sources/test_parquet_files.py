@@ -7,14 +7,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from ray_jobs.config.errors import JobError
+from ray_jobs.prepare.cell_text import TEXT
 from ray_jobs.prepare.sources.parquet_files import ParquetReader, open_source
-from ray_jobs.prepare.sources.refs import ImageRefs
+from ray_jobs.prepare.sources.source import ImageRefs
 from ray_jobs.storage.folder import Folder
 from tests.ray_jobs.prepare.sources.samples import columns, jpeg, read_all, spec, write_csv
 
 
 def opened(**options: object):
-    return open_source(spec(**options), (), True)
+    return open_source(spec(**options))
 
 
 @pytest.fixture
@@ -38,16 +39,16 @@ def files(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["", "/*.parquet", "/part-{0..2}.parquet"])
-def test_the_rows_are_the_table_and_hold_their_images(files, where):
+def test_rows_give_both_the_table_and_the_images(files, where):
     source = opened(images=f"{files}{where}")
     assert source.table.column_names == ["key", "x", "note", "label"]
     assert columns(source.table)["key"] == list(range(210))
-    assert source.readers[""].in_containers
+    assert source.images[""].in_containers
     assert read_all(source) == [jpeg(i) for i in range(210)]
     assert source.unmatched == ()
 
 
-def test_any_rows_in_any_order_are_read(files):
+def test_rows_are_read_in_any_order(files):
     source = opened(images=str(files))
     rows = np.random.default_rng(0).integers(0, 210, 60)
     assert read_all(source, rows=list(rows)) == [jpeg(i) for i in rows]
@@ -57,7 +58,7 @@ def test_any_rows_in_any_order_are_read(files):
     assert read == [jpeg(i) for i in ascending]
 
 
-def test_a_table_is_joined_by_key_and_both_sides_report_what_is_left(files, tmp_path):
+def test_a_table_is_joined_by_key_and_unmatched_images_are_reported(files, tmp_path):
     keys = [209, 3, 1000, 3]
     table = write_csv(tmp_path / "data/t.csv", {"key": keys, "y": [1, 2, 3, 4]})
     source = opened(images=str(files), table=table)
@@ -67,13 +68,13 @@ def test_a_table_is_joined_by_key_and_both_sides_report_what_is_left(files, tmp_
     assert unmatched == [str(i) for i in range(210) if i not in keys]
 
 
-def test_the_table_may_stand_in_the_same_folder_as_another_parquet_file(files):
+def test_the_table_may_be_a_parquet_file_in_the_image_folder(files):
     pq.write_table(pa.table({"key": [7], "y": [1.5]}), files / "table.parquet")
     source = opened(images=str(files), table=str(files / "table.parquet"))
     assert read_all(source) == [jpeg(7)]
 
 
-def test_hugging_face_structs_and_several_images_a_row_are_read(tmp_path):
+def test_hugging_face_structs_and_several_images_per_row_are_read(tmp_path):
     front = [{"bytes": jpeg(i), "path": f"{i}.jpg"} for i in range(5)]
     back = [jpeg(10), None, b"", jpeg(13), jpeg(14)]
     pq.write_table(pa.table({"front": front, "back": back, "key": list("abcde")}),
@@ -91,7 +92,7 @@ def test_hugging_face_structs_and_several_images_a_row_are_read(tmp_path):
     assert [key for key, _, _ in joined.unmatched] == ["a", "b", "d", "e"]
 
 
-def test_files_may_differ_in_the_columns_of_their_table(tmp_path):
+def test_files_may_have_different_columns(tmp_path):
     for name, extra in (("a", {"x": [1], "s": ["t"]}), ("b", {"x": [0.5], "s": [2], "z": [True]})):
         table = pa.table({"key": [name], "image": [b"i"], **extra})
         pq.write_table(table, tmp_path / f"{name}.parquet")
@@ -106,15 +107,15 @@ def test_files_may_differ_in_the_columns_of_their_table(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"image_column": "imge"}, r"has no column 'imge'.*'image'.*\(there are: image\)"),
-        ({"image_column": "x"}, "has in column 'x' values of type double"),
+        ({"image_column": "imge"}, r"has no column 'imge'.*'image'.*\(columns of bytes: image\)"),
+        ({"image_column": "x"}, "has values of type double in column 'x'"),
         ({"image_columns": ["image", "back"]}, "has no column 'back'"),
         ({"images": "/*.tar"}, "there are no Parquet files"),
         ({"images": "/none"}, "there is no such file or folder"),
         ({"table": "t.csv", "key_column": "id"}, "part-0.parquet has no column 'id'"),
     ],
 )
-def test_what_is_not_there_is_an_error_that_says_what_is(files, options, message):
+def test_missing_files_and_columns_raise_an_error_with_the_existing_ones(files, options, message):
     write_csv(files / "t.csv", {"id": [1]})
     options = {"images": "", **options}
     options["images"] = f"{files}{options['images']}"
@@ -124,7 +125,7 @@ def test_what_is_not_there_is_an_error_that_says_what_is(files, options, message
         opened(**options)
 
 
-def test_a_damaged_file_is_an_error_when_opened_and_bad_images_when_read(files):
+def test_a_damaged_file_raises_an_error_when_opened_and_gives_bad_images_when_read(files):
     source = opened(images=str(files))
     path = files / "part-1.parquet"
     content = bytearray(path.read_bytes())
@@ -144,14 +145,14 @@ def test_a_damaged_file_is_an_error_when_opened_and_bad_images_when_read(files):
     assert read_all(source)[70:140] == ["missing_image"] * 70
 
 
-def test_a_row_group_is_not_held_whole(tmp_path):
+def test_a_row_group_is_not_held_in_memory(tmp_path):
     rng = np.random.default_rng(0)
     images = [rng.bytes(100_000) for _ in range(1000)]
     table = pa.table({"key": list(range(1000)), "image": images})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=1000,
                    write_batch_size=8)  # fmt: skip
     del table
-    refs = ImageRefs(pa.array(["a.parquet"] * 1000), np.arange(1000))
+    refs = ImageRefs(pa.array(["a.parquet"] * 1000, TEXT), np.arange(1000))
     before, most = pa.total_allocated_bytes(), 0
     tracemalloc.start()
     for image, expected in zip(

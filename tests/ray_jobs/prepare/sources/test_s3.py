@@ -1,4 +1,4 @@
-"""Every kind of source from a real S3 server on this machine."""
+"""Tests every kind of source with an S3 server on this machine."""
 
 import pickle
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ray_jobs.prepare.sources import huggingface_imagefolder, parquet_files, tfrecord, webdataset
-from ray_jobs.prepare.sources.detect import detect_kind
+from ray_jobs.prepare.sources.detect_source import detect_kind
 from ray_jobs.storage.folder import Folder
 from tests.ray_jobs.prepare.sources.samples import columns, jpeg, read_all, spec, write_tar
 
@@ -29,7 +29,7 @@ def endpoint() -> Iterator[str]:
 
 @pytest.fixture
 def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Folder:
-    """An empty bucket; its address is in the environment, as for any S3 of one's own."""
+    """An empty bucket; its endpoint is in the environment, as for a self-hosted S3."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
@@ -41,7 +41,7 @@ def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Folder:
     return Folder("s3://pictures/data")
 
 
-def test_a_folder_of_s3_is_a_folder_like_any_other(bucket):
+def test_an_s3_folder_behaves_like_a_local_folder(bucket):
     for name in ("b.txt", "a/2 ö%20.txt", "a/1.txt"):
         bucket.write_text(name, name)
     assert not bucket.is_local
@@ -69,7 +69,7 @@ def test_webdataset(bucket, tmp_path, files):
     bucket.upload(tmp_path / "shards", "shards")
     options = spec(images=f"{bucket.uri}/{files}", table=upload_table(bucket, tmp_path))
     assert detect_kind(options) == "webdataset"
-    source = webdataset.open_source(options, (), True)
+    source = webdataset.open_source(options)
     assert read_all(source) == [jpeg(i) for i in reversed(range(6))]
 
 
@@ -79,7 +79,7 @@ def test_parquet(bucket, tmp_path):
     bucket.upload(tmp_path / "a.parquet", "images/a.parquet")
     options = spec(images=f"{bucket.uri}/images")
     assert detect_kind(options) == "parquet"
-    source = parquet_files.open_source(options, (), True)
+    source = parquet_files.open_source(options)
     assert columns(source.table) == {"key": KEYS, "x": list(range(6))}
     assert read_all(source) == [jpeg(i) for i in range(6)]
     assert read_all(source, rows=[5, 1]) == [jpeg(5), jpeg(1)]
@@ -99,7 +99,7 @@ def test_tfrecord(bucket, tmp_path):
     bucket.upload(tmp_path / "a.tfrecord", "a.tfrecord")
     options = spec(images=bucket.uri)
     assert detect_kind(options) == "tfrecord"
-    source = tfrecord.open_source(options, (), True)
+    source = tfrecord.open_source(options)
     assert columns(source.table) == {"key": KEYS}
     assert read_all(source) == [jpeg(i) for i in range(6)]
 
@@ -111,6 +111,6 @@ def test_imagefolder(bucket):
     bucket.write_text("train/metadata.csv", "\n".join(lines))
     options = spec(images=bucket.uri)
     assert detect_kind(options) == "imagefolder"
-    source = huggingface_imagefolder.open_source(options, (), True)
+    source = huggingface_imagefolder.open_source(options)
     assert columns(source.table)["split"] == ["train"] * 6
     assert read_all(source) == [jpeg(i) for i in range(6)]

@@ -4,14 +4,15 @@ import numpy as np
 import pytest
 
 from ray_jobs.config.errors import JobError
-from ray_jobs.prepare.sources.tfrecord import is_tfrecord, masked_crc32c, open_source
+from ray_jobs.prepare.sources.tfrecord import is_tfrecord, open_source
+from ray_jobs.prepare.sources.tfrecord_format import masked_crc32c
 from tests.ray_jobs.prepare.sources.samples import columns, jpeg, read_all, spec, write_csv
 
 tf = pytest.importorskip("tensorflow")
 
 
 def opened(**options: object):
-    return open_source(spec(**options), (), True)
+    return open_source(spec(**options))
 
 
 def feature(value):
@@ -34,8 +35,8 @@ def write(path, records: list[bytes], compression: str = "") -> None:
             writer.write(record)
 
 
-def test_the_features_of_one_value_are_the_table(tmp_path, monkeypatch):
-    monkeypatch.setattr("ray_jobs.prepare.sources.tfrecord.CHUNK_RECORDS", 3)
+def test_features_with_one_value_per_record_are_the_table(tmp_path, monkeypatch):
+    monkeypatch.setattr("ray_jobs.prepare.sources.record_table.CHUNK_RECORDS", 3)
     numbers = [0, 1, -1, 2**63 - 1, -(2**63), 300, 7]
     floats = [0.0, -1.5, float(np.float32(0.1)), 3.4e38, 1e-30, 2.0, float("inf")]
     records = [
@@ -66,10 +67,10 @@ def test_the_features_of_one_value_are_the_table(tmp_path, monkeypatch):
         "mixed": ["word"] * 5 + ["5", "6"],
     }
     assert read_all(source) == [jpeg(i) for i in range(7)]
-    assert source.readers[""].in_containers
+    assert source.images[""].in_containers
 
 
-def test_unpacked_numbers_unknown_fields_and_doubled_features_are_read_as_tensorflow_does(tmp_path):
+def test_unusual_encodings_are_read_as_tensorflow_reads_them(tmp_path):
     def field(number: int, content: bytes) -> bytes:
         return bytes([number << 3 | 2, len(content)]) + content
 
@@ -108,7 +109,7 @@ def test_a_table_is_joined_by_key(tmp_path):
     ]
 
 
-def test_several_images_a_record_are_named(tmp_path):
+def test_several_images_per_record_are_named_by_feature(tmp_path):
     write(
         tmp_path / "a.tfrecord",
         [example(front=jpeg(0), back=jpeg(1), key=1), example(front=jpeg(2), back=b"", key=2)],
@@ -121,13 +122,13 @@ def test_several_images_a_record_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"image_column": "photoo"}, r"the feature 'photoo'.*'photo'.*there are: key, photo"),
+        ({"image_column": "photoo"}, r"the feature 'photoo'.*'photo'.*it has: key, photo"),
         ({}, "the feature 'image/encoded' or 'image'"),
-        ({"image_column": "key"}, "holds numbers; an image's file is bytes"),
+        ({"image_column": "key"}, "holds numbers, but an image file is bytes"),
         ({"image_column": "photo", "table": "t.csv", "key_column": "id"}, "has no column 'id'"),
     ],
 )
-def test_what_is_not_there_is_an_error_that_says_what_is(tmp_path, options, message):
+def test_missing_features_raise_an_error_with_the_existing_ones(tmp_path, options, message):
     write(tmp_path / "a.tfrecord", [example(photo=b"x", key=1)])
     write_csv(tmp_path / "t.csv", {"id": [1]})
     if "table" in options:
@@ -136,32 +137,32 @@ def test_what_is_not_there_is_an_error_that_says_what_is(tmp_path, options, mess
         opened(images=str(tmp_path), **options)
 
 
-def test_damage_is_an_error_with_file_and_byte(tmp_path):
+def test_a_damaged_file_raises_an_error_with_the_byte(tmp_path):
     path = tmp_path / "a.tfrecord"
     write(path, [example(image=jpeg(i), key=i) for i in range(3)])
     content = path.read_bytes()
     second = 12 + int.from_bytes(content[:8], "little") + 4
     flipped = content[:second] + bytes([content[second] ^ 1]) + content[second + 1 :]
     for damaged, problem in (
-        (flipped, f"a length with a wrong checksum at byte {second}"),
-        (content[: second + 5], f"head is cut off at byte {second}"),
-        (content[: second + 50], rf"a record of \d+ bytes that is cut off at byte {second}"),
+        (flipped, f"wrong checksum of a length at byte {second}"),
+        (content[: second + 5], f"truncated record header at byte {second}"),
+        (content[: second + 50], rf"truncated record of \d+ bytes at byte {second}"),
         (content[:12] + b"\xff" * (second - 12) + content[second:], "at byte 12"),
-        (b"no record, but text", "a length with a wrong checksum at byte 0"),
+        (b"no record, but text", "wrong checksum of a length at byte 0"),
     ):
         path.write_bytes(damaged)
-        with pytest.raises(JobError, match=f"a.tfrecord is damaged or no TFRecord.*{problem}"):
+        with pytest.raises(JobError, match=f"a.tfrecord is damaged or not a TFRecord.*{problem}"):
             opened(images=str(tmp_path))
 
 
 @pytest.mark.parametrize("compression", ["GZIP", "ZLIB"])
-def test_compressed_records_are_refused(tmp_path, compression):
+def test_compressed_records_raise_an_error(tmp_path, compression):
     write(tmp_path / "a.tfrecord", [example(image=jpeg(0), key=1)], compression)
     with pytest.raises(JobError, match="compressed records, which cannot be read one by one"):
         opened(images=str(tmp_path))
 
 
-def test_mutated_records_are_read_or_are_errors(tmp_path):
+def test_mutated_records_are_read_or_raise_an_error(tmp_path):
     path = tmp_path / "a.tfrecord"
     record = example(image=jpeg(0), key=b"a", x=[1, 2], y=0.5)
     rng = np.random.default_rng(0)
@@ -178,7 +179,7 @@ def test_mutated_records_are_read_or_are_errors(tmp_path):
     assert outcomes == {1, "error"}
 
 
-def test_the_checksum_is_that_of_the_standard():
+def test_the_checksum_matches_the_standard():
     # RFC 3720, B.4: 32 bytes of zeros have CRC32C 8a9136aa.
     crc = 0x8A9136AA
     assert masked_crc32c(bytes(32)) == ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
@@ -190,5 +191,5 @@ def test_the_checksum_is_that_of_the_standard():
     [("a.tfrecord", True), ("d/train.TFRecords", True), ("x.tfrecord-00000-of-00010", True),
      ("a.tfrec", True), ("tfrecords/a.txt", False), ("a.jpg", False)],
 )  # fmt: skip
-def test_names_tell_tfrecord_files(name, is_one):
+def test_tfrecord_files_are_recognized_by_name(name, is_one):
     assert is_tfrecord(name) is is_one

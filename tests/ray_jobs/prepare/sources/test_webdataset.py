@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ray_jobs.config.errors import JobError
-from ray_jobs.prepare.sources import containers
+from ray_jobs.prepare.sources import piece_reader
 from ray_jobs.prepare.sources.webdataset import open_source
 from ray_jobs.storage.folder import Folder
 from tests.ray_jobs.prepare.sources.samples import (
@@ -24,7 +24,7 @@ from tests.ray_jobs.prepare.sources.samples import (
 
 
 def opened(**options: object):
-    return open_source(spec(**options), (), True)
+    return open_source(spec(**options))
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def shards(tmp_path):
 
 
 @pytest.mark.parametrize("files", ["", "/*.tar", "/part-{00..02}.tar", "/part-0[0-2].tar"])
-def test_records_find_their_images_by_key_whatever_their_order(shards, files, tmp_path):
+def test_records_are_joined_with_images_by_key_in_any_order(shards, files, tmp_path):
     order = np.random.default_rng(0).permutation(12)
     table = write_csv(tmp_path / "t.csv", {"key": [f"{i:03d}" for i in order], "x": list(order)})
     source = opened(images=f"{shards}{files}", table=table)
@@ -47,18 +47,18 @@ def test_records_find_their_images_by_key_whatever_their_order(shards, files, tm
     assert read_all(source) == [jpeg(i) for i in order]
     assert read_all(source, rows=[3, 3, 1, 11]) == [jpeg(order[i]) for i in (3, 3, 1, 11)]
     assert source.unmatched == ()
-    assert source.readers[""].in_containers
+    assert source.images[""].in_containers
 
 
-def test_a_range_takes_the_tars_that_it_names_and_no_others(shards, tmp_path):
+def test_a_range_selects_only_the_tars_it_names(shards, tmp_path):
     table = write_csv(tmp_path / "t.csv", {"key": ["000", "004", "008"]})
     source = opened(images=f"{shards}/part-{{01..02}}.tar", table=table)
     assert read_all(source) == ["missing_image", jpeg(4), jpeg(8)]
-    with pytest.raises(JobError, match=r"2 of 5 files are missing, the first is part-03\.tar"):
+    with pytest.raises(JobError, match=r"2 of 5 files missing, the first is part-03\.tar"):
         opened(images=f"{shards}/part-{{00..04}}.tar", table=table)
 
 
-def test_what_has_no_counterpart_is_reported_on_both_sides(shards, tmp_path):
+def test_records_without_images_and_images_without_records_are_reported(shards, tmp_path):
     write_tar(shards / "part-03.tar", {"011.jpg": jpeg(99), "new.jpg": jpeg(100)})
     table = pa.table({"key": pa.array([*range(1, 12), 77, None], pa.int64())})
     keys = pa.array([None if k is None else f"{k:03d}" for k in table["key"].to_pylist()])
@@ -75,20 +75,20 @@ def test_what_has_no_counterpart_is_reported_on_both_sides(shards, tmp_path):
     assert "part-03.tar:512 has the key of part-02.tar:" in source.unmatched[1][2]
 
 
-def test_keys_that_are_spelled_differently_are_an_error_with_examples(shards, tmp_path):
+def test_keys_spelled_differently_raise_an_error_with_examples(shards, tmp_path):
     table = write_csv(tmp_path / "t.csv", {"key": ["0", "1"]})
-    with pytest.raises(JobError, match=r"there are '0', '1', … in the table, and '000', '001'"):
+    with pytest.raises(JobError, match=r"the table has '0', '1', …, the images have '000', '001'"):
         opened(images=str(shards), table=table)
 
 
-def test_one_image_may_serve_several_records(shards, tmp_path):
+def test_several_records_may_share_an_image(shards, tmp_path):
     table = write_csv(tmp_path / "t.csv", {"key": ["1", "2"], "photo": ["005", "005"]})
     source = opened(images=str(shards), table=table, key_column="photo")
     assert read_all(source) == [jpeg(5), jpeg(5)]
 
 
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
-def test_long_and_foreign_names_are_keys_with_their_folders(tmp_path, format):
+def test_long_and_non_ascii_names_are_keys_with_their_folders(tmp_path, format):
     long = "d/" * 50 + "e" * 90
     names = {long: jpeg(1)}
     if format != tarfile.USTAR_FORMAT:
@@ -100,7 +100,7 @@ def test_long_and_foreign_names_are_keys_with_their_folders(tmp_path, format):
     assert read_all(source) == list(names.values())
 
 
-def test_folders_links_and_other_members_are_no_images(tmp_path):
+def test_folders_and_links_are_not_images(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name, kind in (("d.jpg", tarfile.DIRTYPE), ("l.jpg", tarfile.SYMTYPE)):
             info = tarfile.TarInfo(name)
@@ -110,8 +110,8 @@ def test_folders_links_and_other_members_are_no_images(tmp_path):
         opened(images=str(tmp_path))
 
 
-def test_without_a_table_the_samples_own_files_are_the_records(tmp_path, monkeypatch):
-    monkeypatch.setattr("ray_jobs.prepare.sources.webdataset.CHUNK_RECORDS", 3)
+def test_without_a_table_the_files_of_each_sample_are_its_record(tmp_path, monkeypatch):
+    monkeypatch.setattr("ray_jobs.prepare.sources.record_table.CHUNK_RECORDS", 3)
     cells = [{"x": 1, "s": "a"}, {"x": 1.5}, {"x": None, "s": "b"}, {"s": 7, "n": [1]}, {"b": True}]
     for shard, rows in enumerate(([0, 1, 2, 3], [4])):
         files = {}
@@ -134,7 +134,7 @@ def test_without_a_table_the_samples_own_files_are_the_records(tmp_path, monkeyp
     assert read_all(source) == [*map(jpeg, range(5)), "missing_image"]
 
 
-def test_the_image_is_the_file_with_the_extension_that_is_named(tmp_path):
+def test_the_image_is_the_file_with_the_configured_extension(tmp_path):
     files = {"a.photo.jpg": jpeg(0), "a.mask.png": jpeg(1), "b.photo.jpg": jpeg(2), "b.raw": b"xyz"}
     write_tar(tmp_path / "a.tar", files)
     assert read_all(opened(images=str(tmp_path), image_column="photo.jpg")) == [jpeg(0), jpeg(2)]
@@ -147,28 +147,28 @@ def test_the_image_is_the_file_with_the_extension_that_is_named(tmp_path):
         opened(images=str(tmp_path))
 
 
-def test_two_images_of_which_none_is_named_are_an_error(tmp_path):
+def test_two_images_per_sample_raise_an_error_unless_one_is_configured(tmp_path):
     write_tar(tmp_path / "a.tar", {"a.jpg": jpeg(0), "a.png": jpeg(1)})
-    with pytest.raises(JobError, match=r"'a' has the images \.jpg and \.png; say in prepare.image"):
+    with pytest.raises(JobError, match=r"'a' has the images \.jpg and \.png; set prepare.image"):
         opened(images=str(tmp_path))
 
 
 def damaged(content: bytes) -> dict[str, tuple[bytes, str]]:
-    # The second header stands after the first header and one block of content.
+    # The second header follows the first header and its content.
     header = 512 + (len(jpeg(0)) + 511) // 512 * 512
     broken = content[:header] + b"\xff" * 512 + content[header + 512 :]
     return {
         "compressed": (gzip.compress(content), "is compressed, .* uncompress it"),
         "cut off in an image": (content[: header + 600], "is damaged: b.jpg ends after the file"),
         "cut off in a header": (content[: header + 100], "is damaged"),
-        "no header": (broken, f"is damaged: there is no header at byte {header}"),
+        "no header": (broken, f"is damaged: no valid header at byte {header}"),
         "no tar": (b"no tar at all" * 100, "is damaged"),
         "empty": (b"", "is damaged"),
     }
 
 
 @pytest.mark.parametrize("damage", list(damaged(b"")))
-def test_a_tar_that_is_damaged_or_compressed_is_an_error(tmp_path, damage):
+def test_a_damaged_or_compressed_tar_raises_an_error(tmp_path, damage):
     write_tar(tmp_path / "a.tar", {"a.jpg": jpeg(0), "b.jpg": jpeg(1), "c.jpg": jpeg(2)})
     content, message = damaged((tmp_path / "a.tar").read_bytes())[damage]
     (tmp_path / "a.tar").write_bytes(content)
@@ -176,15 +176,15 @@ def test_a_tar_that_is_damaged_or_compressed_is_an_error(tmp_path, damage):
         opened(images=str(tmp_path))
 
 
-def test_damaged_json_is_an_error_with_its_sample(tmp_path):
+def test_invalid_json_raises_an_error_with_its_sample(tmp_path):
     write_tar(tmp_path / "a.tar", {"a.jpg": jpeg(0), "a.json": b"[1]"})
-    with pytest.raises(JobError, match=r"a.tar: a.json cannot be read: it is no JSON object"):
+    with pytest.raises(JobError, match=r"a.tar: a.json cannot be read: not a JSON object"):
         opened(images=str(tmp_path))
 
 
-def test_a_reader_can_be_sent_away_and_reads_what_is_far_apart(tmp_path, monkeypatch):
-    monkeypatch.setattr(containers, "GAP_BYTES", 0)
-    monkeypatch.setattr(containers, "READ_BYTES", 1 << 10)
+def test_a_pickled_reader_reads_images_that_are_far_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(piece_reader, "GAP_BYTES", 0)
+    monkeypatch.setattr(piece_reader, "READ_BYTES", 1 << 10)
     for shard in range(2):
         files = {f"{shard}-{i}.jpg": jpeg(100 * shard + i) for i in range(50)}
         write_tar(tmp_path / f"{shard}.tar", files)
@@ -198,7 +198,7 @@ def test_a_reader_can_be_sent_away_and_reads_what_is_far_apart(tmp_path, monkeyp
     assert first == expected[0]
 
 
-def test_a_tar_that_is_gone_or_shorter_when_it_is_read_spoils_its_images_alone(tmp_path):
+def test_a_missing_or_truncated_tar_affects_only_its_own_images(tmp_path):
     for name in "ab":
         write_tar(tmp_path / f"{name}.tar", {f"{name}{i}.jpg": jpeg(i, 64) for i in range(3)})
     source = opened(images=str(tmp_path))
@@ -213,7 +213,7 @@ def test_a_tar_that_is_gone_or_shorter_when_it_is_read_spoils_its_images_alone(t
     ]
 
 
-def test_a_filesystem_of_fsspec_serves_as_well(shards, tmp_path):
+def test_fsspec_filesystems_work(shards, tmp_path):
     folder = Folder(f"memory://{uuid.uuid4().hex}")
     folder.upload(shards, "tars")
     source = opened(images=f"{folder.uri}/tars/part-{{00..02}}.tar")

@@ -8,13 +8,13 @@ import keras
 import numpy as np
 import pytest
 
+from mm_model.per_row_random import random_states
 from ray_jobs.train.checkpoints.checkpoint import (
     BestCheckpoint,
     Checkpoint,
     DamagedCheckpointError,
     LoopState,
     assign,
-    is_random_state,
     read_best,
     read_checkpoint,
     write_best,
@@ -54,7 +54,7 @@ def trained(seed: int = 0, dropout: float = 0.0) -> Any:
     return model
 
 
-def saved() -> Checkpoint:
+def make_checkpoint() -> Checkpoint:
     rng = np.random.default_rng(0)
     odd = np.array([np.nan, np.inf, -np.inf, -0.0, 1e-45], np.float32)
     model = {"00000 a/kernel": rng.normal(size=(3, 2)).astype(np.float32), "00001 a/odd": odd}
@@ -65,12 +65,12 @@ def saved() -> Checkpoint:
 
 @pytest.fixture
 def written(tmp_path: Path) -> Path:
-    write_checkpoint(tmp_path, saved())
+    write_checkpoint(tmp_path, make_checkpoint())
     return tmp_path
 
 
 def test_a_checkpoint_is_read_back_bit_by_bit(written):
-    read, before = read_checkpoint(written), saved()
+    read, before = read_checkpoint(written), make_checkpoint()
     assert read.state == STATE
     assert sorted(os.listdir(written)) == sorted(FILES)
     for part in ("model", "optimizer", "local"):
@@ -79,7 +79,7 @@ def test_a_checkpoint_is_read_back_bit_by_bit(written):
 
 def test_a_best_epoch_is_read_back_bit_by_bit(tmp_path):
     rng = np.random.default_rng(0)
-    best = BestCheckpoint(saved().model, rng.normal(size=(5, 3)), np.ones(5, np.float32))
+    best = BestCheckpoint(make_checkpoint().model, rng.normal(size=(5, 3)), np.ones(5, np.float32))
     write_best(tmp_path, best)
     read = read_best(tmp_path)
     assert identical(read.model, best.model)
@@ -88,12 +88,12 @@ def test_a_best_epoch_is_read_back_bit_by_bit(tmp_path):
     for name in BEST_FILES:
         whole = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(whole[: len(whole) // 2])
-        with pytest.raises(DamagedCheckpointError, match=r"the best epoch in .* is not whole: "):
+        with pytest.raises(DamagedCheckpointError, match=r"the best epoch in .* is damaged: "):
             read_best(tmp_path)
         (tmp_path / name).write_bytes(whole)
 
 
-def test_a_history_of_any_float_is_read_back_exactly(tmp_path):
+def test_any_float_of_a_history_is_read_back_exactly(tmp_path):
     rng = np.random.default_rng(0)
     floats = np.frombuffer(rng.bytes(8 * 2000), np.float64)
     history = tuple({"val/log_loss": float(v)} for v in floats[np.isfinite(floats)])
@@ -101,7 +101,7 @@ def test_a_history_of_any_float_is_read_back_exactly(tmp_path):
     assert read_checkpoint(tmp_path).state.history == history
 
 
-def test_a_trained_model_goes_on_in_another_one_bit_by_bit(tmp_path):
+def test_another_model_continues_training_bit_by_bit(tmp_path):
     first, other = trained(), make_model(seed=1)
     other.optimizer.build(other.trainable_variables)
     now = Checkpoint(STATE, arrays_of(first.variables), arrays_of(first.optimizer.variables))
@@ -109,10 +109,12 @@ def test_a_trained_model_goes_on_in_another_one_bit_by_bit(tmp_path):
     read = read_checkpoint(tmp_path)
     assign(other.variables, read.model, "model weights")
     assign(other.optimizer.variables, read.optimizer, "optimizer weights")
-    # Layers are numbered by process, so their paths differ, and places identify variables.
+    # Keras numbers unnamed layers by process, so the paths differ.
     assert [*arrays_of(other.variables)] != [*read.model]
-    own, its = (dict(enumerate(a.values())) for a in (arrays_of(other.variables), read.model))
-    assert identical(own, its)
+    assigned, stored = (
+        dict(enumerate(a.values())) for a in (arrays_of(other.variables), read.model)
+    )
+    assert identical(assigned, stored)
     assert other.optimizer.iterations.numpy() == 1
     rng = np.random.default_rng(5)
     x, y = rng.normal(size=(8, 4)), rng.normal(size=(8, 1))
@@ -122,100 +124,114 @@ def test_a_trained_model_goes_on_in_another_one_bit_by_bit(tmp_path):
         np.testing.assert_array_equal(a.numpy(), b.numpy())
 
 
-def test_random_states_go_on_where_they_were():
+def test_random_states_are_restored():
     first, other = trained(0, dropout=0.5), make_model(seed=1, dropout=0.5)
-    states = [[v for v in m.variables if is_random_state(v)] for m in (first, other)]
-    assert [len(found) for found in states] == [1, 1]
+    states = [random_states(model) for model in (first, other)]
+    assert [[v.name for v in found] for found in states] == [["seed_generator_state"]] * 2
     assign(other.variables, arrays_of(first.variables), "model weights")
     np.testing.assert_array_equal(states[0][0].numpy(), states[1][0].numpy())
     x = np.ones((8, 4))
     np.testing.assert_array_equal(first(x, training=True), other(x, training=True))
 
 
-def test_places_beyond_the_tenth_keep_their_order():
+def test_more_than_ten_variables_keep_their_order():
     variables = [keras.Variable(np.full(2, i, np.float32), name=f"v{i}") for i in range(12)]
-    saved = {f"{i:05d} v{i}": v.numpy() * 10 for i, v in enumerate(variables)}
-    assign(variables, dict(reversed(saved.items())), "model weights")
+    arrays = {f"{i:05d} v{i}": v.numpy() * 10 for i, v in enumerate(variables)}
+    assign(variables, dict(reversed(arrays.items())), "model weights")
     assert [float(v.numpy()[0]) for v in variables] == [10.0 * i for i in range(12)]
 
 
-def test_weights_of_another_shape_name_the_first_variable_that_differs():
+def test_an_error_names_the_first_variable_with_another_shape():
     stored, model = arrays_of(make_model(units=5).variables), make_model(units=3)
     before = arrays_of(model.variables)
-    message = r"the model weights do not fit the model \(\S*kernel\); was it changed under the same"
+    message = (
+        r"the saved model weights do not fit the model \(sequential/dense/kernel \(4, 3\) was saved "
+        r"as \S*kernel \(4, 5\)\).* choose another --run.name"
+    )
     with pytest.raises(ValueError, match=message):
         assign(model.variables, stored, "model weights")
     assert identical(arrays_of(model.variables), before)
 
 
-def test_weights_of_another_number_say_both_numbers():
+def test_an_error_names_both_numbers_of_variables():
     model = make_model()
     stored = dict(list(arrays_of(model.variables).items())[:-1])
-    with pytest.raises(ValueError, match=r"best weights do not fit .*8 variables, 7 stored"):
+    with pytest.raises(ValueError, match=r"best weights do not fit .*8 variables, 7 saved"):
         assign(model.variables, stored, "best weights")
 
 
+@pytest.mark.parametrize("path", ["batch_normalization_3/beta", "other/gamma"])
+def test_a_variable_of_another_name_or_layer_is_not_assigned(path):
+    """A Keras upgrade that changes the order or the names must not mix up equal shapes."""
+    model = make_model()
+    stored = arrays_of(model.variables)
+    index, name = next((i, name) for i, name in enumerate(stored) if name.endswith("/gamma"))
+    renamed = {f"{index:05d} sequential/{path}" if n == name else n: v for n, v in stored.items()}
+    with pytest.raises(ValueError, match=rf"gamma \(3,\) was saved as {path[:5]}"):
+        assign(model.variables, renamed, "model weights")
+    numbered = {n.replace("/gamma", "_17/gamma"): v for n, v in stored.items()}
+    assign(model.variables, numbered, "model weights")
+
+
 @pytest.mark.parametrize("name", FILES)
-def test_a_checkpoint_without_one_of_its_files_is_not_whole(written, name):
+def test_a_checkpoint_without_one_of_its_files_is_damaged(written, name):
     (written / name).unlink()
     with pytest.raises(
-        DamagedCheckpointError, match=rf"the checkpoint in {written} is not whole: .*{name}"
+        DamagedCheckpointError, match=rf"the checkpoint in {written} is damaged: .*{name}"
     ):
         read_checkpoint(written)
 
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
-def test_a_checkpoint_with_a_truncated_file_is_not_whole(written, name, share):
+def test_a_checkpoint_with_a_truncated_file_is_damaged(written, name, share):
     content = (written / name).read_bytes()
     (written / name).write_bytes(content[: int(len(content) * share)])
-    with pytest.raises(DamagedCheckpointError, match=r"the checkpoint in .* is not whole: "):
+    with pytest.raises(DamagedCheckpointError, match=r"the checkpoint in .* is damaged: "):
         read_checkpoint(written)
 
 
-def test_a_flipped_byte_in_an_array_is_noticed(written):
+def test_a_flipped_bit_in_an_array_is_detected(written):
     content = bytearray((written / "model.npz").read_bytes())
     with zipfile.ZipFile(written / "model.npz") as file:
         offset = file.infolist()[1].header_offset
-    content[offset - 1] ^= 1  # the last byte of the array before
+    content[offset - 1] ^= 1  # the last byte of the previous array
     (written / "model.npz").write_bytes(content)
-    with pytest.raises(DamagedCheckpointError, match=r"is not whole: .*CRC"):
+    with pytest.raises(DamagedCheckpointError, match=r"is damaged: .*CRC"):
         read_checkpoint(written)
 
 
 @pytest.mark.parametrize(
     "state", ["{}x", '{"epoch": -1}', '{"epochs": 1}', '{"epoch": 1, "history": 3}']
 )
-def test_a_state_that_does_not_validate_is_not_whole(written, state):
+def test_an_invalid_state_is_damaged(written, state):
     (written / "state.json").write_text(state)
-    with pytest.raises(DamagedCheckpointError, match=r"is not whole: "):
+    with pytest.raises(DamagedCheckpointError, match=r"is damaged: "):
         read_checkpoint(written)
 
 
 class Bomb:
-    """Runs code of its own when it is unpickled."""
+    """Executes code when it is unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (os._exit, (99,))
 
 
-def test_nothing_in_a_checkpoint_is_executed(written):
+def test_reading_a_checkpoint_executes_no_code(written):
     np.savez(written / "model.npz", a=np.array([Bomb()], dtype=object))
-    with pytest.raises(
-        DamagedCheckpointError, match=r"is not whole: Object arrays cannot be loaded"
-    ):
+    with pytest.raises(DamagedCheckpointError, match=r"is damaged: Object arrays cannot be loaded"):
         read_checkpoint(written)
 
 
-def test_a_pickle_in_place_of_arrays_is_refused(written):
+def test_a_pickle_instead_of_arrays_is_rejected(written):
     import pickle
 
     (written / "optimizer.npz").write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(DamagedCheckpointError, match=r"is not whole: .*pickle"):
+    with pytest.raises(DamagedCheckpointError, match=r"is damaged: .*pickle"):
         read_checkpoint(written)
 
 
-def test_the_state_is_plain_json_for_other_programs(written):
+def test_the_state_is_plain_json(written):
     tree = json.loads((written / "state.json").read_text())
     assert (tree["epoch"], tree["step"], tree["best_epoch"]) == (2, 13, 1)
     assert tree["history"][1]["val/log_loss"] == 5e-324
@@ -227,5 +243,5 @@ def test_the_state_is_written_last(tmp_path, monkeypatch):
 
     monkeypatch.setattr(np, "savez", fail)
     with pytest.raises(OSError, match="no space left"):
-        write_checkpoint(tmp_path, saved())
+        write_checkpoint(tmp_path, make_checkpoint())
     assert not (tmp_path / "state.json").exists()

@@ -16,7 +16,7 @@ def model() -> Any:
     return keras.Sequential(layers)
 
 
-def copier(model: Any) -> Copier:
+def make_copier(model: Any) -> Copier:
     return Copier(model.variables, Replicas(tf.distribute.get_strategy(), WorkerContext()))
 
 
@@ -26,21 +26,21 @@ def change(model: Any) -> None:
 
 
 def test_a_copy_does_not_change_with_the_model(model):
-    copy = copier(model)()
+    copy = make_copier(model)()
     before = arrays_of(model.variables)
     assert identical(copy, before)
     change(model)
     assert identical(copy, before)
-    assert not identical(copier(model)(), before)
+    assert not identical(make_copier(model)(), before)
 
 
-def test_a_copy_into_an_earlier_one_is_a_copy_in_the_same_memory(model):
-    copy = copier(model)
+def test_a_copy_can_reuse_the_memory_of_an_earlier_one(model):
+    copy = make_copier(model)
     first, kept = copy(), copy()
-    places = [array.ctypes.data for array in first.values()]
+    addresses = [array.ctypes.data for array in first.values()]
     before = arrays_of(model.variables)
     change(model)
     again = copy(first)
     assert identical(again, arrays_of(model.variables))
     assert identical(kept, before)
-    assert [array.ctypes.data for array in again.values()] == places
+    assert [array.ctypes.data for array in again.values()] == addresses

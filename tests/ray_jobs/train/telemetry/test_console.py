@@ -7,54 +7,41 @@ from rich.console import Console
 
 from ray_jobs.train.coordinator import make_coordinator
 from ray_jobs.train.telemetry import console
-from ray_jobs.train.telemetry.console import ProgressConsole, rank, shown
+from ray_jobs.train.telemetry import history_keys as keys
+from ray_jobs.train.telemetry.console import ProgressConsole, show_progress
 
 HEADER = "  epoch   step  rows/s  data wait  train loss  val loss  val AUC  val acc"
 
 
 def epoch_event(epoch: int = 0, changes: console.Event | None = None) -> console.Event:
     return {
-        "kind": "epoch", "best": False, console.EPOCH: epoch, console.STEP: 40 * (epoch + 1),
-        console.ROWS_PER_S: 123.4, console.DATA_WAIT_S: 0.5, console.EPOCH_S: 2.0,
-        console.TRAIN_LOSS: 0.65432, console.VAL_LOG_LOSS: 0.6, console.VAL_ROC_AUC: 0.75,
-        console.VAL_ACCURACY: 0.7, **(changes or {}),
+        "kind": "epoch", "best": False, keys.EPOCH: epoch, keys.STEP: 40 * (epoch + 1),
+        keys.ROWS_PER_S: 123.4, keys.DATA_WAIT_S: 0.5, keys.EPOCH_S: 2.0,
+        keys.TRAIN_LOSS: 0.65432, keys.VAL_LOG_LOSS: 0.6, keys.VAL_ROC_AUC: 0.75,
+        keys.VAL_ACCURACY: 0.7, **(changes or {}),
     }  # fmt: skip
 
 
 def step_event(epoch: int, done: int) -> console.Event:
     return {
-        "kind": "step", console.EPOCH: epoch, "done": done, "total": 40,
-        console.ROWS_PER_S: 1234.0, console.TRAIN_LOSS: 0.7,
+        "kind": "step", keys.EPOCH: epoch, "done": done, "total": 40,
+        keys.ROWS_PER_S: 1234.0, keys.TRAIN_LOSS: 0.7,
     }  # fmt: skip
 
 
-def screen_of(width: int) -> tuple[ProgressConsole, io.StringIO]:
+def console_of(width: int) -> tuple[ProgressConsole, io.StringIO]:
     file = io.StringIO()
     return ProgressConsole("a run", Console(file=file, width=width, highlight=False)), file
 
 
-def test_a_log_loss_that_falls_is_better():
-    assert rank("val/log_loss", 0.4) < rank("val/log_loss", 0.5)
-
-
-@pytest.mark.parametrize("key", ["val/roc_auc", "val/pr_auc", "val/accuracy"])
-def test_any_other_metric_that_rises_is_better(key):
-    assert rank(key, 0.9) < rank(key, 0.8)
-
-
-@pytest.mark.parametrize("key", ["val/log_loss", "val/roc_auc"])
-def test_any_value_is_better_than_none(key):
-    assert rank(key, 100.0) < rank(key, None)
-
-
 @pytest.mark.parametrize("width", [80, 100])
-def test_the_screen_shows_a_title_a_header_and_one_line_an_epoch(width):
-    screen, file = screen_of(width)
-    with screen:
-        screen.show(step_event(0, 1))
-        screen.show(epoch_event(0, {"best": True}))
-        screen.show({"kind": "note", "text": "writing the best model"})
-        screen.show(epoch_event(1))
+def test_a_title_a_header_and_one_line_per_epoch_are_printed(width):
+    progress, file = console_of(width)
+    with progress:
+        progress.show(step_event(0, 1))
+        progress.show(epoch_event(0, {"best": True}))
+        progress.show({"kind": "note", "text": "writing the best model"})
+        progress.show(epoch_event(1))
     assert file.getvalue().splitlines() == [
         "a run",
         HEADER,
@@ -64,11 +51,11 @@ def test_the_screen_shows_a_title_a_header_and_one_line_an_epoch(width):
     ]
 
 
-def test_an_epoch_of_great_numbers_stays_one_line_of_80_columns():
-    screen, file = screen_of(80)
-    with screen:
-        great = {"best": True, console.ROWS_PER_S: 99_999.0, console.TRAIN_LOSS: 1234.5}
-        screen.show(epoch_event(998, great))
+def test_an_epoch_with_large_numbers_fits_into_80_columns():
+    progress, file = console_of(80)
+    with progress:
+        great = {"best": True, keys.ROWS_PER_S: 99_999.0, keys.TRAIN_LOSS: 1234.5}
+        progress.show(epoch_event(998, great))
     lines = file.getvalue().splitlines()
     assert len(lines) == 3
     assert lines[2].split() == [
@@ -76,46 +63,46 @@ def test_an_epoch_of_great_numbers_stays_one_line_of_80_columns():
     ]  # fmt: skip
 
 
-def test_columns_stand_below_their_names():
-    screen, file = screen_of(100)
-    with screen:
-        screen.show(epoch_event())
+def test_columns_are_aligned_with_their_names():
+    progress, file = console_of(100)
+    with progress:
+        progress.show(epoch_event())
     _, header, line = file.getvalue().splitlines()
     assert len(line) == len(header)
 
 
-def test_a_metric_that_could_not_be_computed_is_a_dash():
-    screen, file = screen_of(80)
-    with screen:
-        screen.show(epoch_event(0, {console.VAL_ROC_AUC: None}))
+def test_an_undefined_metric_is_printed_as_a_dash():
+    progress, file = console_of(80)
+    with progress:
+        progress.show(epoch_event(0, {keys.VAL_ROC_AUC: None}))
     _, header, line = file.getvalue().splitlines()
     assert line[: header.index("val acc")].endswith(" -  ")
 
 
-def test_an_epoch_in_no_time_is_shown():
-    screen, file = screen_of(80)
-    with screen:
-        screen.show(epoch_event(0, {console.EPOCH_S: 0.0, console.DATA_WAIT_S: 0.0}))
+def test_an_epoch_without_duration_is_printed():
+    progress, file = console_of(80)
+    with progress:
+        progress.show(epoch_event(0, {keys.EPOCH_S: 0.0, keys.DATA_WAIT_S: 0.0}))
     assert " 0 % " in file.getvalue()
 
 
 def test_a_terminal_shows_the_steps_of_an_epoch():
     file = io.StringIO()
-    screen = ProgressConsole("a run", Console(file=file, width=100, force_terminal=True))
-    with screen:
-        screen.show(step_event(2, 7))
-        screen.bar.refresh()
+    progress = ProgressConsole("a run", Console(file=file, width=100, force_terminal=True))
+    with progress:
+        progress.show(step_event(2, 7))
+        progress.bar.refresh()
     for text in ("epoch 3", "7/40", "1,234 rows/s", "loss 0.7000"):
         assert text in file.getvalue()
 
 
 PARTS = {
-    console.STARTUP_RAY_S: 4.2,
-    console.STARTUP_WORKERS_S: 6.0,
-    console.STARTUP_IMPORTS_S: 7.5,
-    console.STARTUP_BUILD_S: 3.44,
-    console.STARTUP_CHECKPOINT_S: 0.0,  # A part that took no time is not worth saying.
-    console.STARTUP_FIRST_STEP_S: 2.0,
+    keys.STARTUP_RAY_S: 4.2,
+    keys.STARTUP_WORKERS_S: 6.0,
+    keys.STARTUP_IMPORTS_S: 7.5,
+    keys.STARTUP_BUILD_S: 3.44,
+    keys.STARTUP_CHECKPOINT_S: 0.0,  # Too short to be printed.
+    keys.STARTUP_FIRST_STEP_S: 2.0,
 }
 
 
@@ -128,63 +115,63 @@ PARTS = {
               "    first step 2.0"]),
     ],
 )  # fmt: skip
-def test_a_start_is_a_line_with_its_parts(width, lines):
-    screen, file = screen_of(width)
-    with screen:
-        screen.show({"kind": "startup", "parts": PARTS})
+def test_the_startup_time_is_printed_with_its_parts(width, lines):
+    progress, file = console_of(width)
+    with progress:
+        progress.show({"kind": "startup", "parts": PARTS})
     assert file.getvalue().splitlines()[1:] == lines
 
 
 @pytest.mark.parametrize(
-    ("most", "begins"),
+    ("most", "start"),
     [(3, "  failure 1 of at most 3: worker 1 died"), (-1, "  failure 1: worker 1 died"),
      (0, "  failure 1 of at most 0: worker 1 died")],
 )  # fmt: skip
-def test_a_failure_is_counted_and_its_text_is_no_markup(most, begins):
-    screen, file = screen_of(60)
+def test_a_failure_is_printed_with_its_number_and_without_markup(most, start):
+    progress, file = console_of(60)
     text = "worker 1 died: [node 10.0.0.3] [red]was taken away[/red] by\n its provider"
-    with screen:
-        screen.show({"kind": "failure", "text": text, "attempt": 1, "most": most})
+    with progress:
+        progress.show({"kind": "failure", "text": text, "attempt": 1, "most": most})
     _, *lines = file.getvalue().splitlines()
-    assert lines[0].startswith(begins)
+    assert lines[0].startswith(start)
     assert all(line.startswith("    ") for line in lines[1:])
     assert text.split() == " ".join(lines).split(": ", 1)[1].split()
 
 
-def test_a_failure_is_yellow_and_puts_the_bar_back_to_the_start():
+def test_a_failure_is_yellow_and_resets_the_bar():
     file = io.StringIO()
-    screen = ProgressConsole("a run", Console(file=file, width=100, force_terminal=True))
-    with screen:
-        screen.show(step_event(0, 7))
-        screen.show({"kind": "failure", "text": "worker 1 died", "attempt": 1, "most": 3})
+    progress = ProgressConsole("a run", Console(file=file, width=100, force_terminal=True))
+    with progress:
+        progress.show(step_event(0, 7))
+        progress.show({"kind": "failure", "text": "worker 1 died", "attempt": 1, "most": 3})
         assert "\x1b[33m  failure 1 of at most 3: worker 1 died\x1b[0m\n" in file.getvalue()
         assert "\x1b[33mstarting" not in file.getvalue()
         file.truncate(0)
-        screen.bar.refresh()
+        progress.bar.refresh()
         assert "starting workers" in file.getvalue()
         assert "0/?" in file.getvalue()
 
 
-def test_a_checkpoint_is_seen_in_the_bar_alone():
+def test_a_checkpoint_is_shown_only_in_the_bar():
     file = io.StringIO()
-    screen = ProgressConsole("a run", Console(file=file, width=100, force_terminal=True))
-    with screen:
-        screen.show({"kind": "checkpoint", "step": 1040})
-        screen.show(step_event(0, 7))
-        screen.bar.refresh()
+    progress = ProgressConsole("a run", Console(file=file, width=100, force_terminal=True))
+    with progress:
+        progress.show({"kind": "checkpoint", "step": 1040})
+        progress.show(step_event(0, 7))
+        progress.bar.refresh()
     assert "loss 0.7000  saved at 1,040" in file.getvalue()
-    screen, plain = screen_of(100)
-    with screen:
-        screen.show({"kind": "checkpoint", "step": 1040})
-        screen.show(step_event(0, 7))
+    progress, plain = console_of(100)
+    with progress:
+        progress.show({"kind": "checkpoint", "step": 1040})
+        progress.show(step_event(0, 7))
     assert plain.getvalue() == "a run\n"
 
 
-def test_a_stage_is_a_line_and_an_event_of_another_kind_is_none():
-    screen, file = screen_of(80)
-    with screen:
-        screen.show({"kind": "stage", "text": "epochs 1 to 3: backbone [frozen]"})
-        screen.show({"kind": "of a later version"})
+def test_a_stage_is_printed_and_an_unknown_event_ignored():
+    progress, file = console_of(80)
+    with progress:
+        progress.show({"kind": "stage", "text": "epochs 1 to 3: backbone [frozen]"})
+        progress.show({"kind": "of a later version"})
     assert file.getvalue().splitlines() == ["a run", "  epochs 1 to 3: backbone [frozen]"]
 
 
@@ -192,11 +179,11 @@ def test_a_stage_is_a_line_and_an_event_of_another_kind_is_none():
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_everything_posted_before_the_end_is_shown_in_order(capsys):
+def test_all_events_before_the_end_are_printed_in_order(capsys):
     import ray
 
     coordinator = make_coordinator()
-    with shown(coordinator, "a run"):
+    with show_progress(coordinator, "a run"):
         for epoch in range(3):
             coordinator.post.remote(epoch_event(epoch))
         ray.get(coordinator.post.remote({"kind": "note", "text": "the last word"}))
@@ -205,8 +192,8 @@ def test_everything_posted_before_the_end_is_shown_in_order(capsys):
     assert [line.split()[0] for line in lines[2:]] == ["1", "2", "3", "the"]
 
 
-def wait_for_the_end_of(coordinator: Any) -> None:
-    """Return when an actor that was killed is gone: a call may still be answered before."""
+def wait_for_death(coordinator: Any) -> None:
+    """Wait until a killed actor is dead; until then, it may still answer calls."""
     import ray
     from ray.exceptions import RayActorError
 
@@ -218,30 +205,30 @@ def wait_for_the_end_of(coordinator: Any) -> None:
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_the_end_of_the_work_is_not_held_up_by_a_board_that_died(capsys):
+def test_a_dead_coordinator_does_not_delay_the_end_of_the_work(capsys):
     import ray
 
     coordinator = make_coordinator()
-    with shown(coordinator, "a run"):
+    with show_progress(coordinator, "a run"):
         ray.get(coordinator.post.remote(epoch_event()))
         ray.kill(coordinator)
-        wait_for_the_end_of(coordinator)
-        coordinator.post.remote(epoch_event())  # what a worker does; it never waits
+        wait_for_death(coordinator)
+        coordinator.post.remote(epoch_event())  # Workers post without waiting.
     assert capsys.readouterr().out.startswith("a run\n")
     assert "progress" not in [thread.name for thread in threading.enumerate()]
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_an_error_in_the_work_ends_the_show_and_the_board():
+def test_an_error_ends_the_progress_and_the_coordinator():
     coordinator = make_coordinator()
-    with pytest.raises(ValueError, match="the work failed"), shown(coordinator, "a run"):
+    with pytest.raises(ValueError, match="the work failed"), show_progress(coordinator, "a run"):
         raise ValueError("the work failed")
-    wait_for_the_end_of(coordinator)
+    wait_for_death(coordinator)
     assert "progress" not in [thread.name for thread in threading.enumerate()]
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_a_board_that_was_slow_once_is_shown_all_the_same(capsys, monkeypatch):
+def test_the_events_of_a_slow_coordinator_are_still_printed(capsys, monkeypatch):
     import ray
     from ray.exceptions import GetTimeoutError
 
@@ -256,7 +243,7 @@ def test_a_board_that_was_slow_once_is_shown_all_the_same(capsys, monkeypatch):
     coordinator = make_coordinator()
     get(coordinator.post.remote(epoch_event(0)))
     monkeypatch.setattr(ray, "get", slow_once)
-    with shown(coordinator, "a run"):
+    with show_progress(coordinator, "a run"):
         assert late.wait(timeout=60)
         get(coordinator.post.remote(epoch_event(1)))
     lines = capsys.readouterr().out.splitlines()

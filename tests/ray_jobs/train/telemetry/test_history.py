@@ -8,13 +8,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from ray_jobs.storage.folder import Folder
-from ray_jobs.train.telemetry import console
+from ray_jobs.train.telemetry import history_keys as keys
 from ray_jobs.train.telemetry.history import Tracker
 from tests.ray_jobs.epochs import history, record, spec_in, write_epochs
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Return what TensorBoard shows, all files of events read, duplicates kept."""
+    """Return the points of all TensorBoard event files, with duplicates."""
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
     from tensorboard.util.tensor_util import make_ndarray
 
@@ -27,22 +27,22 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return found
 
 
-def test_both_histories_hold_every_epoch_and_every_key(tmp_path):
+def test_both_files_have_all_epochs_and_keys(tmp_path):
     folder = Folder(tmp_path / "first")
     with Tracker(folder, spec_in(tmp_path, "none")) as tracker:
-        epochs = (*history(2), record(2, **{console.STEP_S: 1.5}))
+        epochs = (*history(2), record(2, **{keys.STEP_S: 1.5}))
         for count in range(1, 4):
             tracker.write(epochs[:count])
     lines = (tmp_path / "first/history.jsonl").read_text().splitlines()
     assert tuple(json.loads(line) for line in lines) == epochs
     table = pq.read_table(tmp_path / "first/history.parquet")
-    assert table.schema.field(console.STEP).type == pa.int64()
-    assert table.schema.field(console.VAL_ROC_AUC).type == pa.float64()
-    assert table.to_pylist() == [{console.STEP_S: None, **epoch} for epoch in epochs]
+    assert table.schema.field(keys.STEP).type == pa.int64()
+    assert table.schema.field(keys.VAL_ROC_AUC).type == pa.float64()
+    assert table.to_pylist() == [{keys.STEP_S: None, **epoch} for epoch in epochs]
     assert not (tmp_path / "mlflow.db").exists()
 
 
-def test_a_run_that_goes_on_leaves_nothing_of_what_was_written_further(tmp_path):
+def test_a_resumed_run_overwrites_later_epochs_of_an_earlier_attempt(tmp_path):
     folder, spec = Folder(tmp_path / "first"), spec_in(tmp_path, "none")
     with Tracker(folder, spec) as tracker:
         write_epochs(tracker, 0, 4)
@@ -56,22 +56,22 @@ def test_a_run_that_goes_on_leaves_nothing_of_what_was_written_further(tmp_path)
     assert tuple(json.loads(line) for line in lines) == expected
     assert pq.read_table(tmp_path / "first/history.parquet").to_pylist() == list(expected)
     assert scalars(tmp_path / "first") == {
-        console.TRAIN_LOSS: [(e[console.EPOCH], e[console.TRAIN_LOSS]) for e in expected]
+        keys.TRAIN_LOSS: [(e[keys.EPOCH], e[keys.TRAIN_LOSS]) for e in expected]
     }
     assert trace.exists()
 
 
-def test_an_attempt_that_ends_before_its_first_epoch_leaves_everything(tmp_path):
+def test_an_attempt_without_epochs_changes_nothing(tmp_path):
     folder, spec = Folder(tmp_path / "first"), spec_in(tmp_path, "none")
     with Tracker(folder, spec) as tracker:
         write_epochs(tracker, 0, 2)
     with Tracker(folder, spec):
         pass
-    assert len(scalars(tmp_path / "first")[console.TRAIN_LOSS]) == 2
+    assert len(scalars(tmp_path / "first")[keys.TRAIN_LOSS]) == 2
     assert len((tmp_path / "first/history.jsonl").read_text().splitlines()) == 2
 
 
-def test_epochs_that_could_not_be_written_are_written_with_the_next_one(tmp_path, monkeypatch):
+def test_the_next_epoch_writes_the_records_of_an_outage(tmp_path, monkeypatch):
     folder, warnings = Folder(tmp_path / "first"), []
     with Tracker(folder, spec_in(tmp_path, "none"), warnings.append) as tracker:
         write_epochs(tracker, 0, 1)
@@ -83,15 +83,15 @@ def test_epochs_that_could_not_be_written_are_written_with_the_next_one(tmp_path
             full.setattr(Folder, "write_text", no_space)
             write_epochs(tracker, 1, 3)
         write_epochs(tracker, 3, 4)
-    assert warnings == ["the history could not be written: [Errno 28] No space left on device"] * 2
-    assert [step for step, _ in scalars(tmp_path / "first")[console.TRAIN_LOSS]] == [0, 1, 2, 3]
+    assert warnings == ["could not write the history: [Errno 28] No space left on device"] * 2
+    assert [step for step, _ in scalars(tmp_path / "first")[keys.TRAIN_LOSS]] == [0, 1, 2, 3]
     assert len((tmp_path / "first/history.jsonl").read_text().splitlines()) == 4
 
 
-@pytest.mark.parametrize(("gone", "num_copies"), [("upload", 3), ("names", 1)])
-def test_an_outage_leaves_no_copy_of_the_log_behind(tmp_path, monkeypatch, gone, num_copies):
+@pytest.mark.parametrize(("failing", "num_copies"), [("upload", 3), ("names", 1)])
+def test_an_outage_leaves_no_temporary_files(tmp_path, monkeypatch, failing, num_copies):
     copies = []
-    folder, made = Folder(f"memory://tracking/{gone}"), tempfile.mkdtemp
+    folder, made = Folder(f"memory://tracking/{failing}"), tempfile.mkdtemp
 
     def mkdtemp(*args: Any, **options: Any) -> str:
         copies.append(Path(made(*args, **options)))
@@ -104,14 +104,14 @@ def test_an_outage_leaves_no_copy_of_the_log_behind(tmp_path, monkeypatch, gone,
             def no_answer(*_: Any) -> None:
                 raise OSError("the network is down")
 
-            outage.setattr(Folder, gone, no_answer)
+            outage.setattr(Folder, failing, no_answer)
             write_epochs(tracker, 0, 2)
         write_epochs(tracker, 2, 3)
     assert len(copies) == num_copies
     assert not any(copy.exists() for copy in copies)
 
 
-def test_what_is_written_is_not_written_again(tmp_path, monkeypatch):
+def test_an_unchanged_history_is_not_written_again(tmp_path, monkeypatch):
     folder = Folder(tmp_path / "first")
     with Tracker(folder, spec_in(tmp_path, "none")) as tracker:
         write_epochs(tracker, 0, 2)
@@ -120,7 +120,7 @@ def test_what_is_written_is_not_written_again(tmp_path, monkeypatch):
     assert (tmp_path / "first/history.jsonl").stat().st_mtime_ns == written
 
 
-def test_a_remote_run_folder_has_a_copy_after_each_epoch(tmp_path):
+def test_the_log_is_uploaded_to_a_remote_run_folder_after_each_epoch(tmp_path):
     folder = Folder("memory://tracking/first")
     with Tracker(folder, spec_in(tmp_path, "none")) as tracker:
         for count in (1, 2):
@@ -128,4 +128,4 @@ def test_a_remote_run_folder_has_a_copy_after_each_epoch(tmp_path):
             copy = tmp_path / str(count)
             for name in folder.names("tensorboard"):
                 folder.download(name, copy / name)
-            assert len(scalars(copy)[console.TRAIN_LOSS]) == count
+            assert len(scalars(copy)[keys.TRAIN_LOSS]) == count

@@ -13,9 +13,10 @@ from mlflow.tracking import MlflowClient
 
 from ray_jobs.config.errors import JobError
 from ray_jobs.storage.folder import Folder
-from ray_jobs.train.telemetry import console, mlflow_logger
+from ray_jobs.train.telemetry import history_keys as keys
+from ray_jobs.train.telemetry import mlflow_logger
 from ray_jobs.train.telemetry.history import Tracker, require_tracking
-from ray_jobs.train.telemetry.mlflow_logger import EXPERIMENT, masked
+from ray_jobs.train.telemetry.mlflow_logger import EXPERIMENT, mask_credentials
 from tests.ray_jobs.epochs import record, spec_in, write_epochs
 
 
@@ -23,8 +24,8 @@ def client_of(folder: Path) -> MlflowClient:
     return MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db")
 
 
-def the_run(folder: Path) -> Any:
-    """Return the one run that there is, from the store and not from what the run folder notes."""
+def only_run(folder: Path) -> Any:
+    """Return the only run of the store."""
     client = client_of(folder)
     experiment = client.get_experiment_by_name(EXPERIMENT)
     assert experiment is not None
@@ -33,7 +34,7 @@ def the_run(folder: Path) -> Any:
 
 
 def points(folder: Path, key: str) -> list[tuple[int, float]]:
-    run_id = the_run(folder).info.run_id
+    run_id = only_run(folder).info.run_id
     return sorted((m.step, m.value) for m in client_of(folder).get_metric_history(run_id, key))
 
 
@@ -46,7 +47,7 @@ def empty_store(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def runs(empty_store, tmp_path) -> Path:
-    """A folder for runs in which MLflow's tables are made already, which takes it seconds."""
+    """A folder for runs with an initialized MLflow store, which takes seconds to create."""
     shutil.copy(empty_store, tmp_path)
     return tmp_path
 
@@ -59,24 +60,24 @@ def write_run_files(folder: Path) -> None:
         (folder / name).write_text('{"git_revision": "abc", "uri": "s3://key:hunter2@bucket/x"}')
 
 
-def test_a_finished_run_is_in_mlflow_with_settings_epochs_and_files(runs):
+def test_a_finished_run_has_its_settings_epochs_and_files(runs):
     spec = spec_in(runs, train__learning_rate=0.002)
     write_run_files(runs / "first")
     summary = {"best_epoch": 2, "validation": {"roc_auc": 0.75, "class_counts": [3, 4]}}
     with Tracker(Folder(runs / "first"), spec) as tracker:
-        assert the_run(runs).info.status == "RUNNING"
+        assert only_run(runs).info.status == "RUNNING"
         write_epochs(tracker, 0, 3)
         tracker.finish(summary)
-    run = the_run(runs)
+    run = only_run(runs)
     assert (run.info.run_name, run.info.status) == ("first", "FINISHED")
     assert run.data.params["train.learning_rate"] == "0.002"
     assert run.data.params["model.numeric.units"] == "[256, 128]"
     assert run.data.params["run.tracking_uri"] == "none"
     assert len(run.data.params) > 80
     assert run.data.tags["mlflow.source.git.commit"] == "abc"
-    assert points(runs, console.TRAIN_LOSS) == [(0, 0.5), (1, 0.25), (2, 0.5 / 3)]
+    assert points(runs, keys.TRAIN_LOSS) == [(0, 0.5), (1, 0.25), (2, 0.5 / 3)]
     assert set(run.data.metrics) == {
-        console.TRAIN_LOSS, console.STEP, "summary/best_epoch", "summary/validation/roc_auc",
+        keys.TRAIN_LOSS, keys.STEP, "summary/best_epoch", "summary/validation/roc_auc",
     }  # fmt: skip
     artifacts = runs / "mlflow-artifacts" / run.info.run_id / "artifacts"
     assert {str(p.relative_to(artifacts)) for p in artifacts.rglob("*") if p.is_file()} == {
@@ -87,7 +88,7 @@ def test_a_finished_run_is_in_mlflow_with_settings_epochs_and_files(runs):
     assert pq.read_table(artifacts / "history.parquet").num_rows == 3
 
 
-def test_a_run_that_goes_on_is_the_same_run_with_one_point_an_epoch(runs):
+def test_a_resumed_run_is_the_same_run_with_one_point_per_epoch(runs):
     spec = spec_in(runs)
 
     def fail() -> None:
@@ -97,47 +98,47 @@ def test_a_run_that_goes_on_is_the_same_run_with_one_point_an_epoch(runs):
 
     with pytest.raises(RuntimeError, match="out of memory"):
         fail()
-    failed = the_run(runs)
+    failed = only_run(runs)
     assert failed.info.status == "FAILED"
     assert failed.data.tags["failure"] == "RuntimeError: out of memory"
-    # Another number of workers may go on, and MLflow takes no parameter twice.
+    # A run can be resumed with another number of workers, but MLflow does not overwrite parameters.
     spec = spec.overlay({"train.num_workers": 2})
     with Tracker(Folder(runs / "first"), spec) as tracker:
-        assert the_run(runs).info.status == "RUNNING"
-        assert "failure" not in the_run(runs).data.tags
+        assert only_run(runs).info.status == "RUNNING"
+        assert "failure" not in only_run(runs).data.tags
         write_epochs(tracker, 2, 5, attempt=7)
         tracker.finish({})
-    run = the_run(runs)
+    run = only_run(runs)
     assert (run.info.run_id, run.info.status) == (failed.info.run_id, "FINISHED")
-    losses = [record(e)[console.TRAIN_LOSS] for e in range(3)]
-    losses += [record(e, attempt=7)[console.TRAIN_LOSS] for e in (3, 4)]
-    assert points(runs, console.TRAIN_LOSS) == list(enumerate(losses))
+    losses = [record(e)[keys.TRAIN_LOSS] for e in range(3)]
+    losses += [record(e, attempt=7)[keys.TRAIN_LOSS] for e in (3, 4)]
+    assert points(runs, keys.TRAIN_LOSS) == list(enumerate(losses))
     assert run.data.params["train.num_workers"] == "1"
 
 
-def test_a_run_whose_workers_died_without_a_word_is_marked_by_the_driver(tmp_path):
+def test_the_driver_marks_a_run_whose_workers_died_as_failed(tmp_path):
     spec = spec_in(tmp_path)
     Tracker(Folder(tmp_path / "first"), spec).fail("before the run was opened")
     assert not (tmp_path / "mlflow.db").exists()
     with Tracker(Folder(tmp_path / "first"), spec) as tracker:
         write_epochs(tracker, 0, 1)
-    assert the_run(tmp_path).info.status == "RUNNING"
+    assert only_run(tmp_path).info.status == "RUNNING"
     Tracker(Folder(tmp_path / "first"), spec).fail("worker 1 died; it read s3://key:hunter2@b/x")
-    assert the_run(tmp_path).info.status == "FAILED"
-    assert the_run(tmp_path).data.tags["failure"] == "worker 1 died; it read s3://***@b/x"
+    assert only_run(tmp_path).info.status == "FAILED"
+    assert only_run(tmp_path).data.tags["failure"] == "worker 1 died; it read s3://***@b/x"
 
 
-def test_a_run_that_its_user_stopped_is_killed_until_it_goes_on(tmp_path):
+def test_a_stopped_run_is_killed_until_it_is_resumed(tmp_path):
     spec, folder = spec_in(tmp_path), Folder(tmp_path / "first")
     with Tracker(folder, spec) as tracker:
         write_epochs(tracker, 0, 1)
     Tracker(folder, spec).stop()
-    assert the_run(tmp_path).info.status == "KILLED"
+    assert only_run(tmp_path).info.status == "KILLED"
     with Tracker(folder, spec):
-        assert the_run(tmp_path).info.status == "RUNNING"
+        assert only_run(tmp_path).info.status == "RUNNING"
 
 
-def test_a_store_that_was_gone_at_the_last_epochs_has_them_when_the_run_is_finished(runs):
+def test_finishing_logs_epochs_that_are_missing_in_the_store(runs):
     spec, folder = spec_in(runs), Folder(runs / "first")
     with Tracker(folder, spec) as tracker:
         write_epochs(tracker, 0, 1)
@@ -145,44 +146,44 @@ def test_a_store_that_was_gone_at_the_last_epochs_has_them_when_the_run_is_finis
     with Tracker(folder, without) as tracker:
         write_epochs(tracker, 1, 3)
     Tracker(folder, spec).finish({"train_s": 1.0})
-    assert [step for step, _ in points(runs, console.TRAIN_LOSS)] == [0, 1, 2]
-    assert the_run(runs).info.status == "FINISHED"
+    assert [step for step, _ in points(runs, keys.TRAIN_LOSS)] == [0, 1, 2]
+    assert only_run(runs).info.status == "FINISHED"
 
 
-def test_a_finished_run_that_goes_on_is_finished_again(runs):
+def test_a_finished_run_can_be_resumed_and_finished_again(runs):
     spec, folder = spec_in(runs), Folder(runs / "first")
     for _ in range(2):
         with Tracker(folder, spec) as tracker:
-            assert the_run(runs).info.status == "RUNNING"
+            assert only_run(runs).info.status == "RUNNING"
             write_epochs(tracker, 0, 1)
             tracker.finish({"train_s": 1.0})
-        assert the_run(runs).info.status == "FINISHED"
+        assert only_run(runs).info.status == "FINISHED"
 
 
-def test_what_is_finished_stays_as_it_is(runs):
+def test_finishing_twice_changes_nothing(runs):
     spec, folder = spec_in(runs), Folder(runs / "first")
     with Tracker(folder, spec) as tracker:
         write_epochs(tracker, 0, 1)
         tracker.finish({"train_s": 1.0})
-    ended = the_run(runs).info.end_time
+    ended = only_run(runs).info.end_time
     Tracker(folder, spec).finish({"train_s": 2.0})
     assert points(runs, "summary/train_s") == [(0, 1.0)]
-    assert the_run(runs).info.end_time == ended
+    assert only_run(runs).info.end_time == ended
 
 
-def test_a_run_that_is_finished_stays_so_when_its_job_is_stopped_or_fails(runs):
+def test_a_finished_run_stays_finished_if_its_job_is_stopped_or_fails(runs):
     spec, folder = spec_in(runs), Folder(runs / "first")
     with Tracker(folder, spec) as tracker:
         write_epochs(tracker, 0, 1)
         tracker.finish({})
     Tracker(folder, spec).stop()
     Tracker(folder, spec).fail("a second Ctrl-C")
-    run = the_run(runs)
+    run = only_run(runs)
     assert run.info.status == "FINISHED"
     assert "failure" not in run.data.tags
 
 
-def test_a_store_that_is_gone_for_a_while_is_one_warning_and_misses_nothing(runs):
+def test_an_outage_of_the_store_is_one_warning_and_loses_nothing(runs):
     spec, warnings = spec_in(runs), []
     store = runs / "mlflow.db"
     with Tracker(Folder(runs / "first"), spec, warnings.append) as tracker:
@@ -192,13 +193,13 @@ def test_a_store_that_is_gone_for_a_while_is_one_warning_and_misses_nothing(runs
         write_epochs(tracker, 1, 3)
         assert len((runs / "first/history.jsonl").read_text().splitlines()) == 3
         (warning,) = warnings
-        assert warning.startswith("MLflow cannot be written (")
+        assert warning.startswith("could not write to MLflow (")
         assert "\n" not in warning
         store.write_bytes(whole)
         write_epochs(tracker, 3, 4)
         tracker.finish({})
-    assert [step for step, _ in points(runs, console.TRAIN_LOSS)] == [0, 1, 2, 3]
-    assert the_run(runs).info.status == "FINISHED"
+    assert [step for step, _ in points(runs, keys.TRAIN_LOSS)] == [0, 1, 2, 3]
+    assert only_run(runs).info.status == "FINISHED"
     assert len(warnings) == 1
 
 
@@ -208,7 +209,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def test_a_server_that_never_answers_ends_no_training(tmp_path, monkeypatch):
+def test_a_server_that_never_answers_does_not_end_the_run(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     warnings: list[str] = []
     uri = f"http://127.0.0.1:{free_port()}"
@@ -221,14 +222,14 @@ def test_a_server_that_never_answers_ends_no_training(tmp_path, monkeypatch):
     assert len((tmp_path / "first/history.jsonl").read_text().splitlines()) == 2
 
 
-def test_no_secret_and_no_environment_variable_reaches_mlflow(runs, monkeypatch):
+def test_no_credentials_and_no_environment_variables_reach_mlflow(runs, monkeypatch):
     monkeypatch.setenv("SOME_TOKEN", "swordfish")
     spec = spec_in(runs, data__prepared="s3://hunter2@bucket/prepared")
     write_run_files(runs / "first")
     with Tracker(Folder(runs / "first"), spec) as tracker:
         write_epochs(tracker, 0, 1)
         tracker.finish({})
-    assert the_run(runs).data.params["data.prepared"] == "s3://***@bucket/prepared"
+    assert only_run(runs).data.params["data.prepared"] == "s3://***@bucket/prepared"
     written = [runs / "mlflow.db", *(runs / "mlflow-artifacts").rglob("*")]
     for path in written:
         if path.is_file():
@@ -236,11 +237,11 @@ def test_no_secret_and_no_environment_variable_reaches_mlflow(runs, monkeypatch)
             assert b"swordfish" not in path.read_bytes()
 
 
-def test_a_value_that_is_too_long_is_cut(runs):
+def test_a_too_long_value_is_truncated(runs):
     columns = [f"column_{i:04d}" for i in range(1000)]
     spec = spec_in(runs, data__categorical=columns)
     with Tracker(Folder(runs / "first"), spec):
-        value = the_run(runs).data.params["data.categorical"]
+        value = only_run(runs).data.params["data.categorical"]
     assert len(value) == 6000
     assert value.startswith('["column_0000", "column_0001"')
     assert value.endswith("…")
@@ -255,32 +256,32 @@ def test_a_value_that_is_too_long_is_cut(runs):
         ("mail@host.org", "mail@host.org"),
     ],
 )
-def test_user_names_and_passwords_of_uris_are_masked(text, shown):
-    assert masked(text) == shown
+def test_credentials_in_uris_are_masked(text, shown):
+    assert mask_credentials(text) == shown
 
 
-def test_a_number_that_is_not_finite_is_null_in_json_and_no_point_in_mlflow(runs):
-    epoch = record(0, **{console.STEP_S: float("inf")})
+def test_a_number_that_is_not_finite_is_null_in_json_and_not_logged_to_mlflow(runs):
+    epoch = record(0, **{keys.STEP_S: float("inf")})
     with Tracker(Folder(runs / "first"), spec_in(runs)) as tracker:
         tracker.write((epoch,))
     line = json.loads((runs / "first/history.jsonl").read_text())
-    assert line == {**epoch, console.STEP_S: None}
+    assert line == {**epoch, keys.STEP_S: None}
     table = pq.read_table(runs / "first/history.parquet")
-    assert table[console.STEP_S].to_pylist() == [float("inf")]
-    assert points(runs, console.STEP_S) == []
-    assert points(runs, console.TRAIN_LOSS) == [(0, 0.5)]
+    assert table[keys.STEP_S].to_pylist() == [float("inf")]
+    assert points(runs, keys.STEP_S) == []
+    assert points(runs, keys.TRAIN_LOSS) == [(0, 0.5)]
 
 
 # -- before the run -------------------------------------------------------------------------------
 
 
-def test_without_tracking_nothing_is_asked_for(tmp_path):
+def test_without_tracking_nothing_is_created(tmp_path):
     spec = spec_in(tmp_path, "none")
     assert require_tracking(spec) == spec
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_store_is_made_before_the_run_and_named_to_the_workers(tmp_path, monkeypatch):
+def test_the_store_is_created_before_the_run_and_its_uri_set_in_the_spec(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     spec = require_tracking(spec_in(tmp_path))
     assert spec.run.tracking_uri == f"sqlite:///{tmp_path}/mlflow.db"
@@ -288,7 +289,7 @@ def test_the_store_is_made_before_the_run_and_named_to_the_workers(tmp_path, mon
     assert require_tracking(spec) == spec
 
 
-def test_the_variable_counts_where_the_spec_says_nothing(tmp_path, monkeypatch):
+def test_the_environment_variable_is_used_if_the_setting_is_missing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///there/of_all.db")
     spec = require_tracking(spec_in(tmp_path))
@@ -298,45 +299,45 @@ def test_the_variable_counts_where_the_spec_says_nothing(tmp_path, monkeypatch):
     assert mine.run.tracking_uri == f"sqlite:///{tmp_path}/mine.db"
 
 
-def test_a_remote_folder_of_runs_needs_a_server(monkeypatch):
+def test_a_remote_storage_path_needs_a_server(monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     spec = spec_in(Path("x"), run__storage_path="memory://runs")
-    with pytest.raises(JobError, match=r"is on no disk; set run\.tracking_uri to an MLflow server"):
+    with pytest.raises(
+        JobError, match=r"needs a local run\.storage_path .*; set run\.tracking_uri to an MLflow"
+    ):
         require_tracking(spec)
 
 
 @pytest.mark.parametrize("uri", ["mlruns", "file:///tmp/mlruns", "./mlruns"])
-def test_a_plain_folder_is_refused_with_the_file_to_take(tmp_path, uri):
-    with pytest.raises(JobError, match=rf"tracking_uri={uri}: .*; try sqlite:////.*mlruns/mlflow"):
+def test_a_plain_folder_is_rejected_with_an_alternative(tmp_path, uri):
+    with pytest.raises(JobError, match=rf"tracking_uri={uri} .*; use sqlite:////.*mlruns/mlflow"):
         require_tracking(spec_in(tmp_path, run__tracking_uri=uri))
 
 
-def test_a_server_that_does_not_answer_is_named_before_the_run(tmp_path, monkeypatch):
+def test_a_server_that_does_not_answer_is_reported_before_the_run(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     uri = f"http://127.0.0.1:{free_port()}"
-    with pytest.raises(JobError, match=rf"MLflow at {uri} cannot be used"):
+    with pytest.raises(JobError, match=rf"could not connect to MLflow at {uri}"):
         require_tracking(spec_in(tmp_path, run__tracking_uri=uri))
 
 
-def test_a_password_in_the_address_is_refused_since_the_run_folder_would_hold_it(
-    tmp_path, monkeypatch
-):
+def test_credentials_in_the_uri_are_rejected(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:hunter2@host/mlflow")
-    message = r"https://\*\*\*@host/mlflow holds a user name.*MLFLOW_TRACKING_PASSWORD"
+    message = r"https://\*\*\*@host/mlflow contains credentials.*MLFLOW_TRACKING_PASSWORD"
     with pytest.raises(JobError, match=message) as error:
         require_tracking(spec_in(tmp_path))
     assert "hunter2" not in str(error.value)
 
 
-def test_a_missing_package_is_named_with_the_remedy(tmp_path, monkeypatch):
+def test_a_missing_package_is_reported_with_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "mlflow.tracking", None)
     with pytest.raises(JobError, match=r"packages that are not installed .*\.\[mlflow\]"):
         require_tracking(spec_in(tmp_path))
 
 
-def test_two_runs_that_open_the_store_first_share_its_experiment(runs, monkeypatch):
+def test_two_runs_that_open_the_store_at_the_same_time_share_its_experiment(runs, monkeypatch):
     class Late(MlflowClient):
-        """Does not see, at first, what another run made a moment ago."""
+        """Does not find the experiment at first, as if another run were just creating it."""
 
         looked = False
 
@@ -355,7 +356,7 @@ def test_two_runs_that_open_the_store_first_share_its_experiment(runs, monkeypat
     )
 
 
-def test_nothing_is_sent_to_mlflows_makers(tmp_path):
+def test_mlflow_sends_no_usage_statistics(tmp_path):
     code = (
         "import sys; from pathlib import Path; "
         "from ray_jobs.train.telemetry.history import require_tracking; "

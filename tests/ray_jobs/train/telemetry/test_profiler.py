@@ -28,7 +28,7 @@ def traces(folder: Path) -> list[Path]:
 
 
 def steps_in(folder: Path) -> list[int]:
-    """Return the numbers of the steps that a trace holds."""
+    """Return the numbers of the steps in a trace."""
     from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
     (path,) = traces(folder)
@@ -45,7 +45,7 @@ def steps_in(folder: Path) -> list[int]:
     return sorted(found)
 
 
-def test_a_trace_holds_the_steps_of_the_range_and_no_other(tmp_path):
+def test_a_trace_has_exactly_the_steps_of_the_range(tmp_path):
     with Profiler(Folder(tmp_path), (3, 5)) as profiler:
         run_steps(profiler, range(1, 4))
         assert traces(tmp_path) == []
@@ -55,32 +55,32 @@ def test_a_trace_holds_the_steps_of_the_range_and_no_other(tmp_path):
     assert b"product_of_a_step" in traces(tmp_path)[0].read_bytes()
 
 
-def test_a_call_of_several_steps_is_traced_where_it_meets_the_range(tmp_path):
+def test_a_call_of_several_steps_is_traced_if_it_overlaps_the_range(tmp_path):
     with Profiler(Folder(tmp_path), (3, 6)) as profiler:
         run_steps(profiler, range(1, 13), count=4)
     assert steps_in(tmp_path) == [1, 5]
 
 
-def test_a_training_that_ends_inside_the_range_leaves_its_trace(tmp_path):
+def test_a_training_that_ends_within_the_range_writes_its_trace(tmp_path):
     with Profiler(Folder(tmp_path), (2, 100)) as profiler:
         run_steps(profiler, range(1, 4))
     assert steps_in(tmp_path) == [2, 3]
 
 
-def test_a_training_that_goes_on_inside_the_range_traces_the_rest(tmp_path):
+def test_a_training_that_resumes_within_the_range_traces_the_rest(tmp_path):
     with Profiler(Folder(tmp_path), (2, 5)) as profiler:
         run_steps(profiler, range(4, 9))
     assert steps_in(tmp_path) == [4, 5]
 
 
 @pytest.mark.parametrize("steps", [None, (1, 3)])
-def test_without_a_range_or_beyond_it_nothing_is_traced(tmp_path, steps):
+def test_nothing_is_traced_without_a_range_or_after_it(tmp_path, steps):
     with Profiler(Folder(tmp_path), steps) as profiler:
         run_steps(profiler, range(4, 7))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_step_that_fails_ends_the_trace_and_another_can_begin(tmp_path):
+def test_a_failing_step_ends_the_trace_and_another_one_can_start(tmp_path):
     def fail() -> None:
         with Profiler(Folder(tmp_path / "first"), (1, 9)) as profiler:
             profiler.before(1)
@@ -93,9 +93,9 @@ def test_a_step_that_fails_ends_the_trace_and_another_can_begin(tmp_path):
     assert steps_in(tmp_path / "second") == [1, 2]
 
 
-def test_a_trace_that_cannot_begin_is_a_warning_and_the_steps_go_on(tmp_path, caplog):
-    profiler_of_another: Any = tf.profiler.experimental
-    profiler_of_another.start(str(tmp_path / "other"))
+def test_a_profiler_that_cannot_start_is_a_warning_only(tmp_path, caplog):
+    other_profiler: Any = tf.profiler.experimental
+    other_profiler.start(str(tmp_path / "other"))
     try:
         with (
             caplog.at_level(logging.WARNING),
@@ -103,6 +103,8 @@ def test_a_trace_that_cannot_begin_is_a_warning_and_the_steps_go_on(tmp_path, ca
         ):
             run_steps(profiler, range(1, 4))
     finally:
-        profiler_of_another.stop(save=False)
-    assert [record.message.split(":")[0] for record in caplog.records] == ["no trace of steps"]
+        other_profiler.stop(save=False)
+    assert [record.message.split(":")[0] for record in caplog.records] == [
+        "could not start the profiler"
+    ]
     assert not (tmp_path / "run").exists()

@@ -7,16 +7,17 @@ from types import SimpleNamespace
 
 import pytest
 
-from ray_jobs.train.telemetry import console, system_metrics
-from ray_jobs.train.telemetry.system_metrics import Sampler, measure
+from ray_jobs.train.telemetry import history_keys as keys
+from ray_jobs.train.telemetry import system_metrics
+from ray_jobs.train.telemetry.system_metrics import UsageSampler, measure_memory
 
 
 class Nvml:
-    """Stands for the module pynvml on a machine with three GPUs."""
+    """Fake of the module pynvml."""
 
     def __init__(self, rates: dict[str, list[int]]) -> None:
         self.rates = rates
-        self.asked: list[str] = []
+        self.calls: list[str] = []
 
     def nvmlInit(self) -> None:
         pass
@@ -31,15 +32,15 @@ class Nvml:
         return name
 
     def nvmlDeviceGetUtilizationRates(self, handle: str) -> SimpleNamespace:
-        self.asked.append(handle)
+        self.calls.append(handle)
         rates = self.rates[handle]
         return SimpleNamespace(gpu=rates.pop(0) if len(rates) > 1 else rates[0])
 
 
-def sampled(sampler: Sampler, nvml: Nvml, count: int) -> dict[str, float]:
-    """Return what was taken after `count` samples at least."""
+def sampled(sampler: UsageSampler, nvml: Nvml, count: int) -> dict[str, float]:
+    """Return the means after at least `count` samples."""
     deadline = time.monotonic() + 30
-    while len(nvml.asked) < count and time.monotonic() < deadline:
+    while len(nvml.calls) < count and time.monotonic() < deadline:
         time.sleep(0.005)
     sampler.close()
     return sampler.take()
@@ -51,22 +52,22 @@ def fast(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
-def test_the_workers_bytes_grow_by_what_it_holds_and_a_node_is_partly_used():
-    measure()  # the first one imports
-    before = measure()
+def test_worker_bytes_grow_with_allocated_memory():
+    measure_memory()  # The first call imports modules.
+    before = measure_memory()
     size = 64 << 20
-    # Asked of the system: an array may get memory that this process holds already.
+    # A new mapping: an array may reuse memory of this process.
     with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as held:
         for page in range(0, size, mmap.PAGESIZE):
             held[page] = 1
-        after = measure()
-    grown = after[console.WORKER_BYTES] - before[console.WORKER_BYTES]
-    # Other threads of this process, such as Ray's and TensorFlow's, hold more or less meanwhile.
+        after = measure_memory()
+    grown = after[keys.WORKER_BYTES] - before[keys.WORKER_BYTES]
+    # Other threads of this process, such as Ray's, allocate and free memory meanwhile.
     assert 0.5 * size < grown < 4 * size
-    assert 0 < after[console.NODE_MEMORY_FRACTION] < 1
+    assert 0 < after[keys.NODE_MEMORY_FRACTION] < 1
 
 
-def test_memory_that_processes_share_counts_by_each_ones_part(tmp_path):
+def test_shared_memory_is_divided_among_processes(tmp_path):
     size = 64 << 20
     file = tmp_path / "shared"
     file.write_bytes(b"x" * size)
@@ -77,85 +78,85 @@ def test_memory_that_processes_share_counts_by_each_ones_part(tmp_path):
     )
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ) as shared:
         shared[:: mmap.PAGESIZE]
-        alone = measure()[console.WORKER_BYTES]
+        alone = measure_memory()[keys.WORKER_BYTES]
         command = [sys.executable, "-c", look, str(file)]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
             assert other.stdout is not None
             other.stdout.readline()
-            together = measure()[console.WORKER_BYTES]
+            together = measure_memory()[keys.WORKER_BYTES]
             other.communicate(b"\n")
     assert 0.3 * size < alone - together < 0.7 * size
 
 
-def test_without_a_gpu_there_is_nothing_of_gpus():
-    sampler = Sampler(use_gpu=False, nvml=Nvml({"a": [50]}))
-    measured = {**measure(), **sampler.take()}
+def test_without_a_gpu_there_are_no_gpu_metrics():
+    sampler = UsageSampler(use_gpu=False, nvml=Nvml({"a": [50]}))
+    measured = {**measure_memory(), **sampler.take()}
     assert measured.keys() == {
-        console.WORKER_BYTES, console.NODE_MEMORY_FRACTION, console.CPU_CORES,
+        keys.WORKER_BYTES, keys.NODE_MEMORY_FRACTION, keys.CPU_CORES,
     }  # fmt: skip
     assert "resources" not in [thread.name for thread in threading.enumerate()]
     sampler.close()
 
 
-def test_busy_cores_are_those_of_the_time_since_the_last_look():
-    sampler = Sampler(use_gpu=False)
+def test_cpu_cores_are_measured_since_the_last_call():
+    sampler = UsageSampler(use_gpu=False)
     started = time.process_time()
     while time.process_time() - started < 0.3:
         pass
-    busy = sampler.take()[console.CPU_CORES]
+    busy = sampler.take()[keys.CPU_CORES]
     time.sleep(0.3)
-    idle = sampler.take()[console.CPU_CORES]
+    idle = sampler.take()[keys.CPU_CORES]
     assert busy > 5 * idle
     assert busy > 0.2
 
 
-def test_gpu_utilisation_is_the_mean_over_time_and_gpus():
-    # Only the first sample finds them busy, whatever number of them there is in the end.
+def test_gpu_utilization_is_the_mean_over_time_and_gpus():
+    # Only the first sample is busy; the number of samples varies.
     nvml = Nvml({"a": [100, 0], "b": [50, 0]})
-    sampler = Sampler(use_gpu=True, nvml=nvml)
-    found = sampled(sampler, nvml, 6)[console.GPU_UTILIZATION]
-    assert found == pytest.approx(0.75 / nvml.asked.count("b"))
-    assert console.GPU_UTILIZATION not in sampler.take()
+    sampler = UsageSampler(use_gpu=True, nvml=nvml)
+    found = sampled(sampler, nvml, 6)[keys.GPU_UTILIZATION]
+    assert found == pytest.approx(0.75 / nvml.calls.count("b"))
+    assert keys.GPU_UTILIZATION not in sampler.take()
     assert "resources" not in [thread.name for thread in threading.enumerate()]
 
 
 @pytest.mark.parametrize(
-    ("visible", "looked_at"),
+    ("visible", "measured_gpus"),
     [("1", {"GPU-b"}), ("0,2", {"GPU-a", "GPU-c"}), ("GPU-c", {"GPU-c"}), ("", set()),
      ("-1", set())],
 )  # fmt: skip
-def test_only_gpus_that_the_process_may_use_are_looked_at(monkeypatch, visible, looked_at):
+def test_only_visible_gpus_are_measured(monkeypatch, visible, measured_gpus):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     nvml = Nvml({"GPU-a": [10], "GPU-b": [20], "GPU-c": [30]})
-    sampler = Sampler(use_gpu=True, nvml=nvml)
-    taken = sampled(sampler, nvml, 2 * len(looked_at))
-    assert set(nvml.asked) == looked_at
-    assert (console.GPU_UTILIZATION in taken) == bool(looked_at)
+    sampler = UsageSampler(use_gpu=True, nvml=nvml)
+    taken = sampled(sampler, nvml, 2 * len(measured_gpus))
+    assert set(nvml.calls) == measured_gpus
+    assert (keys.GPU_UTILIZATION in taken) == bool(measured_gpus)
 
 
-def test_a_sample_that_fails_is_left_out_and_the_next_one_counts():
-    class Hiccups(Nvml):
+def test_a_failed_sample_is_skipped():
+    class FailsOnce(Nvml):
         def nvmlDeviceGetUtilizationRates(self, handle: str) -> SimpleNamespace:
             rates = super().nvmlDeviceGetUtilizationRates(handle)
-            if len(self.asked) == 1:
+            if len(self.calls) == 1:
                 raise RuntimeError("GPU is lost")
             return rates
 
-    nvml = Hiccups({"a": [0, 80]})
-    taken = sampled(Sampler(use_gpu=True, nvml=nvml), nvml, 3)
-    assert taken[console.GPU_UTILIZATION] == pytest.approx(0.8)
+    nvml = FailsOnce({"a": [0, 80]})
+    taken = sampled(UsageSampler(use_gpu=True, nvml=nvml), nvml, 3)
+    assert taken[keys.GPU_UTILIZATION] == pytest.approx(0.8)
 
 
-def test_a_machine_without_a_driver_has_no_utilisation():
+def test_without_a_driver_there_is_no_utilization():
     class NoDriver(Nvml):
         def nvmlInit(self) -> None:
             raise RuntimeError("NVML Shared Library Not Found")
 
-    sampler = Sampler(use_gpu=True, nvml=NoDriver({"a": [10]}))
-    assert sampler.take().keys() == {console.CPU_CORES}
+    sampler = UsageSampler(use_gpu=True, nvml=NoDriver({"a": [10]}))
+    assert sampler.take().keys() == {keys.CPU_CORES}
 
 
-def test_the_library_that_ray_brings_has_what_is_asked_of_it():
+def test_rays_nvml_bindings_have_the_needed_functions():
     from ray._private.thirdparty import pynvml
 
     for name in dir(Nvml):
@@ -163,11 +164,11 @@ def test_the_library_that_ray_brings_has_what_is_asked_of_it():
             assert callable(getattr(pynvml, name))
 
 
-def test_bytes_of_several_gpus_are_summed(monkeypatch):
+def test_the_bytes_of_several_gpus_are_summed(monkeypatch):
     import tensorflow as tf
 
     info = {"GPU:0": {"current": 3, "peak": 5}, "GPU:1": {"current": 4, "peak": 8}}
     monkeypatch.setattr(tf.config, "get_visible_devices", lambda kind: ["one", "two"])
     monkeypatch.setattr(tf.config.experimental, "get_memory_info", info.__getitem__)
-    measured = measure()
-    assert (measured[console.GPU_BYTES], measured[console.GPU_PEAK_BYTES]) == (7, 13)
+    measured = measure_memory()
+    assert (measured[keys.GPU_BYTES], measured[keys.GPU_PEAK_BYTES]) == (7, 13)

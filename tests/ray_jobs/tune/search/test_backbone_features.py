@@ -1,4 +1,4 @@
-"""Features of a frozen backbone: what is stored, when it is computed, and what is learnt on it."""
+"""Features of a frozen backbone: their storage, their reuse, and training on them."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -15,9 +15,9 @@ from ray_jobs.cluster.strategy import WorkerContext
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import EvaluateSpec, InspectSpec, PredictSpec, RunSpec, Split
 from ray_jobs.data.batch import FEATURES, IMAGE_MASK
-from ray_jobs.data.cache import choose_kind
-from ray_jobs.data.manifest import ImageInfo, Manifest, read_manifest, require_shards
-from ray_jobs.data.reader import RowDecoder
+from ray_jobs.data.cache import choose_cache
+from ray_jobs.data.decoder import RowDecoder
+from ray_jobs.data.manifest import ImageInfo, Manifest, Shard, read_manifest, require_shards
 from ray_jobs.data.sampler import TrainingSampler
 from ray_jobs.evaluate.job import evaluate
 from ray_jobs.inspect.job import inspect
@@ -27,8 +27,9 @@ from ray_jobs.train.job import fit
 from ray_jobs.train.loop import Loop
 from ray_jobs.train.model_factory import new_model
 from ray_jobs.tune.search import backbone_features as module
-from ray_jobs.tune.search.backbone_features import Extractor, features_folder, features_of
-from ray_jobs.tune.search.feature_trials import is_frozen, on_features
+from ray_jobs.tune.search.backbone_features import compute_features, features_folder
+from ray_jobs.tune.search.feature_extractor import Extractor, ShardKey
+from ray_jobs.tune.search.feature_trials import feature_trial_spec, is_frozen
 from tests.ray_jobs.scenarios import PLAIN
 from tests.ray_jobs.tiny import with_image, write_prepared
 
@@ -38,7 +39,7 @@ FROZEN = {**PLAIN["image"], "trainable": False}
 
 
 def spec_of(folder: Path, **changes: Any) -> RunSpec:
-    """A training with a frozen backbone on the prepared data in a folder."""
+    """Return a training with a frozen backbone on the prepared data in a folder."""
     spec = RunSpec.model_validate(
         {
             "run": {"storage_path": str(folder / "runs"), "seed": 3},
@@ -59,24 +60,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def stored(ray_local: None, folder: Path) -> Folder:
-    """One view of each image, computed on the cluster."""
-    return features_of(spec_of(folder))
+    """Features with one view per image, computed on the cluster."""
+    return compute_features(spec_of(folder))
 
 
 @pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Split, int]]:
-    """Lets features be computed in this process; what is computed is noted."""
-    noted: list[tuple[Split, int]] = []
+def computed_shards(monkeypatch: pytest.MonkeyPatch) -> list[ShardKey]:
+    """Computes features in this process and records the computed shards."""
+    keys: list[ShardKey] = []
 
-    def compute(arguments: Any, todo: Sequence[tuple[Split, int]], *_: Any) -> Iterator[Any]:
-        extractor = Extractor(*arguments[:3], threads=2)
-        for split, index in todo:
-            noted.append((split, index))
-            shard = extractor.write(split, index).model_dump_json()
-            yield {"split": split, "index": index, "shard": shard, "failure": None}
+    def compute(
+        spec: RunSpec, missing: Sequence[ShardKey], num_views: int, output: Folder
+    ) -> Iterator[tuple[ShardKey, Shard]]:
+        extractor = Extractor(spec, num_views, output, threads=2)
+        for key in missing:
+            keys.append(key)
+            yield key, extractor.write(*key)
 
-    monkeypatch.setattr(module, "_on_actors", compute)
-    return noted
+    monkeypatch.setattr(module, "_run_actors", compute)
+    return keys
 
 
 def rows_of(folder: Folder, manifest: Manifest, split: Split) -> pa.Table:
@@ -88,7 +90,7 @@ def shards(manifest: Manifest, split: Split) -> Any:
 
 
 def hashes(folder: Folder) -> dict[str, tuple[str, int]]:
-    """Content and time of change of every file."""
+    """Return the content hash and the modification time of every file."""
     files = {name: Path(folder.locate(name)) for name in folder.names()}
     return {
         name: (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
@@ -97,15 +99,15 @@ def hashes(folder: Folder) -> dict[str, tuple[str, int]]:
 
 
 def features_in(folder: Folder, split: Split) -> np.ndarray:
-    """Features of a split's rows as a batch has them."""
+    """Return the features of a split as in a batch."""
     manifest = read_manifest(folder)
     return RowDecoder(manifest, with_image=True).decode(rows_of(folder, manifest, split))[FEATURES]
 
 
-# -- what is stored -------------------------------------------------------------------------------
+# -- storage --------------------------------------------------------------------------------------
 
 
-def test_rows_row_groups_and_shards_are_those_of_the_images(folder, stored):
+def test_features_keep_the_rows_row_groups_and_shards_of_the_images(folder, stored):
     source = Folder(folder / "prepared")
     images, own = read_manifest(source), read_manifest(stored)
     assert stored.uri.startswith(f"{folder}/runs/features/")
@@ -131,7 +133,7 @@ def test_rows_row_groups_and_shards_are_those_of_the_images(folder, stored):
     assert kept == images
 
 
-def test_features_are_what_the_backbone_of_a_training_of_this_seed_starts_with(folder, stored):
+def test_features_come_from_the_initial_backbone_of_a_training_with_the_same_seed(folder, stored):
     import keras
 
     from mm_model.model import backbone_model
@@ -149,31 +151,31 @@ def test_features_are_what_the_backbone_of_a_training_of_this_seed_starts_with(f
     assert np.abs(np.asarray(other) - expected).max() > 0.01
 
 
-def test_what_is_there_is_not_computed_again(folder, stored, here):
+def test_existing_features_are_reused(folder, stored, computed_shards):
     before = hashes(stored)
     assert len(before) == 6
-    again = features_of(spec_of(folder, model__dropout=0.4, train__learning_rate=0.1))
+    again = compute_features(spec_of(folder, model__dropout=0.4, train__learning_rate=0.1))
     assert again.uri == stored.uri
-    assert here == []
+    assert computed_shards == []
     assert hashes(stored) == before
 
 
-def test_an_interrupted_job_goes_on_with_the_shards_that_are_not_there_whole(
-    folder, here, tmp_path
+def test_only_missing_and_damaged_shards_are_computed_after_an_interruption(
+    folder, computed_shards, tmp_path
 ):
     spec = spec_of(folder, run__storage_path=str(tmp_path), model__augmentation__flip="vertical")
-    output = features_of(spec, num_views=2)
+    output = compute_features(spec, num_views=2)
     every = [("train", 0), ("train", 1), ("train", 2), ("validation", 0), ("validation", 1)]
-    assert here == every
+    assert computed_shards == every
     manifest, before = read_manifest(output), hashes(output)
-    here.clear()
+    computed_shards.clear()
     lost, cut = (shards(manifest, split)[1].path for split in ("train", "validation"))
     output.delete("manifest.json")
     output.delete(lost)
     path = Path(output.locate(cut))
     path.write_bytes(path.read_bytes()[:-1])
-    assert features_of(spec, num_views=2).uri == output.uri
-    assert here == [("train", 1), ("validation", 1)]
+    assert compute_features(spec, num_views=2).uri == output.uri
+    assert computed_shards == [("train", 1), ("validation", 1)]
     after = hashes(output)
     assert {name: content for name, (content, _) in after.items()} == {
         name: content for name, (content, _) in before.items()
@@ -182,7 +184,7 @@ def test_an_interrupted_job_goes_on_with_the_shards_that_are_not_there_whole(
     assert changed == {"manifest.json", lost, cut}
 
 
-def test_other_settings_have_another_folder(folder, tmp_path):
+def test_the_folder_depends_on_the_settings_that_affect_features(folder, tmp_path):
     for name, content in (("a", b"weights"), ("b", b"weights"), ("c", b"others")):
         (tmp_path / name).write_bytes(content)
 
@@ -213,7 +215,7 @@ def test_other_settings_have_another_folder(folder, tmp_path):
         place(run__storage_path=str(tmp_path)),
     ]
     assert len(set(others)) == len(others)
-    # What does not change them has the same.
+    # Settings that do not affect features.
     for same in (
         place(run__seed=4),
         place(model__image__trainable=True),
@@ -226,39 +228,35 @@ def test_other_settings_have_another_folder(folder, tmp_path):
         assert same == others[0]
 
 
-def test_a_job_that_cannot_go_on_says_why(ray_local, folder):
+def test_unsuitable_settings_are_reported(ray_local, folder):
     weights = str(folder / "prepared/manifest.json")
-    with pytest.raises(JobError, match="cannot be computed: image branch 'tiny' takes no weights"):
-        features_of(spec_of(folder, model__image__weights=weights))
+    with pytest.raises(JobError, match=r"^cannot compute features: .*kind=tiny"):
+        compute_features(spec_of(folder, model__image__weights=weights))
     spec = spec_of(folder, model__image__kind="none", model__image__weights=None)
     with pytest.raises(JobError, match=r"model\.image\.kind=none has no backbone"):
-        features_of(spec)
-    with pytest.raises(ValueError, match="num_views=0: the first view"):
-        features_of(spec_of(folder), num_views=0)
+        compute_features(spec)
 
 
-def test_a_damaged_image_names_its_row(tmp_path):
+def test_an_error_in_an_image_names_its_row(tmp_path):
     manifest = write_prepared(tmp_path / "prepared", COUNTS, size=SIZE)
     path = tmp_path / "prepared" / shards(manifest, "train")[1].path
     pq.write_table(with_image(pq.read_table(path), 3, b"no image"), path, row_group_size=5)
     extractor = Extractor(spec_of(tmp_path), 1, Folder(tmp_path / "out"))
-    with pytest.raises(ValueError, match="row 'train-23' cannot be used: 8 bytes"):
+    with pytest.raises(ValueError, match="row 'train-23' is damaged: its 8 bytes"):
         extractor.write("train", 1)
 
 
-def test_features_have_no_features_and_are_not_looked_at(folder, stored):
-    with pytest.raises(JobError, match="holds features already"):
-        features_of(spec_of(folder, data__prepared=stored.uri))
-    with pytest.raises(JobError, match="holds features in place of images"):
+def test_features_are_no_input_for_features_or_an_inspection(folder, stored):
+    with pytest.raises(JobError, match="contains features already"):
+        compute_features(spec_of(folder, data__prepared=stored.uri))
+    with pytest.raises(JobError, match="holds features, not images"):
         inspect(InspectSpec(prepared=stored.uri))
 
 
 # -- augmented views ------------------------------------------------------------------------------
 
 
-def test_augmented_views_are_others_and_the_same_again_whatever_was_computed_before(
-    folder, tmp_path
-):
+def test_augmented_views_differ_and_do_not_depend_on_the_order_of_computation(folder, tmp_path):
     augmentation = AugmentationSpec().model_dump()
     spec = spec_of(folder, model__augmentation=augmentation)
 
@@ -268,7 +266,7 @@ def test_augmented_views_are_others_and_the_same_again_whatever_was_computed_bef
         return {i: features_of_file(tmp_path / path, 3) for i, path in paths.items()}
 
     first, second = computed((0, 1), spec), computed((2, 1, 0), spec)
-    # Frozen by a stage at first, it does not learn from what it looks at either.
+    # A backbone that a stage freezes also keeps its batch norm statistics.
     by_stage = computed((0,), spec.overlay({"model.image.trainable": True}))
     np.testing.assert_array_equal(by_stage[0], first[0])
     for i in (0, 1):
@@ -280,14 +278,14 @@ def test_augmented_views_are_others_and_the_same_again_whatever_was_computed_bef
         tmp_path / Extractor(spec, 1, Folder(tmp_path)).write("train", 0).path, 1
     )
     np.testing.assert_array_equal(plain[:, 0], first[0][:, 0])
-    # Neighbouring shards and rows draw other numbers.
+    # Shards and rows draw different random numbers.
     shifts = [first[i][:, 1] - first[i][:, 0] for i in (0, 1)]
     assert len(np.unique(np.concatenate(shifts).round(4), axis=0)) > 30
     of_other_seed = computed((0,), spec.overlay({"run.seed": 4}))
     assert np.abs(of_other_seed[0] - first[0]).max() > 1e-3
 
 
-def test_rows_for_validation_have_the_image_as_it_is_in_every_view(folder, tmp_path):
+def test_validation_rows_repeat_the_unchanged_image_in_every_view(folder, tmp_path):
     spec = spec_of(folder, model__augmentation=AugmentationSpec().model_dump())
     shard = Extractor(spec, 3, Folder(tmp_path)).write("validation", 1)
     found = features_of_file(tmp_path / shard.path, 3)
@@ -303,7 +301,7 @@ def features_of_file(path: Path, num_views: int, column: str = "image") -> np.nd
 # -- several images a row -------------------------------------------------------------------------
 
 
-def test_of_several_images_a_row_one_that_is_missing_has_no_features(tmp_path, here):
+def test_a_missing_image_among_several_has_no_features(tmp_path, computed_shards):
     one = write_prepared(tmp_path / "prepared", COUNTS, size=SIZE)
     source = Folder(tmp_path / "prepared")
     splits = dict(one.splits)
@@ -323,7 +321,7 @@ def test_of_several_images_a_row_one_that_is_missing_has_no_features(tmp_path, h
     several = one.model_copy(update={"image": image, "splits": splits})
     several.write(source)
     spec = spec_of(tmp_path)
-    output = features_of(spec)
+    output = compute_features(spec)
     own = read_manifest(output)
     table = rows_of(output, own, "train")
     rows = RowDecoder(own, with_image=True).decode(table)
@@ -333,11 +331,11 @@ def test_of_several_images_a_row_one_that_is_missing_has_no_features(tmp_path, h
     assert (rows[IMAGE_MASK][:, 0] == 1).all()
     assert 10 < (rows[IMAGE_MASK][:, 1] == 0).sum() < 25
     assert table.schema.field("image_back").nullable
-    # The same weights say the same of the features as of the images.
+    # With equal weights, features and images give the same predictions.
     full = Loop(spec, several, WorkerContext()).model
-    small = Loop(on_features(spec, output), own, WorkerContext()).model
-    told_apart(small)
-    carry_over(small, full)
+    small = Loop(feature_trial_spec(spec, output), own, WorkerContext()).model
+    randomize_heads(small)
+    copy_weights(small, full)
     expected = np.asarray(full(inputs_of(full, pixels)))
     np.testing.assert_allclose(np.asarray(small(inputs_of(small, rows))), expected, atol=1e-5)
     assert expected.std() > 0.01
@@ -347,35 +345,35 @@ def inputs_of(model: Any, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]
     return {name: batch[name] for name in model.input_names}
 
 
-def told_apart(model: Any) -> None:
-    """Give heads that start at zero weights by which different features give different logits."""
+def randomize_heads(model: Any) -> None:
+    """Replace the zero weights of the heads, so that logits depend on the features."""
     rng = np.random.default_rng(3)
     for name in model.heads:
         head = model.network.get_layer(f"{name}_head")
         head.set_weights([rng.normal(size=w.shape) for w in head.get_weights()])
 
 
-def carry_over(source: Any, target: Any) -> None:
-    """Give the weights of one model to the layers of another that have their names."""
+def copy_weights(source: Any, target: Any) -> None:
+    """Copy weights between the layers of the same names in two models."""
     given, own = ({v.path: v for v in model.variables} for model in (source, target))
     for path in given.keys() & own.keys():
         own[path].assign(given[path])
 
 
-# -- training on them -----------------------------------------------------------------------------
+# -- training on features -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("frozen_by", ["trainable", pytest.param("stages", marks=pytest.mark.slow)])
-def test_training_on_features_learns_what_a_frozen_backbone_lets_learn(folder, stored, frozen_by):
+def test_training_on_features_equals_training_with_a_frozen_backbone(folder, stored, frozen_by):
     spec = spec_of(folder, train__optimizer="adamw", train__learning_rate=0.01)
     if frozen_by == "stages":
         stages = [{"epochs": 4, "backbone": 0}]
         spec = spec.overlay({"model.image.trainable": True, "train.stages": stages})
     assert is_frozen(spec)
-    trial = on_features(spec, features_of(spec) if frozen_by == "trainable" else stored)
+    trial = feature_trial_spec(spec, compute_features(spec) if frozen_by == "trainable" else stored)
     full = Loop(spec, read_manifest(Folder(spec.data.prepared)), WorkerContext())
     small = Loop(trial, read_manifest(Folder(trial.data.prepared)), WorkerContext())
-    carry_over(full.model, small.model)
+    copy_weights(full.model, small.model)
     on_images, on_stored = (loop.run().state.history for loop in (full, small))
     assert len(on_images) == len(on_stored) == 4
     for expected, got in zip(on_images, on_stored, strict=True):
@@ -386,23 +384,24 @@ def test_training_on_features_learns_what_a_frozen_backbone_lets_learn(folder, s
     assert losses[-1] < losses[0] - 0.01
 
 
-def test_a_trial_with_views_that_differ_learns_from_the_augmented_ones(folder, here, tmp_path):
+def test_training_on_several_views_draws_a_random_view_per_step(folder, computed_shards, tmp_path):
     spec = spec_of(folder, run__storage_path=str(tmp_path))
-    output = features_of(spec, num_views=3)
-    trial = on_features(spec, output)
+    output = compute_features(spec, num_views=3)
+    trial = feature_trial_spec(spec, output)
     loop = Loop(trial, read_manifest(output), WorkerContext())
     state = loop.model.network.get_layer("image_view").seed_generator.state
     before = np.array(state)
     history = loop.run().state.history
-    # One draw a step.
     assert (np.array(state) - before).tolist() == [0, history[-1]["step"]]
 
 
 @pytest.mark.parametrize(("buffer_bytes", "num_views"), [(1 << 30, 1), (60_000, 1), (60_000, 40)])
-def test_rows_come_in_the_order_of_a_training_on_images(folder, tmp_path, buffer_bytes, num_views):
+def test_rows_come_in_the_same_order_as_in_a_training_on_images(
+    folder, tmp_path, buffer_bytes, num_views
+):
     spec = spec_of(folder, data__buffer_bytes=buffer_bytes)
     images = read_manifest(Folder(spec.data.prepared))
-    # As large as so many views would be.
+    # Shards of the size that this number of views has.
     own = images.splits["train"].model_copy(
         update={
             "shards": tuple(
@@ -418,7 +417,7 @@ def test_rows_come_in_the_order_of_a_training_on_images(folder, tmp_path, buffer
         }
     )
     small.write(Folder(tmp_path))
-    trial = on_features(spec, Folder(tmp_path))
+    trial = feature_trial_spec(spec, Folder(tmp_path))
 
     def order(manifest: Manifest, spec: RunSpec) -> TrainingSampler:
         train = manifest.splits["train"]
@@ -433,28 +432,28 @@ def test_rows_come_in_the_order_of_a_training_on_images(folder, tmp_path, buffer
             np.testing.assert_array_equal(expected.shuffle(a, stream), got.shuffle(b, stream))
 
 
-def test_a_trial_on_features_has_neither_stages_nor_weights_to_read(folder, stored):
+def test_a_trial_on_features_needs_no_stages_weights_or_decoding(folder, stored):
     stages = [{"epochs": 1, "backbone": 0}, {"epochs": 1}]
     weights = "somewhere.weights.h5"
     changes = {"train__stages": stages, "model__image__trainable": True, "data__cache": "disk"}
     spec = spec_of(folder, model__image__weights=weights, **changes)
-    trial = on_features(spec, stored)
+    trial = feature_trial_spec(spec, stored)
     assert trial.data.prepared == stored.uri
     assert trial.train.stages == ()
     assert trial.model.image.weights is None
     assert (trial.data.cache, trial.data.decode) == ("none", "trainer")
     assert trial.model.fusion == spec.model.fusion
-    # Nor is there anything to decode that a cache could keep.
-    assert choose_kind(spec.data, read_manifest(stored), 256, 1e9) == "none"
-    with pytest.raises(ValueError, match=r"train\.cutmix_alpha=0\.5 puts boxes .*; set it to 0"):
-        on_features(spec.overlay({"train.cutmix_alpha": 0.5}), stored)
+    # There are no decoded images to cache, either.
+    assert choose_cache(spec.data, read_manifest(stored), 256, 1e9) == "none"
+    with pytest.raises(ValueError, match=r"train\.cutmix_alpha=0\.5 needs images.*; set it to 0"):
+        feature_trial_spec(spec.overlay({"train.cutmix_alpha": 0.5}), stored)
 
 
 @pytest.mark.slow
-def test_a_trial_on_features_is_a_run_that_evaluates_features_and_refuses_images(
+def test_a_trial_on_features_can_be_evaluated_on_features_but_not_on_images(
     ray_local, folder, stored, tmp_path, capsys
 ):
-    trial = on_features(spec_of(folder, train__epochs=1), stored)
+    trial = feature_trial_spec(spec_of(folder, train__epochs=1), stored)
     trial = trial.overlay({"run.storage_path": str(tmp_path), "run.name": "trial"})
     summary = fit(trial)
     assert f"features of tiny at {SIZE} px" in capsys.readouterr().out

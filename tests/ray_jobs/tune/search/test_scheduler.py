@@ -7,15 +7,15 @@ from ray.tune.schedulers import TrialScheduler
 from ray_jobs.config.spec import RunSpec
 from ray_jobs.config.tune_spec import DistributionSpec
 from ray_jobs.tune.results.search_state import Objective
-from ray_jobs.tune.search.scheduler import EPOCHS, make_scheduler, within
-from ray_jobs.tune.search.scheduler_state import dumps, restore
+from ray_jobs.tune.search.scheduler import EPOCHS, clip_to_space, make_scheduler
+from ray_jobs.tune.search.scheduler_state import dump_scheduler, restore_scheduler
 
 SPACE = {"train.learning_rate": {"loguniform": [1e-4, 1e-2]}}
-LOSS = Objective("val/log_loss", "min")
+LOSS = Objective("val/log_loss")
 
 
 class Controller:
-    """As much of Tune's as schedulers ask."""
+    """The part of Tune's controller that schedulers use."""
 
     search_alg = None
 
@@ -40,7 +40,7 @@ def trials_of(names: str) -> list[Trial]:
     return [Trial("Trial", trial_id=name, config=dict(config), stub=True) for name in names]
 
 
-def told(scheduler: TrialScheduler, trials: list[Trial]) -> Controller:
+def add_trials(scheduler: TrialScheduler, trials: list[Trial]) -> Controller:
     controller = Controller(trials)
     for trial in trials:
         scheduler.on_trial_add(controller, trial)
@@ -66,7 +66,7 @@ def spec_with(**tune: Any) -> RunSpec:
     )
 
 
-def test_asha_goes_on_as_if_it_had_not_been_stopped():
+def test_a_restored_asha_makes_the_same_decisions():
     spec = spec_with(scheduler="asha", grace_epochs=1)
 
     def decisions(scheduler, controller, names, losses):
@@ -78,47 +78,48 @@ def test_asha_goes_on_as_if_it_had_not_been_stopped():
 
     losses = [0.5, 0.4, 0.3, 0.6, 0.35, 0.2]
     whole = make_scheduler(spec, 9, LOSS)
-    expected = decisions(whole, told(whole, trials_of("abcdef")), "abcdef", losses)
+    expected = decisions(whole, add_trials(whole, trials_of("abcdef")), "abcdef", losses)
     assert {"STOP", "CONTINUE"} == set(expected)
     first = make_scheduler(spec, 9, LOSS)
-    begun = decisions(first, told(first, trials_of("abcdef")), "abc", losses[:3])
-    state = dumps(first, trials_of("abcdef"))
+    begun = decisions(first, add_trials(first, trials_of("abcdef")), "abc", losses[:3])
+    state = dump_scheduler(first, trials_of("abcdef"))
     second = make_scheduler(spec, 9, LOSS)
-    controller = told(second, trials_of("abcdef"))
-    restore(second, state, controller.trials)
+    controller = add_trials(second, trials_of("abcdef"))
+    restore_scheduler(second, state, controller.trials)
     assert begun + decisions(second, controller, "def", losses[3:]) == expected
-    # Without the state it would judge by what it has heard since.
+    # Without the state, it would judge only by the later results.
     third = make_scheduler(spec, 9, LOSS)
-    assert decisions(third, told(third, trials_of("abcdef")), "def", losses[3:]) != expected[3:]
+    assert (
+        decisions(third, add_trials(third, trials_of("abcdef")), "def", losses[3:]) != expected[3:]
+    )
 
 
 @pytest.mark.parametrize("name", ["asha", "hyperband", "median", "pbt", "pb2", "fifo"])
-def test_every_schedulers_state_survives_a_restart_with_new_trials(name):
+def test_every_restored_scheduler_refers_to_the_new_trials(name):
     spec = spec_with(scheduler=name, perturbation_epochs=2)
     first = make_scheduler(spec, 9, LOSS)
-    controller = told(first, trials_of("ab"))
+    controller = add_trials(first, trials_of("ab"))
     for trial, loss in zip(controller.trials, (0.5, 0.4), strict=True):
         trial.set_status(Trial.RUNNING)
         first.on_trial_result(controller, trial, result(1, loss))
-    state = dumps(first, controller.trials)
+    state = dump_scheduler(first, controller.trials)
     second = make_scheduler(spec, 9, LOSS)
-    trials = told(second, trials_of("ab")).trials
-    restore(second, state, trials)
-    # What it refers to are the trials that are there now.
+    trials = add_trials(second, trials_of("ab")).trials
+    restore_scheduler(second, state, trials)
     held = {id(trial) for value in vars(second).values() for trial in trials_in(value)}
     assert held <= {id(trial) for trial in trials}
     assert held or name in ("asha", "fifo")
 
 
 @pytest.mark.parametrize("name", ["asha", "hyperband", "median", "pbt", "pb2", "fifo"])
-def test_a_state_of_another_moment_loses_no_trial_and_knows_none_that_is_gone(name):
+def test_restoring_an_older_state_keeps_new_trials_and_drops_deleted_ones(name):
     spec = spec_with(scheduler=name, perturbation_epochs=2)
     first = make_scheduler(spec, 9, LOSS)
-    # `b` began after the trials were written down, and `c` after the scheduler was.
-    state = dumps(first, told(first, trials_of("ab")).trials)
+    # `b` started after the snapshot of the trials, and `c` after that of the scheduler.
+    state = dump_scheduler(first, add_trials(first, trials_of("ab")).trials)
     second = make_scheduler(spec, 9, LOSS)
-    controller = told(second, trials_of("ac"))
-    restore(second, state, controller.trials)
+    controller = add_trials(second, trials_of("ac"))
+    restore_scheduler(second, state, controller.trials)
     for trial in controller.trials:
         trial.set_status(Trial.RUNNING)
         for epochs in (1, 2):
@@ -127,24 +128,24 @@ def test_a_state_of_another_moment_loses_no_trial_and_knows_none_that_is_gone(na
     assert None not in held
 
 
-def test_median_bears_a_trial_that_failed():
+def test_the_median_rule_accepts_a_failed_trial():
     scheduler = make_scheduler(spec_with(scheduler="median", grace_epochs=1), 9, LOSS)
-    controller = told(scheduler, trials_of("abc"))
+    controller = add_trials(scheduler, trials_of("abc"))
     failed, *others = controller.trials
     scheduler.on_trial_complete(controller, failed, {"done": True, "error": "ValueError: nan"})
     for trial in others:
-        # It puts one aside while there are too few to compare with.
+        # The rule pauses a trial while there are too few others to compare with.
         assert scheduler.on_trial_result(controller, trial, result(2, 0.5)) in ("CONTINUE", "PAUSE")
 
 
-def test_hyperband_lets_those_wait_again_that_waited():
+def test_hyperband_pauses_trials_again_that_were_paused():
     scheduler = make_scheduler(spec_with(scheduler="hyperband"), 9, LOSS)
-    controller = told(scheduler, trials_of("abc"))
-    scheduler.waiting = frozenset("ac")
+    controller = add_trials(scheduler, trials_of("abc"))
+    scheduler.paused = frozenset("ac")
     assert scheduler.choose_trial_to_run(controller) is controller.trials[1]
     states = [trial.status for trial in controller.trials]
     assert states == [Trial.PAUSED, Trial.PENDING, Trial.PAUSED]
-    # Once: what is ready later is ready.
+    # Only once: a trial that is pending later stays so.
     controller.trials[0].set_status(Trial.PENDING)
     scheduler.choose_trial_to_run(controller)
     assert controller.trials[0].status == Trial.PENDING
@@ -162,24 +163,24 @@ def trials_in(value: Any) -> list[Trial]:
     return []
 
 
-def test_no_scheduler_kills_a_trial_that_comes_to_its_end_by_itself():
+def test_asha_does_not_stop_a_trial_in_its_last_epoch():
     scheduler = make_scheduler(spec_with(scheduler="asha"), 9, LOSS)
-    trial, controller = trials_of("a")[0], None
-    controller = told(scheduler, [trial])
+    trial = trials_of("a")[0]
+    controller = add_trials(scheduler, [trial])
     decisions = [
         scheduler.on_trial_result(controller, trial, result(epochs, 0.5)) for epochs in range(1, 10)
     ]
     assert set(decisions) == {"CONTINUE"}
 
 
-def test_what_pbt_multiplies_stays_within_the_space():
+def test_perturbed_values_are_clipped_to_the_space():
     space = {
         "train.learning_rate": DistributionSpec(loguniform=(1e-4, 1e-2)),
         "train.momentum": DistributionSpec(choice=(0.5, 0.9)),
         "model.l2": DistributionSpec(quniform=(0, 0.5, 0.2)),
     }
     config = {"train.learning_rate": 1.2e-2, "train.momentum": 0.9, "model.l2": 0.48}
-    assert within(space, config) == {
+    assert clip_to_space(space, config) == {
         "train.learning_rate": 1e-2,
         "train.momentum": 0.9,
         "model.l2": 0.4,

@@ -4,7 +4,7 @@ import pytest
 
 from ray_jobs.config.command_line import validate_spec
 from ray_jobs.config.spec import RunSpec
-from ray_jobs.tune.job import objectives_of
+from ray_jobs.tune.job import make_objectives
 from ray_jobs.tune.search.searcher import make_searcher
 from ray_jobs.tune.search.space import Space
 
@@ -18,20 +18,20 @@ SPACE = {
 }
 
 
-def made(space=SPACE, **tune):
+def make(space=SPACE, **tune):
     tree = {
         "model": {"image": {"kind": "tiny", "weights": None}},
         "tune": {"space": space, **tune},
     }
     spec = validate_spec(RunSpec, tree)
-    return make_searcher(Space(spec), spec.tune, objectives_of(spec)), Space(spec)
+    return make_searcher(Space(spec), spec.tune, make_objectives(spec)), Space(spec)
 
 
 def score(values) -> float:
     return abs(values["model.dropout"] - 0.4)
 
 
-def run(searcher, names, learn=True) -> list[dict]:
+def suggest(searcher, names, learn=True) -> list[dict]:
     tried = []
     for name in names:
         values = searcher.suggest(name)
@@ -42,10 +42,10 @@ def run(searcher, names, learn=True) -> list[dict]:
 
 
 @pytest.mark.parametrize("searcher", ["tpe", "random", "cmaes", "nsga2"])
-def test_searchers_stay_in_the_space_and_repeat_by_their_seed(searcher):
-    one, space = made(searcher=searcher, seed=3)
-    tried = run(one, map(str, range(25)))
-    # The spec's own values come first, although the learning rate lies outside of the space.
+def test_suggestions_are_in_the_space_and_determined_by_the_seed(searcher):
+    one, space = make(searcher=searcher, seed=3)
+    tried = suggest(one, map(str, range(25)))
+    # The spec's own values come first, although their learning rate is outside the space.
     assert tried[0] == {
         "train.learning_rate": 1e-4, "model.dropout": 0.3, "train.optimizer": "adam",
         "train.epochs": 50, "model.numeric.units": [256, 128],
@@ -54,12 +54,12 @@ def test_searchers_stay_in_the_space_and_repeat_by_their_seed(searcher):
         assert space.contains(values)
         assert ("train.weight_decay" in values) == (values["train.optimizer"] == "adamw")
         space.spec_of(values)
-    assert run(made(searcher=searcher, seed=3)[0], map(str, range(25))) == tried
-    assert run(made(searcher=searcher, seed=4)[0], map(str, range(25)))[1:] != tried[1:]
+    assert suggest(make(searcher=searcher, seed=3)[0], map(str, range(25))) == tried
+    assert suggest(make(searcher=searcher, seed=4)[0], map(str, range(25)))[1:] != tried[1:]
 
 
 @pytest.mark.parametrize("searcher", ["tpe", "random", "grid"])
-def test_a_searcher_goes_on_from_its_state_as_if_nothing_had_happened(tmp_path, searcher):
+def test_a_restored_searcher_continues_with_the_same_suggestions(tmp_path, searcher):
     space = {"train.optimizer": SPACE["train.optimizer"], "train.epochs": {"randint": [3, 12]}}
     space = SPACE if searcher != "grid" else space
 
@@ -71,44 +71,46 @@ def test_a_searcher_goes_on_from_its_state_as_if_nothing_had_happened(tmp_path, 
             one.on_trial_complete(name, {"best/val/log_loss": float(len(str(values)))})
         return tried
 
-    whole = learn(made(space, searcher=searcher)[0], map(str, range(14)))
-    first = made(space, searcher=searcher)[0]
+    whole = learn(make(space, searcher=searcher)[0], map(str, range(14)))
+    first = make(space, searcher=searcher)[0]
     begun = learn(first, map(str, range(6)))
     first.save(str(tmp_path / "state"))
-    second = made(space, searcher=searcher)[0]
+    second = make(space, searcher=searcher)[0]
     second.restore(str(tmp_path / "state"))
     assert begun + learn(second, map(str, range(6, 14))) == whole
 
 
-def test_trials_under_way_when_the_state_was_saved_still_teach(tmp_path):
-    first, _ = made()
-    run(first, ["a", "b"], learn=False)
+def test_a_restored_study_learns_from_trials_that_were_running(tmp_path):
+    first, _ = make()
+    suggest(first, ["a", "b"], learn=False)
     first.save(str(tmp_path / "state"))
-    second, _ = made()
+    second, _ = make()
     second.restore(str(tmp_path / "state"))
     second.on_trial_complete("b", {"best/val/log_loss": 0.25})
     assert [t.value for t in second.study.trials if t.state.is_finished()] == [0.25]
 
 
-def test_tpe_learns_where_random_does_not():
+def test_tpe_learns_from_results_and_random_search_does_not():
     spaces = {"model.dropout": {"uniform": [0, 0.9]}}
     late = {}
     for name in ("tpe", "random"):
         tried = [
             score(values)
             for seed in range(3)
-            for values in run(made(spaces, searcher=name, seed=seed)[0], map(str, range(40)))[20:]
+            for values in suggest(make(spaces, searcher=name, seed=seed)[0], map(str, range(40)))[
+                20:
+            ]
         ]
         late[name] = sum(tried) / len(tried)
     assert late["tpe"] < 0.6 * late["random"]
 
 
-def test_failures_and_paused_ends_are_told_apart():
-    searcher, _ = made({"model.dropout": {"uniform": [0, 0.5]}})
+def test_failed_trials_differ_from_trials_that_ended_while_paused():
+    searcher, _ = make({"model.dropout": {"uniform": [0, 0.5]}})
     for name in "abcd":
         searcher.suggest(name)
     searcher.on_trial_result("a", {"best/val/log_loss": 0.5})
-    searcher.on_trial_complete("a")  # Ended while it was paused: its last result counts.
+    searcher.on_trial_complete("a")  # Ended while paused: its last result counts.
     searcher.on_trial_complete("b", error=True)
     searcher.on_trial_complete("c", {"error": "ValueError: nan"})
     searcher.on_trial_complete("d", {"best/val/log_loss": 0.25})
@@ -117,8 +119,8 @@ def test_failures_and_paused_ends_are_told_apart():
     assert [trial.value for trial in searcher.study.trials] == [0.5, None, None, 0.25]
 
 
-def test_several_objectives_reach_the_study_each_with_its_direction():
-    searcher, _ = made(
+def test_the_study_receives_each_objective_with_its_direction():
+    searcher, _ = make(
         {"model.dropout": {"uniform": [0, 0.5]}}, metrics=["val/roc_auc", "inference/row_s"]
     )
     searcher.suggest("a")
@@ -127,22 +129,22 @@ def test_several_objectives_reach_the_study_each_with_its_direction():
     assert searcher.study.trials[0].values == [0.9, 0.01]
 
 
-def test_the_grid_ends():
-    searcher, _ = made({"train.optimizer": {"choice": ["adam", "adamw", "sgd"]}}, searcher="grid")
-    tried = run(searcher, "abc", learn=False)
+def test_the_grid_reports_its_end():
+    searcher, _ = make({"train.optimizer": {"choice": ["adam", "adamw", "sgd"]}}, searcher="grid")
+    tried = suggest(searcher, "abc", learn=False)
     assert [values["train.optimizer"] for values in tried] == ["adam", "adamw", "sgd"]
     assert searcher.suggest("d") == "FINISHED"
 
 
 @pytest.mark.parametrize("searcher", ["tpe", "grid"])
-def test_no_value_is_a_choice_like_others(searcher):
+def test_none_can_be_a_choice(searcher):
     spaces = {
         "train.ema_momentum": {"choice": ["none", 0.99]},
         "train.class_weight": {"choice": ["none", "balanced"]},
     }
-    one, space = made(spaces, searcher=searcher)
-    tried = run(one, "abcd", learn=False)
-    # `none` is no value of the one and a word of the other.
+    one, space = make(spaces, searcher=searcher)
+    tried = suggest(one, "abcd", learn=False)
+    # `none` means no value for the first setting and is a literal value of the second.
     assert tried[0] == {"train.ema_momentum": None, "train.class_weight": "balanced"}
     assert {values["train.ema_momentum"] for values in tried} <= {None, 0.99}
     assert {values["train.class_weight"] for values in tried} <= {"none", "balanced"}
@@ -152,6 +154,6 @@ def test_no_value_is_a_choice_like_others(searcher):
 
 
 def test_a_searcher_can_be_pickled():
-    searcher, _ = made()
-    run(searcher, map(str, range(3)))
+    searcher, _ = make()
+    suggest(searcher, map(str, range(3)))
     pickle.loads(pickle.dumps(searcher))

@@ -3,18 +3,17 @@ import pytest
 
 from ray_jobs.config.command_line import validate_spec
 from ray_jobs.config.errors import UsageError
-from ray_jobs.config.spec import RunSpec
 from ray_jobs.config.tune_spec import DistributionSpec
-from ray_jobs.tune.search.space import Space
+from ray_jobs.tune.search.space import SearchSpec, Space
 
 TINY = {"image": {"kind": "tiny", "weights": None}}
 
 
-def spec_with(space, **tune) -> RunSpec:
-    return validate_spec(RunSpec, {"model": TINY, "tune": {"space": space, **tune}})
+def spec_with(space, **tune) -> SearchSpec:
+    return validate_spec(SearchSpec, {"model": TINY, "tune": {"space": space, **tune}})
 
 
-def chosen(space: Space, seed: int) -> dict:
+def random_values(space: Space, seed: int) -> dict:
     rng = np.random.default_rng(seed)
 
     def suggest(path, values):
@@ -26,7 +25,7 @@ def chosen(space: Space, seed: int) -> dict:
     return space.values(suggest)
 
 
-def test_the_specs_own_values_come_first_then_the_given_points():
+def test_the_first_trials_use_the_specs_own_values_then_the_given_points():
     space = Space(
         spec_with(
             {
@@ -43,11 +42,11 @@ def test_the_specs_own_values_come_first_then_the_given_points():
     ]
 
 
-def test_a_conditional_setting_counts_only_where_its_condition_holds():
+def test_a_conditional_setting_has_a_value_only_if_its_condition_holds():
     space = Space(
         spec_with(
             {
-                # Written before what it depends on.
+                # Listed before the setting that it depends on.
                 "train.weight_decay": {
                     "uniform": [0, 0.1],
                     "when": {"train.optimizer": ["adamw", "lamb"]},
@@ -56,22 +55,22 @@ def test_a_conditional_setting_counts_only_where_its_condition_holds():
             }
         )
     )
-    every = [chosen(space, seed) for seed in range(20)]
+    every = [random_values(space, seed) for seed in range(20)]
     assert {values["train.optimizer"] for values in every} == {"adam", "adamw"}
     for values in every:
         assert ("train.weight_decay" in values) == (values["train.optimizer"] == "adamw")
     assert space.spec_of({"train.optimizer": "adam"}).train.weight_decay == 0.01
 
 
-def test_a_condition_can_be_on_the_specs_own_value():
+def test_a_condition_can_refer_to_the_specs_own_value():
     space = Space(
         spec_with({"train.momentum": {"uniform": [0.5, 0.9], "when": {"train.optimizer": "sgd"}}})
     )
-    assert chosen(space, 0) == {}
+    assert random_values(space, 0) == {}
     assert space.first == [{}]
 
 
-def test_the_grid_holds_each_combination_that_differs_once():
+def test_the_grid_contains_each_distinct_combination_once():
     space = Space(
         spec_with(
             {
@@ -87,14 +86,14 @@ def test_the_grid_holds_each_combination_that_differs_once():
     assert all(("train.momentum" in v) == (v["train.optimizer"] == "sgd") for v in grid)
 
 
-def test_values_of_dependent_settings_are_checked_together():
-    # `tiny` takes no imagenet weights, so the two only fit as the condition says.
+def test_values_of_dependent_settings_are_validated_together():
+    # `tiny` has no ImageNet weights, so the values are valid only under the condition.
     space = {
         "model.image.kind": {"choice": ["efficientnet_b0", "tiny"]},
         "model.image.weights": {"choice": ["none"], "when": {"model.image.kind": "tiny"}},
     }
     spec = validate_spec(
-        RunSpec, {"model": {"image": {"kind": "efficientnet_b0"}}, "tune": {"space": space}}
+        SearchSpec, {"model": {"image": {"kind": "efficientnet_b0"}}, "tune": {"space": space}}
     )
     assert Space(spec).spec_of({"model.image.kind": "tiny", "model.image.weights": "none"})
     alone = {"model.image.kind": space["model.image.kind"]}
@@ -102,7 +101,7 @@ def test_values_of_dependent_settings_are_checked_together():
         UsageError, match=r"tune.space: model.image.*'tiny' has no imagenet weights"
     ):
         validate_spec(
-            RunSpec, {"model": {"image": {"kind": "efficientnet_b0"}}, "tune": {"space": alone}}
+            SearchSpec, {"model": {"image": {"kind": "efficientnet_b0"}}, "tune": {"space": alone}}
         )
 
 
@@ -111,11 +110,11 @@ def test_values_of_dependent_settings_are_checked_together():
     [
         (
             {"train.learning_rat": {"uniform": [0, 1]}},
-            "tune.space: train.learning_rat is no setting; did you mean 'train.learning_rate'?",
+            "tune.space: no setting train.learning_rat; did you mean 'train.learning_rate'?",
         ),
         (
             {"train.momentum": {"uniform": [0, 0.9], "when": {"train.optimiser": "sgd"}}},
-            "train.optimiser is no setting; did you mean 'train.optimizer'?",
+            "no setting train.optimiser; did you mean 'train.optimizer'?",
         ),
         (
             {"train.learning_rate": {"uniform": [-1, 1]}},
@@ -128,24 +127,27 @@ def test_values_of_dependent_settings_are_checked_together():
         ({"train.epochs": {"uniform": [1, 10]}}, "tune.space: train.epochs=4.4.*valid integer"),
         (
             {"model.image.kind": {"choice": ["tiny", "efficientnet_b9"]}},
-            "'efficientnet_b9' is no image branch; did you mean 'efficientnet_b7'",
+            "unknown image branch 'efficientnet_b9'; did you mean 'efficientnet_b7'",
         ),
         ({"train.epochs": {"randint": [5, 5]}}, "randint: 5 is not below 5"),
-        ({"train.epochs": {}}, "give one of uniform, loguniform"),
-        ({"train.epochs": {"choice": [1], "randint": [1, 2]}}, "give one of .*, not"),
-        ({"train.epochs": {"choice": []}}, "choice is empty"),
+        ({"train.epochs": {}}, "give exactly one of uniform, loguniform"),
+        (
+            {"train.epochs": {"choice": [1], "randint": [1, 2]}},
+            "give exactly one of .*, not randint and choice",
+        ),
+        ({"train.epochs": {"choice": []}}, "choice needs at least one value"),
         ({"train.epochs": {"unifrm": [1, 2]}}, "has no key 'unifrm'; did you mean 'uniform'?"),
-        ({"run.seed": {"randint": [0, 5]}}, "run.seed cannot be searched over"),
+        ({"run.seed": {"randint": [0, 5]}}, "cannot search over run.seed"),
         (
             {
                 "train.optimizer": {"choice": ["sgd"], "when": {"train.momentum": 0.9}},
                 "train.momentum": {"choice": [0.9], "when": {"train.optimizer": "sgd"}},
             },
-            "wait for each other's `when`",
+            "the `when` conditions of train.optimizer, train.momentum form a cycle",
         ),
     ],
 )
-def test_a_space_that_cannot_be_is_refused_in_words(space, message):
+def test_an_invalid_space_is_rejected_with_a_message(space, message):
     with pytest.raises(UsageError, match=message.replace("?", r"\?")):
         spec_with(space)
 
@@ -156,12 +158,12 @@ def test_a_space_that_cannot_be_is_refused_in_words(space, message):
         (
             {"model.dropout": {"uniform": [0, 0.5]}},
             {"searcher": "grid"},
-            "searcher=grid cannot go through model.dropout",
+            "searcher=grid cannot enumerate model.dropout",
         ),
         (
             {"train.epochs": {"randint": [1, 5]}},
             {"scheduler": "pbt"},
-            "which train.epochs may not fit",
+            "do not fit other values of train.epochs",
         ),
         (
             {"model.dropout": {"uniform": [0, 0.5]}},
@@ -171,38 +173,38 @@ def test_a_space_that_cannot_be_is_refused_in_words(space, message):
         (
             {"train.momentum": {"choice": [0.5]}},
             {"scheduler": "pb2"},
-            "pb2 takes uniform and loguniform alone",
+            "pb2 supports only uniform and loguniform",
         ),
         (
             {"train.momentum": {"uniform": [0.5, 0.9], "when": {"train.optimizer": "sgd"}}},
             {"scheduler": "pbt"},
-            "knows no `when`",
+            "does not support `when`",
         ),
         (
             {"train.epochs": {"randint": [1, 5]}},
             {"first": [{"model.dropout": 0.1}]},
-            "tune.first: model.dropout not in tune.space",
+            "tune.first, point 1: model.dropout not in tune.space",
         ),
         (
             {"train.epochs": {"randint": [1, 5]}},
             {"first": [{"train.epochs": 0}]},
             "tune.first, point 1: train.epochs=0",
         ),
-        ({}, {"metrics": ["val/log_loss", "val/log_loss"]}, "names one twice"),
+        ({}, {"metrics": ["val/log_loss", "val/log_loss"]}, "contains duplicates"),
         (
             {},
             {"metrics": ["val/log_loss", "val/roc_auc"], "searcher": "cmaes"},
-            "cmaes takes one metric",
+            "cmaes supports one metric",
         ),
         ({}, {"budget": {"trials": 0}}, "tune.budget.trials=0"),
     ],
 )
-def test_settings_that_do_not_go_together_are_refused_in_words(space, tune, message):
+def test_conflicting_settings_are_rejected_with_a_message(space, tune, message):
     with pytest.raises(UsageError, match=message):
         spec_with(space, **tune)
 
 
-def test_distributions_know_their_values():
+def test_a_distribution_enumerates_and_checks_its_values():
     assert DistributionSpec(randint=(2, 5)).values() == (2, 3, 4)
     assert DistributionSpec(quniform=(0, 0.5, 0.2)).values() == (0, 0.2, 0.4)
     assert DistributionSpec(quniform=(0, 0.5, 0.2)).contains(0.4)

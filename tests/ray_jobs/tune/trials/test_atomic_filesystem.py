@@ -10,7 +10,7 @@ from ray_jobs.storage.folder import Folder
 from ray_jobs.tune.trials.atomic_filesystem import filesystem_of
 
 
-def test_a_file_is_the_old_one_until_the_new_one_is_whole(tmp_path):
+def test_a_file_is_replaced_only_when_the_new_one_is_complete(tmp_path):
     files = filesystem_of(Folder(tmp_path))
     path = str(tmp_path / "new/state.json")
     with files.open_output_stream(path) as stream:
@@ -23,10 +23,10 @@ def test_a_file_is_the_old_one_until_the_new_one_is_whole(tmp_path):
     assert os.listdir(tmp_path / "new") == ["state.json"]
 
 
-def test_a_writer_that_is_killed_leaves_the_old_file(tmp_path):
+def test_a_killed_writer_leaves_the_old_file(tmp_path):
     (tmp_path / "state.json").write_text("old")
     code = f"""
-from ray_jobs.storage import Folder
+from ray_jobs.storage.folder import Folder
 from ray_jobs.tune.trials.atomic_filesystem import filesystem_of
 files = filesystem_of(Folder({str(tmp_path)!r}))
 stream = files.open_output_stream({str(tmp_path / "state.json")!r})
@@ -44,7 +44,7 @@ import time; time.sleep(60)
     assert (tmp_path / "state.json").read_text() == "old"
 
 
-def test_folders_are_copied_as_tune_does_it(tmp_path):
+def test_folders_can_be_copied_as_tune_copies_them(tmp_path):
     source = tmp_path / "source"
     (source / "below").mkdir(parents=True)
     (source / "below/one").write_bytes(b"x" * 100_000)
@@ -55,12 +55,12 @@ def test_folders_are_copied_as_tune_does_it(tmp_path):
     assert (tmp_path / "copy/two").read_bytes() == b""
 
 
-def test_object_stores_are_left_to_themselves():
+def test_object_stores_use_tunes_default_file_system():
     assert filesystem_of(Folder("mock:///bucket")) is None
 
 
 @pytest.mark.parametrize("content", [b"", b"x", b"x" * 1_000_000])
-def test_contents_of_any_size_come_through(tmp_path, content):
+def test_contents_of_any_size_are_written(tmp_path, content):
     files = filesystem_of(Folder(tmp_path))
     with files.open_output_stream(str(tmp_path / "file")) as stream:
         stream.write(content)

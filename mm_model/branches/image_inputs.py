@@ -1,0 +1,85 @@
+"""Builds the image branch, from its inputs to its features per row.
+
+The input is images, or precomputed features of a backbone, on which only the layers above the
+backbone are built. These have the same names either way, so their weights can be copied by path.
+
+Shapes: B rows, N images per row, H × W pixels, V views, T tokens, F features.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+from keras import KerasTensor, layers
+
+from mm_model.branches import IMAGE_BRANCHES, IMAGE_TOPS, load_builder
+from mm_model.layers.augmentation import augmentation_layers
+from mm_model.layers.blocks import Blocks
+from mm_model.layers.image_stack import FoldImages, PickView, UnfoldImages
+from mm_model.spec import ModelSpec
+
+IMAGE_FOLD, IMAGE_POOL = "image_fold", "image_pool"
+"""Names of the last layer before augmentation and backbone, and of the backbone's last layer."""
+
+
+def build_image_branch(
+    inputs: dict[str, Any],
+    spec: ModelSpec,
+    shape_image: Sequence[int] | None,
+    shape_features: Sequence[int] | None,
+    blocks: Blocks,
+) -> tuple[dict[str, KerasTensor], list[str]]:
+    """Return the image branch's features per row and the names of its backbone's layers.
+
+    Adds its inputs to `inputs`. `shape_features` replaces `shape_image`.
+    """
+    if shape_features is None:
+        name, shape, one_image = "image", _image_shape(shape_image or ()), 3
+    else:
+        name, shape, one_image = "features", _features_shape(shape_features, spec.image.kind), 2
+    several = len(shape) > one_image
+    inputs[name] = x = keras.Input(shape, name=name)
+    if several:
+        inputs["image_mask"] = keras.Input(shape[:1], name="image_mask")
+        x = FoldImages(name=IMAGE_FOLD)([x, inputs["image_mask"]])
+    backbone: list[str] = []
+    if shape_features is None:
+        for layer in augmentation_layers(spec.augmentation):
+            x = layer(x)
+        features = load_builder(IMAGE_BRANCHES[spec.image.kind])(x, spec.image, blocks)
+        # The tokens are the output of the backbone, before any layer on top of it.
+        below = keras.Model(list(inputs.values()), features["tokens"], name="image_backbone").layers
+        backbone = [layer.name for layer in below if layer.weights]
+    else:
+        picked_BF = PickView(name="image_view")(x)
+        tokens_BTF = layers.Reshape((1, shape[-1]), name="image_tokens")(picked_BF)
+        pooled_BF = load_builder(IMAGE_TOPS[spec.image.kind])(picked_BF, spec.image, blocks)
+        features = {"pooled": pooled_BF, "tokens": tokens_BTF}
+    if several:
+        unfold = UnfoldImages(name="image_unfold")
+        pooled, tokens = unfold([features["pooled"], features["tokens"], inputs["image_mask"]])
+        features = {"pooled": pooled, "tokens": tokens}
+    return features, backbone
+
+
+def _image_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    if len(shape) not in (3, 4) or shape[-1] != 3 or min(shape) < 1:
+        raise ValueError(
+            f"image shape {tuple(shape)} is invalid; pass (height, width, 3), or (images, height, "
+            "width, 3) for several images per row"
+        )
+    return tuple(map(int, shape))
+
+
+def _features_shape(shape: Sequence[int], kind: str) -> tuple[int, ...]:
+    if len(shape) not in (2, 3) or min(shape) < 1:
+        raise ValueError(
+            f"features shape {tuple(shape)} is invalid; pass (views, width), or (images, views, "
+            "width) for several images per row"
+        )
+    if kind not in IMAGE_TOPS:
+        raise ValueError(
+            f"image branch {kind!r} cannot be built on features; add the layers on its backbone to "
+            "IMAGE_TOPS"
+        )
+    return tuple(map(int, shape))

@@ -1,0 +1,142 @@
+"""Every private or undocumented part of Keras that the project relies on, with the reason.
+
+`tests/mm_model/test_compat_keras.py` fails when a Keras upgrade changes one of them.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import layers
+
+from mm_model.tunable import current_value
+
+# Standard deviation of ImageNet's channels, as stored in the EfficientNet files.
+_EFFICIENTNET_FILE_VARIANCE = np.asarray([0.229, 0.224, 0.225], np.float32)
+
+
+class BatchNormalizationWithMoments(layers.BatchNormalization):
+    """Batch normalization whose subclass computes the batch statistics in `batch_moments`.
+
+    Overrides the private `_moments`: Keras has no other way to change how the mean and variance are
+    computed without rewriting `call`.
+    """
+
+    def batch_moments(self, inputs: Any, axes: Any) -> tuple[Any, Any]:
+        """Return mean and variance over some axes, without these axes."""
+        raise NotImplementedError
+
+    def _moments(self, inputs: Any, mask: Any) -> Any:
+        if mask is not None:
+            return super()._moments(inputs, mask)
+        return self.batch_moments(inputs, self._reduction_axes)
+
+
+def convert_layer(layer: layers.Layer, subclass: type[layers.Layer]) -> None:
+    """Turn a layer into an instance of its subclass, in place.
+
+    Cloning a backbone with other layer classes would take as long as building it, and need its
+    weights twice. Keras must keep `rate`, `noise_shape` and `seed_generator` of a Dropout and
+    `synchronized` of a BatchNormalization as attributes that `call` reads.
+    """
+    layer.__class__ = subclass
+
+
+def fold_imagenet_scale(backbone: keras.Model) -> None:
+    """Correct the variance of an EfficientNet backbone whose weights were loaded from a file.
+
+    The EfficientNet files of `keras.applications` store a standard deviation in place of the
+    variance. `weights="imagenet"` adds a layer that compensates for this; loading a file by path
+    does not. `adapt_variance` and `finalize_state` of Normalization are undocumented.
+    """
+    normalization = next(x for x in backbone.layers if isinstance(x, layers.Normalization))
+    variance = np.asarray(normalization.adapt_variance)
+    if variance.shape == (3,) and np.allclose(variance, _EFFICIENTNET_FILE_VARIANCE, atol=1e-3):
+        normalization.adapt_variance.assign(variance**2)
+        normalization.finalize_state()
+
+
+def finalize_normalization(model: keras.Model) -> None:
+    """Let a model's Normalization layers compute with statistics that were just assigned.
+
+    They compute with constants that only the undocumented `finalize_state` updates.
+    """
+    for layer in model._flatten_layers():
+        if isinstance(layer, layers.Normalization):
+            layer.finalize_state()
+
+
+def logits_of_probability(probability: Any) -> Any:
+    """Return the logits that `keras.activations.sigmoid` attached to its output, or None.
+
+    Keras' own cross-entropy reads this attribute to avoid overflow; custom losses need it too.
+    """
+    return getattr(probability, "_keras_logits", None)
+
+
+def batch_norm_statistics(model: keras.Model) -> list[keras.Variable]:
+    """Return the moving statistics of a model's batch norms, in the order of `model.variables`.
+
+    The private `_flatten_layers` is the only way to reach layers inside layers.
+    """
+    norms = [x for x in model._flatten_layers() if isinstance(x, layers.BatchNormalization)]
+    statistics = {id(v) for x in norms for v in (x.moving_mean, x.moving_variance)}
+    return [variable for variable in model.variables if id(variable) in statistics]
+
+
+def update_locally(optimizer: keras.Optimizer) -> Any:
+    """Let an optimizer apply gradients that are equal on all replicas without another exchange.
+
+    Keras sums the gradients over all replicas itself, and merges the replicas for each update,
+    which `tf.cond` cannot contain. Returns the same object with the attributes of `_LocalUpdate`.
+    """
+    kind = type(optimizer)
+    # In place, because an optimizer's config does not contain all of its settings.
+    object.__setattr__(optimizer, "__class__", type(kind.__name__, (_LocalUpdate, kind), {}))
+    return optimizer
+
+
+class _LocalUpdate:
+    """Overrides the private methods of Keras' optimizers that update variables."""
+
+    rate_factors: Mapping[int, float] = {}
+    """Factor of the learning rate by `id` of a variable; 1 for all others."""
+    gradients_finite: Any = None
+    """Boolean tensor; if it is false, `apply` changes nothing. None is true."""
+
+    def apply(self: Any, grads: Any, trainable_variables: Any = None) -> None:
+        """Update the variables, the optimizer's state and its step counter."""
+        keras_optimizer: Any = super()
+        keras_optimizer.apply(grads, trainable_variables)
+        if self.gradients_finite is not None:
+            # Undone, because the counter's update merges the replicas.
+            skipped = tf.cast(~self.gradients_finite, self._iterations.dtype)
+            self._iterations.assign_sub(skipped)
+
+    def _backend_update_step(
+        self: Any, grads: Sequence[Any], trainable_variables: Sequence[Any], learning_rate: Any
+    ) -> None:
+        def update() -> None:
+            for gradient, variable in zip(grads, trainable_variables, strict=True):
+                rate = learning_rate * self.rate_factors.get(id(variable), 1.0)
+                if self.weight_decay and self._use_weight_decay(variable):
+                    variable.assign(variable - variable * current_value(self.weight_decay) * rate)
+                self.update_step(gradient, variable, rate)
+
+        self._if_finite(update)
+
+    def _apply_weight_decay(self, variables: Sequence[Any]) -> None:
+        """Do nothing: the update step decays weights, at the rate of each variable."""
+
+    def _update_model_variables_moving_average(self: Any, trainable_variables: Any) -> None:
+        keras_optimizer: Any = super()
+        average = keras_optimizer._update_model_variables_moving_average
+        self._if_finite(lambda: average(trainable_variables))
+
+    def _if_finite(self, update: Callable[[], None]) -> None:
+        if self.gradients_finite is None:
+            update()
+        else:
+            tf.cond(self.gradients_finite, update, lambda: None)

@@ -1,0 +1,68 @@
+"""Dropout whose random numbers for a row do not depend on the number of replicas.
+
+Shapes: B rows, F features.
+"""
+
+from typing import Any
+
+import keras
+from keras import layers, ops
+
+from mm_model import per_row_random
+from mm_model.tunable import Tunable, current_value
+
+
+@keras.saving.register_keras_serializable("mm_model")
+class RowDropout(layers.Dropout):
+    """`keras.layers.Dropout` with the same mask for a row on any number of replicas.
+
+    With one replica, the mask equals that of Keras. Random numbers are float32 under mixed
+    precision too, because fewer bits would drop a share other than `rate`. A `noise_shape` whose
+    first entry is 1 gives all rows the same mask, on every replica.
+    """
+
+    def call(self, inputs: Any, training: bool = False) -> Any:
+        """Apply dropout while training."""
+        if not training or not self.rate:
+            return inputs
+        if self.rate == 1:
+            return ops.zeros_like(inputs)
+        noise_shape = self.noise_shape or (None,) * len(inputs.shape)
+        sizes: Any = ops.shape(inputs)
+        shape = [n if size is None else size for size, n in zip(noise_shape, sizes, strict=True)]
+        if noise_shape[0] == 1:
+            draw: Any = keras.random.uniform(shape, dtype="float32", seed=self.seed_generator)
+        else:
+            draw = per_row_random.uniform(shape, self.seed_generator)
+        scale = 1 / (1 - current_value(self.rate))
+        if isinstance(self.rate, Tunable):
+            scale = ops.cast(scale, inputs.dtype)
+        return ops.where(draw >= current_value(self.rate), inputs * scale, 0)
+
+
+@keras.saving.register_keras_serializable("mm_model")
+class ModalityDropout(layers.Layer):
+    """Hides one branch from the joint network for a random share of the training rows.
+
+    Draws one number per row: below `rate` / 2 it zeroes the first branch, from 1 - `rate` / 2 the
+    second, never both (ModDrop: Neverova et al. 2016, arXiv 1501.00102).
+
+    Input: two tensors (B, F1), (B, F2).  Output: the same shapes.
+    """
+
+    def __init__(self, rate: float, seed: int | None = None, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.rate = rate
+        self.seed_generator = keras.random.SeedGenerator(seed)
+
+    def call(self, features: Any, training: bool = False) -> Any:
+        """Hide branches while training."""
+        first_BF, second_BF = features
+        if not training or not self.rate:
+            return first_BF, second_BF
+        shape: Any = ops.shape(first_BF)
+        draw_B1: Any = per_row_random.uniform((shape[0], 1), self.seed_generator)
+        half = current_value(self.rate) / 2
+        keep_first_B1 = ops.cast(draw_B1 >= half, first_BF.dtype)
+        keep_second_B1 = ops.cast(draw_B1 < 1 - half, second_BF.dtype)
+        return first_BF * keep_first_B1, second_BF * keep_second_B1

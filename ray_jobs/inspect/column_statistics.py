@@ -1,0 +1,247 @@
+"""Computes the distribution, drift and leakage of one column from its values in each split."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+from sklearn.metrics import roc_auc_score
+
+from mm_model.statistics import Vocabulary
+from ray_jobs.config.spec import SPLITS, Split
+from ray_jobs.inspect.report_schema import (
+    CategoryColumn,
+    CategorySummary,
+    Drift,
+    Leakage,
+    NumericColumn,
+    NumericSummary,
+)
+
+PSI_THRESHOLD = 0.2
+"""By convention, a population stability index of 0.1 is a slight and one of 0.25 a major shift."""
+P_VALUE_THRESHOLD = 0.001
+"""Small splits differ by chance, so drift must also be significant."""
+MISSING_THRESHOLD = 0.05
+"""Difference between two shares, of missing values or of positive rows."""
+LEAK_THRESHOLD = 0.99
+LEAK_ROWS = 10
+"""Rows that each class needs before a column is called a leak."""
+TOP_WORDS = 12
+
+_BINS = 30
+_PSI_BINS = 10
+_PSI_WORDS = 20
+_MIN_SHARE = 1e-4
+
+Values = Mapping[Split, np.ndarray]
+
+
+def numeric_statistics(column: str, values: Values, labels: Values) -> NumericColumn:
+    """Return the statistics of a numeric column.
+
+    Args:
+        column: Name of the column.
+        values: Values of each split; NaN is missing.
+        labels: Labels of each split, 0 or 1.
+    """
+    values = {split: np.asarray(values[split], np.float64) for split in SPLITS}
+    present = {split: v[~np.isnan(v)] for split, v in values.items()}
+    edges = _bin_edges(present["train"], [present[split] for split in SPLITS[1:]])
+    value, label = _concatenate(values), _concatenate(labels)
+    missing = np.isnan(value)
+    return NumericColumn(
+        column=column,
+        edges=tuple(edges.tolist()),
+        splits={s: _numeric_summary(len(values[s]), present[s], edges) for s in SPLITS},
+        drift={
+            split: _drift(
+                _psi(*_decile_counts(present["train"], present[split])),
+                *_kolmogorov_smirnov(present["train"], present[split]),
+                [(len(present[s]), len(values[s])) for s in ("train", split)],
+            )
+            for split in SPLITS[1:]
+        },
+        leak=_leakage((label[~missing], value[~missing]), (label, missing)),
+    )
+
+
+def category_statistics(vocabulary: Vocabulary, codes: Values, labels: Values) -> CategoryColumn:
+    """Return the statistics of a categorical column.
+
+    Args:
+        vocabulary: Vocabulary of the column.
+        codes: Codes of each split's rows in the vocabulary.
+        labels: Labels of each split, 0 or 1.
+    """
+    counts = {s: np.bincount(codes[s], minlength=vocabulary.num_codes) for s in SPLITS}
+    # Codes by frequency in the training split, then by word. The first two codes are no words.
+    frequent = 2 + np.argsort(-counts["train"][2:], kind="stable")
+    top = frequent[:TOP_WORDS]
+    drift = {}
+    for split in SPLITS[1:]:
+        pair = [_group_rare(counts[s], frequent[:_PSI_WORDS]) for s in ("train", split)]
+        present = [(int(counts[s][1:].sum()), len(codes[s])) for s in ("train", split)]
+        drift[split] = _drift(_psi(*pair), None, _chi_squared(np.stack(pair)), present)
+    return CategoryColumn(
+        column=vocabulary.column,
+        num_words=len(vocabulary.words),
+        splits={
+            split: CategorySummary(
+                num_rows=len(codes[split]),
+                missing=int(counts[split][Vocabulary.MISSING]),
+                unknown=int(counts[split][Vocabulary.UNKNOWN]),
+                top={vocabulary.words[code - 2]: int(counts[split][code]) for code in top},
+            )
+            for split in SPLITS
+        },
+        drift=drift,
+        leak=_category_leakage(codes, labels, counts["train"]),
+    )
+
+
+def compare_shares(counts: Sequence[tuple[int, int]]) -> tuple[float | None, bool]:
+    """Return the chi-squared p-value of two shares, and whether they differ notably.
+
+    Args:
+        counts: For each share, the rows that count and all rows.
+    """
+    p_value = _chi_squared(np.array([(some, total - some) for some, total in counts]))
+    shares = [some / total for some, total in counts if total]
+    differ = len(shares) == 2 and abs(shares[0] - shares[1]) >= MISSING_THRESHOLD
+    return p_value, differ and _is_significant(p_value)
+
+
+def _concatenate(values: Values) -> np.ndarray:
+    return np.concatenate([values[split] for split in SPLITS])
+
+
+def _bin_edges(train: np.ndarray, others: Sequence[np.ndarray]) -> np.ndarray:
+    """Return histogram edges that ignore outliers; a few whole numbers get a bin each."""
+    filled = [values for values in (train, *others) if len(values)]
+    if not filled:
+        return np.empty(0)
+    present = filled[0]
+    low, high = np.quantile(present, [0.005, 0.995])
+    # Extend to the other splits, but so little that the shape of the training data stays visible.
+    min_low, max_high = low - (high - low), high + (high - low)
+    for values in filled[1:]:
+        low = min(low, max(min_low, np.quantile(values, 0.01)))
+        high = max(high, min(max_high, np.quantile(values, 0.99)))
+    if high - low < _BINS and (present == np.rint(present)).all():
+        low, high = np.floor(low), np.ceil(high)
+        return np.arange(low, high + 2) - 0.5
+    if low == high:
+        margin = max(0.5, abs(low) * 1e-6)
+        return np.array([low - margin, low + margin])
+    return np.linspace(low, high, _BINS + 1)
+
+
+def _numeric_summary(num_rows: int, present: np.ndarray, edges: np.ndarray) -> NumericSummary:
+    functions = {
+        "mean": np.mean, "std": np.std, "min": np.min, "median": np.median, "max": np.max,
+    }  # fmt: skip
+    bins = np.searchsorted(edges[1:-1], present, side="right")
+    return NumericSummary(
+        num_rows=num_rows,
+        missing=num_rows - len(present),
+        histogram=tuple(np.bincount(bins, minlength=max(len(edges) - 1, 0)).tolist()),
+        **{name: float(f(present)) if len(present) else None for name, f in functions.items()},
+    )
+
+
+def _decile_counts(train: np.ndarray, other: np.ndarray) -> list[np.ndarray]:
+    """Return the number of values of both arrays between the deciles of the training values."""
+    if not len(train):
+        return [np.zeros(0, np.int64)] * 2
+    cuts = np.unique(np.quantile(train, np.arange(1, _PSI_BINS) / _PSI_BINS))
+    return [
+        np.bincount(np.searchsorted(cuts, values, side="left"), minlength=len(cuts) + 1)
+        for values in (train, other)
+    ]
+
+
+def _group_rare(counts: np.ndarray, frequent: np.ndarray) -> np.ndarray:
+    """Return the counts of the frequent words, then of all other and of unknown words."""
+    named = counts[frequent]
+    return np.append(named, [counts[2:].sum() - named.sum(), counts[Vocabulary.UNKNOWN]])
+
+
+def _psi(first: np.ndarray, second: np.ndarray) -> float | None:
+    """Return the population stability index of two histograms; empty bins have a share of 1e-4."""
+    if not first.sum() or not second.sum():
+        return None
+    p, q = (np.maximum(counts / counts.sum(), _MIN_SHARE) for counts in (first, second))
+    return float(((q - p) * np.log(q / p)).sum())
+
+
+def _kolmogorov_smirnov(train: np.ndarray, other: np.ndarray) -> tuple[float | None, float | None]:
+    """Return the two-sample statistic and its p-value."""
+    if not len(train) or not len(other):
+        return None, None
+    result: Any = stats.ks_2samp(train, other, method="asymp")
+    return float(result.statistic), float(result.pvalue)
+
+
+def _chi_squared(counts: np.ndarray) -> float | None:
+    """Return the p-value of a contingency table; None if only one row or column has counts."""
+    counts = counts[counts.sum(axis=1) > 0][:, counts.sum(axis=0) > 0]
+    if min(counts.shape) < 2:
+        return None
+    result: Any = stats.chi2_contingency(counts)
+    return float(result.pvalue)
+
+
+def _drift(
+    psi: float | None, ks: float | None, p_value: float | None, present: Sequence[tuple[int, int]]
+) -> Drift:
+    """Return the drift of a column.
+
+    Args:
+        psi: Population stability index.
+        ks: Kolmogorov-Smirnov statistic.
+        p_value: P-value of the difference between the values.
+        present: Values that are not missing and rows, of the training and of the other split.
+    """
+    missing_p_value, missing_drifted = compare_shares(present)
+    return Drift(
+        psi=psi,
+        ks=ks,
+        p_value=p_value,
+        missing_p_value=missing_p_value,
+        values_drifted=psi is not None and psi >= PSI_THRESHOLD and _is_significant(p_value),
+        missing_drifted=missing_drifted,
+    )
+
+
+def _is_significant(p_value: float | None) -> bool:
+    return p_value is not None and p_value < P_VALUE_THRESHOLD
+
+
+def _category_leakage(codes: Values, labels: Values, train_rows: np.ndarray) -> Leakage:
+    positives = np.bincount(codes["train"], labels["train"], minlength=len(train_rows))
+    overall = positives.sum() / max(train_rows.sum(), 1)
+    share = np.where(train_rows > 0, positives / np.maximum(train_rows, 1), overall)
+    code, label = (np.concatenate([v[s] for s in SPLITS[1:]]) for v in (codes, labels))
+    missing = _concatenate(codes) == Vocabulary.MISSING
+    return _leakage((label, share[code]), (_concatenate(labels), missing))
+
+
+def _leakage(
+    values: tuple[np.ndarray, np.ndarray], missing: tuple[np.ndarray, np.ndarray]
+) -> Leakage:
+    """Return the leakage of a column.
+
+    Args:
+        values: Labels and values as scores, of the rows that have a value.
+        missing: Labels and whether the value is missing, of all rows.
+    """
+    aucs: list[float | None] = []
+    suspect = False
+    for label, score in (values, missing):
+        rows = int(np.bincount(label, minlength=2).min())
+        auc = float(roc_auc_score(label, score)) if rows else None
+        if auc is not None and rows >= LEAK_ROWS and max(auc, 1 - auc) >= LEAK_THRESHOLD:
+            suspect = True
+        aucs.append(auc)
+    return Leakage(auc=aucs[0], missing_auc=aucs[1], suspect=suspect)

@@ -1,0 +1,181 @@
+"""Derives findings from the report, the most severe first.
+
+Each kind of problem gives at most one finding per split, however many columns it affects, so that
+the list stays short enough to read.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from ray_jobs.config.spec import SPLITS
+from ray_jobs.config.text import count_text
+from ray_jobs.inspect.column_statistics import compare_shares
+from ray_jobs.inspect.report_schema import Finding, Report
+
+_MOSTLY_MISSING = 0.5
+_MAX_NAMES = 5
+
+
+def find_problems(report: Report) -> tuple[Finding, ...]:
+    """Return the findings of a report: warnings, then notes."""
+    findings = [
+        *_leaks(report),
+        *_shared_rows(report),
+        *_images(report),
+        *_drift(report),
+        *_label_drift(report),
+        *_uninformative_columns(report),
+        *_rows(report),
+    ]
+    return tuple(sorted(findings, key=lambda finding: finding.severity != "warning"))
+
+
+def _leaks(report: Report) -> Iterator[Finding]:
+    for column in report.columns:
+        if column.leak.suspect:
+            aucs = {"its values": column.leak.auc, "its missing values": column.leak.missing_auc}
+            defined = {source: auc for source, auc in aucs.items() if auc is not None}
+            source = max(defined, key=lambda name: abs(defined[name] - 0.5))
+            yield _warning(
+                "leak",
+                f"{column.column} alone predicts the label: {source} reach an AUC of "
+                f"{defined[source]:.4f}. Exclude the column unless it is known at prediction time.",
+            )
+
+
+def _shared_rows(report: Report) -> Iterator[Finding]:
+    """Yield findings on keys and images that occur in several splits or in both classes."""
+    if report.keys.num_shared:
+        example = report.keys.examples[0]
+        yield _warning(
+            "shared_key",
+            f"{count_text(report.keys.num_shared, 'key')} in more than one split, such as "
+            f"{example.key!r} in {' and '.join(example.splits)}.",
+        )
+    for overlap in report.duplicates.overlaps:
+        first, second = overlap.first, overlap.second
+        if overlap.exact:
+            pair = overlap.examples[0]
+            yield _warning(
+                "same_image",
+                f"{count_text(overlap.exact, 'image')} in {second} with the same bytes as an image "
+                f"in {first}, such as {pair.second.key!r} and {pair.first.key!r}.",
+            )
+        if overlap.near:
+            yield _warning(
+                "near_image",
+                f"{count_text(overlap.near, 'image')} in {second} nearly identical to an image in "
+                f"{first}; inspect.html shows the pairs.",
+            )
+        if not overlap.complete:
+            yield _note(
+                "search_cut_short",
+                f"The search for near-duplicates in {first} and {second} stopped early, because "
+                "too many images look alike.",
+            )
+    if report.duplicates.conflicting:
+        yield _warning(
+            "conflicting_labels",
+            f"{count_text(report.duplicates.conflicting, 'image')} with the same bytes in rows of "
+            "both classes.",
+        )
+
+
+def _images(report: Report) -> Iterator[Finding]:
+    adjectives = {
+        "unreadable": "unreadable", "black": "black", "white": "white", "flat": "single-colour",
+    }  # fmt: skip
+    for image in report.images:
+        for kind, adjective in adjectives.items():
+            counts = {str(split): getattr(s, kind) for split, s in image.splits.items()}
+            if total := sum(counts.values()):
+                yield Finding(
+                    kind=f"{kind}_image",
+                    severity="warning" if kind == "unreadable" else "note",
+                    text=f"{count_text(total, f'{adjective} image')} in column {image.column} "
+                    f"({_nonzero(counts)}).",
+                )
+
+
+def _drift(report: Report) -> Iterator[Finding]:
+    for split in SPLITS[1:]:
+        drifts = {column.column: column.drift[split] for column in report.columns}
+        psi = {name: drift.psi or 0.0 for name, drift in drifts.items() if drift.values_drifted}
+        if psi:
+            worst = sorted(psi, key=lambda name, psi=psi: -psi[name])
+            named = _join(f"{name} (PSI {psi[name]:.2f})" for name in worst)
+            yield _warning("drift", f"Distribution in {split} differs from train: {named}.")
+        if missing := [name for name, drift in drifts.items() if drift.missing_drifted]:
+            yield _warning(
+                "missing_drift",
+                f"Share of missing values in {split} differs from train: {_join(missing)}.",
+            )
+
+
+def _label_drift(report: Report) -> Iterator[Finding]:
+    train = report.splits["train"]
+    for split in SPLITS[1:]:
+        summary = report.splits[split]
+        _, differ = compare_shares([(s.class_counts[1], s.num_rows) for s in (train, summary)])
+        if differ:
+            yield _warning(
+                "label_drift",
+                f"{summary.positive_share:.1%} of the rows in {split} are "
+                f"{report.class_names[1]!r}, compared with {train.positive_share:.1%} in train.",
+            )
+
+
+def _uninformative_columns(report: Report) -> Iterator[Finding]:
+    train = {c.column: c.splits["train"] for c in (*report.numeric, *report.categorical)}
+    shares = {name: summary.missing / max(summary.num_rows, 1) for name, summary in train.items()}
+    mostly = [f"{name} ({share:.0%})" for name, share in shares.items() if share > _MOSTLY_MISSING]
+    if mostly:
+        yield _note("mostly_missing", f"Mostly missing in train: {_join(mostly)}.")
+    numeric = {column.column: column.splits["train"] for column in report.numeric}
+    constant = [name for name, s in numeric.items() if s.min is not None and s.min == s.max]
+    if constant:
+        yield _note("constant", f"Constant in train: {_join(constant)}.")
+
+
+def _rows(report: Report) -> Iterator[Finding]:
+    repeated = report.duplicates.within
+    if total := sum(repeated.values()):
+        yield _note(
+            "repeated_image",
+            f"{count_text(total, 'image')} with the same bytes as another image of the same split "
+            f"({_nonzero(repeated)}).",
+        )
+    if bad := sum(reason.num_rows for reason in report.quarantine):
+        rows = bad + sum(summary.num_rows for summary in report.splits.values())
+        reasons = _join(f"{reason.reason} {reason.num_rows:,}" for reason in report.quarantine)
+        yield _note(
+            "quarantine", f"{bad:,} of {rows:,} rows ({bad / rows:.2%}) in quarantine: {reasons}."
+        )
+    sampled = [
+        f"{summary.rows_inspected:,} of {summary.num_rows:,} rows in {split}"
+        for split, summary in report.splits.items()
+        if summary.rows_inspected < summary.num_rows
+    ]
+    if sampled:
+        yield _note(
+            "sample",
+            f"Inspected a sample: {_join(sampled)}. All figures except row counts describe the "
+            "sample, and duplicates outside it are not found. Raise --max_rows to inspect more.",
+        )
+
+
+def _warning(kind: str, text: str) -> Finding:
+    return Finding(kind=kind, severity="warning", text=text)
+
+
+def _note(kind: str, text: str) -> Finding:
+    return Finding(kind=kind, severity="note", text=text)
+
+
+def _nonzero(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{split} {number:,}" for split, number in counts.items() if number)
+
+
+def _join(names: Iterable[str]) -> str:
+    names = list(names)
+    more = len(names) - _MAX_NAMES
+    return ", ".join(names[:_MAX_NAMES]) + (f" and {more:,} more" if more > 0 else "")

@@ -1,0 +1,270 @@
+"""Reads prepared or raw rows as a `Predictor` needs them.
+
+A `RowSource` is created on the driver, which checks the data, and read in tasks anywhere in the
+cluster.
+"""
+
+import pickle
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ray_jobs.cluster.connection import first_line
+from ray_jobs.config.errors import JobError
+from ray_jobs.config.spec import InferenceSpec, PredictSpec, PrepareSpec, Split
+from ray_jobs.data.batch import KEY, LABEL
+from ray_jobs.data.decoder import bytes_column
+from ray_jobs.data.images import BadImage
+from ray_jobs.data.manifest import MANIFEST, Manifest, require_shards
+from ray_jobs.predict.trained_run import TrainedRun, require_fit
+from ray_jobs.prepare.row_validation import Rows, read_rows
+from ray_jobs.prepare.shard_writer import RowConverter, StoredImages
+from ray_jobs.prepare.sources import open_source
+from ray_jobs.prepare.sources.source import Source
+from ray_jobs.prepare.table import read_table, require_columns
+from ray_jobs.storage.folder import Folder
+
+ERROR = "error"
+FAILURE = "failure"
+"""Column with an error that ends the job; exceptions in Ray Data tasks would print a traceback."""
+
+_MAX_TASK_ROWS = 512
+_TASKS_PER_WORKER = 4
+_READ_ROWS = 16
+# A column in braces, but not a range of tar files such as {000..012}.
+_COLUMN = re.compile(r"\{[^{}.,]+\}")
+
+
+class PreparedRows:
+    """The rows of prepared splits in stored order, one split after the other.
+
+    Raises:
+        JobError: If the data does not fit the run, or shards are missing or have another size.
+    """
+
+    def __init__(
+        self,
+        run: TrainedRun,
+        folder: Folder,
+        manifest: Manifest,
+        splits: Sequence[Split],
+        spec: InferenceSpec,
+    ) -> None:
+        require_fit(run, manifest, folder)
+        require_shards(folder, manifest, splits)
+        self.run, self.folder, self.batch_size = run, folder, spec.batch_size
+        self.shards = [shard for split in splits for shard in manifest.splits[split].shards]
+        self.num_rows = sum(shard.num_rows for shard in self.shards)
+        self.task_rows = rows_per_task(self.num_rows, spec)
+
+    def tasks(self) -> list[pa.Table]:
+        """Return the shard and the row groups of each task."""
+        return [
+            pa.table({"shard": [shard.path], "row_groups": [groups]})
+            for shard in self.shards
+            for groups in _combine_groups(shard.row_groups, self.task_rows)
+        ]
+
+    def read(self, task: pa.Table) -> Iterator[pa.Table]:
+        """Yield the rows of some row groups; a row with a damaged image has an error."""
+        shard, row_groups = task["shard"][0].as_py(), task["row_groups"][0].as_py()
+        columns = self.run.decoder.columns
+        try:
+            file = self.folder.filesystem.open_input_file(self.folder.locate(shard))
+            with pq.ParquetFile(file) as parquet:
+                for rows in parquet.iter_batches(
+                    self.batch_size, row_groups=row_groups, columns=columns, use_threads=False
+                ):
+                    table = pa.Table.from_batches([rows])
+                    yield _decode_rows(self.run, table, [None] * table.num_rows, shard)
+        except (OSError, pa.ArrowException) as error:
+            raise JobError(
+                f"could not read {self.folder}/{shard}: {first_line(error)}; the prepared data is "
+                "damaged, prepare it again"
+            ) from error
+
+
+class RawRows:
+    """Rows of a user's table, read with the settings in the run's manifest.
+
+    The driver checks whole columns; the tasks read the images.
+
+    Raises:
+        JobError: If the table, its images or a column is missing.
+    """
+
+    def __init__(self, run: TrainedRun, spec: PredictSpec) -> None:
+        self.run = run
+        manifest = run.decoder.manifest
+        categorical = tuple(vocabulary.column for vocabulary in manifest.vocabularies)
+        rules = _raw_rules(run, spec, manifest.numeric_columns)
+        try:
+            if run.takes_images or not rules.table:
+                source = open_source(rules, categorical, labelled=False)
+            else:
+                source = Source(read_table(rules.table), images={}, readers={})
+                require_columns(source.table, rules, categorical, labelled=False)
+        except JobError as error:
+            raise JobError(_with_flag_names(str(error), run, spec)) from None
+        names = (rules.image_columns or ("",)) if run.takes_images else ()
+        readers = tuple(source.readers[name] for name in names)
+        self.converter = RowConverter(readers, manifest.numeric_columns, categorical, rules)
+        rows = read_rows(source, rules, manifest.numeric_columns, None, categorical)
+        self.num_rows = len(rows)
+        self.task_rows = rows_per_task(self.num_rows, spec)
+        self._rows = rows
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle the source without its rows; each task receives its own."""
+        return {name: value for name, value in self.__dict__.items() if name != "_rows"}
+
+    def tasks(self) -> list[pa.Table]:
+        """Return the pickled rows and errors of each task."""
+        tasks: list[pa.Table] = []
+        for start in range(0, self.num_rows, self.task_rows):
+            indices = range(start, min(start + self.task_rows, self.num_rows))
+            reasons = [self._rows.quarantined.get(row) for row in indices]
+            errors = [reason and ": ".join(reason) for reason in reasons]
+            rows = self._rows.take(np.array(indices))
+            tasks.append(pa.table({"rows": [pickle.dumps((rows, errors))]}))
+        return tasks
+
+    def read(self, task: pa.Table) -> Iterator[pa.Table]:
+        """Yield the rows of a task, converted to the bytes that `prepare` would store."""
+        rows: Rows
+        errors: list[str | None]
+        rows, errors = pickle.loads(task["rows"][0].as_py())
+        if not self.converter.readers:
+            numeric = zip(self.converter.numeric_columns, rows.numeric_RF.T, strict=True)
+            columns = {KEY: rows.keys, LABEL: rows.labels, **dict(numeric), **rows.categories}
+            yield _decode_rows(self.run, pa.table(columns), errors, "memory")
+            return
+        no_images: StoredImages = (None,) * len(rows.images)
+        stored: list[StoredImages] = []
+        for row, images in enumerate(self.converter.convert_images(rows)):
+            if isinstance(images, BadImage):
+                errors[row] = errors[row] or str(images)
+                images = no_images
+            stored.append(images)
+            if len(stored) == _READ_ROWS or row + 1 == len(rows):
+                read = np.arange(row + 1 - len(stored), row + 1)
+                table = self.converter.table(rows.take(read), stored)
+                yield _decode_rows(self.run, table, errors[read[0] : row + 1], "memory")
+                stored.clear()
+
+
+RowSource = PreparedRows | RawRows
+"""Rows to predict: picklable, with `num_rows`, `tasks()` and `read(task)`."""
+
+
+def rows_per_task(num_rows: int, spec: InferenceSpec) -> int:
+    """Return the rows of a task: whole batches, and few enough for several tasks per worker."""
+    share = min(num_rows // (spec.num_workers * _TASKS_PER_WORKER), _MAX_TASK_ROWS)
+    return max(share // spec.batch_size, 1) * spec.batch_size
+
+
+def model_rows(
+    keys: pa.Array | pa.ChunkedArray,
+    labels: pa.Array | pa.ChunkedArray,
+    errors: Sequence[str | None],
+    inputs: dict[str, np.ndarray],
+    failure: str | None = None,
+) -> pa.Table:
+    """Return rows as a `Predictor` takes them.
+
+    Args:
+        keys: Keys of the rows.
+        labels: Labels of the rows, null if unknown.
+        errors: For each row, why it cannot be used, else None.
+        inputs: Inputs of the model by name, as in `ray_jobs.data.batch`.
+        failure: Error that ends the job.
+    """
+    columns = {
+        KEY: keys.cast(pa.string()),
+        LABEL: labels.cast(pa.int8()),
+        ERROR: pa.array(errors, pa.string()),
+        FAILURE: pa.array([failure] * len(errors), pa.string()),
+    }
+    # Unlike Ray's tensor columns, fixed-size binary columns are never copied.
+    return pa.table(columns | {name: bytes_column(array) for name, array in inputs.items()})
+
+
+def _decode_rows(
+    run: TrainedRun, rows: pa.Table, errors: list[str | None], location: str
+) -> pa.Table:
+    """Return stored rows as a `Predictor` takes them.
+
+    Args:
+        run: Run whose model predicts the rows.
+        rows: Rows with the columns of a shard that the model needs.
+        errors: For each row, why it cannot be used, else None.
+        location: File of the rows, for error messages.
+    """
+
+    def add_error(row: int, error: ValueError) -> None:
+        errors[row] = errors[row] or f"the stored image in {location} is damaged: {error}"
+
+    batch = run.decoder.decode(rows, on_error=add_error)
+    inputs = {name: batch[name] for name in run.input_shapes}
+    return model_rows(rows.column(KEY), rows.column(LABEL), errors, inputs)
+
+
+def _combine_groups(row_groups: Sequence[int], min_rows: int) -> Iterator[list[int]]:
+    """Yield the indices of consecutive row groups with at least `min_rows` rows together."""
+    groups: list[int] = []
+    rows = 0
+    for group, num_rows in enumerate(row_groups):
+        groups.append(group)
+        rows += num_rows
+        if rows >= min_rows:
+            yield groups
+            groups, rows = [], 0
+    if groups:
+        yield groups
+
+
+def _raw_rules(run: TrainedRun, spec: PredictSpec, numeric_columns: tuple[str, ...]) -> PrepareSpec:
+    """Return the run's settings for reading rows, with the locations of this job."""
+    rules = run.manifest.prepare
+    number_rules = {n: rule for n, rule in rules.number_rules.items() if n in numeric_columns}
+    changes: dict[str, Any] = {"numeric_columns": numeric_columns, "number_rules": number_rules}
+    if rules.images and not rules.table:
+        if spec.images:
+            raise JobError(
+                f"--images={spec.images} does not fit the run {run.folder}, whose records were "
+                f"stored with its images in {rules.images}; leave --images out and set --data to "
+                "files of the same kind"
+            )
+        return rules.model_copy(update={**changes, "images": spec.data})
+    changes["table"] = spec.data
+    if not run.takes_images:
+        # The table needs no column with image paths.
+        changes |= {"image_column": None, "image_columns": (), "image_pattern": "{key}"}
+    elif not spec.images:
+        raise JobError(
+            f"the model of {run.folder} takes images; set --images to a pattern such as "
+            f"'photos/{rules.image_pattern}', or to the folder of the files in the run's "
+            f"{rules.image_column or rules.image_pattern!r}"
+        )
+    elif _COLUMN.search(spec.images):
+        fixed = spec.images.partition("{")[0]
+        base, slash, _ = fixed.rpartition("/")
+        changes |= {"image_column": None, "image_pattern": spec.images[len(base + slash) :]}
+        changes |= {"source": "folder", "images": (base or slash) or "."}
+    else:
+        changes["images"] = spec.images
+    return rules.model_copy(update=changes)
+
+
+def _with_flag_names(text: str, run: TrainedRun, spec: PredictSpec) -> str:
+    """Return an error about `prepare` settings as one about this job's flags or its run."""
+    if "{" in (spec.images or ""):
+        text = text.replace("prepare.image_pattern", "--images")
+    text = text.replace("prepare.images", "--images")
+    if "prepare." in text:
+        text += f"; these settings come from the run, in {run.folder}/{MANIFEST}"
+    return text

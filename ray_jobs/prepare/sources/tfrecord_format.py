@@ -1,0 +1,165 @@
+"""Parses TFRecord files of `tf.train.Example` without reading the images in them.
+
+Neither pyarrow nor Ray reads these files without TensorFlow, and TensorFlow reads whole records. A
+file is a sequence of frames (length, masked CRC32C of the length, record, masked CRC32C of the
+record; https://www.tensorflow.org/tutorials/load_data/tfrecord), each around a protocol buffer
+(https://protobuf.dev/programming-guides/encoding/). Only the checksums of the lengths are verified;
+those of the records would need all pixels.
+"""
+
+import struct
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pyarrow as pa
+
+_MAX_TEXT_BYTES = 4096
+"""Longer bytes are not a cell of a table."""
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+BYTES_LIST, FLOAT_LIST, INT64_LIST = 1, 2, 3
+"""Fields of `tf.train.Feature`."""
+
+
+class DamagedFile(Exception):
+    """A file that is not a valid TFRecord file: the problem and its byte."""
+
+    def __init__(self, byte: int, problem: str) -> None:
+        super().__init__(f"{problem} at byte {byte}")
+
+
+class Field(NamedTuple):
+    """A field of a protocol buffer: its number, its wire type, and the bytes of its value."""
+
+    number: int
+    wire: int
+    start: int
+    end: int
+
+
+class Window:
+    """Reads a file at random through a buffered window of it."""
+
+    def __init__(self, file: pa.NativeFile, window_bytes: int) -> None:
+        self._file, self._window_bytes = file, window_bytes
+        self.size = file.size()
+        self._start, self._content = 0, b""
+
+    def read(self, start: int, size: int) -> bytes:
+        """Return bytes of the file; fewer if it ends before."""
+        first = start - self._start
+        if first < 0 or first + size > len(self._content):
+            self._content = self._file.read_at(max(size, self._window_bytes), start)
+            self._start, first = start, 0
+        return self._content[first : first + size]
+
+    def varint(self, start: int, end: int) -> tuple[int, int]:
+        """Return a varint and the position of the byte after it."""
+        value = 0
+        for position, byte in enumerate(self.read(start, min(10, end - start))):
+            value |= (byte & 0x7F) << (7 * position)
+            if byte < 0x80:
+                return value & 0xFFFF_FFFF_FFFF_FFFF, start + position + 1
+        raise DamagedFile(start, "unterminated number")
+
+    def fields(self, start: int, end: int) -> Iterator[Field]:
+        """Yield the fields of a message without reading their values."""
+        while start < end:
+            tag, value = self.varint(start, end)
+            number, wire = tag >> 3, tag & 7
+            if wire == _BYTES:
+                size, value = self.varint(value, end)
+                after = value + size
+            elif wire == _VARINT:
+                after = self.varint(value, end)[1]
+            elif wire in (_FIXED32, _FIXED64):
+                after = value + (4 if wire == _FIXED32 else 8)
+            else:
+                raise DamagedFile(start, f"field with unknown wire type {wire}")
+            if after > end or number == 0:
+                raise DamagedFile(start, "not a tf.train.Example")
+            yield Field(number, wire, value, after)
+            start = after
+
+
+def read_frames(window: Window) -> Iterator[tuple[int, int]]:
+    """Yield the first byte of each record, and the byte after its last."""
+    start = 0
+    while start < window.size:
+        head = window.read(start, 12)
+        if len(head) < 12:
+            raise DamagedFile(start, "truncated record header")
+        length, checksum = struct.unpack("<QI", head)
+        if masked_crc32c(head[:8]) != checksum:
+            if start == 0 and head[:2] in (b"\x1f\x8b", b"\x78\x01", b"\x78\x9c", b"\x78\xda"):
+                raise DamagedFile(start, "compressed records, which cannot be read one by one,")
+            raise DamagedFile(start, "wrong checksum of a length")
+        first, end = start + 12, start + 12 + length
+        if end + 4 > window.size:
+            raise DamagedFile(start, f"truncated record of {length} bytes")
+        yield first, end
+        start = end + 4
+
+
+def read_features(window: Window, start: int, end: int) -> Iterator[tuple[str, Field | None]]:
+    """Yield name and list of each feature of an Example; None for an empty feature."""
+    for features in window.fields(start, end):
+        if (features.number, features.wire) != (1, _BYTES):
+            raise DamagedFile(features.start, "not a tf.train.Example")
+        for entry in window.fields(features.start, features.end):
+            name, value = "", None
+            for part in window.fields(entry.start, entry.end):
+                if part.number == 1:
+                    name = window.read(part.start, part.end - part.start).decode(errors="replace")
+                elif part.number == 2:
+                    # The lists are a oneof: the last one counts.
+                    for value_list in window.fields(part.start, part.end):
+                        value = value_list
+            yield name, value
+
+
+def read_scalar(window: Window, value: Field) -> str | int | float | None:
+    """Return the only value of a list, None for an empty list.
+
+    Raises:
+        ValueError: If there are several values, or the value is too long or not UTF-8.
+    """
+    scalars: list[str | int | float] = []
+    for part in window.fields(value.start, value.end):
+        size = part.end - part.start
+        if part.number != 1:
+            continue
+        if value.number == BYTES_LIST and size <= _MAX_TEXT_BYTES:
+            scalars.append(window.read(part.start, size).decode())
+        elif value.number == FLOAT_LIST and size == 4:
+            scalars.append(struct.unpack("<f", window.read(part.start, 4))[0])
+        elif value.number == INT64_LIST and 0 < size <= 10:
+            number, end = window.varint(part.start, part.end)
+            if end != part.end:
+                raise ValueError("more than one value")
+            scalars.append(number - (1 << 64) if number >> 63 else number)
+        elif size:
+            raise ValueError("more than one value, or a text that is too long")
+    if len(scalars) > 1:
+        raise ValueError("more than one value")
+    return scalars[0] if scalars else None
+
+
+def _crc32c_table() -> list[int]:
+    table = []
+    for value in range(256):
+        for _ in range(8):
+            value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)
+        table.append(value)
+    return table
+
+
+_CRC32C = _crc32c_table()
+
+
+def masked_crc32c(content: bytes) -> int:
+    """Return the checksum of TFRecord: CRC32C (Castagnoli) rotated by 15 bits, plus a constant."""
+    crc = 0xFFFF_FFFF
+    for byte in content:
+        crc = _CRC32C[(crc ^ byte) & 0xFF] ^ crc >> 8
+    crc ^= 0xFFFF_FFFF
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFF_FFFF

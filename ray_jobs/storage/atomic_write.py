@@ -1,0 +1,41 @@
+"""Write local files and folders under a temporary name, then rename them into place."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PARTIAL = ".partial"
+"""Suffix of the temporary names, which a killed process leaves behind."""
+
+
+@contextmanager
+def atomic_write(target: str | Path, is_folder: bool = False) -> Iterator[Path]:
+    """Yield a temporary path to write: renamed to the target on success, deleted on an error.
+
+    Readers see the old or the new content, never a part. Data is not synced to disk.
+
+    Args:
+        target: File or folder to create or replace; for a file, its parent must exist.
+        is_folder: Write a folder, which is created, in one process at a time. Its temporary name
+            is always the same, so the next attempt deletes what a killed process left.
+    """
+    target = Path(target)
+    process = "" if is_folder else f".{os.getpid()}"
+    partial = target.with_name(f"{target.name}{process}{PARTIAL}")
+    try:
+        if is_folder:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        yield partial
+        if is_folder:
+            # A folder cannot be renamed to one with content.
+            shutil.rmtree(target, ignore_errors=True)
+        os.replace(partial, target)
+    except BaseException:
+        if is_folder:
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
+        raise

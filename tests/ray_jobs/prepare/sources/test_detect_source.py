@@ -1,0 +1,79 @@
+import pytest
+
+from ray_jobs.config.errors import JobError
+from ray_jobs.prepare.sources.detect_source import detect_kind, open_source
+from tests.ray_jobs.prepare.sources.samples import spec
+
+
+@pytest.fixture
+def folder(tmp_path):
+    def make(*names: str) -> str:
+        for name in names:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text("")
+        return str(tmp_path)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("names", "with_table", "kind"),
+    [
+        (["a.jpg", "b.PNG", "README.md"], True, "folder"),
+        (["deep/er/a.jpg"], True, "folder"),
+        (["cat/a.jpg", "dog/b.jpg"], False, "imagefolder"),
+        (["a.jpg", "metadata.csv"], False, "imagefolder"),
+        (["a.jpg", "metadata.csv"], True, "folder"),
+        (["metadata.parquet", "train/a.jpg"], False, "imagefolder"),
+        (["a.jpg", "t.parquet"], True, "folder"),
+        (["data/train-00000.parquet", "README.md"], False, "parquet"),
+        (["t.parquet", "more.parquet"], True, "parquet"),
+        (["0.tar", "1.tar"], True, "webdataset"),
+        (["0.tar.gz"], True, "webdataset"),
+        (["a.tfrecord-00000-of-00002", "_SUCCESS", ".crc"], False, "tfrecord"),
+    ],
+)
+def test_file_names_determine_the_kind(folder, names, with_table, kind):
+    images = folder(*names)
+    table = f"{images}/t.parquet" if with_table else ""
+    assert detect_kind(spec(images=images, table=table)) == kind
+
+
+@pytest.mark.parametrize(
+    ("pattern", "kind"),
+    [("*.tar", "webdataset"), ("s-{000..009}.tar", "webdataset"), ("**/*.jpg", "folder"),
+     ("*.{jpg,png}", "folder"), ("x*.parquet", "parquet"), ("*", "parquet")],
+)  # fmt: skip
+def test_a_glob_determines_the_kind_by_its_ending_or_its_files(folder, pattern, kind):
+    images = folder("x.parquet")
+    assert detect_kind(spec(images=f"{images}/{pattern}", table="t.csv")) == kind
+
+
+def test_the_name_of_a_single_file_determines_the_kind(folder):
+    images = folder("x.tar")
+    assert detect_kind(spec(images=f"{images}/x.tar")) == "webdataset"
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (
+            ["a.tar", "b.parquet"],
+            r"holds .*tar files \(a.tar\).*set prepare.source to one of ",
+        ),
+        (["a.jpg", "b.tfrecord"], "image files.*TFRecord files"),
+        (["notes.txt"], "no images, Parquet, tar or TFRecord files .only notes.txt"),
+        ([], "no images, Parquet, tar or TFRecord files .nothing"),
+    ],
+)
+def test_an_ambiguous_or_unknown_kind_raises_an_error(folder, names, message):
+    with pytest.raises(JobError, match=message):
+        detect_kind(spec(images=folder(*names)))
+
+
+@pytest.mark.parametrize(
+    ("images", "message"), [("", "prepare.images is not set"), ("/no/such", "there is no /no/such")]
+)
+def test_missing_images_raise_an_error(images, message):
+    with pytest.raises(JobError, match=message):
+        open_source(spec(images=images))
