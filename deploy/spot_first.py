@@ -1,8 +1,8 @@
 """Choose the node type to add: spot first, on demand while there is no spot capacity.
 
-The autoscaler on the head loads this module (see cluster.yaml). Ray 2.60 records the launches that a
-provider has refused but ignores them when it chooses a node type, so it would request the same spot
-nodes forever.
+The autoscaler on the head loads this module (see cluster.yaml). Ray 2.60 records the launches that
+a provider has refused but ignores them when it chooses a node type, so it would request the same
+spot nodes forever.
 """
 
 from typing import Any

@@ -172,7 +172,7 @@ PLANTED = [
     (wrong_nodes, "cluster.yaml", f"{GPU}/node_config/SecurityGroupIds", "sg-1", "Invalid type"),
     (wrong_nodes, "deploy/gcp.yaml", f"{GPU}/node_config/machinetype", "x", "no machinetype"),
     (wrong_nodes, "deploy/gcp.yaml", f"{GPU}/node_config/scheduling/spot", True, "no spot"),
-    (wrong_nodes, "deploy/gcp.yaml", f"{GPU}/node_config/scheduling", [], "is not of type Scheduling"),
+    (wrong_nodes, "deploy/gcp.yaml", f"{GPU}/node_config/scheduling", [], "not of type Scheduling"),
     (wrong_nodes, "deploy/gcp.yaml", f"{GPU}/node_config/disks", [{"initializeParams": {}}], "G2"),
     (wrong_head, "cluster.yaml", "available_node_types/head/resources", {"GPU": 1}, "has a GPU"),
     (wrong_head, "cluster.yaml", "head_start_ray_commands/1", "ray start", "no --num-gpus=0"),

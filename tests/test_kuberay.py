@@ -86,7 +86,7 @@ MISPLANTED = [
     (wrong_manifest, f"{GROUP}/rayStartParams/num-cpus", 4, "num-cpus is not of type string"),
     (wrong_manifest, f"{GROUP}/template/spec/toleration", [], "spec has no toleration"),
     (wrong_manifest, f"{GROUP}/template/spec/tolerations/0/efect", "x", "[0] has no efect"),
-    (wrong_manifest, f"{GROUP}/template/spec/volumes/0/emptyDir", True, "is not of type EmptyDirVolume"),
+    (wrong_manifest, f"{GROUP}/template/spec/volumes/0/emptyDir", True, "of type EmptyDirVolume"),
     (wrong_opening, "spec/authOptions", {"mode": "disabled"}, "no token"),
     (wrong_opening, "spec/headGroupSpec/serviceType", "LoadBalancer", "open to others"),
     (wrong_opening, "spec/headGroupSpec/enableIngress", True, "ingress"),

@@ -30,11 +30,7 @@ Kind = Literal["none", "object_store", "disk"]
 
 
 class ObjectStoreCache:
-    """Decoded row groups in Ray's object store.
-
-    Args:
-        index: Actor from `make_cache_index`, which maps row groups to object references.
-    """
+    """Decoded row groups in Ray's object store, found through an index actor."""
 
     def __init__(self, index: Any) -> None:
         self.index = index
@@ -87,11 +83,8 @@ def make_cache_index() -> Any:
 class DiskCache:
     """Decoded row groups as Arrow files, shared by all processes of a node that use the same data.
 
-    Each process holds a shared lock beside the folder. The last one to close deletes the folder;
-    the next run on the node deletes what killed processes left.
-
-    Args:
-        folder: Cache folder of one data set at one image size.
+    Each process holds a shared lock on a file next to the folder. The last one to close deletes the
+    folder. The next run on the node deletes the folders that killed processes left.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -155,11 +148,7 @@ def _delete_unused(folder: Path) -> None:
 def choose_cache(spec: DataSpec, manifest: Manifest, row_bytes: int, object_store: float) -> Kind:
     """Return the kind of cache for some data, which resolves `data.cache: auto`.
 
-    Args:
-        spec: The `data` section, with the kind of cache and the budget.
-        manifest: Of the data.
-        row_bytes: Bytes of a decoded row.
-        object_store: Bytes of the cluster's object stores.
+    `row_bytes` are those of a decoded row, `object_store` those of the cluster's object stores.
     """
     if manifest.image.features:
         return "none"  # Features need no decoding.
@@ -189,13 +178,9 @@ def cacheable_groups(spec: DataSpec, manifest: Manifest, row_bytes: int) -> froz
 
 
 def open_cache(kind: Kind, manifest: Manifest, size: int | None, index: Any) -> Cache | None:
-    """Return the cache of a worker.
+    """Return the cache of a worker for images of `size` pixels; None for the stored size.
 
-    Args:
-        kind: Of cache.
-        manifest: Of the data.
-        size: Side in pixels of the cached images; None for the stored size.
-        index: Index actor of an `object_store` cache.
+    An `object_store` cache needs the index actor from `make_cache_index`.
     """
     if kind == "none":
         return None

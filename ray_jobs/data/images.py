@@ -112,12 +112,9 @@ def decode(content: bytes, max_pixels: int, at_least: int | None = None) -> Imag
 
 
 def to_square(image: Image.Image, size: int, aspect: Aspect) -> Image.Image:
-    """Return an RGB image as a square, resampled by Lanczos.
+    """Return an RGB image as a square of `size` pixels, resampled by Lanczos.
 
-    Args:
-        image: RGB.
-        size: Side of the square in pixels.
-        aspect: `stretch` to the square, `crop` to the centre, or `pad` with black.
+    `aspect` is `stretch` to the square, `crop` to the centre, or `pad` with black.
     """
     width, height = image.size
     if aspect == "pad":

@@ -182,9 +182,10 @@ def _confusion(metrics: dict[str, Any], class_names: tuple[str, str]) -> bytes:
     axes.imshow(light + shares[:, :, None] * (dark - light), aspect="equal")
     for (true, predicted), count in np.ndenumerate(counts):
         share = shares[true, predicted]
-        text = {"ha": "center", "va": "center", "color": "white" if share > 0.55 else INK}
-        axes.text(predicted, true - 0.04, f"{count:,}", fontsize=25, fontweight="bold", **text)
-        axes.text(predicted, true + 0.2, f"{share:.1%} of row", fontsize=10, **text)
+        color = "white" if share > 0.55 else INK
+        style: dict[str, Any] = {"ha": "center", "va": "center", "color": color}
+        axes.text(predicted, true - 0.04, f"{count:,}", fontsize=25, fontweight="bold", **style)
+        axes.text(predicted, true + 0.2, f"{share:.1%} of row", fontsize=10, **style)
     names = [_short(name) for name in class_names]
     axes.set_xticks([0, 1], names, color=INK, fontsize=11)
     axes.set_yticks([0, 1], names, color=INK, fontsize=11, rotation=90, va="center")

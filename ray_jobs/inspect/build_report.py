@@ -187,5 +187,5 @@ def _contact_sheet(scans: Scans) -> tuple[ImageRef, ...]:
         for label in (0, 1):
             rows = np.flatnonzero(scan.label_R == label)
             for r in rows[np.argsort(scan.key_hash_R[rows], kind="stable")][:_SHEET_ROWS]:
-                images += [scan.image(r, i) for i in np.flatnonzero(scan.content_RI[r])]
+                images += [scan.image(r, int(i)) for i in np.flatnonzero(scan.content_RI[r])]
     return tuple(images)

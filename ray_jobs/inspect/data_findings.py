@@ -6,7 +6,7 @@ the list stays short enough to read.
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from ray_jobs.config.spec import SPLITS
+from ray_jobs.config.spec import SPLITS, Split
 from ray_jobs.config.text import count_text
 from ray_jobs.inspect.column_statistics import compare_shares
 from ray_jobs.inspect.report_schema import Finding, Report
@@ -171,7 +171,7 @@ def _note(kind: str, text: str) -> Finding:
     return Finding(kind=kind, severity="note", text=text)
 
 
-def _nonzero(counts: Mapping[str, int]) -> str:
+def _nonzero(counts: Mapping[Split, int]) -> str:
     return ", ".join(f"{split} {number:,}" for split, number in counts.items() if number)
 
 

@@ -156,8 +156,8 @@ def _overlap(first: Split, second: Split, scans: Scans) -> Overlap:
         complete=complete,
         examples=tuple(
             ImagePair(
-                first=a.image(*divmod(match_B[i], num_columns)),
-                second=b.image(*divmod(i, num_columns)),
+                first=a.image(*divmod(int(match_B[i]), num_columns)),
+                second=b.image(*divmod(int(i), num_columns)),
                 exact=bool(exact_B[i]),
                 distance=int(bits),
             )

@@ -79,7 +79,8 @@ def _header(report: Report) -> Iterator[str]:
     name = report.prepared.rstrip("/").rpartition("/")[2]
     yield f"<h1>{escape(name)}</h1><p class='muted'>{escape(report.prepared)}</p>"
     yield (
-        f"<p>{count_text(rows, 'row')} in {count_text(shards, 'shard')}, {filesize.decimal(size)}. {images}, "
+        f"<p>{count_text(rows, 'row')} in {count_text(shards, 'shard')}, "
+        f"{filesize.decimal(size)}. {images}, "
         f"{store.width} × {store.height} pixels, stored as {store.encoding}. "
         f"{count_text(len(report.numeric), 'numeric column')}, "
         f"{count_text(len(report.categorical), 'categorical column')}.</p>"

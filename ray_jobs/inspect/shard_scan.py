@@ -170,7 +170,7 @@ def perceptual_hashes(small_N: np.ndarray) -> np.ndarray:
 def _scan_group(
     table: pa.Table, first_row: int, image: ImageInfo, limit: int
 ) -> dict[str, np.ndarray]:
-    """Return the arrays of a `ScannedSplit` for the rows of a group with a key hash below a limit."""
+    """Return the arrays of a `ScannedSplit` for rows of a group with a key hash below a limit."""
     keys = table.column(KEY).to_pylist()
     hashes = [hash_key(key) for key in keys]
     chosen = np.flatnonzero([value < limit for value in hashes])

@@ -24,7 +24,7 @@ def document(title: str, parts: Iterable[str]) -> str:
         title: Plain text.
         parts: HTML of the body, in order.
     """
-    css = resources.files(__package__).joinpath("page.css").read_text("utf-8")
+    css = resources.files("ray_jobs.pages").joinpath("page.css").read_text("utf-8")
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'

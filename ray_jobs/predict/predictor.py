@@ -76,12 +76,7 @@ def predict_rows(run: TrainedRun, source: RowSource, spec: InferenceSpec) -> Ite
 class Predictor:
     """Holds the model of a run in one process and predicts the probability of each row.
 
-    Args:
-        run: Run with the model.
-        batch_size: Rows per model call; smaller batches are padded, so that the model is traced for
-            one shape only.
-        num_cpus: CPUs that the model may use.
-        use_gpu: Whether the model runs on a GPU.
+    Smaller batches are padded to `batch_size` rows, so that the model is traced for one shape only.
     """
 
     def __init__(self, run: TrainedRun, batch_size: int, num_cpus: float, use_gpu: bool) -> None:

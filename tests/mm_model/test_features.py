@@ -187,7 +187,7 @@ def test_a_missing_backbone_is_rejected(monkeypatch):
     spec = spec_of("mine")
     with pytest.raises(ValueError, match="has no layer 'image_pool'"):
         backbone_model(build_model(spec, None, (16, 16, 3), (3,)))
-    with pytest.raises(ValueError, match="'mine' cannot be built on features; .* IMAGE_TOPS"):
+    with pytest.raises(ValueError, match=r"'mine' cannot be built on features; .* IMAGE_TOPS"):
         build_model(spec, None, None, (3,), shape_features=(1, 8))
 
 

@@ -6,8 +6,9 @@ Imports neither Ray nor TensorFlow.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import Any, Literal
+
+import numpy as np
 
 from ray_jobs.train.telemetry.history_keys import MINIMIZED, sort_key
 
@@ -24,8 +25,9 @@ _LARGEST = 1e300
 
 def finite(value: object) -> float | None:
     """Return a finite number as a float; None for any other value."""
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    return float(value) if is_number and abs(value) < _LARGEST else None
+    if not isinstance(value, int | float | np.integer | np.floating) or isinstance(value, bool):
+        return None
+    return float(value) if abs(value) < _LARGEST else None
 
 
 @dataclass(frozen=True)

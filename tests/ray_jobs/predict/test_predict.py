@@ -311,7 +311,7 @@ def test_a_table_that_does_not_fit_the_run_is_rejected(
 
 
 def test_flags_for_the_other_kind_of_data_are_rejected(houses, rules, model, no_ray, tmp_path):
-    with pytest.raises(JobError, match="--split=test is for prepared data, but .* has no manifest"):
+    with pytest.raises(JobError, match=r"--split=test is for prepared data, but .* has no"):
         predict(spec_of(houses, split="test", images="photos"))
     rules.write(Folder(tmp_path))
     with pytest.raises(
