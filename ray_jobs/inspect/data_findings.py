@@ -4,9 +4,9 @@ Each kind of problem gives at most one finding per split, however many columns i
 the list stays short enough to read.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
-from ray_jobs.config.spec import SPLITS, Split
+from ray_jobs.config.spec import SPLITS
 from ray_jobs.config.text import count_text
 from ray_jobs.inspect.column_statistics import compare_shares
 from ray_jobs.inspect.report_schema import Finding, Report
@@ -92,7 +92,7 @@ def _images(report: Report) -> Iterator[Finding]:
                     kind=f"{kind}_image",
                     severity="warning" if kind == "unreadable" else "note",
                     text=f"{count_text(total, f'{adjective} image')} in column {image.column} "
-                    f"({_nonzero(counts)}).",
+                    f"({_nonzero(counts.items())}).",
                 )
 
 
@@ -142,7 +142,7 @@ def _rows(report: Report) -> Iterator[Finding]:
         yield _note(
             "repeated_image",
             f"{count_text(total, 'image')} with the same bytes as another image of the same split "
-            f"({_nonzero(repeated)}).",
+            f"({_nonzero(repeated.items())}).",
         )
     if bad := sum(reason.num_rows for reason in report.quarantine):
         rows = bad + sum(summary.num_rows for summary in report.splits.values())
@@ -171,8 +171,8 @@ def _note(kind: str, text: str) -> Finding:
     return Finding(kind=kind, severity="note", text=text)
 
 
-def _nonzero(counts: Mapping[Split, int]) -> str:
-    return ", ".join(f"{split} {number:,}" for split, number in counts.items() if number)
+def _nonzero(counts: Iterable[tuple[str, int]]) -> str:
+    return ", ".join(f"{split} {number:,}" for split, number in counts if number)
 
 
 def _join(names: Iterable[str]) -> str:
