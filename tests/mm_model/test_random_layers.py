@@ -4,10 +4,10 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from mm_model.layers.augmentation_layers import augmentation_layers
 
 import mm_model
 from mm_model import per_row_random
+from mm_model.layers.augmentation import augmentation_layers
 from mm_model.model import build_model
 from mm_model.spec import ModelSpec
 from tests.mm_model.examples import COLOUR, half_precision, rows_with_all_inputs, with_random_heads

@@ -4,16 +4,16 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from mm_model.layers.augmentation_layers import (
+from PIL import Image, ImageEnhance, ImageOps
+from scipy import ndimage, stats
+
+from mm_model import per_row_random
+from mm_model.layers.augmentation import (
     RandAugment,
     RandomColour,
     RandomGeometry,
     augmentation_layers,
 )
-from PIL import Image, ImageEnhance, ImageOps
-from scipy import ndimage, stats
-
-from mm_model import per_row_random
 from mm_model.spec import NO_AUGMENTATION, AugmentationSpec
 from tests.mm_model.examples import half_precision, in_parts, pictures
 

@@ -16,7 +16,7 @@ from ray_jobs.train.checkpoints.checkpoint import Checkpoint, DamagedCheckpointE
 from ray_jobs.train.checkpoints.checkpoint_manager import CheckpointManager
 from ray_jobs.train.coordinator import reported_failures
 from ray_jobs.train.telemetry.profiler import Profiler
-from ray_jobs.train.worker import _failures_told, _Worker
+from ray_jobs.train.worker import _reporting_failures, _Worker
 
 
 @contextmanager
@@ -118,7 +118,7 @@ def test_what_is_tried_again_and_what_is_an_echo_follows_from_the_kind_of_an_err
         (tf.errors.InvalidArgumentError(None, None, "shapes"), False, "own"),
     ]
     for error, _, _ in cases:
-        with pytest.raises(type(error)), _failures_told(coordinator, 1):
+        with pytest.raises(type(error)), _reporting_failures(coordinator, 1):
             raise error
     told = reported_failures(coordinator)
     assert [(f["again"], f["of"]) for f in told] == [(again, of) for _, again, of in cases]

@@ -145,8 +145,8 @@ def test_an_error_names_the_first_variable_with_another_shape():
     stored, model = arrays_of(make_model(units=5).variables), make_model(units=3)
     before = arrays_of(model.variables)
     message = (
-        r"the saved model weights do not fit the model \(sequential/dense/kernel \(4, 3\) was "
-        r"saved as \S*kernel \(4, 5\)\).* choose another --run.name"
+        r"the saved model weights do not fit the model \(dense/kernel \(4, 3\) was saved as "
+        r"dense/kernel \(4, 5\)\); .* choose another --run.name"
     )
     with pytest.raises(ValueError, match=message):
         assign(model.variables, stored, "model weights")

@@ -123,7 +123,7 @@ def test_a_damaged_checkpoint_is_skipped(run, file):
     assert found.state.step == 4
     assert reopened.written == 4
     assert "is damaged" in warnings[0]
-    # And written anew when the run comes there reopened.
+    # The resumed run writes it again.
     reopened.save(make_checkpoint(8))
     reopened.close()
     newest = CheckpointManager(run).newest()

@@ -3,7 +3,7 @@ import io
 import pytest
 from rich.console import Console
 
-from ray_jobs.tune.results.leaderboard import LiveLeaderboard, spent_text, table
+from ray_jobs.tune.results.leaderboard import LiveLeaderboard, leaderboard_table, spent_text
 from ray_jobs.tune.results.search_state import Objective, Search
 from tests.ray_jobs.tune.rows import trial
 
@@ -49,7 +49,7 @@ def test_lines_of_a_log_are_not_broken(search):
 
 def test_the_table_holds_the_best_first_under_names_that_tell_settings_apart(search):
     stream = io.StringIO()
-    Console(file=stream, width=200).print(table(search))
+    Console(file=stream, width=200).print(leaderboard_table(search))
     head, *rows = stream.getvalue().splitlines()
     assert {"fusion.units", "image.units", "learning_rate"} <= set(head.split())
     assert [row.split()[1] for row in rows[:4]] == ["stopped", "finished", "failed", "running"]
