@@ -138,7 +138,7 @@ def ray_documented(folder: Path) -> float:
     import cv2
     import ray.data
 
-    ray.init(num_cpus=CORES + 1, logging_level=logging.ERROR)
+    ray.init("local", num_cpus=CORES + 1, logging_level=logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
 
     def resize(batch: Any) -> Any:
@@ -167,7 +167,7 @@ def _feed(store: str, data: DataSpec, folder: Path) -> float:
     if kind == "object_store" or data.decode == "workers":
         import ray
 
-        ray.init(num_cpus=CORES + 1, logging_level=logging.ERROR)
+        ray.init("local", num_cpus=CORES + 1, logging_level=logging.ERROR)
         cache = open_cache(kind, manifest, SIZE, make_cache_index())
     sampler = TrainingSampler.of(manifest.splits["train"], BATCH, 0, data)
     decode = "trainer" if data.decode == "auto" else data.decode

@@ -120,7 +120,7 @@ def test_the_group_lets_in_ssh_from_one_network_and_its_own_members(aws):
 
 @pytest.mark.parametrize("everyone", ["0.0.0.0/0", "::/0"])
 def test_a_group_for_everyone_is_refused(everyone):
-    with pytest.raises(ValueError, match=f"ssh_from={everyone} is everyone"):
+    with pytest.raises(ValueError, match=f"ssh_from={everyone} allows everyone"):
         module("aws_security_group").make_group("us-west-2", everyone)
 
 

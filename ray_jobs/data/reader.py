@@ -82,6 +82,9 @@ class StoredRows:
         table = self._combined
         if table is None or table.column_names != list(columns):
             table = pa.concat_tables([table.select(columns) for table in self.tables])
+            # `take` concatenates the chunks, and a string column ends at 2 GiB.
+            types = [pa.large_string() if pa.types.is_string(t) else t for t in table.schema.types]
+            table = table.cast(pa.schema(zip(columns, types, strict=True)))
             self._combined = table
         return table.take(pa.array(rows))
 

@@ -165,13 +165,13 @@ def test_weight_decay_under_a_strategy_excludes_the_same_variables():
     strategy = tf.distribute.MirroredStrategy([cpu])
     with strategy.scope():
         kept = [keras.Variable([1.0], name=n) for n in ("bias", "gamma", "beta")]
-        decayed = [keras.Variable([1.0], name=n) for n in ("kernel", "entries_0", "beta_kernel")]
+        decayed = [keras.Variable([[1.0]], name=n) for n in ("kernel", "entries_0", "beta_kernel")]
         optimizer = constant(optimizer="adamw", learning_rate=0.5, weight_decay=0.1)
         optimizer.build([*kept, *decayed])
-    zeros = [tf.zeros((1,))] * 6
+    zeros = [tf.zeros(v.shape) for v in (*kept, *decayed)]
     strategy.run(tf.function(lambda: optimizer.apply(zeros, [*kept, *decayed])))
     assert [float(np.asarray(v)[0]) for v in kept] == [1.0] * 3
-    np.testing.assert_allclose([np.asarray(v)[0] for v in decayed], [0.95] * 3, rtol=1e-6)
+    np.testing.assert_allclose([np.asarray(v)[0, 0] for v in decayed], [0.95] * 3, rtol=1e-6)
 
 
 def test_an_average_of_the_weights_is_kept_until_it_is_assigned():

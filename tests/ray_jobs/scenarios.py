@@ -1,7 +1,7 @@
 """Trains a model in several scenarios on the workers of a trainer; see test_loop.
 
-Each leaves what it saw in files: SCENARIO-EPOCH-WORKERS-RANK.npz with the model's variables after
-each epoch, and SCENARIO-WORKERS-RANK.json with facts.
+Each scenario writes SCENARIO-EPOCH-WORKERS-RANK.npz with the model's variables after each epoch,
+and SCENARIO-WORKERS-RANK.json with other results.
 """
 
 import json
@@ -29,7 +29,7 @@ PLAIN = {
     "dropout": 0,
 }
 RANDOM = {"image": PLAIN["image"], "numeric": PLAIN["numeric"], "fusion": {"units": 16}}
-"""Dropout, modality dropout and augmentation as they come."""
+"""With the default dropout, modality dropout and augmentation."""
 STAGES = {
     "epochs": 2,
     "global_batch_size": 50,
@@ -47,30 +47,30 @@ EVERYTHING_RANDOM = {
         "mixup_alpha": 0.2,
     },
 }
-"""With batch norm of each worker's own rows."""
+"""With all random operations, and batch norm of each worker's own rows."""
 SCENARIOS: dict[str, dict[str, Any]] = {
-    # 20 steps on the same rows with the same draws, whatever the number of workers.
+    # 20 steps with the same rows and random numbers for any number of workers.
     "synchronised": {
         "model": {**RANDOM, "batch_norm": "sync"},
         "train": {"epochs": 4, "global_batch_size": 20, "checkpoint_every_steps": 3},
     },
-    # Stopped, and gone on with.
+    # Stopped and resumed.
     "random": EVERYTHING_RANDOM,
-    # Resumed from checkpoints in the middle of an epoch, and at its end.
+    # Resumed from checkpoints within an epoch and at its end.
     "resumed": EVERYTHING_RANDOM,
-    # What the first epoch is good for, and the next ones spoil: the labels' noise by heart.
+    # Overfits after the first epochs.
     "patience": {
         "model": PLAIN,
         "train": {"epochs": 20, "global_batch_size": 20, "learning_rate": 0.05, "patience": 2},
     },
-    # A backbone that is frozen at first.
+    # A backbone that is frozen in the first epoch.
     "stages": {"model": PLAIN, "train": STAGES},
-    # One of keras.applications, whose variables are not all floats; its graphs take long.
+    # A backbone from keras.applications, with integer variables; slow to trace.
     "application": {
         "model": {**PLAIN, "image": {"kind": "efficientnet_b0", "weights": None, "units": 8}},
         "train": STAGES,
     },
-    # Nothing divides anything: 101 rows, 37 to validate, steps of 14.
+    # No number divides another: 101 training rows, 37 validation rows, steps of 14 rows.
     "uneven": {"model": PLAIN, "train": {"epochs": 8, "global_batch_size": 14}},
 }
 FAST = ("synchronised", "random", "uneven")
@@ -89,8 +89,8 @@ def spec_of(scenario: str, prepared: str, num_workers: int) -> RunSpec:
     )
 
 
-class Kept(Callbacks):
-    """Keeps every checkpoint and record; wishes to stop when it is time."""
+class RecordingCallbacks(Callbacks):
+    """Keeps every checkpoint and record, and requests a stop after a step."""
 
     def __init__(self, stop_at: int | None = None) -> None:
         self.checkpoints: list[Checkpoint] = []
@@ -105,7 +105,7 @@ class Kept(Callbacks):
         return ControlRequest(stop=self.stop_at is not None and self.step >= self.stop_at)
 
     def on_checkpoint(self, step: int, copy: CopyCheckpoint) -> None:
-        # Into the memory of the one before, as in a run, where that is written by then.
+        # Reuses memory, as a run does for a checkpoint that is written.
         self._spare = copy(self._spare)
         self.checkpoints.append(deepcopy(self._spare))
 
@@ -115,7 +115,7 @@ class Kept(Callbacks):
 
 
 def run_scenarios(config: dict[str, Any]) -> None:
-    """Run some scenarios on one worker; leave what it saw in files for the test."""
+    """Run scenarios on one worker, and write their results for the test."""
     import ray.train
 
     from ray_jobs.cluster.strategy import WorkerContext, make_strategy, set_devices
@@ -124,57 +124,60 @@ def run_scenarios(config: dict[str, Any]) -> None:
     from ray_jobs.train.train_step import TrainStep
 
     context = ray.train.get_context()
-    place = WorkerContext(context.get_world_rank(), context.get_world_size())
+    worker = WorkerContext(context.get_world_rank(), context.get_world_size())
     output = Path(config["output"])
     set_devices(1, use_gpu=False)
-    strategy = make_strategy(place.num_workers)
+    strategy = make_strategy(worker.num_workers)
 
-    class Counted(TrainStep):
+    class CountingTrainStep(TrainStep):
         traces = 0
 
         def _one(self, *arguments: Any) -> Any:
             self.traces += 1
             return super()._one(*arguments)
 
-    module.TrainStep = Counted
+    module.TrainStep = CountingTrainStep
 
-    class Watched(Loop):
-        rows: list[list[int]]
-        calls: list[Any]
+    rows: list[list[int]] = []
+    calls: list[Any] = []
 
-        def _watched(self, tensors: Any) -> Any:
-            real = tensors.weight_B1.numpy()[:, 0] > 0
-            numbers = tensors.inputs["numeric"].numpy()
-            self.rows.append(numbers[real, ROW].astype(int).tolist())
-            return tensors
+    def record(batcher: Any, is_training: bool) -> None:
+        """Let a batcher record the rows and, in training, the tensors of its batches."""
+        stream = batcher.stream
 
-        def _steps(self, *arguments: Any) -> Any:
-            for tensors in super()._steps(*arguments):
-                self.calls.append((tensors.inputs, tensors.label_B1, tensors.weight_B1))
-                yield self._watched(tensors)
+        def recorded(*arguments: Any) -> Any:
+            for batch in stream(*arguments):
+                real = batch.weight_B1.numpy()[:, 0] > 0
+                numbers = batch.inputs["numeric"].numpy()
+                rows.append(numbers[real, ROW].astype(int).tolist())
+                if is_training:
+                    calls.append((batch.inputs, batch.label_B1, batch.weight_B1))
+                yield batch
 
-        def _on_device(self, batches: Any) -> Any:
-            yield from map(self._watched, super()._on_device(batches))
+        batcher.stream = recorded
 
     for name in config["scenarios"]:
-        spec = spec_of(name, config["prepared"], place.num_workers)
+        spec = spec_of(name, config["prepared"], worker.num_workers)
         manifest = read_manifest(Folder(spec.data.prepared))
-        loop = Watched(spec, manifest, place, strategy)
-        loop.rows, loop.calls, callbacks = [], [], Kept()
+        loop, callbacks = Loop(spec, manifest, worker, strategy), RecordingCallbacks()
+        rows.clear()
+        calls.clear()
+        record(loop.train_batcher, is_training=True)
+        record(loop.validation_batcher, is_training=False)
         outcome = loop.run(callbacks)
         after_epochs = [c for c in callbacks.checkpoints if not c.local]
         for epoch, saved in enumerate(after_epochs):
             np.savez(
-                output / f"{name}-{epoch}-{place.num_workers}-{place.rank}.npz",
+                output / f"{name}-{epoch}-{worker.num_workers}-{worker.rank}.npz",
                 **{k.replace("/", "|"): v for k, v in saved.model.items()},
             )
-        graph = loop.stepper.call.get_concrete_function(*loop.calls[-1]).graph.as_graph_def()
-        facts = {
-            "rows": loop.rows,
+        graph = loop.train_step.call.get_concrete_function(*calls[-1]).graph.as_graph_def()
+        results = {
+            "rows": rows,
             "epochs": callbacks.epochs,
-            # In the graph and in every function that it calls.
+            # In the graph and in all functions that it calls.
             "collectives": str(graph).count('op: "CollectiveReduceV2"'),
-            "traces": loop.stepper.traces,
+            "traces": loop.train_step.traces,
             "variables": len(loop.model.trainable_variables),
             "history": [epoch["epoch"] for epoch in outcome.state.history],
             "best_epoch": outcome.state.best_epoch,
@@ -182,28 +185,32 @@ def run_scenarios(config: dict[str, Any]) -> None:
         }
         best = outcome.best
         if best is not None:
-            own = after_epochs[outcome.state.best_epoch or 0].model
-            facts["best_restored"] = same_arrays(own, best.model)
-            facts["label"] = best.label_N.tolist()
+            model = after_epochs[outcome.state.best_epoch or 0].model
+            results["best_is_kept"] = same_arrays(model, best.model)
+            results["label"] = best.label_N.tolist()
         if name == "resumed":
             starts = (0, 1)
-            facts["resumed_alike"] = [resumed_alike(loop, callbacks.checkpoints, i) for i in starts]
+            results["resumed_equal"] = [
+                resumed_equal(loop, callbacks.checkpoints, i) for i in starts
+            ]
         if name == "random":
-            if place.num_workers > 1:
-                facts["stopped_alike"] = stopped_alike(loop, callbacks.checkpoints)
+            if worker.num_workers > 1:
+                results["stopped_equal"] = stopped_equal(loop, callbacks.checkpoints)
             else:
-                facts["stopped_between"] = stopped_between_epochs(loop, callbacks.checkpoints)
+                results["stopped_between"] = stopped_between_epochs(loop, callbacks.checkpoints)
         if name == "synchronised":
-            facts["distance_of_resumed"] = distance_of_resumed(loop, output, callbacks.checkpoints)
+            results["distance_of_resumed"] = distance_of_resumed(
+                loop, output, callbacks.checkpoints
+            )
         if name == "uneven":
-            _, y_B1, weight_B1 = loop.calls[0]
-            facts["weights"] = np.concatenate([y_B1, weight_B1], axis=1).tolist()
-        path = output / f"{name}-{place.num_workers}-{place.rank}.json"
-        path.write_text(json.dumps(facts))
+            _, y_B1, weight_B1 = calls[0]
+            results["weights"] = np.concatenate([y_B1, weight_B1], axis=1).tolist()
+        path = output / f"{name}-{worker.num_workers}-{worker.rank}.json"
+        path.write_text(json.dumps(results))
 
 
 def same_checkpoints(first: Checkpoint, second: Checkpoint) -> bool:
-    """Whether two checkpoints are bitwise the same, but for times."""
+    """Whether two checkpoints are bitwise equal, except for times."""
 
     def untimed(record: dict[str, Any]) -> dict[str, Any]:
         return {k: v for k, v in record.items() if not k.startswith(("time/", "data/"))}
@@ -222,51 +229,51 @@ def same_checkpoints(first: Checkpoint, second: Checkpoint) -> bool:
     )
 
 
-def resumed_alike(loop: Any, undisturbed: list[Checkpoint], start: int) -> bool:
-    """Go on from a checkpoint in a loop of its own; compare all later ones bit by bit."""
+def resumed_equal(loop: Any, undisturbed: list[Checkpoint], start: int) -> bool:
+    """Resume from a checkpoint in a new loop; compare all later checkpoints bit by bit."""
     from ray_jobs.train.loop import Loop
 
-    callbacks = Kept()
+    callbacks = RecordingCallbacks()
     again = Loop(loop.spec, loop.manifest, loop.context, loop.replicas.strategy)
     again.run(callbacks, undisturbed[start])
     pairs = zip(undisturbed[start + 1 :], callbacks.checkpoints, strict=True)
     return all(same_checkpoints(a, b) for a, b in pairs)
 
 
-def stopped(loop: Any, stop_at: int) -> tuple[Any, Kept]:
-    """Train in a loop of its own until asked to stop; return how it ended, and the callbacks."""
+def stopped(loop: Any, stop_at: int) -> tuple[Any, RecordingCallbacks]:
+    """Train in a new loop until a stop request; return the outcome and the callbacks."""
     from ray_jobs.train import loop as module
     from ray_jobs.train.loop import Loop
 
-    callbacks = Kept(stop_at)
+    callbacks = RecordingCallbacks(stop_at)
     loop = Loop(loop.spec, loop.manifest, loop.context, loop.replicas.strategy)
-    with patch.object(module, "_LOOK_UP_S", 0.0):
+    with patch.object(module, "_POLL_S", 0.0):
         return loop.run(callbacks), callbacks
 
 
 def stopped_between_epochs(loop: Any, undisturbed: list[Checkpoint]) -> list[Any]:
-    """Stop at the last step of an epoch, which ends as any other one."""
+    """Stop at the last step of an epoch, which ends like any other epoch."""
     outcome, callbacks = stopped(loop, 6)
     last = callbacks.checkpoints[-1]
     expected = next(saved for saved in undisturbed if saved.state.epoch == 1)
-    alike = same_checkpoints(last, expected)
-    return [not outcome.finished, outcome.state.step, outcome.state.epoch, alike]
+    equal = same_checkpoints(last, expected)
+    return [not outcome.finished, outcome.state.step, outcome.state.epoch, equal]
 
 
-def stopped_alike(loop: Any, undisturbed: list[Checkpoint]) -> list[Any]:
-    """Stop where no checkpoint is due, go on from there; compare the end."""
+def stopped_equal(loop: Any, undisturbed: list[Checkpoint]) -> list[Any]:
+    """Stop at a step without a checkpoint, resume there, and compare the end."""
     from ray_jobs.train.loop import Loop
 
     outcome, callbacks = stopped(loop, 8)
     last = callbacks.checkpoints[-1]
-    rest = Kept()
+    rest = RecordingCallbacks()
     Loop(loop.spec, loop.manifest, loop.context, loop.replicas.strategy).run(rest, last)
-    alike = same_checkpoints(undisturbed[-1], rest.checkpoints[-1])
-    return [not outcome.finished, outcome.state.step, last.state.step, alike]
+    equal = same_checkpoints(undisturbed[-1], rest.checkpoints[-1])
+    return [not outcome.finished, outcome.state.step, last.state.step, equal]
 
 
 def distance_of_resumed(loop: Any, output: Path, undisturbed: list[Checkpoint]) -> float:
-    """Go on from another number of workers' checkpoint; return the distance to their end."""
+    """Resume from the checkpoint of half as many workers; return the distance to their end."""
     from ray_jobs.train.checkpoints.checkpoint import read_checkpoint, write_checkpoint
     from ray_jobs.train.loop import Loop
 
@@ -281,7 +288,7 @@ def distance_of_resumed(loop: Any, output: Path, undisturbed: list[Checkpoint]) 
         return 0.0
     middle = read_checkpoint(output / f"middle-{num_workers // 2}")
     assert middle.local
-    callbacks = Kept()
+    callbacks = RecordingCallbacks()
     Loop(loop.spec, loop.manifest, loop.context, loop.replicas.strategy).run(callbacks, middle)
     end = read_checkpoint(output / f"end-{num_workers // 2}")
     return distance(callbacks.checkpoints[-1].model, end.model)

@@ -1,4 +1,4 @@
-"""Several images a row, categories and both stores, the whole way through the jobs."""
+"""All jobs with several images per row, categorical columns and both image formats."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ NUM_ROWS = 120
 
 
 def write_raw(folder: Path) -> None:
-    """One of three images is missing here and there; the word decides most of the labels."""
+    """Some rows lack one of three images; the category determines most of the labels."""
     rng = np.random.default_rng(0)
     folder.mkdir()
     words = rng.choice(WORDS, NUM_ROWS)
@@ -48,7 +48,7 @@ def write_raw(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module", params=["jpeg", "raw"])
-def done(request, ray_local, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+def trained(request, ray_local, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp(request.param)
     write_raw(folder / "photos")
     spec = RunSpec.model_validate(
@@ -70,7 +70,7 @@ def done(request, ray_local, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
                 "prepared": str(folder / "prepared"),
                 "categorical": ["material"],
                 "image_size": 16,
-                # Both ways of feeding, too.
+                # Each place of decoding is used once.
                 "decode": "workers" if request.param == "raw" else "trainer",
             },
             "model": {
@@ -87,14 +87,14 @@ def done(request, ray_local, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
     return folder, fit(spec)
 
 
-def predicted(folder: Path, **options: Any) -> dict[str, dict[str, Any]]:
+def predict_rows(folder: Path, **options: Any) -> dict[str, dict[str, Any]]:
     output = folder / "predictions"
     predict(PredictSpec(run=str(folder / "runs/all"), output=str(output), **options))
     return {row["key"]: row for row in pq.read_table(output).to_pylist()}
 
 
-def test_the_model_is_trained_on_all_of_them_and_evaluated_on_every_row(done, tmp_path):
-    folder, summary = done
+def test_the_model_uses_all_inputs_and_is_evaluated_on_every_row(trained, tmp_path):
+    folder, summary = trained
     manifest = read_manifest(Folder(folder / "prepared"))
     assert manifest.image.columns == ("image_front", "image_back", "image_side")
     assert manifest.vocabularies[0].words == tuple(sorted(WORDS))
@@ -108,10 +108,10 @@ def test_the_model_is_trained_on_all_of_them_and_evaluated_on_every_row(done, tm
     assert metrics["roc_auc"] > 0.7
 
 
-def test_raw_rows_have_the_probabilities_of_their_prepared_twins(done):
-    folder, _ = done
-    prepared = predicted(folder, data=str(folder / "prepared"), num_workers=1)
-    raw = predicted(
+def test_raw_and_prepared_rows_have_the_same_probabilities(trained):
+    folder, _ = trained
+    prepared = predict_rows(folder, data=str(folder / "prepared"), num_workers=1)
+    raw = predict_rows(
         folder,
         data=str(folder / "photos" / "table.csv"),
         images=str(folder / "photos" / "{key}_{image}.jpg"),
@@ -123,8 +123,8 @@ def test_raw_rows_have_the_probabilities_of_their_prepared_twins(done):
         assert raw[key]["probability"] == pytest.approx(row["probability"], abs=1e-6)
 
 
-def test_a_word_that_training_never_saw_and_a_damaged_image_are_told_apart(done, tmp_path):
-    folder, _ = done
+def test_an_unknown_category_is_accepted_and_a_damaged_image_is_an_error(trained, tmp_path):
+    folder, _ = trained
     photos = sorted((folder / "photos").glob("*_front.jpg"))
     for key in ("new", "bad"):
         (tmp_path / f"{key}_front.jpg").write_bytes(photos[0].read_bytes())
@@ -132,7 +132,7 @@ def test_a_word_that_training_never_saw_and_a_damaged_image_are_told_apart(done,
     (tmp_path / "table.csv").write_text(
         "key,area,material\nnew,1,marble\nbad,1,wood\nnone,1,wood\n"
     )
-    rows = predicted(
+    rows = predict_rows(
         folder, data=str(tmp_path / "table.csv"), images=f"{tmp_path}/{{key}}_{{image}}.jpg"
     )
     assert 0 < rows["new"]["probability"] < 1

@@ -1,4 +1,4 @@
-"""Two-worker training across hosts, and what a pulled cable does to it."""
+"""Training with two workers across hosts while a network cable is unplugged."""
 
 import os
 import shutil
@@ -23,15 +23,15 @@ from tests.ray_jobs.hosts import Host, hosts, nodes_of, ray_node, started, wait_
 pytestmark = [pytest.mark.slow, pytest.mark.multiworker, pytest.mark.timeout(900)]
 MIDDLE = 12
 """A step in the middle of the second of three epochs."""
-SHORT_CUT_S = 3.0
-"""Of which Ray takes no notice, and TCP sends once more what was lost."""
-FOUND_S = 90.0
+SHORT_OUTAGE_S = 3.0
+"""Too short for Ray to notice; TCP retransmits the lost packets."""
+JOIN_TIMEOUT_S = 90.0
 ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
     "RAY_AUTH_TOKEN": TOKEN,
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    # A node counts as dead some 10 s after its last sign of life, not 30.
+    # Ray declares a node dead after about 10 s instead of 30 s.
     "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_period_ms": "2000",
     "RAY_health_check_failure_threshold": "3",
@@ -40,7 +40,7 @@ ENVIRONMENT = {
 
 @dataclass
 class Network:
-    """A head and two workers, each a host with a node of Ray."""
+    """A head and two workers; each host runs a Ray node."""
 
     head: Host
     workers: list[Host]
@@ -49,15 +49,15 @@ class Network:
     nodes: ExitStack
 
     def join(self, host: Host) -> None:
-        """Make a host a node with room for one worker."""
+        """Start a Ray node with room for one worker on a host."""
         command = ray_node(
             host, "--num-cpus=1", f"--resources={{{SLOT!r}: 1}}".replace("'", '"'), head=self.head
         )
         self.nodes.enter_context(started(command, self.folder / f"{host.name}.log"))
-        wait_until(lambda: host.address in self.alive(), FOUND_S, f"{host.address} joins")
+        wait_until(lambda: host.address in self.alive(), JOIN_TIMEOUT_S, f"{host.address} joins")
 
     def run(self, name: str, **train: object) -> Run:
-        """Start a run, driven from the head."""
+        """Start a run whose driver is on the head."""
         sections = settings(self.prepared, batch_norm="sync", **train)
         address, prefix = f"{self.head.address}:6379", tuple(self.head.command())
         run = Run(self.folder / "runs", name, address, sections, self.folder, prefix)
@@ -65,7 +65,7 @@ class Network:
         return run
 
     def alive(self) -> set[str]:
-        """Return the addresses of the nodes that Ray counts on."""
+        """Return the addresses of the live nodes."""
         found = nodes_of(f"{self.head.address}:6379", self.head.command())
         return {node["NodeManagerAddress"] for node in found}
 
@@ -76,7 +76,7 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
     rng = np.random.default_rng(0)
     images = [jpeg(photo(rng, 32)) for _ in range(20)]
     write_shards(folder / "prepared", {"train": 256, "validation": 64, "test": 8}, images, 32)
-    # Ray's sockets lie below, whose paths must be short.
+    # A short path, since the path of a socket is limited in length.
     temporary = tempfile.mkdtemp(prefix="ray-")
     with patch.dict(os.environ, ENVIRONMENT), ExitStack() as stack:
         head, *workers = stack.enter_context(hosts(3))
@@ -91,7 +91,7 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
 
 @pytest.fixture(scope="module")
 def expected(network: Network) -> dict[str, np.ndarray]:
-    """What a run across two hosts ends in that is left alone."""
+    """The final weights of an undisturbed run across two hosts."""
     run = network.run("alone")
     run.wait_for_step(1)
     homes = [sum(run.pid_of(r) in h.processes() for r in (0, 1)) for h in network.workers]
@@ -100,24 +100,27 @@ def expected(network: Network) -> dict[str, np.ndarray]:
     return run.weights()
 
 
-def test_a_run_across_hosts_takes_no_notice_of_a_short_cut(network, expected):
+def test_a_run_across_hosts_survives_a_short_outage(network, expected):
     run = network.run("short")
     run.wait_for_step(MIDDLE)
     network.workers[1].pull_cable()
-    # What is waited for is time itself.
-    time.sleep(SHORT_CUT_S)
+    time.sleep(SHORT_OUTAGE_S)
     network.workers[1].plug_cable()
     run.wait()
     assert run.attempts() == 1
     assert same(run.weights(), expected)
 
 
-def test_a_host_that_was_lost_and_comes_back_ends_the_run_in_the_same_bits(network, expected):
+def test_a_run_on_a_host_that_was_lost_and_returns_ends_with_the_same_bits(network, expected):
     run = network.run("back")
     run.wait_for_step(MIDDLE)
     host = network.workers[1]
     host.pull_cable()
-    wait_until(lambda: host.address not in network.alive(), FOUND_S, f"{host.address} is missed")
+    wait_until(
+        lambda: host.address not in network.alive(),
+        JOIN_TIMEOUT_S,
+        f"{host.address} is declared dead",
+    )
     host.plug_cable()
     network.join(host)
     run.wait()
@@ -125,7 +128,7 @@ def test_a_host_that_was_lost_and_comes_back_ends_the_run_in_the_same_bits(netwo
     assert same(run.weights(), expected)
 
 
-def test_a_run_goes_on_with_the_host_that_is_left(network, expected):
+def test_a_run_continues_on_the_remaining_host(network, expected):
     run = network.run("left", num_workers=[1, 2])
     run.wait_for_step(MIDDLE)
     host = network.workers[1]

@@ -1,4 +1,4 @@
-"""Every job on an S3 server of one's own, and no secret in anything that they leave."""
+"""All jobs on a local S3 server, whose output contains no secret."""
 
 import json
 import os
@@ -32,7 +32,7 @@ SECRETS = {
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Folder]:
-    """A bucket, whose address and keys are in the environment, and Ray's logs below `tmp_path`."""
+    """A bucket, with its address and keys in the environment and Ray's logs below `tmp_path`."""
     server = moto_server.ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -41,7 +41,7 @@ def store(tmp_path: Path) -> Iterator[Folder]:
         "AWS_ENDPOINT_URL": f"http://{host}:{port}",
         "AWS_ACCESS_KEY_ID": "key",
         "AWS_DEFAULT_REGION": "us-east-1",
-        # A short one: Ray's sockets lie below.
+        # A short path, since the path of a socket is limited in length.
         "RAY_TMPDIR": str(tmp_path.parent / "r"),
     }
     with patch.dict(os.environ, environment):
@@ -51,7 +51,7 @@ def store(tmp_path: Path) -> Iterator[Folder]:
     server.stop()
 
 
-def test_all_jobs_work_on_object_storage_and_leave_no_secret(store, tmp_path):
+def test_all_jobs_work_on_object_storage_and_write_no_secret(store, tmp_path):
     raw = Raw(tmp_path / "raw").add(range(90))
     prepared, runs = store / "prepared", store / "runs"
     spec = raw.spec().overlay(
@@ -72,16 +72,16 @@ def test_all_jobs_work_on_object_storage_and_leave_no_secret(store, tmp_path):
     file = tmp_path / "spec.yaml"
     file.write_text(yaml.safe_dump(spec.model_dump(mode="json")))
     run = {"--run": (runs / "first").uri, "--data": prepared.uri}
-    said = [
-        job("prepare", file),
-        job("doctor", file),
-        job("train", file, "--run.name", "first"),
-        job("train", file, "--run.name", "first"),
-        job("tune", file, "--run.name", "search"),
-        job("evaluate", *flags(run), "--output", (store / "evaluation").uri),
-        job("predict", *flags(run), "--output", (store / "predictions").uri),
+    outputs = [
+        run_job("prepare", file),
+        run_job("doctor", file),
+        run_job("train", file, "--run.name", "first"),
+        run_job("train", file, "--run.name", "first"),
+        run_job("tune", file, "--run.name", "search"),
+        run_job("evaluate", *flags(run), "--output", (store / "evaluation").uri),
+        run_job("predict", *flags(run), "--output", (store / "predictions").uri),
     ]
-    assert "run first is finished already" in said[3]
+    assert "run first is already finished" in outputs[3]
     names = set(store.names())
     assert {
         "prepared/manifest.json", "runs/first/summary.json", "runs/first/model/model.keras",
@@ -96,12 +96,12 @@ def test_all_jobs_work_on_object_storage_and_leave_no_secret(store, tmp_path):
     assert len(saved) > 5
     assert [name for name in saved if written[name].startswith(b"\x80")] == [], "a pickle"
     written |= {str(path): path.read_bytes() for path in logs}
-    written |= {f"output {i}": text.encode() for i, text in enumerate(said)}
+    written |= {f"output {i}": text.encode() for i, text in enumerate(outputs)}
     assert [name for name, content in written.items() if CANARY.encode() in content] == []
 
 
-def job(verb: str, *words: Any) -> str:
-    """Run a job, and return what it says."""
+def run_job(verb: str, *words: Any) -> str:
+    """Run a job and return its output."""
     command = [sys.executable, "-m", f"ray_jobs.{verb}", *map(str, words)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, f"{verb}: {done.stdout}{done.stderr}"

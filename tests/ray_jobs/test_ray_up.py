@@ -1,4 +1,4 @@
-"""`ray up` on machines of one's own, from `deploy/on_premise.yaml`, a job, and `ray down`."""
+"""`ray up` with `deploy/on_premise.yaml`, a job on that cluster, and `ray down`."""
 
 import json
 import shutil
@@ -18,32 +18,34 @@ from tests.ray_jobs.tiny import write_prepared
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]
 RAY = f"{sys.prefix}/bin/ray"
-ANSWERS_S = 90
-ENDS_S = 180
-"""A worker that has lost its head gives up after a minute, and ends; `ray down` stops the head."""
+DASHBOARD_TIMEOUT_S = 90
+SHUTDOWN_TIMEOUT_S = 180
+"""`ray down` stops the head; a worker without a head ends after a minute."""
 
 
 @pytest.fixture
 def machines(tmp_path: Path) -> Iterator[list[Machine]]:
-    """A laptop, a head and a worker; the last two let the first one in."""
+    """A laptop, a head and a worker; the laptop can log in to the other two."""
     key = tmp_path / "key"
     with ExitStack() as stack:
-        found = stack.enter_context(hosts(3))
+        all_hosts = stack.enter_context(hosts(3))
         if not shutil.which("rsync"):
             pytest.skip("needs rsync")
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
-        made = [Machine(host, tmp_path / host.name) for host in found]
-        for machine in made[1:]:
-            # What set-up would install, is there.
+        machines = [Machine(host, tmp_path / host.name) for host in all_hosts]
+        for machine in machines[1:]:
+            # The environment that the set-up commands would install.
             (machine.home / "multimodal-ray").mkdir(parents=True)
             (machine.home / "multimodal-ray/venv").symlink_to(sys.prefix)
             stack.enter_context(ssh_server(machine, key.with_suffix(".pub")))
-        (made[0].home / ".ray").mkdir(parents=True)
-        (made[0].home / ".ray/auth_token").write_text(TOKEN)
-        yield made
+        (machines[0].home / ".ray").mkdir(parents=True)
+        (machines[0].home / ".ray/auth_token").write_text(TOKEN)
+        yield machines
 
 
-def test_machines_become_a_cluster_run_a_job_and_are_left_without_a_process(machines, tmp_path):
+def test_ray_up_starts_a_cluster_that_runs_a_job_and_ray_down_ends_all_processes(
+    machines, tmp_path
+):
     laptop, head, worker = machines
     cluster = yaml.safe_load((ROOT / "deploy/on_premise.yaml").read_text())
     cluster["provider"] |= {"head_ip": head.host.address, "worker_ips": [worker.host.address]}
@@ -57,7 +59,7 @@ def test_machines_become_a_cluster_run_a_job_and_are_left_without_a_process(mach
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         return done
 
-    def dashboard_is_there() -> bool:
+    def dashboard_answers() -> bool:
         return submitted(laptop, "list").returncode == 0
 
     write_prepared(tmp_path / "prepared", {"train": 40, "validation": 20, "test": 5})
@@ -76,23 +78,29 @@ def test_machines_become_a_cluster_run_a_job_and_are_left_without_a_process(mach
     try:
         log = tmp_path / "dashboard.log"
         with started(laptop.command(RAY, "dashboard", str(file)), log, cwd=ROOT):
-            wait_until(dashboard_is_there, ANSWERS_S, "the dashboard answers through its tunnel")
+            wait_until(
+                dashboard_answers, DASHBOARD_TIMEOUT_S, "the dashboard answers through its tunnel"
+            )
             done = submitted(laptop, "train", *flags)
             assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-            # The head has no CPU for workers.
+            # The head has no CPUs for workers, so the job started one.
             assert any("raylet" in words for words in worker.others())
     finally:
-        # As Ctrl-C would: the tunnel is a process of its own.
+        # Like Ctrl-C; this also ends the tunnel's process.
         end_processes(laptop.host)
         down = run(RAY, "down", "-y", "-v", str(file))
     assert json.loads((tmp_path / "runs/submitted/summary.json").read_text())["epochs"] == 1
     left = [head.others, worker.others]
     with suppress(AssertionError):
-        wait_until(lambda: not any(of_host() for of_host in left), ENDS_S, "every process is gone")
-    assert [of_host() for of_host in left] == [[], []], down.stdout + down.stderr
+        wait_until(
+            lambda: not any(processes() for processes in left),
+            SHUTDOWN_TIMEOUT_S,
+            "all processes end",
+        )
+    assert [processes() for processes in left] == [[], []], down.stdout + down.stderr
 
 
 def submitted(laptop: Machine, *words: str) -> subprocess.CompletedProcess[str]:
-    """Run the submitter on the laptop, which knows the token, and the dashboard by its tunnel."""
+    """Run `submit` on the laptop, which has the token and a tunnel to the dashboard."""
     command = laptop.command(sys.executable, "-m", "ray_jobs.submit", *words)
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Prepared data of a few rows, as `prepare` would write it: real shards, real JPEGs."""
+"""Writes prepared data of a few rows as `prepare` does, with real shards and JPEGs."""
 
 import hashlib
 import io
@@ -16,7 +16,7 @@ from ray_jobs.storage.folder import Folder
 
 COLUMNS = ("alpha", "beta", "row")
 ROW = COLUMNS.index("row")
-"""Column that holds each row's place in its split, so that tests can tell rows apart."""
+"""Column with each row's index in its split, by which tests identify rows."""
 
 
 def write_prepared(
@@ -28,7 +28,7 @@ def write_prepared(
     rows_per_shard: int = 20,
     seed: int = 0,
 ) -> Manifest:
-    """Write shards and manifest; the label follows from one number and from the image's colour."""
+    """Write shards and a manifest; one number and the colour of the image depend on the label."""
     rng = np.random.default_rng(seed)
     splits, statistics = {}, None
     for split, count in num_rows.items():
@@ -79,7 +79,7 @@ def write_prepared(
 
 
 def with_image(table: pa.Table, row: int, content: bytes) -> pa.Table:
-    """Return a table in which the stored image of one row is another."""
+    """Return a table with the stored image of one row replaced."""
     images = table.column("image").to_pylist()
     images[row] = content
     return table.set_column(table.column_names.index("image"), "image", pa.array(images))

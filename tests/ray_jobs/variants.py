@@ -1,8 +1,8 @@
-"""Trains one model in many ways in a process of its own, which has four CPU devices; see test_step.
+"""Trains variants of one model in a process with four CPU devices; see test_train_step.
 
 Run:   python -m tests.ray_jobs.variants FOLDER REPLICAS [fast|slow]
-Leaves: NAME.npz with the model's variables after the last step of each variant of so many replicas
-that is not, or is, for the slow tests alone; and facts-REPLICAS.json.
+Writes: for each fast or slow variant with that number of replicas, NAME.npz with the model's
+variables after the last step; and results-REPLICAS.json.
 """
 
 import sys
@@ -16,7 +16,7 @@ import tensorflow as tf
 from mm_model.losses import make_loss
 from mm_model.optimizer import make_optimizer
 from mm_model.spec import NO_AUGMENTATION
-from ray_jobs.cluster.strategy import Place, set_devices
+from ray_jobs.cluster.strategy import WorkerContext, set_devices
 from ray_jobs.config.spec import RunSpec
 from ray_jobs.data.loader import FeedOptions, TrainingFeed
 from ray_jobs.data.manifest import read_manifest
@@ -33,12 +33,12 @@ MODEL: dict[str, Any] = {
     "fusion": {"kind": "skip_concat", "units": 8},
     "batch_norm": "sync",
 }
-STILL = {
+DETERMINISTIC = {
     "dropout": 0,
     "fusion": {"kind": "skip_concat", "units": 8, "modality_dropout": 0},
     "augmentation": NO_AUGMENTATION.model_dump(),
 }
-"""Nothing is drawn at random."""
+"""Without random operations."""
 RANDOM = {"augmentation": {"rand_augment": 0.3}}
 TRAIN: dict[str, Any] = {"global_batch_size": 20, "epochs": 3, "learning_rate": 1e-3}
 ALL = {"optimizer": "adamw", "ema_momentum": 0.9, "loss": "focal", "label_smoothing": 0.1}
@@ -51,7 +51,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bfloat16": {"precision": "mixed_bfloat16", "slow": True},
     "float16": {"precision": "mixed_float16"},
     "float16_two": {"precision": "mixed_float16", "replicas": 2},
-    "float16_high": {"precision": "mixed_float16", "epochs": 6, "scale": 2.0**40, "slow": True},
+    "float16_high": {**ALL, "precision": "mixed_float16", "epochs": 6, "scale": 2.0**40},
+    "float16_high_two": {
+        "precision": "mixed_float16",
+        "epochs": 6,
+        "scale": 2.0**40,
+        "replicas": 2,
+    },
     "xla": {"jit_compile": True, "slow": True},
     "copies": {"copies": 4},
     "accumulated": {"copies": 4, "accumulate_steps": 4, "slow": True},
@@ -68,11 +74,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "clipped_two": {"clip_norm": 0.1, "replicas": 2},
 }
 FITTED = "fifty"
-"""Trained by Keras' own `Model.fit`, too."""
+"""Also trained by Keras' `Model.fit`."""
 
 
-class Copies(TrainingFeed):
-    """Yields the rows of each step's first part again and again."""
+class RepeatingFeed(TrainingFeed):
+    """Fills each step with copies of the first part of its rows."""
 
     def __init__(self, count: int, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -84,19 +90,19 @@ class Copies(TrainingFeed):
             yield {k: np.concatenate([v] * self.count) for k, v in first.items()}
 
 
-class Variant(Loop):
+class VariantLoop(Loop):
     copies = 1
 
     def _feeds(self) -> Any:
         train, validation = super()._feeds()
         if self.copies > 1:
             arguments = (self.folder, self.manifest, self.sampler, 0, 1, FeedOptions())
-            return Copies(self.copies, *arguments), validation
+            return RepeatingFeed(self.copies, *arguments), validation
         return train, validation
 
 
-class Last(Callbacks):
-    """Keeps the last epoch's checkpoint."""
+class EpochCallbacks(Callbacks):
+    """Keeps the checkpoint of every epoch."""
 
     def __init__(self) -> None:
         self.epochs: list[Any] = []
@@ -111,7 +117,7 @@ def spec_of(prepared: Path, variant: dict[str, Any]) -> RunSpec:
     return RunSpec.model_validate(
         {
             "data": {"prepared": str(prepared)},
-            "model": {**MODEL, **variant.get("model", STILL)},
+            "model": {**MODEL, **variant.get("model", DETERMINISTIC)},
             "train": {**TRAIN, **train},
         }
     )
@@ -121,26 +127,27 @@ def train(folder: Path, prepared: Path, name: str, strategy: Any) -> dict[str, A
     variant = VARIANTS[name]
     replicas = strategy.num_replicas_in_sync
     manifest = read_manifest(Folder(prepared))
-    loop = Variant(spec_of(prepared, variant), manifest, Place(), strategy)
+    loop = VariantLoop(spec_of(prepared, variant), manifest, WorkerContext(), strategy)
     loop.copies = variant.get("copies", 1)
     if "scale" in variant:
-        loop.stepper.scale.assign(variant["scale"])
+        loop.train_step.scale.assign(variant["scale"])
     start = arrays_of(loop.trainable)
-    callbacks = Last()
+    callbacks = EpochCallbacks()
     outcome = loop.run(callbacks)
     saved = callbacks.epochs[-1]
-    # Keras' fit leaves the averaged weights, which the loop validates.
+    # Keras' fit ends with the averaged weights, which the loop uses for validation.
     last = saved.best[saved.state.epoch - 1] if name == FITTED else saved
     save(folder / f"{name}.npz", last.model)
-    facts = {
+    results = {
         "losses": [record["train/loss"] for record in saved.state.history],
-        "traces": loop.stepper.call.experimental_get_tracing_count(),
+        "traces": loop.train_step.call.experimental_get_tracing_count(),
         "steps": outcome.state.step,
     }
-    if loop.stepper.scale is not None:
-        facts["scale"] = float(loop.stepper.scale.numpy())
+    results["iterations"] = int(loop.optimizer.iterations.numpy())
+    if loop.train_step.scale is not None:
+        results["scale"] = float(loop.train_step.scale.numpy())
         paths = {variable.path for variable in loop.trainable}
-        facts["still_after_epochs"] = [
+        results["unchanged_after_epochs"] = [
             all(
                 a.tobytes() == b.tobytes()
                 for a, b in zip(
@@ -152,15 +159,15 @@ def train(folder: Path, prepared: Path, name: str, strategy: Any) -> dict[str, A
             for epoch in callbacks.epochs
         ]
         floats = [w for w in saved.optimizer.values() if w.dtype.kind == "f"]
-        facts["finite"] = all(np.isfinite(w).all() for w in floats)
+        results["finite"] = all(np.isfinite(w).all() for w in floats)
     if replicas > 1:
-        facts["replicas_alike"] = replicas_alike(loop)
-    return facts
+        results["replicas_equal"] = replicas_equal(loop)
+    return results
 
 
-def replicas_alike(loop: Loop) -> bool:
-    """Whether all replicas hold the same bits in all variables."""
-    for variable in [*loop.model.variables, *loop.stepper.variables]:
+def replicas_equal(loop: Loop) -> bool:
+    """Whether all variables are bitwise equal on all replicas."""
+    for variable in [*loop.model.variables, *loop.train_step.variables]:
         first, *rest = (copy.numpy() for copy in loop.replicas.results(variable.value))
         if any(first.tobytes() != copy.tobytes() for copy in rest):
             return False
@@ -173,11 +180,11 @@ def save(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def fit(folder: Path, prepared: Path, name: str) -> None:
-    """Train by Keras' own `Model.fit` on the rows of the same steps."""
+    """Train by Keras' `Model.fit` with the same rows per step."""
     spec, manifest = spec_of(prepared, VARIANTS[name]), read_manifest(Folder(prepared))
     keras.utils.set_random_seed(spec.run.seed)
     model = new_model(spec, manifest)
-    loop = Loop(spec, manifest, Place())
+    loop = Loop(spec, manifest, WorkerContext())
     num_steps = loop.sampler.steps_before(spec.train.epochs)
     optimizer = make_optimizer(spec.train, num_steps)
     model.compile(optimizer, make_loss(spec.train), jit_compile=False)
@@ -185,7 +192,7 @@ def fit(folder: Path, prepared: Path, name: str) -> None:
 
     def batches() -> Any:
         for batch in feed.batches(0, num_steps):
-            tensors = loop.to_tensors([batch])
+            tensors = loop.validation_batcher([batch])
             yield tensors.inputs, tensors.label_B1, tensors.weight_B1
 
     model.fit(batches(), steps_per_epoch=num_steps, shuffle=False, verbose=0)
@@ -195,7 +202,7 @@ def fit(folder: Path, prepared: Path, name: str) -> None:
 def main() -> None:
     folder, replicas = Path(sys.argv[1]), int(sys.argv[2])
     set_devices(1, use_gpu=False)
-    # Each replica waits in a thread for the others' part of a sum.
+    # Each replica waits in a thread for the other replicas.
     tf.config.threading.set_inter_op_parallelism_threads(8)
     cpu = tf.config.list_physical_devices("CPU")[0]
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 4)
@@ -203,7 +210,7 @@ def main() -> None:
     write_prepared(prepared, {"train": 100, "validation": 20, "test": 5})
     strategy: Any = tf.distribute.get_strategy()
     if replicas > 1:
-        # One for all: two of them in a process take each other's sums for their own.
+        # One for all variants: the collectives of two strategies in a process mix up.
         kind: Any = tf.distribute.MultiWorkerMirroredStrategy
         strategy = kind._from_local_devices([f"CPU:{i}" for i in range(replicas)])
     slow = sys.argv[3:] == ["slow"]
@@ -212,10 +219,10 @@ def main() -> None:
         for name, variant in VARIANTS.items()
         if variant.get("replicas", 1) == replicas and variant.get("slow", False) == slow
     ]
-    facts = {name: train(folder, prepared, name, strategy) for name in names}
+    results = {name: train(folder, prepared, name, strategy) for name in names}
     if FITTED in names:
         fit(folder, prepared, FITTED)
-    Folder(folder).write_json(f"facts-{replicas}.json", facts)
+    Folder(folder).write_json(f"results-{replicas}.json", results)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,17 @@ def test_ranges_are_read_in_order(folder, manifest):
         ]  # fmt: skip
 
 
+def test_texts_are_combined_with_64_bit_offsets():
+    tables = [
+        pa.table({"colour": ["red", None], "area": [1.0, 2.0]}),
+        pa.table({"colour": ["blue"], "area": [3.0]}),
+    ]
+    rows = StoredRows(tables).take(["colour", "area"], np.array([2, 1, 0]))
+    # A `string` column would end at 2 GiB.
+    assert rows.schema.types == [pa.large_string(), pa.float64()]
+    assert rows["colour"].to_pylist() == ["blue", None, "red"]
+
+
 def test_the_number_of_cached_footers_is_bounded_with_many_threads(folder, manifest, monkeypatch):
     monkeypatch.setattr(reader_module, "_MAX_FOOTERS", 2)
     reader = reader_of(folder, manifest, ["key"])

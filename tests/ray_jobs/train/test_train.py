@@ -56,26 +56,26 @@ def weights_of(run: Path) -> list[np.ndarray]:
     return load_model(run / "model" / "model.keras").get_weights()
 
 
-def living_actors() -> list[Any]:
+def live_actors() -> list[Any]:
     import ray
     from ray.util.state import list_actors
 
-    # Named, since other clusters may run on this machine.
+    # By address, since other clusters may run on this machine.
     address = ray.get_runtime_context().gcs_address
     return list_actors(address=address, filters=[("state", "=", "ALIVE")], detail=True)
 
 
-def assert_nothing_is_left_in_the_cluster() -> None:
-    """Wait until Ray has taken everything down, which it does after a job's end, not in it."""
+def require_empty_cluster() -> None:
+    """Wait until Ray has removed all actors and placement groups, which it does after a job."""
     from ray.util import placement_group_table
 
     deadline = time.monotonic() + 60
-    left: list[str] = ["not looked yet"]
+    left: list[str] = ["not checked yet"]
     while left and time.monotonic() < deadline:
         states = [group["state"] for group in placement_group_table().values()]
         left = [state for state in states if state != "REMOVED"]
-        # Ray Data keeps a few detached actors of its own, without CPUs, for the cluster's life.
-        left += [actor.class_name for actor in living_actors() if not actor.is_detached]
+        # Ray Data's detached actors, without CPUs, live as long as the cluster.
+        left += [actor.class_name for actor in live_actors() if not actor.is_detached]
         time.sleep(0.2)
     assert left == []
 
@@ -88,7 +88,7 @@ def trained(ray_local, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
 
 
 @pytest.mark.multiworker
-def test_a_run_folder_holds_what_it_should_and_the_cluster_nothing(trained):
+def test_a_run_writes_its_folder_and_leaves_an_empty_cluster(trained):
     folder, summary = trained
     run = folder / "runs" / "first"
     assert {path.name for path in run.iterdir()} == RUN_FILES
@@ -105,11 +105,11 @@ def test_a_run_folder_holds_what_it_should_and_the_cluster_nothing(trained):
     assert any(p.name.startswith("events.out") for p in (run / "tensorboard").iterdir())
     environment = json.loads((run / "environment.json").read_text())
     assert environment["packages"]["keras"].startswith("3.")
-    assert_nothing_is_left_in_the_cluster()
+    require_empty_cluster()
 
 
 @pytest.mark.multiworker
-def test_the_saved_model_and_its_serving_signature_take_raw_rows(trained):
+def test_the_saved_model_and_its_serving_signature_accept_raw_rows(trained):
     import tensorflow as tf
 
     from mm_model import load_model
@@ -131,7 +131,7 @@ def test_the_saved_model_and_its_serving_signature_take_raw_rows(trained):
 
 
 @pytest.mark.multiworker
-def test_calibration_leaves_the_test_log_loss_no_worse(trained):
+def test_calibration_does_not_increase_the_test_log_loss(trained):
     from mm_model import load_model
     from ray_jobs.evaluate.job import evaluate
 
@@ -165,17 +165,17 @@ def test_calibration_leaves_the_test_log_loss_no_worse(trained):
 
 
 @pytest.mark.multiworker
-def test_a_finished_run_says_so_and_is_left_as_it_is(trained, capsys):
+def test_a_finished_run_is_reported_and_not_changed(trained, capsys):
     folder, summary = trained
     model = folder / "runs" / "first" / "model" / "model.keras"
     before = model.stat().st_mtime_ns
     assert fit(spec_in(folder)) == summary
-    assert "run first is finished already" in capsys.readouterr().out
+    assert "run first is already finished" in capsys.readouterr().out
     assert model.stat().st_mtime_ns == before
 
 
 @pytest.mark.multiworker
-def test_another_spec_under_the_same_name_is_refused(trained):
+def test_another_spec_under_the_same_name_is_rejected(trained):
     folder, _ = trained
     with pytest.raises(JobError, match=r"other settings \(train\); choose another --run.name"):
         fit(spec_in(folder, train__epochs=4))
@@ -183,22 +183,22 @@ def test_another_spec_under_the_same_name_is_refused(trained):
 
 @pytest.mark.multiworker
 @pytest.mark.slow
-def test_a_run_whose_end_was_lost_goes_on_from_its_checkpoint_to_the_same_model(trained):
+def test_a_run_without_a_summary_resumes_and_writes_the_same_model(trained):
     folder, summary = trained
     run = folder / "runs" / "first"
     before = weights_of(run)
     (run / "summary.json").unlink()
-    # Fewer workers may go on, since rows and steps do not depend on their number.
+    # The number of workers may change, since rows and steps do not depend on it.
     again = fit(spec_in(folder, train__num_workers=1))
-    of_this_attempt = {"train_s": 0, "num_workers": 0}
-    assert {**again, **of_this_attempt} == {**summary, **of_this_attempt}
+    varying = {"train_s": 0, "num_workers": 0}
+    assert {**again, **varying} == {**summary, **varying}
     for a, b in zip(before, weights_of(run), strict=True):
         np.testing.assert_array_equal(a, b)
     assert len((run / "history.jsonl").read_text().splitlines()) == 3
 
 
 @pytest.mark.slow
-def test_without_calibration_the_class_weights_are_still_taken_out(ray_local, tmp_path):
+def test_class_weights_are_removed_without_calibration(ray_local, tmp_path):
     prepared_in(tmp_path)
     summary = fit(
         spec_in(
@@ -221,9 +221,7 @@ def test_without_calibration_the_class_weights_are_still_taken_out(ray_local, tm
 
 @pytest.mark.multiworker
 @pytest.mark.parametrize("num_workers", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_the_first_failing_workers_own_words_are_what_the_user_sees(
-    ray_local, tmp_path, num_workers
-):
+def test_the_user_sees_the_error_of_the_first_failed_worker(ray_local, tmp_path, num_workers):
     manifest = prepared_in(tmp_path)
     shard = tmp_path / "prepared" / manifest.splits["train"].shards[0].path
     table = pq.read_table(shard)
@@ -239,7 +237,7 @@ def test_the_first_failing_workers_own_words_are_what_the_user_sees(
     ) as error:
         fit(spec_in(tmp_path, train__num_workers=num_workers))
     assert "Traceback" not in str(error.value)
-    assert_nothing_is_left_in_the_cluster()
+    require_empty_cluster()
 
 
 @pytest.mark.parametrize(
@@ -247,12 +245,12 @@ def test_the_first_failing_workers_own_words_are_what_the_user_sees(
     [
         (
             {"data.categorical": ["colour"]},
-            r"names \['colour'\], of which .* no words \(it has none",
+            r"no vocabulary for colour of data\.categorical \(it has none\)",
         ),
         ({"train.global_batch_size": 128}, "global_batch_size=128 exceeds the 101 rows"),
     ],
 )
-def test_what_the_data_cannot_give_is_said_before_a_worker_is_started(tmp_path, changes, message):
+def test_settings_that_do_not_fit_the_data_fail_before_workers_start(tmp_path, changes, message):
     from ray_jobs.train.job import require_trainable
 
     manifest = prepared_in(tmp_path)
@@ -260,7 +258,7 @@ def test_what_the_data_cannot_give_is_said_before_a_worker_is_started(tmp_path, 
         require_trainable(spec_in(tmp_path, **changes), manifest)
 
 
-def test_numbers_that_are_not_there_are_missed_before_a_worker_is_started(tmp_path):
+def test_missing_numeric_columns_fail_before_workers_start(tmp_path):
     from ray_jobs.train.job import require_trainable
 
     bare = {"numeric_columns": (), "statistics": None}
@@ -270,7 +268,7 @@ def test_numbers_that_are_not_there_are_missed_before_a_worker_is_started(tmp_pa
     require_trainable(spec_in(tmp_path, **{"model.numeric.kind": "none"}), manifest)
 
 
-def test_more_workers_than_the_cluster_has_cpus_for_are_refused(ray_local, tmp_path):
+def test_more_workers_than_cpus_are_rejected(ray_local, tmp_path):
     prepared_in(tmp_path)
     with pytest.raises(
         JobError, match=r"num_workers=16 .* need 17 CPUs .* the cluster has 5; lower"
@@ -278,14 +276,14 @@ def test_more_workers_than_the_cluster_has_cpus_for_are_refused(ray_local, tmp_p
         fit(spec_in(tmp_path, train__num_workers=16))
 
 
-def test_data_without_a_manifest_names_the_job_that_makes_one(tmp_path):
+def test_an_error_about_a_missing_manifest_names_prepare(tmp_path):
     with pytest.raises(JobError, match=r"no manifest.json in .*ray_jobs.prepare"):
         fit(spec_in(tmp_path))
 
 
 @pytest.mark.slow
 @pytest.mark.multiworker
-def test_a_run_that_its_user_stops_goes_on_and_ends_in_mlflow_too(ray_local, tmp_path):
+def test_a_stopped_run_is_resumed_and_tracked_in_mlflow(ray_local, tmp_path):
     from mlflow.tracking import MlflowClient
 
     from ray_jobs.train.telemetry.mlflow_logger import EXPERIMENT
@@ -310,7 +308,7 @@ def test_a_run_that_its_user_stops_goes_on_and_ends_in_mlflow_too(ray_local, tmp
     stopper = threading.Thread(target=stop, daemon=True)
     stopper.start()
     try:
-        with pytest.raises(Interrupted, match="the same command again goes on"):
+        with pytest.raises(Interrupted, match="run the same command again to resume"):
             fit(spec)
     finally:
         ended.set()
@@ -324,13 +322,13 @@ def test_a_run_that_its_user_stops_goes_on_and_ends_in_mlflow_too(ray_local, tmp
     assert run.info.status == "FINISHED"
     steps = [point.step for point in client.get_metric_history(run.info.run_id, "train/loss")]
     assert steps == list(range(20))
-    assert_nothing_is_left_in_the_cluster()
+    require_empty_cluster()
 
 
 @pytest.mark.slow
 @pytest.mark.multiworker
-def test_a_run_that_loses_a_worker_ends_in_the_same_weights(trained, tmp_path):
-    """SIGKILL of a worker after the first checkpoint; the others start anew from it."""
+def test_a_run_that_loses_a_worker_ends_with_the_same_weights(trained, tmp_path):
+    """Kills a worker with SIGKILL after the first checkpoint; all workers restart from it."""
     folder, _ = trained
     spec = spec_in(folder, run__storage_path=str(tmp_path), train__max_failures=1)
     killed = threading.Event()
@@ -340,7 +338,7 @@ def test_a_run_that_loses_a_worker_ends_in_the_same_weights(trained, tmp_path):
         while not list(checkpoints.glob("steps/*/state.json")):
             if killed.wait(0.05):
                 return
-        workers = [actor for actor in living_actors() if actor.class_name == "RayTrainWorker"]
+        workers = [actor for actor in live_actors() if actor.class_name == "RayTrainWorker"]
         os.kill(workers[-1].pid, signal.SIGKILL)
         killed.set()
 
