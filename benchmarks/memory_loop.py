@@ -11,8 +11,8 @@ from unittest.mock import patch
 from benchmarks.arrays import make_arrays
 from ray_jobs.data.decoder import Batch
 from ray_jobs.train.callbacks import Callbacks, ControlRequest
-from ray_jobs.train.checkpoints.checkpoint import Checkpoint
-from ray_jobs.train.loop import Loop, Outcome
+from ray_jobs.train.checkpoints.checkpoint import Checkpoint, LoopState
+from ray_jobs.train.loop import Loop
 
 
 class MemoryFeed:
@@ -79,7 +79,7 @@ class TimedLoop(MemoryLoop):
 
     def run(
         self, callbacks: Callbacks | None = None, checkpoint: Checkpoint | None = None
-    ) -> Outcome:
+    ) -> LoopState:
         """Take the steps."""
         callbacks, ends = callbacks or Callbacks(), []
         after_step = callbacks.after_step
@@ -92,11 +92,11 @@ class TimedLoop(MemoryLoop):
             patch.object(callbacks, "after_step", record_end),
             patch.object(callbacks, "on_checkpoint"),
         ):
-            outcome = super().run(callbacks, checkpoint)
+            state = super().run(callbacks, checkpoint)
         if self.context.rank == 0:
-            mean = float(self.loss_sum) * self.context.num_workers / outcome.state.step
+            mean = float(self.loss_sum) * self.context.num_workers / state.step
             Path(self.ends).write_text(json.dumps({"ends": ends, "loss": mean}))
-        return outcome
+        return state
 
     def _poll_control(self, step: int, callbacks: Callbacks, clock: Any) -> ControlRequest:
         # Still polls, since that is part of a step. All ranks stop at the same step.

@@ -1,4 +1,15 @@
-"""Shards → a trained run."""
+"""Trains a model: prepared shards and a spec → a run folder with checkpoints and the best model.
+
+job            the driver: resolves the spec, opens the run folder, connects to Ray
+supervisor     restarts attempts after transient failures
+coordinator    passes events, failures and stop requests between the driver and the workers
+worker         one Ray worker: start-up, checkpoints, reports
+loop           epochs, validation and the choice of the best epoch
+               (callbacks; model_factory; device_batch; train_step; metrics; graph_reuse)
+finalize       best epoch → calibrated model and summary
+checkpoints/   what is saved, where, and how it is restored
+telemetry/     console, history, MLflow, profiler
+"""
 
 from ray_jobs.train.job import fit
 

@@ -1,6 +1,6 @@
 """Turns the best epoch into the final model: blended, calibrated, saved and summarized.
 
-Inputs: the outcome of the loop, on rank 0.  Outputs: model/model.keras, model/saved_model and
+Inputs: the loop at its end, on rank 0.  Outputs: model/model.keras, model/saved_model and
 summary.json in the run folder.
 """
 
@@ -11,7 +11,7 @@ from ray_jobs.data.batch import INPUT_TYPES
 from ray_jobs.storage.folder import Folder
 
 if TYPE_CHECKING:
-    from ray_jobs.train.checkpoints.checkpoint import BestCheckpoint, LoopState
+    from ray_jobs.train.checkpoints.checkpoint import LoopState
     from ray_jobs.train.loop import Loop
 
 SUMMARY = "summary.json"
@@ -19,15 +19,12 @@ SUMMARY = "summary.json"
 MODEL = "model/model.keras"
 
 
-def finalize(
-    loop: "Loop", state: "LoopState", best: "BestCheckpoint", folder: Folder, train_s: float
-) -> dict[str, Any]:
+def finalize(loop: "Loop", state: "LoopState", folder: Folder, train_s: float) -> dict[str, Any]:
     """Write the best model, blended and calibrated on the validation rows, then the summary.
 
     Args:
         loop: The loop that trained the model.
         state: The state at the end of training.
-        best: The model of the best epoch.
         folder: The run folder.
         train_s: Duration of the last attempt's training.
     """
@@ -37,7 +34,9 @@ def finalize(
     from ray_jobs.train.metrics import choose_threshold, validation_metrics
     from ray_jobs.train.model_factory import float32_copy
 
-    spec, label_N = loop.spec, best.label_N
+    best_epoch = int(state.best_epoch or 0)
+    spec, best = loop.spec, loop.best[best_epoch]
+    label_N = best.label_N
     model = float32_copy(loop.model)
     assign(model.variables, best.model, "best weights")
     finalize_normalization(model)
@@ -61,7 +60,7 @@ def finalize(
         "run": spec.run.name,
         "epochs": state.epoch,
         "steps": state.step,
-        "best_epoch": (state.best_epoch or 0) + 1,
+        "best_epoch": best_epoch + 1,
         "stopped_early": state.epoch < spec.train.epochs,
         "decision_threshold": choose_threshold(
             label_N, probability_N, spec.train.decision_threshold

@@ -54,17 +54,6 @@ _MAX_STEPS_BETWEEN_POLLS = 500
 
 
 @dataclass
-class Outcome:
-    """The state of a training after an epoch or at its end."""
-
-    state: LoopState
-    finished: bool
-    """Whether training is complete; otherwise it was stopped, and its checkpoint is saved."""
-    best: BestCheckpoint | None
-    """The model at the best epoch so far, on rank 0 only."""
-
-
-@dataclass
 class _Clock:
     """Durations within an epoch."""
 
@@ -176,8 +165,11 @@ class Loop:
 
     def run(
         self, callbacks: Callbacks | None = None, checkpoint: Checkpoint | None = None
-    ) -> Outcome:
-        """Train until the last epoch, until patience runs out, or until a request to stop."""
+    ) -> LoopState:
+        """Train until the last epoch, until patience runs out, or until a request to stop.
+
+        A state that is not finished means that training was stopped; its checkpoint is saved.
+        """
         held = [checkpoint]
         del checkpoint  # Free its memory, three times the model's, once it is restored.
         with closing(self.epochs(callbacks, held.pop())) as epochs:
@@ -185,8 +177,8 @@ class Loop:
 
     def epochs(
         self, callbacks: Callbacks | None = None, checkpoint: Checkpoint | None = None
-    ) -> Generator[Outcome]:
-        """Train like `run`, and yield the outcome after each epoch, or once if already finished.
+    ) -> Generator[LoopState]:
+        """Train like `run`, and yield the state after each epoch, or once if already finished.
 
         All workers must ask for the same number of epochs.
         """
@@ -200,7 +192,7 @@ class Loop:
                 self.optimizer.learning_rate.assign(train.learning_rate)
         del checkpoint
         if state.is_finished(train):
-            yield self._outcome(state)
+            yield state
             return
         feed, validation = self._feeds()
         start, stop = state.step, self.sampler.steps_before(train.epochs)
@@ -221,11 +213,7 @@ class Loop:
                 state, stopped = self._train_epoch(state, steps, callbacks, clock)
                 if state.step == self.sampler.steps_before(state.epoch + 1):
                     state = self._end_epoch(state, validation, passes, callbacks, clock)
-                yield self._outcome(state)
-
-    def _outcome(self, state: LoopState) -> Outcome:
-        best = self.best.get(int(state.best_epoch or 0))
-        return Outcome(state, state.is_finished(self.spec.train), best)
+                yield state
 
     def _feeds(self) -> tuple[TrainingFeed, EvaluationFeed]:
         with_image = not {IMAGE, FEATURES}.isdisjoint(self.model.input_names)

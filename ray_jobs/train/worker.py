@@ -151,21 +151,21 @@ class _Worker(Callbacks):
             Profiler(self.run, profile, self._note) as self.profiler,
             self.tracker or nullcontext(),
         ):
-            outcome = loop.run(self, checkpoint.pop())
+            state = loop.run(self, checkpoint.pop())
             if self.cache is not None:
                 self.cache.close()
             self.checkpoints.close()
-            if not outcome.finished:
-                self._note(_stopped_text(outcome.state.step, self.checkpoints.written))
-            elif self.tracker is not None and outcome.best is not None:
+            if not state.is_finished(self.spec.train):
+                self._note(_stopped_text(state.step, self.checkpoints.written))
+            elif self.tracker is not None:
                 from ray_jobs.train.finalize import finalize
 
                 self.watchdog.close()
                 # Includes epochs that could not be written before.
-                self.tracker.write(outcome.state.history)
+                self.tracker.write(state.history)
                 self._note("calibrating and writing the best model")
                 seconds = time.monotonic() - self.train_start
-                summary = finalize(loop, outcome.state, outcome.best, self.run, seconds)
+                summary = finalize(loop, state, self.run, seconds)
                 self.tracker.finish(summary)
 
     def post(self, event: Event) -> None:

@@ -164,7 +164,7 @@ def run_scenarios(config: dict[str, Any]) -> None:
         calls.clear()
         record(loop.train_batcher, is_training=True)
         record(loop.validation_batcher, is_training=False)
-        outcome = loop.run(callbacks)
+        state = loop.run(callbacks)
         after_epochs = [c for c in callbacks.checkpoints if not c.local]
         for epoch, saved in enumerate(after_epochs):
             np.savez(
@@ -179,13 +179,13 @@ def run_scenarios(config: dict[str, Any]) -> None:
             "collectives": str(graph).count('op: "CollectiveReduceV2"'),
             "traces": loop.train_step.traces,
             "variables": len(loop.model.trainable_variables),
-            "history": [epoch["epoch"] for epoch in outcome.state.history],
-            "best_epoch": outcome.state.best_epoch,
+            "history": [epoch["epoch"] for epoch in state.history],
+            "best_epoch": state.best_epoch,
             "steps_of_checkpoints": [c.state.step for c in callbacks.checkpoints],
         }
-        best = outcome.best
+        best = loop.best.get(int(state.best_epoch or 0))
         if best is not None:
-            model = after_epochs[outcome.state.best_epoch or 0].model
+            model = after_epochs[state.best_epoch or 0].model
             results["best_is_kept"] = same_arrays(model, best.model)
             results["label"] = best.label_N.tolist()
         if name == "resumed":
@@ -241,7 +241,7 @@ def resumed_equal(loop: Any, undisturbed: list[Checkpoint], start: int) -> bool:
 
 
 def stopped(loop: Any, stop_at: int) -> tuple[Any, RecordingCallbacks]:
-    """Train in a new loop until a stop request; return the outcome and the callbacks."""
+    """Train in a new loop until a stop request; return the state and the callbacks."""
     from ray_jobs.train import loop as module
     from ray_jobs.train.loop import Loop
 
@@ -253,23 +253,23 @@ def stopped(loop: Any, stop_at: int) -> tuple[Any, RecordingCallbacks]:
 
 def stopped_between_epochs(loop: Any, undisturbed: list[Checkpoint]) -> list[Any]:
     """Stop at the last step of an epoch, which ends like any other epoch."""
-    outcome, callbacks = stopped(loop, 6)
+    state, callbacks = stopped(loop, 6)
     last = callbacks.checkpoints[-1]
     expected = next(saved for saved in undisturbed if saved.state.epoch == 1)
     equal = same_checkpoints(last, expected)
-    return [not outcome.finished, outcome.state.step, outcome.state.epoch, equal]
+    return [not state.is_finished(loop.spec.train), state.step, state.epoch, equal]
 
 
 def stopped_equal(loop: Any, undisturbed: list[Checkpoint]) -> list[Any]:
     """Stop at a step without a checkpoint, resume there, and compare the end."""
     from ray_jobs.train.loop import Loop
 
-    outcome, callbacks = stopped(loop, 8)
+    state, callbacks = stopped(loop, 8)
     last = callbacks.checkpoints[-1]
     rest = RecordingCallbacks()
     Loop(loop.spec, loop.manifest, loop.context, loop.replicas.strategy).run(rest, last)
     equal = same_checkpoints(undisturbed[-1], rest.checkpoints[-1])
-    return [not outcome.finished, outcome.state.step, last.state.step, equal]
+    return [not state.is_finished(loop.spec.train), state.step, last.state.step, equal]
 
 
 def distance_of_resumed(loop: Any, output: Path, undisturbed: list[Checkpoint]) -> float:

@@ -133,7 +133,7 @@ def train(folder: Path, prepared: Path, name: str, strategy: Any) -> dict[str, A
         loop.train_step.scale.assign(variant["scale"])
     start = arrays_of(loop.trainable)
     callbacks = EpochCallbacks()
-    outcome = loop.run(callbacks)
+    state = loop.run(callbacks)
     saved = callbacks.epochs[-1]
     # Keras' fit ends with the averaged weights, which the loop uses for validation.
     last = saved.best[saved.state.epoch - 1] if name == FITTED else saved
@@ -141,7 +141,7 @@ def train(folder: Path, prepared: Path, name: str, strategy: Any) -> dict[str, A
     results = {
         "losses": [record["train/loss"] for record in saved.state.history],
         "traces": loop.train_step.call.experimental_get_tracing_count(),
-        "steps": outcome.state.step,
+        "steps": state.step,
     }
     results["iterations"] = int(loop.optimizer.iterations.numpy())
     if loop.train_step.scale is not None:

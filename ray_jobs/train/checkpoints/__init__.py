@@ -1,1 +1,6 @@
-"""What is saved, where, and how it is restored."""
+"""Saves a training and resumes it.
+
+checkpoint            what a checkpoint contains, and its files
+snapshot              copies it from the model and restores it
+checkpoint_manager    writes it in the background and finds the newest one
+"""

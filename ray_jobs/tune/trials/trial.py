@@ -168,7 +168,7 @@ class Trial(tune.Trainable):
             self.folder.write_json(ENDED, _failure(error))
 
     def _start(self) -> None:
-        spec = self.context.spec_of(self.values, self.trial_id)
+        spec = self._spec = self.context.spec_of(self.values, self.trial_id)
         if not self.folder.exists(SPEC):
             begin_run(spec, read_manifest(Folder(spec.data.prepared)), self.folder)
         saved, self._saved = self._saved, None
@@ -176,8 +176,8 @@ class Trial(tune.Trainable):
         self._running = True
 
     def _train_epoch(self) -> dict[str, Any]:
-        outcome = self.group.train_epoch()
-        state = self.state = outcome.state
+        state = self.state = self.group.train_epoch()
+        finished = state.is_finished(self._spec.train)
         record, best = state.history[-1], state.history[int(state.best_epoch or 0)]
         self._add_seconds(record)
         objectives = self.context.objectives
@@ -190,8 +190,8 @@ class Trial(tune.Trainable):
             **{f"{_SECONDS}{part}": seconds for part, seconds in self._seconds.items()},
             EPOCHS: state.epoch,
             BEST_EPOCH: state.best_epoch,
-            FINISHED: outcome.finished,
-            "done": outcome.finished,
+            FINISHED: finished,
+            "done": finished,
             "should_checkpoint": due,
         }
 

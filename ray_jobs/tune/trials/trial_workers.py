@@ -32,7 +32,6 @@ from ray_jobs.train.callbacks import Callbacks
 
 if TYPE_CHECKING:
     from ray_jobs.train.checkpoints.checkpoint import Checkpoint, LoopState
-    from ray_jobs.train.loop import Outcome
 
 _ERROR_TIMEOUT_S = 10.0
 """An error that all workers share reaches each of them within this time."""
@@ -98,7 +97,7 @@ class TrialWorker(GroupWorker):
         self._build_s = time.monotonic() - started
         self._hang_timeout_s = spec.train.hang_timeout_s
 
-    def train_epoch(self) -> "Outcome":
+    def train_epoch(self) -> "LoopState":
         """Train an epoch."""
         with closing(Watchdog(self._hang_timeout_s, _report_hang)) as watchdog:
             self.callbacks.watchdog = watchdog
@@ -171,8 +170,8 @@ class TrialWorkerGroup:
         with self._together([w.start_trial.remote(*arguments, stripped) for w in self.remote]):
             self.local.start_trial(*arguments, saved)
 
-    def train_epoch(self) -> "Outcome":
-        """Train an epoch on every worker, and return the outcome of the local one."""
+    def train_epoch(self) -> "LoopState":
+        """Train an epoch on every worker, and return the state of the local one."""
         with self._together([worker.train_epoch.remote() for worker in self.remote]):
             return self.local.train_epoch()
 

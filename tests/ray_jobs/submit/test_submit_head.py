@@ -175,7 +175,7 @@ def test_a_job_continues_without_its_client_until_it_is_stopped(client, tmp_path
     status, out, err = client.run("logs", "long")
     assert (status, err) == (130, "error: job long was stopped\n")
     assert "saving a checkpoint" in out
-    assert out.endswith("error: stopped; the same command again goes on with the run\n"), out
+    assert out.endswith("error: stopped; run the same command again to resume the run\n"), out
     assert list((tmp_path / "long" / "checkpoints").rglob("*")), out
     assert client.remains() == {"actors": [], "groups": []}
 

@@ -89,9 +89,9 @@ def test_finalize_needs_no_pretrained_weights_and_keeps_the_structure(
     file.unlink()
     with pytest.raises(OSError, match=r"unreachable|copy\.weights\.h5"):
         new_model(spec, manifest)
-    best = BestCheckpoint(arrays_of(loop.model.variables), logits_NM, np.arange(9) % 2)
+    loop.best[0] = BestCheckpoint(arrays_of(loop.model.variables), logits_NM, np.arange(9) % 2)
     run = Folder(tmp_path / "run")
-    finalize(loop, LoopState(epoch=1, step=5, best_epoch=0), best, run, train_s=1.0)
+    finalize(loop, LoopState(epoch=1, step=5, best_epoch=0), run, train_s=1.0)
     assert run.exists(SUMMARY)
     model = load_model(tmp_path / "run" / MODEL)
     np.testing.assert_allclose(np.asarray(model.head_logits(inputs)), logits_NM, atol=1e-6)

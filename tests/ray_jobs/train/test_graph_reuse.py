@@ -33,7 +33,7 @@ def loop_of(spec: RunSpec, tunable: bool):
 
 
 def trained(loop) -> Checkpoint:
-    return loop.snapshots.take(loop.run().state, {}, {})
+    return loop.snapshots.take(loop.run(), {}, {})
 
 
 def difference(one: Checkpoint, other: Checkpoint) -> float:
@@ -99,8 +99,8 @@ def test_a_checkpoint_of_another_trial_does_not_change_the_learning_rate(spec):
     spec = spec.overlay({"train.schedule": "constant"})
     donor = loop_of(spec.overlay({"train.learning_rate": 3e-3}), tunable=False)
     epochs = donor.epochs()
-    checkpoint = donor.snapshots.take(next(epochs).state, {}, {})
+    checkpoint = donor.snapshots.take(next(epochs), {}, {})
     epochs.close()
     clone = loop_of(spec.overlay({"train.learning_rate": 1e-4}), tunable=False)
-    outcome = next(clone.epochs(checkpoint=checkpoint))
-    assert outcome.state.history[-1]["train/learning_rate"] == pytest.approx(1e-4)
+    state = next(clone.epochs(checkpoint=checkpoint))
+    assert state.history[-1]["train/learning_rate"] == pytest.approx(1e-4)

@@ -374,7 +374,7 @@ def test_training_on_features_equals_training_with_a_frozen_backbone(folder, sto
     full = Loop(spec, read_manifest(Folder(spec.data.prepared)), WorkerContext())
     small = Loop(trial, read_manifest(Folder(trial.data.prepared)), WorkerContext())
     copy_weights(full.model, small.model)
-    on_images, on_stored = (loop.run().state.history for loop in (full, small))
+    on_images, on_stored = (loop.run().history for loop in (full, small))
     assert len(on_images) == len(on_stored) == 4
     for expected, got in zip(on_images, on_stored, strict=True):
         for name in expected:
@@ -391,7 +391,7 @@ def test_training_on_several_views_draws_a_random_view_per_step(folder, computed
     loop = Loop(trial, read_manifest(output), WorkerContext())
     state = loop.model.network.get_layer("image_view").seed_generator.state
     before = np.array(state)
-    history = loop.run().state.history
+    history = loop.run().history
     assert (np.array(state) - before).tolist() == [0, history[-1]["step"]]
 
 

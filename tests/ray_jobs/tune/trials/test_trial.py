@@ -74,7 +74,7 @@ def trial_class() -> Any:
 
             spec = self.context.spec_of(settings(**values))
             loop = Loop(spec, read_manifest(Folder(spec.data.prepared)), WorkerContext())
-            return loop.snapshots.take(loop.run().state, {}, {})
+            return loop.snapshots.take(loop.run(), {}, {})
 
     return Local
 
