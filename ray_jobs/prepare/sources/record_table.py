@@ -16,9 +16,9 @@ class RecordTable:
 
     def __init__(self) -> None:
         self._tables: list[pa.Table] = []
-        self._records: list[Mapping[str, Any]] = []
+        self._records: list[Mapping[str, object]] = []
 
-    def append(self, record: Mapping[str, Any]) -> None:
+    def append(self, record: Mapping[str, object]) -> None:
         """Add a record, which may still change until the next one is added."""
         if len(self._records) >= CHUNK_RECORDS:
             self._flush()

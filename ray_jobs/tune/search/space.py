@@ -71,7 +71,7 @@ class Space:
                 values[path] = suggest(path, self.distributions[path])
         return values
 
-    def is_active(self, path: str, values: Mapping[str, Any]) -> bool:
+    def is_active(self, path: str, values: Mapping[str, object]) -> bool:
         """Return whether the `when` condition of a setting holds, given other settings' values."""
         when = self.distributions[path].when
         return all(
