@@ -27,7 +27,11 @@ def finite(value: object) -> float | None:
     """Return a finite number as a float; None for any other value."""
     if not isinstance(value, int | float | np.integer | np.floating) or isinstance(value, bool):
         return None
-    return float(value) if abs(value) < _LARGEST else None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if abs(number) < _LARGEST else None
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,8 @@ def value_text(value: Any) -> str:
     number = finite(value)
     if number is not None:
         return number_text(number)
+    if isinstance(value, float) and not math.isfinite(value):
+        return "not a number" if math.isnan(value) else "∞" if value > 0 else "-∞"
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(value_text, value))}]"
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
