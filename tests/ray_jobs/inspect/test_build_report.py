@@ -5,7 +5,7 @@ from ray_jobs.inspect.shard_scan import hash_key
 from tests.ray_jobs.inspect.samples import SIZE, SPLITS, jpeg, look, photo, rows, text_of, write
 
 
-def test_black_white_flat_and_unreadable_images_are_counted_and_never_near(tmp_path):
+def test_black_white_flat_and_unreadable_images_are_counted_but_not_compared(tmp_path):
     def plain(value: int) -> bytes:
         return jpeg(np.full((SIZE, SIZE, 3), value, np.uint8))
 
@@ -21,9 +21,9 @@ def test_black_white_flat_and_unreadable_images_are_counted_and_never_near(tmp_p
     assert [o.near for o in report.duplicates.overlaps] == [0, 0, 0]
     assert [ref.key for ref in facts.examples] == ["train-0", "train-1", "train-2", "test-0"]
     assert text_of(report, "unreadable_image") == (
-        "3 images are unreadable in image (train 2, test 1)."
+        "3 unreadable images in column image (train 2, test 1)."
     )
-    assert text_of(report, "black_image") == "2 images are black in image (train 1, test 1)."
+    assert text_of(report, "black_image") == "2 black images in column image (train 1, test 1)."
 
 
 def test_the_contact_sheet_shows_rows_of_each_split_and_class(tmp_path):
@@ -47,12 +47,12 @@ def test_the_quarantine_is_shown_by_reason_with_examples(tmp_path):
     ]  # fmt: skip
     assert report.quarantine[1].examples[0].detail == "row 12"
     assert text_of(report, "quarantine") == (
-        "8 of 68 rows (11.76%) are in quarantine: missing_image 7, missing_key 1."
+        "8 of 68 rows (11.76%) in quarantine: missing_image 7, missing_key 1."
     )
     assert "0.jpg: no such file" in (folder / "inspect.html").read_text()
 
 
-def test_of_a_large_split_a_sample_by_hash_of_the_key_is_looked_at(tmp_path):
+def test_a_large_split_is_sampled_by_hash_of_the_key(tmp_path):
     value = np.arange(400, dtype=float)
     folder = write(
         tmp_path,
@@ -64,17 +64,19 @@ def test_of_a_large_split_a_sample_by_hash_of_the_key_is_looked_at(tmp_path):
     assert report.splits["test"].rows_inspected == 50
     assert report.numeric[0].splits["train"].mean == pytest.approx(np.mean(chosen))
     assert report.splits["train"].class_counts == (200, 200)
-    assert text_of(report, "sample").startswith(f"Looked at a sample of rows: {len(chosen)} of 400")
+    assert text_of(report, "sample").startswith(f"Inspected a sample: {len(chosen)} of 400 rows")
 
 
-def test_classes_that_are_more_common_in_one_split_are_pointed_out(tmp_path):
+def test_classes_that_are_more_common_in_one_split_are_a_finding(tmp_path):
     data = {split: rows(split, 100) for split in SPLITS}
     data["test"]["label"] = [int(i % 10 > 0) for i in range(100)]
     report = look(write(tmp_path, data))
-    assert text_of(report, "label_drift") == "90.0% of test are 'yes', 50.0% of train."
+    assert text_of(report, "label_drift") == (
+        "90.0% of the rows in test are 'yes', compared with 50.0% in train."
+    )
 
 
-def test_a_split_without_rows_is_no_trouble(tmp_path):
+def test_an_empty_split_has_no_statistics(tmp_path):
     report = look(write(tmp_path, {"train": rows("train", 12, area=range(12))}))
     assert report.splits["test"].positive_share is None
     assert report.numeric[0].splits["test"].mean is None

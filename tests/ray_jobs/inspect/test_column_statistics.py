@@ -95,7 +95,7 @@ def test_drift_of_numbers_is_that_of_scipy_and_of_the_definition(harmless, tmp_p
         assert found.p_value == pytest.approx(expected.pvalue, abs=0.02)
 
 
-def test_only_a_shifted_column_is_called_drifting(tmp_path):
+def test_only_shifted_columns_drift(tmp_path):
     rng = np.random.default_rng(0)
     folder = write(
         tmp_path,
@@ -109,10 +109,10 @@ def test_only_a_shifted_column_is_called_drifting(tmp_path):
     )  # fmt: skip
     report = look(folder)
     assert {"drift", "missing_drift"} <= set(kinds(report))
-    assert re.fullmatch(r"test differs from train in moved \(PSI \d\.\d\d\)\.",
+    assert re.fullmatch(r"Distribution in test differs from train: moved \(PSI \d\.\d\d\)\.",
                         text_of(report, "drift"))  # fmt: skip
     assert text_of(report, "missing_drift") == (
-        "test has another share of missing values than train in gone."
+        "Share of missing values in test differs from train: gone."
     )
     gone = report.numeric[2].drift["test"]
     missing = [facts.missing for facts in report.numeric[2].splits.values()]
@@ -134,7 +134,7 @@ def test_columns_without_values_and_with_one_value_have_no_figures_that_are_none
     assert (constant.splits["train"].std, constant.drift["test"].psi) == (0, 0)
     assert sum(constant.splits["train"].histogram) == 20
     assert text_of(report, "mostly_missing") == "Mostly missing in train: empty (100%)."
-    assert text_of(report, "constant") == "Only one value in train: same."
+    assert text_of(report, "constant") == "Constant in train: same."
 
 
 def test_a_columns_auc_is_that_of_its_ranks(harmless, tmp_path):
@@ -152,7 +152,7 @@ def test_a_columns_auc_is_that_of_its_ranks(harmless, tmp_path):
         assert not facts.leak.suspect
 
 
-def test_a_column_that_alone_predicts_the_label_is_a_suspect_in_either_direction(tmp_path):
+def test_a_column_that_predicts_the_label_on_its_own_is_suspect_in_either_direction(tmp_path):
     rng = np.random.default_rng(0)
 
     def columns(count: int) -> dict[str, Any]:
@@ -167,9 +167,9 @@ def test_a_column_that_alone_predicts_the_label_is_a_suspect_in_either_direction
     report = look(folder)
     leaks = [finding.text for finding in report.findings if finding.kind == "leak"]
     assert len(leaks) == 2
-    assert leaks[0].startswith("price alone predicts the label: its value has an AUC of 0.0000.")
+    assert leaks[0].startswith("price alone predicts the label: its values reach an AUC of 0.0000.")
     assert leaks[1].startswith(
-        "paid_on alone predicts the label: whether it is missing has an AUC of 0.0000."
+        "paid_on alone predicts the label: its missing values reach an AUC of 0.0000."
     )
     assert report.findings[0].severity == "warning"
 
@@ -228,18 +228,22 @@ def test_the_auc_of_words_is_the_training_share_of_positives_measured_on_other_s
     assert facts.leak.auc == pytest.approx(np.mean(pairs))
 
 
-def test_words_that_stand_for_the_label_are_a_suspect(tmp_path):
+def test_categories_that_encode_the_label_are_suspect(tmp_path):
     data = {s: rows(s, 400, why=words(s, 400, tells=True)) for s in SPLITS}
     data["validation"]["image"] = data["test"]["image"] = data["train"]["image"] = [
         jpeg(photo(0))
     ] * 400
     report = look(write(tmp_path, data, categorical=("why",)))
-    assert text_of(report, "leak").startswith("why alone predicts the label: its value has an AUC")
+    assert text_of(report, "leak").startswith(
+        "why alone predicts the label: its values reach an AUC"
+    )
 
 
-def test_words_that_another_split_uses_otherwise_drift(tmp_path):
+def test_categories_with_other_frequencies_drift(tmp_path):
     data = {s: rows(s, 80, wall=["brick", "brick", "wood", "stone"] * 20) for s in SPLITS}
     data["test"]["wall"] = ["brick", "straw", "straw", "stone"] * 20
     report = look(write(tmp_path, data, categorical=("wall",)))
-    assert text_of(report, "drift").startswith("test differs from train in wall (PSI ")
+    assert text_of(report, "drift").startswith(
+        "Distribution in test differs from train: wall (PSI "
+    )
     assert report.categorical[0].splits["test"].unknown == 40

@@ -4,7 +4,7 @@ from ray_jobs.inspect.duplicates import NEAR_BITS, nearest_hashes
 from tests.ray_jobs.inspect.samples import SPLITS, jpeg, kinds, look, photo, rows, text_of, write
 
 
-def test_the_search_finds_every_neighbour_that_comparing_all_finds():
+def test_the_search_equals_an_exhaustive_comparison():
     rng = np.random.default_rng(0)
     first = rng.integers(0, 2**63, 400, dtype=np.uint64)
     second = []
@@ -24,13 +24,13 @@ def test_the_search_finds_every_neighbour_that_comparing_all_finds():
     )
 
 
-def test_a_search_among_images_that_all_look_alike_ends_and_says_so():
+def test_a_search_among_similar_images_stops_early():
     hashes = np.arange(1000, dtype=np.uint64)
-    _, _, complete = nearest_hashes(hashes, hashes, most_compared=10_000)
+    _, _, complete = nearest_hashes(hashes, hashes, max_comparisons=10_000)
     assert not complete
 
 
-def test_the_same_and_nearly_the_same_images_in_two_splits_are_found_with_their_rows(tmp_path):
+def test_exact_and_near_duplicates_across_splits_are_found_with_their_rows(tmp_path):
     data = {split: rows(split, 30) for split in SPLITS}
     data["test"]["image"][4] = data["train"]["image"][9]
     data["validation"]["image"][7] = jpeg(photo(20_011), quality=70)
@@ -48,9 +48,11 @@ def test_the_same_and_nearly_the_same_images_in_two_splits_are_found_with_their_
     assert (near.first.key, near.second.key, near.exact) == ("train-3", "validation-8", False)
     assert 0 <= near.distance <= NEAR_BITS
     assert text_of(report, "same_image") == (
-        "1 image is in test and in train: the same bytes, such as 'test-4' and 'train-9'."
+        "1 image in test with the same bytes as an image in train, such as 'test-4' and 'train-9'."
     )
-    assert text_of(report, "conflicting_labels").startswith("2 images are in rows of both classes")
+    assert text_of(report, "conflicting_labels").startswith(
+        "2 images with the same bytes in rows of both classes"
+    )
     page = (tmp_path / "inspect.html").read_text()
     assert page.count("card pair") == 3
     assert "labels differ" in page
@@ -71,5 +73,5 @@ def test_a_key_in_two_splits_is_named(tmp_path):
     report = look(write(tmp_path, data))
     assert report.keys.num_shared == 1
     assert text_of(report, "shared_key") == (
-        "1 key is in more than one split, such as 'train-5' in train and test."
+        "1 key in more than one split, such as 'train-5' in train and test."
     )

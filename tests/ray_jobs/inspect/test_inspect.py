@@ -30,23 +30,25 @@ def test_the_verb_prints_and_writes_a_page_and_the_same_figures_for_programs(tmp
     ).read_bytes()
 
 
-def test_without_an_output_the_report_lies_in_the_prepared_folder(tmp_path, capsys):
+def test_the_default_output_is_the_prepared_folder(tmp_path, capsys):
     folder = write(tmp_path, {split: rows(split, 30) for split in SPLITS})
     report = look(folder)
     assert report.findings == ()
-    assert "nothing suspicious found" in capsys.readouterr().out
-    assert "Nothing suspicious found." in (folder / "inspect.html").read_text()
+    assert "no findings" in capsys.readouterr().out
+    assert "No findings." in (folder / "inspect.html").read_text()
     assert (folder / "inspect.json").exists()
 
 
-def test_prepared_data_that_is_missing_or_damaged_says_so(tmp_path):
-    with pytest.raises(JobError, match=r"no manifest\.json in .*nothing; has `python -m"):
+def test_missing_or_damaged_data_is_an_error(tmp_path):
+    with pytest.raises(JobError, match=r"nothing has no manifest\.json; run `python -m"):
         look(tmp_path / "nothing")
     folder = write(tmp_path / "here", {split: rows(split, 12) for split in SPLITS})
     shard = folder / "test" / "part-00000.parquet"
     size = shard.stat().st_size
     shard.write_bytes(b"x" * size)
-    with pytest.raises(JobError, match=r"the shards of .*here cannot be read: .*; prepare the"):
+    with pytest.raises(
+        JobError, match=r"could not read the shards in .*here: .*; run `prepare` again"
+    ):
         look(folder)
     shard.unlink()
     with pytest.raises(JobError, match=r"test/part-00000\.parquet is missing"):
