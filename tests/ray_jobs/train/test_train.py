@@ -232,9 +232,8 @@ def test_the_user_sees_the_error_of_the_first_failed_worker(ray_local, tmp_path,
     tree = json.loads(path.read_text())
     tree["splits"]["train"]["shards"][0]["num_bytes"] = shard.stat().st_size
     path.write_text(json.dumps(tree))
-    with pytest.raises(
-        JobError, match=r"worker \d failed: .*row 'train-0' cannot be used"
-    ) as error:
+    message = r"worker \d failed: .*image of row 'train-0' is damaged"
+    with pytest.raises(JobError, match=message) as error:
         fit(spec_in(tmp_path, train__num_workers=num_workers))
     assert "Traceback" not in str(error.value)
     require_empty_cluster()
@@ -277,7 +276,7 @@ def test_more_workers_than_cpus_are_rejected(ray_local, tmp_path):
 
 
 def test_an_error_about_a_missing_manifest_names_prepare(tmp_path):
-    with pytest.raises(JobError, match=r"no manifest.json in .*ray_jobs.prepare"):
+    with pytest.raises(JobError, match=r"has no manifest\.json; run `python -m ray_jobs\.prepare`"):
         fit(spec_in(tmp_path))
 
 
