@@ -120,7 +120,7 @@ def read_manifest(folder: Folder) -> Manifest:
         JobError: If it is missing, damaged or of another version.
     """
     if not folder.exists(MANIFEST):
-        raise JobError(f"{folder} has no {MANIFEST}; run `python -m ray_jobs.prepare` to completion")
+        raise JobError(f"{folder} has no {MANIFEST}; run `python -m ray_jobs.prepare` first")
     path = f"{folder}/{MANIFEST}"
     try:
         tree = folder.read_json(MANIFEST)
