@@ -1,1 +1,1 @@
-"""Measures the service against public peers in the same run; each module explains its method."""
+"""Compares the service with public tools in the same run; each module explains its method."""

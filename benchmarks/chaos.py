@@ -13,14 +13,14 @@ Each further run is disturbed once, at a random step, in one of these ways:
     hang        SIGSTOP of a worker, detected by train.hang_timeout_s
     damaged     the newest checkpoint is truncated, then a worker is killed
 
-The local cluster has a head node and two nodes that hold one worker each. The last checkpoint of
+The local cluster has a head node and two nodes that run one worker each. The last checkpoint of
 each run (model and optimizer) and the final model are compared bitwise with those of the
 undisturbed run. `max_lost_steps` counts repeated steps; `damaged` falls back to an earlier
 checkpoint and is counted separately. Finally, a run with two workers loses a node for good and
-continues with one (`train.num_workers: [1, 2]`). `resized_distance` is the largest difference of a
-weight tensor to that of an undisturbed run, relative to the tensor's largest weight. The activation
-is smooth, as in EfficientNet: at the kink of ReLU, rounding can flip the gradient of a pixel, which
-changes a tensor by up to a hundredth within these 72 steps (docs/experiments.md).
+continues with one (`train.num_workers: [1, 2]`). `resized_distance` is the maximum difference
+between a weight tensor and that of an undisturbed run, relative to the tensor's largest weight. The
+activation is smooth, as in EfficientNet: at the kink of ReLU, rounding can flip the gradient of a
+pixel, which changes a tensor by up to a hundredth within these 72 steps (docs/experiments.md).
 
 Run:   python -m benchmarks.chaos [--runs 20] [--seed 0] [--kinds worker,node]
 The last line of the output is JSON.
@@ -71,7 +71,7 @@ def settings(prepared: Path, batch_norm: str = "local", **train: Any) -> dict[st
 
 
 def distance(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> float:
-    """Return the largest difference of two float tensors, relative to the largest weight.
+    """Return the maximum difference between two float tensors, relative to the largest weight.
 
     Variables are matched by position, because Keras numbers their paths per process.
     """
@@ -114,7 +114,7 @@ def main() -> None:
 def measure(
     num_runs: int, kinds: list[str], folder: Path, cluster: LocalCluster, rng: np.random.Generator
 ) -> dict[str, Any]:
-    """Run all runs, and return the result."""
+    """Perform all runs and return the result."""
     address = str(cluster.cluster.address)
     total = 3 * (32 * 24 + 5) // 32
 
@@ -134,9 +134,9 @@ def measure(
     num_equal, lost, lost_damaged = 0, 0, 0
     for number in range(num_runs):
         kind = kinds[number % len(kinds)]
-        # A full disk lasts two checkpoints and needs one more before the end; the writing of a torn
-        # checkpoint must be observed; the controller must still exist. A hang after the last step
-        # would be detected only by Ray, after ten minutes.
+        # A full disk lasts for two checkpoints and needs one more before the end. A torn checkpoint
+        # must be observed while it is written. The controller must still exist. Only Ray would
+        # detect a hang after the last step, and only after ten minutes.
         margin = {"disk": 3 * EVERY, "torn": EVERY, "controller": 4, "hang": 2}.get(kind, 1)
         at = int(rng.integers(1, total - margin))
         started = time.monotonic()
@@ -182,7 +182,7 @@ def ends_equal(
 
 
 def measure_resized(run_of: Callable[..., Run], folder: Path, cluster: LocalCluster) -> float:
-    """Return the distance of the weights if a run continues with one of its two workers."""
+    """Return the distance between an undisturbed run and one that loses one of two workers."""
     # The statistics of synchronized batch norm do not depend on the number of workers.
     undisturbed = run_of("sync-alone", folder / "runs", batch_norm="sync")
     undisturbed.wait()

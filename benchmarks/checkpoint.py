@@ -1,11 +1,11 @@
-"""Measures the cost of checkpoints at most every 20 steps, as a share of the training time.
+"""Measures the cost of checkpoints at most every 20 steps, as a fraction of the training time.
 
 Method: the fusion model with EfficientNetB5 (28 million weights, about 340 MB per checkpoint with
 Adam's moments) at 96 px in batches of 32, one process on all cores, rows in memory. With
-`train.checkpoint_every_steps=20`, the loop offers a checkpoint every 15 steps. Every other one is
-written to disk in the background by `CheckpointManager`, with the same waits as in a worker. So
-blocks of 15 steps with and without a checkpoint take turns in one process. The first steps, in
-which the graph is traced, belong to no block.
+`train.checkpoint_every_steps=20`, the loop offers a checkpoint every 15 steps. `CheckpointManager`
+writes every other one to disk in the background, with the same waits as in a worker. Blocks of 15
+steps with and without a checkpoint therefore alternate in one process. The first steps, in which
+the graph is traced, belong to no block.
 
 The cost of a block is the pause of the loop for the copy, the waits for the writer, and the extra
 time of the first three steps over the median of the others in the block, which cancels slow drifts
@@ -13,9 +13,9 @@ of the machine's speed. The writer finishes long before the third step. The cost
 the difference between blocks with and without one:
 
     seconds           mean cost of a checkpoint
-    checkpoint_cost   the same as a share of the wall time
+    checkpoint_cost   the same as a fraction of the wall time
 
-Excluded are the writes of rank 0 at the end of an epoch and waits for other workers.
+The writes of rank 0 at the end of an epoch and waits for other workers are excluded.
 
 Run:   python -m benchmarks.checkpoint [--blocks 8] [--size 96] [--batch 32] [--folder DIR]
 The last line of the output is JSON.
@@ -36,7 +36,7 @@ from ray_jobs.train.callbacks import Callbacks, ControlRequest, CopyCheckpoint
 
 EVERY = 20
 _DISTURBED = 3
-"""First steps of a block, while a checkpoint is written."""
+"""Number of steps at the start of a block during which a checkpoint is written."""
 
 
 @dataclass
@@ -68,11 +68,11 @@ class Block:
 
 
 class Checkpoints(Callbacks):
-    """Writes every other checkpoint like a worker, and records the durations.
+    """Writes every other checkpoint as a worker does, and records the durations.
 
     Args:
         manager: The checkpoint manager.
-        num_blocks: Blocks to record; the steps before the first checkpoint are not counted.
+        num_blocks: Number of blocks to record, from the first checkpoint on.
     """
 
     def __init__(self, manager: Any, num_blocks: int) -> None:
@@ -81,7 +81,7 @@ class Checkpoints(Callbacks):
         self.started = self.ended = time.perf_counter()
 
     def before_step(self, step: int, num_steps: int) -> None:
-        """Wait for the writer like a worker."""
+        """Wait for the writer as a worker does."""
         paused = time.perf_counter()
         if step + num_steps > self.manager.written + EVERY:
             self.manager.wait()

@@ -1,6 +1,6 @@
 """Runs `train` on a local cluster and disturbs it; see `chaos`.
 
-The driver is a process of its own, which can be killed and restarted. Every worker records its
+The driver is a separate process that can be killed and restarted. Every worker records its
 steps in a file.
 """
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 EVERY = 8
 TIMEOUT_S = 420.0
 SLOT = "slot"
-"""A resource of which each node has one, so that workers run on different nodes."""
+"""A resource that each node has once, so that workers run on different nodes."""
 PAUSE = ".pause"
 """Suffix of the file that pauses a run."""
 _POLL_S = 0.002
@@ -95,7 +95,7 @@ class Run:
         return self.logs / f"{self.name}.steps"
 
     def pause(self) -> None:
-        """Let workers wait after their next step, until `resume`."""
+        """Make workers wait after their next step, until `resume`."""
         self.logs.mkdir(parents=True, exist_ok=True)
         self.steps_file.with_suffix(PAUSE).touch()
 
@@ -151,7 +151,7 @@ class Run:
         """Wait for a condition.
 
         Raises:
-            RuntimeError: Naming the event, if the run ends before it.
+            RuntimeError: If the run ends, or the time limit passes, before the event.
         """
         deadline = time.monotonic() + TIMEOUT_S
         while not condition():
@@ -161,7 +161,7 @@ class Run:
             time.sleep(_POLL_S)
 
     def lost(self) -> int:
-        """Return the largest number of steps that a restart repeated."""
+        """Return the maximum number of steps that a restart repeated."""
         lost, last_step, last_pid = 0, 0, None
         for _, pid, step in (record for record in self.steps() if record[0] == 0):
             if pid != last_pid:
@@ -193,7 +193,7 @@ class Run:
 
 
 class LocalCluster:
-    """A head node, and two nodes that hold one worker each."""
+    """A head node, and two nodes that run one worker each."""
 
     def __init__(self) -> None:
         from ray.cluster_utils import Cluster
@@ -226,7 +226,7 @@ class LocalCluster:
 
 @contextmanager
 def small_disk(parent: Path, megabytes: int) -> Iterator[Path]:
-    """Mount a small file system; needs root."""
+    """Mount a small file system; requires root."""
     path = parent / "small"
     path.mkdir()
     options = f"size={megabytes}m"
@@ -241,7 +241,7 @@ def small_disk(parent: Path, megabytes: int) -> Iterator[Path]:
 def fill(path: Path) -> Path:
     """Fill up a file system; return the file that fills it."""
     ballast = path / "ballast"
-    # Unbuffered, because closing the file could not write a buffered rest.
+    # Unbuffered, because closing the file on a full disk could not flush a buffer.
     with open(ballast, "wb", buffering=0) as file, suppress(OSError):
         while True:
             file.write(b"\0" * (1 << 20))

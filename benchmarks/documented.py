@@ -1,4 +1,4 @@
-"""Tunes a distributed training as in Ray's documentation; a peer for `benchmarks.tuning`.
+"""Tunes distributed training as in Ray's documentation; a baseline for `benchmarks.tuning`.
 
 Each trial is a function that calls `fit()` of a trainer with `TuneReportCallback`, so it starts a
 process for the trial, a controller and a worker.
@@ -36,7 +36,7 @@ def train_on_worker(config: dict[str, Any]) -> None:
 
 
 def run_documented(spec: RunSpec, max_concurrent: int) -> list[str]:
-    """Run the trials of a search in the documented way, and return their states."""
+    """Run the trials of a search as documented, and return their states."""
     from ray import tune
     from ray.train import RunConfig, ScalingConfig
     from ray.tune.integration.ray_train import TuneReportCallback

@@ -1,7 +1,7 @@
-"""Measures rows per second into a training worker, against tf.data, Ray's guides and bare decoding.
+"""Compares the rows per second of our feed with tf.data, Ray's guides and bare decoding.
 
 Method: 4,000 photo-like JPEGs, stored at 320 px, become uint8 batches of 32 × 224 × 224 px. Each
-method runs in a process of its own on all cores; after one warm-up epoch, at least three epochs are
+method runs in a separate process on all cores; after one warm-up epoch, at least three epochs are
 timed. The methods take turns for three rounds; medians are reported.
 
     tf.data       the same JPEGs as files: shuffle, parallel map (read, decode, resize), batch,
@@ -154,7 +154,7 @@ def ray_documented(folder: Path) -> float:
 
 
 def _feed(store: str, data: DataSpec, folder: Path) -> float:
-    """Measure our feed from a store."""
+    """Measure our feed with shards of one kind."""
     from ray_jobs.data.cache import choose_cache, make_cache_index, open_cache
     from ray_jobs.data.loader import FeedOptions, TrainingFeed
     from ray_jobs.data.prefetch import prefetch
@@ -198,7 +198,7 @@ METHODS: dict[str, Callable[[Path], float]] = {
 
 
 def measure(method: str, folder: Path) -> float:
-    """Return the rows per second of a method, measured in a process of its own."""
+    """Return the rows per second of a method, measured in a separate process."""
     command = [sys.executable, "-m", "benchmarks.feed", "--method", method, "--folder", str(folder)]
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "RAY_DATA_USE_DATASOURCE_V2": "0"}
     output = subprocess.check_output(command, text=True, env=environment)

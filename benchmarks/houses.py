@@ -1,11 +1,11 @@
-"""Compares the fusion with its numeric half and with gradient boosting on 400 real houses.
+"""Compares the fusion model with numbers only and with gradient boosting on 400 real houses.
 
-Method: five-fold cross-validation; a fifth of the rows outside a fold is for validation. The fusion
-and the same model on numbers only run through the jobs `prepare`, `train` and `predict` with
-ray_jobs/specs/houses.yaml. scikit-learn's histogram gradient boosting with default settings learns
-from training and validation rows together. Metrics are computed on all 400 held-out predictions of
-a model. Differences of ROC AUC have a 95 % interval from a paired bootstrap over the rows (10,000
-draws).
+Method: five-fold cross-validation; a fifth of the rows outside a fold is used for validation. The
+fusion model and the same model with numbers only run through the jobs `prepare`, `train` and
+`predict` with ray_jobs/specs/houses.yaml. scikit-learn's histogram gradient boosting with default
+settings is trained on the training and validation rows. Metrics are computed on all 400 held-out
+predictions of a model. Differences in ROC AUC have a 95 % interval from a paired bootstrap over the
+rows (10,000 samples).
 
 Run:   python -m benchmarks.houses [--seed 0] [--data ../shared/data/houses]
 The last line of the output is JSON.

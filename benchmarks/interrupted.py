@@ -44,7 +44,7 @@ def write_raw(folder: Path, num_rows: int, rng: np.random.Generator) -> None:
 
 
 def start(raw: Path, folder: Path) -> subprocess.Popen[bytes]:
-    """Start `prepare` in a folder and a process group of its own."""
+    """Start `prepare` in a folder, in its own process group."""
     folder.mkdir(exist_ok=True)
     settings = {
         "images": raw / "images",
@@ -94,7 +94,7 @@ def kill_after(
 
 
 def finished(folder: Path) -> int:
-    """Return the number of finished shards, by the journal."""
+    """Return the number of finished shards according to the journal."""
     return sum(1 for _ in (folder / "prepared" / "_progress").glob("*.json"))
 
 

@@ -4,8 +4,8 @@ Method: Parquet records and WebDataset tars (10,000 images of 8 × 8 pixels each
 encodings), both in random order; 1,000 records have no image, and 1,000 images have no record.
 `prepare` joins them and writes shards. The keys in its quarantine are compared with the unmatched
 ones. Twice a second, a thread reads the resident memory (PSS, which counts shared memory once) of
-this process, with and without its children, which include Ray's processes. Making the data is not
-measured.
+this process, with and without its children, which include Ray's processes. Generating the data is
+not measured.
 
 Run:   python -m benchmarks.join [--rows 1000000] [--join_only] [--folder DIR]
 The last line of the output is JSON.

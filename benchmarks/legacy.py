@@ -1,4 +1,4 @@
-"""Trains with legacy Keras, as Ray's documentation recommends for TensorFlow; a peer to measure.
+"""Trains with legacy Keras, as Ray's documentation recommends for TensorFlow; baseline for `loop`.
 
 The model replicates the fusion model of `mm_model` in tf_keras, with the default settings but
 without augmentation. Imports are inside the functions, which run on Ray workers.
@@ -26,7 +26,7 @@ def train_legacy(config: dict[str, Any]) -> None:
 
     from benchmarks.arrays import make_arrays
 
-    # The same threads as `set_devices` gives a worker with one CPU.
+    # As many threads as `set_devices` gives a worker with one CPU.
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(2)
     context = ray.train.get_context()

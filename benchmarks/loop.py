@@ -1,4 +1,4 @@
-"""Compares our loop with Keras' `fit` and, on two workers, with the way of Ray's documentation.
+"""Compares our loop with Keras' `fit` and, on two workers, with the pattern in Ray's documentation.
 
 Method: the fusion model with an untrained EfficientNetB0 at 96 px, two numbers per row, batches of
 32, Adam, on CPU, all rows in memory. The two sides take turns, each in its own processes. Steps are
@@ -19,7 +19,7 @@ In the second comparison, both sides have the same rows, layers and layer sizes,
 loss of output and heads, Adam at a constant rate, ring collectives and threads, and no
 augmentation, for which legacy Keras has slower layers. They differ in initial weights and random
 numbers; our dropout draws numbers for all rows of the global batch; each of their steps updates and
-exchanges a loss metric; our loop checks every few seconds whether to stop. Start and tracing are
+exchanges a loss metric; our loop checks every few seconds whether to stop. Start-up and tracing are
 excluded; see `benchmarks.startup`.
 
 Wall time is sensitive to other users of the machine, so the CPU time of the timed process is also
@@ -166,7 +166,7 @@ def _train_from_memory(config: dict[str, Any]) -> None:
 
 def two_legacy(folder: str, steps: int, ends: str) -> None:
     """Train as in Ray's documentation."""
-    # TensorFlow reads it when it is imported.
+    # TensorFlow reads this variable when it is imported.
     os.environ["TF_USE_LEGACY_KERAS"] = "1"
     from ray.train import RunConfig, ScalingConfig
     from ray.train.tensorflow import TensorflowTrainer
@@ -246,7 +246,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rounds", type=int, default=3, help="rounds with one worker")
     parser.add_argument("--two-rounds", type=int, default=2, help="rounds with two workers")
-    parser.add_argument("--steps", type=int, default=40, help="steps of each run, with the warm-up")
+    parser.add_argument(
+        "--steps", type=int, default=40, help="steps of each run, including the warm-up"
+    )
     for name in ("--side", "--folder", "--ends"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -258,7 +260,7 @@ def main() -> None:
     from benchmarks.shards import write_shards
 
     with tempfile.TemporaryDirectory() as folder:
-        # An epoch must have more steps than are taken.
+        # An epoch must have more steps than the run takes.
         num_rows = {"train": 4 * arguments.steps * BATCH, "validation": BATCH, "test": BATCH}
         write_shards(Path(folder) / "prepared", num_rows, make_jpegs(SIZE), SIZE)
         print("| workers | round | side | rows/s | median step, s | its CPU, s | loss | seconds |")

@@ -1,4 +1,4 @@
-"""Checks that memory does not grow with the dataset: the peak of a training on 1 GB and on 8 GB.
+"""Checks that memory does not grow with the dataset: peaks of training runs on 1 GB and 8 GB.
 
 Method: shards of photo-like JPEGs at 320 px; one epoch of the `train` job with two workers, the
 `tiny` branch at 32 px and `data.object_store_memory` of 512 MB. Twice a second, the proportional
@@ -6,7 +6,7 @@ resident memory (PSS, which counts shared memory once) of the job and all its ch
 summed. Page cache is not included, because no files are mapped.
 
 Run:   python -m benchmarks.memory [--gigabytes 1 8]
-The last line of the output is JSON: the peaks in MB, and the largest divided by the smallest.
+The last line of the output is JSON: the peaks in MB, and the maximum divided by the minimum.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def resident_bytes(pid: int, *, with_children: bool = True) -> int:
 
 
 def peak_of(command: list[str]) -> tuple[int, float]:
-    """Run a command; return its peak of resident bytes and its duration in seconds."""
+    """Run a command; return its peak resident memory in bytes and its duration in seconds."""
     started, peak = time.monotonic(), 0
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while process.poll() is None:

@@ -19,7 +19,7 @@ class MemoryFeed:
     """Repeats the same few batches, which are in memory.
 
     Args:
-        arrays: Rows of some global batches.
+        arrays: Rows of several global batches.
         global_batch_size: Rows per step.
         rank: Rank of the worker.
         num_workers: Number of workers.
@@ -45,7 +45,7 @@ class MemoryLoop(Loop):
 
     Args:
         *args: Arguments of `Loop`.
-        num_batches: Global batches in memory.
+        num_batches: Number of global batches in memory.
         **options: Arguments of `Loop`.
     """
 
@@ -67,7 +67,7 @@ class TimedLoop(MemoryLoop):
 
     Args:
         *args: Arguments of `Loop`.
-        num_steps: Steps to take, fewer than an epoch has.
+        num_steps: Number of steps to take; less than an epoch.
         ends: File for the mean loss and the end of each step of rank 0, in seconds of wall and CPU
             time.
         **options: Arguments of `Loop`.
@@ -99,6 +99,6 @@ class TimedLoop(MemoryLoop):
         return state
 
     def _poll_control(self, step: int, callbacks: Callbacks, clock: Any) -> ControlRequest:
-        # Still polls, since that is part of a step. All ranks stop at the same step.
+        # Poll anyway, because polling is part of a step. All ranks stop at the same step.
         super()._poll_control(step, callbacks, clock)
         return ControlRequest(stop=step >= self.num_steps)

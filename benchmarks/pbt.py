@@ -3,15 +3,15 @@
 Method: noisy steps on a quadratic, x ← x - rate × (x + noise). With variance P of x and S of the
 noise, the optimal schedule is rate = P / (P + S), which falls like 1 / step (the gain of a Kalman
 filter). The mean loss P is computed exactly, so only the search is random. Both sides run under Ray
-Tune with the same population, steps, space and initial values: `pbt` changes them with the
+Tune with the same population, steps, space and initial rates: `pbt` changes the rates with the
 service's scheduler (`ray_jobs.tune.search.scheduler`), and `random` keeps them.
 
     random   the best constant rate of the population
     pbt      the best result of the population
     best     the optimal schedule
 
-All values are logarithms of the final loss. The share is the part of the gap between random and
-best that PBT closes. Medians over the seeds.
+These values are logarithms of the final loss. `share` is the fraction of the gap between `random`
+and `best` that `pbt` closes. Results are medians over the seeds.
 
 Run:   python -m benchmarks.pbt [--seeds 3]
 The last line of the output is JSON.
@@ -32,7 +32,6 @@ import numpy as np
 from ray import tune
 
 from ray_jobs.config.spec import RunSpec
-from ray_jobs.tune.results.search_state import Objective
 from ray_jobs.tune.search.scheduler import EPOCHS, make_scheduler
 
 POPULATION, STEPS, NOISE, START = 8, 60, 1.0, 1.0
@@ -108,7 +107,7 @@ def search(scheduler: str, seed: int, folder: str) -> float:
         config=points[0],
         num_samples=POPULATION,
         search_alg=BasicVariantGenerator(points_to_evaluate=points),
-        scheduler=make_scheduler(spec, STEPS, Objective(LOSS)),
+        scheduler=make_scheduler(spec, STEPS, LOSS),
         resources_per_trial={"cpu": 0.25},
         reuse_actors=True,
         verbose=0,

@@ -1,20 +1,20 @@
 """Compares the time and memory that `plan` estimates for this machine's CPU with measurements.
 
-Each configuration trains some steps with the training loop on rows in memory, in a process of its
-own. The first one calibrates the machine: all rates of the entry `cpu` in ray_jobs/plan/gpus.yaml
-are multiplied by one factor, so that the estimate of its step time is exact. The others are then
-compared.
+Each configuration trains for some steps with the training loop on rows in memory, in a separate
+process. The first one calibrates the machine: all rates of the entry `cpu` in
+ray_jobs/plan/gpus.yaml are multiplied by one factor, so that the estimate of its step time is
+exact. The others are then compared.
 
     step     median of the steps after the warm-up
     memory   peak of the process minus its memory before the model was built; the estimate excludes
              `reserved_gib`, the memory of the process itself
 
 On a CPU, TensorFlow's grouped convolutions, which ConvNeXt uses, take many times as long as other
-convolutions with as many operations. `plan` does not model kernels, so the step time of ConvNeXt is
-shown but not counted.
+convolutions with the same number of operations. `plan` does not model kernels, so the step time of
+ConvNeXt is shown but not counted.
 
 Run:   python -m benchmarks.plan [--steps 12]
-The last line of the output is JSON: the largest factors between estimate and measurement.
+The last line of the output is JSON: the maximum factors between estimate and measurement.
 """
 
 import argparse
@@ -97,7 +97,7 @@ def _memory(name: str) -> int:
 
 
 def measure(folder: str, name: str, steps: int) -> dict[str, float]:
-    """Measure a configuration in a process of its own."""
+    """Measure a configuration in a separate process."""
     command = [sys.executable, "-m", "benchmarks.plan", "--folder", folder, "--name", name]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"}
     subprocess.run([*command, "--steps", str(steps)], cwd=ROOT, env=environment, check=True)
@@ -133,7 +133,9 @@ def scaled(machine: Any, factor: float) -> Any:
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--steps", type=int, default=12, help="steps of each run, with the warm-up")
+    parser.add_argument(
+        "--steps", type=int, default=12, help="steps of each run, including the warm-up"
+    )
     for name in ("--folder", "--name"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

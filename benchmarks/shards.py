@@ -22,7 +22,7 @@ _ROWS_PER_GROUP = 64
 def write_shards(
     folder: Path, num_rows: dict[str, int], images: Sequence[bytes], size: int
 ) -> Manifest:
-    """Write shards and manifest like `prepare`, and return the manifest.
+    """Write shards and manifest as `prepare` does, and return the manifest.
 
     Args:
         folder: Folder to create.

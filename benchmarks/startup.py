@@ -1,18 +1,19 @@
 """Measures the time from the `train` command to the first step, and how it is spent.
 
-Method: `train` with two workers, the `tiny` branch at 32 px and a local Ray, in a process of its
-own, several times. The parts are `startup/*_s` in history.jsonl, as in every run. The total is the
-time from the start of the process until the console reports the first step, at most a quarter of a
-second late. The remainder (Python, spec, coordinator, choice of a cache) is `other`.
+Method: `train` with two workers, the `tiny` branch at 32 px and a local Ray runs several times,
+each in a separate process. The parts are `startup/*_s` in history.jsonl, as in every run. The total
+is the time from the start of the process until the console reports the first step, at most a
+quarter of a second late. The remainder (Python, spec, coordinator, choice of a cache) is `other`.
 
     ray         ray.init of a local Ray
     workers     Ray Train: controller, placement, two processes and their environment
     imports     TensorFlow and Keras in the worker
     build       manifest, strategy, model, optimizer
-    checkpoint  looking for a checkpoint, of which there is none, and waiting for all workers
+    checkpoint  looking for a checkpoint (there is none) and waiting for all workers
     first_step  the first batch, tracing the graph, one step
 
-The parts are those of rank 0. Medians of all rounds; the disk cache may be cold in the first.
+The parts are those of rank 0. Results are medians of all rounds; the disk cache may be cold in the
+first.
 
 Run:   python -m benchmarks.startup [--rounds 3]
 The last line of the output is JSON: the seconds of each part.
@@ -35,7 +36,7 @@ SHOWN_AT = "shown-at"
 
 
 def train(folder: str) -> None:
-    """Train in this process, and write to a file when the console reports the first step."""
+    """Train in this process, and write the time at which the console reports the first step."""
     from unittest.mock import patch
 
     from ray_jobs.config.spec import RunSpec
@@ -90,7 +91,7 @@ def main() -> None:
         rounds.append(measure())
         print(f"round {number + 1}: {rounds[-1]['total']:.1f} s", flush=True)
     medians = {name: median([seconds[name] for seconds in rounds]) for name in rounds[0]}
-    print("\n| part | seconds | each round | share |\n|---|---|---|---|")
+    print("\n| part | seconds | each round | fraction |\n|---|---|---|---|")
     for name, middle_s in medians.items():
         each = ", ".join(f"{seconds[name]:.1f}" for seconds in rounds)
         print(f"| {name} | {middle_s:.1f} | {each} | {middle_s / medians['total']:.0%} |")

@@ -1,4 +1,4 @@
-"""Compares the trials per hour of `tune` with the way of Ray's documentation.
+"""Compares the trials per hour of `tune` with the pattern in Ray's documentation.
 
 Method: both sides have the same machine, data, model, number of epochs, space, random searcher and
 number of concurrent trials, and every trial trains to its end (FIFO). Time is measured from the
@@ -6,18 +6,18 @@ start of the search, on a running Ray, to the end of the last trial.
 
     documented   a function trainable that calls `fit()` of a `TensorflowTrainer` with one worker
                  and `TuneReportCallback`, as in Ray's documentation. The worker uses our `Loop`,
-                 since Keras 3's `fit` does not run there, and our lighter trainer, which favours
-                 this side. Four trials.
+                 since Keras 3's `fit` does not run there, and our lighter trainer, to this side's
+                 advantage. Four trials.
     ours         the trials of `python -m ray_jobs.tune` in an empty folder, including the start of
                  their processes and the computation of features
 
     frozen_vs_documented   a frozen, untrained EfficientNetB0 at 96 px; heads, numeric branch and
-                           fusion are trained, on our side on features of the plain image and four
-                           augmented views
+                           fusion are trained; our side trains them on features of the plain image
+                           and four augmented views
     full_vs_documented     the `tiny` branch at 64 px, trained completely
 
-The ratio is that of finished trials per hour. Our search has the usual size. The other side runs
-only a few trials, because each of them costs the same, while ours share a start.
+The ratio compares finished trials per hour. Our search has its usual size, because its trials share
+a start. The documented side runs only a few trials, because each of them costs the same.
 
 Run:   python -m benchmarks.tuning [--trials 16] [--documented 4]
 The last line of the output is JSON.
@@ -74,7 +74,7 @@ def make_spec(folder: str, kind: str, trials: int) -> RunSpec:
 
 
 def run_ours(spec: RunSpec) -> list[str]:
-    """Run the trials of a search like `tune`, and return their states."""
+    """Run the trials of a search as `tune` does, and return their states."""
     from ray_jobs.train.job import open_run
     from ray_jobs.tune.job import run_search
     from ray_jobs.tune.search.space import Space
@@ -107,7 +107,9 @@ def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--trials", type=int, default=16, help="trials of each of our searches")
-    parser.add_argument("--documented", type=int, default=4, help="trials in the documented way")
+    parser.add_argument(
+        "--documented", type=int, default=4, help="trials of the documented pattern"
+    )
     arguments = parser.parse_args()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     from ray_jobs.cluster.connection import connected
@@ -115,7 +117,7 @@ def main() -> None:
     ratios = {}
     with tempfile.TemporaryDirectory() as folder:
         write_shards(Path(folder, "prepared"), ROWS, make_jpegs(SIZE, 64), SIZE)
-        # A documented trial takes a CPU for itself and one for its worker; Ray Data needs one.
+        # A documented trial needs a CPU for itself and one for its worker; Ray Data needs one.
         cpus = patch(
             "ray_jobs.cluster.connection.available_cpus", return_value=2 * MAX_CONCURRENT + 1
         )

@@ -1,8 +1,9 @@
-"""Measures the share of the wall time during which steps wait for data.
+"""Measures the fraction of the wall time during which steps wait for data.
 
-Method: the `train` job with an untrained EfficientNetB0 at 96 px on CPU, which computes all the
-time, on JPEGs stored at 320 px. The cache is off, so every epoch decodes. `data/wait_s` and
-`time/epoch_s` come from history.jsonl of the run; the share covers all epochs, including the first.
+Method: the `train` job trains an EfficientNetB0 from scratch at 96 px on JPEGs stored at 320 px.
+The model runs on the CPU, which is always busy. The cache is off, so every epoch decodes.
+`data/wait_s` and `time/epoch_s` come from history.jsonl of the run; the fraction covers all epochs,
+including the first.
 
 Run:   python -m benchmarks.wait [--rows 768] [--epochs 3]
 The last line of the output is JSON.
@@ -28,7 +29,7 @@ def main() -> None:
     arguments = parser.parse_args()
     images = make_jpegs(320, 100)
     shares: dict[str, float] = {}
-    print("\n| workers | epoch | seconds | waited | share |\n|---|---|---|---|---|")
+    print("\n| workers | epoch | seconds | waited | fraction |\n|---|---|---|---|---|")
     for num_workers in (1, 2):
         with tempfile.TemporaryDirectory() as folder:
             num_rows = {"train": arguments.rows, "validation": 64, "test": 64}

@@ -20,7 +20,7 @@ def score(
     Args:
         node_resources: Resources of a node of this type.
         resources: Pending resource requests.
-        node_type: Its name, which ends in `spot` if the provider can preempt it.
+        node_type: Name of the type, which ends in `spot` if the provider can preempt its nodes.
         node_availability_summary: Latest launch of each type within the last half hour.
     """
     from ray.autoscaler._private.resource_demand_scheduler import _default_utilization_scorer

@@ -1,20 +1,20 @@
-"""A Keras 3 model that fuses images, numbers and categories of a row into one probability.
+"""A Keras 3 model that fuses the images, numbers and categories of a row into one probability.
 
 Inputs: raw pixels 0-255, raw numbers (NaN for missing), category codes.
 Use:    model = mm_model.create_model((456, 456, 3), (12,)); model.fit([X_image, X_numeric], y)
 
     spec, statistics, nearest_match    settings, column statistics, error texts
     model                              builds, creates and loads the model
-    branches/, fusion/, layers/        its parts
-    losses, optimizer, mixup           what a training step needs
+    branches/, fusion/, layers/        parts of the model
+    losses, optimizer, mixup           parts of a training step
     freezing                           trained layers and learning rates per epoch
     fit_helpers                        class weights and callbacks
     calibration                        blend and calibration after training
     per_row_random, tunable            random numbers per row, hyperparameters without retracing
     compat_keras                       private APIs of Keras
 
-The first line imports neither Keras nor TensorFlow; therefore the names below are imported on first
-use.
+The modules in the first line import neither Keras nor TensorFlow. To keep them fast to import, the
+names below are imported on first use.
 """
 
 from importlib import import_module

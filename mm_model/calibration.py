@@ -1,4 +1,4 @@
-"""Fits the blend of the heads and the calibration of its result on held-out rows; NumPy only.
+"""Fits the blend of the heads and the calibration of its result on held-out rows, with NumPy only.
 
 Shapes: N rows, M heads, P parameters.
 """
@@ -22,12 +22,12 @@ def log_loss(logits: np.ndarray, y: np.ndarray) -> float:
 def fit_logistic(
     logits_NM: np.ndarray, y_N: np.ndarray, prior_M: np.ndarray, strength: float
 ) -> tuple[np.ndarray, float]:
-    """Return weights and bias of a logistic regression of y on logits, in float64.
+    """Return the weights and the bias of a logistic regression of y on logits, in float64.
 
-    A Gaussian prior pulls the weights to `prior_M` with precision `strength`; the bias is free. The
-    targets are slightly inside 0 and 1 (Platt 1999, "Probabilistic Outputs for Support Vector
-    Machines", section 2.2), so separable rows have finite weights. Solved by Newton's method with
-    step halving; the problem is convex.
+    A Gaussian prior pulls the weights toward `prior_M` with precision `strength`; the bias has no
+    prior. The targets are slightly inside 0 and 1 (Platt 1999, "Probabilistic Outputs for Support
+    Vector Machines", section 2.2), so the weights stay finite even for separable rows. The problem
+    is convex and is solved by Newton's method with step halving.
     """
     x_NM = np.asarray(logits_NM, np.float64)
     y_N = np.asarray(y_N, np.float64).reshape(-1)
@@ -62,8 +62,8 @@ def fit_logistic(
 def fit_blend(logits_NM: np.ndarray, y_N: np.ndarray, strength: float = 10.0) -> np.ndarray:
     """Return the non-negative weights, summing to one, that blend the heads' logits best.
 
-    Stacking (Wolpert 1992) with a prior of equal weights. A head that has memorized its training
-    rows is confident and wrong on held-out rows, and loses its weight.
+    Applies stacking (Wolpert 1992) with a prior of equal weights. A head that has memorized its
+    training rows is confident but wrong on held-out rows, and therefore gets a low weight.
 
     Args:
         logits_NM: Logits of held-out rows.
@@ -88,8 +88,8 @@ def fit_blend(logits_NM: np.ndarray, y_N: np.ndarray, strength: float = 10.0) ->
 def fit_calibration(logit_N: np.ndarray, y_N: np.ndarray) -> tuple[float, float]:
     """Return a positive scale and a bias that make the sigmoid of a logit a calibrated probability.
 
-    Platt scaling with a prior of scale 1 and precision 1. If the logit contradicts the labels, its
-    scale becomes almost 0 rather than negative.
+    Applies Platt scaling with a prior of scale 1 and precision 1. If the logit contradicts the
+    labels, its scale becomes almost 0 instead of negative.
     """
     scale_1, bias = fit_logistic(logit_N.reshape(-1, 1), y_N, np.ones(1), strength=1.0)
     if scale_1[0] > 1e-3:

@@ -25,7 +25,7 @@ class BatchNormalizationWithMoments(layers.BatchNormalization):
     """
 
     def batch_moments(self, inputs: Any, axes: Any) -> tuple[Any, Any]:
-        """Return mean and variance over some axes, without these axes."""
+        """Return the mean and variance over some axes, which the results no longer have."""
         raise NotImplementedError
 
     def _moments(self, inputs: Any, mask: Any) -> Any:
@@ -37,9 +37,9 @@ class BatchNormalizationWithMoments(layers.BatchNormalization):
 def convert_layer(layer: layers.Layer, subclass: type[layers.Layer]) -> None:
     """Turn a layer into an instance of its subclass, in place.
 
-    Cloning a backbone with other layer classes would take as long as building it, and need its
-    weights twice. Keras must keep `rate`, `noise_shape` and `seed_generator` of a Dropout and
-    `synchronized` of a BatchNormalization as attributes that `call` reads.
+    Cloning a backbone with other layer classes would take as long as building it, and would need
+    its weights twice. This relies on `rate`, `noise_shape` and `seed_generator` of a Dropout, and
+    `synchronized` of a BatchNormalization, being attributes that `call` reads.
     """
     layer.__class__ = subclass
 
@@ -47,9 +47,9 @@ def convert_layer(layer: layers.Layer, subclass: type[layers.Layer]) -> None:
 def fold_imagenet_scale(backbone: keras.Model) -> None:
     """Correct the variance of an EfficientNet backbone whose weights were loaded from a file.
 
-    The EfficientNet files of `keras.applications` store a standard deviation in place of the
-    variance. `weights="imagenet"` adds a layer that compensates for this; loading a file by path
-    does not. `adapt_variance` and `finalize_state` of Normalization are undocumented.
+    The EfficientNet files of `keras.applications` store standard deviations in place of variances.
+    `weights="imagenet"` adds a layer that compensates for this; loading a file by path does not.
+    `adapt_variance` and `finalize_state` of Normalization are undocumented.
     """
     normalization = next(x for x in backbone.layers if isinstance(x, layers.Normalization))
     variance = np.asarray(normalization.adapt_variance)
@@ -59,9 +59,9 @@ def fold_imagenet_scale(backbone: keras.Model) -> None:
 
 
 def finalize_normalization(model: keras.Model) -> None:
-    """Let a model's Normalization layers compute with statistics that were just assigned.
+    """Make a model's Normalization layers use the statistics that were just assigned to them.
 
-    They compute with constants that only the undocumented `finalize_state` updates.
+    The layers use constants that only the undocumented `finalize_state` updates.
     """
     for layer in model._flatten_layers():
         if isinstance(layer, layers.Normalization):
@@ -71,7 +71,7 @@ def finalize_normalization(model: keras.Model) -> None:
 def logits_of_probability(probability: Any) -> Any:
     """Return the logits that `keras.activations.sigmoid` attached to its output, or None.
 
-    Keras' own cross-entropy reads this attribute to avoid overflow; custom losses need it too.
+    Keras' own cross-entropy reads this attribute to avoid overflow; custom losses need it as well.
     """
     return getattr(probability, "_keras_logits", None)
 
@@ -87,10 +87,11 @@ def batch_norm_statistics(model: keras.Model) -> list[keras.Variable]:
 
 
 def update_locally(optimizer: keras.Optimizer) -> Any:
-    """Let an optimizer apply gradients that are equal on all replicas without another exchange.
+    """Make an optimizer apply gradients without exchange, because they are equal on all replicas.
 
-    Keras sums the gradients over all replicas itself, and merges the replicas for each update,
-    which `tf.cond` cannot contain. Returns the same object with the attributes of `_LocalUpdate`.
+    By default, Keras sums the gradients over all replicas and merges the replicas for each update,
+    and `tf.cond` cannot contain a merge. Returns the same object with the attributes of
+    `_LocalUpdate`.
     """
     kind = type(optimizer)
     # In place, because an optimizer's config does not contain all of its settings.
@@ -102,16 +103,16 @@ class _LocalUpdate:
     """Overrides the private methods of Keras' optimizers that update variables."""
 
     rate_factors: Mapping[int, float] = {}
-    """Factor of the learning rate by `id` of a variable; 1 for all others."""
+    """Factor of the learning rate, by the `id` of a variable; 1 for variables not listed."""
     gradients_finite: Any = None
-    """Boolean tensor; if it is false, `apply` changes nothing. None is true."""
+    """Boolean tensor; if it is false, `apply` changes nothing. None counts as true."""
 
     def apply(self: Any, grads: Any, trainable_variables: Any = None) -> None:
         """Update the variables, the optimizer's state and its step counter."""
         keras_optimizer: Any = super()
         keras_optimizer.apply(grads, trainable_variables)
         if self.gradients_finite is not None:
-            # Undone, because the counter's update merges the replicas.
+            # The counter's update merges the replicas, so it cannot be skipped; it is undone here.
             skipped = tf.cast(~self.gradients_finite, self._iterations.dtype)
             self._iterations.assign_sub(skipped)
 
@@ -128,7 +129,7 @@ class _LocalUpdate:
         self._if_finite(update)
 
     def _apply_weight_decay(self, variables: Sequence[Any]) -> None:
-        """Do nothing: the update step decays weights, at the rate of each variable."""
+        """Do nothing, because the update step decays each variable at its own learning rate."""
 
     def _update_model_variables_moving_average(self: Any, trainable_variables: Any) -> None:
         keras_optimizer: Any = super()

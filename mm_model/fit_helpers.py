@@ -5,13 +5,13 @@ import numpy as np
 
 
 def balanced_class_weight(y: np.ndarray) -> dict[int, float]:
-    """Return the weight of each class, as scikit-learn's `compute_class_weight("balanced")`.
+    """Return the weight of each class, computed as by sklearn's `compute_class_weight("balanced")`.
 
     Args:
         y: Labels 0 or 1, of any shape.
 
     Raises:
-        ValueError: If a label is not 0 or 1, or a class has no row.
+        ValueError: If a label is not 0 or 1, or a class has no rows.
     """
     labels = np.asarray(y).reshape(-1)
     if not np.isin(labels, (0, 1)).all():
@@ -23,7 +23,7 @@ def balanced_weights(num_negative: int, num_positive: int) -> dict[int, float]:
     """Return the balanced weight of each class from the number of its rows.
 
     Raises:
-        ValueError: If a class has no row.
+        ValueError: If a class has no rows.
     """
     if not (num_negative and num_positive):
         raise ValueError(
@@ -37,12 +37,14 @@ def balanced_weights(num_negative: int, num_positive: int) -> dict[int, float]:
 def default_callbacks(
     monitor: str = "val_loss", patience: int = 10
 ) -> list[keras.callbacks.Callback]:
-    """Return early stopping that restores the best weights, and learning-rate cuts at a plateau.
+    """Return two callbacks, which stop training early and lower the learning rate at a plateau.
+
+    Early stopping restores the best weights.
 
     Args:
         monitor: Metric to monitor; lower is better if its name ends in `loss`, else higher.
-        patience: Epochs without improvement before stopping; the learning rate is cut after each
-            third of this.
+        patience: Epochs without improvement before stopping; the learning rate is cut after a third
+            as many.
     """
     mode = "min" if monitor.endswith("loss") else "max"
     return [

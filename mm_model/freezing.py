@@ -1,6 +1,6 @@
 """Decides which part of the backbone trains in which epochs, and at which learning rates.
 
-A schedule of stages unfreezes the image backbone from its top (Howard and Ruder 2018, arXiv
+A schedule of stages unfreezes the image backbone from the top down (Howard and Ruder 2018, arXiv
 1801.06146, sections 3.2 and 3.3).
 """
 
@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from mm_model.model import FusionModel
 from mm_model.spec import StageSpec
 
-# A stage in a spec has at least one epoch.
+# `model_construct` skips validation, which requires at least one epoch.
 NO_STAGES = StageSpec.model_construct(epochs=0)
-"""The stage of a training without stages: every layer trains as built."""
+"""The stage of a training run without stages: every layer trains as built."""
 
 
 def stage_of(stages: Sequence[StageSpec], epoch: int) -> StageSpec:
-    """Return the stage of an epoch, counted from 0; the last stage lasts to the end."""
+    """Return the stage of an epoch, counted from 0; the last stage lasts until training ends."""
     for stage in stages:
         if epoch < stage.epochs:
             return stage
@@ -26,8 +26,8 @@ def stage_of(stages: Sequence[StageSpec], epoch: int) -> StageSpec:
 def apply_stage(model: FusionModel, stage: StageSpec) -> None:
     """Freeze the lower part of the backbone with its batch norms, and unfreeze the upper part.
 
-    Trace functions such as the training step again afterwards. Build the optimizer before any layer
-    is frozen, so that it has state for every variable that will train.
+    Afterwards, functions such as the training step must be traced again. Build the optimizer before
+    any layer is frozen, so that it has state for every variable that will train.
 
     Raises:
         ValueError: If the model has no backbone, or its backbone was built frozen.
@@ -43,17 +43,17 @@ def apply_stage(model: FusionModel, stage: StageSpec) -> None:
     if stage.backbone and not model.backbone_trainable:
         raise ValueError(
             f"backbone={stage.backbone:g} in train.stages unfreezes the backbone, but "
-            "model.image.trainable=false freezes it for the whole training; set trainable to true "
-            "or backbone to 0"
+            "model.image.trainable=false freezes it for the whole run; set trainable to true or "
+            "backbone to 0"
         )
-    # Any share above 0 unfreezes at least the topmost layer.
+    # Any fraction above 0 unfreezes at least the topmost layer.
     num_trainable = max(round(stage.backbone * len(layers)), 1) if stage.backbone else 0
     for i, layer in enumerate(layers):
         layer.trainable = i >= len(layers) - num_trainable
 
 
 def learning_rate_factors(model: FusionModel, stage: StageSpec) -> dict[int, float]:
-    """Return the factors of the learning rate, by `id` of a trainable variable of the backbone.
+    """Return the factor of the learning rate for each trainable variable of the backbone, by `id`.
 
     The factor of a layer is backbone_rate × layer_decay^depth, where depth rises in equal steps
     from 0 at the top of the backbone to 1 at its bottom. Omits variables whose factor is 1.

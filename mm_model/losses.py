@@ -14,7 +14,7 @@ from mm_model.spec import LossSpec
 
 
 def make_loss(spec: LossSpec, from_logits: bool = False) -> keras.losses.Loss:
-    """Return the loss of a spec for probabilities or, with `from_logits`, for logits."""
+    """Return the loss of a spec, for probabilities or, with `from_logits`, for logits."""
     smoothing = spec.label_smoothing
     if spec.loss == "focal":
         return FocalLoss(spec.focal_gamma, from_logits=from_logits, label_smoothing=smoothing)
@@ -31,14 +31,14 @@ def loss_from_logits(loss: Any) -> keras.losses.Loss:
         ValueError: If the loss cannot be computed from logits.
     """
     if loss in ("binary_crossentropy", "bce"):
-        # Keras resolves these names to a function, which has no settings.
+        # Keras resolves these names to a function, which has no config.
         loss = keras.losses.BinaryCrossentropy()
     resolved: Any = keras.losses.get(loss)
     config = resolved.get_config() if isinstance(resolved, keras.losses.Loss) else {}
     if "from_logits" not in config:
         raise ValueError(
-            f"loss={loss!r} cannot be computed from logits, as the loss of each head is; compile "
-            "with binary_crossentropy or a loss of make_loss"
+            f"loss={loss!r} cannot be computed from logits, which the loss of each head requires; "
+            "compile with binary_crossentropy or a loss from make_loss"
         )
     return type(resolved).from_config({**config, "from_logits": True})
 
@@ -51,15 +51,15 @@ class FocalLoss(keras.losses.Loss):
 
         y × (1 - p)^gamma × -log(p)  +  (1 - y) × p^gamma × -log(1 - p)
 
-    For y of 0 or 1 this is the paper's loss, and for gamma 0 cross-entropy. Unlike Keras'
-    BinaryFocalCrossentropy, it is linear in y, as mixed and smoothed labels require. Computed from
-    the logit, also for a probability from `keras.activations.sigmoid`, so that neither the loss nor
-    its gradient overflows.
+    If y is 0 or 1, this is the paper's loss; if gamma is 0, it is cross-entropy. Unlike Keras'
+    BinaryFocalCrossentropy, it is linear in y, as mixed and smoothed labels require. It is computed
+    from the logit, also for a probability from `keras.activations.sigmoid`, so that neither the
+    loss nor its gradient overflows.
 
     Args:
-        gamma: How strongly rows that the model already classifies confidently are down-weighted.
+        gamma: Focusing parameter; the higher it is, the less confidently classified rows count.
         from_logits: Whether predictions are logits.
-        label_smoothing: Share by which labels are moved toward one half.
+        label_smoothing: Fraction by which labels are moved toward 0.5.
     """
 
     def __init__(

@@ -1,9 +1,9 @@
-"""Mixup and CutMix of the rows of a training batch, inside the training step.
+"""Applies mixup and CutMix to the rows of a training batch, inside the training step.
 
-Mixes each row with its neighbour in the batch by a share that each step draws for all its rows. The
-rows are those of one replica, so the pairs depend on the number of replicas.
+Mixes each row with its neighbour in the batch, with one random fraction per step. Pairs are formed
+within a replica, so they depend on the number of replicas.
 
-Shapes: B rows, N images a row, H × W pixels, V views, F columns, C categories.
+Shapes: B rows, N images per row, H × W pixels, V views, F columns, C categories.
 """
 
 from functools import lru_cache
@@ -25,17 +25,17 @@ def mix_rows(
     spec: LossSpec,
     seed: keras.random.SeedGenerator,
 ) -> tuple[dict[str, Any], Any, Any]:
-    """Return inputs, labels and weights of mixed rows, or the arguments if the spec mixes none.
+    """Return inputs, labels and weights of mixed rows, or the arguments if mixing is disabled.
 
-    Mixup (Zhang et al. 2017, arXiv 1710.09412) returns share × row + (1 - share) × neighbour, with
-    the share from Beta(alpha, alpha). CutMix (Yun et al. 2019, arXiv 1905.04899) pastes a box of
-    the neighbour's image. Its area is 1 - share before clipping at the image's edges; the area
-    outside it is the share for all other inputs. With both, each step uses either with probability
-    0.5.
+    Mixup (Zhang et al. 2017, arXiv 1710.09412) returns fraction × row + (1 - fraction) × neighbour,
+    with the fraction drawn from Beta(alpha, alpha). CutMix (Yun et al. 2019, arXiv 1905.04899)
+    pastes a box cut from the neighbour's image. The relative area of the box is 1 - fraction before
+    it is clipped at the image's edges; the area outside the clipped box is the fraction for all
+    other inputs. If both are enabled, each step uses either with probability 0.5.
 
-    If one of two numbers is missing, or one of two images of several, the result is the other.
-    Categories and masks come from the row with the larger share. Labels are weighted so that the
-    loss of a mixed row is the mixed loss of both rows.
+    If one of two numbers to mix is missing, the result is the other; with several images per row,
+    the same holds for images. Categories and masks come from the row with the larger fraction.
+    Labels are weighted so that the loss of a mixed row is the mixed loss of both rows.
 
     Precomputed features are mixed like images, view by view; the result differs from the backbone's
     features of mixed images.
@@ -45,7 +45,7 @@ def mix_rows(
         y_B1: Labels, 0 to 1.
         weight_B1: Weights of the rows.
         spec: Alphas of mixup and CutMix.
-        seed: Seed of the share; equal on all replicas.
+        seed: Seed for the fraction; equal on all replicas.
 
     Raises:
         ValueError: If CutMix is set for a model without images.
@@ -59,46 +59,46 @@ def mix_rows(
             "set it to 0"
         )
     size = (1, 1) if image is None else tuple(image.shape[-3:-1])
-    share_HW, share = _draw_shares(size, spec, seed)
-    image_share = {"image": share_HW[:, :, None], "features": share}
+    fraction_HW, fraction = _draw_fractions(size, spec, seed)
+    image_fraction = {"image": fraction_HW[:, :, None], "features": fraction}
     result = {}
     for name, own in inputs.items():
         other = _neighbour(own)
-        if name in image_share:
-            result[name] = _mix_images(own, other, image_share[name], inputs.get("image_mask"))
+        if name in image_fraction:
+            result[name] = _mix_images(own, other, image_fraction[name], inputs.get("image_mask"))
         elif name == "numeric":
-            result[name] = _mix_numbers(own, other, share)
+            result[name] = _mix_numbers(own, other, fraction)
         else:
-            result[name] = ops.where(share >= 0.5, own, other)
-    own, other = share * weight_B1, (1.0 - share) * _neighbour(weight_B1)
+            result[name] = ops.where(fraction >= 0.5, own, other)
+    own, other = fraction * weight_B1, (1.0 - fraction) * _neighbour(weight_B1)
     weight: Any = own + other
     y: Any = own * y_B1 + other * _neighbour(y_B1)
-    # Two rows without weight keep the own label, which has no effect.
+    # If both rows have no weight, the row keeps its own label, which has no effect.
     return result, ops.where(weight > 0, y / ops.where(weight > 0, weight, 1.0), y_B1), weight
 
 
-def _draw_shares(
+def _draw_fractions(
     size: tuple[int, int], spec: LossSpec, seed: keras.random.SeedGenerator
 ) -> tuple[Any, Any]:
-    """Return the row's own share of each pixel (H, W), and of all other inputs."""
+    """Return the row's own fraction of each pixel (H, W), and of all other inputs."""
     draw: Any = keras.random.uniform((5,), seed=seed)
-    share = beta_quantile(draw[0], spec.mixup_alpha) if spec.mixup_alpha else None
-    even = None if share is None else ops.broadcast_to(share, size)
+    fraction = beta_quantile(draw[0], spec.mixup_alpha) if spec.mixup_alpha else None
+    even = None if fraction is None else ops.broadcast_to(fraction, size)
     if not spec.cutmix_alpha:
-        return even, share
+        return even, fraction
     outside_HW, area = _outside_box(
         size, beta_quantile(draw[1], spec.cutmix_alpha), draw[2], draw[3]
     )
-    if share is None:
+    if fraction is None:
         return outside_HW, area
     boxes = draw[4] < 0.5
-    return ops.where(boxes, outside_HW, even), ops.where(boxes, area, share)
+    return ops.where(boxes, outside_HW, even), ops.where(boxes, area, fraction)
 
 
-def _outside_box(size: tuple[int, int], share: Any, x: Any, y: Any) -> tuple[Any, Any]:
-    """Return (H, W) with 0 in a box around (x, y) and 1 outside, and the share outside."""
+def _outside_box(size: tuple[int, int], fraction: Any, x: Any, y: Any) -> tuple[Any, Any]:
+    """Return (H, W) with 0 in a box around (x, y) and 1 outside, and the fraction outside."""
     height, width = size
-    side: Any = ops.sqrt(1.0 - share)
+    side: Any = ops.sqrt(1.0 - fraction)
 
     def inside(length: int, centre: Any) -> Any:
         extent: Any = ops.floor(length * side)
@@ -112,18 +112,18 @@ def _outside_box(size: tuple[int, int], share: Any, x: Any, y: Any) -> tuple[Any
     return outside_HW, ops.mean(outside_HW)
 
 
-def _mix_images(own: Any, other: Any, share: Any, mask_BN: Any) -> Any:
+def _mix_images(own: Any, other: Any, fraction: Any, mask_BN: Any) -> Any:
     own, other = _float(own), _float(other)
-    result = share * own + (1.0 - share) * other
+    result = fraction * own + (1.0 - fraction) * other
     if mask_BN is None:
         return result
     present = ops.reshape(mask_BN > 0, (-1, own.shape[1], *[1] * (len(own.shape) - 2)))
     return ops.where(_neighbour(present), ops.where(present, result, other), own)
 
 
-def _mix_numbers(own: Any, other: Any, share: Any) -> Any:
+def _mix_numbers(own: Any, other: Any, fraction: Any) -> Any:
     own, other = _float(own), _float(other)
-    result = share * own + (1.0 - share) * other
+    result = fraction * own + (1.0 - fraction) * other
     return ops.where(ops.isnan(own), other, ops.where(ops.isnan(other), own, result))
 
 
@@ -135,14 +135,14 @@ def _neighbour(x: Any) -> Any:
     return ops.roll(x, 1, axis=0)
 
 
-def beta_quantile(share: Any, alpha: float) -> Any:
-    """Return the quantile of Beta(alpha, alpha) at a share, interpolated between 4,096 exact ones.
+def beta_quantile(probability: Any, alpha: float) -> Any:
+    """Return a quantile of Beta(alpha, alpha), interpolated between 4,096 exact ones.
 
-    The quantile of a uniform random number is a Beta random number. Unlike the sampler of
-    `keras.random.beta`, XLA can compile it.
+    The quantile at a uniform random number is a Beta random number. XLA can compile this, unlike
+    the sampler of `keras.random.beta`.
     """
     table = ops.convert_to_tensor(_beta_quantiles(alpha))
-    position = share * _NUM_QUANTILES
+    position = probability * _NUM_QUANTILES
     below: Any = ops.minimum(ops.floor(position), _NUM_QUANTILES - 1)
     start: Any = ops.cast(below, "int32")
     low: Any = ops.take(table, start)
@@ -154,5 +154,5 @@ def beta_quantile(share: Any, alpha: float) -> Any:
 def _beta_quantiles(alpha: float) -> np.ndarray:
     from scipy.special import betaincinv
 
-    shares = np.linspace(0.0, 1.0, _NUM_QUANTILES + 1)
-    return betaincinv(alpha, alpha, shares).astype(np.float32)
+    probabilities = np.linspace(0.0, 1.0, _NUM_QUANTILES + 1)
+    return betaincinv(alpha, alpha, probabilities).astype(np.float32)

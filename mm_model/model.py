@@ -6,15 +6,15 @@
     category (B, C), codes ────── embedding ──┘
 
 Several images per row (B, N, H, W, 3), with image_mask (B, N), become a batch of B × N images
-before augmentation; after the image branch, their features are combined into those of B rows.
+before augmentation; after the image branch, their features are combined into features of B rows.
 
-A frozen backbone returns the same features in every epoch. Therefore a network can also be built on
-precomputed features: the input `features` (B, V, F), or (B, N, V, F), replaces image, augmentation
-and backbone. All layers above have the same names, so weights can be copied by path.
+A frozen backbone returns the same features in every epoch. Therefore, a network can also be built
+on precomputed features: the input `features` (B, V, F), or (B, N, V, F), replaces image,
+augmentation and backbone. The layers above have the same names, so weights can be copied by path.
 
-Each head learns from the label, so each branch can predict alone. `blend` weights the heads' logits
-(evenly in training, by their validation loss afterwards), `calibration` applies scale and bias, and
-a sigmoid returns p.
+Each head learns from the label, so each branch can predict alone. `blend` computes a weighted sum
+of the heads' logits (with equal weights in training, with weights fitted on the validation split
+afterwards), `calibration` applies a scale and a bias, and a sigmoid returns p.
 
 Shapes: B rows, N images per row, H × W pixels, V views, F features or columns, C categories, M
 heads.
@@ -33,7 +33,7 @@ from mm_model.branches.image_inputs import IMAGE_FOLD, IMAGE_POOL, build_image_b
 from mm_model.branches.numeric_inputs import build_numeric_branch
 from mm_model.fusion import FUSIONS
 from mm_model.layers.affine_logit import AffineLogit
-from mm_model.layers.blocks import Blocks
+from mm_model.layers.blocks import BlockBuilder
 from mm_model.layers.dropout import ModalityDropout
 from mm_model.losses import loss_from_logits
 from mm_model.optimizer import make_optimizer
@@ -60,14 +60,14 @@ class FusionModel(keras.Model):
     The inputs are a dict `{"image": …, "numeric": …, "category": …}` or a list in this order:
     pixels 0-255 of any dtype, raw numbers with NaN for missing, and codes of the vocabularies.
     Inputs of a branch that the model lacks are ignored. With several images per row, the dict may
-    contain `image_mask`, 0 for a missing image; by default all are present. A network built on
-    `features` takes these in place of `image`.
+    contain `image_mask`, 0 for a missing image; by default, all images are present. A network built
+    on precomputed features takes `features` in place of `image`.
 
     Args:
         network: Functional model from the named inputs to the logits (B, M) of its heads.
         heads: Names of the heads; the last one sees all inputs.
         head_weights: Weight of each head's own loss.
-        blend: Whether the output blends all heads, or is the last head alone.
+        blend: Whether the output is the blend of all heads; if false, it is the last head alone.
         backbone: Names of the network's layers that form the image backbone, bottom to top; a
             nested model stands for its layers.
     """
@@ -116,7 +116,7 @@ class FusionModel(keras.Model):
         return [leaf for name in self.backbone for leaf in flatten(self.network.get_layer(name))]
 
     def head_logits(self, inputs: Any, training: bool = False) -> Any:
-        """Return the logits (B, M) of all heads, before blend and calibration."""
+        """Return the logits (B, M) of all heads, before blending and calibration."""
         return self.network(_inputs_by_name(inputs, self.input_names), training=training)
 
     def call(self, inputs: Any, training: bool = False) -> Any:
@@ -138,8 +138,8 @@ class FusionModel(keras.Model):
     ) -> Any:
         """Return the loss of the output plus the L2 penalty and, in training, the heads' losses.
 
-        The loss of a head is the compiled loss computed from its logit. Means are over the rows of
-        the global batch; under a strategy, Keras' losses take care of that.
+        The loss of a head is the compiled loss computed from its logit. Keras' losses average over
+        the rows of the global batch, also under a distribution strategy.
         """
         loss: Any = super().compute_loss(x, y, y_pred, sample_weight, training=training)
         logits_BM = getattr(y_pred, "_head_logits", None)
@@ -158,7 +158,7 @@ class FusionModel(keras.Model):
         return loss
 
     def get_config(self) -> dict:
-        """Return the network layer by layer, so loading a model needs no branch builders."""
+        """Return the network layer by layer, so that loading needs no branch builders."""
         return {
             "network": keras.saving.serialize_keras_object(self.network),
             "heads": self.heads,
@@ -170,7 +170,7 @@ class FusionModel(keras.Model):
 
     @classmethod
     def from_config(cls, config: dict, custom_objects: Any = None) -> "FusionModel":
-        """Return the untrained model of a config."""
+        """Return the untrained model that a config describes."""
         network = keras.saving.deserialize_keras_object(
             config["network"], custom_objects=custom_objects
         )
@@ -191,23 +191,23 @@ def build_model(
     vocabularies: Sequence[Vocabulary] = (),
     shape_features: Shape | None = None,
 ) -> FusionModel:
-    """Return the uncompiled model of a spec.
+    """Return the uncompiled model that a spec describes.
 
     Args:
         spec: Branches, fusion and regularization.
         statistics: Statistics of the training split's numbers, or None to use numbers unchanged.
         shape_image: (H, W, 3), or (N, H, W, 3) for several images per row.
-        shape_numeric: (columns,); by default the columns of `statistics`.
+        shape_numeric: (columns,); by default, the number of columns in `statistics`.
         vocabularies: Vocabularies of the categorical columns.
-        shape_features: (V, F) of precomputed backbone features, or (N, V, F); builds the model on
-            them in place of images.
+        shape_features: (V, F) of precomputed backbone features, or (N, V, F); the model then takes
+            these in place of images.
 
     Raises:
-        ValueError: If the shapes do not fit, the backbone does not support them, or a branch has no
-            input.
+        ValueError: If the shapes do not match, the backbone does not support them, or a branch has
+            no input.
         OSError: If weights cannot be downloaded or read.
     """
-    blocks = Blocks.from_spec(spec)
+    blocks = BlockBuilder(spec)
     inputs: dict[str, Any] = {}
     branches: dict[str, dict] = {}
     backbone: list[str] = []
@@ -251,15 +251,15 @@ def create_model(
 
     Args:
         input_shape_image: Height, width and channels, such as (456, 456, 3); for several images per
-            row their number first, such as (4, 456, 456, 3).
+            row, their number comes first, such as (4, 456, 456, 3).
         input_shape_numeric: Number of columns, such as (12,); (0,) for categories only.
-        numeric_statistics: `fit_numeric_statistics(X_numeric_of_the_training_rows)`; without them
+        numeric_statistics: `fit_numeric_statistics(X_numeric_of_the_training_rows)`; without them,
             numbers are neither imputed, scaled nor encoded.
         vocabularies: `fit_vocabulary(texts_of_the_training_rows, column)` of each categorical
             column; the input `category` is `np.stack([v.codes(texts[v.column]) for v in
             vocabularies], axis=1)`.
         learning_rate: Learning rate of Adam.
-        **options: Fields of `ModelSpec`, nested ones as dicts, such as
+        **options: Fields of `ModelSpec`; nested ones are dicts, such as
             `image={"kind": "resnet50", "weights": None}`, `dropout=0.5`, `l2=0`.
 
     Raises:
@@ -274,7 +274,8 @@ def create_model(
         optimizer=make_optimizer(OptimizerSpec(learning_rate=learning_rate, schedule="constant")),
         loss="binary_crossentropy",
         metrics=["accuracy", keras.metrics.AUC(name="auc")],
-        # XLA compiles a large backbone for minutes, and again for an epoch's last, smaller batch.
+        # XLA needs minutes to compile a large backbone, and compiles it again for an epoch's last,
+        # smaller batch.
         jit_compile=cast(Any, False),
     )
     # Otherwise `fit` creates the variables in the graph, which makes tracing 25 % slower.
@@ -283,13 +284,13 @@ def create_model(
 
 
 def backbone_model(model: FusionModel) -> keras.Model:
-    """Return the part of a model from single images (B, H, W, 3) to its pooled backbone (B, F).
+    """Return the part of a model from images (B, H, W, 3) to pooled backbone features (B, F).
 
     It shares the model's layers. Called with `training=True`, it augments the images; its batch
     norms keep their statistics only if the backbone was built frozen.
 
     Raises:
-        ValueError: If the model takes no images, or its branch has no layer `image_pool`.
+        ValueError: If the model takes no images, or its image branch has no layer `image_pool`.
     """
     network: Any = model.network
     if "image" not in network.input:
@@ -307,7 +308,7 @@ def backbone_model(model: FusionModel) -> keras.Model:
 
 
 def load_model(path: str | Path) -> FusionModel:
-    """Return a saved model, loaded in Keras' safe mode, which executes no code from the file.
+    """Load a saved model in Keras' safe mode, which executes no code from the file.
 
     Raises:
         ValueError: If the file does not exist or contains no fusion model.
@@ -324,7 +325,9 @@ def load_model(path: str | Path) -> FusionModel:
     return model
 
 
-def _joint_features(branches: dict[str, dict], spec: ModelSpec, blocks: Blocks) -> KerasTensor:
+def _joint_features(
+    branches: dict[str, dict], spec: ModelSpec, blocks: BlockBuilder
+) -> KerasTensor:
     image, numeric = dict(branches["image"]), dict(branches["numeric"])
     if spec.fusion.modality_dropout:
         hide = ModalityDropout(spec.fusion.modality_dropout, name="modality_dropout")
@@ -333,7 +336,7 @@ def _joint_features(branches: dict[str, dict], spec: ModelSpec, blocks: Blocks) 
 
 
 def _inputs_by_name(inputs: Any, names: list[str]) -> dict[str, Any]:
-    """Return the network's inputs by name, cast to their dtypes, from the user's dict or list."""
+    """Return the network's inputs by name, cast to their dtypes, given a dict or a list."""
     image = "features" if "features" in names else "image"
     given = inputs if isinstance(inputs, Mapping) else _name_inputs(inputs, names, image)
     if "image_mask" in names and image in given and "image_mask" not in given:
@@ -345,7 +348,7 @@ def _inputs_by_name(inputs: Any, names: list[str]) -> dict[str, Any]:
 
 
 def _name_inputs(inputs: Any, names: list[str], image: str) -> dict[str, Any]:
-    """Return a list of inputs by name; it may contain inputs of branches the model lacks."""
+    """Name the inputs in a list, which may contain inputs of branches that the model lacks."""
     given = list(inputs) if isinstance(inputs, list | tuple) else [inputs]
     positional = (image, "numeric", "category")
     required = [name for name in positional if name in names]

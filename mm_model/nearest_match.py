@@ -14,7 +14,7 @@ def require_one_of(value: str, accepted: Sequence[str], what: str) -> str:
     """Return `value` if it is accepted.
 
     Raises:
-        ValueError: If it is not, with the nearest match and all accepted values.
+        ValueError: If it is not; the message contains the nearest match and all accepted values.
     """
     if value not in accepted:
         raise ValueError(

@@ -1,7 +1,8 @@
-"""Creates the optimizer of a spec, for `Model.fit` and the distributed loop alike.
+"""Creates the optimizer of a spec, for both `Model.fit` and the distributed loop.
 
-Learning rate of step s of T steps, of which the first W = round(T × warmup_fraction) warm up.
-d = (s - W) / (T - W) is the completed share of the decay, P the peak, e the end fraction:
+In a run of T steps, the first W = round(T × warmup_fraction) steps are the warm-up. Step s has the
+learning rate below, where d = (s - W) / (T - W) is the completed fraction of the decay, P the peak
+and e the end fraction:
 
     warm-up       P × s / W
     cosine        P × (e + (1 - e) × (1 + cos(π × d)) / 2)     (Loshchilov and Hutter 2016)
@@ -31,7 +32,7 @@ def make_optimizer(spec: OptimizerSpec, total_steps: int | None = None) -> keras
 
     Args:
         spec: Optimizer, learning rate and schedule.
-        total_steps: Steps of the whole training; required by decaying schedules.
+        total_steps: Total number of training steps; required by decaying schedules.
 
     Raises:
         ValueError: If the schedule decays and `total_steps` is missing.
@@ -50,7 +51,8 @@ def make_optimizer(spec: OptimizerSpec, total_steps: int | None = None) -> keras
 class _DecaysKernels:
     """Excludes biases and the scales and offsets of layers from weight decay.
 
-    These have fewer than two axes. Their names are not reliable: ConvNeXt's layer scales have none.
+    They are identified by having fewer than two axes. Names are not reliable: ConvNeXt's layer
+    scales have none.
     """
 
     def build(self: Any, var_list: list[keras.Variable]) -> None:
@@ -80,7 +82,7 @@ def _learning_rate(spec: OptimizerSpec, total_steps: int | None) -> Any:
         return _Scaled(_learning_rate(unit, total_steps), peak)
     if not total_steps:
         raise ValueError(
-            f"train.schedule={spec.schedule} needs the number of steps of the whole training; pass "
+            f"train.schedule={spec.schedule} needs the total number of training steps; pass "
             "total_steps"
         )
     warmup_steps = round(total_steps * spec.warmup_fraction)
@@ -104,7 +106,7 @@ def _learning_rate(spec: OptimizerSpec, total_steps: int | None) -> Any:
 
 
 class _Scaled(schedules.LearningRateSchedule):
-    """A schedule multiplied by a tunable."""
+    """Multiplies a schedule by a tunable."""
 
     def __init__(self, schedule: Any, tunable: Tunable) -> None:
         self.schedule, self.tunable = schedule, tunable
@@ -119,10 +121,10 @@ class WarmUp(schedules.LearningRateSchedule):
     """Rises linearly from 0 to the peak, then follows another schedule for a number of steps.
 
     Args:
-        decay: Schedule after the warm-up, starting at its step 0.
+        decay: Schedule after the warm-up, which starts at step 0 of this schedule.
         peak: Learning rate at the end of the warm-up.
-        warmup_steps: Steps of the warm-up.
-        decay_steps: Steps of `decay`, after which the rate is constant.
+        warmup_steps: Number of steps of the warm-up.
+        decay_steps: Number of steps of `decay`, after which the learning rate is constant.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """Random numbers per row that do not depend on the number of replicas.
 
-Replicas that share a global batch have equal seed states. Each draws the numbers of all rows of the
-batch and uses those of its own rows, so all seed states advance equally. (XLA draws different
-numbers than TensorFlow without XLA, but again the same for any number of replicas.)
+The replicas of a global batch have equal seed states. Each draws the numbers for all rows of the
+batch and uses those for its own rows, so all seed states advance equally. XLA draws other numbers
+than TensorFlow without XLA, but these do not depend on the number of replicas either.
 """
 
 import threading
@@ -22,15 +22,10 @@ def batch_part(index: Any, count: int) -> Iterator[None]:
     Applies to the current thread, because a strategy runs each replica in its own thread.
 
     Args:
-        index: Number of the part, from 0: an int, which a traced function contains as a constant,
-            or a tensor.
+        index: Index of the part, from 0: a tensor, or an int, which becomes a constant in a traced
+            function.
         count: Number of parts.
-
-    Raises:
-        ValueError: If `index` is not in [0, `count`).
     """
-    if isinstance(index, int) and not 0 <= index < count:
-        raise ValueError(f"part {index} of {count} does not exist; parts are numbered from 0")
     before = _part()
     _LOCAL.part = (index, count)
     try:
@@ -44,18 +39,17 @@ def uniform(
     seed: keras.random.SeedGenerator,
     minval: float = 0.0,
     maxval: float = 1.0,
-    dtype: str = "float32",
 ) -> Any:
-    """Return uniform random numbers in [minval, maxval) for the rows of the current part.
+    """Return float32 random numbers, uniform in [minval, maxval), for the rows of the current part.
 
-    With one part, these are the numbers of `keras.random.uniform`; several parts together draw what
-    one part with all their rows would draw. `shape` starts with the number of rows; `seed` advances
-    by one draw in any case.
+    With one part, these are the numbers of `keras.random.uniform`. Several parts together get the
+    numbers that one part with all their rows would get. `shape` starts with the number of rows;
+    `seed` advances by one draw in any case.
     """
     index, count = _part()
     num_rows, *row_shape = shape
     all_rows = (num_rows * count, *row_shape)
-    drawn: Any = keras.random.uniform(all_rows, minval, maxval, dtype=dtype, seed=seed)
+    drawn: Any = keras.random.uniform(all_rows, minval, maxval, dtype="float32", seed=seed)
     if count == 1:
         return drawn
     # Not drawn[start:stop], whose length is unknown if the index is a tensor.

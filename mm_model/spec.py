@@ -1,6 +1,7 @@
-"""Settings of model, optimizer and loss, each with its type, default and help text.
+"""Settings of the model, the optimizer and the loss, each with its type, default and help text.
 
-Imports neither Keras nor TensorFlow, so `--help` and the head of a cluster start quickly.
+Imports neither Keras nor TensorFlow, so that `--help` and jobs on a cluster's head node start
+quickly.
 """
 
 from collections.abc import Mapping
@@ -25,12 +26,15 @@ Positive = Annotated[float, Field(gt=0.0)]
 
 
 def _key_of(registry: Mapping[str, Any], what: str, *extra: str) -> AfterValidator:
-    """Return a validator of a registry's keys, which may be added later."""
+    """Return a validator that accepts the keys of a registry, also those registered later."""
     return AfterValidator(lambda value: require_one_of(value, (*extra, *registry), what))
 
 
 class Spec(BaseModel):
-    """A frozen section of settings that rejects unknown keys; attribute docstrings are the help."""
+    """A frozen section of settings that rejects unknown keys.
+
+    Its attribute docstrings become the help text.
+    """
 
     model_config = ConfigDict(
         frozen=True,
@@ -43,7 +47,7 @@ class Spec(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _none_by_name(cls, values: Any) -> Any:
-        """Read `none` as None in optional fields, in YAML and flags alike."""
+        """Convert `none` to None in optional fields, in YAML and flags alike."""
         if not isinstance(values, dict):
             return values
         optional = {n for n, f in cls.model_fields.items() if type(None) in get_args(f.annotation)}
@@ -62,7 +66,7 @@ class ImageSpec(Spec):
     trainable: bool = True
     """Whether to train the backbone; a frozen one also keeps its batch-norm statistics."""
     units: PositiveInt = 256
-    """Width of the dense layer on the pooled backbone."""
+    """Width of the dense layer on top of the pooled backbone features."""
 
     @model_validator(mode="after")
     def _imagenet_weights_exist(self) -> Self:
@@ -75,20 +79,20 @@ class ImageSpec(Spec):
 
 
 class AugmentationSpec(Spec):
-    """Random changes of the training images on the training device; none at inference."""
+    """Random augmentation of training images on the training device; disabled at inference."""
 
     flip: Literal["none", "horizontal", "vertical", "horizontal_and_vertical"] = "horizontal"
     """Axes along which images are randomly flipped."""
     rotation: Fraction = 0.05
-    """Largest rotation in either direction, as a share of a full turn."""
+    """Maximum rotation in either direction, as a fraction of a full turn."""
     zoom: Fraction = 0.1
-    """Largest zoom in or out, as a share of the image."""
+    """Maximum zoom in or out, as a fraction of the image."""
     translation: Fraction = 0.1
-    """Largest shift along each axis, as a share of the image."""
+    """Maximum shift along each axis, as a fraction of the image."""
     contrast: Fraction = 0.2
-    """Largest relative change of contrast."""
+    """Maximum relative change of contrast."""
     brightness: Fraction = 0.2
-    """Largest shift of brightness, as a share of the 0-255 range."""
+    """Maximum shift of brightness, as a fraction of the 0-255 range."""
     rand_augment: Fraction = 0.0
     """Magnitude of two additional RandAugment operations per image; 0 disables them."""
 
@@ -105,12 +109,14 @@ class NumericSpec(Spec):
     """Network for the encoded numbers and categories, a key of `NUMERIC_BRANCHES`; `none` ignores
     both."""
     encoding: Literal["piecewise_linear", "standard"] = "piecewise_linear"
-    """Encoding of numbers: standardized, or also piecewise linear between quantiles."""
+    """Encoding of numbers: standardized only, or standardized plus a piecewise-linear encoding
+    between quantiles."""
     bins: Annotated[int, Field(ge=2, le=1023)] = 32
-    """Largest number of bins per column, between quantiles of the training split."""
+    """Maximum number of bins per column; their edges are quantiles of the training split."""
     category_dropout: Fraction = 0.05
-    """Probability that a category of a training row is replaced by unknown or, equally often, by
-    missing; prepares the model for both if training has none."""
+    """Probability that a category in a training row is replaced by `unknown` or by `missing`
+    (equally often), so that the model can handle both even if they do not occur in the training
+    data."""
     units: tuple[PositiveInt, ...] = (256, 128)
     """Width of each hidden layer."""
 
@@ -119,16 +125,17 @@ class FusionSpec(Spec):
     """The fusion of the two branches."""
 
     kind: Annotated[str, _key_of(FUSIONS, "fusion")] = "gated"
-    """Joint network over both branches, a key of `mm_model.fusion.FUSIONS`."""
+    """Joint network on top of both branches, a key of `mm_model.fusion.FUSIONS`."""
     units: PositiveInt = 128
     """Width of the joint network."""
     auxiliary_weight: NonNegative = 1.0
-    """Weight of each branch's own loss, so that it can predict alone."""
+    """Weight of each branch's own loss, which trains the branch to predict alone."""
     modality_dropout: Fraction = 0.1
-    """Probability that the joint network gets a training row without its image, or its numbers."""
+    """Probability that one input of a training row, the image or the numbers (half each), is hidden
+    from the joint network."""
     blend: bool = True
-    """Whether to average the heads of branches and fusion, with weights fitted on the validation
-    split; otherwise uses the fusion's head alone."""
+    """Average the logits of the branch heads and the fusion head, with weights fitted on the
+    validation split; if false, use the fusion head alone."""
 
 
 class ModelSpec(Spec):
@@ -139,15 +146,16 @@ class ModelSpec(Spec):
     numeric: NumericSpec = NumericSpec()
     fusion: FusionSpec = FusionSpec()
     activation: Literal["relu", "silu", "gelu"] = "relu"
-    """Activation of every dense block and of the image branch `tiny`. With a smooth one, runs on
-    different numbers of workers diverge later, because ReLU's kink amplifies rounding errors."""
+    """Activation of every dense block and of the image branch `tiny`. With a smooth activation
+    (silu, gelu), runs with different numbers of workers stay equal for longer, because the kink of
+    ReLU amplifies rounding errors."""
     dropout: Fraction = 0.3
     """Dropout rate of every dense block."""
     l2: NonNegative = 1e-3
     """L2 penalty on the kernels of the dense layers."""
     batch_norm: Literal["local", "sync"] = "local"
-    """Batch statistics of each replica's rows, or of the global batch (more communication); with
-    `train.accumulate_steps`, of one part of these rows."""
+    """`local`: statistics of each replica's rows; `sync`: of the global batch, at the cost of more
+    communication. With `train.accumulate_steps`, each part has its own statistics."""
 
     @model_validator(mode="after")
     def _at_least_one_branch(self) -> "ModelSpec":
@@ -164,26 +172,26 @@ class OptimizerSpec(Spec):
     learning_rate: Positive = 1e-4
     """Peak learning rate."""
     weight_decay: NonNegative = 0.01
-    """Weight decay of `adamw` and `lamb`, of kernels only."""
+    """Weight decay of `adamw` and `lamb`, applied to kernels only."""
     momentum: Fraction = 0.9
     """Momentum of `sgd`."""
     schedule: Literal["constant", "cosine", "exponential", "polynomial", "plateau"] = "cosine"
     """Learning rate over time: constant; warm-up, then cosine, exponential or polynomial decay; or
-    reduced at a plateau."""
+    reduced at each plateau."""
     warmup_fraction: Fraction = 0.05
-    """Share of all steps in which a decaying schedule rises to the peak."""
+    """Fraction of all steps used for warm-up, before a schedule decays."""
     end_fraction: Fraction | None = None
-    """Final learning rate of a decaying schedule, as a share of the peak; by default 0, or 0.01 for
-    an exponential one."""
+    """Final learning rate of a decaying schedule, as a fraction of the peak; by default 0, or 0.01
+    for an exponential schedule."""
     power: Positive = 1.0
     """Exponent of the polynomial schedule; 1 is linear."""
     plateau_factor: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.3
-    """Factor of the learning rate at a plateau."""
+    """Factor by which the learning rate is multiplied at a plateau."""
     plateau_patience: PositiveInt = 3
-    """Epochs without a better validation metric before the learning rate is reduced."""
+    """Epochs without a better validation metric after which the learning rate is reduced."""
     ema_momentum: Fraction | None = None
-    """Momentum of an exponential moving average of the weights, such as 0.999, which is then
-    validated and saved; `none` disables it."""
+    """Momentum of an exponential moving average of the weights, such as 0.999; the averaged weights
+    are then validated and saved. `none` disables it."""
 
     @model_validator(mode="after")
     def _exponential_ends_above_zero(self) -> Self:
@@ -195,32 +203,34 @@ class OptimizerSpec(Spec):
 
 
 class LossSpec(Spec):
-    """The loss, to which training adds the L2 penalty of the model."""
+    """The loss; training adds the model's L2 penalty to it."""
 
     loss: Literal["binary_crossentropy", "focal"] = "binary_crossentropy"
     """Loss of the output and of each head; `focal` down-weights easy rows."""
     focal_gamma: NonNegative = 2.0
-    """Strength of this down-weighting; 0 is cross-entropy."""
+    """Focusing parameter gamma of the focal loss; 0 gives plain cross-entropy."""
     label_smoothing: Fraction = 0.0
-    """Share by which labels are moved toward one half."""
+    """Fraction by which labels are moved toward 0.5."""
     mixup_alpha: NonNegative = 0.0
-    """Mixup alpha: mixes pairs of rows, both images and numbers, by shares from Beta(alpha, alpha);
-    0 disables it. Pairs are of one replica, so the result depends on the number of replicas."""
+    """Mixup alpha: mixes pairs of rows (images and numbers) with a weight that each step draws from
+    Beta(alpha, alpha); 0 disables it. Pairs are formed within a replica, so the result depends on
+    the number of replicas."""
     cutmix_alpha: NonNegative = 0.0
-    """CutMix alpha: pastes a box of another row's image, with an area from Beta(alpha, alpha), and
-    mixes the labels accordingly; 0 disables it. If `mixup_alpha` is set too, each step uses one of
-    both."""
+    """CutMix alpha: pastes a box cut from another row's image, with its relative area drawn from
+    Beta(alpha, alpha), and mixes the labels accordingly; 0 disables it. If `mixup_alpha` is also
+    set, each step uses one of the two, chosen at random."""
 
 
 class StageSpec(Spec):
-    """A number of epochs in which a part of the backbone is frozen."""
+    """A stage of training in which part of the backbone is frozen."""
 
     epochs: PositiveInt
-    """Epochs of the stage; the last stage lasts to the end of the training."""
+    """Number of epochs of the stage; the last stage lasts until training ends."""
     backbone: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
-    """Share of the backbone's layers, from the top, to train; the others are frozen together with
-    their batch norms."""
+    """Fraction of the backbone's layers to train, counted from the top; the others are frozen
+    together with their batch norms."""
     backbone_rate: Positive = 1.0
-    """Factor of the backbone's learning rate."""
+    """Multiplier of the learning rate for the backbone."""
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Additional factor at the bottom of the backbone; in between, it falls in equal ratios."""
+    """Additional learning-rate multiplier of the backbone's lowest layer; it is 1 at the top layer
+    and decreases geometrically in between."""

@@ -1,6 +1,6 @@
-"""Statistics and vocabularies of columns; NumPy only.
+"""Statistics and vocabularies of columns, with NumPy only.
 
-Fitted on the training split only, stored in the manifest, and built into the model.
+They are fitted on the training split only, stored in the manifest, and built into the model.
 """
 
 from collections import Counter
@@ -16,7 +16,7 @@ NUM_QUANTILES = 1024
 
 
 class NumericStatistics(Spec):
-    """Statistics of the numeric columns, each in the order of the columns."""
+    """Statistics of the numeric columns; each tuple has one entry per column, in order."""
 
     columns: tuple[str, ...]
     """Names of the columns."""
@@ -27,7 +27,7 @@ class NumericStatistics(Spec):
     missing: tuple[int, ...]
     """Number of missing values."""
     quantiles: tuple[tuple[float, ...], ...]
-    """1,024 evenly spaced quantiles including minimum and maximum; none for an empty column."""
+    """1,024 evenly spaced quantiles, including minimum and maximum; none for an empty column."""
     num_rows: int
     """Number of rows."""
 
@@ -48,7 +48,7 @@ class NumericStatistics(Spec):
 
 
 class Vocabulary(Spec):
-    """The words of one categorical column; code 0 is missing, 1 is any unknown word."""
+    """The words of one categorical column; code 0 means missing, 1 means any unknown word."""
 
     MISSING: ClassVar[int] = 0
     UNKNOWN: ClassVar[int] = 1
@@ -71,7 +71,7 @@ class Vocabulary(Spec):
         return len(self.words) + 2
 
     def codes(self, texts: Iterable[str | float | None]) -> np.ndarray:
-        """Return the int32 code of each text, None or NaN for missing."""
+        """Return the int32 code of each text; None and NaN mean missing."""
         code: dict[Any, int] = {word: i for i, word in enumerate(self.words, start=2)}
         return np.fromiter(
             (self.MISSING if _is_missing(text) else code.get(text, self.UNKNOWN) for text in texts),
@@ -80,7 +80,7 @@ class Vocabulary(Spec):
 
 
 def _is_missing(text: Any) -> bool:
-    # Tables in memory contain NaN for missing, the only value that differs from itself.
+    # Tables in memory contain NaN for missing; NaN is the only value that differs from itself.
     return text is None or text != text
 
 
@@ -90,10 +90,10 @@ def fit_vocabulary(
     """Return the vocabulary of a column.
 
     Args:
-        texts: Texts of the training rows, None or NaN for missing.
+        texts: Texts of the training rows; None and NaN mean missing.
         column: Name of the column.
-        min_count: Rarer words get no code; they teach the model what an unknown word means.
-        max_words: Number of the most frequent words to keep.
+        min_count: Minimum count of a word; rarer ones teach the model to handle unknown words.
+        max_words: Maximum number of words; the most frequent ones are kept.
     """
     counts: Counter[Any] = Counter(text for text in texts if not _is_missing(text))
     frequent = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:max_words]
@@ -106,8 +106,8 @@ def fit_numeric_statistics(
     """Return the statistics of numeric columns.
 
     Args:
-        values_RF: Numbers (rows, columns), NaN for missing.
-        columns: Names of the columns; `numeric_0`, `numeric_1`, … by default.
+        values_RF: Numbers (rows, columns); NaN means missing.
+        columns: Names of the columns; by default, `numeric_0`, `numeric_1`, ….
 
     Raises:
         ValueError: If the array is not two-dimensional, has no rows or contains infinities.

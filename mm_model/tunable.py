@@ -1,7 +1,7 @@
-"""Hyperparameters that can change between trainings without tracing the graph again.
+"""Hyperparameters that can change between training runs without tracing the graph again.
 
-A spec that holds `Tunable` numbers builds a model whose graph reads variables; a spec of plain
-numbers builds constants.
+A spec with `Tunable` numbers builds a model whose graph reads variables; a spec with plain numbers
+builds one whose graph contains constants.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ class Tunable(float):
     """
 
     def __init__(self, value: float) -> None:
-        # Always float32: half the precision of a mixed-precision layer has too few digits.
+        # Always float32, because the half precision of a mixed-precision layer has too few digits.
         self.variable = keras.Variable(
             float(value), trainable=False, dtype="float32", autocast=False, name="tunable"
         )
@@ -28,11 +28,11 @@ class Tunable(float):
 
 
 def current_value(value: float, like: Any = None) -> Any:
-    """Return a plain number as it is, or the tensor of a tunable's current value.
+    """Return a plain number unchanged, or a tensor with the current value of a tunable.
 
     Args:
         value: A number or a tunable.
-        like: Tensor whose dtype a tunable's value is cast to.
+        like: Tensor to whose dtype a tunable's value is cast.
     """
     if not isinstance(value, Tunable):
         return value
@@ -41,7 +41,7 @@ def current_value(value: float, like: Any = None) -> Any:
 
 
 def l2_regularizer(l2: float) -> Any:
-    """Return the L2 penalty of a kernel, or None for 0."""
+    """Return a regularizer for kernels, or None if `l2` is 0."""
     if isinstance(l2, Tunable):
 
         def penalty(kernel: Any) -> Any:

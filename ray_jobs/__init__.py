@@ -1,6 +1,6 @@
-"""The service: turns raw images and a table into a trained, calibrated and explained model.
+"""Turns raw images and a table into a trained, calibrated and explained model.
 
-Each verb is a package that `python -m ray_jobs.VERB` runs. The way of the data:
+Each verb is a package that `python -m ray_jobs.VERB` runs. The data flows through these verbs:
 
     prepare    images + table → shards + manifest
     inspect    shards → data-quality report
@@ -9,10 +9,11 @@ Each verb is a package that `python -m ray_jobs.VERB` runs. The way of the data:
     evaluate   run + split → metrics, plots
     predict    run + rows → Parquet with a probability per row
 
-Around them, plan estimates a run on machines that are not rented yet, doctor finds problems before
-a job starts, submit runs the verbs as jobs on a cluster, and demo runs them on generated data.
+In addition, plan estimates memory, time and cost before you rent machines, doctor finds problems
+before a job starts, submit runs the verbs as jobs on a cluster, and demo runs the pipeline on
+generated data.
 
-Shared packages, each of which imports only the ones before it:
+Shared packages, each of which imports only packages above it:
 
     config     settings, command line, errors
     storage    local folders and object stores, atomic writes

@@ -1,4 +1,4 @@
-"""Lists the verbs or runs one: `ray-jobs VERB …` equals `python -m ray_jobs.VERB …`."""
+"""Lists the verbs or runs one: `ray-jobs VERB …` is equivalent to `python -m ray_jobs.VERB …`."""
 
 import runpy
 import sys
@@ -9,12 +9,12 @@ VERBS = {
     "prepare": "turn images and a table into shards with a manifest",
     "inspect": "report on the quality of prepared data",
     "train": "train the fusion model on prepared data",
-    "tune": "search for the hyperparameters of the best model",
+    "tune": "search for the best hyperparameters",
     "evaluate": "compute metrics and plots of a trained run on one split",
     "predict": "write the probability of each row to Parquet",
-    "plan": "estimate memory, time and cost on machines that are not rented yet",
+    "plan": "estimate memory, time and cost before you rent machines",
     "doctor": "find problems before a job starts",
-    "submit": "submit a job to a cluster, follow it, stop it",
+    "submit": "submit, follow and stop jobs on a cluster",
     "demo": "run the whole pipeline on generated data",
 }
 

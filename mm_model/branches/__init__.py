@@ -5,12 +5,12 @@ imports neither Keras nor TensorFlow. To add a branch, add an entry:
 
     IMAGE_BRANCHES["mine"] = my_branch      # my_branch(image, spec, blocks) -> features
 
-An image branch sees single images, also if a row has several. Its backbone consists of the layers
-that its tokens depend on. A branch with an entry in `IMAGE_TOPS` can also be built on precomputed
-features of its backbone.
+The input of an image branch is single images, even if a row has several. Its backbone consists of
+the layers that its tokens depend on. A branch with an entry in `IMAGE_TOPS` can also be built on
+precomputed features of its backbone.
 
-    image_inputs    from the inputs to the image branch's features; image_* are its kinds
-    numeric_inputs  from numbers and categories to the numeric branch's features
+    image_inputs    builds the image branch from its inputs; the other image_* modules are its kinds
+    numeric_inputs  builds the numeric branch from numbers and categories
 """
 
 from collections.abc import Callable
@@ -41,7 +41,7 @@ IMAGE_TOPS: dict[str, Builder] = {
     "tiny": "mm_model.branches.image_tiny:top",
     **dict.fromkeys(KERAS_APPLICATIONS, "mm_model.branches.image_application:top"),
 }
-"""Layers on the pooled backbone, the output of layer `image_pool`, as
+"""Builders of the layers above the pooled backbone, which is the output of layer `image_pool`:
 `my_top(pooled, spec, blocks) -> (B, F)`."""
 
 NUMERIC_BRANCHES: dict[str, Builder] = {
@@ -50,7 +50,7 @@ NUMERIC_BRANCHES: dict[str, Builder] = {
 
 
 def load_builder(builder: Builder) -> Callable[..., Any]:
-    """Return a builder, imported if the entry is an import path."""
+    """Return a builder; import it if the entry is an import path."""
     if isinstance(builder, str):
         module, function = builder.split(":")
         return getattr(import_module(module), function)

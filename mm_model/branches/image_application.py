@@ -1,7 +1,7 @@
 """Image branches with a backbone of `keras.applications`.
 
-All take pixels 0-255: EfficientNet, MobileNetV3 and ConvNeXt contain their preprocessing; ResNet50
-gets the preprocessing it was trained with.
+Their input is pixels 0-255. EfficientNet, MobileNetV3 and ConvNeXt contain their preprocessing; for
+ResNet50, this module adds the preprocessing that it was trained with.
 """
 
 import tempfile
@@ -15,18 +15,19 @@ from keras import KerasTensor, layers
 from mm_model.branches import KERAS_APPLICATIONS
 from mm_model.compat_keras import convert_layer, fold_imagenet_scale
 from mm_model.layers.batch_norm import SynchronizedBatchNormalization
-from mm_model.layers.blocks import Blocks
+from mm_model.layers.blocks import BlockBuilder
 from mm_model.layers.dropout import RowDropout
 from mm_model.spec import ImageSpec
 
 
-def build(image_BHWC: KerasTensor, spec: ImageSpec, blocks: Blocks) -> dict:
-    """Return pooled features and tokens of pixels 0-255.
+def build(image_BHWC: KerasTensor, spec: ImageSpec, blocks: BlockBuilder) -> dict:
+    """Return pooled features and tokens, computed from pixels 0-255.
 
     Raises:
         OSError: If the backbone's weights cannot be downloaded, found or read.
     """
-    backbone = make_backbone(spec.kind, image_BHWC.shape[1:], spec.weights, blocks.synchronized)
+    synchronized = blocks.spec.batch_norm == "sync"
+    backbone = make_backbone(spec.kind, image_BHWC.shape[1:], spec.weights, synchronized)
     backbone.trainable = spec.trainable
     x = CaffePixels(name="image_range")(image_BHWC) if spec.kind == "resnet50" else image_BHWC
     x = backbone(x)
@@ -35,15 +36,15 @@ def build(image_BHWC: KerasTensor, spec: ImageSpec, blocks: Blocks) -> dict:
     return {"pooled": top(pooled_BF, spec, blocks), "tokens": tokens_BTF}
 
 
-def top(pooled_BF: KerasTensor, spec: ImageSpec, blocks: Blocks) -> KerasTensor:
-    """Return the branch's features of its pooled backbone."""
-    pooled_BF = RowDropout(blocks.dropout, name="image_dropout")(pooled_BF)
+def top(pooled_BF: KerasTensor, spec: ImageSpec, blocks: BlockBuilder) -> KerasTensor:
+    """Return the branch's features, computed from its pooled backbone features."""
+    pooled_BF = RowDropout(blocks.spec.dropout, name="image_dropout")(pooled_BF)
     return blocks.dense(pooled_BF, spec.units, "image_top")
 
 
 @keras.saving.register_keras_serializable("mm_model")
 class CaffePixels(layers.Layer):
-    """RGB 0-255 to BGR centred at ImageNet's mean, as ResNet50 was trained."""
+    """Converts RGB 0-255 to BGR centred at ImageNet's mean, with which ResNet50 was trained."""
 
     def call(self, image_BHWC):
         """Reorder and centre the channels."""
@@ -59,10 +60,10 @@ def make_backbone(
         kind: Key of `KERAS_APPLICATIONS`.
         shape: Height, width, channels.
         weights: `imagenet`, the path or URI of a `.weights.h5` file, or None.
-        synchronized: Whether its batch norms use statistics of the global batch.
+        synchronized: Whether batch norms use statistics of the global batch.
 
     Raises:
-        ValueError: If the backbone cannot take images of this shape.
+        ValueError: If the backbone does not support images of this shape.
         OSError: If the weights cannot be downloaded, found or read.
     """
     application = getattr(keras.applications, KERAS_APPLICATIONS[kind])

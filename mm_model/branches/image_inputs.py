@@ -1,7 +1,8 @@
 """Builds the image branch, from its inputs to its features per row.
 
-The input is images, or precomputed features of a backbone, on which only the layers above the
-backbone are built. These have the same names either way, so their weights can be copied by path.
+The input is either images or precomputed features of a backbone. For features, only the layers
+above the backbone are built. They have the same names in both cases, so their weights can be copied
+by path.
 
 Shapes: B rows, N images per row, H × W pixels, V views, T tokens, F features.
 """
@@ -14,12 +15,12 @@ from keras import KerasTensor, layers
 
 from mm_model.branches import IMAGE_BRANCHES, IMAGE_TOPS, load_builder
 from mm_model.layers.augmentation import augmentation_layers
-from mm_model.layers.blocks import Blocks
+from mm_model.layers.blocks import BlockBuilder
 from mm_model.layers.image_stack import FoldImages, PickView, UnfoldImages
 from mm_model.spec import ModelSpec
 
 IMAGE_FOLD, IMAGE_POOL = "image_fold", "image_pool"
-"""Names of the last layer before augmentation and backbone, and of the backbone's last layer."""
+"""Names of the last layer before augmentation, and of the layer that pools the backbone."""
 
 
 def build_image_branch(
@@ -27,11 +28,11 @@ def build_image_branch(
     spec: ModelSpec,
     shape_image: Sequence[int] | None,
     shape_features: Sequence[int] | None,
-    blocks: Blocks,
+    blocks: BlockBuilder,
 ) -> tuple[dict[str, KerasTensor], list[str]]:
     """Return the image branch's features per row and the names of its backbone's layers.
 
-    Adds its inputs to `inputs`. `shape_features` replaces `shape_image`.
+    Adds the branch's inputs to `inputs`. If `shape_features` is given, `shape_image` is ignored.
     """
     if shape_features is None:
         name, shape, one_image = "image", _image_shape(shape_image or ()), 3
@@ -79,7 +80,7 @@ def _features_shape(shape: Sequence[int], kind: str) -> tuple[int, ...]:
         )
     if kind not in IMAGE_TOPS:
         raise ValueError(
-            f"image branch {kind!r} cannot be built on features; add the layers on its backbone to "
-            "IMAGE_TOPS"
+            f"image branch {kind!r} cannot be built on features; add the layers above its backbone "
+            "to IMAGE_TOPS"
         )
     return tuple(map(int, shape))

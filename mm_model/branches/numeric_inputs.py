@@ -7,7 +7,7 @@ import keras
 from keras import KerasTensor, layers
 
 from mm_model.branches import NUMERIC_BRANCHES, load_builder
-from mm_model.layers.blocks import Blocks
+from mm_model.layers.blocks import BlockBuilder
 from mm_model.layers.category_embedding import CategoryEmbedding
 from mm_model.layers.numeric_encoding import NumericEncoding
 from mm_model.spec import ModelSpec
@@ -20,9 +20,9 @@ def build_numeric_branch(
     statistics: NumericStatistics | None,
     shape: Sequence[int] | None,
     vocabularies: Sequence[Vocabulary],
-    blocks: Blocks,
+    blocks: BlockBuilder,
 ) -> dict[str, KerasTensor]:
-    """Return the numeric branch's features. Adds its inputs to `inputs`."""
+    """Return the numeric branch's features, and add the branch's inputs to `inputs`."""
     encoded: list[Any] = []
     num_columns = _num_columns(statistics, shape, vocabularies)
     if num_columns:

@@ -1,13 +1,13 @@
-"""The numeric branch: encoded numbers and categories through dense blocks with skip connections."""
+"""Numeric branch that passes encoded numbers and categories through dense blocks with skips."""
 
 from keras import KerasTensor, layers
 
-from mm_model.layers.blocks import Blocks
+from mm_model.layers.blocks import BlockBuilder
 from mm_model.spec import NumericSpec
 
 
-def build(encoded_BF: KerasTensor, spec: NumericSpec, blocks: Blocks) -> dict:
-    """Return pooled features and one token of encoded numbers and categories."""
+def build(encoded_BF: KerasTensor, spec: NumericSpec, blocks: BlockBuilder) -> dict:
+    """Return pooled features and one token, computed from encoded numbers and categories."""
     x = encoded_BF
     for i, units in enumerate(spec.units):
         x = blocks.dense(x, units, f"numeric_{i}", skip=True)

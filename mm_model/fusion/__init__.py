@@ -1,6 +1,6 @@
 """Registry of fusions; each turns the features of both branches into joint features (B, F).
 
-Entries have the format of `mm_model.branches`.
+Entries have the same format as in `mm_model.branches`.
 """
 
 from mm_model.branches import Builder

@@ -1,15 +1,15 @@
-"""Gated multimodal unit: a gate per row and feature weighs the image against the numbers.
+"""Gated multimodal unit, whose gate per row and feature weighs the image against the numbers.
 
 Arevalo et al. 2017, "Gated Multimodal Units for Information Fusion", arXiv 1702.01992.
 """
 
 from keras import KerasTensor, layers
 
-from mm_model.layers.blocks import Blocks
+from mm_model.layers.blocks import BlockBuilder
 from mm_model.spec import FusionSpec
 
 
-def build(image: dict, numeric: dict, spec: FusionSpec, blocks: Blocks) -> KerasTensor:
+def build(image: dict, numeric: dict, spec: FusionSpec, blocks: BlockBuilder) -> KerasTensor:
     """Return joint features (B, F) from the branches' pooled features."""
     image_BF = blocks.dense(image["pooled"], spec.units, "fusion_image", skip=True)
     numeric_BF = blocks.dense(numeric["pooled"], spec.units, "fusion_numeric", skip=True)

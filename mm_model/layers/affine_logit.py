@@ -1,4 +1,4 @@
-"""A weighted sum of logits that is fitted on the validation split.
+"""Weighted sum of logits, whose weights are fitted on the validation split.
 
 Shapes: B rows, M logits.
 """
@@ -6,17 +6,15 @@ Shapes: B rows, M logits.
 from collections.abc import Sequence
 from typing import Any
 
-import keras
 import numpy as np
 from keras import layers, ops
 
 
-@keras.saving.register_keras_serializable("mm_model")
 class AffineLogit(layers.Layer):
-    """A weighted sum of logits plus a bias, which gradients never change.
+    """Computes a weighted sum of logits plus a bias; gradients change neither weights nor bias.
 
-    Blends the heads (M logits, weights that sum to one, no bias) and calibrates the result (one
-    logit, Platt's scale and bias).
+    `FusionModel` uses one to blend its heads (M logits, weights that sum to one, no bias) and one
+    to calibrate the result (one logit, Platt's scale and bias).
 
     Input: (B, M).  Output: (B, 1).
     """
@@ -26,7 +24,7 @@ class AffineLogit(layers.Layer):
         self.initial = [float(w) for w in weights]
 
     def build(self, input_shape):
-        """Create weights and bias."""
+        """Create the weights and the bias."""
         self.scale_M1 = self.add_weight(
             shape=(len(self.initial), 1), name="scale", initializer="zeros", trainable=False
         )
@@ -39,14 +37,10 @@ class AffineLogit(layers.Layer):
         return ops.sum(logits_BM * self.scale_M1[:, 0], axis=1, keepdims=True) + self.bias
 
     def set(self, weights: Sequence[float] | np.ndarray, bias: float = 0.0) -> None:
-        """Replace weights and bias."""
+        """Replace the weights and the bias."""
         self.scale_M1.assign(np.asarray(weights, np.float32)[:, None])
         self.bias.assign(np.float32(bias))
 
     def weights_M(self) -> np.ndarray:
         """Return the weights as float64."""
         return np.asarray(self.scale_M1, np.float64)[:, 0]
-
-    def get_config(self) -> dict:
-        """Return the initial weights."""
-        return {**super().get_config(), "weights": self.initial}

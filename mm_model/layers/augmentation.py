@@ -1,10 +1,10 @@
-"""Random changes of training images, pixels 0-255, on the training device.
+"""Random augmentation of training images (pixels 0-255) on the training device.
 
-Each row has its own random numbers (`mm_model.per_row_random`). All operations are dense, in
-float32, in one static graph that XLA can compile. Inference leaves images unchanged.
+Each row has its own random numbers (`mm_model.per_row_random`). All operations are dense float32
+operations in one static graph that XLA can compile. Inference leaves images unchanged.
 
-Keras' own layers do not fit: their random numbers depend on the number of replicas, each of them
-resamples the image again, and XLA can compile neither RandAugment nor their rotation.
+Keras' own layers are unsuitable: their random numbers depend on the number of replicas, each of
+them resamples the image again, and XLA can compile neither RandAugment nor their rotation.
 
 Shapes: B rows, H × W pixels, C channels.
 """
@@ -24,7 +24,7 @@ WHITE = 255.0
 
 
 def augmentation_layers(spec: AugmentationSpec) -> list[layers.Layer]:
-    """Return the augmentation layers of a spec."""
+    """Return the augmentation layers that a spec enables."""
     result: list[layers.Layer] = []
     if spec.flip != "none" or spec.rotation or spec.zoom or spec.translation:
         result.append(
@@ -40,7 +40,7 @@ def augmentation_layers(spec: AugmentationSpec) -> list[layers.Layer]:
 
 
 class Augmentation(layers.Layer):
-    """Base of layers that change images (B, H, W, C) in training only."""
+    """Base class of layers that change images (B, H, W, C) in training only."""
 
     def __init__(self, seed: int | None = None, **kwargs: Any) -> None:
         # Half precision cannot represent fractions of pixel values up to 255.
@@ -70,11 +70,11 @@ class RandomGeometry(Augmentation):
     interpolate.
 
     Args:
-        flip: As `AugmentationSpec.flip`; flips along each axis with probability 0.5.
-        rotation: Largest rotation in either direction, as a share of a full turn.
+        flip: See `AugmentationSpec.flip`; each axis is flipped with probability 0.5.
+        rotation: Maximum rotation in either direction, as a fraction of a full turn.
         zoom: Images shrink to at least 1 / (1 + zoom) or grow to at most 1 / (1 - zoom).
-        translation: Largest shift along each axis, as a share of the image.
-        seed: Seed of the random numbers.
+        translation: Maximum shift along each axis, as a fraction of the image.
+        seed: Seed for the random numbers.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class RandomGeometry(Augmentation):
         self.zoom, self.translation = zoom, translation
 
     def augment(self, images_BHWC: Any) -> Any:
-        """Return the images, each under its own affine map."""
+        """Return the images, each transformed by its own affine map."""
         flip_x, flip_y, rotation, zoom, shift_x, shift_y = self.draw(images_BHWC, 6)
         flips_x = self.flip in ("horizontal", "horizontal_and_vertical")
         flips_y = self.flip in ("vertical", "horizontal_and_vertical")
@@ -115,12 +115,12 @@ class RandomGeometry(Augmentation):
 
 @keras.saving.register_keras_serializable("mm_model")
 class RandomColour(Augmentation):
-    """Changes contrast and brightness of each image equally in all channels; clips to 0-255.
+    """Changes contrast and brightness of each image, equally in all channels; clips to 0-255.
 
     Args:
-        contrast: Largest relative change of the deviations from each channel's mean.
-        brightness: Largest shift of all pixels, as a share of 255.
-        seed: Seed of the random numbers.
+        contrast: Maximum relative change of the deviations from each channel's mean.
+        brightness: Maximum shift of all pixels, as a fraction of 255.
+        seed: Seed for the random numbers.
     """
 
     def __init__(self, contrast: float = 0.0, brightness: float = 0.0, **kwargs: Any) -> None:
@@ -134,7 +134,7 @@ class RandomColour(Augmentation):
         if self.contrast:
             factor = _per_image(1.0 + contrast_B * self.contrast)
             mean: Any = ops.mean(images_BHWC, axis=(1, 2), keepdims=True)
-            # (x - mean) × factor + mean with one product per pixel.
+            # Computes (x - mean) × factor + mean with one product per pixel.
             images_BHWC, shift = images_BHWC * factor, shift + mean * (1.0 - factor)
         return ops.clip(images_BHWC + shift, 0.0, WHITE)
 
@@ -143,10 +143,10 @@ class RandomColour(Augmentation):
 class RandAugment(Augmentation):
     """Applies random operations of one magnitude to each image, by default two.
 
-    Cubuk et al. 2019, "RandAugment: Practical automated data augmentation with a reduced search
-    space", arXiv 1909.13719, without equalize, whose histograms are expensive. Applies geometric
-    operations first, in one bilinear resampling. Each image has its own signs. Ranges at magnitude
-    m, from Cubuk et al. 2018 (AutoAugment, arXiv 1805.09501, table 6):
+    Implements Cubuk et al. 2019, "RandAugment: Practical automated data augmentation with a reduced
+    search space", arXiv 1909.13719, but omits equalize, whose histograms are expensive. Applies
+    geometric operations first, in one bilinear resampling. Signs are drawn per image. The ranges at
+    magnitude m are those of Cubuk et al. 2018 (AutoAugment, arXiv 1805.09501, table 6):
 
         identity
         rotate                                      by 30° × m
@@ -161,7 +161,7 @@ class RandAugment(Augmentation):
         magnitude: m, in (0, 1).
         operations: Names of the operations to choose from.
         num_operations: Operations per image.
-        seed: Seed of the random numbers.
+        seed: Seed for the random numbers.
     """
 
     GEOMETRIC = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
@@ -182,8 +182,8 @@ class RandAugment(Augmentation):
     def augment(self, images_BHWC: Any) -> Any:
         """Return the images after their operations."""
         draw = self.draw(images_BHWC, 2 * self.num_operations)
-        share = [(d + 1.0) * (len(self.operations) / 2) for d in draw[::2]]
-        chosen = [ops.cast(ops.floor(s), "int32") for s in share]
+        positions = [(d + 1.0) * (len(self.operations) / 2) for d in draw[::2]]
+        chosen = [ops.cast(ops.floor(p), "int32") for p in positions]
         signs = [ops.where(d < 0, -1.0, 1.0) for d in draw[1::2]]
         if set(self.operations) & set(self.GEOMETRIC):
             source = Affine()
@@ -198,7 +198,7 @@ class RandAugment(Augmentation):
         return images_BHWC
 
     def _where(self, name: str, chosen: Any, then: Any, otherwise: Any) -> Any:
-        """Return `then` for the rows that drew an operation, `otherwise` for all others."""
+        """Return `then` for the rows whose operation is `name`, `otherwise` for all others."""
         index = self.operations.index(name) if name in self.operations else -1
         return ops.where(ops.equal(chosen, index), then, otherwise)
 
@@ -206,8 +206,8 @@ class RandAugment(Augmentation):
         """Return the map of a geometric operation, or the identity for any other."""
         height, width = images_BHWC.shape[1:3]
 
-        def amount(name: str, largest: float) -> Any:
-            return self._where(name, chosen_B, sign_B * (self.magnitude * largest), 0.0)
+        def amount(name: str, maximum: float) -> Any:
+            return self._where(name, chosen_B, sign_B * (self.magnitude * maximum), 0.0)
 
         angle = amount("rotate", math.radians(30))
         cos, sin = ops.cos(angle), ops.sin(angle)
@@ -227,20 +227,20 @@ class RandAugment(Augmentation):
         the shift 0 for rows with another operation, so one expression serves all rows.
         """
         grey: Any = x[..., :1] * 0.299 + x[..., 1:2] * 0.587 + x[..., 2:] * 0.114
-        share = sign * (-0.9 * self.magnitude)
-        shares = {name: self._where(name, chosen, share, 0.0) for name in self.ENHANCING}
+        change = sign * (-0.9 * self.magnitude)
+        changes = {name: self._where(name, chosen, change, 0.0) for name in self.ENHANCING}
         low: Any = ops.min(x, axis=(1, 2), keepdims=True)
         span: Any = ops.max(x, axis=(1, 2), keepdims=True) - low
-        # Leaves a channel of one value unchanged.
+        # Leaves a channel unchanged if all its pixels are equal.
         low, span = ops.where(span > 0, low, 0.0), ops.where(span > 0, span, WHITE)
-        factor = self._where("autocontrast", chosen, WHITE / span, 1.0 - sum(shares.values()))
+        factor = self._where("autocontrast", chosen, WHITE / span, 1.0 - sum(changes.values()))
         shift = self._where(
             "autocontrast",
             chosen,
             low * (-WHITE / span),
-            shares["contrast"] * ops.mean(grey, axis=(1, 2), keepdims=True),
+            changes["contrast"] * ops.mean(grey, axis=(1, 2), keepdims=True),
         )
-        blended = shares["colour"] * grey + shares["sharpness"] * _smooth(x)
+        blended = changes["colour"] * grey + changes["sharpness"] * _smooth(x)
         x = ops.clip(x * factor + shift + blended, 0.0, WHITE)
         step = 2.0 ** round(4 * self.magnitude)
         levels: Any = ops.floor(x / step)

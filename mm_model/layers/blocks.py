@@ -1,4 +1,4 @@
-"""Dense blocks, which the branches, the fusion and the heads are made of.
+"""Dense blocks used by the branches, the fusion and the heads.
 
 Shapes: B rows, F features.
 """
@@ -14,28 +14,20 @@ from mm_model.tunable import l2_regularizer
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """Builds blocks with the activation, dropout, L2 penalty and batch norm of one model."""
+class BlockBuilder:
+    """Builds dense blocks with the activation, dropout, L2 penalty and batch norm of one model."""
 
-    activation: str
-    dropout: float
-    l2: float
-    synchronized: bool
-
-    @classmethod
-    def from_spec(cls, spec: ModelSpec) -> "Blocks":
-        """Return the blocks of a spec."""
-        return cls(spec.activation, spec.dropout, spec.l2, spec.batch_norm == "sync")
+    spec: ModelSpec
 
     def dense(self, x_BF: KerasTensor, units: int, name: str, skip: bool = False) -> KerasTensor:
         """Apply a linear map, batch norm, activation and dropout.
 
-        With `skip`, adds the input, projected to `units` features if it has another number.
+        With `skip`, adds the input, which is first projected if it does not have `units` features.
         """
         y_BF = self.linear(x_BF, units, f"{name}_dense")
         y_BF = self.batch_norm(f"{name}_bn")(y_BF)
-        y_BF = layers.Activation(self.activation, name=f"{name}_activation")(y_BF)
-        y_BF = RowDropout(self.dropout, name=f"{name}_dropout")(y_BF)
+        y_BF = layers.Activation(self.spec.activation, name=f"{name}_activation")(y_BF)
+        y_BF = RowDropout(self.spec.dropout, name=f"{name}_dropout")(y_BF)
         if not skip:
             return y_BF
         if x_BF.shape[-1] != units:
@@ -43,16 +35,16 @@ class Blocks:
         return layers.Add(name=f"{name}_add")([x_BF, y_BF])
 
     def linear(self, x_BF: KerasTensor, units: int, name: str) -> KerasTensor:
-        """Apply a linear map without bias, which a batch norm would cancel."""
-        regularizer = l2_regularizer(self.l2)
+        """Apply a linear map without a bias."""
+        regularizer = l2_regularizer(self.spec.l2)
         return layers.Dense(units, use_bias=False, kernel_regularizer=regularizer, name=name)(x_BF)
 
     def batch_norm(self, name: str) -> layers.Layer:
         """Return a batch-norm layer with local or synchronized statistics."""
-        if self.synchronized:
+        if self.spec.batch_norm == "sync":
             return SynchronizedBatchNormalization(synchronized=True, name=name)
         return layers.BatchNormalization(name=name)
 
     def logit(self, x_BF: KerasTensor, name: str) -> KerasTensor:
-        """Return one logit per row, which is 0 before training."""
+        """Return one logit per row; it is 0 before training."""
         return layers.Dense(1, kernel_initializer="zeros", name=name, dtype="float32")(x_BF)

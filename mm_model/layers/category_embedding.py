@@ -19,18 +19,18 @@ from mm_model.tunable import current_value, l2_regularizer
 class CategoryEmbedding(layers.Layer):
     """Maps the codes of categorical columns to learned features, side by side.
 
-    Numbers that are no code of the column's vocabulary count as unknown. Training replaces a random
-    share of the known words by unknown or, equally often, by missing. So both embeddings learn what
-    to expect of a row when the column gives no information, even if training has no such rows (like
-    the word dropout of Iyyer et al. 2015, ACL P15-1162).
+    Codes outside the column's vocabulary are treated as unknown. Training replaces a random
+    fraction of the known words by unknown or, equally often, by missing. Both embeddings thus learn
+    what to predict when the column gives no information, even if the training data contain no such
+    rows (as in the word dropout of Iyyer et al. 2015, ACL P15-1162).
 
-    Input: int (B, C).  Output: float (B, F), F the sum of the columns' widths.
+    Input: int (B, C).  Output: float (B, F), where F is the sum of the columns' widths.
 
     Args:
         vocabularies: Vocabularies of the columns, in order; saved with the model.
-        dropout: Share of the known words to replace in training.
+        dropout: Fraction of the known words to replace in training.
         l2: L2 penalty on the embeddings.
-        seed: Seed of the random replacement.
+        seed: Seed for the random replacement.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class CategoryEmbedding(layers.Layer):
         self.entries = [
             self.add_weight(
                 shape=(vocabulary.num_codes, width),
-                # Embeddings of any width have about the length of a standardized number (as in the
+                # Gives embeddings of any width about the length of a standardized number (as in the
                 # code of Gorishniy et al. 2021, arXiv 2106.11959); with Keras' ±0.05, the numbers
                 # would dominate.
                 initializer=keras.initializers.RandomUniform(-(width**-0.5), width**-0.5),
@@ -73,7 +73,7 @@ class CategoryEmbedding(layers.Layer):
         codes_BC = ops.where(is_code_BC, codes_BC, Vocabulary.UNKNOWN)
         if training and self.dropout:
             codes_BC = self._hide(codes_BC)
-        # A product instead of a lookup, whose sparse gradient would need a separate collective
+        # A matrix product, because the sparse gradient of a lookup would need a separate collective
         # between workers.
         features = []
         for i, entries in enumerate(self.entries):
@@ -89,11 +89,11 @@ class CategoryEmbedding(layers.Layer):
             Vocabulary.UNKNOWN,
             ops.where(draw_BC < current_value(self.dropout), Vocabulary.MISSING, codes_BC),
         )
-        # Rows that are really missing or unknown keep their code, which may be informative.
+        # Words that are actually missing or unknown keep their code, which may be informative.
         return ops.where(codes_BC > Vocabulary.UNKNOWN, hidden_BC, codes_BC)
 
     def get_config(self) -> dict:
-        """Return the constructor arguments except the seed."""
+        """Return the constructor arguments, except the seed."""
         vocabularies = [v.model_dump(mode="json") for v in self.vocabularies]
         config = {"vocabularies": vocabularies, "dropout": self.dropout, "l2": self.l2}
         return {**super().get_config(), **config}
@@ -102,6 +102,7 @@ class CategoryEmbedding(layers.Layer):
 def embedding_width(num_codes: int) -> int:
     """Return the embedding width of a column by fastai's rule of thumb.
 
-    `emb_sz_rule` in `fastai/tabular/model.py` (Howard and Gugger 2020, arXiv 2002.04688).
+    The rule is `emb_sz_rule` in `fastai/tabular/model.py` (Howard and Gugger 2020, arXiv
+    2002.04688).
     """
     return min(600, round(1.6 * num_codes**0.56))

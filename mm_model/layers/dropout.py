@@ -14,26 +14,21 @@ from mm_model.tunable import Tunable, current_value
 
 @keras.saving.register_keras_serializable("mm_model")
 class RowDropout(layers.Dropout):
-    """`keras.layers.Dropout` with the same mask for a row on any number of replicas.
+    """`keras.layers.Dropout`, made to draw the same mask for a row on any number of replicas.
 
-    With one replica, the mask equals that of Keras. Random numbers are float32 under mixed
-    precision too, because fewer bits would drop a share other than `rate`. A `noise_shape` whose
-    first entry is 1 gives all rows the same mask, on every replica.
+    With one replica, the mask equals that of Keras. The rate must be below 1. The first entry of
+    `noise_shape` must be None: each row has its own mask. Random numbers are float32 even in mixed
+    precision, because with fewer bits the fraction of dropped values would differ from `rate`.
     """
 
     def call(self, inputs: Any, training: bool = False) -> Any:
-        """Apply dropout while training."""
+        """Apply dropout in training."""
         if not training or not self.rate:
             return inputs
-        if self.rate == 1:
-            return ops.zeros_like(inputs)
         noise_shape = self.noise_shape or (None,) * len(inputs.shape)
         sizes: Any = ops.shape(inputs)
         shape = [n if size is None else size for size, n in zip(noise_shape, sizes, strict=True)]
-        if noise_shape[0] == 1:
-            draw: Any = keras.random.uniform(shape, dtype="float32", seed=self.seed_generator)
-        else:
-            draw = per_row_random.uniform(shape, self.seed_generator)
+        draw = per_row_random.uniform(shape, self.seed_generator)
         scale = 1 / (1 - current_value(self.rate))
         if isinstance(self.rate, Tunable):
             scale = ops.cast(scale, inputs.dtype)
@@ -42,10 +37,10 @@ class RowDropout(layers.Dropout):
 
 @keras.saving.register_keras_serializable("mm_model")
 class ModalityDropout(layers.Layer):
-    """Hides one branch from the joint network for a random share of the training rows.
+    """Hides one branch from the joint network in a random fraction of the training rows.
 
-    Draws one number per row: below `rate` / 2 it zeroes the first branch, from 1 - `rate` / 2 the
-    second, never both (ModDrop: Neverova et al. 2016, arXiv 1501.00102).
+    Draws one number from [0, 1) per row. Below `rate` / 2, the first branch is set to zero; from
+    1 - `rate` / 2, the second; never both (ModDrop: Neverova et al. 2016, arXiv 1501.00102).
 
     Input: two tensors (B, F1), (B, F2).  Output: the same shapes.
     """
@@ -56,7 +51,7 @@ class ModalityDropout(layers.Layer):
         self.seed_generator = keras.random.SeedGenerator(seed)
 
     def call(self, features: Any, training: bool = False) -> Any:
-        """Hide branches while training."""
+        """Hide branches in training."""
         first_BF, second_BF = features
         if not training or not self.rate:
             return first_BF, second_BF

@@ -1,4 +1,4 @@
-"""Several images per row as a batch of single images and back, and views of their features.
+"""Converts several images per row to a batch of single images and back; selects feature views.
 
 Shapes: B rows, N images per row, V views, T tokens, F and G features, H × W pixels.
 """
@@ -15,9 +15,9 @@ from mm_model import per_row_random
 class FoldImages(layers.Layer):
     """Turns several images per row into one batch, so that one branch processes all of them.
 
-    Replaces a missing image by the first present one of its row; `UnfoldImages` ignores it again.
-    The placeholder of a missing image (usually black) resembles no photo, and in training would
-    distort the batch-norm statistics. Folds precomputed features (V, F) per image likewise.
+    Replaces a missing image by the first present image of its row; `UnfoldImages` ignores it later.
+    The placeholder of a missing image (usually black) resembles no photo and would distort the
+    batch-norm statistics in training. Also folds precomputed features (V, F) per image.
 
     Input: images (B, N, H, W, 3), mask (B, N), 0 for missing.  Output: (B × N, H, W, 3).
     """
@@ -45,7 +45,7 @@ class UnfoldImages(layers.Layer):
 
     The pooled features of a row are the mean over its present images (zeros if there is none), so
     they depend neither on the order of the images nor on missing ones. The tokens of a row are
-    those of all its images, zeros for a missing one.
+    the tokens of all its images, with zeros for missing images.
 
     Input: pooled (B × N, F), tokens (B × N, T, G), mask (B, N).
     Output: pooled (B, F), tokens (B, N × T, G).
@@ -69,8 +69,8 @@ class UnfoldImages(layers.Layer):
 class PickView(layers.Layer):
     """Selects one of several precomputed feature views of each image.
 
-    Inference takes the first view, that of the original image. Training draws one of the others,
-    which come from augmented images. With a single view, nothing is drawn.
+    Inference uses the first view, which comes from the original image. Training draws one of the
+    others, which come from augmented images. A single view is used in both.
 
     Input: (B, V, F).  Output: (B, F).
     """

@@ -1,4 +1,4 @@
-"""Encodes raw numbers for a network.
+"""Encodes raw numbers as network inputs.
 
 Shapes: B rows, F columns, K piecewise-linear components.
 """
@@ -14,14 +14,15 @@ from mm_model.statistics import NumericStatistics
 
 @keras.saving.register_keras_serializable("mm_model")
 class NumericEncoding(layers.Layer):
-    """Encodes raw numbers, NaN for missing, as inputs of a network.
+    """Encodes raw numbers (NaN if missing) as network inputs.
 
-    Returns the standardized value of each column, with the median for missing values. With `bins`,
-    also returns its piecewise-linear components (Gorishniy et al. 2022, arXiv 2203.05556, section
-    3.2): 1 for each bin below the value, 0 for each bin above, and in its own bin the share that
-    the value has passed. Unlike in the paper, values beyond the training range are clipped to its
-    ends, and standardized values to ±10, which limits the effect of outliers. Columns with missing
-    values in training also get a missing-value flag.
+    Returns the standardized value of each column; missing values are replaced by the column's
+    median. With `bins`, also returns the piecewise-linear components of each value (Gorishniy et
+    al. 2022, arXiv 2203.05556, section 3.2): 1 for each bin below the value, 0 for each bin above
+    it, and, for the bin that contains it, the value's relative position in the bin. Unlike in the
+    paper, these components are clipped to the training range. Standardized values are clipped to
+    ±10. Both limit the effect of outliers. Columns with missing values in training also get a
+    missing-value flag.
 
     Input: float (B, F).  Output: float32 (B, F + K + flags).
     """
@@ -31,7 +32,7 @@ class NumericEncoding(layers.Layer):
     def __init__(
         self, statistics: NumericStatistics | dict, bins: int | None = None, **kwargs
     ) -> None:
-        # Half precision cannot distinguish large numbers that differ little.
+        # Half precision cannot distinguish large numbers that differ only slightly.
         super().__init__(autocast=False, **kwargs)
         statistics = NumericStatistics.model_validate(statistics)
         self.statistics, self.bins = statistics, bins
@@ -69,7 +70,7 @@ class NumericEncoding(layers.Layer):
 def bin_edges(quantiles: tuple[float, ...], bins: int | None) -> np.ndarray:
     """Return the edges of at most `bins` bins with equal numbers of training rows.
 
-    Merges edges that are equal in float32; returns no edges if no bin is left.
+    Merges edges that are equal in float32. Returns an empty array if no bin is left.
     """
     if not bins or not quantiles:
         return np.empty(0)

@@ -11,7 +11,7 @@ from keras import ops
 
 @dataclass(frozen=True)
 class Affine:
-    """Map from (x, y) around the centre to a source position; entries are numbers or (B,)."""
+    """Maps (x, y), relative to the centre, to a source position; entries are numbers or (B,)."""
 
     xx: Any = 1.0
     xy: Any = 0.0
@@ -25,7 +25,7 @@ class Affine:
         return self.xx * x + self.xy * y + self.x1, self.yx * x + self.yy * y + self.y1
 
     def then(self, other: "Affine") -> "Affine":
-        """Return the map that applies this one, then another."""
+        """Return the map that applies this map first, then another."""
         x1, y1 = other(self.x1, self.y1)
         return Affine(
             other.xx * self.xx + other.xy * self.yx,
@@ -38,10 +38,10 @@ class Affine:
 
 
 def resample(images_BHWC: Any, source: Affine) -> Any:
-    """Return images with pixels from source positions: bilinear, reflected at the edges.
+    """Return images whose pixels are read, bilinearly, from source positions.
 
-    Equals `ops.image.affine_transform(…, fill_mode="reflect")`, which has no XLA kernel in
-    TensorFlow.
+    Positions outside an image are reflected at its edges. The result equals that of
+    `ops.image.affine_transform(…, fill_mode="reflect")`, which has no XLA kernel in TensorFlow.
     """
     height, width, channels = images_BHWC.shape[1:]
     x_W: Any = ops.reshape(ops.arange(width, dtype="float32"), (1, 1, -1))
@@ -66,7 +66,7 @@ def resample(images_BHWC: Any, source: Affine) -> Any:
 
 
 def _neighbours(position: Any, size: int) -> tuple[Any, Any, Any]:
-    """Return the pixels on both sides of a reflected position, and its distance from the first."""
+    """Return the two pixels around a reflected position, and its distance from the first one."""
     # Reflected at the outer edges of the pixels: d c b a | a b c d | d c b a.
     periodic: Any = ops.mod(position + 0.5, 2.0 * size)
     from_edge: Any = ops.abs(periodic - size)

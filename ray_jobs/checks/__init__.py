@@ -7,7 +7,7 @@ local.py           without a cluster: weights, size of the uploaded folder
 probe.py           runs functions on all nodes at the same time
 node_health.py     versions, clocks, shared memory and GPUs of the nodes
 storage_access.py  storage, data and weights as seen from every node
-resources.py       workers and memory budgets against what the cluster has or may add
+resources.py       compares workers and memory budgets with what the cluster has or may add
 collective.py      two workers exchange an array
 preflight.py       the checks that `train` and `tune` run themselves
 

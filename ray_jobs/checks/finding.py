@@ -1,4 +1,4 @@
-"""The result of a check, with a remedy if it found a problem."""
+"""Defines the result of a check, with a remedy if it found a problem."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -1,4 +1,4 @@
-"""Checks that need no cluster."""
+"""Checks the working folder and the weights without a cluster."""
 
 import os
 import re
@@ -36,7 +36,7 @@ def weights_problem(weights: str, kind: str) -> str:
 
     Args:
         weights: `model.image.weights`; the file is located, but not read.
-        kind: Kind of the branch.
+        kind: Kind of the image branch.
     """
     if weights == "imagenet":
         problem = "" if _is_downloaded(kind) else _url_problem(_IMAGENET)

@@ -19,7 +19,7 @@ from ray_jobs.checks.probe import (
 _MUST_AGREE = ("python", "ray", "tensorflow", "keras")
 _WARN_SKEW_S, _MAX_SKEW_S = 1.0, 60.0
 _GPU_TIMEOUT_S = 60.0
-"""For TensorFlow's import and its first kernel on a GPU."""
+"""Time to import TensorFlow and to run its first kernel on a GPU."""
 _GPU_REMEDY = "make `nvidia-smi` work there and install tensorflow[and-cuda]"
 
 
@@ -49,7 +49,7 @@ def version_findings(
             found = theirs.get(name, "missing")
             if found != version:
                 make = error if name in _MUST_AGREE else warning
-                text = f"{node} has {name} {found}, the driver {version}"
+                text = f"{node} has {name} {found}, the driver has {version}"
                 python = ", with the same Python" if name in _MUST_AGREE else ""
                 yield make("versions", text, f"install requirements.lock on every node{python}")
 
@@ -71,7 +71,7 @@ def clocks(nodes: Sequence[Node]) -> Iterator[Finding]:
 
 
 def clock_findings(skews_s: Mapping[str, float]) -> Iterator[Finding]:
-    """Yield a finding for each wrong clock, given the seconds that clocks are ahead."""
+    """Yield a finding for each wrong clock, given how many seconds each clock is ahead."""
     wrong = {node: skew for node, skew in skews_s.items() if abs(skew) >= _WARN_SKEW_S}
     for node, skew in wrong.items():
         text = f"the clock of {node} is {abs(skew):.1f} s {'ahead' if skew > 0 else 'behind'}"
@@ -80,7 +80,7 @@ def clock_findings(skews_s: Mapping[str, float]) -> Iterator[Finding]:
         yield make("clocks", text, remedy)
     if not wrong:
         most = max(map(abs, skews_s.values()), default=0.0)
-        yield ok("clocks", f"within {1000 * most:.0f} ms of the driver's")
+        yield ok("clocks", f"all clocks are within {1000 * most:.0f} ms of the driver's")
 
 
 def shared_memory(nodes: Sequence[Node]) -> Iterator[Finding]:
@@ -99,7 +99,7 @@ def shared_memory(nodes: Sequence[Node]) -> Iterator[Finding]:
         )
     if answers and not small:
         total = _gb(sum(stores.values()))
-        yield ok("shared memory", f"the object stores fit into it ({total} in total)")
+        yield ok("shared memory", f"the object stores fit into /dev/shm ({total} in total)")
 
 
 def gpus(nodes: Sequence[Node]) -> Iterator[Finding]:

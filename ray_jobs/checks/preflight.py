@@ -1,4 +1,4 @@
-"""The checks that `train` and `tune` run themselves, in seconds, before they start."""
+"""Checks nodes, storage, data and weights within seconds before `train` or `tune` starts."""
 
 import sys
 from dataclasses import replace
@@ -14,7 +14,7 @@ def preflight(spec: RunSpec, manifest: Manifest) -> None:
     """Check nodes, storage, data and weights if the cluster has more nodes than this one.
 
     Raises:
-        JobError: With all errors and their remedies.
+        JobError: If a check found an error; names all errors and their remedies.
     """
     import ray
 
@@ -24,7 +24,7 @@ def preflight(spec: RunSpec, manifest: Manifest) -> None:
         return
     answers, unavailable = run_on_nodes("nodes", nodes, clock)
     ready = list(answers)
-    # The node may only be busy; a job that needs it waits for it.
+    # A node that does not answer may only be busy; a job that needs it waits for it.
     found = [replace(finding, status="warning") for finding in unavailable]
     found += node_health.versions(ready)
     found += storage_access.storage(spec, ready)

@@ -1,7 +1,7 @@
-"""Runs functions on the nodes of a cluster, and the functions that examine a node.
+"""Runs functions on the nodes of a cluster, and defines the functions that examine a node.
 
-They return plain values, which the checks interpret. Their tasks take no CPU, so that they also run
-on busy nodes.
+These return plain values, which the checks interpret. Their tasks reserve no CPU, so that they also
+run on busy nodes.
 """
 
 import hashlib
@@ -38,9 +38,9 @@ class Node:
     """A node of the cluster.
 
     Args:
-        id: Ray's id.
-        name: Address and short id, for messages.
-        resources: Ray's resources.
+        id: Ray's node ID.
+        name: Address and short ID, for messages.
+        resources: Total resources, by Ray's names.
     """
 
     id: str
@@ -49,7 +49,7 @@ class Node:
 
     @property
     def key(self) -> str:
-        """Short id, for file names."""
+        """Short ID, for file names."""
         return self.id[:12]
 
 
@@ -90,11 +90,11 @@ def run_on_each(
         arguments: Arguments by node.
         function: Runs on the nodes.
         timeout_s: Time for all nodes together.
-        num_gpus: GPUs of each task.
+        num_gpus: GPUs per task.
         late_remedy: Remedy for a node that does not answer in time, instead of the usual one.
 
     Returns:
-        The results, and an error of the check for each node without a result.
+        The results by node, and an error for each node without a result.
     """
     import ray
     from ray.exceptions import RayError
@@ -136,7 +136,7 @@ def clock() -> float:
 def package_versions() -> dict[str, str]:
     """Return the versions of Python and of the workers' packages, or `missing`.
 
-    A version has a note if the package is imported from another place than its metadata.
+    A note follows a version if the package is imported from a different place than its metadata.
     """
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
@@ -188,7 +188,7 @@ def delete_folder(folder: Folder) -> None:
 
 
 def hash_files(folder: Folder, names: Sequence[str]) -> list[tuple[str | None, str]]:
-    """Return the SHA-256 of each file, and the error if it cannot be read."""
+    """Return the SHA-256 of each file, or None and the error if it cannot be read."""
 
     def read_hash(name: str) -> str:
         # Large reads, since each may be a request to an object store.
@@ -227,7 +227,7 @@ def _load_nccl() -> None:
 
 
 def _attempt(call: Callable[[], T]) -> tuple[T | None, str]:
-    """Return the result of a call, and the error that it raises as one line."""
+    """Return the result of a call and an empty text, or None and the error as one line."""
     try:
         return call(), ""
     except Exception as failure:  # File systems and drivers raise errors of any type.

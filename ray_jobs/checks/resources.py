@@ -12,7 +12,7 @@ from ray_jobs.data.manifest import Manifest
 
 
 def workers(spec: RunSpec, nodes: Sequence[Node]) -> Iterator[Finding]:
-    """Check that the workers of a training and the trials of a search can start."""
+    """Check that the workers of a training run and the trials of a search can start."""
     train = spec.train
     low, high = train.workers_range
     current, possible = [node.resources for node in nodes], possible_nodes()
@@ -84,7 +84,7 @@ def budgets(spec: RunSpec, manifest: Manifest | None, nodes: Sequence[Node]) -> 
 
 
 def decoded_bytes(spec: RunSpec, manifest: Manifest) -> int:
-    """Return the size of all decoded rows of training and validation."""
+    """Return the bytes of all decoded training and validation rows."""
     from ray_jobs.data.decoder import RowDecoder
 
     decoder = RowDecoder(manifest, with_image=True, size=spec.data.image_size)

@@ -22,7 +22,7 @@ from ray_jobs.data.manifest import MANIFEST, Manifest, Shard
 from ray_jobs.storage.folder import Folder
 
 _MIN_BYTES_PER_S = 10e6
-"""Of a node while all others read as well."""
+"""Minimum rate of a node while all others read as well."""
 _DRIVER = "driver"
 _USE_SHARED = "use a disk that every node mounts at this path (NFS), or s3:// or gs://"
 _GRANT_ACCESS = "choose another folder, or give every node permission or credentials to write there"
@@ -74,7 +74,7 @@ def data(
 
     Args:
         spec: The run.
-        manifest: As the driver sees it.
+        manifest: The manifest that the driver sees.
         nodes: Nodes to check.
         num_shards: Shards that each node reads in full, different ones if there are enough.
     """
@@ -83,7 +83,7 @@ def data(
     hashes, found = run_on_nodes("data", nodes, hash_files, folder, [MANIFEST])
     for node, [(sha, problem)] in hashes.items():
         if (sha, problem) != own:
-            what = f"no manifest ({problem})" if problem else "another manifest"
+            what = f"no manifest ({problem})" if problem else "a different manifest"
             text = f"{node.name} sees {what} in data.prepared={folder}"
             found.append(error("data", text, _USE_SHARED))
     if found or not num_shards:
@@ -111,9 +111,9 @@ def data(
 
 
 def sample(manifest: Manifest, num_nodes: int, num_shards: int) -> list[list[Shard]]:
-    """Return random shards for each node to read, different ones as long as there are any."""
+    """Return random shards for each node to read, different ones if there are enough."""
     shards = [shard for info in manifest.splits.values() for shard in info.shards]
-    # Without a seed, so that repeated checks read all shards in time.
+    # Without a seed, so that repeated checks read all shards sooner or later.
     random.SystemRandom().shuffle(shards)
     stream = cycle(shards)
     return [list(islice(stream, min(num_shards, len(shards)))) for _ in range(num_nodes)]

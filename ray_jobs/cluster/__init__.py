@@ -1,4 +1,4 @@
-"""Connects to Ray, counts its capacity and starts groups of TensorFlow workers.
+"""Connects to Ray, computes its capacity and starts groups of TensorFlow workers.
 
 connection.py      connect to a cluster, or start a local Ray
 node_inventory.py  resources of the nodes: total, free, possible

@@ -1,7 +1,7 @@
 """Computes how many workers and trials a cluster can run at the same time.
 
-Resources are counted per node, since no worker spans two nodes, and in Ray's units, so that
-1.2 CPUs hold three workers of 0.4.
+Resources are counted per node, since no worker spans two nodes, and in Ray's units, so that three
+workers of 0.4 CPUs fit in 1.2 CPUs.
 """
 
 import threading
@@ -23,7 +23,7 @@ from ray_jobs.config.spec import InferenceSpec, TrainSpec
 _UNITS = 10_000
 """Ray counts resources in fixed-point units of 0.0001."""
 _RELEASE_TIMEOUT_S = 10.0
-"""Ray reports the resources of an ended attempt as free after a short delay."""
+"""Maximum wait; Ray reports the resources of an ended attempt as free after a short delay."""
 _POLL_S = 0.5
 
 
@@ -32,7 +32,7 @@ def worker_resources(train: TrainSpec, gpus_per_worker: float | None = None) -> 
 
     Args:
         train: The `train` section.
-        gpus_per_worker: GPUs, or a share of one, instead of `train.gpus_per_worker`.
+        gpus_per_worker: GPUs, or a fraction of one, instead of `train.gpus_per_worker`.
     """
     num_gpus = train.gpus_per_worker if gpus_per_worker is None else gpus_per_worker
     gpus = {"GPU": float(num_gpus)} if train.use_gpu else {}
@@ -40,7 +40,7 @@ def worker_resources(train: TrainSpec, gpus_per_worker: float | None = None) -> 
 
 
 def cpu_settings(spec: TrainSpec | InferenceSpec) -> str:
-    """Return the settings that the CPUs of a job's workers follow from, for messages."""
+    """Return, for messages, the settings that determine the CPUs of a job's workers."""
     prefix, num_workers = "", spec.num_workers
     if isinstance(spec, TrainSpec):
         prefix, num_workers = "train.", spec.workers_range[0]
@@ -57,19 +57,19 @@ def bundles_that_fit(node: Mapping[str, float], bundle: Mapping[str, float]) -> 
     )
 
 
-# -- workers of a training ------------------------------------------------------------------------
+# -- workers of a training run --------------------------------------------------------------------
 
 
 def allowed_worker_counts(train: TrainSpec) -> list[int]:
-    """Return the worker counts that a training may have, in ascending order."""
+    """Return the worker counts that a training run may have, in ascending order."""
     low, high = train.workers_range
     return [n for n in train.allowed_workers() if low <= n <= high]
 
 
 def workers_that_fit(nodes: Nodes, train: TrainSpec) -> int:
-    """Return how many workers fit, with one CPU left for Ray Data, which would wait forever."""
+    """Return how many workers fit with one CPU left, without which Ray Data would wait forever."""
     bundle = worker_resources(train)
-    # Ray Data takes its CPU from the node where this costs the fewest workers.
+    # This CPU is left on the node where it costs the fewest workers.
     lost = [
         bundles_that_fit(node, bundle) - bundles_that_fit({**node, "CPU": node["CPU"] - 1}, bundle)
         for node in nodes
@@ -81,8 +81,8 @@ def workers_that_fit(nodes: Nodes, train: TrainSpec) -> int:
 def workers_to_start(train: TrainSpec, max_workers: int, interrupted: threading.Event) -> int:
     """Return the largest allowed worker count that fits.
 
-    If no allowed count fits, returns the smallest one, which Ray waits for and an autoscaler
-    provides. Waits up to 10 s for an ended attempt to release its resources.
+    If no allowed count fits, returns the smallest one; Ray then waits for an autoscaler to add
+    nodes. Waits up to 10 s for an ended attempt to release its resources.
 
     Args:
         train: The `train` section.
@@ -117,7 +117,7 @@ def trials_that_fit(nodes: Nodes, bundle: Mapping[str, float], num_workers: int)
 def trial_slots(
     bundle: Mapping[str, float], num_workers: int, max_concurrent: int | None = None
 ) -> int:
-    """Return how many trials can run at the same time, also after the autoscaler added nodes.
+    """Return how many trials can run at the same time, now or after the autoscaler adds nodes.
 
     Args:
         bundle: Ray resources of each worker of a trial.

@@ -1,7 +1,7 @@
 """Every private API of Ray that ray_jobs uses, with the reason for each.
 
 tests/ray_jobs/cluster/test_compat_ray.py fails when an upgrade of Ray changes one of them. Ray is
-imported inside the functions, so that importing this module costs nothing.
+imported inside the functions, so that importing this module does not import Ray.
 """
 
 import logging
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ray.tune.experiment import Trial
 
 PROGRESS_LOGGERS = ("ray.data", "ray.data._internal.progress", "ray.train")
-"""Loggers that report progress; Ray Data sets the level of the second one by itself."""
+"""Loggers that report progress; Ray Data itself sets the level of the second one."""
 SNAPSHOT_LOGGER = "ray.tune.execution.experiment_state"
 """Logger that reports problems with the snapshots of a search."""
 
@@ -53,7 +53,7 @@ def num_cpus() -> int:
 
 
 def memory_fraction() -> float:
-    """Return the used share of the machine's or the container's memory.
+    """Return the used fraction of the machine's or the container's memory.
 
     psutil ignores the container's limit.
     """
@@ -71,7 +71,7 @@ def psutil() -> ModuleType:
 
 
 def nvml() -> ModuleType | None:
-    """Return the NVML bindings that Ray bundles, or None without them."""
+    """Return the NVML bindings that Ray bundles, or None if they are missing."""
     try:
         from ray._private.thirdparty import pynvml
     except ImportError:
@@ -82,7 +82,7 @@ def nvml() -> ModuleType | None:
 def packaged_files(folder: Path, excludes: Sequence[str]) -> list[Path]:
     """Return the files that Ray uploads with a job from a working directory.
 
-    Only Ray's own walk applies `excludes`, .gitignore and .rayignore exactly as the upload does.
+    Only Ray's own function applies `excludes`, .gitignore and .rayignore as the upload does.
     """
     from ray._private.ray_constants import get_runtime_env_default_excludes
     from ray._private.runtime_env import packaging
@@ -95,7 +95,7 @@ def packaged_files(folder: Path, excludes: Sequence[str]) -> list[Path]:
 
 
 def job_client(address: str, timeout_s: float) -> "JobSubmissionClient":
-    """Return a job client whose requests time out; Ray's waits forever for a silent server."""
+    """Return a job client with a timeout; Ray's own client waits forever for a silent server."""
     from ray.job_submission import JobSubmissionClient
 
     class Client(JobSubmissionClient):
@@ -113,14 +113,14 @@ def tensorflow_trainer() -> "type[TensorflowTrainer]":
 
 
 def is_startup_timeout(error: Exception) -> bool:
-    """Whether workers could not be placed in time; `ControllerError` has no public cause."""
+    """Whether workers could not be placed in time; this error has no public class."""
     from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
     return isinstance(error, WorkerGroupStartupTimeoutError)
 
 
 def is_startup_failure(error: Exception) -> bool:
-    """Whether a worker died while it started; `ControllerError` has no public cause."""
+    """Whether a worker died while it started; this error has no public class."""
     from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 
     return isinstance(error, WorkerGroupStartupFailedError)
@@ -134,7 +134,7 @@ def health_check_cause(error: Exception) -> Exception:
 
 
 def pause_trial(controller: "TuneController", trial: "Trial") -> None:
-    """Mark a trial as paused, as a resumed HyperBand search must; no public API does."""
+    """Mark a trial as paused, which a resumed HyperBand search requires; no public API does so."""
     controller._set_trial_status(trial, trial.PAUSED)
 
 
@@ -155,9 +155,9 @@ def is_pending_result(value: object) -> bool:
 
 
 def propagated_env_vars() -> set[str]:
-    """Return the variables that Tune copies to trials, and logs; changes to the set take effect.
+    """Return the names of the environment variables that Tune copies to trials and logs.
 
-    No public setting excludes the AWS keys.
+    Tune uses changes to this set. No public setting excludes the AWS keys.
     """
     from ray.tune.execution import class_cache
 

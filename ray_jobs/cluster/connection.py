@@ -14,7 +14,7 @@ from ray_jobs.config.errors import JobError
 
 _CONNECT_TIMEOUT_S = 5.0
 _ray_owners: set[int] = set()
-"""Holds the id of this process while it runs a local Ray."""
+"""Contains the ID of this process while it runs a local Ray."""
 
 
 @contextmanager
@@ -28,15 +28,15 @@ def connected(
     worker_logs: bool = False,
     object_store_memory: int | None = None,
 ) -> Iterator[None]:
-    """Hold a connection to Ray; use an existing one and leave it open.
+    """Connect to Ray until the block ends; reuse an existing connection and leave it open.
 
     Args:
         address: Address of a cluster; by default $RAY_ADDRESS, else a local Ray is started.
         num_cpus: Logical CPUs of the job's processes.
         num_gpus: GPUs of the job's processes.
-        data_cpus: Further CPUs for Ray Data, which waits forever if workers hold all of them; 0 if
-            it is idle while they run.
-        cpu_settings: The settings that `num_cpus` follows from, for messages.
+        data_cpus: Additional CPUs for Ray Data, which would wait forever if the workers used all
+            CPUs; 0 if it is idle while they run.
+        cpu_settings: The settings that determine `num_cpus`, for messages.
         worker_logs: Whether to print the workers' output to this terminal.
         object_store_memory: Bytes of shared memory of a local Ray; by default Ray decides.
 
@@ -82,9 +82,9 @@ def owns_ray() -> bool:
 
 
 def available_cpus() -> int:
-    """Return the CPUs that this process may use, by its container's limit and its affinity."""
+    """Return the CPUs that the container's limit and the CPU affinity let this process use."""
     cpus = compat_ray.num_cpus()
-    # Only Linux has affinities.
+    # Only Linux has CPU affinities.
     return min(cpus, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else cpus
 
 
@@ -109,7 +109,7 @@ def _require_listening(address: str) -> None:
 
 
 def _local_cpus(total_cpus: int, data_cpus: int, cpu_settings: str) -> int:
-    """Return the logical CPUs of a local Ray: the machine's, or as many more as a job needs.
+    """Return the number of CPUs for a local Ray: the machine's, or more if a job needs them.
 
     Raises:
         JobError: If the job needs more than twice the machine's CPUs plus one.
@@ -149,7 +149,7 @@ def _need(amount: float, name: str, settings: str) -> str:
 
 
 def root_cause(error: BaseException) -> str:
-    """Return the innermost cause of a failure inside Ray, which logs the whole chain."""
+    """Return the innermost cause of a failure as text; Ray itself logs the whole chain."""
     cause: BaseException = error
     while (inner := getattr(cause, "cause", None) or cause.__cause__) is not None:
         cause = inner

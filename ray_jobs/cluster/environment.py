@@ -1,4 +1,4 @@
-"""Describes what a run ran on: versions, source revision, machine."""
+"""Describes the environment of a run: package versions, source revision and machine."""
 
 import importlib.metadata
 import os

@@ -11,7 +11,7 @@ Nodes = Sequence[Mapping[str, float]]
 """Total or free resources per node, by Ray's resource names."""
 
 _MAX_NODES = 1000
-"""Assumed for a node group without a limit."""
+"""Maximum number of nodes that is assumed for a node group without a limit."""
 _RAY_UP_CONFIG = "~/ray_bootstrap_config.yaml"
 """Where `ray up` stores the cluster configuration on the head node."""
 
@@ -46,7 +46,7 @@ def _nodes_of_ray_up(path: Path) -> Nodes:
         config: Any = yaml.safe_load(path.read_text())
         max_workers, types = config["max_workers"], config["available_node_types"]
         if not any(kind.get("resources") for kind in types.values()):
-            return []  # A list of existing machines, without their resources.
+            return []  # The file lists existing machines without their resources.
         head = types.pop(config["head_node_type"]).get("resources", {})
         workers = _expand(
             [
@@ -71,7 +71,7 @@ def _expand(groups: Sequence[tuple[dict[str, float], int]]) -> list[dict[str, fl
 
 
 def describe_nodes(nodes: Nodes) -> str:
-    """Return the CPUs and GPUs of nodes as text, equal nodes grouped: `2 × 8 CPU and 1 GPU`."""
+    """Return the CPUs and GPUs of nodes as text that groups equal nodes: `2 × 8 CPU and 1 GPU`."""
     shown = [{name: node[name] for name in ("CPU", "GPU") if node.get(name)} for node in nodes]
     counts = Counter(describe_resources(node) or "no CPU" for node in shown)
     return "; ".join(f"{n} × {text}" if n > 1 else text for text, n in counts.items()) or "no node"

@@ -14,7 +14,7 @@ from ray_jobs.config.errors import JobError, UsageError
 
 RUNTIME_ENV = "runtime_env.yaml"
 MAX_UPLOAD_BYTES = 100 * 1024**2
-"""Limit of Ray's dashboard for a request."""
+"""Maximum size of a request to Ray's dashboard."""
 
 _NUM_LISTED = 4
 
@@ -28,7 +28,10 @@ def resolve_working_dir(given: str | None) -> Path:
     if given is not None:
         folder = Path(given).expanduser().resolve()
         if not folder.is_dir():
-            raise UsageError(f"working_dir={given!r} is not a folder")
+            raise UsageError(
+                f"working_dir={given!r} is not a folder; set it to the folder to upload with the "
+                "job"
+            )
         return folder
     project = Path(__file__).resolve().parents[2]
     if not (project / RUNTIME_ENV).exists():
@@ -87,8 +90,8 @@ def require_uploadable(environment: dict[str, Any], spec: str | None = None) -> 
     listed = ", ".join(f"{name} ({_megabytes(size)})" for name, size in largest)
     raise JobError(
         f"{folder} has {_megabytes(total)} to upload, and Ray accepts at most "
-        f"{_megabytes(MAX_UPLOAD_BYTES)}; exclude files that the job does not need, by `excludes` "
-        f"in {RUNTIME_ENV} or by .gitignore. The largest are {listed}"
+        f"{_megabytes(MAX_UPLOAD_BYTES)}; exclude files that the job does not need, with "
+        f"`excludes` in {RUNTIME_ENV} or with .gitignore. The largest are {listed}"
     )
 
 

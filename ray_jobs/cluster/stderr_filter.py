@@ -10,8 +10,8 @@ ACTOR_ARGUMENTS = "has constructor arguments in the object store and max_restart
 """Error that Ray 2.60 logs for every actor of Ray Data.
 
 Ray Data itself passes its actors' arguments through the object store and lets Ray restart them.
-They restart as long as the driver lives, which holds the arguments. Without restarts
-(`max_restarts=0`) the loss of a node would end the job.
+They can restart as long as the driver, which owns the arguments, is alive. Without restarts
+(`max_restarts=0`), the loss of a node would end the job.
 """
 
 

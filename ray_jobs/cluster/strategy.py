@@ -1,11 +1,14 @@
 """The replicas of one worker, and the exchange of values with the replicas of other workers.
 
-One worker with one device uses TensorFlow's default strategy, which exchanges and wraps nothing.
-Everything else uses a `MultiWorkerMirroredStrategy`, which reads `TF_CONFIG`; so do several devices
-of one worker, since a `MirroredStrategy` cannot exchange values in a loop. All workers must call a
-method that exchanges values; if one does not, the others hang.
+One worker with one device uses TensorFlow's default strategy, which neither exchanges values nor
+wraps variables. All other cases use a `MultiWorkerMirroredStrategy`, which reads `TF_CONFIG`. This
+includes one worker with several devices, since a `MirroredStrategy` cannot exchange values inside a
+loop.
 
-Shapes: R replicas of all workers, S the size of all variables together.
+A method that exchanges values must be called by all workers; if one worker does not call it, the
+others hang.
+
+Shapes: R replicas of all workers, S total size of all variables.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,13 +28,14 @@ class WorkerContext:
 
 
 def set_devices(num_cpus: float, use_gpu: bool, deterministic: bool = False) -> None:
-    """Restrict TensorFlow to this process's resources; call it before TensorFlow starts.
+    """Restrict TensorFlow to this process's resources.
 
-    TensorFlow gets a thread per CPU, and at least two to run operations, since a collective blocks
-    one of them. Without `use_gpu` all GPUs are hidden; Ray hides only those of other processes.
+    Call it before TensorFlow initializes its devices. Uses one intra-op thread per CPU and at least
+    two inter-op threads, since a collective blocks one. Without `use_gpu`, hides all GPUs; Ray
+    hides only those assigned to other processes.
     """
     for gpu in tf.config.list_physical_devices("GPU") if use_gpu else ():
-        # Otherwise the first process on a GPU takes all of its memory.
+        # Otherwise the first process on a GPU would allocate all of its memory.
         tf.config.experimental.set_memory_growth(gpu, True)
     if not use_gpu:
         tf.config.set_visible_devices([], "GPU")
@@ -44,7 +48,7 @@ def set_devices(num_cpus: float, use_gpu: bool, deterministic: bool = False) -> 
 
 def make_strategy(num_workers: int) -> tf.distribute.Strategy:
     """Return the strategy for this worker's devices in a group of `num_workers`."""
-    # Listing logical devices would start TensorFlow before its collectives are set up.
+    # Listing logical devices would initialize them before the collectives are set up.
     gpus = tf.config.get_visible_devices("GPU")
     if num_workers == 1 and len(gpus) < 2:
         return tf.distribute.get_strategy()
@@ -59,25 +63,26 @@ class Replicas:
     """The replicas of one worker.
 
     Attributes:
-        count: Replicas of all workers.
-        local_count: Replicas of this worker.
+        count: Number of replicas of all workers.
+        local_count: Number of replicas of this worker.
 
     Raises:
-        ValueError: If the workers cannot have the same number of replicas.
+        ValueError: If the replicas cannot be divided equally among the workers.
     """
 
     def __init__(self, strategy: tf.distribute.Strategy, context: WorkerContext) -> None:
         self.strategy, self.context = strategy, context
         self.count = strategy.num_replicas_in_sync
-        self.local_count, rest = divmod(self.count, context.num_workers)
-        if rest or not self.local_count:
+        self.local_count, remainder = divmod(self.count, context.num_workers)
+        if remainder or not self.local_count:
             raise ValueError(
                 f"{context.num_workers} workers have {self.count} replicas in total; give each "
                 "worker the same number of GPUs, or none"
             )
-        # Autograph would leave its generated source in the temporary folder of a killed worker.
+        # With Autograph, a killed worker would leave generated source files in the temporary
+        # folder.
         self._sum = tf.function(
-            lambda value: strategy.run(self._sum_on_each, args=(value,)), autograph=False
+            lambda value: strategy.run(self._sum_on_replica, args=(value,)), autograph=False
         )
 
     def split(self, array: np.ndarray | tf.Tensor, convert: Callable[[Any], tf.Tensor]) -> Any:
@@ -88,13 +93,13 @@ class Replicas:
         parts = range(self.local_count)
         return self.values([convert(array[i * rows : (i + 1) * rows]) for i in parts])
 
-    def values(self, of_each: Sequence[Any]) -> Any:
-        """Return one value per local replica as an argument of `strategy.run`."""
+    def values(self, per_replica: Sequence[Any]) -> Any:
+        """Return one value per local replica as an argument for `strategy.run`."""
         if self.local_count == 1:
-            return of_each[0]
+            return per_replica[0]
         first = self.context.rank * self.local_count
         return self.strategy.experimental_distribute_values_from_function(
-            lambda context: of_each[int(context.replica_id_in_sync_group) - first]
+            lambda context: per_replica[int(context.replica_id_in_sync_group) - first]
         )
 
     def results(self, value: Any) -> tuple[Any, ...]:
@@ -104,22 +109,22 @@ class Replicas:
     # -- exchanges, which all workers must call ---------------------------------------------------
 
     def sum(self, array: np.ndarray) -> np.ndarray:
-        """Return the sum of one array per worker, all of the same shape."""
+        """Return the sum of the workers' arrays, which must have the same shape."""
         if self.context.num_workers == 1:
             return array
         first = tf.convert_to_tensor(array)
-        rest = [tf.zeros_like(first)] * (self.local_count - 1)
-        return self.results(self._sum(self.values([first, *rest])))[0].numpy()
+        zeros = [tf.zeros_like(first)] * (self.local_count - 1)
+        return self.results(self._sum(self.values([first, *zeros])))[0].numpy()
 
-    def _sum_on_each(self, array: tf.Tensor) -> tf.Tensor:
+    def _sum_on_replica(self, array: tf.Tensor) -> tf.Tensor:
         # An argument of a tf.function has no device, and a collective runs on its input's device.
         array = tf.identity(array)
         return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, array)
 
-    def gather(self, of_each: Sequence[np.ndarray]) -> np.ndarray:
+    def gather(self, per_replica: Sequence[np.ndarray]) -> np.ndarray:
         """Return the rows (R, S) of all replicas, given one row (S,) per local replica."""
-        rows = np.zeros((self.count, *of_each[0].shape), of_each[0].dtype)
-        self.local_rows(rows)[:] = of_each
+        rows = np.zeros((self.count, *per_replica[0].shape), per_replica[0].dtype)
+        self.local_rows(rows)[:] = per_replica
         # The rows of other workers are 0, so the sum over all workers contains every row.
         return self.sum(rows)
 
@@ -150,7 +155,8 @@ class Replicas:
     def write(self, variables: Sequence[Any], rows_RS: np.ndarray) -> None:
         """Set variables on each local replica to the values of its row.
 
-        If the rows are from a run with another number of replicas, every replica gets their mean.
+        If the rows are from a run with a different number of replicas, every replica gets their
+        mean.
         """
         if len(rows_RS) == self.count:
             rows = self.local_rows(rows_RS)

@@ -1,7 +1,7 @@
 """A `TensorflowTrainer` whose workers use Keras 3 and whose driver imports no TensorFlow.
 
-Ray's own backend asks for legacy Keras on the workers and imports TensorFlow in the driver and the
-controller (seconds, and half a gigabyte each). A worker needs only `TF_CONFIG`.
+Ray's own backend requests legacy Keras on the workers and imports TensorFlow in the driver and the
+controller, which costs each of them seconds and half a gigabyte. A worker needs only `TF_CONFIG`.
 """
 
 import signal

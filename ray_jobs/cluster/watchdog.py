@@ -1,4 +1,4 @@
-"""Ends a process that hangs, such as one in a collective that never completes."""
+"""Ends a process that hangs, for example in a collective that never completes."""
 
 import os
 import threading
@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 
 class Watchdog:
-    """Ends this process after `timeout_s` seconds without a call of `alive`.
+    """Ends this process after `timeout_s` seconds without a call to `alive`.
 
     The process is ended from a thread, since the blocked call cannot be interrupted.
 
     Args:
-        timeout_s: Longest time between two calls of `alive`.
-        on_hang: Called before the end with the seconds since the last call.
+        timeout_s: Maximum time between two calls to `alive`.
+        on_hang: Called before `end`, with the seconds since the last call to `alive`.
         end: Ends the process.
     """
 

@@ -1,7 +1,7 @@
 """Starts a group of TensorFlow workers: addresses, environment, devices and strategy.
 
-Ray Train's backend (`tf_backend.py`), the workers of a trial and the check of the collectives use
-it. Only the workers import TensorFlow.
+Ray Train's backend (`tf_backend.py`), the workers of a trial and the check of collectives use this
+module. Only the workers import TensorFlow.
 """
 
 import json
@@ -36,7 +36,7 @@ class GroupWorker:
     def start_tensorflow(
         self, addresses: Sequence[str], train: TrainSpec
     ) -> "tf.distribute.Strategy":
-        """Set up TensorFlow and connect to the other workers, which must call this, too."""
+        """Set up TensorFlow and connect to the other workers; all workers must call this."""
         set_environment(addresses, self.rank)
         from ray_jobs.cluster.strategy import make_strategy, set_devices
 
@@ -48,7 +48,7 @@ class GroupWorker:
 def start_workers(
     worker_class: type[GroupWorker], placement: "PlacementGroup", first_rank: int = 0
 ) -> list[Any]:
-    """Start an actor per bundle of a placement group, from `first_rank` on; return the actors."""
+    """Start and return an actor for each bundle of a placement group, from `first_rank` on."""
     import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 

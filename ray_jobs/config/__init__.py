@@ -6,5 +6,5 @@ Input: flags and YAML. Output: a validated `RunSpec`, or the spec of another ver
     tune_spec.py      settings of `tune`
     command_line.py   parses flags and YAML into a spec, prints the help, sets the exit status
     errors.py         errors that a job reports in one line
-    text.py           wording of counts
+    text.py           formats counts and names
 """

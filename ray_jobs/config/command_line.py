@@ -1,7 +1,7 @@
 """Parses the command line of every job, `[SPEC.yaml] [--section.key value …]`, into a spec.
 
-A flat spec can name one setting in the class variable `POSITIONAL`, which is then also accepted
-without its flag: `inspect PREPARED`.
+A flat spec may name one setting in the class variable `POSITIONAL`; its value is then also accepted
+without the flag: `inspect PREPARED`.
 """
 
 import os
@@ -28,7 +28,7 @@ _PASSWORD = re.compile(r"://[^/?#@\s]*:[^/?#@\s]+@")
 
 
 def main(spec_class: type[S], job: Callable[[S], Any], doc: str | None) -> None:
-    """Parse the command line, then print the help or run the job; exits like `run`."""
+    """Parse the command line, then print the help or run the job, with the exit status of `run`."""
     arguments = sys.argv[1:]
     module = getattr(sys.modules["__main__"].__spec__, "name", "ray_jobs")
     prog = f"python -m {module.removesuffix('.__main__')}"
@@ -39,7 +39,7 @@ def main(spec_class: type[S], job: Callable[[S], Any], doc: str | None) -> None:
 
 
 def is_help_request(arguments: Sequence[str]) -> bool:
-    """Whether -h or --help is among the arguments."""
+    """Return whether -h or --help is among the arguments."""
     return bool({"-h", "--help"} & set(arguments))
 
 
@@ -70,7 +70,8 @@ def parse(spec_class: type[S], arguments: Sequence[str]) -> S:
     """Return the spec that the arguments define: defaults, overridden by YAML, then by flags.
 
     Raises:
-        UsageError: Names every invalid key or value, what is accepted, and the nearest match.
+        UsageError: If a key or value is invalid; the message names each one, what is accepted, and
+            the nearest match.
     """
     fields = flatten(spec_class)
     nested = any("." in path for path in fields)
@@ -86,7 +87,8 @@ def parse(spec_class: type[S], arguments: Sequence[str]) -> S:
             elif nested and not tree and not flags:
                 tree = _with_empty_sections(spec_class, read_yaml(argument))
             else:
-                raise UsageError(f"unexpected argument {argument!r}")
+                order = "one YAML file first, then settings" if nested else "settings"
+                raise UsageError(f"unexpected argument {argument!r}; give {order} as flags")
             continue
         path, equals, value = argument[2:].partition("=")
         if path not in fields:
@@ -99,7 +101,9 @@ def parse(spec_class: type[S], arguments: Sequence[str]) -> S:
                 raise UsageError(f"--{path} needs a value ({_type_text(fields[path].annotation)})")
             value = rest.pop(0)
         if path in flags and path == positional:
-            raise UsageError(f"{path} is given twice: {flags[path]!r} and {value!r}")
+            raise UsageError(
+                f"{path} is given twice: {flags[path]!r} and {value!r}; give only one of them"
+            )
         if path in flags and _is_list(fields[path].annotation):
             raise UsageError(f"--{path} is given twice; give all values at once: --{path} A,B")
         flags[path] = value
@@ -112,7 +116,7 @@ def validate_spec(spec_class: type[S], tree: Mapping[str, Any]) -> S:
     """Return the spec with the values of a nested mapping.
 
     Raises:
-        UsageError: Contains one line for each invalid key or value.
+        UsageError: If a key or value is invalid; the message has one line for each.
     """
     if path := next(_paths_with_password(tree, ""), None):
         raise UsageError(
@@ -142,7 +146,7 @@ def read_yaml(path: str) -> dict[str, Any]:
     """Return the mapping in a YAML file.
 
     Raises:
-        UsageError: If the file cannot be read or contains something else.
+        UsageError: If the file cannot be read or contains no mapping.
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -266,7 +270,7 @@ def _union_members(annotation: Any) -> tuple[Any, ...]:
 
 
 def _is_list(annotation: Any) -> bool:
-    """Whether a setting accepts any number of values."""
+    """Return whether a setting accepts any number of values."""
     return any(
         typing.get_origin(member) is tuple and typing.get_args(member)[-1] is ...
         for member in _union_members(annotation)
@@ -274,7 +278,7 @@ def _is_list(annotation: Any) -> bool:
 
 
 def _parse_value(path: str, text: str, annotation: Any) -> Any:
-    """Convert the text of a flag to a value for pydantic, which converts scalars itself."""
+    """Convert the text of a flag to a value for pydantic, which parses scalars itself."""
     members = _union_members(annotation)
     origins = [typing.get_origin(member) for member in members]
     if text in ("none", "null") and _NONE in members:
@@ -333,7 +337,7 @@ def _has_several_types(field: FieldInfo) -> bool:
 
 
 def _has_wrong_length(problem: Any) -> bool:
-    """Whether the problem is the number of values in a tuple."""
+    """Return whether a tuple has the wrong number of values."""
     kind, last = problem["type"], problem["loc"][-1]
     return kind in ("tuple_type", "too_long") or (kind == "missing" and isinstance(last, int))
 
@@ -343,7 +347,8 @@ def _accepted_line(path: str, field: FieldInfo, problem: Any, is_bound: bool) ->
     text = ",".join(map(str, given)) if isinstance(given, list | tuple) else str(given)
     if is_bound:
         return f"{path}={text!r}: {problem['msg']} (accepted: {accepted})"
-    return f"{path}={text!r}: accepted: {accepted}{did_you_mean(text, accepted.split('|'))}"
+    nearest = did_you_mean(text, accepted.split("|"))
+    return f"{path}={text!r} is invalid{nearest} (accepted: {accepted})"
 
 
 def _error_line(problem: Any, keys: list[str], is_positional: bool) -> str:
@@ -362,14 +367,15 @@ def _error_line(problem: Any, keys: list[str], is_positional: bool) -> str:
         message = f"must be a section, not a value ({accepted})"
     if kind == "literal_error":
         choices = re.findall("'(.*?)'", problem["ctx"]["expected"])
-        message = f"accepted: {', '.join(choices)}{did_you_mean(str(given), choices)}"
+        nearest = did_you_mean(str(given), choices)
+        return f"{path}={given!r} is invalid{nearest} (accepted: {', '.join(choices)})"
     value = f"={given!r}" if isinstance(given, str | int | float | bool | None) else ""
     # Checks across sections have no path; their messages name the settings.
     return f"{path}{value}: {message}" if path else message
 
 
 def _accepted_flags(path: str, paths: list[str]) -> str:
-    """Return the flags of the same section, or the sections if there is none like it."""
+    """Describe the flags of the section in `path`, or list the sections if it does not exist."""
     section = path.rpartition(".")[0]
     names = [p.removeprefix(f"{section}.") for p in paths if p.rpartition(".")[0] == section]
     if section and names:

@@ -6,7 +6,7 @@ class UsageError(ValueError):
 
 
 class JobError(Exception):
-    """The job cannot continue, for a reason that the user can fix; the message explains how."""
+    """The job cannot continue for a reason that the user can fix; the message explains how."""
 
 
 class Interrupted(JobError):

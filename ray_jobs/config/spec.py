@@ -1,4 +1,4 @@
-"""Every setting of the jobs, defined once: YAML schema, flags, `--help` and search space.
+"""Defines every setting of the jobs once, for YAML schema, flags, `--help` and search space.
 
 Precedence: default < YAML < flag. Imports neither Ray nor TensorFlow.
 """
@@ -20,8 +20,8 @@ MAX_STREAMS = 64
 def num_streams(global_batch_size: int) -> int:
     """Return the number of sampler streams: the largest divisor of the global batch up to 64.
 
-    Each step takes the same number of rows from every stream, and the workers share the streams
-    equally, so the order of rows does not depend on the number of workers.
+    Each step takes the same number of rows from every stream, and every worker serves the same
+    number of streams, so the order of rows does not depend on the number of workers.
     """
     return max(n for n in range(1, MAX_STREAMS + 1) if global_batch_size % n == 0)
 
@@ -30,22 +30,24 @@ class RunSection(Spec):
     """The run folder and the Ray cluster."""
 
     storage_path: str = "runs"
-    """Folder or URI that every node can write to; the run folder is created in it."""
+    """Folder or URI in which the run folder is created; every node must be able to write to it."""
     name: str | None = None
     """Name of the run folder; an existing name resumes that run. Default: date and time."""
     address: str | None = None
-    """Address of a Ray cluster, such as `auto`. Default: $RAY_ADDRESS, else a new local Ray."""
+    """Address of a Ray cluster, such as `auto`. Default: $RAY_ADDRESS, else a new local Ray
+    instance."""
     seed: NonNegativeInt = 0
-    """Seed of splits, row order, initial weights, dropout and augmentation."""
+    """Seed for splits, row order, initial weights, dropout and augmentation."""
     worker_logs: bool = False
     """Print the workers' log output, not only their progress and errors."""
     preflight: bool = True
-    """Run the fast checks of `doctor` on every node before work starts, if the cluster has nodes
-    other than this one."""
+    """Run the fast checks of `doctor` on every node before work starts, if the cluster has
+    nodes other than this one."""
     tracking: Literal["none", "mlflow"] = "none"
     """Also log parameters, metrics and the model to MLflow, which needs the extra `mlflow`."""
     tracking_uri: str | None = None
-    """MLflow server or store. Default: $MLFLOW_TRACKING_URI, else SQLite in the storage path."""
+    """MLflow server or store. Default: $MLFLOW_TRACKING_URI, else an SQLite file in the storage
+    path."""
     profile_steps: tuple[PositiveInt, PositiveInt] | None = None
     """First and last step that rank 0 profiles for TensorBoard, such as 10,13."""
 
@@ -53,7 +55,9 @@ class RunSection(Spec):
     @classmethod
     def _require_order(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
         if value is not None and value[0] > value[1]:
-            raise ValueError(f"the first step {value[0]} is after the last step {value[1]}")
+            raise ValueError(
+                f"the first step {value[0]} is after the last step {value[1]}; swap the two numbers"
+            )
         return value
 
     @field_validator("name")
@@ -73,11 +77,12 @@ class PrepareSpec(Spec):
     images: str = ""
     """Folder, glob or URI of the images, or of the files that contain them."""
     table: str = ""
-    """CSV or Parquet file (path or URI) with the columns; empty if `images` contains them, too."""
+    """CSV or Parquet file (path or URI) with the keys, labels and numbers; empty if `images` also
+    contains these columns."""
     output: str = "prepared"
-    """Folder or URI for the prepared data; every worker reads it from there."""
+    """Folder or URI for the prepared data, from which every worker reads it."""
     key_column: str = "key"
-    """Column with the unique name of each row."""
+    """Column with the unique key of each row."""
     label_column: str = "label"
     """Column with the label: 0/1, booleans, or two strings."""
     positive_label: str | None = None
@@ -88,31 +93,34 @@ class PrepareSpec(Spec):
     """Column with the image path relative to `images`, instead of the pattern; for Parquet and
     TFRecord files, the column with the image itself."""
     image_columns: tuple[str, ...] = ()
-    """Names of the images of a row if it has several: columns like `image_column`, or values of
-    `{image}` in the pattern. The model uses all of them; some may be missing."""
+    """Names of the images if each row has several. Each name is either a column, as in
+    `image_column`, or a value to insert for `{image}` in `image_pattern`. The model uses all of
+    them; some may be missing."""
     numeric_columns: tuple[str, ...] | None = None
     """Numeric input columns. Default: every numeric column without another role."""
     number_rules: dict[str, NumberRule] = Field(default_factory=dict)
     """How to read text in a numeric column, such as {age: range_mean}. The range rules read `91-92`
-    and `50+` as their low end, mean or high end; `decimal_comma` reads `1.234,5`; `date` gives days
-    since 1970; `missing` treats all other text as missing. Without a rule, rows with such text go
-    to quarantine."""
+    and `50+` as their low end, mean or high end; `decimal_comma` reads `1.234,5`; `date` converts
+    dates to days since 1970-01-01; `missing` treats any text that is not a number as missing.
+    Without a rule, rows with such text go to quarantine."""
     exclude_columns: tuple[str, ...] = ()
     """Columns that are never inputs."""
     skip_unlabelled: bool = False
     """Skip rows without a label instead of counting them as bad rows."""
     group_column: str | None = None
-    """Column whose equal values (such as a patient or a house) keep rows in the same split."""
+    """Rows with the same value in this column, such as a patient id, go to the same split."""
     split_column: str | None = None
-    """Column with train, validation or test for each row, used instead of the split by hash."""
+    """Column that assigns each row to train, validation or test, instead of the split by hash."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
-    """Share of each class for the validation split: early stopping, blending and calibration."""
+    """Fraction of each class that goes to the validation split, which is used for early stopping,
+    blending and calibration."""
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
-    """Share of each class for the test split."""
+    """Fraction of each class that goes to the test split."""
     store: Literal["jpeg", "raw"] = "jpeg"
     """Storage format of images: JPEG, or raw pixels, which are larger but need no decoding."""
     image_size: PositiveInt = 456
-    """Side length of stored images in pixels, and of the model's input without data.image_size."""
+    """Side length of stored images in pixels, and of the model's input unless `data.image_size` is
+    set."""
     aspect: Literal["stretch", "crop", "pad"] = "stretch"
     """How images become square: stretched, cropped to the center, or padded with black."""
     jpeg_quality: Annotated[int, Field(ge=1, le=100)] = 95
@@ -120,11 +128,12 @@ class PrepareSpec(Spec):
     max_image_pixels: PositiveInt = 100_000_000
     """Images with more pixels are rejected before decoding."""
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """The job fails if a larger share of the rows goes to quarantine."""
+    """The job fails if a larger fraction of the rows goes to quarantine."""
     rows_per_shard: PositiveInt = 1024
-    """Rows per Parquet file; fewer for large raw images."""
+    """Maximum rows per Parquet file; reduced automatically for large raw images."""
     rows_per_group: PositiveInt = 64
-    """Rows per Parquet row group, the smallest unit that is read; fewer for large raw images."""
+    """Maximum rows per Parquet row group, the smallest unit that is read; reduced automatically for
+    large raw images."""
 
     @model_validator(mode="after")
     def _require_training_rows(self) -> Self:
@@ -147,20 +156,24 @@ class DataSpec(Spec):
     image_size: PositiveInt | None = None
     """Side length in pixels of the model's input images. Default: as stored."""
     shuffle_window_rows: PositiveInt = 2048
-    """Rows shuffled together, after a shuffle of row groups; fewer if limited by buffer_bytes."""
+    """Rows in one shuffle window, formed after the row groups are shuffled; `buffer_bytes` may
+    reduce it."""
     buffer_bytes: PositiveInt = 1 << 30
-    """Bytes of stored (encoded) rows that all workers together hold for shuffling and prefetch."""
+    """Limit in bytes for the rows, as stored, that all workers together hold in memory for
+    shuffling and prefetching."""
     decode: Literal["auto", "workers", "trainer"] = "auto"
     """Where images are decoded: `trainer` uses threads of the training processes, `workers` uses
-    Ray Data tasks, also on nodes without GPUs. `auto` uses tasks if there are such nodes."""
+    Ray Data tasks, also on nodes without GPUs. `auto` chooses `workers` if `train.use_gpu` is set,
+    some nodes have no GPU, and `cache` is `auto` or `none`."""
     cache: Literal["auto", "none", "object_store", "disk"] = "auto"
-    """Where decoded rows are kept between epochs: in Ray's shared memory, or on the disks of the
-    nodes. `auto` caches if the whole training and validation splits fit in `cache_bytes`."""
+    """Where decoded rows are kept between epochs: in Ray's object store, or on the disks of the
+    nodes. `auto` caches only if the training and validation splits fit in `cache_bytes` completely:
+    in the object store if they fit in half of it, else on disk."""
     cache_bytes: NonNegativeInt = 1 << 30
     """Limit in bytes for cached decoded rows; the remaining rows are decoded in each epoch."""
     object_store_memory: PositiveInt | None = None
-    """Bytes of Ray's shared memory: the size in a local Ray that the job starts, and the most that
-    its rows use on a cluster. Default: Ray's own, 30 % of the memory."""
+    """Bytes of Ray's object store: its size if the job starts a local Ray, or the maximum that the
+    job's rows may use on an existing cluster. Default: Ray's default, 30 % of memory."""
     prefetch_batches: NonNegativeInt = 2
     """Batches that each worker prepares in advance; the next one is already on its device."""
 
@@ -179,8 +192,8 @@ class DataSpec(Spec):
         Args:
             row_bytes: Average size of a stored row in bytes.
         """
-        # One window is decoded while the next one is read, and each holds its first and last row
-        # groups whole, which can double its size.
+        # Two windows are in memory at a time, one being decoded and one being read. Each keeps its
+        # first and last row group in full, which can double its size.
         return max(1, min(self.shuffle_window_rows, int(self.buffer_bytes / (4 * row_bytes))))
 
 
@@ -188,25 +201,28 @@ class TrainSpec(LossSpec, OptimizerSpec):
     """The training loop and its workers."""
 
     num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
-    """Worker processes, each with a replica of the model. Two numbers such as 2,8 are a minimum and
-    a maximum: as many as the cluster has resources for, at each start and whenever it grows."""
+    """Worker processes, each with a replica of the model. Two numbers such as 2,8 give a minimum
+    and a maximum; the run then uses as many workers as the cluster has resources for, chosen at
+    each start and whenever the cluster grows."""
     use_gpu: bool = False
     """Whether workers use GPUs."""
     gpus_per_worker: PositiveInt = 1
-    """GPUs of each worker, each with its own replica."""
+    """GPUs per worker; each GPU holds its own replica."""
     cpus_per_worker: Positive = 1.0
-    """Logical CPUs, and so compute threads, of each worker."""
+    """Logical CPUs per worker, which is also its number of compute threads."""
     resources_per_worker: dict[str, Positive] = Field(default_factory=dict)
-    """Additional Ray resources of each worker, such as {"accelerator_type:A10G": 0.001}."""
+    """Additional Ray resources per worker, such as {"accelerator_type:A10G": 0.001}."""
     global_batch_size: PositiveInt = 32
     """Rows per optimizer step, over all workers."""
     epochs: PositiveInt = 50
     """Maximum number of passes over the training rows."""
     stages: tuple[StageSpec, ...] = ()
-    """Layer freezing schedule: the stages in order, such as [{epochs: 3, backbone: 0}, {epochs: 5,
-    backbone: 0.3, backbone_rate: 0.1}], which first trains the heads with a frozen backbone."""
+    """Layer freezing schedule: the stages in order. For example, [{epochs: 3, backbone: 0},
+    {epochs: 5, backbone: 0.3, backbone_rate: 0.1}] first trains the heads with a frozen
+    backbone."""
     class_weight: Literal["balanced", "none"] = "balanced"
-    """`balanced` weights rows so that both classes contribute equally, by the training counts."""
+    """`balanced` weights rows so that both classes contribute equally, based on the class counts of
+    the training split."""
     monitor: Literal["val/log_loss", "val/roc_auc", "val/pr_auc"] = "val/log_loss"
     """Validation metric that selects the best epoch."""
     patience: PositiveInt = 10
@@ -214,9 +230,11 @@ class TrainSpec(LossSpec, OptimizerSpec):
     clip_norm: Positive | None = None
     """Maximum global norm of a step's gradient, over all workers; none disables clipping."""
     accumulate_steps: PositiveInt = 1
-    """Parts in which each replica computes its rows of a step; more parts need less memory."""
+    """Number of micro-batches into which each replica splits its rows of a step; more need less
+    memory."""
     precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
-    """Compute precision of the layers; weights stay float32. mixed_float16 scales the loss."""
+    """Compute precision of the layers; weights stay float32. mixed_float16 also uses loss
+    scaling."""
     jit_compile: bool = False
     """Compile the forward and backward pass with XLA."""
     steps_per_call: PositiveInt = 1
@@ -226,7 +244,7 @@ class TrainSpec(LossSpec, OptimizerSpec):
     all_reduce_bytes: PositiveInt | None = None
     """Maximum size in bytes of one gradient exchange. Default: all gradients at once."""
     deterministic: bool = False
-    """Use deterministic operations, which make GPU results reproducible bit by bit; slower."""
+    """Use deterministic operations, which are slower but make GPU results bitwise reproducible."""
     checkpoint_every_steps: PositiveInt | None = None
     """Maximum number of steps that a failure can lose; checkpoints are written a little more often.
     Default: checkpoints are written only at the end of each epoch."""
@@ -235,35 +253,42 @@ class TrainSpec(LossSpec, OptimizerSpec):
     keep_best: PositiveInt = 1
     """Number of best epochs whose weights are kept."""
     calibrate: bool = True
-    """Fit the blend and the scale and bias of the logit on the validation split after training."""
+    """After training, fit the weights of the heads and a scale and bias of the logit on the
+    validation split."""
     decision_threshold: Annotated[float, Field(gt=0, lt=1)] | Literal["f1", "balanced_accuracy"] = (
         0.5
     )
-    """Probability from which a row is positive, or the validation metric that selects it."""
+    """Probability at or above which a row is classified as positive, or the validation metric that
+    the threshold should maximize."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
-    """Failures to recover from; -1: no limit. Errors in data or settings are not retried."""
+    """Maximum number of failures to recover from; -1 means no limit. Errors in data or settings are
+    not retried."""
     max_preemptions: Annotated[int, Field(ge=-1)] = -1
-    """Node preemptions to recover from; -1: no limit."""
+    """Maximum number of node preemptions to recover from; -1 means no limit."""
     hang_timeout_s: Positive = 900.0
-    """Seconds without a completed step after which a worker has failed; must exceed the time for
-    start-up and the first step."""
+    """Seconds without a completed step after which a worker is considered hung; must exceed the
+    time for start-up and the first step."""
 
     @model_validator(mode="after")
-    def _require_equal_shares(self) -> Self:
+    def _require_divisible_batch(self) -> Self:
         allowed, (low, high) = self.allowed_workers(), self.workers_range
         if low > high:
-            raise ValueError(f"num_workers={low},{high}: the minimum exceeds the maximum")
+            raise ValueError(
+                f"num_workers={low},{high}: the minimum exceeds the maximum; swap the two numbers"
+            )
         if not allowed:
             raise ValueError(
                 f"global_batch_size={self.global_batch_size} cannot be split into "
                 f"accumulate_steps={self.accumulate_steps} parts for each of "
-                f"{self.replicas_per_worker} replicas"
+                f"{self.replicas_per_worker} replicas; change global_batch_size or "
+                "accumulate_steps"
             )
         if not [n for n in allowed if low <= n <= high]:
             workers = low if low == high else f"{low},{high}"
+            accepted = " or ".join(", ".join(map(str, allowed)).rsplit(", ", 1))
             raise ValueError(
-                f"num_workers={workers} cannot share global_batch_size={self.global_batch_size} "
-                f"equally (accepted: {', '.join(map(str, allowed))})"
+                f"global_batch_size={self.global_batch_size} cannot be divided equally among "
+                f"num_workers={workers}; use num_workers={accepted}"
             )
         return self
 
@@ -272,8 +297,8 @@ class TrainSpec(LossSpec, OptimizerSpec):
         before = sum(stage.epochs for stage in self.stages[:-1])
         if before >= self.epochs:
             raise ValueError(
-                f"stages: the last stage starts after epoch {before}, which epochs={self.epochs} "
-                "does not reach; increase epochs or shorten the stages"
+                f"stages: the last stage starts after epoch {before}, but training ends after "
+                f"epochs={self.epochs}; increase epochs or shorten the stages"
             )
         return self
 
@@ -290,12 +315,15 @@ class TrainSpec(LossSpec, OptimizerSpec):
 
     @property
     def checkpoint_cadence(self) -> int | None:
-        """Steps between two checkpoints: a quarter less than may be lost, to allow for writing."""
+        """Steps between two checkpoints: three quarters of `checkpoint_every_steps`.
+
+        Training continues while a checkpoint is written, so a failure can lose more than that.
+        """
         every = self.checkpoint_every_steps
         return None if every is None else every - every // 4
 
     def allowed_workers(self) -> list[int]:
-        """Return, in order, the numbers of workers that can share the global batch equally."""
+        """Return, in order, the numbers of workers among which the global batch divides equally."""
         streams = num_streams(self.global_batch_size)
         parts = self.replicas_per_worker * self.accumulate_steps
         return [
@@ -321,8 +349,8 @@ class RunSpec(Spec):
         max_replicas = train.workers_range[1] * train.replicas_per_worker
         if train.jit_compile and self.model.batch_norm == "sync" and max_replicas > 1:
             raise ValueError(
-                "train.jit_compile=true cannot compile the exchange between replicas of "
-                "model.batch_norm=sync; set batch_norm=local or jit_compile=false"
+                "train.jit_compile=true cannot compile the exchange of statistics between replicas "
+                "that model.batch_norm=sync needs; set batch_norm=local or jit_compile=false"
             )
         return self
 
@@ -339,7 +367,7 @@ class RunSpec(Spec):
 
 
 class InferenceSpec(Spec):
-    """Settings that `evaluate` and `predict` share."""
+    """Settings of both `evaluate` and `predict`."""
 
     run: str
     """Run folder that `train` wrote."""
@@ -354,9 +382,10 @@ class InferenceSpec(Spec):
     use_gpu: bool = False
     """Whether each process uses a GPU."""
     cpus_per_worker: Positive = 1.0
-    """Logical CPUs of each process."""
+    """Logical CPUs per process."""
     address: str | None = None
-    """Address of a Ray cluster, such as `auto`. Default: $RAY_ADDRESS, else a new local Ray."""
+    """Address of a Ray cluster, such as `auto`. Default: $RAY_ADDRESS, else a new local Ray
+    instance."""
     worker_logs: bool = False
     """Print the workers' log output."""
 
@@ -369,13 +398,14 @@ class EvaluateSpec(InferenceSpec):
 
 
 class PredictSpec(InferenceSpec):
-    """Probabilities of a run for prepared or raw rows."""
+    """Predictions of a trained run for prepared or raw rows."""
 
     split: Split | None = None
     """Split of prepared data to predict. Default: all splits."""
     images: str | None = None
     """For raw rows: path or URI of each image with column names in braces, such as
-    `photos/{key}.jpg`, or the folder to which the run's own pattern is relative."""
+    `photos/{key}.jpg`, or the folder that contains the images, if the run's own `image_pattern`
+    applies."""
 
 
 class InspectSpec(Spec):
@@ -388,7 +418,7 @@ class InspectSpec(Spec):
     output: str | None = None
     """Folder or URI for inspect.html and inspect.json. Default: the prepared folder."""
     max_rows: PositiveInt = 1_000_000
-    """Rows to inspect per split; a larger split is sampled by a hash of the key."""
+    """Maximum rows to inspect per split; a larger split is sampled by a hash of the key."""
 
 
 class DemoSpec(Spec):
@@ -397,10 +427,10 @@ class DemoSpec(Spec):
     output: str = "demo"
     """Folder for data and runs; an earlier demo in it is replaced."""
     num_rows: Annotated[int, Field(ge=100)] = 1200
-    """Rows to generate."""
+    """Number of rows to generate."""
     epochs: PositiveInt = 15
-    """Maximum number of epochs of each of the three trainings."""
+    """Maximum number of epochs of each of the three training runs."""
     num_workers: PositiveInt = 2
-    """Workers that train the fusion model."""
+    """Number of workers that train the fusion model."""
     seed: NonNegativeInt = 0
-    """Seed of data and training."""
+    """Seed for data and training."""

@@ -1,19 +1,13 @@
-"""Words numbers for terminal output, error messages and pages."""
+"""Formats counts and names for terminal output, error messages and pages."""
 
 from collections.abc import Iterable
 
 
-def count_text(number: int, noun: str, plural: str = "") -> str:
-    """Return a number with its noun, such as `1 row` or `2,345 rows`.
-
-    Args:
-        number: The count.
-        noun: In the singular.
-        plural: Of the noun; by default with an added s.
-    """
-    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+def count_text(number: int, noun: str) -> str:
+    """Return a number with its noun, such as `1 row` or `2,345 rows`, for `noun="row"`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def names_text(names: Iterable[str]) -> str:
-    """Return names as a list such as `area, rooms`, or `none`; blank names are in quotes."""
+    """Return names as a list such as `area, rooms`, or `none`; blank names are quoted."""
     return ", ".join(name if name.strip() else repr(name) for name in names) or "none"

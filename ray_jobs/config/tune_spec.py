@@ -13,9 +13,12 @@ from mm_model.spec import Positive, Spec
 Metric = Literal["val/log_loss", "val/roc_auc", "val/pr_auc", "val/accuracy", "inference/row_s"]
 
 PAUSING = ("hyperband", "pbt", "pb2")
-"""Schedulers that pause trials until other trials catch up, so all trials must be started."""
+"""Schedulers that pause a trial until the others catch up.
+
+Every trial of the search must be started, or the paused ones wait forever.
+"""
 EXPLOITING = ("pbt", "pb2")
-"""Schedulers that let a bad trial continue from a good trial's weights."""
+"""Schedulers that make a bad trial continue from the weights of a good one."""
 
 
 class DistributionSpec(Spec):
@@ -55,7 +58,10 @@ class DistributionSpec(Spec):
             if not self.choice:
                 raise ValueError("choice needs at least one value")
         elif self.low >= self.high:
-            raise ValueError(f"{self.kind}: {self.low:g} is not below {self.high:g}")
+            raise ValueError(
+                f"{self.kind}: the lower bound {self.low:g} must be below the upper bound "
+                f"{self.high:g}"
+            )
         return self
 
     @property
@@ -65,12 +71,12 @@ class DistributionSpec(Spec):
 
     @property
     def low(self) -> float:
-        """Lower bound; not for a choice."""
+        """Lower bound; undefined for a choice."""
         return getattr(self, self.kind)[0]
 
     @property
     def high(self) -> float:
-        """Upper bound, which is exclusive for integers; not for a choice."""
+        """Upper bound, exclusive for integers; undefined for a choice."""
         return getattr(self, self.kind)[1]
 
     @property
@@ -94,7 +100,7 @@ class DistributionSpec(Spec):
         return tuple(round(low + i * step, 12) for i in range(count))
 
     def contains(self, value: Any) -> bool:
-        """Whether the distribution can produce a value."""
+        """Return whether the distribution can produce a value."""
         if self.kind == "choice":
             return value in self.values()
         if not isinstance(value, int | float) or isinstance(value, bool):
@@ -112,62 +118,69 @@ _INTEGER_KINDS = ("randint", "lograndint")
 
 
 class BudgetSpec(Spec):
-    """Limits of a search over all its restarts; training the best trial in full is extra."""
+    """Limits of a search over all its restarts; training the best trials in full does not count."""
 
     trials: PositiveInt = 40
     """Maximum number of trials; the first one uses the spec's own values."""
     hours: Positive | None = None
     """Maximum wall-clock hours. Default: no limit."""
     cpu_hours: Positive | None = None
-    """Maximum hours of logical CPUs reserved by trials. Default: no limit."""
+    """Maximum CPU-hours reserved by trials (logical CPUs × hours). Default: no limit."""
     gpu_hours: Positive | None = None
-    """Maximum hours of GPUs reserved by trials. Default: no limit."""
+    """Maximum GPU-hours reserved by trials (GPUs × hours). Default: no limit."""
 
 
 class TuneSpec(Spec):
     """Hyperparameter search: search space, searcher, scheduler and budget."""
 
     space: dict[str, DistributionSpec] = Field(default_factory=dict)
-    """Search space by path of the setting, such as {train.learning_rate: {loguniform: [1e-5,
-    1e-2]}, train.weight_decay: {uniform: [0, 0.1], when: {train.optimizer: [adamw, lamb]}}}."""
+    """Distribution of each searched setting, by its path, such as {train.learning_rate:
+    {loguniform: [1e-5, 1e-2]}, train.weight_decay: {uniform: [0, 0.1], when: {train.optimizer:
+    [adamw, lamb]}}}."""
     first: tuple[dict[str, Any], ...] = ()
-    """Values of the trials after the first one, by path; other settings keep the spec's values."""
+    """Settings to try right after the first trial: one mapping of path to value per trial. Other
+    settings keep the spec's values."""
     metrics: tuple[Metric, ...] = ()
-    """Metrics to optimize, taken from each trial's best epoch. Default: `train.monitor`. Of several
-    metrics, such as val/log_loss,inference/row_s, the first one ranks the trials."""
+    """Metrics to optimize, taken from each trial's best epoch. Default: `train.monitor`. With
+    several metrics, such as val/log_loss,inference/row_s, the first one ranks the trials."""
     searcher: Literal["tpe", "random", "grid", "cmaes", "nsga2"] = "tpe"
-    """How values are chosen: Optuna's tree-structured Parzen estimator (`tpe`), at random, every
-    combination in order (`grid`), CMA-ES for numbers, or NSGA-II for several metrics."""
+    """How values are chosen: by Optuna's tree-structured Parzen estimator (`tpe`), at random
+    (`random`), from all combinations in order (`grid`), by CMA-ES (`cmaes`; numbers only) or by
+    NSGA-II (`nsga2`; for several metrics)."""
     scheduler: Literal["asha", "hyperband", "median", "pbt", "pb2", "fifo"] = "asha"
-    """How trials are stopped early: asynchronous successive halving (`asha`), HyperBand, the median
-    rule, or never (`fifo`). With `pbt` and `pb2`, the worst trials instead continue from the
-    weights of the best ones with other values."""
+    """How trials are stopped early: by asynchronous successive halving (`asha`), HyperBand, the
+    median rule, or never (`fifo`). With `pbt` and `pb2`, the worst trials instead continue from the
+    weights of the best ones, with changed settings."""
     grace_epochs: PositiveInt | None = None
-    """Epochs that `asha` and `median` let every trial train. Default: train.epochs / 9."""
+    """Minimum epochs of a trial before `asha` or `median` may stop it. Default: train.epochs /
+    9."""
     reduction_factor: Annotated[int, Field(ge=2)] = 3
-    """`asha` and `hyperband` continue one of this many trials at each of their decisions."""
+    """N: at each decision, `asha` and `hyperband` continue the best 1/N of the trials."""
     perturbation_epochs: PositiveInt | None = None
     """Epochs between two decisions of `pbt` and `pb2`. Default: train.epochs / 10."""
     seed: NonNegativeInt = 0
-    """Seed of the searcher."""
+    """Seed for the searcher."""
     workers_per_trial: PositiveInt | None = None
-    """Worker processes of each trial. Default: the (minimum) train.num_workers."""
+    """Worker processes per trial. Default: `train.num_workers`, or its minimum if it is a range."""
     gpus_per_worker: Positive | None = None
-    """GPUs of each worker, such as 0.25 for a small model. Default: train.gpus_per_worker."""
+    """GPUs per worker, such as 0.25 for a small model. Default: train.gpus_per_worker."""
     max_concurrent_trials: PositiveInt | None = None
     """Maximum number of simultaneous trials. Default: as many as fit on the cluster at its maximum
-    size, which `hyperband`, `pbt` and `pb2` always use."""
+    size. `hyperband`, `pbt` and `pb2` use the default, unless no trial fits on the current nodes
+    and the maximum size is unknown."""
     max_failures: NonNegativeInt = 2
-    """Lost processes or nodes that a trial recovers from, each time from its checkpoint. An error
-    in data or settings ends the trial at once, and the search continues."""
+    """Maximum number of lost processes or nodes after which a trial resumes from its checkpoint. An
+    error in data or settings ends the trial at once, and the search continues."""
     checkpoint_every_s: Positive = 30.0
-    """Minimum seconds between two checkpoints of a trial; they are written at the end of epochs."""
+    """Minimum seconds between two checkpoints of a trial; checkpoints are written only at the end
+    of an epoch."""
     feature_cache: Literal["auto", "always", "none"] = "auto"
     """Compute the features of the frozen image backbone once, so that trials train only the layers
-    above it. `auto` does so if the backbone is frozen, at least in the first stage; `always` treats
-    it as frozen."""
+    above it. `auto` does so if the backbone is frozen at least in the first stage; `always` does so
+    in any case, as if the backbone were frozen."""
     feature_views: NonNegativeInt = 4
-    """Augmented views of each training image in the feature cache, besides the original."""
+    """Number of augmented views of each training image in the feature cache, besides the
+    original."""
     promote: PositiveInt = 4
     """Number of best trials on cached features that are trained in full to select the best run."""
     budget: BudgetSpec = BudgetSpec()
@@ -175,9 +188,14 @@ class TuneSpec(Spec):
     @model_validator(mode="after")
     def _require_supported_metrics(self) -> Self:
         if len(set(self.metrics)) < len(self.metrics):
-            raise ValueError(f"metrics={','.join(self.metrics)} contains duplicates")
+            raise ValueError(
+                f"metrics={','.join(self.metrics)} contains duplicates; list each metric once"
+            )
         if len(self.metrics) > 1 and self.searcher == "cmaes":
-            raise ValueError("searcher=cmaes supports one metric; use tpe, nsga2 or random")
+            raise ValueError(
+                "searcher=cmaes supports only one metric; use tpe, nsga2 or random, or give one "
+                "metric"
+            )
         return self
 
     @model_validator(mode="after")
@@ -190,15 +208,18 @@ class TuneSpec(Spec):
             )
         discrete = [path for path in self.space if path not in continuous]
         if self.scheduler == "pb2" and discrete:
+            have = "has another distribution" if len(discrete) == 1 else "have other distributions"
             raise ValueError(
-                "scheduler=pb2 supports only uniform and loguniform, unlike the values of "
-                f"{', '.join(discrete)}; use pbt"
+                "scheduler=pb2 supports only uniform and loguniform, but "
+                f"{', '.join(discrete)} {have}; use pbt"
             )
         if self.scheduler in EXPLOITING and len(self.metrics) > 1:
-            raise ValueError(f"scheduler={self.scheduler} supports one metric")
+            raise ValueError(
+                f"scheduler={self.scheduler} supports only one metric; use asha, or give one metric"
+            )
         if self.scheduler in EXPLOITING and self.metrics == ("inference/row_s",):
             raise ValueError(
-                f"scheduler={self.scheduler} needs a metric that training improves; metrics="
-                "inference/row_s does not change"
+                f"scheduler={self.scheduler} needs a metric that improves during training, but "
+                "inference/row_s does not; choose a validation metric"
             )
         return self

@@ -1,6 +1,6 @@
-"""Read prepared shards into batches.
+"""Reads prepared shards into batches.
 
-Enters: a prepared folder.  Leaves: NumPy batches for each training or evaluation step.
+Input: a prepared folder.  Output: NumPy batches for each training or evaluation step.
 
     manifest   describes the prepared folder: columns, shards, splits, statistics
     batch      names, types and shapes of the arrays in a batch

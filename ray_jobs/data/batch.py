@@ -1,8 +1,8 @@
 """Defines the arrays of a batch: names, types and shapes.
 
     image       uint8    (B, H, W, 3), or (B, N, H, W, 3) with several images per row
-    features    float32  (B, V, F) or (B, N, V, F); replaces `image` if the shards hold features of
-                         a frozen backbone: V views of the image, F features each
+    features    float32  (B, V, F) or (B, N, V, F); replaces `image` if the shards contain features
+                         of a frozen backbone: V views of the image, F features each
     image_mask  float32  (B, N), 0 for a missing image; only with several images per row
     numeric     float32  (B, F), NaN for a missing number; columns in the manifest's order
     category    int32    (B, C), codes of the manifest's vocabularies; only with categories
@@ -30,4 +30,4 @@ INPUT_TYPES = {
     NUMERIC: np.float32,
     CATEGORY: np.int32,
 }
-"""Possible inputs of a model."""
+"""NumPy types of the possible inputs of a model."""

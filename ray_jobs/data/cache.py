@@ -1,10 +1,10 @@
 """Keeps decoded row groups across epochs, within a byte budget.
 
-A decoded row group has pixels in place of encoded images; readers handle both alike. The manifest
-and the budget alone decide which row groups are kept.
+A decoded row group has pixels instead of encoded images; readers handle both alike. Only the
+manifest and the budget determine which row groups are kept.
 
     object_store   Ray's shared memory: decoded once per cluster, read without a copy
-    disk           memory-mapped files on each node, held by the node's page cache
+    disk           memory-mapped files on each node, which its page cache keeps in memory
 """
 
 import fcntl
@@ -36,7 +36,7 @@ class ObjectStoreCache:
         self.index = index
 
     def get(self, groups: Sequence[Group]) -> dict[Group, pa.Table]:
-        """Return the cached ones of some row groups; skips objects whose owner died."""
+        """Return those of some row groups that are cached; skip objects whose owner died."""
         import ray
         from ray.exceptions import RayError
 
@@ -66,7 +66,7 @@ class _Index:
         self.refs: dict[Group, Any] = {}
 
     def keep(self, group: Group, ref: Any) -> None:
-        # The newer one wins: the owner of the previous one may have died.
+        # Replaces an earlier object, whose owner may have died.
         self.refs[group] = ref
 
     def find(self, groups: Sequence[Group]) -> dict[Group, Any]:
@@ -84,7 +84,7 @@ class DiskCache:
     """Decoded row groups as Arrow files, shared by all processes of a node that use the same data.
 
     Each process holds a shared lock on a file next to the folder. The last one to close deletes the
-    folder. The next run on the node deletes the folders that killed processes left.
+    folder. The next run on the node deletes the folders that killed processes left behind.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -96,7 +96,7 @@ class DiskCache:
         folder.mkdir(exist_ok=True)
 
     def get(self, groups: Sequence[Group]) -> dict[Group, pa.Table]:
-        """Return the cached ones of some row groups."""
+        """Return those of some row groups that are cached."""
         tables: dict[Group, pa.Table] = {}
         for group in groups:
             with suppress(OSError):
@@ -146,9 +146,13 @@ def _delete_unused(folder: Path) -> None:
 
 
 def choose_cache(spec: DataSpec, manifest: Manifest, row_bytes: int, object_store: float) -> Kind:
-    """Return the kind of cache for some data, which resolves `data.cache: auto`.
+    """Return the kind of cache for some data; resolve `data.cache: auto`.
 
-    `row_bytes` are those of a decoded row, `object_store` those of the cluster's object stores.
+    Args:
+        spec: The `data` section.
+        manifest: The manifest of the prepared data.
+        row_bytes: Bytes of a decoded row.
+        object_store: Bytes of the cluster's object stores.
     """
     if manifest.image.features:
         return "none"  # Features need no decoding.
@@ -164,7 +168,7 @@ def choose_cache(spec: DataSpec, manifest: Manifest, row_bytes: int, object_stor
 
 
 def cacheable_groups(spec: DataSpec, manifest: Manifest, row_bytes: int) -> frozenset[Group]:
-    """Return the first row groups of training and validation, as many as the budget holds."""
+    """Return the first row groups of training and validation, as many as fit in the budget."""
     groups: list[Group] = []
     left = spec.cache_bytes
     for split in SPLITS[:2]:
@@ -178,9 +182,13 @@ def cacheable_groups(spec: DataSpec, manifest: Manifest, row_bytes: int) -> froz
 
 
 def open_cache(kind: Kind, manifest: Manifest, size: int | None, index: Any) -> Cache | None:
-    """Return the cache of a worker for images of `size` pixels; None for the stored size.
+    """Return the cache of a worker, or None for the kind `none`.
 
-    An `object_store` cache needs the index actor from `make_cache_index`.
+    Args:
+        kind: Kind of the cache.
+        manifest: The manifest of the prepared data.
+        size: Side in pixels of the model's images; None for the stored size.
+        index: Index actor from `make_cache_index`, which only an `object_store` cache needs.
     """
     if kind == "none":
         return None

@@ -1,7 +1,7 @@
 """Turns stored rows into the arrays of a batch; decodes images at the model's size.
 
-If the shards hold features instead of images, the batch has `features` instead of `image`. Imports
-neither Ray nor TensorFlow.
+If the shards contain features instead of images, the batch has `features` instead of `image`.
+Imports neither Ray nor TensorFlow.
 """
 
 from collections.abc import Callable
@@ -36,8 +36,8 @@ class RowDecoder:
     """Turns stored rows into batches.
 
     Args:
-        manifest: Of the rows.
-        with_image: Whether the model takes images or image features.
+        manifest: The manifest of the prepared data.
+        with_image: Whether the model uses images or image features.
         size: Side in pixels of the model's images; None for the stored size.
     """
 
@@ -113,12 +113,12 @@ class RowDecoder:
             batch: Batch from `make_batch`.
             stored: Rows to choose from.
             rows: Indices into `stored`.
-            first: Index in the batch of the first row.
-            on_error: Called with the index in the batch and the error of each row with a damaged
-                image, whose pixels become zero.
+            first: Batch index of the first row.
+            on_error: Called with the batch index and the error of each row with a damaged image,
+                whose pixels become zero.
 
         Raises:
-            ValueError: If an image is damaged and `on_error` is not given; names the row.
+            ValueError: If an image is damaged and `on_error` is not given; it names the row.
         """
         for i, row in enumerate(rows.tolist(), start=first):
             try:
@@ -170,7 +170,7 @@ class RowDecoder:
         if pa.types.is_fixed_size_binary(cell.type):
             pixels = np.frombuffer(content, np.uint8)
             for shape in (self.pixel_shape, self.stored_shape):
-                # A cache holds the model's size, a shard the stored size.
+                # Cached images have the model's size, images in a shard the stored size.
                 if pixels.size == int(np.prod(shape)):
                     return resize(pixels.reshape(shape), self.pixel_shape)
             raise ValueError(

@@ -15,9 +15,11 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image, ImageOps
 
+from ray_jobs.config.spec import PrepareSpec
+
 Aspect = Literal["stretch", "crop", "pad"]
 
-# Not all formats of Pillow: some run programs or open further files (EPS, WMF, …).
+# Excludes formats for which Pillow runs programs or opens further files (EPS, WMF, …).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
 
 _RGB = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
@@ -51,23 +53,16 @@ class BadImage(Exception):
         return f"{self.reason}: {self.detail}"
 
 
-def prepare_image(
-    content: bytes,
-    size: int,
-    aspect: Aspect,
-    quality: int,
-    max_pixels: int,
-    store: Literal["jpeg", "raw"] = "jpeg",
-) -> bytes:
-    """Return a user's image as a JPEG of `size` × `size` pixels, or as raw pixels.
+def prepare_image(content: bytes, spec: PrepareSpec) -> bytes:
+    """Return a user's image as a square of `prepare.image_size`: a JPEG or, by `store`, raw pixels.
 
     Raises:
         BadImage: If the image cannot be used.
     """
     # Resampling from at least twice the size keeps the quality.
-    image = decode(content, max_pixels, at_least=2 * size)
-    square = to_square(image, size, aspect)
-    return square.tobytes() if store == "raw" else encode_jpeg(square, quality)
+    image = decode(content, spec.max_image_pixels, at_least=2 * spec.image_size)
+    square = to_square(image, spec.image_size, spec.aspect)
+    return square.tobytes() if spec.store == "raw" else encode_jpeg(square, spec.jpeg_quality)
 
 
 def decode(content: bytes, max_pixels: int, at_least: int | None = None) -> Image.Image:
@@ -78,8 +73,8 @@ def decode(content: bytes, max_pixels: int, at_least: int | None = None) -> Imag
     Args:
         content: The file.
         max_pixels: Larger images are rejected before they are decoded.
-        at_least: Allows decoding a JPEG at 1/2, 1/4 or 1/8 of its size if neither side gets
-            shorter than this.
+        at_least: Allows decoding a JPEG at 1/2, 1/4 or 1/8 of its size, as long as neither side
+            becomes shorter than this number of pixels.
 
     Raises:
         BadImage: `unreadable_image`, `animated_image` (more than one frame) or `too_large_image`.
@@ -112,9 +107,9 @@ def decode(content: bytes, max_pixels: int, at_least: int | None = None) -> Imag
 
 
 def to_square(image: Image.Image, size: int, aspect: Aspect) -> Image.Image:
-    """Return an RGB image as a square of `size` pixels, resampled by Lanczos.
+    """Return an RGB image as a square of `size` × `size` pixels, resampled by Lanczos.
 
-    `aspect` is `stretch` to the square, `crop` to the centre, or `pad` with black.
+    `aspect` selects how: `stretch` to the square, `crop` to the centre, or `pad` with black.
     """
     width, height = image.size
     if aspect == "pad":
@@ -146,8 +141,8 @@ def decode_stored(
 ) -> np.ndarray:
     """Return the RGB pixels of a stored JPEG at the size of the model: uint8 (H, W, 3).
 
-    Decodes at 1/2, 1/4 or 1/8 of the size where that suffices, which is faster, and in a single
-    thread. Checks the size in the JPEG's header before allocating memory.
+    To be fast, decodes at 1/2, 1/4 or 1/8 of the size where that suffices. Uses a single thread.
+    Checks the size in the JPEG's header before allocating memory.
 
     Args:
         content: The JPEG.
@@ -189,7 +184,7 @@ def stored_size(content: bytes | pa.Buffer) -> tuple[int, int]:
 
 
 def resize(pixels: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    """Return pixels at another size: bilinear, or area means below half the size."""
+    """Resize pixels bilinearly, or by area means to half the size or less."""
     if pixels.shape == shape:
         return pixels
     small = 2 * shape[0] <= pixels.shape[0] and 2 * shape[1] <= pixels.shape[1]
@@ -267,9 +262,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Return a 16-bit grey image with 8 bits; Pillow's conversion would clip it."""
+    """Scale a 16-bit grey image to 8 bits; Pillow's conversion would clip it."""
     values = np.asarray(image)
-    # Older files hold 16-bit greys as 32-bit integers; wider values have no known range.
+    # Older files store 16-bit greys as 32-bit integers; wider values have no known range.
     if image.mode == "F" or values.min() < 0 or values.max() > 65535:
         raise BadImage(
             "unreadable_image",

@@ -1,40 +1,37 @@
 """Feeds one worker with batches from prepared shards.
 
-A read chunk is the rows that are read at once, still encoded: a window of the training order, or
-some rows of an evaluation. Its rows are shuffled by reference and decoded batch by batch, so few
-pixels are in memory.
+A read chunk consists of the rows that are read at once, still encoded: a window of the training
+order, or some rows of an evaluation. Its rows are shuffled by reference and decoded batch by batch,
+so few pixels are in memory.
 
     trainer   Threads of the training process read the next chunk and decode the next batches. No
-              data crosses processes, which is the fastest by `python -m benchmarks.feed`.
-    workers   Ray Data tasks, also on nodes without a GPU, read and decode; pixels pass through the
-              object store.
+              data is sent between processes; `python -m benchmarks.feed` measures this as fastest.
+    workers   Ray Data tasks, also on nodes without a GPU, read and decode; pixels are sent through
+              the object store.
 """
 
 import math
 import pickle
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
-from ray_jobs.config.spec import DataSpec, Split
+from ray_jobs.config.spec import DataSpec, RunSpec, Split
 from ray_jobs.data.batch import WEIGHT
-from ray_jobs.data.cache import Cache, Group, cacheable_groups
+from ray_jobs.data.cache import Cache, Group, cacheable_groups, open_cache
 from ray_jobs.data.decoder import Batch, RowDecoder
 from ray_jobs.data.manifest import Manifest
 from ray_jobs.data.prefetch import prefetch, prefetch_map
 from ray_jobs.data.reader import ShardReader, StoredRows, groups_by_shard
 from ray_jobs.data.sampler import RowRange, TrainingSampler, evaluation_rows, stored_ranges
 from ray_jobs.storage.folder import Folder
-
-if TYPE_CHECKING:
-    import ray.data
 
 Decode = Literal["workers", "trainer"]
 _GroupKey = tuple[int, int]
@@ -43,10 +40,10 @@ _GroupKey = tuple[int, int]
 _BLOCK_BYTES = 8 << 20
 _EVALUATION_CHUNK_ROWS = 512
 _TASKS_PER_EXECUTION = 2000
-"""Limit, because Ray Data plans all tasks of an execution before it starts the first one."""
+"""Maximum, because Ray Data plans all tasks of an execution before it starts the first one."""
 _MAX_TASKS = 8
 _READ_THREADS = 8
-"""Shards that are read concurrently, to hide the latency of a remote store."""
+"""Number of shards that are read concurrently, to hide the latency of a remote store."""
 _ROWS_PER_CALL = {"jpeg": 8, "raw": 64}
 """Rows per call of a decoding thread, by image encoding: copying raw pixels is so cheap that it
 needs larger calls."""
@@ -54,13 +51,13 @@ needs larger calls."""
 
 @dataclass(frozen=True)
 class ReadChunk:
-    """Rows that are read at once, and their batches: S steps of B rows."""
+    """Rows that are read at once and their batches: S steps of B rows."""
 
     ranges: Sequence[RowRange]
     batches_SB: np.ndarray
     """Indices into the rows of `ranges`."""
     num_padding: int = 0
-    """Rows at the end of the last batch that only fill it, with weight 0."""
+    """Number of rows with weight 0 that only fill the last batch."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +65,10 @@ class FeedOptions:
     """Options of a feed; they do not change the order of rows.
 
     Args:
-        with_image: Whether the model takes images or image features.
+        with_image: Whether the model uses images or image features.
         data: The `data` section.
-        decode: Where to decode.
-        threads: Decoding threads if the trainer decodes.
+        decode: Where images are decoded.
+        threads: Number of decoding threads if the trainer decodes.
         cache: Cache of decoded row groups if the trainer decodes.
     """
 
@@ -80,6 +77,22 @@ class FeedOptions:
     decode: Decode = "trainer"
     threads: int = 1
     cache: Cache | None = None
+
+
+def feed_options(spec: RunSpec, manifest: Manifest, feed: Mapping[str, Any]) -> FeedOptions:
+    """Return the feed options of a training worker, with its cache open.
+
+    Args:
+        spec: The run's settings.
+        manifest: The manifest of the prepared data.
+        feed: What all workers share: `decode`, `cache` and `index`; other keys are ignored.
+    """
+    return FeedOptions(
+        data=spec.data,
+        decode=feed["decode"],
+        threads=max(math.ceil(spec.train.cpus_per_worker), 1),
+        cache=open_cache(feed["cache"], manifest, spec.data.image_size, feed["index"]),
+    )
 
 
 class _Feed:
@@ -195,32 +208,24 @@ class _Feed:
     # -- in Ray Data tasks ------------------------------------------------------------------------
 
     def _by_tasks(self, chunks: Sequence[ReadChunk]) -> Iterator[Batch]:
-        """Yield the batches of chunks from one Ray Data execution.
+        """Yield the batches of chunks from one Ray Data execution with a task per chunk.
 
         An execution spans epochs: it starts only once, and it prefetches rows of the next epoch
         during validation.
         """
-        batches: Any = self._dataset(chunks).iter_batches(
-            batch_size=self.batch_size,
-            batch_format="numpy",
-            prefetch_batches=self.options.data.prefetch_batches,
-        )
-        yield from batches
-
-    def _dataset(self, chunks: Sequence[ReadChunk]) -> "ray.data.Dataset":
-        """Return the dataset whose i-th task yields the batches of the i-th chunk."""
         import ray.data
         from ray.data import ExecutionResources
 
         count, cpus = len(chunks), ray.cluster_resources().get("CPU", 1)
         tasks_per_worker = math.floor(cpus / self.num_workers) - 1
-        # As rows, one block and task each: in the function, every task would receive all chunks.
+        # Chunks are rows, with one block and task each: if the function contained them, every task
+        # would receive all chunks.
         items = [{"chunk": pickle.dumps(chunk)} for chunk in chunks]
         dataset = ray.data.from_items(items, override_num_blocks=count).map_batches(
             self.task,
             batch_size=None,
             # Workers wait for each other in each step. A task that waits for its worker must not
-            # hold a CPU that another worker's task needs; `concurrency` bounds the tasks instead.
+            # hold a CPU that another worker's task needs; `concurrency` limits the tasks instead.
             num_cpus=0,
             concurrency=max(1, min(_MAX_TASKS, tasks_per_worker, count)),
         )
@@ -233,7 +238,12 @@ class _Feed:
         # By default, Ray Data collects 128 MiB of pixels before it returns the first row.
         context.target_max_block_size = _BLOCK_BYTES
         context.enable_progress_bars = False
-        return dataset
+        batches: Any = dataset.iter_batches(
+            batch_size=self.batch_size,
+            batch_format="numpy",
+            prefetch_batches=self.options.data.prefetch_batches,
+        )
+        yield from batches
 
 
 class TrainingFeed(_Feed):
@@ -254,11 +264,11 @@ class TrainingFeed(_Feed):
         self.streams = sampler.streams_of(rank, num_workers)
 
     def batches(self, start: int, stop: int) -> Generator[Batch]:
-        """Yield this worker's share of the global steps `start` to `stop` (exclusive)."""
+        """Yield this worker's batches of the global steps `start` to `stop` (exclusive)."""
         return self._stream(self.chunks(start, stop))
 
     def chunks(self, start: int, stop: int) -> Iterator[ReadChunk]:
-        """Yield the windows of these steps; a chunk has all rows of its window."""
+        """Yield the chunks of these steps; each has all rows of its window."""
         for window in self.sampler.windows(start, stop):
             ranges = [
                 r for stream in self.streams for r in self.sampler.stream_rows(window, stream)
@@ -273,7 +283,7 @@ class TrainingFeed(_Feed):
 
 
 class EvaluationFeed(_Feed):
-    """One worker's share of a split in stored order.
+    """One worker's rows of a split in stored order.
 
     The last batch of a pass is padded with rows of weight 0.
     """
@@ -291,7 +301,7 @@ class EvaluationFeed(_Feed):
         super().__init__(folder, manifest, split, batch_size, num_workers, options)
         info = manifest.splits[split]
         self.rows = evaluation_rows(info, rank, num_workers)
-        """Indices of the share's rows in the split."""
+        """Indices of the worker's rows in the split."""
         self.num_batches = -(-len(self.rows) // batch_size)
         """Number of batches of one pass."""
         chunk_rows = max(1, _EVALUATION_CHUNK_ROWS // batch_size) * batch_size
@@ -302,7 +312,7 @@ class EvaluationFeed(_Feed):
         """Chunks of one pass."""
 
     def batches(self, passes: int = 1) -> Generator[Batch]:
-        """Yield each row of the share once per pass; padding rows have weight 0."""
+        """Yield batches with each of the worker's rows once per pass; padding has weight 0."""
         return self._stream(chunk for _ in range(passes) for chunk in self.chunks)
 
 
@@ -329,7 +339,7 @@ def _run_task(reader: ShardReader, decoder: RowDecoder, items: Any) -> Iterator[
 
 
 def _padded_chunk(ranges: Sequence[RowRange], batch_size: int) -> ReadChunk:
-    """Return a chunk of rows in order; repeats the last row to fill the last batch."""
+    """Return a chunk of rows in order; repeat the last row to fill the last batch."""
     num_rows = sum(r.num_rows for r in ranges)
     num_batches = -(-num_rows // batch_size)
     rows = np.minimum(np.arange(num_batches * batch_size), num_rows - 1)
@@ -337,7 +347,7 @@ def _padded_chunk(ranges: Sequence[RowRange], batch_size: int) -> ReadChunk:
 
 
 def choose_decode(spec: DataSpec, use_gpu: bool) -> Decode:
-    """Return where to decode on this cluster, which resolves `data.decode: auto`.
+    """Return where to decode on this cluster; resolve `data.decode: auto`.
 
     Nodes without GPUs have idle CPUs, and GPU nodes have few CPUs per GPU.
     """

@@ -50,7 +50,7 @@ class SplitInfo(Spec):
 
 
 class Cut(Spec):
-    """Hash limits of one class: below `test`, below `validation`; all others train."""
+    """Upper hash limits of the test and validation rows of one class; all other rows train."""
 
     test: str
     validation: str
@@ -64,9 +64,9 @@ class ImageInfo(Spec):
     height: int
     width: int
     names: tuple[str, ...] = ()
-    """Names of the images of a row, in order; empty if a row has one image."""
+    """Names of the images of a row, in order; empty if each row has one image."""
     features: tuple[int, int] | None = None
-    """Views and width of backbone features, if the columns hold these instead of images: views ×
+    """Views and width of backbone features, if the columns contain these instead of images: views ×
     width float32 numbers per image as fixed-size binary."""
 
     @classmethod
@@ -77,7 +77,7 @@ class ImageInfo(Spec):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Image or feature columns of the shards; of several per row, some may be null."""
+        """Image or feature columns of the shards; if there are several, some may be null."""
         return tuple(f"{IMAGE}_{name}" for name in self.names) or (IMAGE,)
 
     @property
@@ -97,14 +97,14 @@ class Manifest(Spec):
     image: ImageInfo
     numeric_columns: tuple[str, ...]
     vocabularies: tuple[Vocabulary, ...] = ()
-    """Of the categorical columns, fitted on the training split; the shards hold the texts."""
+    """Vocabularies of the categorical columns in the training split; shards contain the texts."""
     negative_label: str
     positive_label: str
     splits: dict[Split, SplitInfo]
     cuts: tuple[Cut, Cut] | None
-    """Of class 0 and class 1; None if the table has a split column."""
+    """Hash limits of class 0 and class 1; None if the table has a split column."""
     statistics: NumericStatistics | None
-    """Of the training split; None without numeric columns."""
+    """Statistics of the training split; None without numeric columns."""
     quarantine: dict[str, int]
     """Number of excluded rows by reason."""
 
@@ -117,7 +117,7 @@ def read_manifest(folder: Folder) -> Manifest:
     """Return the manifest of a prepared folder, or its copy in a run folder.
 
     Raises:
-        JobError: If it is missing, damaged or of another version.
+        JobError: If it is missing or damaged, or has another schema version.
     """
     if not folder.exists(MANIFEST):
         raise JobError(f"{folder} has no {MANIFEST}; run `python -m ray_jobs.prepare` first")
@@ -138,7 +138,7 @@ def require_shards(folder: Folder, manifest: Manifest, splits: Sequence[Split] =
     """Check that the shards of some splits exist and have the right sizes.
 
     Raises:
-        JobError: Naming the first shard that is missing or has another size.
+        JobError: If a shard is missing or has another size; it names the first such shard.
     """
     shards = [shard for split in splits for shard in manifest.splits[split].shards]
     infos = folder.filesystem.get_file_info([folder.locate(shard.path) for shard in shards])

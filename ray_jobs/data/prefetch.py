@@ -14,9 +14,9 @@ _END = object()
 
 
 def prefetch(items: Iterable[T], depth: int) -> Generator[T]:
-    """Yield items in order while a thread produces up to `depth` further ones.
+    """Yield items in order while a thread produces up to `depth` further items.
 
-    An exception of the producer is raised in its item's turn. The thread ends with this iterator,
+    An exception of the producer is raised in place of its item. The thread ends with this iterator,
     even if it is closed early; closing waits for the item in progress.
     """
     if depth < 1:

@@ -60,8 +60,8 @@ def groups_by_shard(keys: Sequence[tuple[int, int]]) -> dict[int, list[int]]:
 class StoredRows:
     """Rows of several row groups in order, without copying them.
 
-    Not a single Arrow table: some row groups may hold encoded images and others, from a cache,
-    pixels.
+    They are not combined in one Arrow table, since some row groups may contain encoded images and
+    others, from a cache, pixels.
     """
 
     def __init__(self, tables: Sequence[pa.Table]) -> None:
@@ -82,7 +82,7 @@ class StoredRows:
         table = self._combined
         if table is None or table.column_names != list(columns):
             table = pa.concat_tables([table.select(columns) for table in self.tables])
-            # `take` concatenates the chunks, and a string column ends at 2 GiB.
+            # `take` concatenates the chunks, and a string column is limited to 2 GiB.
             types = [pa.large_string() if pa.types.is_string(t) else t for t in table.schema.types]
             table = table.cast(pa.schema(zip(columns, types, strict=True)))
             self._combined = table

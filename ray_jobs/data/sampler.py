@@ -1,9 +1,10 @@
-"""Chooses the rows of each step from manifest, seed, global batch size and step alone.
+"""Chooses the rows of each training step.
 
-The row groups of an epoch are shuffled by (seed, epoch) and cut into L equal streams. A window is
-the same few steps of every stream; each stream shuffles its rows of a window. A step takes B / L
-rows from every stream, and a worker serves L / num_workers streams, so the number of workers never
-changes the rows of a step. Rows that fill no complete step of an epoch start the next epoch.
+They depend only on the manifest, the seed, the global batch size, the window size and the step. The
+row groups of an epoch are shuffled by (seed, epoch) and cut into L equal streams. A window consists
+of the same few steps of every stream; each stream shuffles its rows of a window. A step uses B / L
+rows of every stream, and a worker reads L / num_workers streams, so the number of workers never
+changes the rows of a step. Rows that do not fill a complete step of an epoch start the next epoch.
 
 A fixed number of streams corresponds to the "canonical nodes" of MosaicML Streaming. Imports only
 NumPy and reads no data.
@@ -61,10 +62,10 @@ class TrainingSampler:
         row_groups: Number of rows of each row group, by shard.
         global_batch_size: Rows of a step over all workers.
         seed: Seed of the order.
-        window_rows: Rows that are shuffled together over all streams; at least one step is.
+        window_rows: Rows of all streams that are shuffled together; at least one step's rows are.
 
     Raises:
-        ValueError: If the split has fewer rows than one step takes.
+        ValueError: If the split has fewer rows than a step.
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class TrainingSampler:
     def epoch_of(self, step: int) -> int:
         """Return the epoch of a global step."""
         epoch = step * self.global_batch_size // self.num_rows
-        # Left-over rows start the next epoch, so its first step may begin in the one before.
+        # Left-over rows start the next epoch, so its first step may begin in the previous epoch.
         return epoch + (self.steps_before(epoch + 1) <= step)
 
     def windows(self, start: int, stop: int) -> Iterator[Window]:
@@ -156,15 +157,15 @@ class TrainingSampler:
                 f"of train.global_batch_size={self.global_batch_size}; use a divisor of "
                 f"{self.num_streams}"
             )
-        share = self.num_streams // num_workers
-        return range(rank * share, (rank + 1) * share)
+        count = self.num_streams // num_workers
+        return range(rank * count, (rank + 1) * count)
 
     def _slice(self, epoch: int, start: int, stop: int) -> list[RowRange]:
         """Return rows `start` to `stop` of an epoch: left-over rows, then its own row groups."""
         left_over = epoch * self.num_rows % self.global_batch_size
         ranges: list[RowRange] = []
         if start < left_over:
-            # Fewer than a step's rows, so all come from the end of the epoch before.
+            # These are fewer rows than a step has, so all are from the end of the previous epoch.
             base = self.num_rows - left_over
             ranges += self._shuffled_rows(epoch - 1, base + start, base + min(stop, left_over))
         if stop > left_over:
@@ -185,11 +186,11 @@ class TrainingSampler:
         return ranges
 
     def _epoch_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the shuffled row groups of an epoch, and the end of each in rows."""
+        """Return the shuffled row groups of an epoch, and the row at which each of them ends."""
         if epoch not in self._epoch_orders:
             order = np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.groups))
             sizes = np.asarray([group.num_rows for group in self.groups], np.int64)
-            # An epoch needs itself and the one before.
+            # The rows of an epoch also depend on the previous epoch's order.
             self._epoch_orders = {
                 e: o for e, o in self._epoch_orders.items() if abs(e - epoch) == 1
             }

@@ -1,4 +1,4 @@
-"""Runs the whole pipeline on generated data: job.py runs the verbs, synthetic.py makes the data."""
+"""Runs the whole pipeline on generated data: job.py runs the verbs, synthetic.py generates it."""
 
 from ray_jobs.demo.job import demo
 

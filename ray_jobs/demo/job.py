@@ -1,4 +1,4 @@
-"""Runs the whole pipeline on generated data: prepare, train, evaluate, predict.
+"""Run the whole pipeline on generated data: prepare, train, evaluate, predict.
 
 Output: generated data, shards, three run folders (fusion, image only, numeric only), metrics, plots
 and predictions in the output folder, and a table that compares the three models.
@@ -38,7 +38,7 @@ def demo(spec: DemoSpec) -> dict[str, float]:
     """Run all jobs and return the ROC AUC of each variant on the test split.
 
     Raises:
-        JobError: If the output folder contains other files, or a job fails.
+        JobError: If the output folder contains files that are not from a demo, or a job fails.
     """
     from ray_jobs.demo.synthetic import write_demo_data
 

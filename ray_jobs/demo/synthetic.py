@@ -38,7 +38,7 @@ _ROWS_AT_ONCE = 256
 
 
 def write_demo_data(folder: str | Path, num_rows: int = 1200, seed: int = 0) -> None:
-    """Write images and table to a folder; the same seed gives the same files."""
+    """Write the images and the table to a folder; the same seed gives the same files."""
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
@@ -63,7 +63,7 @@ def write_demo_data(folder: str | Path, num_rows: int = 1200, seed: int = 0) -> 
 def draw_factors(
     num_rows: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return tint (R), wear (R) and the numbers (R, `NUMERIC_COLUMNS`), without missing ones."""
+    """Return tint (R), wear (R) and the numbers (R, `NUMERIC_COLUMNS`), none missing."""
     tint, roughness, drift, *noise = rng.normal(size=(7, num_rows))
     # |drift| has mean √(2/π) and variance 1 - 2/π.
     heat = (np.abs(drift) - np.sqrt(2 / np.pi)) / np.sqrt(1 - 2 / np.pi)

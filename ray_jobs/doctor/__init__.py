@@ -1,4 +1,4 @@
-"""Runs the checks as a job of their own.
+"""Runs the checks as a separate job.
 
 Input: a specification. Output: findings, printed and returned.
 """

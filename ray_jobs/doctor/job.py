@@ -1,4 +1,4 @@
-"""Find problems that would stop or spoil a job, within seconds and with their remedies.
+"""Find problems that would break a job, within seconds, and suggest remedies.
 
 Reads prepared data and the cluster. Writes a few bytes into the storage path and deletes them.
 Run:   python -m ray_jobs.doctor ray_jobs/specs/houses.yaml --address auto
@@ -6,7 +6,7 @@ Run:   python -m ray_jobs.doctor ray_jobs/specs/houses.yaml --address auto
 
 Prints one line per check, with a remedy if it found a problem. The exit status is 1 if a check
 found an error. `train` and `tune` check nodes, storage and data themselves if the cluster has more
-nodes than this one; --run.preflight false turns that off.
+nodes than this one; --run.preflight false disables these checks.
 """
 
 import os
@@ -41,12 +41,12 @@ _MARKS = {
 
 
 class DoctorSpec(SearchSpec):
-    """A run, and options of its checks."""
+    """A run, and options for its checks."""
 
     address: str | None = None
-    """Short for run.address."""
+    """Shorthand for `run.address`."""
     working_dir: str | None = None
-    """Folder to upload with a submitted job; by default the project's."""
+    """Folder to upload with a submitted job; by default the project folder."""
     sample_shards: PositiveInt = 8
     """Shards that each node reads in full and compares with the manifest."""
 
@@ -55,7 +55,7 @@ def examine(spec: DoctorSpec) -> list[Finding]:
     """Print and return the findings of all checks.
 
     Raises:
-        JobError: If one of them is an error.
+        JobError: If a finding is an error.
     """
     from rich.console import Console
     from rich.markup import escape

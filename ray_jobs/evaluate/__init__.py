@@ -1,9 +1,9 @@
-"""Evaluate a trained run on a split.
+"""Evaluates a trained run on a split.
 
-Enters: a trained run and prepared data.  Leaves: metrics.json and plots.
+Input: a trained run and prepared data. Output: metrics.json and plots.
 
     job     predicts the split and computes the metrics
-    plots   draws ROC, precision-recall, calibration and confusion
+    plots   draws ROC curve, precision-recall curve, calibration and confusion
 """
 
 from ray_jobs.evaluate.job import evaluate

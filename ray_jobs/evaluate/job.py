@@ -12,14 +12,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ray_jobs.cluster import connection
-from ray_jobs.cluster.capacity import cpu_settings
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import EvaluateSpec
 from ray_jobs.config.text import count_text
 from ray_jobs.data.batch import KEY, LABEL
 from ray_jobs.data.manifest import Manifest, read_manifest
-from ray_jobs.predict.predictor import PROBABILITY, predict_rows
+from ray_jobs.predict.predictor import PROBABILITY, connected, predict_rows
 from ray_jobs.predict.row_sources import ERROR, PreparedRows
 from ray_jobs.predict.trained_run import open_run
 from ray_jobs.storage.folder import Folder
@@ -43,8 +41,8 @@ def evaluate(spec: EvaluateSpec) -> dict[str, Any]:
     """Write, print and return the metrics of a run on a split.
 
     Raises:
-        JobError: If the run is not finished, the data does not fit it, the split is empty, or one
-            of its rows cannot be read.
+        JobError: If the run is not finished, the data does not match the run, the split is empty,
+            or one of its rows cannot be read.
     """
     metrics = evaluate_split(spec).metrics
     _print(metrics, read_manifest(Folder(spec.data)), spec)
@@ -55,7 +53,7 @@ def evaluate_split(spec: EvaluateSpec) -> Evaluation:
     """Write metrics and plots of a run on a split, and return them with the predictions.
 
     Raises:
-        JobError: As `evaluate`.
+        JobError: As in `evaluate`.
     """
     from ray_jobs.evaluate.plots import evaluation_plots
     from ray_jobs.train.metrics import binary_metrics
@@ -64,15 +62,9 @@ def evaluate_split(spec: EvaluateSpec) -> Evaluation:
     data, output = Folder(spec.data), Folder(spec.output)
     manifest = read_manifest(data)
     if not manifest.splits[spec.split].num_rows:
-        raise JobError(f"--split={spec.split} of {data} has no rows; choose another split")
+        raise JobError(f"the {spec.split} split of {data} has no rows; choose another --split")
     source = PreparedRows(run, data, manifest, [spec.split], spec)
-    with connection.connected(
-        spec.address,
-        num_cpus=spec.num_workers * spec.cpus_per_worker,
-        cpu_settings=cpu_settings(spec),
-        num_gpus=spec.num_workers if spec.use_gpu else 0,
-        worker_logs=spec.worker_logs,
-    ):
+    with connected(spec):
         rows = pa.concat_tables(predict_rows(run, source, spec))
     _require_no_errors(rows, spec, data)
     label, probability = rows[LABEL].to_numpy(), rows[PROBABILITY].to_numpy()
@@ -114,7 +106,7 @@ def _print(metrics: dict[str, Any], manifest: Manifest, spec: EvaluateSpec) -> N
     console.print(table)
     (negatives, positives) = metrics["confusion"]
     console.print(
-        f"  negatives: {negatives[0]:,} right, {negatives[1]:,} wrong; "
-        f"positives: {positives[1]:,} right, {positives[0]:,} wrong"
+        f"  negatives: {negatives[0]:,} correct, {negatives[1]:,} wrong; "
+        f"positives: {positives[1]:,} correct, {positives[0]:,} wrong"
     )
     console.print(f"  [green]done[/green] → {escape(str(Folder(spec.output)))}")

@@ -61,7 +61,7 @@ def evaluation_plots(
     metrics: dict[str, Any],
     class_names: tuple[str, str] = ("0", "1"),
 ) -> dict[str, bytes]:
-    """Return the four plots by file name; an undefined curve is replaced by a text.
+    """Return the four plots by file name; a text replaces a curve that is undefined.
 
     Args:
         label: 0 or 1, (N,).
@@ -85,7 +85,7 @@ def _roc(label: np.ndarray, probability: np.ndarray, metrics: dict[str, Any]) ->
     _square(axes, "False positive rate", "True positive rate")
     axes.plot([0, 1], [0, 1], **_REFERENCE_LINE, label="chance")
     if metrics["roc_auc"] is None:
-        _undefined(axes, "The rows are of one class only")
+        _undefined(axes, "All rows are of one class")
     else:
         false_positive, true_positive, _ = sk.roc_curve(label, probability)
         axes.fill_between(false_positive, true_positive, color=BLUE, alpha=0.08, linewidth=0)
@@ -102,8 +102,8 @@ def _precision_recall(label: np.ndarray, probability: np.ndarray, metrics: dict[
     figure, axes = _figure()
     _square(axes, "Recall", "Precision")
     negatives, positives = metrics["class_counts"]
-    share = positives / (negatives + positives)
-    axes.axhline(share, **_REFERENCE_LINE, label=f"chance ({share:.3f})")
+    chance = positives / (negatives + positives)
+    axes.axhline(chance, **_REFERENCE_LINE, label=f"chance ({chance:.3f})")
     if metrics["pr_auc"] is None:
         _undefined(axes, "No row is positive")
     else:
@@ -125,7 +125,7 @@ def _calibration(label: np.ndarray, probability: np.ndarray, metrics: dict[str, 
     axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(4.4, 1))
     rows, mean_probability, share = reliability(label, probability)
     filled = rows > 0
-    _square(axes, "", "Share of positives")
+    _square(axes, "", "Fraction of positives")
     axes.plot([0, 1], [0, 1], **_REFERENCE_LINE, label="perfect")
     axes.vlines(
         mean_probability[filled],
@@ -248,6 +248,6 @@ def _png(figure: Figure, axes: Axes, title: str, score: str, metrics: dict[str, 
         fontsize=10,
     )
     buffer = io.BytesIO()
-    # Without the version of matplotlib, equal rows give equal bytes.
+    # Matplotlib would write its version, so that equal rows would not give equal bytes.
     figure.savefig(buffer, format="png", dpi=_DOTS_PER_INCH, metadata={"Software": None})
     return buffer.getvalue()

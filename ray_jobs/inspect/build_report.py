@@ -42,7 +42,7 @@ def build_report(folder: Folder, manifest: Manifest, max_rows: int) -> Report:
     Args:
         folder: Prepared data.
         manifest: Its manifest.
-        max_rows: Approximate number of rows to inspect of each split.
+        max_rows: Approximate maximum number of rows to inspect per split.
     """
     scans = _scan(folder, manifest, max_rows)
     image = manifest.image
@@ -174,7 +174,7 @@ def _quarantine(folder: Folder, manifest: Manifest) -> tuple[QuarantineReason, .
                     rows = examples[row["reason"]]
                     if len(rows) < _EXAMPLES:
                         rows.append(QuarantinedRow(key=row["key"], detail=row["detail"] or ""))
-    # The manifest has the counts: the folder can hold rows of a later prepare that failed.
+    # Count by the manifest, since the folder can contain rows of a later prepare that failed.
     return tuple(
         QuarantineReason(reason=reason, num_rows=num_rows, examples=tuple(examples[reason]))
         for reason, num_rows in sorted(manifest.quarantine.items(), key=lambda item: -item[1])

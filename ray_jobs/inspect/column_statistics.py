@@ -23,10 +23,10 @@ PSI_THRESHOLD = 0.2
 P_VALUE_THRESHOLD = 0.001
 """Small splits differ by chance, so drift must also be significant."""
 MISSING_THRESHOLD = 0.05
-"""Difference between two shares, of missing values or of positive rows."""
+"""Minimum difference between two fractions, of missing values or of positive rows, to report."""
 LEAK_THRESHOLD = 0.99
 LEAK_ROWS = 10
-"""Rows that each class needs before a column is called a leak."""
+"""Minimum number of rows per class before a column is reported as a leak."""
 TOP_WORDS = 12
 
 _BINS = 30
@@ -75,7 +75,7 @@ def category_statistics(vocabulary: Vocabulary, codes: Values, labels: Values) -
         labels: Labels of each split, 0 or 1.
     """
     counts = {s: np.bincount(codes[s], minlength=vocabulary.num_codes) for s in SPLITS}
-    # Codes by frequency in the training split, then by word. The first two codes are no words.
+    # Codes by frequency in the training split, then by word; the first two do not stand for words.
     frequent = 2 + np.argsort(-counts["train"][2:], kind="stable")
     top = frequent[:TOP_WORDS]
     drift = {}
@@ -100,15 +100,15 @@ def category_statistics(vocabulary: Vocabulary, codes: Values, labels: Values) -
     )
 
 
-def compare_shares(counts: Sequence[tuple[int, int]]) -> tuple[float | None, bool]:
-    """Return the chi-squared p-value of two shares, and whether they differ notably.
+def compare_fractions(counts: Sequence[tuple[int, int]]) -> tuple[float | None, bool]:
+    """Return the chi-squared p-value of two fractions, and whether they differ notably.
 
     Args:
-        counts: For each share, the rows that count and all rows.
+        counts: For each fraction, its numerator and denominator in rows.
     """
     p_value = _chi_squared(np.array([(some, total - some) for some, total in counts]))
-    shares = [some / total for some, total in counts if total]
-    differ = len(shares) == 2 and abs(shares[0] - shares[1]) >= MISSING_THRESHOLD
+    fractions = [some / total for some, total in counts if total]
+    differ = len(fractions) == 2 and abs(fractions[0] - fractions[1]) >= MISSING_THRESHOLD
     return p_value, differ and _is_significant(p_value)
 
 
@@ -117,13 +117,13 @@ def _concatenate(values: Values) -> np.ndarray:
 
 
 def _bin_edges(train: np.ndarray, others: Sequence[np.ndarray]) -> np.ndarray:
-    """Return histogram edges that ignore outliers; a few whole numbers get a bin each."""
+    """Return histogram edges that ignore outliers; a few whole numbers get one bin each."""
     filled = [values for values in (train, *others) if len(values)]
     if not filled:
         return np.empty(0)
     present = filled[0]
     low, high = np.quantile(present, [0.005, 0.995])
-    # Extend to the other splits, but so little that the shape of the training data stays visible.
+    # Extend to the other splits, within limits that keep the shape of the training data visible.
     min_low, max_high = low - (high - low), high + (high - low)
     for values in filled[1:]:
         low = min(low, max(min_low, np.quantile(values, 0.01)))
@@ -151,7 +151,7 @@ def _numeric_summary(num_rows: int, present: np.ndarray, edges: np.ndarray) -> N
 
 
 def _decile_counts(train: np.ndarray, other: np.ndarray) -> list[np.ndarray]:
-    """Return the number of values of both arrays between the deciles of the training values."""
+    """Count the values of both arrays between the deciles of the training values."""
     if not len(train):
         return [np.zeros(0, np.int64)] * 2
     cuts = np.unique(np.quantile(train, np.arange(1, _PSI_BINS) / _PSI_BINS))
@@ -168,7 +168,7 @@ def _group_rare(counts: np.ndarray, frequent: np.ndarray) -> np.ndarray:
 
 
 def _psi(first: np.ndarray, second: np.ndarray) -> float | None:
-    """Return the population stability index of two histograms; empty bins have a share of 1e-4."""
+    """Return the population stability index of two histograms; an empty bin counts as 1e-4."""
     if not first.sum() or not second.sum():
         return None
     p, q = (np.maximum(counts / counts.sum(), _MIN_SHARE) for counts in (first, second))
@@ -201,9 +201,9 @@ def _drift(
         psi: Population stability index.
         ks: Kolmogorov-Smirnov statistic.
         p_value: P-value of the difference between the values.
-        present: Values that are not missing and rows, of the training and of the other split.
+        present: Number of present values and of rows, for the training and the other split.
     """
-    missing_p_value, missing_drifted = compare_shares(present)
+    missing_p_value, missing_drifted = compare_fractions(present)
     return Drift(
         psi=psi,
         ks=ks,

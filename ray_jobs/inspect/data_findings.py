@@ -1,14 +1,14 @@
 """Derives findings from the report, the most severe first.
 
-Each kind of problem gives at most one finding per split, however many columns it affects, so that
-the list stays short enough to read.
+Most kinds of problems give at most one finding per split, however many columns they affect, to keep
+the list short. Leaks and unusable images are reported per column.
 """
 
 from collections.abc import Iterable, Iterator
 
 from ray_jobs.config.spec import SPLITS
 from ray_jobs.config.text import count_text
-from ray_jobs.inspect.column_statistics import compare_shares
+from ray_jobs.inspect.column_statistics import compare_fractions
 from ray_jobs.inspect.report_schema import Finding, Report
 
 _MOSTLY_MISSING = 0.5
@@ -107,7 +107,7 @@ def _drift(report: Report) -> Iterator[Finding]:
         if missing := [name for name, drift in drifts.items() if drift.missing_drifted]:
             yield _warning(
                 "missing_drift",
-                f"Share of missing values in {split} differs from train: {_join(missing)}.",
+                f"Fraction of missing values in {split} differs from train: {_join(missing)}.",
             )
 
 
@@ -115,7 +115,7 @@ def _label_drift(report: Report) -> Iterator[Finding]:
     train = report.splits["train"]
     for split in SPLITS[1:]:
         summary = report.splits[split]
-        _, differ = compare_shares([(s.class_counts[1], s.num_rows) for s in (train, summary)])
+        _, differ = compare_fractions([(s.class_counts[1], s.num_rows) for s in (train, summary)])
         if differ:
             yield _warning(
                 "label_drift",

@@ -1,9 +1,9 @@
 """Finds duplicate images and keys, within and across splits, by their hashes.
 
 Images whose perceptual hashes differ in few bits look alike. If two 64-bit hashes differ in at most
-five bits, at least one of three pieces differs in at most one bit (Norouzi, Punjani and Fleet,
-"Fast Search in Hamming Space with Multi-Index Hashing", 2012), so only hashes that nearly share a
-piece are compared.
+five bits, at least one of three substrings differs in at most one bit (Norouzi, Punjani and Fleet,
+"Fast Search in Hamming Space with Multi-Index Hashing", 2012). Therefore only hashes with such a
+substring are compared.
 """
 
 from collections import defaultdict
@@ -16,12 +16,12 @@ from ray_jobs.inspect.report_schema import Duplicates, ImagePair, Overlap, Share
 from ray_jobs.inspect.shard_scan import ScannedSplit, Scans
 
 NEAR_BITS = 5
-"""Largest number of differing bits between the hashes of near-duplicates."""
+"""Maximum number of differing bits between the hashes of near-duplicates."""
 FLAT_CONTRAST = 4.0
 """Images with less contrast are excluded from the search for near-duplicates."""
 
-_PIECES = ((0, 22), (22, 21), (43, 21))
-"""First bit and number of bits of each piece of a hash."""
+_SUBSTRINGS = ((0, 22), (22, 21), (43, 21))
+"""First bit and number of bits of each substring of a hash."""
 _COMPARE_AT_ONCE = 1 << 22
 _MAX_COMPARISONS = 1 << 31
 _MAX_PAIRS = 50
@@ -59,7 +59,7 @@ def find_shared_keys(scans: Scans) -> SharedKeys:
 def nearest_hashes(
     first: np.ndarray, second: np.ndarray, max_comparisons: int = _MAX_COMPARISONS
 ) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Find for each hash of the second array the nearest of the first, within `NEAR_BITS`.
+    """For each hash of the second array, find the nearest of the first within `NEAR_BITS`.
 
     Args:
         first: Distinct hashes, uint64.
@@ -67,8 +67,8 @@ def nearest_hashes(
         max_comparisons: The search stops after this number of comparisons.
 
     Returns:
-        Index of the nearest hash in `first`, its distance (65 without a near one), and whether the
-        search is complete.
+        The index of the nearest hash in `first`, its distance in bits (65 if none is near), and
+        whether the search is complete.
     """
     # Distance and index in one number, whose minimum is the nearest hash.
     best = np.full(len(second), 65 << 48, np.int64)
@@ -85,16 +85,16 @@ def nearest_hashes(
 
 
 def _candidates(first: np.ndarray, second: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield indices in `second` and `first` of hashes that nearly share a piece, in chunks."""
-    for start, num_bits in _PIECES:
+    """Yield, in chunks, indices in `second` and `first` of hashes with a nearly equal substring."""
+    for start, num_bits in _SUBSTRINGS:
         mask = np.uint64((1 << num_bits) - 1)
-        pieces = (first >> np.uint64(start)) & mask
-        order = np.argsort(pieces, kind="stable")
-        pieces = pieces[order]
+        substrings = (first >> np.uint64(start)) & mask
+        order = np.argsort(substrings, kind="stable")
+        substrings = substrings[order]
         wanted = (second >> np.uint64(start)) & mask
         for flip in (0, *(1 << bit for bit in range(num_bits))):
-            begin = np.searchsorted(pieces, wanted ^ np.uint64(flip), side="left")
-            end = np.searchsorted(pieces, wanted ^ np.uint64(flip), side="right")
+            begin = np.searchsorted(substrings, wanted ^ np.uint64(flip), side="left")
+            end = np.searchsorted(substrings, wanted ^ np.uint64(flip), side="right")
             filled = np.flatnonzero(end > begin)
             sizes = (end - begin)[filled]
             total = np.cumsum(sizes)

@@ -41,7 +41,7 @@ def html(report: Report, images: Images) -> str:
 
     Args:
         report: The report.
-        images: Small JPEGs by split, row and column; a placeholder stands for each missing one.
+        images: Small JPEGs by split, row and column; a placeholder replaces each missing one.
     """
     parts = [
         *_header(report),
@@ -107,21 +107,21 @@ def _rows(report: Report) -> str:
         for split, summary in report.splits.items()
     ]
     classes = map(escape, report.class_names)
-    head = ["", "rows", "share", *classes, "positive share", "", "shards", "size"]
+    head = ["", "rows", "fraction", *classes, "positive fraction", "", "shards", "size"]
     return section("Rows", table(head, rows))
 
 
 def _columns(report: Report) -> Iterator[str]:
     if report.numeric:
         yield (
-            f"<h2>Numeric columns</h2><p class='muted small'>{_legend()} Share of each split per "
-            "bin; the outer bins include all values beyond the ends.</p>"
+            f"<h2>Numeric columns</h2><p class='muted small'>{_legend()} Fraction of each split "
+            "per bin; the outer bins include all values beyond the ends.</p>"
         )
         yield f"<div class='grid'>{''.join(map(_numeric_card, report.numeric))}</div>"
     if report.categorical:
         yield (
             "<h2>Categorical columns</h2><p class='muted small'>The most frequent values of the "
-            "training split, with their share of each split.</p>"
+            "training split, with their fraction of each split.</p>"
         )
         yield f"<div class='grid'>{''.join(map(_category_card, report.categorical))}</div>"
 
@@ -162,12 +162,14 @@ def _category_card(column: CategoryColumn) -> str:
 def _flags(column: NumericColumn | CategoryColumn) -> str:
     flags = ["predicts the label"] if column.leak.suspect else []
     flags += [f"{split} drifts" for split, d in column.drift.items() if d.values_drifted]
-    flags += [f"missing share in {s} differs" for s, d in column.drift.items() if d.missing_drifted]
+    flags += [
+        f"missing fraction in {s} differs" for s, d in column.drift.items() if d.missing_drifted
+    ]
     return "".join(f" <span class='flag small'>· {flag}</span>" for flag in flags)
 
 
 def _histogram(column: NumericColumn) -> str:
-    """Return the distributions over shared bins: an area for training, lines for the others."""
+    """Return the distributions over the same bins: an area for training, lines for the others."""
     num_bins = len(column.edges) - 1
     if num_bins < 1:
         return "<p class='muted small'>No values.</p>"
@@ -344,16 +346,16 @@ def _method(report: Report) -> str:
         "Drift: the population stability index (PSI) over the deciles of the training split, or "
         f"over categories, is at least {limit['psi']:g}, and the p-value of the difference "
         f"(Kolmogorov–Smirnov; chi-squared for categories) is below {limit['p_value']:g}. "
-        f"Missing values: the shares differ by at least {limit['missing_share']:.0%} of the rows, "
-        "with the same limit on the p-value. Leakage: the AUC of the values, or of whether a value "
-        f"is missing, is at least {limit['leak_auc']:g} or at most {1 - limit['leak_auc']:g}; a "
-        "category is scored by its positive share in the training split, measured on the other "
-        "splits. Nearly identical images: their perceptual hashes differ in at most "
-        f"{limit['near_bits']:g} of 64 bits, and their contrast is at least "
-        f"{limit['flat_contrast']:g}. Images with less contrast are black (brightness below "
-        f"{limit['black_brightness']:g}), white (above {limit['white_brightness']:g}) or "
-        "single-colour. Groups are not stored in prepared data, so rows of one group in several "
-        "splits cannot be detected.</p>"
+        f"Missing values: the fractions differ by at least {limit['missing_share']:.0%} of the "
+        "rows, with the same limit on the p-value. Leakage: the AUC of the values, or of whether "
+        f"a value is missing, is at least {limit['leak_auc']:g} or at most "
+        f"{1 - limit['leak_auc']:g}; a category is scored by its positive fraction in the training "
+        "split, and the AUC is measured on the other splits. Nearly identical images: their "
+        f"perceptual hashes differ in at most {limit['near_bits']:g} of 64 bits, and their "
+        f"contrast is at least {limit['flat_contrast']:g}. Images with less contrast are black "
+        f"(brightness below {limit['black_brightness']:g}), white (above "
+        f"{limit['white_brightness']:g}) or single-colour. Groups are not stored in prepared data, "
+        "so rows of one group in several splits cannot be detected.</p>"
     )
 
 

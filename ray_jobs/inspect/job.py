@@ -5,9 +5,9 @@ same figures for programs.
 
 Run:   python -m ray_jobs.inspect prepared
 
-The report covers row counts, the distribution and drift of each column, columns that alone predict
-the label, duplicate images and keys, black, white and unreadable images, a contact sheet and the
-quarantine. Findings do not fail the job: the exit status is 0 once the report is written.
+The report covers row counts; the distribution and drift of each column; columns that predict the
+label on their own; duplicate images and keys; black, white and unreadable images; a contact sheet;
+and the quarantine. Findings do not fail the job: the exit status is 0 once the report is written.
 """
 
 from typing import TYPE_CHECKING
@@ -42,7 +42,9 @@ def inspect(spec: InspectSpec) -> "Report":
     folder = Folder(spec.prepared)
     manifest = read_manifest(folder)
     if manifest.image.features:
-        raise JobError(f"{folder} holds features, not images; inspect the folder they come from")
+        raise JobError(
+            f"{folder} holds features, not images; inspect the folder that they were computed from"
+        )
     require_shards(folder, manifest)
     output = Folder(spec.output) if spec.output else folder
     try:
@@ -85,7 +87,7 @@ def _print(report: "Report", output: Folder) -> None:
 
 
 def _split_table(report: "Report") -> "Table":
-    table = _table("split", *report.class_names, "rows", "share", "positive", "shards", "MB")
+    table = _table("split", *report.class_names, "rows", "fraction", "positive", "shards", "MB")
     for split, summary in report.splits.items():
         positive = summary.positive_share
         table.add_row(

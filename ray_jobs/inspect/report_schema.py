@@ -25,9 +25,9 @@ class SplitSummary(Spec):
     num_rows: int
     class_counts: tuple[int, int]
     share: float
-    """Share of all rows."""
+    """Fraction of all rows that are in this split."""
     positive_share: float | None
-    """Share of positive rows in the split."""
+    """Fraction of the rows of the split that are positive."""
     num_shards: int
     num_bytes: int
     rows_inspected: int
@@ -57,9 +57,9 @@ class Drift(Spec):
     ks: float | None
     """Two-sample Kolmogorov-Smirnov statistic; null for categorical columns."""
     p_value: float | None
-    """P-value of the Kolmogorov-Smirnov test; for categorical columns of the chi-squared test."""
+    """P-value of the Kolmogorov-Smirnov test; for categorical columns, of the chi-squared test."""
     missing_p_value: float | None
-    """P-value of the chi-squared test for a difference in the shares of missing values."""
+    """P-value of the chi-squared test for a difference in the fractions of missing values."""
     values_drifted: bool
     missing_drifted: bool
 
@@ -69,8 +69,8 @@ class Leakage(Spec):
 
     auc: float | None
     """ROC AUC of the values as a score; values near 0 are as suspicious as values near 1. For
-    categorical columns, the score is the positive share of the category in the training split,
-    measured on the other splits."""
+    categorical columns, the score is the positive fraction of the category in the training split,
+    and the AUC is measured on the other splits."""
     missing_auc: float | None
     """ROC AUC of whether the value is missing."""
     suspect: bool
@@ -95,7 +95,7 @@ class CategorySummary(Spec):
     unknown: int
     """Rows whose category has no code, because it is rare or absent in the training split."""
     top: dict[str, int]
-    """Rows of each of the most frequent categories of the training split."""
+    """Number of rows for each of the most frequent categories of the training split."""
 
 
 class CategoryColumn(Spec):
@@ -153,7 +153,7 @@ class ImagePair(Spec):
     exact: bool
     """Whether the stored bytes are the same."""
     distance: int
-    """Number of differing bits of their 64-bit perceptual hashes."""
+    """Number of bits in which their 64-bit perceptual hashes differ."""
 
 
 class Overlap(Spec):
@@ -236,7 +236,7 @@ class Report(Spec):
     contact_sheet: tuple[ImageRef, ...]
     """Rows of each split and class, chosen by hash of the key."""
     thresholds: dict[str, float]
-    """Limits from which the report raises findings."""
+    """Thresholds by which problems are found."""
 
     @property
     def columns(self) -> tuple[NumericColumn | CategoryColumn, ...]:

@@ -1,8 +1,8 @@
 """Reads shards: keys, labels, hashes and brightness of images, columns and thumbnails.
 
-A few threads stream row groups; memory holds the key of each row and 24 bytes per image. A split
-with more than `max_rows` rows is sampled by hash of the key, which selects the same keys in every
-split.
+A few threads stream row groups; memory holds the key of each row and 24 bytes per image. From a
+split with more than `max_rows` rows, it samples the keys with the lowest hashes, so that a key that
+is in two splits tends to be in both samples.
 
     R inspected rows of one split   I image columns   N images
 """
@@ -84,7 +84,7 @@ def scan_split(
         folder: Prepared data.
         manifest: Its manifest.
         split: The split to read.
-        max_rows: Approximate number of rows to sample from a larger split.
+        max_rows: Approximate maximum number of rows; larger splits are sampled.
         progress: Called with the number of rows of each row group, from several threads.
     """
     image, info = manifest.image, manifest.splits[split]
@@ -155,8 +155,8 @@ def hash_key(key: str) -> int:
 def perceptual_hashes(small_N: np.ndarray) -> np.ndarray:
     """Return the 64-bit perceptual hash of each image: uint64 (N,).
 
-    The signs of the 8 × 8 lowest frequencies of a cosine transform around their median, as in
-    Zauner, "Implementation and Benchmarking of Perceptual Image Hash Functions", 2010.
+    Its bits are the signs of the 8 × 8 lowest frequencies of a cosine transform, relative to their
+    median (Zauner, "Implementation and Benchmarking of Perceptual Image Hash Functions", 2010).
 
     Args:
         small_N: Grey images: (N, 32, 32).
@@ -244,10 +244,10 @@ def _map_row_groups(
     columns: Sequence[str],
     rows_R: np.ndarray | None = None,
 ) -> Iterator[R]:
-    """Yield the results of a function of each row group, in stored order.
+    """Yield the result of a function for each row group, in stored order.
 
     Args:
-        function: Takes the index of the first row in the split, and the rows; runs in threads.
+        function: Called in threads with a row group's rows and the index of the first in the split.
         folder: Prepared data.
         info: The split in the manifest.
         columns: Columns to read.

@@ -1,1 +1,1 @@
-"""Holds what the HTML pages share: page_kit.py builds their parts, page.css styles them."""
+"""Builds the common parts of all HTML pages (page_kit.py) and styles the pages (page.css)."""

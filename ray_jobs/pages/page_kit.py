@@ -1,7 +1,7 @@
-"""Builds the parts that the HTML pages share.
+"""Builds the common parts of all HTML pages.
 
-A page is one file that loads and runs nothing. Callers pass text from the data through `escape`;
-all other arguments are HTML.
+A page is a single file that loads no resources and runs no scripts. Callers pass text from the data
+through `escape`; all other arguments are HTML.
 """
 
 import html
@@ -46,7 +46,7 @@ def section(heading: str, content: str) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], css_class: str = "") -> str:
-    """Return a table that scrolls sideways where the page is too narrow."""
+    """Return a table that scrolls sideways if the page is too narrow."""
     names = "".join(f"<th>{name}</th>" for name in head)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     return (
@@ -56,13 +56,13 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], css_class: str = "
 
 
 def share_bar(share: float, title: str = "") -> str:
-    """Return a bar filled to a share between 0 and 1."""
+    """Return a bar filled to a fraction between 0 and 1."""
     hover = f" title='{title}'" if title else ""
     return f"<div class='stack'{hover}><i style='width:{100 * share:.1f}%'></i></div>"
 
 
 def more_note(number: int, noun: str) -> str:
-    """Return a note on what a list leaves out; empty if that is nothing."""
+    """Return a note on the entries that a list omits, or an empty string if there are none."""
     return f"<p class='muted small note'>And {count_text(number, noun)}.</p>" if number > 0 else ""
 
 

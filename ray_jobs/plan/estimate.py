@@ -15,8 +15,8 @@ variable.
 
     step_s = parts × Σ layers + update_s + exchange_s      or the feed's time if that is longer
 
-Only the feed overlaps: gradients are summed once all of them are computed. On machines without
-GPUs the feed needs the cores that compute, so its time is added.
+Only the feed overlaps with computation: gradients are summed once all of them are computed. On
+machines without GPUs, the feed uses the cores that compute, so its time is added.
 
 Ring all-reduce of S bytes over n replicas: 2 (n - 1) / n × S / bandwidth + 2 (n - 1) × latency
 (Patarasuk and Yuan 2009, doi 10.1016/j.jpdc.2008.09.002). The slowest link counts: within one
@@ -49,10 +49,11 @@ GIB, MIB = 2.0**30, 2.0**20
 _BACKWARD = 2
 _FLOAT_BYTES = 4
 _EXCHANGES_PER_NORM = 4
-"""Of a synchronized batch norm: mean, then mean and variance, and their gradients."""
+"""Exchanges per synchronized batch norm: the mean, then mean and variance, and the gradients of
+both."""
 _STARTUP_S = 40.0
-"""From the command to the first step; `python -m benchmarks.startup` measured 31 to 42 s. An
-autoscaler takes minutes more to start machines."""
+"""Time from the command to the first step; `python -m benchmarks.startup` measured 31 to 42 s. An
+autoscaler needs further minutes to start machines."""
 
 # Seconds of one core per pixel, measured by `python -m benchmarks.feed` (docs/experiments.md) on
 # two cores, with JPEGs of 320 px, and with raw and cached pixels of 224 px.
@@ -66,7 +67,7 @@ _WITHOUT_XLA = "2.6 to 3.5"
 
 
 class MemoryPlan(Spec):
-    """Bytes of one replica."""
+    """Memory of one replica, in bytes."""
 
     weights: float
     gradients: float
@@ -75,43 +76,43 @@ class MemoryPlan(Spec):
     batches: float
     reserved: float
     capacity: float
-    """Memory that is available to it."""
+    """Memory that is available to the replica."""
 
     @computed_field
     @property
     def total(self) -> float:
-        """Memory that it needs."""
+        """Memory that the replica needs."""
         parts = (self.weights, self.gradients, self.optimizer, self.activations)
         return sum(parts) + self.batches + self.reserved
 
     @property
     def fits(self) -> bool:
-        """Whether it needs no more memory than it has."""
+        """Whether the replica needs no more memory than is available."""
         return self.total <= self.capacity
 
 
 class StagePlan(Spec):
-    """One stage of a training; a training without stages is a single one."""
+    """One stage of a run; without `train.stages`, the run is a single stage."""
 
     epochs: int
     steps: int
     num_learning: int
-    """Trainable weights."""
+    """Number of trainable weights."""
     memory: MemoryPlan
     compute_s: float
-    """Forward, backward and update of a step."""
+    """Time of the forward pass, backward pass and update of a step."""
     exchange_s: float
     exchange_bytes: float
-    """Sent by each replica per step."""
+    """Bytes that each replica sends per step."""
     feed_s: float
-    """Time of a worker's cores to prepare the rows of a step, after the first epoch."""
+    """Time that a worker's cores need to prepare the rows of a step, after the first epoch."""
     step_s: float
     rows_per_s: float
-    """Of all workers."""
+    """Rows per second of all workers together."""
     feed_cores: float
     """Cores that each worker's feed needs in the first epoch, before anything is cached."""
     efficiency: float
-    """Scaling efficiency, 1 at best."""
+    """Scaling efficiency; 1 is ideal."""
     seconds: float
     """Duration, including validation."""
 
@@ -125,14 +126,14 @@ class Plan(Spec):
     num_replicas: int
     num_machines: int
     rows_per_replica: int
-    """Per step."""
+    """Rows of a replica per step."""
     accumulate_steps: int
     precision: str
     num_weights: int
     forward_flops: float
-    """Per row."""
+    """Operations of the forward pass per row."""
     num_rows: int
-    """Of the training split."""
+    """Rows of the training split."""
     stages: tuple[StagePlan, ...]
     startup_s: float
     wall_s: float
@@ -148,21 +149,13 @@ class Plan(Spec):
 
     @property
     def peak_memory(self) -> MemoryPlan:
-        """Memory in the stage that needs the most."""
+        """Memory in the stage that needs the most memory."""
         return max((stage.memory for stage in self.stages), key=lambda memory: memory.total)
 
 
 @dataclass(frozen=True)
 class Estimator:
-    """Estimates a run on a kind of machine.
-
-    Args:
-        spec: The run.
-        gpu: Name of the kind of machine.
-        machine: The machine that the workers run on.
-        costs: Costs of the model, by stage.
-        manifest: Manifest of the data.
-    """
+    """Estimates a run on a kind of machine, given the costs of the model in each stage."""
 
     spec: RunSpec
     gpu: str
@@ -174,7 +167,8 @@ class Estimator:
         """Return the estimates.
 
         Raises:
-            JobError: If no worker fits on a machine, or the training rows are fewer than a step's.
+            JobError: If no worker fits on a machine, or the training split has fewer rows than a
+                step.
         """
         train = self.spec.train
         num_workers = train.workers_range[1]
@@ -212,10 +206,10 @@ class Estimator:
 
     @property
     def workers_per_machine(self) -> int:
-        """How many workers a machine holds.
+        """Number of workers that fit on a machine.
 
         Raises:
-            JobError: If it holds none.
+            JobError: If none fits.
         """
         has = {"GPU": self.machine.gpus, "CPU": self.machine.cpus}
         needs = worker_resources(self.spec.train)
@@ -333,7 +327,7 @@ class Estimator:
         return gradient_s + norms * ring_s(0.0, replicas, slowest, machine.latency_us)
 
     def _feed_row_s(self) -> tuple[float, float]:
-        """Return the seconds of a core per row, in the first epoch and in later ones."""
+        """Return the core seconds per row, in the first epoch and in later ones."""
         image, data = self.manifest.image, self.spec.data
         if image.features or self.spec.model.image.kind == "none":
             return 0.0, 0.0
@@ -357,18 +351,18 @@ class Estimator:
         train, machine, warnings = self.spec.train, self.machine, []
         cores = max(stage.feed_cores for stage in stages)
         if machine.gpus and cores > train.cpus_per_worker:
-            share = machine.cpus / self.workers_per_machine
+            available = machine.cpus / self.workers_per_machine
             enough = -(-cores // 1)
             text = (
                 f"train.cpus_per_worker={train.cpus_per_worker:g} is too low: until rows are "
                 f"cached, each worker's feed needs {cores:.1f} cores; "
             )
-            if enough <= share - 1:
+            if enough <= available - 1:
                 text += f"set it to {enough:g}"
             else:
                 text += (
-                    f"{machine.instance} has {share:g} per worker, so prepare images at the size "
-                    "that the model takes or with prepare.store=raw, or add nodes without GPUs "
+                    f"{machine.instance} has {available:g} per worker, so prepare images at the "
+                    "model's input size or with prepare.store=raw, or add nodes without GPUs "
                     "(data.decode=workers)"
                 )
             warnings.append(text)
@@ -381,8 +375,8 @@ class Estimator:
             )
         if machine.gpus and not train.jit_compile:
             warnings.append(
-                "step times assume XLA (train.jit_compile=true); without it steps on an H100 took "
-                f"{_WITHOUT_XLA} times as long"
+                "step times assume XLA (train.jit_compile=true); without it, steps on an H100 "
+                f"took {_WITHOUT_XLA} times as long"
             )
         return warnings
 
@@ -391,10 +385,10 @@ def ring_s(num_bytes: float, replicas: int, gb_s: float, latency_us: float) -> f
     """Return the seconds of a ring all-reduce.
 
     Args:
-        num_bytes: Bytes of each replica.
-        replicas: Replicas in the ring.
-        gb_s: Bandwidth of the slowest link each way, in 10^9 bytes per second.
-        latency_us: Microseconds per message.
+        num_bytes: Bytes to reduce per replica.
+        replicas: Number of replicas in the ring.
+        gb_s: Bandwidth of the slowest link in each direction, in 10^9 bytes per second.
+        latency_us: Latency of a message, in microseconds.
     """
     messages = 2 * (replicas - 1)
     return messages / replicas * num_bytes / (gb_s * 1e9) + messages * latency_us * 1e-6

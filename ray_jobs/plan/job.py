@@ -4,9 +4,9 @@ Reads a specification, the manifest of prepared data if there is one, and a tabl
 prices (ray_jobs/plan/gpus.yaml or a copy). Prints tables, and writes JSON with --output.
 Run:   python -m ray_jobs.plan ray_jobs/specs/houses.yaml --gpu a10g --workers 8
 
-Reports memory per GPU, step time, feed, network traffic, scaling efficiency, wall time and cost;
-ray_jobs/plan/estimate.py has the formulas and their sources. If the run does not fit into memory,
-the job suggests settings that do and exits with status 1.
+Reports memory per GPU, step time, feed throughput, network traffic, scaling efficiency, wall time
+and cost; ray_jobs/plan/estimate.py has the formulas and their sources. If the run does not fit in
+memory, the job suggests settings that fit and exits with status 1.
 """
 
 import json
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
     from ray_jobs.plan.estimate import Plan, StagePlan
 
 _MAX_COMPARED = 6
-"""Worker counts in the table that compares them."""
+"""Maximum number of rows in the table of worker counts."""
 
 
 def plan(spec: PlanSpec) -> "Plan":
     """Print the estimates for a run and return them.
 
     Raises:
-        JobError: If the run does not fit into memory, or is impossible for another reason.
+        JobError: If the run does not fit in memory, or is impossible for another reason.
     """
     from ray_jobs.plan.estimate import Estimator
     from ray_jobs.plan.layer_costs import model_costs, planned_manifest

@@ -3,9 +3,9 @@
 The model is built like the run's, except for its weights; only shapes and dtypes are read, and
 nothing is traced or computed. A convolution (depthwise or not) or a dense layer has as many
 multiplications as its kernel has weights, times the positions that the kernel is applied to, and
-two float operations per multiplication. TensorFlow's profiler counts a few per cent more, for
-element-wise operations (tests compare both), but not per layer, while a backbone may be frozen up
-to any of its layers.
+two float operations per multiplication. TensorFlow's profiler includes element-wise operations and
+counts a few percent more (tests compare both). It does not count per layer, as is necessary here: a
+backbone can be frozen up to any of its layers.
 """
 
 import math
@@ -34,31 +34,31 @@ class LayerCost:
 
     flops: float
     moved_bytes: float
-    """Inputs and outputs."""
+    """Size of the inputs and outputs."""
     kept_bytes: float
-    """Outputs."""
+    """Size of the outputs."""
     weight_bytes: float
     learns: bool
-    """Whether it has a gradient."""
+    """Whether the layer has a gradient."""
 
 
 @dataclass(frozen=True)
 class ModelCosts:
-    """A model in one stage of a training."""
+    """Costs of a model in one stage of a run."""
 
     epochs: int
     layers: tuple[LayerCost, ...]
     num_weights: int
     num_learning: int
-    """Weights that are trainable in this stage."""
+    """Number of weights that are trainable in this stage."""
     num_variables: int
-    """Trainable variables in this stage."""
+    """Number of trainable variables in this stage."""
     num_slots: float
     """Size of the optimizer state."""
     input_bytes: float
     """Size of a decoded row."""
     sync_norms: int
-    """Batch norms that exchange their statistics between replicas."""
+    """Number of batch norms that exchange their statistics between replicas."""
 
 
 def planned_manifest(spec: RunSpec, num_rows: int, num_columns: int) -> Manifest:
@@ -66,8 +66,8 @@ def planned_manifest(spec: RunSpec, num_rows: int, num_columns: int) -> Manifest
 
     Args:
         spec: The run.
-        num_rows: Rows of the training split.
-        num_columns: Numeric columns if the spec does not name them.
+        num_rows: Number of rows of the training split.
+        num_columns: Number of numeric columns if the spec does not name them.
     """
     from mm_model.statistics import Vocabulary, fit_numeric_statistics
 
@@ -75,11 +75,11 @@ def planned_manifest(spec: RunSpec, num_rows: int, num_columns: int) -> Manifest
     columns = options.numeric_columns
     if columns is None:
         columns = tuple(f"number_{i}" for i in range(num_columns))
-    share = {"validation": options.validation_fraction, "test": options.test_fraction}
-    total = num_rows / (1 - sum(share.values()))
+    fractions = {"validation": options.validation_fraction, "test": options.test_fraction}
+    total = num_rows / (1 - sum(fractions.values()))
     splits = {}
     for split in SPLITS:
-        count = num_rows if split == "train" else round(total * share[split])
+        count = num_rows if split == "train" else round(total * fractions[split])
         counts = (count // 2, count - count // 2)
         splits[split] = SplitInfo(num_rows=count, class_counts=counts, shards=())
     numbers = np.random.default_rng(0).normal(size=(1000, len(columns))).astype(np.float32)
@@ -112,7 +112,7 @@ def model_costs(spec: RunSpec, manifest: Manifest) -> list[ModelCosts]:
     from mm_model.freezing import NO_STAGES, apply_stage
     from ray_jobs.train.model_factory import new_model
 
-    # The weights do not matter here, and may have to be downloaded.
+    # The weights do not matter here, and loading them could start a download.
     untrained = spec.overlay({"model.image.weights": None})
     train = spec.train
     costs, remaining = [], train.epochs
@@ -205,17 +205,10 @@ def _slots_per_weight(spec: RunSpec) -> int:
 def _row_bytes(tensors: Any) -> float:
     """Return the bytes per row of one or several symbolic tensors."""
     import keras
+    import tensorflow as tf
 
-    def width(dtype: str) -> int:
-        # NumPy does not have bfloat16.
-        return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
-
-    return float(
-        sum(
-            math.prod(x.shape[1:]) * width(keras.backend.standardize_dtype(x.dtype))
-            for x in keras.tree.flatten(tensors)
-        )
-    )
+    flat = keras.tree.flatten(tensors)
+    return float(sum(math.prod(x.shape[1:]) * tf.as_dtype(x.dtype).size for x in flat))
 
 
 def _count(variables: Any) -> int:

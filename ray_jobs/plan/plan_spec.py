@@ -14,45 +14,46 @@ from ray_jobs.tune.search.space import SearchSpec
 
 TABLE = Path(__file__).parent / "gpus.yaml"
 
-Share = Annotated[float, Field(gt=0.0, le=1.0)]
+Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 Precision = Literal["float32", "mixed_bfloat16", "mixed_float16"]
 
 
 class MachineSpec(Spec):
-    """A kind of machine: its GPUs, or the cores that compute instead."""
+    """A machine type with GPUs, or one that computes on its CPU cores."""
 
     instance: str
     """Name of the instance type."""
     gpus: NonNegativeInt = 1
-    """GPUs per machine; 0 computes on its cores."""
+    """GPUs per machine; 0 to compute on its CPU cores."""
     cpus: PositiveInt
     """Logical CPUs per machine."""
     memory_gib: Positive
-    """Memory of a GPU or, without GPUs, of the machine."""
+    """Memory per GPU or, without GPUs, of the machine."""
     reserved_gib: NonNegative = 1.0
     """Memory that a replica needs before its first tensor: CUDA context and libraries, or the
     process itself."""
     layer_mib: NonNegative = 0.0
-    """Memory for the graph of a layer; 0 with GPUs, which do not hold the graph."""
+    """Memory for the graph of a layer; 0 with GPUs, because the graph is not in GPU memory."""
     tflops: dict[Precision, Positive]
-    """Peak 10^12 dense float operations per second of a GPU or a core, by `train.precision`; a
-    missing precision is as fast as float32."""
+    """Peak dense TFLOPS of a GPU or a core, by `train.precision`. A precision that is not listed
+    counts as float32."""
     bandwidth_gb_s: Positive
-    """Memory bandwidth of a GPU or a core in 10^9 bytes per second."""
-    flops_efficiency: Share = 0.5
-    """Share of the peak operations that a compute-bound layer reaches."""
-    bandwidth_efficiency: Share = 0.5
-    """Share of the bandwidth that a memory-bound layer reaches."""
+    """Memory bandwidth of a GPU or a core, in 10^9 bytes per second."""
+    flops_efficiency: Fraction = 0.5
+    """Fraction of the peak TFLOPS that a compute-bound layer reaches."""
+    bandwidth_efficiency: Fraction = 0.5
+    """Fraction of the bandwidth that a memory-bound layer reaches."""
     layer_us: Positive = 35.0
-    """Minimum microseconds of a layer's forward pass."""
+    """Minimum duration of a layer's forward pass, in microseconds."""
     link_gb_s: Positive | None = None
-    """10^9 bytes per second each way between processors of a machine; by default the network's."""
+    """Bandwidth between the GPUs of a machine in each direction, in 10^9 bytes per second. Default:
+    the network bandwidth."""
     network_gbit_s: Positive
-    """10^9 bits per second each way between machines."""
+    """Bandwidth between machines in each direction, in 10^9 bits per second."""
     latency_us: Positive = 50.0
-    """Microseconds of a message between two replicas."""
+    """Latency of a message between two replicas, in microseconds."""
     usd_per_hour: dict[Literal["on_demand", "spot"], NonNegative]
-    """Price of a machine."""
+    """Price of a machine per hour, in US dollars."""
 
     def peak_flops(self, precision: str) -> float:
         """Return the peak operations per second of a GPU or a core."""
@@ -70,18 +71,19 @@ class PlanSettings(Spec):
     """What to plan for."""
 
     gpu: str
-    """Kind of GPU, an entry of the table of machines; `cpu` computes without GPUs."""
+    """Kind of GPU: the name of an entry in the table of machines. `cpu` plans for machines without
+    GPUs."""
     workers: PositiveInt | None = None
-    """Worker processes; by default the maximum of `train.num_workers`."""
+    """Number of worker processes. Default: the maximum of `train.num_workers`."""
     machines: str = str(TABLE)
-    """YAML file with machines and prices; copy ray_jobs/plan/gpus.yaml and edit it."""
+    """YAML file with machines and prices, such as an edited copy of ray_jobs/plan/gpus.yaml."""
     rows: PositiveInt = 10_000
-    """Training rows, if `data.prepared` does not exist yet."""
+    """Number of training rows to assume if `data.prepared` does not exist yet."""
     numbers: NonNegativeInt = 16
-    """Numeric columns, if `data.prepared` does not exist yet and `prepare.numeric_columns` does not
-    name them."""
+    """Number of numeric columns to assume if `data.prepared` does not exist yet and
+    `prepare.numeric_columns` does not name them."""
     output: str | None = None
-    """File for the plan as JSON."""
+    """JSON file to write the plan to."""
 
 
 class PlanSpec(SearchSpec, PlanSettings):
@@ -93,10 +95,10 @@ class PlanSpec(SearchSpec, PlanSettings):
         return self
 
     def machine(self) -> MachineSpec:
-        """Return the kind of machine.
+        """Return the machine to plan for.
 
         Raises:
-            ValueError: If the table is invalid or does not contain it.
+            ValueError: If the table is invalid or does not contain the machine.
         """
         machines = read_machines(self.machines)
         return machines[require_one_of(self.gpu.lower(), tuple(machines), "gpu")]
@@ -116,7 +118,7 @@ class PlanSpec(SearchSpec, PlanSettings):
 
 
 def read_machines(path: str) -> dict[str, MachineSpec]:
-    """Return the kinds of machines in a table by name.
+    """Return the machines of a table by name.
 
     Raises:
         UsageError: If the table cannot be read or is invalid.

@@ -1,4 +1,4 @@
-"""Suggests settings with which a run fits into memory, each checked by the estimator."""
+"""Suggests settings with which a run fits in memory, each checked by the estimator."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -30,9 +30,7 @@ class Suggestion(Spec):
 def suggestions(estimator: Estimator, rebuild: Callable[[RunSpec], Estimator]) -> list[Suggestion]:
     """Return changes with which a run fits, the smallest first; empty if no change suffices.
 
-    Args:
-        estimator: Of the run that does not fit.
-        rebuild: Returns the estimator of a spec with another model.
+    `rebuild` returns a new estimator for a spec that changes the model.
     """
     found = _first_that_fits(_more_parts(estimator.spec), estimator)
     precision = _half_precision(estimator.machine, estimator.spec)
@@ -78,14 +76,14 @@ def _smaller_batches(estimator: Estimator) -> Iterator[Option]:
     step = train.workers_range[1] * train.replicas_per_worker * train.accumulate_steps
     memory = estimator.plan().peak_memory
     of_rows = memory.activations + memory.batches
-    share = (memory.capacity - (memory.total - of_rows)) / of_rows
-    most = min(int(share * train.global_batch_size) + step, train.global_batch_size - step)
+    fraction = (memory.capacity - (memory.total - of_rows)) / of_rows
+    most = min(int(fraction * train.global_batch_size) + step, train.global_batch_size - step)
     for size in range(most // step * step, 0, -step):
         yield {"train.global_batch_size": size}, "the largest that fits"
 
 
 def _half_precision(machine: MachineSpec, spec: RunSpec) -> str | None:
-    """Return a half precision that the machine accelerates; None if the run already uses one."""
+    """Return a 16-bit precision that the machine accelerates; None if the run already has one."""
     if spec.train.precision != "float32":
         return None
     kinds = ("mixed_bfloat16", "mixed_float16")

@@ -3,7 +3,7 @@ r"""Predict the probability of each row with a trained run.
 Reads: a run folder from `train`, and prepared data or a table of raw rows with its images.
 Writes: part-*.parquet in the output folder with the columns key, probability, predicted_label (0 or
 1 at the run's threshold) and error; one row per input row, in order. A row that cannot be used has
-no probability, and its reason in `error`.
+no probability; `error` gives the reason.
 
 Run:   python -m ray_jobs.predict --run runs/first --data prepared --split test --output predictions
        python -m ray_jobs.predict --run runs/first --data new.csv --images 'photos/{key}.jpg' \
@@ -20,14 +20,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ray_jobs.cluster import connection
-from ray_jobs.cluster.capacity import cpu_settings
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import SPLITS, PredictSpec
 from ray_jobs.config.text import count_text
 from ray_jobs.data.batch import KEY
 from ray_jobs.data.manifest import MANIFEST, read_manifest
-from ray_jobs.predict.predictor import PROBABILITY, predict_rows
+from ray_jobs.predict.predictor import PROBABILITY, connected, predict_rows
 from ray_jobs.predict.row_sources import ERROR, PreparedRows, RawRows, RowSource
 from ray_jobs.predict.trained_run import TrainedRun, open_run
 from ray_jobs.storage.folder import Folder
@@ -50,7 +48,7 @@ def predict(spec: PredictSpec) -> dict[str, int]:
     """Write the predictions and return their counts: num_rows, num_positive, num_errors.
 
     Raises:
-        JobError: If the run is not finished, or the data as a whole does not fit it.
+        JobError: If the run is not finished, or the data as a whole does not match the run.
     """
     run = open_run(spec.run)
     output = Folder(spec.output)
@@ -62,16 +60,10 @@ def predict(spec: PredictSpec) -> dict[str, int]:
     source = _open_rows(run, spec)
     tally = _Tally()
     with tempfile.TemporaryDirectory() as local:
-        with connection.connected(
-            spec.address,
-            num_cpus=spec.num_workers * spec.cpus_per_worker,
-            cpu_settings=cpu_settings(spec),
-            num_gpus=spec.num_workers if spec.use_gpu else 0,
-            worker_logs=spec.worker_logs,
-        ):
+        with connected(spec):
             tables = (_predictions(rows, run.threshold) for rows in predict_rows(run, source, spec))
             _write_parts(tally.count(tables), local)
-        # Last, so that the folder never has a part of the rows or the rows of two jobs.
+        # Last, so that a failed prediction leaves the folder unchanged.
         for name in earlier:
             output.delete(name)
         for part in sorted(Path(local).iterdir()):
@@ -90,7 +82,7 @@ def _open_rows(run: TrainedRun, spec: PredictSpec) -> RowSource:
         if spec.images:
             raise JobError(
                 f"--images={spec.images} is for a table of raw rows, but {data} is prepared data, "
-                "which contains its images; leave --images out"
+                "which contains images; leave --images out"
             )
         splits = SPLITS if spec.split is None else (spec.split,)
         return PreparedRows(run, data, read_manifest(data), splits, spec)
@@ -101,8 +93,8 @@ def _open_rows(run: TrainedRun, spec: PredictSpec) -> RowSource:
         )
     if run.manifest.image.features and run.takes_images:
         raise JobError(
-            f"{run.folder} is a tuning trial whose model takes backbone features instead of "
-            "images; choose a run that was trained on images"
+            f"{run.folder} is a tuning trial whose model was trained on backbone features; choose "
+            "a run that was trained on images"
         )
     return RawRows(run, spec)
 
@@ -129,7 +121,7 @@ def _write_parts(tables: Iterable[pa.Table], local: str) -> None:
         pending.append(table)
         if sum(table.num_rows for table in pending) >= _ROWS_PER_PART:
             flush()
-    # Without rows, one file still has the schema.
+    # Even without rows, write one file with the schema.
     if pending or not num_parts:
         flush()
 

@@ -5,7 +5,7 @@ Input: a `TrainedRun`, whose model each process loads, and a `RowSource`. Output
 
     source ─ read (tasks: bytes → pixels, numbers) ─→ Predictor (actors: one model each) ─→ driver
 
-Rows stream through: no process holds more than a few batches.
+Rows are streamed: no process has more than a few batches in memory.
 
     B rows of a batch
 """
@@ -14,12 +14,15 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from ray_jobs.cluster import connection
+from ray_jobs.cluster.capacity import cpu_settings
 from ray_jobs.cluster.connection import first_line, root_cause
 from ray_jobs.cluster.stderr_filter import ACTOR_ARGUMENTS, drop_stderr_lines
 from ray_jobs.config.errors import JobError
@@ -39,11 +42,22 @@ _PREDICTED = RESULT.append(pa.field(FAILURE, pa.string()))
 _MIN_BLOCK_BYTES = 1 << 20
 
 
+def connected(spec: InferenceSpec) -> AbstractContextManager[None]:
+    """Return a connection to Ray that `predict_rows` can use."""
+    return connection.connected(
+        spec.address,
+        num_cpus=spec.num_workers * spec.cpus_per_worker,
+        cpu_settings=cpu_settings(spec),
+        num_gpus=spec.num_workers if spec.use_gpu else 0,
+        worker_logs=spec.worker_logs,
+    )
+
+
 def predict_rows(run: TrainedRun, source: RowSource, spec: InferenceSpec) -> Iterator[pa.Table]:
-    """Yield `RESULT` of each row of a source once and in order; needs a connection to Ray.
+    """Yield the predicted rows of a source in order, as tables of `RESULT`; requires `connected`.
 
     Raises:
-        JobError: If a task or a model's process fails, or rows are missing.
+        JobError: If a task or a process with a model fails, or rows are missing.
     """
     if not source.num_rows:
         return
@@ -68,15 +82,15 @@ def predict_rows(run: TrainedRun, source: RowSource, spec: InferenceSpec) -> Ite
         ) from error
     if num_done != source.num_rows:
         raise JobError(
-            f"read {num_done} rows instead of {source.num_rows}; the prepared data is damaged, "
+            f"read {num_done} rows instead of {source.num_rows}; the prepared data is damaged; "
             "prepare it again"
         )
 
 
 class Predictor:
-    """Holds the model of a run in one process and predicts the probability of each row.
+    """Loads the model of a run into a process and predicts the probability of each row.
 
-    Smaller batches are padded to `batch_size` rows, so that the model is traced for one shape only.
+    Smaller batches are padded to `batch_size` rows, so that the model is traced only once.
     """
 
     def __init__(self, run: TrainedRun, batch_size: int, num_cpus: float, use_gpu: bool) -> None:
@@ -109,7 +123,7 @@ class Predictor:
         )
 
     def __call__(self, rows: pa.Table) -> Iterator[pa.Table]:
-        """Yield `RESULT` and a failure column of any number of rows, batch by batch."""
+        """Predict any number of rows; yield `RESULT` and a failure column, batch by batch."""
         failures = [text for text in rows[FAILURE].to_pylist() if text]
         if self.failure or failures:
             yield pa.Table.from_pylist([{FAILURE: self.failure or failures[0]}], _PREDICTED)
@@ -158,7 +172,7 @@ def _predicted_blocks(
         try:
             yield from source.read(task)
         except JobError as error:
-            # One row, with the columns of all other blocks.
+            # One row with the same columns as all other blocks.
             inputs = {n: np.zeros((1, *s), INPUT_TYPES[n]) for n, s in run.input_shapes.items()}
             yield model_rows(pa.nulls(1), pa.nulls(1), [None], inputs, failure=str(error))
 

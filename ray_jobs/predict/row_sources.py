@@ -1,4 +1,4 @@
-"""Reads prepared or raw rows as a `Predictor` needs them.
+"""Reads prepared or raw rows into the tables that a `Predictor` accepts.
 
 A `RowSource` is created on the driver, which checks the data, and read in tasks anywhere in the
 cluster.
@@ -20,7 +20,7 @@ from ray_jobs.data.batch import KEY, LABEL
 from ray_jobs.data.decoder import bytes_column
 from ray_jobs.data.images import BadImage
 from ray_jobs.data.manifest import MANIFEST, Manifest, require_shards
-from ray_jobs.predict.trained_run import TrainedRun, require_fit
+from ray_jobs.predict.trained_run import TrainedRun, require_match
 from ray_jobs.prepare.row_validation import Rows, read_rows
 from ray_jobs.prepare.shard_writer import RowConverter, StoredImages
 from ray_jobs.prepare.sources import open_source
@@ -43,7 +43,7 @@ class PreparedRows:
     """The rows of prepared splits in stored order, one split after the other.
 
     Raises:
-        JobError: If the data does not fit the run, or shards are missing or have another size.
+        JobError: If the data does not match the run, or shards are missing or have the wrong size.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class PreparedRows:
         splits: Sequence[Split],
         spec: InferenceSpec,
     ) -> None:
-        require_fit(run, manifest, folder)
+        require_match(run, manifest, folder)
         require_shards(folder, manifest, splits)
         self.run, self.folder, self.batch_size = run, folder, spec.batch_size
         self.shards = [shard for split in splits for shard in manifest.splits[split].shards]
@@ -70,7 +70,7 @@ class PreparedRows:
         ]
 
     def read(self, task: pa.Table) -> Iterator[pa.Table]:
-        """Yield the rows of some row groups; a row with a damaged image has an error."""
+        """Yield the rows of a task's row groups; a row with a damaged image has an error."""
         shard, row_groups = task["shard"][0].as_py(), task["row_groups"][0].as_py()
         columns = self.run.decoder.columns
         try:
@@ -84,7 +84,7 @@ class PreparedRows:
         except (OSError, pa.ArrowException) as error:
             raise JobError(
                 f"could not read {self.folder}/{shard}: {first_line(error)}; the prepared data is "
-                "damaged, prepare it again"
+                "damaged; prepare it again"
             ) from error
 
 
@@ -162,9 +162,9 @@ RowSource = PreparedRows | RawRows
 
 
 def rows_per_task(num_rows: int, spec: InferenceSpec) -> int:
-    """Return the rows of a task: whole batches, and few enough for several tasks per worker."""
-    share = min(num_rows // (spec.num_workers * _TASKS_PER_WORKER), _MAX_TASK_ROWS)
-    return max(share // spec.batch_size, 1) * spec.batch_size
+    """Return the rows per task: whole batches, but few enough for several tasks per worker."""
+    limit = min(num_rows // (spec.num_workers * _TASKS_PER_WORKER), _MAX_TASK_ROWS)
+    return max(limit // spec.batch_size, 1) * spec.batch_size
 
 
 def model_rows(
@@ -174,12 +174,12 @@ def model_rows(
     inputs: dict[str, np.ndarray],
     failure: str | None = None,
 ) -> pa.Table:
-    """Return rows as a `Predictor` takes them.
+    """Return rows in the format that a `Predictor` accepts.
 
     Args:
         keys: Keys of the rows.
         labels: Labels of the rows, null if unknown.
-        errors: For each row, why it cannot be used, else None.
+        errors: For each row, the reason why it cannot be used, or None.
         inputs: Inputs of the model by name, as in `ray_jobs.data.batch`.
         failure: Error that ends the job.
     """
@@ -196,12 +196,12 @@ def model_rows(
 def _decode_rows(
     run: TrainedRun, rows: pa.Table, errors: list[str | None], location: str
 ) -> pa.Table:
-    """Return stored rows as a `Predictor` takes them.
+    """Return stored rows in the format that a `Predictor` accepts.
 
     Args:
         run: Run whose model predicts the rows.
-        rows: Rows with the columns of a shard that the model needs.
-        errors: For each row, why it cannot be used, else None.
+        rows: Rows with those columns of a shard that the model needs.
+        errors: For each row, the reason why it cannot be used, or None.
         location: File of the rows, for error messages.
     """
 
@@ -228,16 +228,16 @@ def _combine_groups(row_groups: Sequence[int], min_rows: int) -> Iterator[list[i
 
 
 def _raw_rules(run: TrainedRun, spec: PredictSpec, numeric_columns: tuple[str, ...]) -> PrepareSpec:
-    """Return the run's settings for reading rows, with the locations of this job."""
+    """Return the run's settings for reading rows, with this job's file locations."""
     rules = run.manifest.prepare
     number_rules = {n: rule for n, rule in rules.number_rules.items() if n in numeric_columns}
     changes: dict[str, Any] = {"numeric_columns": numeric_columns, "number_rules": number_rules}
     if rules.images and not rules.table:
         if spec.images:
             raise JobError(
-                f"--images={spec.images} does not fit the run {run.folder}, whose records were "
-                f"stored with its images in {rules.images}; leave --images out and set --data to "
-                "files of the same kind"
+                f"--images={spec.images} does not match the run {run.folder}, whose data files "
+                f"({rules.images}) contain both records and images; leave --images out and set "
+                "--data to files of the same kind"
             )
         return rules.model_copy(update={**changes, "images": spec.data})
     changes["table"] = spec.data
@@ -247,8 +247,8 @@ def _raw_rules(run: TrainedRun, spec: PredictSpec, numeric_columns: tuple[str, .
     elif not spec.images:
         raise JobError(
             f"the model of {run.folder} takes images; set --images to a pattern such as "
-            f"'photos/{rules.image_pattern}', or to the folder of the files in the run's "
-            f"{rules.image_column or rules.image_pattern!r}"
+            f"'photos/{rules.image_pattern}', or to the folder of the files that "
+            f"{rules.image_column or rules.image_pattern!r} names"
         )
     elif _COLUMN.search(spec.images):
         fixed = spec.images.partition("{")[0]
@@ -261,7 +261,7 @@ def _raw_rules(run: TrainedRun, spec: PredictSpec, numeric_columns: tuple[str, .
 
 
 def _with_flag_names(text: str, run: TrainedRun, spec: PredictSpec) -> str:
-    """Return an error about `prepare` settings as one about this job's flags or its run."""
+    """Rewrite an error about `prepare` settings to name this job's flags or its run."""
     if "{" in (spec.images or ""):
         text = text.replace("prepare.image_pattern", "--images")
     text = text.replace("prepare.images", "--images")

@@ -1,4 +1,4 @@
-"""Opens a finished run: reads how to prepare rows and what its model takes.
+"""Opens a finished run: reads its settings for preparing rows and the inputs of its model.
 
 Reads manifest.json, summary.json and the configuration in model/model.keras, without TensorFlow.
 """
@@ -39,7 +39,7 @@ class TrainedRun:
 
     @property
     def decoder(self) -> RowDecoder:
-        """Decoder of stored rows into the model's inputs."""
+        """Decoder that turns stored rows into the model's inputs."""
         size = self.input_shapes[IMAGE][-2] if IMAGE in self.input_shapes else None
         manifest = self.manifest
         if not self.takes_numbers:
@@ -74,19 +74,21 @@ def open_run(path: str) -> TrainedRun:
             if layer["class_name"] == "InputLayer"
         }
     except (zipfile.BadZipFile, KeyError, TypeError, ValueError) as error:
-        raise JobError(f"{folder}/{MODEL} is damaged or not a fusion model: {error}") from error
+        raise JobError(
+            f"{folder}/{MODEL} is damaged or not a fusion model: {error}; choose another run"
+        ) from error
     try:
         threshold = float(folder.read_json(SUMMARY)["decision_threshold"])
     except (ValueError, KeyError, TypeError) as error:
-        raise JobError(f"{folder}/{SUMMARY} is damaged: {error}") from error
+        raise JobError(f"{folder}/{SUMMARY} is damaged: {error}; choose another run") from error
     return TrainedRun(folder, read_manifest(folder), threshold, input_shapes)
 
 
-def require_fit(run: TrainedRun, manifest: Manifest, data: Folder) -> None:
-    """Check that prepared data has what the run's model takes.
+def require_match(run: TrainedRun, manifest: Manifest, data: Folder) -> None:
+    """Check that prepared data has the inputs of the run's model.
 
     Raises:
-        JobError: Naming every difference between the data and the data of the run.
+        JobError: If the data differs from that of the run; the message lists all differences.
     """
     differences: list[str] = []
     trained = run.manifest
@@ -109,7 +111,7 @@ def require_fit(run: TrainedRun, manifest: Manifest, data: Folder) -> None:
         )
     if differences:
         raise JobError(
-            f"{data} does not fit the run in {run.folder}: {'; '.join(differences)}; prepare it "
+            f"{data} does not match the run in {run.folder}: {'; '.join(differences)}; prepare it "
             f"with the settings in the run's {MANIFEST}"
         )
 

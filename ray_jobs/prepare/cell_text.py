@@ -8,6 +8,7 @@ large table can exceed 2 GiB.
 
 import re
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -18,14 +19,15 @@ TEXT = pa.large_string()
 MISSING_LABELS = ("nan", "-nan", "na", "n/a", "#n/a", "<na>", "null")
 """Labels, in lower case, that count as missing, in addition to empty cells."""
 MISSING_NUMBERS = (*MISSING_LABELS, "none")
-"""The same for numbers. A class, by contrast, may be called `none`."""
+"""Numbers, in lower case, that count as missing. `MISSING_LABELS` lacks `none`, since a class may
+have this name."""
 
 
 def column_text(column: pa.ChunkedArray) -> pa.LargeStringArray:
     """Return the cells as text without surrounding spaces, whole numbers without `.0`.
 
-    Empty cells and NaN are null. Words such as `NA` are kept, since a key or a category may be
-    called so.
+    Empty cells and NaN are null. Words such as `NA` are kept, since a key or a category may have
+    this name.
 
     Raises:
         JobError: If the column holds something other than text and numbers, such as lists.
@@ -33,7 +35,7 @@ def column_text(column: pa.ChunkedArray) -> pa.LargeStringArray:
     kind = column.type
     if pa.types.is_dictionary(kind):
         if pa.types.is_string(kind.value_type):
-            # Decoding repeats the words, which may take more than 2 GiB.
+            # Decoding repeats the words and may need more than 2 GiB.
             kind = pa.dictionary(kind.index_type, TEXT)
         column = pc.cast(pc.cast(column, kind), kind.value_type)
     if pa.types.is_floating(column.type):
@@ -45,7 +47,9 @@ def column_text(column: pa.ChunkedArray) -> pa.LargeStringArray:
     try:
         cells = pc.utf8_trim_whitespace(pc.cast(column, TEXT).combine_chunks())
     except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
-        raise JobError(f"a column of type {column.type} cannot be read as text: {error}") from error
+        raise JobError(
+            f"a column of type {column.type} cannot be read as text: {error}; store text or numbers"
+        ) from error
     cells = pc.if_else(pc.equal(cells, ""), None, cells)
     # pandas writes whole numbers as 1.0 in a column that has missing cells.
     if pc.all(pc.match_substring_regex(cells, r"^-?[0-9]+\.0$")).as_py():
@@ -53,10 +57,16 @@ def column_text(column: pa.ChunkedArray) -> pa.LargeStringArray:
     return cells
 
 
-def label_text(text: str) -> str | None:
-    """Return the one spelling of a label, such as `true` for `True` and `1` for `1.0`.
+def first_rows(texts: pa.LargeStringArray, among: pa.LargeStringArray) -> np.ndarray:
+    """Return the first row of each text among other texts: int64, -1 for null and unknown texts."""
+    rows = pc.index_in(texts, value_set=among, skip_nulls=True)
+    return rows.fill_null(-1).to_numpy().astype(np.int64)
 
-    A label that counts as missing gives None.
+
+def label_text(text: str) -> str | None:
+    """Return the normalized spelling of a label, such as `true` for `True` and `1` for `1.0`.
+
+    Returns None for a label that counts as missing.
     """
     if text.lower() in MISSING_LABELS:
         return None

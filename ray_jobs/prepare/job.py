@@ -5,9 +5,9 @@ Writes: train/, validation/ and test/ with Parquet shards, quarantine/ with the 
 manifest.json, written last.
 Run:   python -m ray_jobs.prepare ray_jobs/specs/houses.yaml --prepare.output prepared
 
-The driver reads the table, checks its rows and assigns them to splits and shards. Ray tasks read
-and convert the images, one shard each, and return a few facts. A later run keeps the shards whose
-rows have not changed; a run that was interrupted resumes when started again.
+The driver reads the table, checks its rows and assigns them to splits and shards. Each Ray task
+reads and converts the images of one shard and returns its statistics. A later run keeps the shards
+whose rows have not changed; a run that was interrupted resumes when started again.
 """
 
 # pyright: reportAttributeAccessIssue=false
@@ -94,8 +94,8 @@ def prepare(spec: RunSpec) -> Manifest:
         image=writer.image,
         numeric_columns=numeric_columns,
         vocabularies=_fit_vocabularies(rows, plan),
-        negative_label=classes.negative,
-        positive_label=classes.positive,
+        negative_label=classes[0],
+        positive_label=classes[1],
         splits={split: _split_info(rows, plan, facts, split) for split in SPLITS},
         cuts=plan.cuts,
         statistics=_fit_statistics(rows, plan, numeric_columns),
@@ -137,7 +137,10 @@ def _write_new_shards(
 def _write_shards(
     rows: CheckedRows, todo: Sequence[NewShard], writer: ShardWriter
 ) -> Iterator[ShardFacts]:
-    """Yield the facts of shards as tasks write them, a few at a time, each with its own rows."""
+    """Write shards in Ray tasks, a few at a time, and yield the facts of each as it is written.
+
+    Each task receives only the rows of its shard.
+    """
     import ray
     from ray.exceptions import RayError
 
@@ -148,7 +151,10 @@ def _write_shards(
         ready, pending[:] = ray.wait(pending)
         facts = ray.get(ready[0])
         if isinstance(facts, str):
-            raise JobError(f"{writer.output} could not be written: {facts}")
+            raise JobError(
+                f"prepare.output={str(writer.output)!r} could not be written: {facts}; check free "
+                "space and permissions, and run the same command again to resume"
+            )
         return facts
 
     try:
@@ -167,7 +173,7 @@ def _write_shards(
         for ref in pending:
             ray.cancel(ref)
         if pending:
-            # Else they would still write while shards are deleted.
+            # Otherwise they would keep writing while shards are deleted.
             ray.wait(pending, num_returns=len(pending), timeout=_CANCEL_TIMEOUT_S)
 
 
@@ -180,7 +186,7 @@ def _quarantine_bad_images(rows: CheckedRows, facts: Sequence[ShardFacts]) -> No
 
 
 def _check_quarantine(rows: CheckedRows, options: PrepareSpec, output: Folder) -> None:
-    """Write the quarantine, and check that few rows are bad.
+    """Write the quarantine, and check that not too many rows are bad.
 
     Raises:
         JobError: If more than `max_bad_fraction` of the rows are bad.

@@ -1,7 +1,8 @@
 """Records finished shards, so that an interrupted `prepare` resumes when it is started again.
 
-The facts of a shard are written together with it, under the fingerprint of its input. So nothing
-about the interrupted job needs to be known, and shards whose input has changed are written anew.
+A task that has written a shard stores the shard's facts under the fingerprint of its input.
+Resuming needs no other state of the interrupted job, and shards whose input has changed are
+rewritten.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,7 @@ def entry_name(writer: ShardWriter, split: Split, index: int, rows: Rows) -> str
 
 
 def write_and_record(writer: ShardWriter, split: Split, index: int, rows: Rows) -> ShardFacts | str:
-    """Write and record a shard; return its facts, or why the folder cannot be written."""
+    """Write and record a shard; return its facts, or the error if the folder cannot be written."""
     try:
         facts = writer.write(split, index, rows)
         name = f"{FOLDER}/{entry_name(writer, split, index, rows)}.json"

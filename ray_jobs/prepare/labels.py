@@ -1,13 +1,12 @@
 """Finds the two classes of the label column.
 
-A problem of the whole column, such as a single class, is an error here; a problem of one cell
-quarantines its row in row_validation.py.
+A problem with the whole column, such as a single class, raises an error here. A problem with one
+cell quarantines its row in row_validation.py.
 """
 
 # pyright: reportAttributeAccessIssue=false
 
 from collections import Counter
-from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,16 +18,8 @@ from ray_jobs.config.text import count_text
 from ray_jobs.prepare.cell_text import column_text, label_text
 
 
-@dataclass(frozen=True)
-class Classes:
-    """The two values of the label column, as text."""
-
-    negative: str
-    positive: str
-
-
-def find_classes(column: pa.ChunkedArray, spec: PrepareSpec) -> Classes:
-    """Return the two classes of the label column.
+def find_classes(column: pa.ChunkedArray, spec: PrepareSpec) -> tuple[str, str]:
+    """Return the negative and the positive class of the label column, as text.
 
     They are 0 and 1, false and true, or the positive label and the most frequent other value. Rows
     with further values go to quarantine, up to `max_bad_fraction` of all rows.
@@ -38,9 +29,9 @@ def find_classes(column: pa.ChunkedArray, spec: PrepareSpec) -> Classes:
     """
     counts = _count_labels(column)
     name, values = f"the label column {spec.label_column!r}", _format_counts(counts)
-    too_many = f"{name} holds {len(counts)} values ({values}), but a yes/no model needs two"
+    too_many = f"{name} holds {len(counts)} values ({values}), but a binary classifier needs two"
     if not counts:
-        raise JobError(f"{name} is empty")
+        raise JobError(f"{name} is empty; choose another prepare.label_column")
     positive = spec.positive_label and label_text(spec.positive_label)
     if positive is not None and positive not in counts:
         raise JobError(
@@ -48,13 +39,16 @@ def find_classes(column: pa.ChunkedArray, spec: PrepareSpec) -> Classes:
             f"{did_you_mean(positive, list(counts))} (it holds: {values})"
         )
     if len(counts) == 1:
-        raise JobError(f"{name} holds only one class ({values}); training needs rows of two")
+        raise JobError(
+            f"{name} holds only one class ({values}); add rows of another class, or choose another "
+            "prepare.label_column"
+        )
     pairs = [pair for pair in (("0", "1"), ("false", "true")) if set(pair) <= counts.keys()]
     if positive is not None:
         negative = min(counts.keys() - {positive}, key=lambda value: (-counts[value], value))
-        classes = Classes(negative, positive)
+        classes = (negative, positive)
     elif pairs:
-        classes = Classes(*pairs[0])
+        classes = pairs[0]
     elif len(counts) == 2:
         raise JobError(
             f"{name} holds {values}; set which of them counts as 1, such as "
@@ -64,13 +58,12 @@ def find_classes(column: pa.ChunkedArray, spec: PrepareSpec) -> Classes:
         raise JobError(
             f"{too_many}; choose another prepare.label_column or set prepare.positive_label"
         )
-    num_other = counts.total() - counts[classes.negative] - counts[classes.positive]
+    num_other = counts.total() - counts[classes[0]] - counts[classes[1]]
     unlabelled = 0 if spec.skip_unlabelled else len(column) - counts.total()
     if num_other and num_other + unlabelled > spec.max_bad_fraction * len(column):
         raise JobError(
-            f"{too_many}; correct the values other than {classes.negative!r} and "
-            f"{classes.positive!r}, or raise prepare.max_bad_fraction={spec.max_bad_fraction:g} to "
-            "quarantine their rows"
+            f"{too_many}; correct the values other than {classes[0]!r} and {classes[1]!r}, or "
+            f"raise prepare.max_bad_fraction={spec.max_bad_fraction:g} to quarantine their rows"
         )
     return classes
 

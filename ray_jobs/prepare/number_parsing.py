@@ -31,7 +31,6 @@ _CLOCK = r"(?P<hour>[0-9]{2}):(?P<minute>[0-9]{2})(?::(?P<second>[0-9]{2}(?:[.,]
 _ZONE = r"z|(?P<sign>[+-])(?P<zone_hour>[0-9]{2}):?(?P<zone_minute>[0-9]{2})?"
 _DATE = rf"^(?:{_DAY})(?:(?:t|\s+){_CLOCK}\s*(?:{_ZONE})?)?$"
 _DAY_S = 86_400.0
-_UNITS_PER_S = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}
 
 
 def parse_numbers(
@@ -39,15 +38,15 @@ def parse_numbers(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return each cell as float64, and a mask of the cells that are not numbers.
 
-    A missing cell and one that is not a number are NaN.
+    Missing cells and cells that are not numbers are NaN.
 
     Args:
         column: Numbers, booleans or text; with the rule `date` also dates and timestamps.
         rule: How to read text other than plain numbers. `range_low`, `range_mean` and `range_high`
             read ranges such as `91-92` and `10 to 20`, and open ranges such as `50+`, `<5` and
-            `>=7` by their one end. `decimal_comma` reads `1.234,5` and `1 234,5`, so `1.234` is
-            1234. `date` reads ISO 8601 dates and times, also with `/` or `.` as separator, as days
-            since 1970-01-01 UTC. `missing` treats any other text as missing.
+            `>=7` by their one end. `decimal_comma` reads `1.234,5` and `1 234,5`, and therefore
+            `1.234` as 1234. `date` reads ISO 8601 dates and times, also with `/` or `.` as
+            separator, as days since 1970-01-01 UTC. `missing` treats any other text as missing.
 
     Raises:
         JobError: If the column holds neither numbers nor text.
@@ -55,7 +54,8 @@ def parse_numbers(
     kind = column.type
     if rule == "date":
         if pa.types.is_date(kind) or pa.types.is_timestamp(kind):
-            return _days_of_timestamps(column), np.zeros(len(column), bool)
+            days = (column.to_numpy() - np.datetime64(0, "D")) / np.timedelta64(1, "D")
+            return days, np.zeros(len(column), bool)
         return _parse(column, _parse_dates)
     if pa.types.is_boolean(kind):
         column = pc.cast(column, pa.int8())
@@ -149,16 +149,6 @@ def _parse_dates(lower: pa.LargeStringArray) -> np.ndarray:
     return np.where(is_date, date.astype(np.int64) + seconds / _DAY_S, np.nan)
 
 
-def _days_of_timestamps(column: pa.ChunkedArray) -> np.ndarray:
-    kind = column.type
-    if pa.types.is_date32(kind):
-        days = pc.cast(pc.cast(column, pa.int32()), pa.float64())
-        return _to_float64(days)
-    per_s = _UNITS_PER_S["ms" if pa.types.is_date64(kind) else kind.unit]
-    units = pc.cast(pc.cast(column, pa.int64()), pa.float64(), safe=False)
-    return _to_float64(units) / (per_s * _DAY_S)
-
-
 _PARSERS: dict[NumberRule, Callable[[pa.LargeStringArray], np.ndarray]] = {
     "range_low": lambda lower: _parse_ranges(lower, "range_low"),
     "range_mean": lambda lower: _parse_ranges(lower, "range_mean"),
@@ -172,7 +162,7 @@ def _matches(cells: pa.LargeStringArray, pattern: str) -> pa.BooleanArray:
 
 
 def _text_to_float64(cells: pa.LargeStringArray) -> np.ndarray:
-    """Return text that spells numbers as float64, NaN for null and empty text."""
+    """Convert text that spells numbers to float64, with NaN for null and empty text."""
     return _to_float64(pc.cast(pc.if_else(pc.equal(cells, ""), None, cells), pa.float64()))
 
 

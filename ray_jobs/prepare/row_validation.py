@@ -1,6 +1,6 @@
 """Reads the cells of a source's table as `Rows` and quarantines the rows that cannot be used.
 
-Input: a `Source` whose columns were checked. Output: keys, numbers, words, labels, groups and
+Input: a `Source` whose columns have been checked. Output: keys, numbers, words, labels, groups and
 splits in the table's order, and a reason for each quarantined row.
 
 Tables can have millions of rows, so columns stay Arrow and NumPy; only quarantined rows become
@@ -18,8 +18,7 @@ import pyarrow.compute as pc
 
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import SPLITS, PrepareSpec
-from ray_jobs.prepare.cell_text import TEXT, column_text, label_text
-from ray_jobs.prepare.labels import Classes
+from ray_jobs.prepare.cell_text import TEXT, column_text, first_rows, label_text
 from ray_jobs.prepare.number_parsing import parse_numbers, suggest_rule
 from ray_jobs.prepare.sources.source import ImageRefs, Source
 
@@ -63,7 +62,7 @@ class CheckedRows(Rows):
     groups: pa.LargeStringArray
     """The key where there is no group column; never null."""
     splits: np.ndarray
-    """int8, the index in `SPLITS` that the split column gives, else -1."""
+    """int8 index in `SPLITS`, from the split column; -1 without one."""
     quarantined: dict[int, tuple[str, str]] = field(default_factory=dict)
     """Row → reason (one word) and detail."""
     unmatched: tuple[tuple[str, str, str], ...] = ()
@@ -85,17 +84,17 @@ def read_rows(
     source: Source,
     spec: PrepareSpec,
     numeric_columns: Sequence[str],
-    classes: Classes | None,
+    classes: tuple[str, str] | None,
     categorical: Sequence[str] = (),
 ) -> CheckedRows:
     """Return the rows of a source's table.
 
     Args:
-        source: The source; its columns were checked.
-        spec: The rules to read by.
+        source: The source, whose columns have been checked.
+        spec: The `prepare` section.
         numeric_columns: Columns of numbers to read.
-        classes: Classes of the label column; None to read no label, group and split, for
-            `predict`.
+        classes: Negative and positive class of the label column. None, as in `predict`, skips
+            labels, groups and splits.
         categorical: Columns of words to read.
 
     Raises:
@@ -133,20 +132,20 @@ def read_rows(
 def _check_keys(rows: CheckedRows, key_column: str) -> None:
     for row in _rows_where(rows.keys.is_null()):
         rows.quarantine(row, "missing_key", f"row {row + 1} has no {key_column}")
-    codes = rows.keys.dictionary_encode().indices.fill_null(-1).to_numpy()
-    # Assigned from the last row to the first, so that the first row of each key remains.
-    first = np.empty(len(codes) + 1, np.int64)
-    first[codes[::-1]] = np.arange(len(codes))[::-1]
-    for row in np.flatnonzero((first[codes] != np.arange(len(codes))) & (codes >= 0)).tolist():
-        detail = f"row {row + 1} has the {key_column} of row {first[codes[row]] + 1}"
+    first = first_rows(rows.keys, rows.keys)
+    for row in np.flatnonzero((first >= 0) & (first < np.arange(len(first)))).tolist():
+        detail = f"row {row + 1} has the {key_column} of row {first[row] + 1}"
         rows.quarantine(row, "duplicate_key", detail)
 
 
-def _read_labels(rows: CheckedRows, column: pa.ChunkedArray, name: str, classes: Classes) -> None:
+def _read_labels(
+    rows: CheckedRows, column: pa.ChunkedArray, name: str, classes: tuple[str, str]
+) -> None:
+    negative, positive = classes
     missing, other = -2, -1
     encoded = column_text(column).dictionary_encode()
     spellings = [label_text(text) for text in encoded.dictionary.to_pylist()]
-    class_of = {None: missing, classes.negative: 0, classes.positive: 1}
+    class_of = {None: missing, negative: 0, positive: 1}
     # The last entry is for null cells, whose code is -1.
     class_of_code = np.array([*(class_of.get(s, other) for s in spellings), missing], np.int8)
     codes = encoded.indices.fill_null(-1).to_numpy()
@@ -157,8 +156,7 @@ def _read_labels(rows: CheckedRows, column: pa.ChunkedArray, name: str, classes:
         rows.quarantine(
             row,
             "bad_label",
-            f"{name} is {spellings[codes[row]]!r}, neither {classes.negative!r} nor "
-            f"{classes.positive!r}",
+            f"{name} is {spellings[codes[row]]!r}, neither {negative!r} nor {positive!r}",
         )
     rows.labels = np.maximum(labels, -1)
 

@@ -2,8 +2,8 @@
 
 Input: the rows, and the manifest and shards of an earlier prepare. Output: `Plan`.
 
-The table is the truth. A shard is kept if all its rows still exist unchanged; all other rows go
-into new shards.
+The current table decides: a shard is kept if all its rows still exist unchanged, and all other rows
+go into new shards.
 """
 
 # pyright: reportAttributeAccessIssue=false
@@ -22,21 +22,12 @@ from ray_jobs.config.spec import SPLITS, PrepareSpec, RunSpec, Split
 from ray_jobs.config.text import count_text
 from ray_jobs.data.batch import KEY
 from ray_jobs.data.manifest import MANIFEST, Manifest, Shard, read_manifest
-from ray_jobs.prepare.cell_text import TEXT
+from ray_jobs.prepare.cell_text import TEXT, first_rows
 from ray_jobs.prepare.journal import is_complete
-from ray_jobs.prepare.labels import Classes
 from ray_jobs.prepare.row_validation import CheckedRows
 from ray_jobs.prepare.shard_writer import ShardWriter
 from ray_jobs.prepare.sources.source import ImageRefs
-from ray_jobs.prepare.splits import (
-    TRAIN,
-    Cuts,
-    Groups,
-    assign,
-    join_by_image,
-    make_cuts,
-    split_hashes,
-)
+from ray_jobs.prepare.splits import Cuts, Groups, assign, join_by_image, make_cuts, split_hashes
 from ray_jobs.storage.folder import Folder
 
 _NUM_THREADS = 16
@@ -63,7 +54,7 @@ class Plan:
     """Rows of each split, in an order that depends only on seed and key."""
     cuts: Cuts | None
     note: str
-    """How the splits were made, in a few words."""
+    """Short description of how the splits were made."""
     kept: dict[Split, list[Shard]]
     """Existing shards that are kept."""
     new: list[NewShard]
@@ -82,8 +73,8 @@ def read_earlier(output: Folder) -> Earlier | None:
         earlier = read_manifest(output)
     except JobError as error:
         raise JobError(
-            f"{error}\nRows in this manifest keep their splits: set another prepare.output, or "
-            "delete this folder to split anew"
+            f"{error}\nThe rows of this manifest must keep their splits; set another "
+            "prepare.output, or delete this folder to make new splits"
         ) from error
 
     def read_keys(item: tuple[Split, Shard]) -> tuple[Split, Shard, pa.LargeStringArray] | None:
@@ -100,12 +91,16 @@ def read_earlier(output: Folder) -> Earlier | None:
 
 
 def make_plan(
-    rows: CheckedRows, spec: RunSpec, classes: Classes, writer: ShardWriter, earlier: Earlier | None
+    rows: CheckedRows,
+    spec: RunSpec,
+    classes: tuple[str, str],
+    writer: ShardWriter,
+    earlier: Earlier | None,
 ) -> Plan:
     """Plan the split and shard of the good rows; the writer's fingerprints show changed shards.
 
     Raises:
-        JobError: If there are too few rows for three splits, or a group would be in two.
+        JobError: If there are too few rows for three splits, or a group would be in two splits.
     """
     good = np.flatnonzero(rows.good)
     earlier_rows = _find_earlier_rows(rows, earlier)
@@ -143,7 +138,7 @@ def _split(
     rows: CheckedRows,
     good: np.ndarray,
     spec: RunSpec,
-    classes: Classes,
+    classes: tuple[str, str],
     earlier_rows: list[np.ndarray],
     earlier: Earlier | None,
 ) -> tuple[np.ndarray, Cuts | None, str]:
@@ -188,12 +183,12 @@ def _find_earlier_rows(rows: CheckedRows, earlier: Earlier | None) -> list[np.nd
     return np.split(indices, np.cumsum([len(keys) for _, _, keys in earlier.shards])[:-1])
 
 
-def _splits_alike(earlier: Manifest, spec: RunSpec, classes: Classes) -> bool:
+def _splits_alike(earlier: Manifest, spec: RunSpec, classes: tuple[str, str]) -> bool:
     """Return whether an earlier prepare split by the same rule, so its cuts apply here."""
     same = ("key_column", "label_column", "group_column", "validation_fraction", "test_fraction")
     return (
         earlier.seed == spec.run.seed
-        and (earlier.negative_label, earlier.positive_label) == (classes.negative, classes.positive)
+        and (earlier.negative_label, earlier.positive_label) == classes
         and all(getattr(earlier.prepare, name) == getattr(spec.prepare, name) for name in same)
     )
 
@@ -201,15 +196,11 @@ def _splits_alike(earlier: Manifest, spec: RunSpec, classes: Classes) -> bool:
 def _require_whole_groups(
     groups: pa.LargeStringArray, splits: np.ndarray, options: PrepareSpec
 ) -> None:
-    encoded = groups.dictionary_encode()
-    codes = encoded.indices.to_numpy()
-    first = np.full(len(encoded.dictionary), TRAIN, np.int8)
-    # Assigned from the last row to the first, so that the first row of each group remains.
-    first[codes[::-1]] = splits[::-1]
-    for row in np.flatnonzero(first[codes] != splits)[:1]:
+    split_of_group = splits[first_rows(groups, groups)]
+    for row in np.flatnonzero(split_of_group != splits)[:1]:
         raise JobError(
             f"{options.group_column} {groups[row].as_py()!r} has rows in both "
-            f"{SPLITS[first[codes[row]]]} and {SPLITS[splits[row]]} by "
+            f"{SPLITS[split_of_group[row]]} and {SPLITS[splits[row]]} by "
             f"prepare.split_column={options.split_column}, but a group belongs to one split; "
             "correct the column, or leave prepare.group_column out"
         )

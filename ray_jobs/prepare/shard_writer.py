@@ -2,10 +2,16 @@
 
 Input: keys, image references, numbers, words and labels. Output: the file, and facts about it.
 
-The columns of a shard, in order: `key` string; `image`, or `image_NAME` for each of several images
-with null where one is missing, as binary (JPEG) or fixed-size binary (pixels); each numeric column
-float32 with null where missing; each categorical column string with null where missing; `label`
-int8. The content of a file does not depend on when or where it was written.
+The columns of a shard, in order (nullable columns are null where a value is missing):
+
+    key                  string
+    image                binary (JPEG) or fixed-size binary (pixels); if rows have several images,
+                         there is a nullable column image_NAME for each
+    numeric columns      float32, nullable
+    categorical columns  string, nullable
+    label                int8
+
+The content of a file does not depend on when or where it was written.
 """
 
 # pyright: reportAttributeAccessIssue=false
@@ -48,7 +54,7 @@ _RULES = (
     "rows_per_shard",
     "rows_per_group",
 )
-# A task holds its shard, and a feed many row groups, in memory.
+# A task keeps a whole shard in memory, and a feed keeps many row groups.
 _MAX_SHARD_BYTES = 1 << 28
 _MAX_GROUP_BYTES = 1 << 22
 
@@ -76,7 +82,7 @@ class RowConverter:
     """Converts rows and their images to the columns of a shard, for `prepare` and `predict`."""
 
     readers: tuple[ImageReader, ...]
-    """In the order of `image_columns`."""
+    """One reader per image name, in the order of `image_columns`."""
     numeric_columns: tuple[str, ...]
     categorical: tuple[str, ...]
     spec: PrepareSpec
@@ -108,10 +114,7 @@ class RowConverter:
             for refs, reader in zip(rows.images, self.readers, strict=True)
         ]
         for row, contents in enumerate(zip(*columns, strict=True)):
-            try:
-                yield self._convert_row(rows, row, contents)
-            except BadImage as error:
-                yield error
+            yield self._convert_row(rows, row, contents)
 
     def table(self, rows: Rows, images: Sequence[StoredImages]) -> pa.Table:
         """Return rows and their stored images as columns of a shard."""
@@ -130,56 +133,44 @@ class RowConverter:
 
     def _convert_row(
         self, rows: Rows, row: int, contents: Sequence[bytes | BadImage | None]
-    ) -> StoredImages:
-        """Return the stored images of one row.
-
-        Raises:
-            BadImage: If an image cannot be used, or all of several are missing.
-        """
+    ) -> StoredImages | BadImage:
+        """Return the stored images of one row, or why the row cannot be used."""
         stored: list[bytes | None] = []
         for position, content in enumerate(contents):
-            try:
-                if isinstance(content, BadImage):
-                    raise content
-                stored.append(None if content is None else self._convert_image(content))
-            except BadImage as error:
-                if self.image.names and error.reason == "missing_image":
-                    stored.append(None)
-                    continue
-                prefix = f"{self.image.names[position]}, " if self.image.names else ""
-                detail = f"{prefix}{rows.images[position].name(row)}: {error.detail}"
-                raise BadImage(error.reason, detail) from error
+            if isinstance(content, bytes):
+                try:
+                    content = prepare_image(content, self.spec)
+                except BadImage as error:
+                    # A copy without traceback, whose frames would keep the image in memory.
+                    content = BadImage(error.reason, error.detail)
+            if isinstance(content, BadImage):
+                if not (self.image.names and content.reason == "missing_image"):
+                    prefix = f"{self.image.names[position]}, " if self.image.names else ""
+                    detail = f"{prefix}{rows.images[position].name(row)}: {content.detail}"
+                    return BadImage(content.reason, detail)
+                content = None
+            stored.append(content)
         if all(content is None for content in stored):
             names = [refs.name(row) for refs in rows.images if refs.path[row].is_valid]
-            raise BadImage("missing_image", f"none of its images exists: {', '.join(names)}")
+            return BadImage("missing_image", f"none of its images exists: {', '.join(names)}")
         return tuple(stored)
-
-    def _convert_image(self, content: bytes) -> bytes:
-        return prepare_image(
-            content,
-            self.spec.image_size,
-            self.spec.aspect,
-            self.spec.jpeg_quality,
-            self.spec.max_image_pixels,
-            self.spec.store,
-        )
 
 
 @dataclass(frozen=True)
 class ShardWriter(RowConverter):
-    """Writes shards; all tasks share one."""
+    """Writes shards; all tasks use the same writer."""
 
     output: Folder
     seed: int
 
     @property
     def rows_per_shard(self) -> int:
-        """Rows of one shard: `prepare.rows_per_shard`, or fewer if raw pixels need too much."""
+        """Rows per shard: `prepare.rows_per_shard`, or fewer to limit the size of raw pixels."""
         return self._limit_rows(self.spec.rows_per_shard, _MAX_SHARD_BYTES)
 
     @property
     def rows_per_group(self) -> int:
-        """Rows of one row group: `prepare.rows_per_group`, or fewer if raw pixels need too much."""
+        """Rows per group: `prepare.rows_per_group`, or fewer to limit the size of raw pixels."""
         return self._limit_rows(self.spec.rows_per_group, _MAX_GROUP_BYTES)
 
     def fingerprint(self, split: Split, rows: Rows) -> str:

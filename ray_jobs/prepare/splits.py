@@ -2,7 +2,8 @@
 
 Groups (a row's key where there is no group column) are ranked by hash within their class and cut at
 the fractions. The cuts are stored, so later rows fall on one side of them and no earlier row moves.
-Rows with the same image belong to one group; otherwise the test split would have training images.
+Without a group column, rows with the same image belong to one group, so that no split contains
+images of another.
 
     hash   sha256 of "{seed}:{group}", in hexadecimal
     class  of a group: the class of most of its rows; 1 on a tie
@@ -52,7 +53,7 @@ class Groups:
 
 
 def split_hashes(seed: int, names: pa.LargeStringArray) -> np.ndarray:
-    """Return the hashes that rank groups, and order rows within their split."""
+    """Return the hashes that rank groups and order the rows of a split."""
     hashes = (hashlib.sha256(f"{seed}:{name}".encode()).hexdigest() for name in names)
     return np.fromiter(hashes, "S64", len(names))
 
@@ -60,20 +61,21 @@ def split_hashes(seed: int, names: pa.LargeStringArray) -> np.ndarray:
 def join_by_image(keys: pa.LargeStringArray, images: Sequence[ImageRefs]) -> pa.LargeStringArray:
     """Return the name of each row's group: its key, or one key for all rows that share an image.
 
-    Rows share an image that has the same path and position, under any image name. These rows, and
-    rows that share another image with any of them, are named after the smallest of their keys.
+    Rows share an image if its path and position are the same, under any image name. These rows, and
+    rows that share another image with any of them, are named after the first of their sorted keys.
     """
-    one, other = _shared_images(images)
-    order = pc.sort_indices(keys).to_numpy().astype(np.int64)
-    least = np.empty(len(keys), np.int64)
-    least[order] = np.arange(len(keys))
-    while not np.array_equal(least[one], least[other]):
-        both = np.minimum(least[one], least[other])
-        np.minimum.at(least, one, both)
-        np.minimum.at(least, other, both)
-        # Each row adopts the result of the row with its smallest key so far.
-        least = least[order[least]]
-    return keys.take(pa.array(order[least]))
+    # This import takes 0.3 s; `--help` and the tasks of `prepare` do not need it.
+    from scipy import sparse
+    from scipy.sparse import csgraph
+
+    row, image = _pair_rows_and_images(images)
+    num_nodes = len(keys) + image.max(initial=-1) + 1
+    pairs = (np.ones(len(row)), (row, len(keys) + image))
+    graph = sparse.coo_array(pairs, shape=(num_nodes, num_nodes))
+    group = csgraph.connected_components(graph, directed=False)[1][: len(keys)]
+    order = pc.sort_indices(keys).to_numpy()
+    first = np.unique(group[order], return_index=True)[1]
+    return keys.take(pa.array(order[first[group]]))
 
 
 def make_cuts(groups: Groups, validation_fraction: float, test_fraction: float) -> Cuts:
@@ -119,30 +121,28 @@ def assign(groups: Groups, cuts: Cuts, earlier: np.ndarray | None = None) -> np.
     return split[groups.of_row]
 
 
-def _shared_images(images: Sequence[ImageRefs]) -> tuple[np.ndarray, np.ndarray]:
-    """Return pairs of rows that share an image: the first row with it, and each other row."""
-    encoded = pa.concat_arrays([refs.path for refs in images]).dictionary_encode().indices
-    has_image = encoded.is_valid().to_numpy(zero_copy_only=False)
-    path = encoded.fill_null(-1).to_numpy()[has_image]
-    row = np.tile(np.arange(len(images[0])), len(images))[has_image]
-    start = np.concatenate(
-        [np.full(len(refs), -1) if refs.start is None else refs.start for refs in images]
-    )[has_image]
-    order = np.lexsort((row, start, path))
-    path, row, start = path[order], row[order], start[order]
-    is_new = np.ones(len(row), bool)
-    is_new[1:] = (path[1:] != path[:-1]) | (start[1:] != start[:-1])
-    first = row[np.maximum.accumulate(np.where(is_new, np.arange(len(row)), 0))]
-    return first[first != row], row[first != row]
+def _pair_rows_and_images(images: Sequence[ImageRefs]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the row and the image number of each image reference; one location has one number."""
+    path = pa.concat_arrays([refs.path for refs in images]).dictionary_encode().indices
+    has_image = path.is_valid().to_numpy(zero_copy_only=False)
+    row = np.tile(np.arange(len(images[0])), len(images))
+    starts, start = np.unique(
+        np.concatenate(
+            [np.full(len(refs), -1) if refs.start is None else refs.start for refs in images]
+        ),
+        return_inverse=True,
+    )
+    location = path.fill_null(-1).to_numpy().astype(np.int64) * len(starts) + start
+    return row[has_image], np.unique(location[has_image], return_inverse=True)[1]
 
 
 def _cut(
     hashes: np.ndarray, num_rows: np.ndarray, validation_fraction: float, test_fraction: float
 ) -> Cut:
-    """Return the cut of groups that are in the order of their hashes."""
+    """Return the cuts between the splits of one class, given its groups in the order of hashes."""
     if len(hashes) < len(SPLITS):
         raise JobError(
-            f"only {count_text(len(hashes), 'usable row')} or groups for three splits; add more"
+            f"only {count_text(len(hashes), 'usable row')} or groups for three splits; add rows"
         )
     ends = np.cumsum(num_rows)
     test = _nearest(ends, test_fraction * ends[-1], 1, len(ends) - 2)
@@ -152,5 +152,5 @@ def _cut(
 
 
 def _nearest(ends: np.ndarray, target: float, least: int, most: int) -> int:
-    """Return the number of groups, `least` to `most`, whose rows are nearest to the target."""
+    """Return the number of groups, from `least` to `most`, that best matches a target in rows."""
     return least + int(np.argmin(np.abs(ends[least - 1 : most] - target)))

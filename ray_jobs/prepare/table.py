@@ -1,7 +1,7 @@
 """Reads the table, a CSV or Parquet file, and assigns roles to its columns.
 
-A missing column or one with two roles is an error here; labels.py and row_validation.py read the
-cells.
+A missing column or a column with two roles raises an error here; labels.py and row_validation.py
+read the cells.
 """
 
 import io
@@ -27,7 +27,7 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 
 
 def read_table(location: str) -> pa.Table:
-    """Read a CSV or Parquet file; the cells of a CSV stay text, since any cell may be a word.
+    """Read a CSV or Parquet file; CSV cells are read as text, since any cell may be a word.
 
     Raises:
         JobError: If the file does not exist, cannot be read or has no rows.
@@ -48,7 +48,9 @@ def read_table(location: str) -> pa.Table:
     table = table.rename_columns([column.strip() for column in table.column_names])
     duplicates = [column for column, n in Counter(table.column_names).items() if n > 1]
     if duplicates:
-        raise JobError(f"the table {location} has more than one column named {duplicates[0]!r}")
+        raise JobError(
+            f"the table {location} has more than one column named {duplicates[0]!r}; rename them"
+        )
     if not table.num_rows:
         raise JobError(f"the table {location} has no rows")
     return table
@@ -62,7 +64,8 @@ def require_columns(
     The columns of image paths are checked by the source.
 
     Raises:
-        JobError: Naming the setting, the column, the nearest match and the existing columns.
+        JobError: If a column is missing or has two roles. The message contains the setting, the
+            column, and for a missing column the nearest match and the existing columns.
     """
     features = {
         "prepare.numeric_columns": spec.numeric_columns or (),
@@ -102,13 +105,14 @@ def require_columns(
                 )
     for column in set(categorical) & set(spec.numeric_columns or ()):
         raise JobError(
-            f"prepare.numeric_columns and data.categorical both name {column!r}; a column holds "
-            "numbers or words"
+            f"prepare.numeric_columns and data.categorical both name {column!r}; remove it from "
+            "one of them"
         )
     for name in spec.image_columns:
         if not name or spec.image_columns.count(name) > 1:
             raise JobError(
-                f"prepare.image_columns={list(spec.image_columns)} holds an empty or repeated name"
+                f"prepare.image_columns={list(spec.image_columns)} holds an empty or repeated "
+                "name; give each image a name of its own"
             )
     if spec.image_columns and spec.image_column:
         raise JobError(
@@ -131,14 +135,13 @@ def require_column(
 def find_numeric_columns(
     table: pa.Table, spec: PrepareSpec, categorical: Sequence[str] = ()
 ) -> tuple[str, ...]:
-    """Return the columns to learn from: `numeric_columns`, or all of numbers without another role.
+    """Return `prepare.numeric_columns`, by default all columns of numbers without another role.
 
-    A text column counts as numeric if most of its filled cells are numbers, or if it has a rule. So
-    a few words among numbers quarantine their rows and do not drop the column.
+    A text column counts as numeric if most of its filled cells are numbers, or if it has a rule.
+    A few words among numbers therefore quarantine their rows and do not drop the column.
 
     Raises:
-        JobError: If a column has a reserved name, or no column is left although images alone were
-            not asked for.
+        JobError: If a column has a reserved name, or there is no column of numbers or words.
     """
     if spec.numeric_columns is not None:
         return spec.numeric_columns

@@ -1,4 +1,4 @@
-"""Paths, URIs and atomic writes."""
+"""Handles paths, URIs and atomic writes."""
 
 from ray_jobs.storage.folder import Folder
 

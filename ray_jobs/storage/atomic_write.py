@@ -1,4 +1,4 @@
-"""Write local files and folders under a temporary name, then rename them into place."""
+"""Writes local files and folders under a temporary name, then renames them into place."""
 
 import os
 import shutil
@@ -7,19 +7,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PARTIAL = ".partial"
-"""Suffix of the temporary names, which a killed process leaves behind."""
+"""Suffix of the temporary files and folders, which a killed process leaves behind."""
 
 
 @contextmanager
 def atomic_write(target: str | Path, is_folder: bool = False) -> Iterator[Path]:
-    """Yield a temporary path to write: renamed to the target on success, deleted on an error.
+    """Yield a temporary path that is renamed to the target on success and deleted on an error.
 
-    Readers see the old or the new content, never a part. Data is not synced to disk.
+    Readers see the old or the new content, never a part of it. Data is not synced to disk.
 
     Args:
         target: File or folder to create or replace; for a file, its parent must exist.
-        is_folder: Write a folder, which is created, in one process at a time. Its temporary name
-            is always the same, so the next attempt deletes what a killed process left.
+        is_folder: Whether to create and write a folder, which only one process may do at a time.
+            Its temporary name is always the same, so the next attempt deletes what a killed process
+            left behind.
     """
     target = Path(target)
     process = "" if is_folder else f".{os.getpid()}"
@@ -30,7 +31,7 @@ def atomic_write(target: str | Path, is_folder: bool = False) -> Iterator[Path]:
             partial.mkdir(parents=True)
         yield partial
         if is_folder:
-            # A folder cannot be renamed to one with content.
+            # A folder cannot replace a folder that is not empty.
             shutil.rmtree(target, ignore_errors=True)
         os.replace(partial, target)
     except BaseException:

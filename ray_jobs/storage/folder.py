@@ -1,7 +1,7 @@
 """Reads and writes folders on local disks and in object stores, through pyarrow's file systems.
 
 pyarrow itself supports s3://, gs://, abfs://, hdfs:// and more. Other schemes, such as http:// and
-memory://, use fsspec, with the packages that it needs for each of them.
+memory://, use fsspec and the packages that it requires for each scheme.
 """
 
 import json
@@ -28,7 +28,7 @@ class Folder:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Open a folder without creating it; a relative path starts in the current directory.
+        """Open a folder without creating it; a relative path refers to the current directory.
 
         Raises:
             ValueError: If neither pyarrow nor fsspec supports the scheme of the URI.
@@ -71,7 +71,7 @@ class Folder:
         return self.filesystem.get_file_info(self.locate(name)).type != fs.FileType.NotFound
 
     def names(self, subfolder: str = "") -> Iterator[str]:
-        """Yield, sorted, the names of all files in this folder or one of its subfolders."""
+        """Yield the sorted names of all files in this folder or one of its subfolders."""
         base = self.locate(subfolder) if subfolder else self.path
         selector = fs.FileSelector(base, recursive=True, allow_not_found=True)
         for info in sorted(self.filesystem.get_file_info(selector), key=lambda i: i.path):
@@ -138,8 +138,8 @@ class Folder:
 def split_glob(location: str) -> tuple[str, str | None]:
     """Split a location before its first wildcard or brace into a folder and a pattern.
 
-    The pattern is None without a wildcard, or if a local file or folder has exactly this name. In a
-    URI, %2A, %3F, %5B and %7B stand for literal characters.
+    The pattern is None if there is no wildcard, or if a local file or folder has exactly this name.
+    In a URI, %2A, %3F, %5B and %7B stand for literal characters.
     """
     path, options = _split_options(location)
     if not _MAGIC.search(path) or ("://" not in path and Path(path).expanduser().exists()):
@@ -185,7 +185,7 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def glob_regex(pattern: str) -> str:
-    """Return the regular expression of a glob: `*` matches within a folder, `**` across folders."""
+    """Return the regular expression for a glob: `*` matches in a folder, `**` across folders."""
     wildcards = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
 
     def translate(token: str) -> str:
@@ -198,7 +198,7 @@ def glob_regex(pattern: str) -> str:
 
 def _open(uri: str) -> tuple[fs.FileSystem, str]:
     """Return the file system of a URI or absolute path, and the path in it."""
-    # With this option, a small object takes one request instead of three for a multipart upload.
+    # With this option, a small object needs one request instead of three for a multipart upload.
     delayed = "allow_delayed_open=true" if uri.startswith("s3://") else ""
     mark = "" if not delayed else "&" if "?" in uri else "?"
     try:

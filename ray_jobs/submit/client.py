@@ -40,15 +40,11 @@ class Server:
     address: str
     """URL of the dashboard, which also accepts jobs."""
     flag: str
-    """Flag with which a command of `submit` finds the server again."""
+    """Flag of `submit` that selects this server again; empty if none was given."""
 
     def command(self, verb: str, job: str) -> str:
         """Return the command that applies a verb of `submit` to a job."""
         return f"{PROG} {self.flag}{verb} {job}"
-
-    def dashboard_url(self, job: str) -> str:
-        """Return the URL of a job's page in the dashboard."""
-        return f"{self.address}/#/jobs/{job}"
 
     def job_details(self, job: str) -> "JobDetails":
         """Return the status and metadata of a job.
@@ -66,10 +62,10 @@ class Server:
 
 
 def connect(given: str | None) -> Server:
-    """Return the job server at an address, or at the one in the environment.
+    """Return the job server at an address; None selects the default address.
 
     Raises:
-        JobError: If it does not respond or rejects the token.
+        JobError: If the server does not respond or rejects the token.
     """
     address = server_address(given)
     # Ray prefers this variable to the address that it is given.
@@ -91,9 +87,9 @@ def server_address(given: str | None) -> str:
 
 
 def enable_token() -> None:
-    """Let Ray's client send the token if there is one.
+    """Make Ray's client send the token if there is one.
 
-    Ray sends it only with an authentication mode, which it reads when it is imported.
+    Ray sends the token only in the authentication mode `token`, which it reads when it is imported.
 
     Raises:
         JobError: If the token file does not exist.
@@ -149,8 +145,8 @@ def _token_advice() -> str:
     if source is None:
         return f"it requires a token, and none was found; {remedy}"
     if mode != "token":
-        return f"it requires a token, but RAY_AUTH_MODE={mode} ignores {source}; unset the mode"
+        return f"it requires a token, but RAY_AUTH_MODE={mode} ignores {source}; unset it"
     return (
-        f"the token in {source} is not the cluster's, which `ray get-auth-token` prints there; "
-        f"{remedy}"
+        f"the token in {source} is not the cluster's, which `ray get-auth-token` prints on its "
+        f"head; {remedy}"
     )

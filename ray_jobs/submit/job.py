@@ -1,7 +1,7 @@
-"""Submits a job to a cluster, follows it and stops it.
+"""Submit, follow and stop jobs on a cluster.
 
-Uploads this project as runtime_env.yaml defines, prints the job's log and then its summary. Input
-data and results must be in storage that every node can reach.
+Uploads this project as defined in runtime_env.yaml, then prints the job's log and its summary.
+Input data and results must be in storage that every node can reach.
 
 Run:   python -m ray_jobs.submit train ray_jobs/specs/houses.yaml --run.storage_path s3://bucket/runs
 
@@ -14,7 +14,7 @@ Run:   python -m ray_jobs.submit train ray_jobs/specs/houses.yaml --run.storage_
     stop ID          stop a job; training saves a checkpoint first
     fetch ID         print the summary of a successful job
 
-Ctrl-C stops following, not the job. The token comes from $RAY_AUTH_TOKEN, the file
+Ctrl-C stops following the log; the job continues. The token comes from $RAY_AUTH_TOKEN, the file
 $RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token. The flags of submit itself come before the verb:
 """
 
@@ -90,22 +90,19 @@ class Job:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """Metadata that the cluster stores, with which `fetch` finds the summary."""
+        """Metadata stored on the cluster, from which `fetch` finds the summary."""
         return {FOLDER_KEY: self.folder} | ({SUMMARY_KEY: self.summary} if self.summary else {})
 
     @property
     def results(self) -> str:
-        """Folder that contains the summary, or all results."""
+        """Folder of the summary; if there is none, folder of the results."""
         return "/".join((self.folder, *PurePosixPath(self.summary or "").parent.parts))
 
 
 def submit(spec: SubmitSpec, job: Job, environment: dict[str, Any]) -> int:
     """Submit a job, follow it, print its summary, and return its exit status.
 
-    Args:
-        spec: How the job is submitted.
-        job: The job.
-        environment: The job's runtime environment, with the folder to upload.
+    `environment` is the job's runtime environment, which names the folder to upload.
 
     Raises:
         JobError: If the folder is too large, or the cluster rejects the job.
@@ -119,8 +116,8 @@ def submit(spec: SubmitSpec, job: Job, environment: dict[str, Any]) -> int:
             runtime_env=environment,
             metadata=job.metadata,
         )
-    url = server.dashboard_url(job_id)
-    print_status(f"job {job_id}: {job.verb} → {job.results}\n  dashboard: {url}")
+    dashboard = f"{server.address}/#/jobs/{job_id}"
+    print_status(f"job {job_id}: {job.verb} → {job.results}\n  dashboard: {dashboard}")
     if not spec.wait:
         print(job_id)
         return 0
@@ -136,7 +133,7 @@ def submit(spec: SubmitSpec, job: Job, environment: dict[str, Any]) -> int:
 # -- submitted jobs -------------------------------------------------------------------------------
 
 
-def list_jobs(spec: ServerSpec) -> int:
+def list_jobs(spec: ServerSpec) -> None:
     """Print a table of the cluster's jobs, the newest last."""
     from rich.console import Console
     from rich.markup import escape
@@ -158,13 +155,11 @@ def list_jobs(spec: ServerSpec) -> int:
     # A terminal truncates long commands; a file contains them in full.
     width = None if sys.stdout.isatty() else max((len(job.entrypoint) for job in jobs), default=0)
     Console(highlight=False, width=width and width + 200).print(table)
-    return 0
 
 
-def status(spec: JobSpec) -> int:
+def status(spec: JobSpec) -> None:
     """Print the status of a job."""
     print(connect(spec.address).job_details(spec.id).status)
-    return 0
 
 
 def logs(spec: JobSpec) -> int:
@@ -172,24 +167,22 @@ def logs(spec: JobSpec) -> int:
     return follow(connect(spec.address), spec.id)
 
 
-def stop(spec: JobSpec) -> int:
+def stop(spec: JobSpec) -> None:
     """Stop a job and wait until it has ended."""
     server = connect(spec.address)
     server.job_details(spec.id)
     with request_errors(server.address):
         server.client.stop_job(spec.id)
     print_status(f"job {spec.id}: {wait(server, spec.id).status}")
-    return 0
 
 
-def fetch(spec: FetchSpec) -> int:
+def fetch(spec: FetchSpec) -> None:
     """Print the summary of a job."""
     folder = resolve_working_dir(spec.working_dir)
     _print_summary(connect(spec.address), spec.id, str(folder))
-    return 0
 
 
-COMMANDS: dict[str, tuple[type[Spec], Callable[[Any], int]]] = {
+COMMANDS: dict[str, tuple[type[Spec], Callable[[Any], int | None]]] = {
     "list": (ServerSpec, list_jobs),
     "status": (JobSpec, status),
     "logs": (JobSpec, logs),
@@ -205,8 +198,10 @@ def _print_summary(server: Server, job_id: str, folder: str) -> None:
 # -- the command line -----------------------------------------------------------------------------
 
 
-def parse(arguments: Sequence[str]) -> Callable[[], int]:
-    """Return the validated action of a command line; nothing is sent and Ray is not imported.
+def parse(arguments: Sequence[str]) -> Callable[[], int | None]:
+    """Return the validated action of a command line, which returns an exit status; None means 0.
+
+    Sends nothing and does not import Ray.
 
     Raises:
         UsageError: If the command line is invalid.
@@ -217,7 +212,7 @@ def parse(arguments: Sequence[str]) -> Callable[[], int]:
         return partial(action, command_line.parse(spec_class, [*rest, *flags]))
     accepted = [*JOBS, *COMMANDS]
     if verb not in JOBS:
-        problem = f"unknown verb {verb!r}{did_you_mean(verb, accepted)}" if verb else "no verb"
+        problem = f"unknown verb {verb!r}{did_you_mean(verb, accepted)}" if verb else "missing verb"
         raise UsageError(f"{problem} (accepted: {', '.join(accepted)})")
     spec = command_line.parse(SubmitSpec, flags)
     folder = resolve_working_dir(spec.working_dir)
@@ -243,12 +238,7 @@ def split(arguments: Sequence[str]) -> tuple[list[str], str, list[str]]:
 
 
 def make_job(verb: str, arguments: Sequence[str], folder: Path) -> Job:
-    """Return the job with a verb and its arguments.
-
-    Args:
-        verb: A key of `JOBS`.
-        arguments: The arguments of the verb.
-        folder: The folder to upload with the job.
+    """Return the job for a verb of `JOBS`, its arguments and the folder to upload.
 
     Raises:
         UsageError: If the verb does not accept the arguments, or the cluster could not use them.
@@ -318,7 +308,7 @@ def main() -> None:
         print(help_text(arguments))
         return
 
-    def run(action: Callable[[], int]) -> None:
+    def run(action: Callable[[], int | None]) -> None:
         enable_token()
         sys.exit(action())
 

@@ -24,7 +24,7 @@ FOLDER_KEY, SUMMARY_KEY = "folder", "summary"
 """Keys of a job's metadata: the folder of its results, and the name of the summary file in it."""
 
 _SILENCE_S = 60.0
-"""A connection without data for this long may be dead, so it is replaced."""
+"""A connection that sends no data for this long may be dead, so it is replaced."""
 _RETRY_S = 3.0
 _GIVE_UP_S = 900.0
 _POLL_S = 0.5
@@ -122,9 +122,9 @@ class _Log:
         self._printed = 0
 
     def follow(self) -> None:
-        """Print the log until the job ends or the connection breaks or stays silent for long.
+        """Print the log until the job ends, or the connection breaks or sends no data for long.
 
-        Ray may omit the job's last second; only the server knows whether the job has ended.
+        Ray may omit the last second of the log; only the job's status shows whether it has ended.
         """
         from aiohttp import ClientError
 

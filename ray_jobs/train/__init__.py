@@ -7,7 +7,7 @@ worker         one Ray worker: start-up, checkpoints, reports
 loop           epochs, validation and the choice of the best epoch
                (callbacks; model_factory; device_batch; train_step; metrics; graph_reuse)
 finalize       best epoch → calibrated model and summary
-checkpoints/   what is saved, where, and how it is restored
+checkpoints/   contents, files, writing and restoring of checkpoints
 telemetry/     console, history, MLflow, profiler
 """
 

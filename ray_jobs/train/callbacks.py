@@ -1,4 +1,4 @@
-"""Defines the callbacks of the training loop: progress, records, checkpoints, stop requests."""
+"""Defines the callbacks of the training loop: progress, records, checkpoints, control requests."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -8,7 +8,7 @@ from ray_jobs.train.telemetry.console import Event
 
 
 class CopyCheckpoint(Protocol):
-    """Copies the current state into a checkpoint. Call it before the callback returns, or never."""
+    """Copies the current state into a checkpoint. Call it only before the callback returns."""
 
     def __call__(self, spare: Checkpoint | None = None) -> Checkpoint:
         """Return the checkpoint; reuse the memory of `spare`, an earlier checkpoint, if given."""
@@ -32,16 +32,16 @@ class Callbacks:
         """Receive a progress event."""
 
     def before_step(self, step: int, num_steps: int) -> None:
-        """Run before a call that takes `num_steps` steps, after `step` completed ones."""
+        """Run before a call of `num_steps` steps; `step` steps are completed."""
 
     def after_step(self, step: int) -> None:
-        """Run after a call; `step` steps are completed."""
+        """Run after a call of one or several steps; `step` steps are completed."""
 
     def alive(self) -> None:
-        """Run after other progress, such as a batch of the validation."""
+        """Run after other progress, such as a validation batch."""
 
     def poll_control(self) -> ControlRequest:
-        """Return this worker's request, every few seconds; the ranks' requests are ORed."""
+        """Return this worker's request; every few seconds, the requests of all ranks are ORed."""
         return ControlRequest()
 
     def on_checkpoint(self, step: int, copy: CopyCheckpoint) -> None:

@@ -1,7 +1,7 @@
 """Passes messages between the driver and the workers of a run, through an actor without a CPU.
 
-Workers post events and failures; the driver reads them and requests stops. Calls time out after
-10 s; training never depends on them.
+Workers post events and failures; the driver reads them and requests stops. Training never depends
+on the answers.
 """
 
 from contextlib import suppress
@@ -16,7 +16,7 @@ _STOP_POLL_S = 0.1
 
 @dataclass(frozen=True)
 class WorkerFailure:
-    """Why a worker failed, as it reports itself."""
+    """A worker's own report of why it failed."""
 
     rank: int
     text: str
@@ -34,31 +34,39 @@ class _Coordinator:
         self.begin_attempt()
 
     def begin_attempt(self) -> None:
+        """Clear the failures and requests of the previous attempt."""
         self.reported: list[WorkerFailure] = []
         self.stop = self.step_finished = False
 
     def post(self, event: Event) -> None:
+        """Store an event until the driver takes it."""
         self.events.append(event)
         # Rank 0 reports its start-up after the first step.
         self.step_finished |= event["kind"] == "startup"
 
     def take(self) -> list[Event]:
+        """Return and remove the stored events."""
         taken, self.events = self.events, []
         return taken
 
     def report_failure(self, failure: WorkerFailure) -> None:
+        """Store a worker's failure, which says more than Ray's error."""
         self.reported.append(failure)
 
     def failures(self) -> list[WorkerFailure]:
+        """Return the failures that workers reported in this attempt, in order."""
         return self.reported
 
     def request_stop(self) -> None:
+        """Request a stop of the current attempt."""
         self.stop = True
 
     def stop_requested(self) -> bool:
+        """Whether a stop of the current attempt was requested."""
         return self.stop
 
     def any_step_finished(self) -> bool:
+        """Whether the current attempt has finished a step."""
         return self.step_finished
 
 
@@ -67,41 +75,27 @@ def make_coordinator() -> Any:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    # On the driver's node, since the job ends with that node anyway.
+    # On the driver's node, because the job ends with that node anyway.
     node = ray.get_runtime_context().get_node_id()
     here = NodeAffinitySchedulingStrategy(node, soft=False)
     actor: Any = ray.remote(_Coordinator)
     return actor.options(num_cpus=0, scheduling_strategy=here).remote()
 
 
-def begin_attempt(coordinator: Any) -> None:
-    """Clear the failures and requests of the previous attempt."""
-    # A busy coordinator does it after the timeout, but before any later call.
-    _answer(coordinator.begin_attempt.remote())
+def answer(call: Any, default: Any = None) -> Any:
+    """Return the result of a call to the coordinator, or the default if it takes over 10 s.
 
+    A busy coordinator completes the call later, but before any later call of this process.
 
-def any_step_finished(coordinator: Any) -> bool:
-    """Return whether the current attempt has finished a step."""
-    return _answer(coordinator.any_step_finished.remote(), default=False)
-
-
-def report_failure(coordinator: Any, failure: WorkerFailure) -> None:
-    """Report a worker's failure to the driver, in more detail than Ray does."""
-    _answer(coordinator.report_failure.remote(failure))
-
-
-def reported_failures(coordinator: Any) -> list[WorkerFailure]:
-    """Return the failures that workers reported in this attempt, in order."""
-    return _answer(coordinator.failures.remote(), default=[])
-
-
-def _answer(reference: Any, default: Any = None) -> Any:
-    """Return the result of a call, or the default if the coordinator is busy or lost."""
+    Args:
+        call: The reference that `coordinator.METHOD.remote(…)` returned.
+        default: Returned if the coordinator is busy or lost.
+    """
     import ray
     from ray.exceptions import RayError
 
     with suppress(RayError):
-        return ray.get(reference, timeout=_TIMEOUT_S)
+        return ray.get(call, timeout=_TIMEOUT_S)
     return default
 
 
@@ -112,12 +106,12 @@ class StopRequest:
         self.coordinator, self._pending, self._stop = coordinator, None, False
 
     def __call__(self) -> bool:
-        """Return whether a stop was requested, or the last known answer if none arrives quickly."""
+        """Return whether a stop was requested; the last known answer if none arrives in 0.1 s."""
         import ray
 
         if self._pending is None:
             self._pending = self.coordinator.stop_requested.remote()
         if ray.wait([self._pending], timeout=_STOP_POLL_S)[0]:
-            # A lost coordinator requests nothing; this worker will soon end with the job, too.
-            self._stop, self._pending = _answer(self._pending, default=False), None
+            # If the coordinator is lost, this worker will soon end with the job, too.
+            self._stop, self._pending = answer(self._pending, default=False), None
         return self._stop

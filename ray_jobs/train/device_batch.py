@@ -22,14 +22,14 @@ from ray_jobs.data.sampler import TrainingSampler
 
 @dataclass(frozen=True)
 class DeviceBatch:
-    """One worker's rows of one step, or of several stacked steps; one part per replica."""
+    """One worker's rows of one or several stacked steps, split into one part per replica."""
 
     inputs: dict[str, Any]
     """Tensors by the names of the model's inputs, as in `ray_jobs.data.batch`."""
     label_B1: Any
     weight_B1: Any
     num_steps: int = 1
-    """Number of real steps; the stack may end with copies of the last one."""
+    """Number of real steps; the stack may be padded with copies of the last step."""
 
 
 class DeviceBatcher:
@@ -38,8 +38,8 @@ class DeviceBatcher:
     Args:
         replicas: The replicas of this worker.
         input_names: Names of the model's inputs.
-        class_weight: Factor of a row's weight by label.
-        stack: Steps per call; above 1, the tensors have a first axis of steps.
+        class_weight: Multiplier of a row's weight, by label.
+        stack: Steps per call; if above 1, the tensors have a leading axis of steps.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class DeviceBatcher:
         self.class_weight, self.stack = class_weight, stack
 
     def __call__(self, batches: Sequence[Batch]) -> DeviceBatch:
-        """Return the batches of one call, at most `stack` of them."""
+        """Combine at most `stack` batches into the device batch of one call."""
         steps = [self._step(batch) for batch in batches]
         if self.stack == 1:
             return steps[0]
@@ -73,7 +73,10 @@ class DeviceBatcher:
     def stream(
         self, batches: Generator[Batch], sizes: Iterable[int], depth: int
     ) -> Generator[DeviceBatch]:
-        """Yield device batches of `sizes` batches; a thread prepares `depth` of them in advance."""
+        """Yield device batches, each combining as many batches as the next entry of `sizes`.
+
+        A thread prepares `depth` device batches in advance.
+        """
 
         def device_batches() -> Iterator[DeviceBatch]:
             with closing(batches):
@@ -96,9 +99,9 @@ class DeviceBatcher:
 
 
 def call_sizes(sampler: TrainingSampler, train: TrainSpec, start: int, stop: int) -> Iterator[int]:
-    """Yield the steps of each call from step `start` to `stop`.
+    """Yield the number of steps of each call between the steps `start` and `stop` (exclusive).
 
-    No call crosses the end of an epoch or a step that is due for a checkpoint.
+    No call extends past the end of an epoch or past a step after which a checkpoint is due.
     """
     cadence, step = train.checkpoint_cadence, start
     while step < stop:
@@ -112,8 +115,8 @@ def call_sizes(sampler: TrainingSampler, train: TrainSpec, start: int, stop: int
 def as_tensor(array: np.ndarray) -> tf.Tensor:
     """Return an array as a tensor on the default device; do not write to the array afterwards.
 
-    On the CPU, an aligned array is shared. TensorFlow's copy of a batch of pixels into newly
-    allocated memory takes a fifth of the time of decoding it.
+    On the CPU, the tensor shares the memory of an aligned array: copying a batch of pixels would
+    take a fifth as long as decoding it.
     """
     # DLPack cannot express Ray Data's read-only views of the object store.
     shareable = array.flags.writeable and array.ctypes.data % ALIGNMENT_BYTES == 0

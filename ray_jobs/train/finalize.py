@@ -1,6 +1,6 @@
 """Turns the best epoch into the final model: blended, calibrated, saved and summarized.
 
-Inputs: the loop at its end, on rank 0.  Outputs: model/model.keras, model/saved_model and
+Inputs: the loop after training, on rank 0.  Outputs: model/model.keras, model/saved_model and
 summary.json in the run folder.
 """
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ray_jobs.train.loop import Loop
 
 SUMMARY = "summary.json"
-"""Written last: a run folder with a summary is finished."""
+"""Written last, so a run whose folder has a summary is finished."""
 MODEL = "model/model.keras"
 
 
@@ -26,7 +26,7 @@ def finalize(loop: "Loop", state: "LoopState", folder: Folder, train_s: float) -
         loop: The loop that trained the model.
         state: The state at the end of training.
         folder: The run folder.
-        train_s: Duration of the last attempt's training.
+        train_s: Training time of the last attempt in seconds.
     """
     from mm_model.calibration import fit_blend, fit_calibration, log_loss, sigmoid
     from mm_model.compat_keras import finalize_normalization

@@ -1,4 +1,4 @@
-"""Decides whether a training can reuse the graph of another one with other settings.
+"""Decides whether a training run can reuse the graph of another run with other settings.
 
 A search trains thousands of models that differ in a few numbers. Tracing a graph for each would
 take longer than training many of them, so these numbers become variables of the graph.
@@ -21,13 +21,13 @@ TUNABLE_SETTINGS = (
     "model.fusion.modality_dropout",
     "model.fusion.auxiliary_weight",
 )
-"""Settings that can be variables of the graph; a setting of 0 removes a part of the graph."""
+"""Settings that can be variables of the graph; a value of 0 removes a part of the graph."""
 _NO_GRAPH = ("run", "prepare", "tune")
 """Sections that do not affect the graph, except for `run.seed`."""
 
 
 def make_tunables(spec: RunSpec) -> dict[str, Tunable]:
-    """Return a tunable by path for each non-zero setting; call it in the strategy's scope."""
+    """Return a tunable for each non-zero setting, by path; call this in the strategy's scope."""
     values = {path: attrgetter(path)(spec) for path in TUNABLE_SETTINGS}
     return {path: Tunable(value) for path, value in values.items() if value}
 

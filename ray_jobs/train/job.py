@@ -1,7 +1,7 @@
 """Train the fusion model on prepared shards.
 
 Reads: the shards and manifest.json from `prepare`.  Writes: a run folder with checkpoints, history
-and the best model, calibrated. The same run name again resumes an unfinished run.
+and the best model, calibrated. Running it again with the same run name resumes an unfinished run.
 
 Run:   python -m ray_jobs.train ray_jobs/specs/houses.yaml --run.name first
        python -m ray_jobs.submit train ray_jobs/specs/houses.yaml
@@ -50,9 +50,9 @@ _CHANGEABLE = (
     "checkpoint_every_steps", "keep_checkpoints", "keep_best", "max_failures", "max_preemptions",
     "hang_timeout_s",
 )  # fmt: skip
-"""Settings of `train` that may change nevertheless: rows and steps stay the same. Weights then
-differ by rounding, or by more if they depend on the number of replicas, as with batch norm of a
-replica's own rows or with mixup."""
+"""Settings of `train` that may change anyway, since they do not change the rows of any step. The
+weights then differ by rounding, or by more if they depend on the number of replicas, as they do
+with mixup or with batch norms that use only a replica's own rows."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def open_run(spec: RunSpec) -> Run:
 
     Raises:
         JobError: If the data does not fit the settings.
-        ValueError: If the training split is smaller than a step.
+        ValueError: If the training split has fewer rows than a step.
     """
     if spec.run.name is None:
         spec = spec.overlay({"run.name": time.strftime("%Y%m%d-%H%M%S")})
@@ -151,7 +151,7 @@ def require_trainable(spec: RunSpec, manifest: Manifest) -> None:
 
     Raises:
         JobError: If the data lacks columns that the model needs, or a shard.
-        ValueError: If the training split is smaller than a step.
+        ValueError: If the training split has fewer rows than a step.
     """
     numeric = manifest.statistics is not None or bool(manifest.vocabularies)
     if spec.model.numeric.kind != "none" and not numeric:
@@ -233,10 +233,11 @@ def begin_run(spec: RunSpec, manifest: Manifest, folder: Folder) -> None:
 
 @contextmanager
 def shared_feed(run: Run) -> Iterator[dict[str, Any]]:
-    """Choose how rows are fed, and hold what the feeds of all workers share.
+    """Choose how rows are fed, and keep what the feeds of all workers share until the block ends.
 
     Yields:
-        `decode`, the place of decoding; `cache`, its kind; and `index`, its actor or None.
+        `decode`, where images are decoded; `cache`, the kind of cache; and `index`, the actor of
+        the cache or None.
     """
     import ray
 

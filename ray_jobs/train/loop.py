@@ -3,10 +3,11 @@
 Inputs: a spec, the manifest, the context of the worker, and optionally a checkpoint to resume from.
 Outputs: checkpoints and one record per epoch, through `Callbacks`; the trained model's variables.
 
-Every decision that all workers must share (validate, save, stop, best epoch, lower learning rate)
-follows from numbers that are equal on all workers, since a collective that one worker skips hangs
-the others. Random numbers of a step (dropout, augmentation) follow from the seed, the step and the
-position of a row in the global batch, for any number of workers.
+All workers must make the same decisions (validate, save, stop, best epoch, lower learning rate),
+since a collective that one worker skips hangs the others. Decisions therefore depend only on
+numbers that are equal on all workers. The random numbers of a step (dropout, augmentation) depend
+only on the seed, the step and the position of a row in the global batch, not on the number of
+workers.
 
 Shapes: B rows of a batch, N validation rows, M heads.
 """
@@ -75,7 +76,7 @@ class Loop:
         manifest: The manifest of the prepared data.
         context: Rank of this worker and number of workers.
         strategy: Distribution strategy; by default, the one for the worker's devices.
-        feed_options: How rows are fed; by default, decoded in this process without a cache.
+        feed_options: Options of the feed; by default, this process decodes rows without a cache.
         tunable: Whether `reuse_for` can change the spec later.
 
     Raises:
@@ -112,22 +113,22 @@ class Loop:
             self.optimizer = self.train_step.optimizer
             self.model.compile(self.optimizer, make_loss(train), auto_scale_loss=False)
         self.trainable = list(self.model.trainable_variables)
-        """Variables that train in at least one stage, in the optimizer's order."""
+        """Variables that are trained in at least one stage, in the optimizer's order."""
         self.stage = stage_of((), 0)
         class_weight = {0: 1.0, 1: 1.0}
         if train.class_weight == "balanced":
             class_weight = balanced_weights(*split.class_counts)
         self.logit_shift = float(np.log(class_weight[1] / class_weight[0]))
-        """What the class weights add to every logit; probabilities must not contain it."""
+        """Shift of every logit by the class weights; subtracted to compute probabilities."""
         names = self.model.input_names
         stack = train.steps_per_call
         self.train_batcher = DeviceBatcher(self.replicas, names, class_weight, stack)
         self.validation_batcher = DeviceBatcher(self.replicas, names, class_weight)
         self.best: dict[int, BestCheckpoint] = {}
-        """Models of the best epochs so far by index, on rank 0 only."""
+        """Models of the best epochs so far, by index; on rank 0 only."""
         self.loss_sum = np.float32(0)
         """This worker's part of the sum of the epoch's losses so far."""
-        # No autograph, as in `TrainStep`.
+        # Autograph is off, as in `TrainStep`.
         self.evaluate_step = tf.function(self._evaluate_step, autograph=False)
         self.snapshots = Snapshots(self.model, self.train_step, self.replicas)
         self._copy_trainable = Copier(self.trainable, self.replicas)
@@ -142,15 +143,19 @@ class Loop:
         return tf.concat(self.replicas.results(run), axis=0)
 
     def reuse_for(self, spec: RunSpec) -> bool:
-        """Reset to the untrained state with another spec if its graph is the same; return whether.
+        """Reset to the untrained state with another spec if its graph is the same.
 
-        A new loop would train the same except for rounding: tunable values are constants there.
+        A new loop would train in the same way except for rounding, since its graph would contain
+        the tunable values as constants.
+
+        Returns:
+            Whether the loop was reset.
         """
         if self._initial is None or not same_graph(spec, self.spec, list(self.tunables)):
             return False
         values = {path: attrgetter(path)(spec) for path in self.tunables}
         if not all(values.values()):
-            # A value of 0 removes a part of the graph and of the checkpoints.
+            # A value of 0 would remove a part of the graph and of the checkpoints.
             return False
         for path, tunable in self.tunables.items():
             tunable.assign(values[path])
@@ -166,9 +171,9 @@ class Loop:
     def run(
         self, callbacks: Callbacks | None = None, checkpoint: Checkpoint | None = None
     ) -> LoopState:
-        """Train until the last epoch, until patience runs out, or until a request to stop.
+        """Train until the last epoch is reached, patience runs out, or a stop is requested.
 
-        A state that is not finished means that training was stopped; its checkpoint is saved.
+        If the returned state is not finished, a stop was requested; its checkpoint is saved.
         """
         held = [checkpoint]
         del checkpoint  # Free its memory, three times the model's, once it is restored.
@@ -180,7 +185,7 @@ class Loop:
     ) -> Generator[LoopState]:
         """Train like `run`, and yield the state after each epoch, or once if already finished.
 
-        All workers must ask for the same number of epochs.
+        All workers must request the same number of epochs.
         """
         callbacks = callbacks or Callbacks()
         train, state = self.spec.train, LoopState()
@@ -220,14 +225,14 @@ class Loop:
         options = replace(self.feed_options, with_image=with_image)
         rank, num_workers = self.context.rank, self.context.num_workers
         size = self.spec.train.global_batch_size // num_workers
-        data, share = (self.folder, self.manifest), (rank, num_workers, options)
-        validation = EvaluationFeed(*data, "validation", size, *share)
-        return TrainingFeed(*data, self.sampler, *share), validation
+        data, worker = (self.folder, self.manifest), (rank, num_workers, options)
+        validation = EvaluationFeed(*data, "validation", size, *worker)
+        return TrainingFeed(*data, self.sampler, *worker), validation
 
     def _train_epoch(
         self, state: LoopState, steps: Iterator[DeviceBatch], callbacks: Callbacks, clock: _Clock
     ) -> tuple[LoopState, bool]:
-        """Take the remaining steps of an epoch; also return whether a stop was requested."""
+        """Run the remaining steps of an epoch; also return whether a stop was requested."""
         end = self.sampler.steps_before(state.epoch + 1)
         cadence = self.spec.train.checkpoint_cadence
         step, last_event, request = state.step, clock.started, ControlRequest()
@@ -274,7 +279,7 @@ class Loop:
         num_steps = state.step - self.sampler.steps_before(epoch)
         loss = float(self.replicas.sum(np.asarray(self.loss_sum))) / num_steps
         self.loss_sum = np.float32(0)
-        # The sum over all workers, so that all of them raise.
+        # This loss is the sum over all workers, so all of them raise.
         self._require_finite("the training loss", loss, epoch)
         self.replicas.average(self.snapshots.statistics)
         step_s = (seconds - clock.wait_s - clock.checkpoint_s) / max(clock.steps, 1)
@@ -324,7 +329,7 @@ class Loop:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return head logits (N, M) and labels (N,) of all validation rows, on every rank.
 
-        `batches` are those of the feed, at the start of a pass; `alive` is called after each.
+        `batches` are the feed's, at the start of a pass; `alive` is called after each batch.
         """
         num_rows = self.manifest.splits["validation"].num_rows
         num_heads = len(self.model.heads)
@@ -345,7 +350,7 @@ class Loop:
 
     @contextmanager
     def _averaged_weights(self) -> Iterator[None]:
-        """Use the moving average of the weights, if the spec has one and a step updated it."""
+        """Use the moving average of the weights if it is enabled and a step has updated it."""
         if self.spec.train.ema_momentum is None or not self.optimizer.iterations.numpy():
             yield
             return
@@ -357,7 +362,7 @@ class Loop:
     # -- decisions, from numbers that are equal on all workers ------------------------------------
 
     def _poll_control(self, step: int, callbacks: Callbacks, clock: _Clock) -> ControlRequest:
-        """Return the requests to any worker; every few seconds, an exchange of all workers."""
+        """Return the requests of all workers, which they exchange every few seconds."""
         if step < self._next_poll:
             return ControlRequest()
         own, step_s = callbacks.poll_control(), clock.seconds / max(clock.steps, 1)
@@ -391,12 +396,12 @@ class Loop:
     # -- measurements -----------------------------------------------------------------------------
 
     def _collective_s(self) -> dict[str, float]:
-        """Measure an exchange of as many float32 values as the gradient has."""
+        """Measure the exchange of as many float32 values as the gradient has."""
         if self.context.num_workers == 1:
             return {}
         size = sum(int(np.prod(variable.shape)) for variable in self.model.trainable_variables)
         gradient = np.zeros(size, np.float32)
-        # Not measured: the workers wait for each other, and TensorFlow traces a new size.
+        # Not measured: here, the workers wait for each other, and TensorFlow traces a new size.
         self.replicas.sum(gradient)
         started = time.monotonic()
         self.replicas.sum(gradient)

@@ -1,4 +1,4 @@
-"""Measures a binary classifier, with NumPy and scikit-learn only.
+"""Computes the metrics of a binary classifier, with NumPy and scikit-learn only.
 
 Input: per row, a label 0 or 1 and the probability of 1. Output: plain numbers for JSON.
 
@@ -72,7 +72,7 @@ def auc_gain(
         label: 0 or 1, (N,), with both classes.
         ours: Probabilities of 1, (N,).
         theirs: Probabilities of 1 of the model to compare with, (N,).
-        num_draws: Draws of the bootstrap, about 3 ms each.
+        num_draws: Number of bootstrap draws, each of which takes about 3 ms.
     """
     auc, rng, differences = metrics.roc_auc_score, np.random.default_rng(0), []
     while len(differences) < num_draws:
@@ -88,23 +88,23 @@ def auc_gain(
 def expected_calibration_error(label: np.ndarray, probability: np.ndarray) -> float:
     """Return the expected calibration error (ECE) over 15 bins of equal width.
 
-    It is the mean absolute difference between mean probability and share of 1 per bin, weighted by
-    the bin's rows (Naeini et al. 2015, "Obtaining Well Calibrated Probabilities Using Bayesian
-    Binning", section "Calibration measures"; 15 bins as in Guo et al. 2017, arXiv 1706.04599,
-    section 4.1).
+    It is the mean absolute difference between the mean probability and the fraction of positives
+    of a bin, weighted by the bin's rows (Naeini et al. 2015, "Obtaining Well Calibrated
+    Probabilities Using Bayesian Binning", section "Calibration measures"; 15 bins as in Guo et al.
+    2017, arXiv 1706.04599, section 4.1).
     """
-    rows, mean_probability, share = reliability(label, probability)
-    gaps = np.abs(mean_probability - share)[rows > 0]
+    rows, mean_probability, fraction = reliability(label, probability)
+    gaps = np.abs(mean_probability - fraction)[rows > 0]
     return float(np.sum(gaps * rows[rows > 0]) / rows.sum())
 
 
 def reliability(
     label: np.ndarray, probability: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the rows, mean probability and share of 1 of each of 15 bins; NaN in empty bins.
+    """Return the rows, mean probability and fraction of positives of each of 15 bins.
 
-    Bins include their upper edge, and the first one also 0, as in scikit-learn's
-    `calibration_curve`.
+    Empty bins have NaN. Bins include their upper edge, and the first one also 0, as in
+    scikit-learn's `calibration_curve`.
     """
     label, probability = _validated(label, probability)
     inner_edges = np.linspace(0.0, 1.0, ECE_BINS + 1)[1:-1]
@@ -112,8 +112,8 @@ def reliability(
     rows = np.bincount(bins, minlength=ECE_BINS)
     filled = np.where(rows > 0, rows, np.nan)
     mean_probability = np.bincount(bins, weights=probability, minlength=ECE_BINS) / filled
-    share = np.bincount(bins, weights=label, minlength=ECE_BINS) / filled
-    return rows, mean_probability, share
+    fraction = np.bincount(bins, weights=label, minlength=ECE_BINS) / filled
+    return rows, mean_probability, fraction
 
 
 def choose_threshold(
@@ -125,7 +125,8 @@ def choose_threshold(
 
     A number is returned unchanged. For the name of a metric, returns the threshold that maximizes
     it on these rows: halfway between the lowest probability that is predicted positive and the next
-    lower one, so that rounding cannot change a prediction. Of several, the one nearest to 0.5.
+    lower one, so that rounding cannot change a prediction. If several thresholds maximize it,
+    returns the one nearest to 0.5.
 
     Raises:
         ValueError: If `by` is another name, or the rows are unusable (see `binary_metrics`).

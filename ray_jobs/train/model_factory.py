@@ -13,7 +13,7 @@ _LESS_PRECISION = ("float16", "bfloat16", "mixed_float16", "mixed_bfloat16")
 
 
 def new_model(spec: RunSpec, manifest: Manifest, precision: str = "float32") -> FusionModel:
-    """Return the untrained model of a run that computes in the given precision."""
+    """Return the untrained model of a run, which computes in the given precision."""
     decoder = RowDecoder(manifest, with_image=True, size=spec.data.image_size)
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(precision)
@@ -36,13 +36,13 @@ def float32_copy(model: FusionModel) -> FusionModel:
     """
     copy = FusionModel.from_config(_in_float32(model.get_config()))
     for layer in copy.backbone_layers():
-        # As the model was built, before a stage froze layers.
+        # As when the model was built, before a stage froze layers.
         layer.trainable = model.backbone_trainable
     return copy
 
 
 def _in_float32(config: Any) -> Any:
-    """Return a Keras config with every dtype and dtype policy of less precision replaced."""
+    """Return a Keras config with float32 for every dtype and dtype policy of less precision."""
     if isinstance(config, dict):
         return {name: _in_float32(value) for name, value in config.items()}
     if isinstance(config, list | tuple):

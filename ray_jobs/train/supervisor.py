@@ -1,12 +1,12 @@
-"""Restarts a training until it is finished, unless a failure is permanent or the budget is spent.
+"""Restarts a training run until it is finished, a failure is permanent or the budget is exhausted.
 
 Each attempt is one run of Ray Train that resumes from the newest checkpoint, with as many workers
-as the cluster has room for. Ray's own retries are off: Ray cannot tell a lost node from a damaged
-row, and does not count a killed controller as either.
+as fit on the cluster. Ray's own retries are off: Ray cannot distinguish a lost node from a damaged
+row, and counts a killed controller as neither.
 
     failure     a worker died, hung or lost another worker: up to `train.max_failures`
-    preemption  the provider took a node away: up to `train.max_preemptions`
-    startup     no room for the workers: 30 times in a row, about half an hour
+    preemption  the provider reclaimed a node: up to `train.max_preemptions`
+    startup     no capacity for the workers: 30 times in a row, about half an hour
     permanent   an error in the data, the settings or the code: never retried
 """
 
@@ -31,12 +31,7 @@ from ray_jobs.cluster.connection import first_line, root_cause
 from ray_jobs.config.errors import Interrupted, JobError
 from ray_jobs.config.spec import TrainSpec
 from ray_jobs.config.text import count_text
-from ray_jobs.train.coordinator import (
-    WorkerFailure,
-    any_step_finished,
-    begin_attempt,
-    reported_failures,
-)
+from ray_jobs.train.coordinator import WorkerFailure, answer
 from ray_jobs.train.telemetry.console import Event
 
 if TYPE_CHECKING:
@@ -51,10 +46,10 @@ _STOPPED = "stopped; run the same command again to resume the run"
 
 @dataclass(frozen=True)
 class Failure:
-    """Why an attempt ended before the training was finished."""
+    """Why an attempt ended before the run was finished."""
 
     kind: Literal["failure", "preemption", "startup", "permanent", "growth", "stopped"]
-    """As above; `growth`: to restart with more workers; `stopped`: without an error."""
+    """As above; `growth`: stopped to add workers; `stopped`: the workers ended without an error."""
     text: str
     cause: Exception | None = None
 
@@ -62,23 +57,23 @@ class Failure:
 def run_attempts(
     train: TrainSpec, attempt: Callable[[int], None], finished: Callable[[], bool], coordinator: Any
 ) -> None:
-    """Run attempts until the training is finished.
+    """Run attempts until the run is finished.
 
     Args:
         train: The `train` section: numbers of workers and of allowed failures.
         attempt: Runs one attempt with a number of workers; raises what Ray raises.
-        finished: Returns whether the training is finished.
+        finished: Returns whether the run is finished.
         coordinator: The run's coordinator.
 
     Raises:
-        JobError: If the training cannot be finished, with the error of the first failed worker.
+        JobError: If the run cannot be finished, with the error of the first failed worker.
         Interrupted: If the user stopped the run.
     """
     budget = _Budget(train)
     with _noting_interrupts() as interrupted:
         while True:
             num_workers = workers_to_start(train, budget.max_workers, interrupted)
-            begin_attempt(coordinator)
+            answer(coordinator.begin_attempt.remote())
             if interrupted.is_set():
                 raise Interrupted(_STOPPED)
             error, grows = _run_attempt(attempt, train, num_workers, coordinator, interrupted)
@@ -103,7 +98,7 @@ class _Budget:
         """Count a failure and return the event that reports it.
 
         Raises:
-            JobError: If the training is not to be restarted.
+            JobError: If the run must not be restarted.
         """
         if failure.kind in ("permanent", "stopped"):
             raise JobError(failure.text) from failure.cause
@@ -160,15 +155,16 @@ def _run_attempt(
             coordinator.request_stop.remote()
         if not (stopping or grows) and time.monotonic() - last_look > _CAPACITY_POLL_S:
             last_look = time.monotonic()
-            # Until the workers hold their resources, these count as free, too.
-            if grows := can_grow(train, num_workers) and any_step_finished(coordinator):
+            # Until the workers have started, their own resources count as free, too.
+            if can_grow(train, num_workers) and answer(coordinator.any_step_finished.remote()):
+                grows = True
                 coordinator.request_stop.remote()
     return next(iter(errors), None), grows
 
 
 @contextmanager
 def _noting_interrupts() -> Iterator[threading.Event]:
-    """Note Ctrl-C, and SIGTERM from `ray job stop`; a second one raises KeyboardInterrupt."""
+    """Record Ctrl-C and SIGTERM (`ray job stop`); a second signal raises KeyboardInterrupt."""
     noted = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         # Only the main thread can set signal handlers.
@@ -198,7 +194,7 @@ def _failure(
     coordinator: Any,
     num_workers: int,
 ) -> Failure | None:
-    """Return why an attempt did not finish the training, or None if it did."""
+    """Return why an attempt did not finish the run, or None if it did."""
     try:
         if finished():
             return None
@@ -207,13 +203,15 @@ def _failure(
         if error is None:
             return Failure("failure", f"could not read the run folder: {unreadable}")
     if error is not None:
-        failure = _classify(error, reported_failures(coordinator), num_workers)
-        # Its frames hold handles that would keep Ray's actors alive.
+        reported = answer(coordinator.failures.remote(), default=[])
+        failure = _classify(error, reported, num_workers)
+        # The frames of the error hold handles that would keep Ray's actors alive.
         return replace(failure, cause=error.with_traceback(None))
     if grows:
         workers = count_text(num_workers, "worker")
-        return Failure("growth", f"the cluster has room for more than {workers}; restarting")
-    return Failure("stopped", "the workers ended before the training was finished (a bug)")
+        return Failure("growth", f"the cluster has capacity for more than {workers}; restarting")
+    text = "the workers ended before the run was finished, which is a bug; please report it"
+    return Failure("stopped", text)
 
 
 def _classify(error: Exception, reported: Sequence[WorkerFailure], num_workers: int) -> Failure:
@@ -229,9 +227,10 @@ def _classify(error: Exception, reported: Sequence[WorkerFailure], num_workers: 
         cause = error.controller_failure
         if compat_ray.is_startup_timeout(cause):
             workers = count_text(num_workers, "worker")
-            return Failure("startup", f"the cluster had no room for {workers} within a minute")
+            text = f"the cluster had no capacity for {workers} within a minute"
+            return Failure("startup", text)
         if compat_ray.is_startup_failure(cause):
-            # The text ends with a traceback, whose last line is the reason.
+            # The text ends with a traceback, whose last line names the reason.
             reason = str(cause).strip().splitlines()[-1]
             return Failure("failure", f"a worker died during start-up: {reason}")
         if isinstance(cause, RayError) and not isinstance(cause, RayTaskError):
@@ -240,7 +239,7 @@ def _classify(error: Exception, reported: Sequence[WorkerFailure], num_workers: 
     if isinstance(error, TrainingFailedError):
         return Failure("permanent", f"training failed: {error}")
     if isinstance(error, RayError):
-        return Failure("failure", f"Ray lost the training's controller: {first_line(error)}")
+        return Failure("failure", f"Ray lost the controller of the run: {first_line(error)}")
     raise error
 
 
@@ -249,8 +248,8 @@ def _worker_failure(
 ) -> Failure:
     """Return the root cause of the failed workers, given their errors by rank.
 
-    In this order: a reported error, a reported hang, a death that Ray noticed, and what other
-    workers noticed of a worker that reported nothing.
+    Returns the first of: a reported error, a reported hang, a death that Ray noticed, and an error
+    that other workers had because of a worker that reported nothing.
     """
     from ray.exceptions import RayActorError
 
@@ -269,7 +268,7 @@ def _worker_failure(
         first = reported[0]
         text = f"worker {first.rank} reported: {first.text.splitlines()[0]}"
         if silent := sorted(set(range(num_workers)) - {failure.rank for failure in reported}):
-            text = f"worker {' or '.join(map(str, silent))} died or hangs; {text}"
+            text = f"worker {' or '.join(map(str, silent))} died or is hung; {text}"
         return Failure("failure", text)
     rank, error = min(errors.items())
     return Failure("failure", f"worker {rank} failed: {root_cause(error)}")

@@ -1,11 +1,13 @@
 """One optimizer step: gradients of the global batch, their sum over all replicas, the update.
 
     forward, backward   on each replica, in `accumulate_steps` parts, optionally compiled by XLA
-    sum                 over all replicas of all workers, in as few exchanges as configured
+    sum                 over all replicas of all workers, in one exchange, or in several of about
+                        `all_reduce_bytes`
     clip, update        the same on every replica, each on its own copy of the variables
 
 Keras would clip the gradients of each replica and sum them afterwards. Here the sum comes first, so
-that `clip_norm` limits the gradient of the global batch and all workers skip the same steps.
+that `clip_norm` limits the gradient of the global batch, and all workers skip the same steps after
+an overflow of the loss scale.
 
 Shapes: B rows of a replica, K steps per call.
 """
@@ -64,20 +66,23 @@ class TrainStep:
 
     @property
     def variables(self) -> list[Any]:
-        """The variables besides the model's that a step changes, in a fixed order."""
+        """The variables that a step changes, other than those of the model, in a fixed order."""
         scaling = [self.scale, self.good_steps] if self.scale is not None else []
         mix = [self.mix_seed.state] if self.mix_seed is not None else []
         return [*self.optimizer.variables, *scaling, *mix]
 
     def trace(self, rate_factors: Mapping[int, float] | None = None) -> None:
-        """Start a new graph because other variables train, or at other rates.
+        """Discard the traced graph.
+
+        Call this when the set of trainable variables or their learning rates change.
 
         Args:
-            rate_factors: Factor of the learning rate by `id` of a variable; 1 for all others.
+            rate_factors: Learning-rate multipliers by `id` of the variable; 1 for variables not
+                listed.
         """
         self.optimizer.rate_factors = dict(rate_factors or {})
-        # No autograph: loops and conditions are explicit, and its generated source files would stay
-        # in the temporary folder when a worker is killed.
+        # Autograph is off: loops and conditions are explicit, and a killed worker would leave
+        # Autograph's generated source files in the temporary folder.
         self._compute: Callable[..., Any] = self._gradients
         if self.spec.jit_compile:
             self._compute = tf.function(self._gradients, jit_compile=True, autograph=False)
@@ -85,7 +90,7 @@ class TrainStep:
         self.call = tf.function(step, autograph=False)
 
     def __call__(self, batch: DeviceBatch) -> tf.Tensor:
-        """Take the batch's steps and return this worker's part of the sum of their losses."""
+        """Run the steps of a batch and return this worker's share of their summed loss."""
         arguments = (batch.inputs, batch.label_B1, batch.weight_B1)
         if self.spec.steps_per_call == 1:
             return self.call(*arguments)
@@ -133,7 +138,7 @@ class TrainStep:
     def _gradients(
         self, inputs: dict[str, Any], y_B1: Any, weight_B1: Any, part: Any, scale: tf.Tensor
     ) -> tuple[tf.Tensor, list[tf.Tensor]]:
-        """Return this part's share of the loss, and its scaled gradients."""
+        """Return this part's contribution to the loss, and its scaled gradients."""
         num_parts = self.replicas.count * self.spec.accumulate_steps
         with per_row_random.batch_part(part, num_parts), tf.GradientTape() as tape:
             p_B1 = self.model(inputs, training=True)
@@ -149,7 +154,7 @@ class TrainStep:
     def _in_parts(
         self, inputs: dict[str, Any], y_B1: Any, weight_B1: Any, index: int, scale: tf.Tensor
     ) -> tuple[tf.Tensor, list[tf.Tensor]]:
-        """Return loss and gradients, computed one part of the rows after the other."""
+        """Return the loss and the gradients, computed part by part."""
         count = self.spec.accumulate_steps
         random = per_row_random.random_states(self.model)
 
@@ -160,10 +165,11 @@ class TrainStep:
 
         def body(a: tf.Tensor, loss: tf.Tensor, sums: list[tf.Tensor]) -> tuple[Any, ...]:
             before = [tf.identity(v.value) for v in random]
-            some = tf.nest.map_structure(lambda x: x[a], parts)
-            part_loss, gradients = self._compute(*some, index * count + a, scale)
+            part = tf.nest.map_structure(lambda x: x[a], parts)
+            part_loss, gradients = self._compute(*part, index * count + a, scale)
             for variable, value in zip(random, before, strict=True):
-                # All parts draw from the same state, each part the numbers of its own rows.
+                # All parts start from the same random state, and each draws the numbers of its
+                # own rows.
                 variable.assign(tf.where(a == count - 1, tf.identity(variable.value), value))
             sums = [s + g for s, g in zip(sums, gradients, strict=True)]
             return a + 1, loss + part_loss, sums
@@ -171,7 +177,7 @@ class TrainStep:
         zeros = [tf.zeros(v.shape, v.dtype) for v in self.model.trainable_variables]
         state = (tf.constant(0), tf.constant(0.0), zeros)
         if self.exchanges:
-            # Replicas cannot exchange values of the model inside a loop of the graph.
+            # Exchanges between replicas inside the model do not work in a `tf.while_loop`.
             for _ in range(count):
                 with tf.control_dependencies(tf.nest.flatten(state)):
                     state = body(*state)
@@ -192,8 +198,8 @@ class TrainStep:
     def _unscaled(self, gradients: Sequence[tf.Tensor], scale: tf.Tensor) -> list[tf.Tensor]:
         """Remove the loss scale from the gradients and update the scale for the next step.
 
-        If the sum is not finite, all replicas skip the step and halve the scale, as Keras'
-        LossScaleOptimizer does (Micikevicius et al. 2018, arXiv 1710.03740, section 3.2).
+        If the summed gradients are not finite, all replicas skip the step and halve the scale, as
+        Keras' LossScaleOptimizer does (Micikevicius et al. 2018, arXiv 1710.03740, section 3.2).
         """
         finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(g)) for g in gradients])
         good_steps = self.good_steps.value + 1

@@ -3,7 +3,6 @@
 TensorFlow is imported here, in the worker's process. Only rank 0 writes to the run folder.
 """
 
-import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ from ray_jobs.storage.folder import Folder
 from ray_jobs.train.callbacks import Callbacks, ControlRequest, CopyCheckpoint
 from ray_jobs.train.checkpoints.checkpoint import Checkpoint
 from ray_jobs.train.checkpoints.checkpoint_manager import CheckpointManager
-from ray_jobs.train.coordinator import StopRequest, WorkerFailure, report_failure
+from ray_jobs.train.coordinator import StopRequest, WorkerFailure, answer
 from ray_jobs.train.telemetry import history_keys
 from ray_jobs.train.telemetry.console import Event
 from ray_jobs.train.telemetry.history import Tracker
@@ -26,8 +25,6 @@ from ray_jobs.train.telemetry.profiler import Profiler
 from ray_jobs.train.telemetry.system_metrics import UsageSampler, measure_memory
 
 if TYPE_CHECKING:
-    from ray_jobs.data.loader import FeedOptions
-    from ray_jobs.data.manifest import Manifest
     from ray_jobs.train.loop import Loop
 
 _POLLS_PER_PREEMPTION_CHECK = 5
@@ -36,9 +33,9 @@ _PERMANENT = (
     JobError, ArithmeticError, AssertionError, AttributeError, ImportError, LookupError,
     NotImplementedError, TypeError, ValueError,
 )  # fmt: skip
-"""Errors in the data, the settings or the code, which a retry would repeat."""
+"""Errors in the data, the settings or the code, which would recur on a retry."""
 _TF_PERMANENT = ("InvalidArgumentError", "ResourceExhaustedError", "UnimplementedError")
-"""TensorFlow's, by name, since it is imported later."""
+"""Permanent errors of TensorFlow, by class name because TensorFlow is not imported yet."""
 _TF_SECONDARY = ("AbortedError", "CancelledError", "DeadlineExceededError", "UnavailableError")
 """Errors of a collective whose cause is on another worker."""
 
@@ -48,24 +45,26 @@ def train_on_worker(config: dict[str, Any]) -> None:
 
     Args:
         config: `spec`; `run`, the URI of the run folder; `coordinator`; `decode`, `cache` and
-            `index` of the feed; `attempt_start`, a time stamp; and `ray_s`, the seconds that
-            connecting to Ray took before.
+            `index` of the feed; `attempt_start`, a timestamp; and `ray_s`, the seconds that it
+            took to connect to Ray.
     """
     import ray.train
 
     context = ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
     with _reporting_failures(config["coordinator"], rank), ThreadPoolExecutor(1) as background:
-        # Reads the checkpoint during the imports and the build, which take seconds, too.
+        # Reads the checkpoint in the background while the imports and the build run, which also
+        # take seconds.
         worker = _Worker(config, rank, background)
         with worker.startup_part(history_keys.STARTUP_IMPORTS_S):
             from ray_jobs.cluster.strategy import WorkerContext, set_devices
+            from ray_jobs.data.loader import feed_options
             from ray_jobs.train.loop import Loop
         train = worker.spec.train
         set_devices(train.cpus_per_worker, train.use_gpu, train.deterministic)
         with worker.startup_part(history_keys.STARTUP_BUILD_S):
             manifest = read_manifest(worker.run)
-            options = worker.feed_options(manifest)
+            options = feed_options(worker.spec, manifest, config)
             context = WorkerContext(rank, num_workers)
             loop = Loop(worker.spec, manifest, context, feed_options=options)
         worker.train(loop)
@@ -75,14 +74,14 @@ class _Worker(Callbacks):
     """One worker's part of an attempt."""
 
     def __init__(self, config: dict[str, Any], rank: int, background: ThreadPoolExecutor) -> None:
-        self.config, self.rank, self.first = config, rank, rank == 0
+        self.rank, self.is_rank_zero = rank, rank == 0
         self.spec = RunSpec.model_validate(config["spec"])
         self.coordinator, self.run = config["coordinator"], Folder(config["run"])
         train = self.spec.train
         self.watchdog = Watchdog(train.hang_timeout_s, self._report_hang)
         self.checkpoints = CheckpointManager(self.run, train.keep_checkpoints, self._note)
-        self._newest = background.submit(self.checkpoints.newest, with_best=self.first)
-        # Includes the difference between the clocks of two machines.
+        self._newest = background.submit(self.checkpoints.newest, with_best=self.is_rank_zero)
+        # STARTUP_WORKERS_S includes the clock difference between the driver's machine and this one.
         self.startup = {
             history_keys.STARTUP_RAY_S: config["ray_s"],
             history_keys.STARTUP_WORKERS_S: time.time() - config["attempt_start"],
@@ -103,32 +102,18 @@ class _Worker(Callbacks):
         yield
         self.startup[key] = time.monotonic() - started
 
-    def feed_options(self, manifest: "Manifest") -> "FeedOptions":
-        """Return how this worker's rows are fed."""
-        from ray_jobs.data.cache import open_cache
-        from ray_jobs.data.loader import FeedOptions
-
-        config, spec = self.config, self.spec
-        self.cache = open_cache(config["cache"], manifest, spec.data.image_size, config["index"])
-        return FeedOptions(
-            data=spec.data,
-            decode=config["decode"],
-            threads=max(math.ceil(spec.train.cpus_per_worker), 1),
-            cache=self.cache,
-        )
-
     def _shared_checkpoint(self) -> Checkpoint | None:
         """Return the newest complete checkpoint that rank 0 found."""
         from ray.train.collective import broadcast_from_rank_zero
 
         newest = self._newest.result()
-        del self._newest  # Frees three times the memory of the model.
+        del self._newest  # Frees memory of three times the model's size.
         own_step = None if newest is None else newest.state.step
         step = broadcast_from_rank_zero(own_step)
         if step is None:
             return None
         if newest is None or own_step != step:
-            # This rank may have an outdated view of a shared disk.
+            # This rank may see an outdated state of a shared disk.
             newest = self.checkpoints.load(step, with_best=False)
         self._note(f"resuming after step {step}, in epoch {newest.state.epoch + 1}")
         return newest
@@ -136,24 +121,25 @@ class _Worker(Callbacks):
     # -- training ---------------------------------------------------------------------------------
 
     def train(self, loop: "Loop") -> None:
-        """Train from the newest checkpoint on, and finalize the run."""
-        # In a list, so that the loop can free it: it takes three times the memory of the model.
+        """Resume from the newest checkpoint, train, and finalize the run."""
+        # Passed in a list so that the loop can free the checkpoint, which is three times the size
+        # of the model.
         with self.startup_part(history_keys.STARTUP_CHECKPOINT_S):
             checkpoint = [self._shared_checkpoint()]
         self.watchdog.alive()
         self.train_start = time.monotonic()
-        profile = self.spec.run.profile_steps if self.first else None
-        self.usage = UsageSampler(self.spec.train.use_gpu) if self.first else None
-        self.tracker = Tracker(self.run, self.spec, self._note) if self.first else None
+        profile = self.spec.run.profile_steps if self.is_rank_zero else None
+        self.usage = UsageSampler(self.spec.train.use_gpu) if self.is_rank_zero else None
+        self.tracker = Tracker(self.run, self.spec, self._note) if self.is_rank_zero else None
         with (
             closing(self.watchdog),
             closing(self.usage) if self.usage is not None else nullcontext(),
-            Profiler(self.run, profile, self._note) as self.profiler,
+            closing(Profiler(self.run, profile, self._note)) as self.profiler,
             self.tracker or nullcontext(),
         ):
             state = loop.run(self, checkpoint.pop())
-            if self.cache is not None:
-                self.cache.close()
+            if (cache := loop.feed_options.cache) is not None:
+                cache.close()
             self.checkpoints.close()
             if not state.is_finished(self.spec.train):
                 self._note(_stopped_text(state.step, self.checkpoints.written))
@@ -161,7 +147,7 @@ class _Worker(Callbacks):
                 from ray_jobs.train.finalize import finalize
 
                 self.watchdog.close()
-                # Includes epochs that could not be written before.
+                # Also writes the records of epochs whose earlier write failed.
                 self.tracker.write(state.history)
                 self._note("calibrating and writing the best model")
                 seconds = time.monotonic() - self.train_start
@@ -169,17 +155,17 @@ class _Worker(Callbacks):
                 self.tracker.finish(summary)
 
     def post(self, event: Event) -> None:
-        """Send a progress event, on rank 0."""
-        if self.first:
+        """Send a progress event (rank 0 only)."""
+        if self.is_rank_zero:
             self.coordinator.post.remote(event)
 
     def _note(self, text: str) -> None:
         self.post({"kind": "note", "text": text})
 
     def before_step(self, step: int, num_steps: int) -> None:
-        """Wait for the checkpoint in writing, if a failure would cost too many steps otherwise."""
-        every = self.spec.train.checkpoint_every_steps
-        if self.first and every is not None and step + num_steps > self.checkpoints.written + every:
+        """Wait until the current checkpoint is written if a failure would cost too many steps."""
+        every, end = self.spec.train.checkpoint_every_steps, step + num_steps
+        if self.is_rank_zero and every is not None and end > self.checkpoints.written + every:
             self.checkpoints.wait()
         self.profiler.before(step + 1, num_steps)
 
@@ -205,50 +191,55 @@ class _Worker(Callbacks):
         save = False
         if self._polls % _POLLS_PER_PREEMPTION_CHECK == 0 and not self._saved_for_preemption:
             save = self._saved_for_preemption = ray.train.get_preemption_info() is not None
-        return ControlRequest(save=save, stop=self.first and self._stop())
+        return ControlRequest(save=save, stop=self.is_rank_zero and self._stop())
 
     def on_checkpoint(self, step: int, copy: CopyCheckpoint) -> None:
-        """Write a checkpoint in the background, on rank 0."""
-        if self.first:
+        """Write a checkpoint in the background (rank 0 only)."""
+        if self.is_rank_zero:
             self.checkpoints.save(copy(self.checkpoints.spare()))
             self.post({"kind": "checkpoint", "step": step})
 
     def measures(self) -> dict[str, Any]:
-        """Return the resource usage of rank 0 and, with the first epoch, its start-up times."""
+        """Return the resource usage of rank 0 and, for the first epoch, its start-up times."""
         if self.usage is None:
             return {}
         startup, self.startup = self.startup, {}
         return {**measure_memory(), **self.usage.take(), **startup}
 
     def on_epoch(self, record: dict[str, Any], copy: CopyCheckpoint) -> None:
-        """Write the checkpoint and the history, on rank 0, and report to Ray."""
+        """On rank 0, write the checkpoint and the history; on every rank, report to Ray."""
         import ray.train
 
         if self.tracker is not None:
             checkpoint = copy(self.checkpoints.spare())
             self.checkpoints.save(checkpoint)
             self.tracker.write(checkpoint.state.history)
-        # On every rank, since a report waits for all ranks.
+        # A report waits for all ranks.
         ray.train.report(record)
         self.watchdog.alive()
 
     # -- failures ---------------------------------------------------------------------------------
 
     def _report_hang(self, silent_s: float) -> None:
-        """Report to the driver before the watchdog ends this process."""
+        """Report the hang to the driver before the watchdog ends this process."""
         where = "during start-up" if self.step is None else f"after step {self.step}"
         text = (
-            f"no progress for {silent_s:.0f} s {where} (train.hang_timeout_s): this worker, or one "
-            "that it waits for, hangs"
+            f"no progress for {silent_s:.0f} s {where} "
+            f"(train.hang_timeout_s={self.spec.train.hang_timeout_s:g}): this worker, or a worker "
+            "that it is waiting for, is hung; increase train.hang_timeout_s if steps can take this "
+            "long"
         )
-        report_failure(self.coordinator, WorkerFailure(self.rank, text, kind="hang"))
+        failure = WorkerFailure(self.rank, text, kind="hang")
+        answer(self.coordinator.report_failure.remote(failure))
 
 
 def _stopped_text(step: int, saved_step: int) -> str:
     if saved_step == step:
         return f"stopped after step {step}; its checkpoint is saved"
-    newest = f"the newest one is from step {saved_step}" if saved_step else "there is no other"
-    return f"stopped after step {step}; its checkpoint could not be written, {newest}"
+    newest = "there is no earlier checkpoint"
+    if saved_step:
+        newest = f"the newest checkpoint is from step {saved_step}"
+    return f"stopped after step {step}, but its checkpoint could not be written; {newest}"
 
 
 @contextmanager
@@ -259,17 +250,18 @@ def _reporting_failures(coordinator: Any, rank: int) -> Iterator[None]:
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
         kind = "secondary" if _is_secondary(error) else "error"
-        report_failure(coordinator, WorkerFailure(rank, text, kind, is_permanent(error)))
+        failure = WorkerFailure(rank, text, kind, is_permanent(error))
+        answer(coordinator.report_failure.remote(failure))
         raise
 
 
 def is_permanent(error: Exception) -> bool:
-    """Whether an error is in the data, the settings or the code, so a retry would repeat it."""
+    """Whether an error is in the data, the settings or the code and would recur on a retry."""
     return isinstance(error, _PERMANENT) or type(error).__name__ in _TF_PERMANENT
 
 
 def _is_secondary(error: Exception) -> bool:
-    """Whether an error of a collective or a remote call was caused by its other side."""
+    """Whether an error of a collective or a remote call was caused by another process."""
     from ray.exceptions import RayActorError
 
     in_collective = type(error).__name__ in _TF_SECONDARY or "ollective" in str(error)

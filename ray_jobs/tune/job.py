@@ -1,8 +1,8 @@
-"""Search for the settings that train the best model, and train it.
+"""Search for the best hyperparameters and train the best model.
 
 Reads: manifest.json from `prepare`.  Writes: a search folder with a folder per trial, the
-leaderboard, a report page, the spec of the best trial and its run folder. The same run name again
-resumes a search that did not finish.
+leaderboard, a report page, the spec of the best trial and its run folder. Running it again with the
+same run name resumes an unfinished run.
 
 Run:   python -m ray_jobs.tune ray_jobs/specs/houses_tune.yaml --run.name search
        python -m ray_jobs.submit tune ray_jobs/specs/houses_tune.yaml
@@ -19,7 +19,7 @@ from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import RunSpec
 from ray_jobs.train.finalize import SUMMARY
 from ray_jobs.train.job import Run, open_run, require_same, shared_feed
-from ray_jobs.tune.results.search_state import Objective, Search
+from ray_jobs.tune.results.search_state import Search
 from ray_jobs.tune.search.feature_trials import compute_feature_sets, should_use_features
 from ray_jobs.tune.search.space import Space
 
@@ -31,7 +31,7 @@ _SAME_SEARCH = (
 )  # fmt: skip
 """Settings that must not change when a search resumes."""
 _CHANGEABLE = ("budget", "max_concurrent_trials", "max_failures", "checkpoint_every_s", "promote")
-"""Settings of `tune` that may change nevertheless."""
+"""Settings of `tune` that may change when a search resumes."""
 _NO_DECODING = {"decode": "trainer", "cache": "none", "index": None}
 
 
@@ -48,7 +48,7 @@ def search(spec: RunSpec) -> dict[str, Any]:
     spec, manifest, folder = run.spec, run.manifest, run.folder
     space = Space(spec)
     if not space.distributions:
-        raise JobError("tune.space is empty; name at least one setting to search over")
+        raise JobError("tune.space is empty; add at least one setting to search over")
     if folder.exists(SPEC):
         require_same("search", run, SPEC, _SAME_SEARCH, {"tune": _CHANGEABLE})
     if folder.exists(SUMMARY):
@@ -59,7 +59,7 @@ def search(spec: RunSpec) -> dict[str, Any]:
     train = spec.train
     workers = spec.tune.workers_per_trial or train.workers_range[0]
     gpus = workers * (spec.tune.gpus_per_worker or train.gpus_per_worker)
-    # A local Ray must hold a trial and, afterwards, the training of the best trial.
+    # A local Ray needs CPUs for a trial and, afterwards, for training the best trial in full.
     in_full = train.workers_range[0] * train.cpus_per_worker + 1
     with connection.connected(
         spec.run.address,
@@ -78,7 +78,7 @@ def search(spec: RunSpec) -> dict[str, Any]:
 
 
 def run_search(run: Run, space: Space) -> Search:
-    """Run the trials of a search on the connected Ray, and return their results.
+    """Run the trials of a search on the connected Ray cluster, and return their results.
 
     Writes the leaderboard and the page even if an error or the user ends the search.
 
@@ -92,13 +92,13 @@ def run_search(run: Run, space: Space) -> Search:
     spec, folder = run.spec, run.folder
     results = Search(
         name=str(spec.run.name),
-        objectives=make_objectives(spec),
+        objectives=spec.tune.metrics or (spec.train.monitor,),
         trials=[],
         budget=spec.tune.budget.model_dump(exclude_none=True),
     )
     try:
         if should_use_features(spec, space):
-            print("computing the features of the frozen backbone that do not exist yet")
+            print("computing the missing features of the frozen backbone")
             features = compute_feature_sets(spec, space)
             run_trials(spec, space, folder, results, _NO_DECODING, features)
         else:
@@ -108,8 +108,3 @@ def run_search(run: Run, space: Space) -> Search:
         if results.trials:
             write_results(results, folder)
     return results
-
-
-def make_objectives(spec: RunSpec) -> list[Objective]:
-    """Return the metrics that a search optimizes, the one that ranks trials first."""
-    return [Objective(metric) for metric in spec.tune.metrics or (spec.train.monitor,)]

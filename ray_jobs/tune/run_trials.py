@@ -2,8 +2,8 @@
 
 Input: the search space and the search folder. Output: the trials' folders, and the updated search.
 
-Uses `tune.run` instead of a `Tuner`, which would restore its settings from a pickle and so ignore a
-changed budget or changed resources when a search resumes.
+Uses `tune.run`: a `Tuner` would restore its settings from a pickle and ignore a changed budget or
+changed resources when a search resumes.
 """
 
 import logging
@@ -41,7 +41,7 @@ from ray_jobs.tune.trials.tune_callback import BudgetStopper, SearchCallback
 TRIALS = "trials"
 
 _NUM_CHECKPOINTS = 2
-"""Checkpoints of a trial: the newest, and the one that a killed driver's snapshot still names."""
+"""Checkpoints per trial: the newest, and the one that a killed driver's snapshot may still name."""
 _ENVIRONMENT = {
     # The trials' own records and the leaderboard contain the same data in fewer files.
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -51,7 +51,7 @@ _ENVIRONMENT = {
     "TUNE_GLOBAL_CHECKPOINT_S": "1",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    # The new output cannot be silenced.
+    # Ray's new output cannot be silenced.
     "RAY_AIR_NEW_OUTPUT": "0",
 }
 
@@ -70,19 +70,19 @@ def run_trials(
         spec: The spec of the search.
         space: Its search space.
         folder: The search folder.
-        search: The state of the search, which is kept up to date.
-        feeding: `decode`, `cache` and `index`, as for a training.
-        features: For trials on features: the features by `features_key`.
+        search: The state of the search; updated while trials run.
+        feeding: `decode`, `cache` and `index`, as for a training run.
+        features: Folders of features by `features_key`, if trials train on features.
 
     Raises:
-        JobError: If the cluster can never hold a trial, or no trial has a score.
+        JobError: If the cluster is too small for a trial, or no trial has a score.
         Interrupted: If the user stopped the search.
     """
     settings = spec.tune
     context = SearchContext(
         space=space,
         trials=folder / TRIALS,
-        objectives=tuple(search.objectives),
+        objectives=search.objectives,
         num_workers=settings.workers_per_trial or spec.train.workers_range[0],
         gpus_per_worker=settings.gpus_per_worker,
         checkpoint_every_s=settings.checkpoint_every_s,
@@ -98,8 +98,8 @@ def run_trials(
     max_epochs = max([space.base.train.epochs, *map(int, searched.values() if searched else ())])
     num_checkpoints = _NUM_CHECKPOINTS
     if settings.scheduler in EXPLOITING:
-        # A clone continues from its donor's checkpoint at the last perturbation; since then, the
-        # donor saved at most one per epoch.
+        # A clone continues from its donor's checkpoint at the last perturbation. The donor has
+        # saved at most one per epoch since then.
         num_checkpoints += perturbation_epochs(spec, max_epochs) + 1
     resume = any(name.startswith("experiment_state") for name in context.trials.names())
     random.seed(settings.seed)
@@ -149,7 +149,7 @@ def run_trials(
 def _make_algorithm(spec: RunSpec, space: Space, search: Search) -> tuple[SearchAlgorithm, int]:
     """Return the search algorithm and the number of trials."""
     settings, num_trials = spec.tune, spec.tune.budget.trials
-    searcher = make_searcher(space, settings, list(search.objectives))
+    searcher = make_searcher(space, settings, search.objectives)
     if settings.scheduler in EXPLOITING:
         # Ray's PBT does not support searchers, so the whole population is chosen in advance.
         points = [searcher.suggest(str(number)) for number in range(num_trials)]
@@ -162,7 +162,7 @@ def _make_algorithm(spec: RunSpec, space: Space, search: Search) -> tuple[Search
 
 
 class _TrialGenerator(SearchGenerator):
-    """Suggests a number of trials, and respects a changed number when a search resumes."""
+    """Suggests a fixed number of trials; the number may change when a search resumes."""
 
     def __init__(self, searcher: Any, num_trials: int, max_concurrent: int | None = None) -> None:
         limited = max_concurrent is not None
@@ -170,7 +170,7 @@ class _TrialGenerator(SearchGenerator):
         self._num_trials, self._max_concurrent = num_trials, max_concurrent
 
     def set_trials(self, names: set[str]) -> None:
-        """Set which trials exist, because a snapshot from another moment may differ."""
+        """Set which trials exist; a snapshot from another moment may name others."""
         self.set_state({**self.get_state(), "counter": len(names)})
         if isinstance(self.searcher, ConcurrencyLimiter) and self._max_concurrent is not None:
             self.searcher.live_trials &= names
@@ -196,7 +196,7 @@ def _title(spec: RunSpec, folder: Folder, num_workers: int, slots: int) -> str:
 
 @contextmanager
 def _tune_configured(slots: int) -> Iterator[None]:
-    """Configure Ray Tune by environment variables, and undo that afterwards."""
+    """Configure Ray Tune through environment variables, and restore them afterwards."""
     # Requests resources for all slots at once, so that an autoscaler can provide them.
     wanted = {**_ENVIRONMENT, "TUNE_MAX_PENDING_TRIALS_PG": str(slots)}
     before = {name: os.environ.get(name) for name in wanted}
@@ -204,7 +204,7 @@ def _tune_configured(slots: int) -> Iterator[None]:
     aws_keys = {name for name in propagated if name.startswith("AWS_")}
     logger = logging.getLogger(SNAPSHOT_LOGGER)
     os.environ.update(wanted)
-    # Ray would log the keys. Trials have those of their node or of the job, as a training does.
+    # Ray would log the keys. Trials use those of their node or job, like a training run.
     propagated -= aws_keys
     logger.addFilter(_is_relevant)
     try:
@@ -219,7 +219,7 @@ def _tune_configured(slots: int) -> Iterator[None]:
 
 
 def _is_relevant(record: logging.LogRecord) -> bool:
-    # Tune copies its snapshot while it writes the next one, so a file can be missing for a moment.
+    # Tune copies its snapshot while it writes the next one, so a file may be missing briefly.
     return not (record.exc_info and isinstance(record.exc_info[1], FileNotFoundError))
 
 

@@ -32,8 +32,8 @@ def step(inputs, y, weight, spec: LossSpec, seed: int):
     return {k: np.asarray(v) for k, v in result.items()}, np.asarray(y), np.asarray(weight)
 
 
-def share_of(got: np.ndarray, own: np.ndarray) -> float:
-    """The row's own share of the pixels, from those that differ from the neighbour's."""
+def fraction_of(got: np.ndarray, own: np.ndarray) -> float:
+    """Return the row's own fraction of the pixels that differ from the neighbour's."""
     other = np.roll(own, 1, axis=0)
     differs = np.abs(own.astype(float) - other) > 100
     return float(
@@ -45,19 +45,19 @@ def share_of(got: np.ndarray, own: np.ndarray) -> float:
 def test_mixup_is_the_weighted_mean_of_a_row_and_its_neighbour(seed):
     inputs, y, weight = batch(seed=seed)
     got, got_y, got_weight = step(inputs, y, weight, MIXUP, seed)
-    share = share_of(got["image"], inputs["image"])
+    fraction = fraction_of(got["image"], inputs["image"])
     pixels = inputs["image"].astype(np.float64)
-    expected = share * pixels + (1 - share) * np.roll(pixels, 1, axis=0)
+    expected = fraction * pixels + (1 - fraction) * np.roll(pixels, 1, axis=0)
     np.testing.assert_allclose(got["image"], expected, atol=1e-2)
     own, other = inputs["numeric"].astype(float), np.roll(inputs["numeric"], 1, axis=0)
-    numbers = share * own + (1 - share) * other
+    numbers = fraction * own + (1 - fraction) * other
     numbers = np.where(np.isnan(own), other, np.where(np.isnan(other), own, numbers))
     np.testing.assert_allclose(got["numeric"], numbers, atol=1e-4)
     assert np.isnan(own).any()
-    larger = inputs["category"] if share >= 0.5 else np.roll(inputs["category"], 1, axis=0)
+    larger = inputs["category"] if fraction >= 0.5 else np.roll(inputs["category"], 1, axis=0)
     np.testing.assert_array_equal(got["category"], larger)
-    weights = share * weight + (1 - share) * np.roll(weight, 1, axis=0)
-    labels = share * weight * y + (1 - share) * np.roll(weight * y, 1, axis=0)
+    weights = fraction * weight + (1 - fraction) * np.roll(weight, 1, axis=0)
+    labels = fraction * weight * y + (1 - fraction) * np.roll(weight * y, 1, axis=0)
     np.testing.assert_allclose(got_weight, weights, rtol=1e-4)
     np.testing.assert_allclose(got_y, labels / weights, rtol=1e-3, atol=1e-5)
 
@@ -73,10 +73,12 @@ def test_cutmix_pastes_one_box_and_shares_by_the_area_outside_it(seed):
     np.testing.assert_array_equal(inside, np.outer(high, wide))
     for side in (high, wide):
         assert np.abs(np.diff(side.astype(int))).sum() <= 2
-    share = 1 - inside.mean()
-    np.testing.assert_allclose(got_y, share * y + (1 - share) * np.roll(y, 1, axis=0), atol=1e-6)
+    fraction = 1 - inside.mean()
+    np.testing.assert_allclose(
+        got_y, fraction * y + (1 - fraction) * np.roll(y, 1, axis=0), atol=1e-6
+    )
     np.testing.assert_allclose(got_weight, np.ones_like(weight), rtol=1e-6)
-    larger = inputs["category"] if share >= 0.5 else np.roll(inputs["category"], 1, axis=0)
+    larger = inputs["category"] if fraction >= 0.5 else np.roll(inputs["category"], 1, axis=0)
     np.testing.assert_array_equal(got["category"], larger)
 
 
@@ -115,12 +117,12 @@ def test_the_loss_of_mixed_rows_is_the_mixed_loss_of_both(spec):
         # The mixed label of a row with label 1 after one with label 0, with equal weights.
         probe_y = np.array([[1.0], [0.0]] * 3, np.float32)
         _, mixed_y, _ = step(inputs, probe_y, np.ones_like(y), spec, seed)
-        share = float(mixed_y[0, 0])
+        fraction = float(mixed_y[0, 0])
         for kind in ("binary_crossentropy", "focal"):
             loss = make_loss(LossSpec(loss=kind))
             own = float(loss(y, p, weight))
             other = float(loss(np.roll(y, 1, axis=0), p, np.roll(weight, 1, axis=0)))
-            expected = share * own + (1 - share) * other
+            expected = fraction * own + (1 - fraction) * other
             assert float(loss(got_y, p, got_weight)) == pytest.approx(expected, rel=1e-5)
         assert got["image"].dtype == np.float32
 

@@ -5,7 +5,7 @@ import pytest
 import mm_model
 from mm_model.branches import IMAGE_BRANCHES
 from mm_model.fusion import FUSIONS
-from mm_model.layers.blocks import Blocks
+from mm_model.layers.blocks import BlockBuilder
 from mm_model.model import build_model
 from mm_model.spec import NO_AUGMENTATION, FusionSpec, ImageSpec, ModelSpec, NumericSpec
 from tests.mm_model.examples import (
@@ -113,11 +113,11 @@ def test_a_model_has_no_layers_for_inputs_that_it_lacks():
 
 
 def test_a_custom_branch_and_fusion_need_only_an_entry_in_the_registries(monkeypatch):
-    def mean_colour(image, spec, blocks: Blocks):
+    def mean_colour(image, spec, blocks: BlockBuilder):
         pooled = keras.layers.GlobalAveragePooling2D()(image)
         return {"pooled": pooled, "tokens": keras.layers.Reshape((1, 3))(pooled)}
 
-    def add(image, numeric, spec, blocks: Blocks):
+    def add(image, numeric, spec, blocks: BlockBuilder):
         joint = [blocks.linear(b["pooled"], 4, n) for b, n in ((image, "a"), (numeric, "b"))]
         return keras.layers.Add()(joint)
 

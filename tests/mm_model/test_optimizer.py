@@ -87,7 +87,7 @@ def test_without_warm_up_a_schedule_equals_that_of_keras(schedule):
 
 @pytest.mark.parametrize("schedule", ["cosine", "exponential", "polynomial"])
 def test_a_decaying_schedule_without_total_steps_is_rejected(schedule):
-    with pytest.raises(ValueError, match=f"schedule={schedule} needs the number of steps"):
+    with pytest.raises(ValueError, match=f"schedule={schedule} needs the total number of"):
         make_optimizer(OptimizerSpec(schedule=schedule))
 
 

@@ -54,15 +54,6 @@ def test_a_part_applies_to_its_thread_and_ends_with_its_block():
         np.testing.assert_array_equal(got, expected)
 
 
-@pytest.mark.parametrize(("index", "count"), [(2, 2), (-1, 2), (0, 0)])
-def test_a_part_outside_the_range_is_rejected(index, count):
-    with (
-        pytest.raises(ValueError, match=f"part {index} of {count} does not exist"),
-        per_row_random.batch_part(index, count),
-    ):
-        pass
-
-
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_the_dropout_of_a_row_does_not_depend_on_the_number_of_parts(count):
     x = np.random.default_rng(0).normal(size=(16, 6)).astype(np.float32)

@@ -32,7 +32,7 @@ _SOURCES: dict[Kind, tuple[str, Callable[[PrepareSpec], Source]]] = {
     "tfrecord": ("TFRecord files", tfrecord.open_source),
 }
 _MAX_FOLDERS = 64
-"""Folders searched per level."""
+"""Maximum number of folders to search per level."""
 
 
 def open_source(
@@ -83,7 +83,7 @@ def detect_kind(spec: PrepareSpec) -> Kind:
             f"{', '.join(sorted(kinds))}, or give a glob"
         )
     if not kinds:
-        examples = f"only {', '.join(sorted(other)[:3])}" if other else "nothing"
+        examples = f"found {', '.join(sorted(other)[:3])}" if other else "found nothing"
         raise JobError(
             f"prepare.images={spec.images!r}: there are no images, Parquet, tar or TFRecord files "
             f"({examples}); set prepare.source"
@@ -94,7 +94,7 @@ def detect_kind(spec: PrepareSpec) -> Kind:
 def _search(
     folder: Folder, root: fs.FileInfo, spec: PrepareSpec
 ) -> tuple[dict[Kind, str], list[str]]:
-    """Return the kinds on the first level that has any, with a file of each; and other files."""
+    """Return the kinds on the first level that has any, with a file of each, and other files."""
     table_path = Folder(spec.table).path if spec.table else None
     kinds: dict[Kind, str] = {}
     other: list[str] = []
@@ -131,7 +131,7 @@ def _kind_of(name: str) -> Kind | None:
 
 
 def _resolve_images(kind: Kind, spec: PrepareSpec) -> Kind:
-    """Return what image files are: loose files with a table, else an ImageFolder."""
+    """Return the kind of image files: loose files with a table, otherwise an ImageFolder."""
     if kind in ("folder", "imagefolder"):
         return "folder" if spec.table else "imagefolder"
     return kind

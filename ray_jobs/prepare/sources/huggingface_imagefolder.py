@@ -22,7 +22,7 @@ from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import SPLITS, PrepareSpec, Split
 from ray_jobs.config.text import names_text
 from ray_jobs.prepare.cell_text import TEXT, column_text
-from ray_jobs.prepare.sources.piece_reader import PieceReader
+from ray_jobs.prepare.sources.byte_range_reader import ByteRangeReader
 from ray_jobs.prepare.sources.record_table import RecordTable, stack
 from ray_jobs.prepare.sources.source import ImageRefs, Source
 from ray_jobs.prepare.sources.source_files import open_folder
@@ -52,8 +52,8 @@ def open_source(spec: PrepareSpec) -> Source:
 
     The key is the image's path below the folder, unless the metadata has the key column. If all
     folders are named after splits, there is a column `split` (or `prepare.split_column`); if all
-    three splits are present, rows stay in them. Several images per row are columns such as
-    `front_file_name` or `front`.
+    three splits are present, rows keep their split. Several images per row are named in columns
+    such as `front_file_name` or `front`.
     """
     if spec.table:
         raise JobError(
@@ -98,7 +98,7 @@ def _from_metadata(
     table = stack(tables)
     paths = {image: pa.concat_arrays(arrays) for image, arrays in parts.items()}
     if spec.key_column not in table.column_names:
-        # Two files of one name in different folders have different keys.
+        # Paths, so that files with the same name in different folders have different keys.
         table = table.append_column(spec.key_column, paths[image_names[0]])
     existing = pa.array(names, TEXT)
     refs = {
@@ -109,7 +109,7 @@ def _from_metadata(
         example = next(iter(paths.values())).drop_null().slice(0, 1).to_pylist()
         raise JobError(
             f"{folder}/{metadata[0]} names no existing image: {example[0] if example else ''} is "
-            f"not in {folder}, {images[0]} is"
+            f"not in {folder}, but {images[0]} is; correct the paths in the metadata"
         )
     named = pa.chunked_array(list(paths.values()))
     listed = pa.array(images, TEXT)
@@ -118,7 +118,7 @@ def _from_metadata(
     return Source(
         table,
         refs,
-        dict.fromkeys(refs, PieceReader(folder)),
+        dict.fromkeys(refs, ByteRangeReader(folder)),
         tuple((path, "no_record", detail) for path in unmatched),
     )
 
@@ -127,7 +127,10 @@ def _from_folders(
     folder: Folder, images: Sequence[str], has_splits: bool, spec: PrepareSpec
 ) -> Source:
     if spec.image_columns:
-        raise JobError("prepare.image_columns needs an ImageFolder with metadata")
+        raise JobError(
+            f"prepare.image_columns needs an ImageFolder with metadata, but {folder} has none; add "
+            f"{METADATA[0]}, or leave prepare.image_columns out"
+        )
     depth = 1 if has_splits else 0
     labels = [path.split("/")[depth] if path.count("/") > depth else None for path in images]
     if not any(labels):
@@ -139,7 +142,7 @@ def _from_folders(
     table = pa.table({spec.key_column: paths, spec.label_column: pa.array(labels, TEXT)})
     if has_splits:
         table = _with_split(table, [_split_of(path) for path in images], spec)
-    return Source(table, {"": ImageRefs(paths)}, {"": PieceReader(folder)})
+    return Source(table, {"": ImageRefs(paths)}, {"": ByteRangeReader(folder)})
 
 
 def _read_metadata(folder: Folder, name: str) -> pa.Table:

@@ -1,4 +1,4 @@
-"""Reads image files in a folder or matched by a glob, and the table that assigns them to rows."""
+"""Finds image files in a folder or by a glob, and reads the table that assigns them to rows."""
 
 # pyright: reportAttributeAccessIssue=false
 
@@ -13,7 +13,7 @@ from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import PrepareSpec
 from ray_jobs.config.text import names_text
 from ray_jobs.prepare.cell_text import TEXT, column_text
-from ray_jobs.prepare.sources.piece_reader import PieceReader
+from ray_jobs.prepare.sources.byte_range_reader import ByteRangeReader
 from ray_jobs.prepare.sources.source import ImageRefs, Source
 from ray_jobs.prepare.sources.source_files import open_folder
 from ray_jobs.prepare.table import parse_path_pattern, read_table, require_column
@@ -47,7 +47,7 @@ def open_source(spec: PrepareSpec) -> Source:
                 for row in np.flatnonzero(cell.is_null().to_numpy(zero_copy_only=False)).tolist():
                     problems.setdefault(row, ("missing_image", detail))
         quarantined = problems | quarantined
-    readers = dict.fromkeys(names, PieceReader(files.folder))
+    readers = dict.fromkeys(names, ByteRangeReader(files.folder))
     return Source(table, images, readers, quarantined=quarantined)
 
 
@@ -73,14 +73,14 @@ class ImageFiles:
             self._matched = pa.array(matched, TEXT)
 
     def find(self, paths: pa.LargeStringArray) -> tuple[pa.LargeStringArray, Quarantined]:
-        """Return the paths of some images below `folder`, null with a reason where unusable.
+        """Return the paths of some images below `folder`, null where unusable, and the reasons.
 
         Reasons are `image_outside_folder`, `missing_image` and `ambiguous_image`. Without a glob,
         a missing file is noticed only when it is read.
 
         Args:
-            paths: Relative to the folder, or absolute paths or URIs inside it. With a glob also a
-                file's name, or the end of its path.
+            paths: Paths relative to the folder, or absolute paths or URIs inside it. With a glob,
+                also file names or the ends of paths.
         """
         for prefix in (self.folder.uri, self.folder.path):
             prefix = f"{prefix.rstrip('/')}/"
@@ -96,7 +96,7 @@ class ImageFiles:
                 problems[row] = ("image_outside_folder", str(error))
                 is_outside[row] = True
         paths = pc.if_else(pa.array(is_outside), None, paths)
-        # One image has one path, however a row spells it.
+        # Normalize the paths, so that each image has one path.
         paths = pc.replace_substring_regex(paths, r"/(\.?/)+", "/")
         paths = pc.replace_substring_regex(paths, r"^(\./)+|/\.?$", "")
         if self._matched is None:
@@ -120,7 +120,7 @@ def _path_pattern(table: pa.Table, spec: PrepareSpec, name: str) -> tuple[list[s
         raise JobError(
             f"prepare.image_columns names {name!r}, but the table has no such column "
             f"(it has: {names_text(table.column_names)}) and prepare.image_pattern="
-            f"{spec.image_pattern!r} has no {{image}} to replace"
+            f"{spec.image_pattern!r} has no {{image}} to replace; add one of them"
         )
     columns, texts = parse_path_pattern(spec, name)
     for column in columns:
@@ -131,11 +131,11 @@ def _path_pattern(table: pa.Table, spec: PrepareSpec, name: str) -> tuple[list[s
 
 def _join_text(cells: Sequence[pa.LargeStringArray], texts: Sequence[str]) -> pa.LargeStringArray:
     """Return the texts with the cells between them, null where a cell is null."""
-    pieces: list[pa.LargeStringArray | pa.Scalar] = [pa.scalar(texts[0], TEXT)]
+    joined: list[pa.LargeStringArray | pa.Scalar] = [pa.scalar(texts[0], TEXT)]
     for cell, text in zip(cells, texts[1:], strict=True):
-        pieces += [cell, pa.scalar(text, TEXT)]
+        joined += [cell, pa.scalar(text, TEXT)]
     separator = pa.scalar("", TEXT)
-    return pc.binary_join_element_wise(*pieces, separator, null_handling="emit_null")
+    return pc.binary_join_element_wise(*joined, separator, null_handling="emit_null")
 
 
 def _match_path_ends(

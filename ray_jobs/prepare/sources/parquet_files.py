@@ -1,7 +1,8 @@
 """Reads Parquet files with images in a column.
 
-Input: files whose rows hold an image's bytes (or Hugging Face's struct of bytes and path) and,
-unless there is a table, the numbers. Output: file and row of each image; pixels are not read.
+Input: files whose rows contain encoded images (or Hugging Face's structs of bytes and path) and,
+unless `prepare.table` is set, the numbers. Output: the file and row of each image; image bytes are
+not read.
 """
 
 from collections.abc import Iterable, Iterator
@@ -28,21 +29,25 @@ from ray_jobs.storage.folder import Folder
 DEFAULT_COLUMN = "image"
 _BATCH_ROWS = 16
 _BUFFER_BYTES = {True: 1 << 20, False: 8 << 20}
-"""By whether the files are local: buffer per column, instead of whole column chunks."""
+"""Buffer per column, keyed by whether the files are local; replaces reading whole column chunks."""
 
 
 def open_source(spec: PrepareSpec) -> Source:
     """Return the rows of the Parquet files in `prepare.images`.
 
-    The image is in `prepare.image_column`, by default `image`; several are in
-    `prepare.image_columns`. The table consists of all columns except bytes, lists and structs. With
-    `prepare.table` only the key column is read, and the two are joined by it.
+    The image is in the column that `prepare.image_column` names, by default `image`; several images
+    per row are in the columns that `prepare.image_columns` names. The table consists of all columns
+    except bytes, lists and structs. With `prepare.table`, only the key column is read from the
+    files, and their rows and the table are joined by key.
     """
     folder, names = find_files(spec.images, is_parquet, "Parquet files")
     table_path = Folder(spec.table).path if spec.table else None
     names = [name for name in names if folder.locate(name) != table_path]
     if not names:
-        raise JobError(f"prepare.images={spec.images!r}: the only Parquet file is prepare.table")
+        raise JobError(
+            f"prepare.images={spec.images!r}: the only Parquet file is prepare.table; give the "
+            "files with the images"
+        )
     columns = {
         name: name or spec.image_column or DEFAULT_COLUMN for name in spec.image_columns or ("",)
     }
@@ -68,7 +73,7 @@ def is_parquet(name: str) -> bool:
 
 @dataclass
 class ParquetReader:
-    """Reads images by file and row, a few rows at a time; rows in order read a file only once."""
+    """Reads images by file and row, a few at a time; reads a file once if its rows are in order."""
 
     folder: Folder
     column: str
@@ -144,7 +149,7 @@ def _read_group(
 def _read_columns(
     folder: Folder, columns: dict[str, str], spec: PrepareSpec, name: str
 ) -> pa.Table:
-    """Return a file's columns except bytes, lists and structs; for a join only the key."""
+    """Return a file's columns except bytes, lists and structs; only the key for a join."""
     try:
         with (
             folder.filesystem.open_input_file(folder.locate(name)) as stream,
@@ -200,7 +205,7 @@ def _is_bulky(kind: pa.DataType) -> bool:
 
 
 def _runs(refs: ImageRefs) -> Iterator[tuple[str | None, np.ndarray]]:
-    """Yield file and rows of neighbouring images in one file whose rows do not descend."""
+    """Yield runs of images in one file with ascending or equal rows: the file and the rows."""
     if refs.start is None:
         raise ValueError("references to images in Parquet files need row numbers")
     paths = refs.path.to_pylist()

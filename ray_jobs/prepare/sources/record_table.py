@@ -8,11 +8,11 @@ import pyarrow as pa
 from ray_jobs.prepare.cell_text import TEXT
 
 CHUNK_RECORDS = 8192
-"""Records that are Python objects at once while a file is indexed."""
+"""Maximum number of records held as Python objects while a file is indexed."""
 
 
 class RecordTable:
-    """Collects JSON records as Arrow tables, so that only a chunk of them are Python objects."""
+    """Collects JSON records as Arrow tables, so that few of them are Python objects at a time."""
 
     def __init__(self) -> None:
         self._tables: list[pa.Table] = []
@@ -40,7 +40,7 @@ class RecordTable:
 
 
 def stack(tables: Iterable[pa.Table]) -> pa.Table:
-    """Concatenate the rows of tables; a column that a table lacks is null there.
+    """Concatenate the rows of tables; a column that a table lacks is null in its rows.
 
     A column of integers in one table and fractions in another becomes fractions. A column of text
     in one and another type in another becomes text.

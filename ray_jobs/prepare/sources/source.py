@@ -1,6 +1,6 @@
 """Defines what every source returns to `prepare`: records without pixels, and image references.
 
-Pixels are read last, row by row, once it is known which rows are usable and which shard each is in.
+Pixels are read last, row by row, when the usable rows and their shards are known.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -55,10 +55,10 @@ class ImageRefs:
 
 
 class ImageReader(Protocol):
-    """Reads images by their references. Small and picklable, since every task gets a copy."""
+    """Reads images by their references. Is small and picklable, since every task gets a copy."""
 
     def read(self, refs: ImageRefs) -> Iterator[bytes | BadImage]:
-        """Yield each image's content, or why it cannot be read, in order; prefetches."""
+        """Prefetch, and yield in order, each image's content or why it cannot be read."""
         ...
 
 
@@ -69,15 +69,16 @@ class Source:
     table: pa.Table
     """The user's columns: key, label, numbers; never pixels."""
     images: Mapping[str, ImageRefs]
-    """By name in `prepare.image_columns`, or "" for one image per row; as long as the table."""
+    """References, one per row of the table, by name in `prepare.image_columns`; the name is "" for
+    one image per row."""
     readers: Mapping[str, ImageReader]
-    """By the same names."""
+    """Readers by the same names."""
     unmatched: tuple[tuple[str, str, str], ...] = ()
     """Key, reason and detail of each image without a record."""
     quarantined: Mapping[int, tuple[str, str]] = field(default_factory=dict)
     """Row → reason and detail, where the row's image reference is wrong or ambiguous."""
     split_column: str | None = None
-    """Column with the split, where the source itself has all three splits."""
+    """Column with the split, if the source itself has all three splits."""
 
 
 def repeat_paths(names: Sequence[str], counts: Sequence[int]) -> pa.LargeStringArray:

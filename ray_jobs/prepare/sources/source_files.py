@@ -14,7 +14,7 @@ from ray_jobs.data.prefetch import prefetch_map
 from ray_jobs.storage.folder import Folder, expand_braces, glob_regex, split_file, split_glob
 
 NUM_THREADS = 8
-"""Files indexed or read at once; a thread mostly waits for its storage."""
+"""Number of files to index or read at once; threads mostly wait for storage."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -35,9 +35,9 @@ def find_files(
 
     Args:
         location: A file, a folder, or either with wildcards and braces; path or URI.
-        is_kind: Tells by name whether a file in a folder is of the kind. Files that a glob or a
-            name matches are taken as they are.
-        kind_name: Name of such files for error messages.
+        is_kind: Returns whether a file in a folder is of the kind, by its name. Not applied to
+            files that the location names or matches by a glob.
+        kind_name: Name of the kind for error messages.
 
     Raises:
         JobError: If there are no files, or a named file is missing.
@@ -67,7 +67,7 @@ def find_files(
         if missing:
             raise JobError(
                 f"prepare.images={location!r}: {len(missing)} of {count_text(len(names), 'file')} "
-                f"missing, the first is {missing[0]}"
+                f"missing, the first is {missing[0]}; add the files or correct the path"
             )
     if not names:
         raise JobError(f"prepare.images={location!r}: there are no {kind_name}")

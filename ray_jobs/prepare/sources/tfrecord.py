@@ -1,7 +1,8 @@
 """Reads TFRecord files of `tf.train.Example`.
 
-Input: files whose records hold an image file in one feature and, unless there is a table, the
-numbers in others. Output: the position of each image in its file; images are not read.
+Input: files whose records contain an encoded image in one feature and, unless `prepare.table` is
+set, the numbers in other features. Output: the position of each image in its file; image bytes are
+not read.
 """
 
 from dataclasses import dataclass
@@ -15,8 +16,8 @@ from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import PrepareSpec
 from ray_jobs.config.text import names_text
 from ray_jobs.prepare.cell_text import column_text
+from ray_jobs.prepare.sources.byte_range_reader import ByteRangeReader
 from ray_jobs.prepare.sources.key_join import ImageIndex, join_images, read_keyed_table
-from ray_jobs.prepare.sources.piece_reader import PieceReader
 from ray_jobs.prepare.sources.record_table import RecordTable, stack
 from ray_jobs.prepare.sources.source import ImageRefs, Source, repeat_paths
 from ray_jobs.prepare.sources.source_files import find_files, map_in_threads
@@ -34,15 +35,17 @@ from ray_jobs.storage.folder import Folder
 
 DEFAULT_FEATURES = ("image/encoded", "image")
 _WINDOW_BYTES = {True: 16 << 10, False: 4 << 20}
-"""By whether the files are local: bytes read at once. Images outside the window are skipped."""
+"""Bytes to read at once, keyed by whether the files are local. Image bytes outside the window are
+not read."""
 
 
 def open_source(spec: PrepareSpec) -> Source:
     """Return the records of the TFRecord files in `prepare.images`.
 
-    The image is in the feature `prepare.image_column`, by default `image/encoded` or `image`;
-    several are in `prepare.image_columns`. The table consists of the features with one number or
-    text per record. With `prepare.table` only the key is read, and the two are joined by it.
+    The image is in the feature that `prepare.image_column` names, by default `image/encoded` or
+    `image`; several images per record are in the features that `prepare.image_columns` names. The
+    table consists of the features with a single number or string per record. With `prepare.table`,
+    only the key is read from the records, and records and table are joined by key.
     """
     folder, names = find_files(spec.images, is_tfrecord, "TFRecord files")
     features = _image_features(spec)
@@ -59,15 +62,16 @@ def open_source(spec: PrepareSpec) -> Source:
             seen = sorted({name for file in files for name in file.features})
             raise JobError(
                 f"no record of prepare.images={spec.images!r} has an image in the feature "
-                f"{' or '.join(map(repr, candidates))}{did_you_mean(candidates[0], seen)} (it has: "
-                f"{names_text(seen)}); set prepare.image_column to the feature of the image"
+                f"{' or '.join(map(repr, candidates))}{did_you_mean(candidates[0], seen)} (the "
+                f"records have: {names_text(seen)}); set prepare.image_column to the feature of "
+                "the image"
             )
         where = pa.array(np.arange(len(paths)), mask=~has_image)
         refs[image] = ImageRefs(paths.take(where), spans[:, 0], spans[:, 1])
-    readers = dict.fromkeys(features, PieceReader(folder))
+    readers = dict.fromkeys(features, ByteRangeReader(folder))
     if not spec.table:
         return Source(own, refs, readers)
-    owner = f"the records of {spec.images}"
+    owner = f"the TFRecord data in {spec.images}"
     require_column(own.column_names, spec.key_column, "prepare.key_column", owner)
     keys = column_text(own.column(spec.key_column))
     indexes: dict[str, ImageIndex] = {}
@@ -99,7 +103,8 @@ class _FileIndex:
     """Start and size of the images: int64 (number of records, 2); size -1 for a missing image."""
     features: set[str]
     left_out: set[str]
-    """Features that cannot be columns."""
+    """Features that cannot be columns, because in some record they have several values, or a string
+    that is too long or not UTF-8."""
 
 
 def _read_file(
@@ -134,7 +139,7 @@ def _read_file(
     except DamagedFile as error:
         raise JobError(
             f"{folder}/{name} is damaged or not a TFRecord file of tf.train.Example: {error}; "
-            "write it again"
+            "recreate the file"
         ) from error
     except OSError as error:
         raise JobError(f"{folder}/{name} cannot be read: {error}") from error
@@ -143,16 +148,19 @@ def _read_file(
 
 
 def _image_position(window: Window, feature: str, value: Field | None) -> tuple[int, int] | None:
-    """Return start and size of an image feature's bytes; None if it is empty."""
+    """Return the start and size of an image feature's bytes, or None if the feature is empty."""
     if value is None:
         return None
     if value.number != BYTES_LIST:
-        raise JobError(f"the feature {feature!r} holds numbers, but an image file is bytes")
+        raise JobError(
+            f"the feature {feature!r} holds numbers, not the bytes of an image file; set "
+            "prepare.image_column (or prepare.image_columns) to the feature of the image"
+        )
     parts = [field for field in window.fields(value.start, value.end) if field.number == 1]
     if len(parts) > 1:
         raise JobError(
-            f"the feature {feature!r} holds {len(parts)} images per record; a feature may hold "
-            "one, and prepare.image_columns names several features"
+            f"the feature {feature!r} holds {len(parts)} images in one record; store one image per "
+            "feature and name the features in prepare.image_columns"
         )
     if not parts or parts[0].start == parts[0].end:
         return None

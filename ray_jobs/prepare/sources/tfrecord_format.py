@@ -4,7 +4,7 @@ Neither pyarrow nor Ray reads these files without TensorFlow, and TensorFlow rea
 file is a sequence of frames (length, masked CRC32C of the length, record, masked CRC32C of the
 record; https://www.tensorflow.org/tutorials/load_data/tfrecord), each around a protocol buffer
 (https://protobuf.dev/programming-guides/encoding/). Only the checksums of the lengths are verified;
-those of the records would need all pixels.
+verifying those of the records would require reading all images.
 """
 
 import struct
@@ -14,14 +14,14 @@ from typing import NamedTuple
 import pyarrow as pa
 
 _MAX_TEXT_BYTES = 4096
-"""Longer bytes are not a cell of a table."""
+"""Maximum length of a string that counts as a table cell."""
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 BYTES_LIST, FLOAT_LIST, INT64_LIST = 1, 2, 3
 """Fields of `tf.train.Feature`."""
 
 
 class DamagedFile(Exception):
-    """A file that is not a valid TFRecord file: the problem and its byte."""
+    """Reports a problem in a TFRecord file, and the byte at which it occurs."""
 
     def __init__(self, byte: int, problem: str) -> None:
         super().__init__(f"{problem} at byte {byte}")
@@ -37,7 +37,7 @@ class Field(NamedTuple):
 
 
 class Window:
-    """Reads a file at random through a buffered window of it."""
+    """Gives random access to a file through a buffered window."""
 
     def __init__(self, file: pa.NativeFile, window_bytes: int) -> None:
         self._file, self._window_bytes = file, window_bytes
@@ -45,7 +45,7 @@ class Window:
         self._start, self._content = 0, b""
 
     def read(self, start: int, size: int) -> bytes:
-        """Return bytes of the file; fewer if it ends before."""
+        """Return `size` bytes of the file from `start`, or fewer if the file ends before."""
         first = start - self._start
         if first < 0 or first + size > len(self._content):
             self._content = self._file.read_at(max(size, self._window_bytes), start)
@@ -82,7 +82,7 @@ class Window:
 
 
 def read_frames(window: Window) -> Iterator[tuple[int, int]]:
-    """Yield the first byte of each record, and the byte after its last."""
+    """Yield the position of each record's first byte, and of the byte after its last."""
     start = 0
     while start < window.size:
         head = window.read(start, 12)
@@ -101,7 +101,7 @@ def read_frames(window: Window) -> Iterator[tuple[int, int]]:
 
 
 def read_features(window: Window, start: int, end: int) -> Iterator[tuple[str, Field | None]]:
-    """Yield name and list of each feature of an Example; None for an empty feature."""
+    """Yield the name and the list of each feature of an Example; the list is None if empty."""
     for features in window.fields(start, end):
         if (features.number, features.wire) != (1, _BYTES):
             raise DamagedFile(features.start, "not a tf.train.Example")
@@ -118,7 +118,7 @@ def read_features(window: Window, start: int, end: int) -> Iterator[tuple[str, F
 
 
 def read_scalar(window: Window, value: Field) -> str | int | float | None:
-    """Return the only value of a list, None for an empty list.
+    """Return the only value of a list, or None if the list is empty.
 
     Raises:
         ValueError: If there are several values, or the value is too long or not UTF-8.

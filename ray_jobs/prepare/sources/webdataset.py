@@ -1,7 +1,8 @@
 """Reads WebDataset: tar shards in which files belong together by name.
 
 Input: `photos/shard-{000..012}.tar`, a folder or a glob, and a table that is joined by key; without
-a table, the `.json` and `.cls` of each sample. Output: positions in the tars; pixels are not read.
+a table, the `.json` and `.cls` of each sample. Output: the position of each image in its tar; image
+bytes are not read.
 
 As in the webdataset library, a sample's key is the path of a file in the tar up to the first dot of
 its last part, and the rest after that dot is the file's extension.
@@ -22,8 +23,8 @@ from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import PrepareSpec
 from ray_jobs.config.text import names_text
 from ray_jobs.prepare.cell_text import TEXT
+from ray_jobs.prepare.sources.byte_range_reader import ByteRangeReader
 from ray_jobs.prepare.sources.key_join import ImageIndex, join_images, read_keyed_table
-from ray_jobs.prepare.sources.piece_reader import PieceReader
 from ray_jobs.prepare.sources.record_table import RecordTable, stack
 from ray_jobs.prepare.sources.source import ImageRefs, Source, repeat_paths
 from ray_jobs.prepare.sources.source_files import find_files, map_in_threads
@@ -32,11 +33,11 @@ from ray_jobs.storage.folder import Folder
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif")
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _BUFFER_BYTES = {True: 16 << 10, False: 64 << 10}
-"""By whether the files are local. Small images are skipped inside a buffer, large ones by a seek to
-the next header, which is another request to remote storage."""
+"""Buffer size, keyed by whether the files are local. Small images are skipped inside the buffer.
+Large ones need a seek to the next header, and remote storage another request."""
 _MAX_RECORD_BYTES = 16 << 20
 _MAX_EXTENSIONS = 20
-"""Extensions of a tar that are remembered for an error message."""
+"""Maximum number of a tar's extensions to list in an error message."""
 
 
 def open_source(spec: PrepareSpec) -> Source:
@@ -63,7 +64,7 @@ def open_source(spec: PrepareSpec) -> Source:
         indexes[image] = ImageIndex(keys, ImageRefs(paths, spans[:, 0], spans[:, 1]))
     table = read_keyed_table(spec) if spec.table else stack(tar.records for tar in tars)
     images, unmatched = join_images(table, spec, indexes)
-    return Source(table, images, dict.fromkeys(indexes, PieceReader(folder)), unmatched)
+    return Source(table, images, dict.fromkeys(indexes, ByteRangeReader(folder)), unmatched)
 
 
 def is_tar(name: str) -> bool:
@@ -106,7 +107,8 @@ def _read_tar(
 ) -> _TarIndex:
     """Return the positions of a tar's images, and its records unless there is a table."""
     images: dict[str, list[_Member]] = {image: [] for image in extensions}
-    samples = _Samples(spec)
+    records = RecordTable()
+    record: dict[str, Any] = {}
     extension_of: dict[tuple[str, str], str] = {}
     seen: set[str] = set()
     with folder.filesystem.open_input_file(folder.locate(name)) as raw:
@@ -125,14 +127,18 @@ def _read_tar(
                     )
                 images[image].append(member)
             if not spec.table and (image is not None or member.content is not None):
-                samples.add(member, f"{folder}/{name}")
+                # The files of one sample are consecutive in a tar.
+                if record.get(spec.key_column) != member.key:
+                    record = {}
+                    records.append(record)
+                record |= _read_fields(member, spec, f"{folder}/{name}")
     return _TarIndex(
         keys={i: pa.array([m.key for m in members], TEXT) for i, members in images.items()},
         spans={
             i: np.array([(m.start, m.size) for m in members], np.int64).reshape(-1, 2)
             for i, members in images.items()
         },
-        records=samples.records.to_table(),
+        records=records.to_table(),
         extensions=seen,
     )
 
@@ -150,19 +156,19 @@ class _Member(NamedTuple):
 def _read_members(
     raw: pa.NativeFile, folder: Folder, name: str, contents: Sequence[str]
 ) -> Iterator[_Member]:
-    """Yield the files in a tar; only files with the given extensions are read, others skipped."""
+    """Yield the files in a tar, with the content of those that have one of the given extensions."""
     size = raw.size()
     # Python's buffer keeps its content when a seek stays inside it.
     with io.BufferedReader(raw, _BUFFER_BYTES[folder.is_local]) as stream:  # type: ignore[arg-type]
         if stream.peek(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7z")):
             raise JobError(
                 f"{folder}/{name} is compressed, so its images cannot be read one by one; "
-                "uncompress it (compression hardly shrinks images)"
+                "decompress it (compression hardly shrinks images)"
             )
         try:
             tar = tarfile.TarFile(fileobj=stream, mode="r")
             while (member := tar.next()) is not None:
-                # Else it would keep all members.
+                # Otherwise tarfile would keep all members.
                 tar.members = []  # pyright: ignore[reportAttributeAccessIssue]
                 start = member.offset_data
                 if start + member.size > size:
@@ -176,12 +182,12 @@ def _read_members(
                         stream.seek(start)
                         content = stream.read(member.size)
                     yield _Member(*split, start, member.size, content)
-            # tarfile takes an invalid header for the end of the tar.
+            # tarfile treats an invalid header as the end of the tar.
             stream.seek(tar.offset)
             if stream.read(512).strip(b"\0"):
                 raise tarfile.ReadError(f"no valid header at byte {tar.offset}")
         except (tarfile.TarError, OSError, EOFError) as error:
-            raise JobError(f"{folder}/{name} is damaged: {error}; write it again") from error
+            raise JobError(f"{folder}/{name} is damaged: {error}; recreate the file") from error
 
 
 def _key_and_extension(path: str) -> tuple[str, str] | None:
@@ -193,35 +199,18 @@ def _key_and_extension(path: str) -> tuple[str, str] | None:
     return (f"{parent}{slash}{stem}", extension.lower()) if stem and dot else None
 
 
-class _Samples:
-    """Collects the samples of a tar as records: fields of `.json`, the label of `.cls`, the key."""
-
-    def __init__(self, spec: PrepareSpec) -> None:
-        self.records = RecordTable()
-        self._spec = spec
-        self._key: str | None = None
-        self._record: dict[str, Any] = {}
-
-    def add(self, member: _Member, file: str) -> None:
-        """Add a file of a sample; the files of one sample are consecutive in a tar."""
-        if member.key != self._key:
-            self._key, self._record = member.key, {}
-            self.records.append(self._record)
-        if member.content is not None:
-            try:
-                text = member.content.decode()
-                if member.extension == "cls":
-                    self._record[self._spec.label_column] = text.strip()
-                else:
-                    self._record |= _parse_fields(text)
-            except ValueError as error:
-                name = f"{member.key}.{member.extension}"
-                raise JobError(f"{file}: {name} cannot be read: {error}") from error
-        self._record[self._spec.key_column] = member.key
-
-
-def _parse_fields(text: str) -> dict[str, Any]:
-    fields = json.loads(text)
-    if not isinstance(fields, dict):
-        raise ValueError("not a JSON object")
+def _read_fields(member: _Member, spec: PrepareSpec, file: str) -> dict[str, Any]:
+    """Return what a file adds to its sample's record: the key, and any label or JSON fields."""
+    fields: dict[str, Any] = {}
+    if member.content is not None:
+        try:
+            text = member.content.decode()
+            is_label = member.extension == "cls"
+            fields = {spec.label_column: text.strip()} if is_label else json.loads(text)
+            if not isinstance(fields, dict):
+                raise ValueError("not a JSON object")
+        except ValueError as error:
+            name = f"{member.key}.{member.extension}"
+            raise JobError(f"{file}: {name} cannot be read: {error}") from error
+    fields[spec.key_column] = member.key
     return fields

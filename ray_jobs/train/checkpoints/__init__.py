@@ -1,4 +1,4 @@
-"""Saves a training and resumes it.
+"""Saves and resumes a training run.
 
 checkpoint            what a checkpoint contains, and its files
 snapshot              copies it from the model and restores it

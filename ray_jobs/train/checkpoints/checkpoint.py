@@ -5,7 +5,7 @@
     optimizer.npz   every variable of the optimizer and of the training step, likewise
     local.npz       values that differ between replicas: batch-norm statistics, parts of the loss
 
-The weights of a best epoch are in a folder of their own, because they are written only once:
+The weights of a best epoch are in their own folder, because they are written only once:
 
     model.npz       every variable of the model at that epoch
     validation.npz  logits of every head and labels of the validation rows
@@ -44,12 +44,12 @@ class DamagedCheckpointError(Exception):
 
 
 class LoopState(Spec):
-    """Progress of a training; equal on all workers except for rank 0's measurements."""
+    """Progress of a training run; equal on all workers except for rank 0's measurements."""
 
     epoch: NonNegativeInt = 0
     """Completed epochs."""
     step: NonNegativeInt = 0
-    """Completed steps, which also give the position in the training data."""
+    """Completed steps, which also determine the position in the training data."""
     history: tuple[dict[str, Any], ...] = ()
     """One record per epoch."""
     best_epoch: NonNegativeInt | None = None
@@ -58,7 +58,7 @@ class LoopState(Spec):
     """Epochs since the plateau schedule last saw an improvement or reduced the learning rate."""
 
     def best_epochs(self, train: TrainSpec) -> list[int]:
-        """Return the indices of the best epochs to keep, best first, earlier ones first on ties."""
+        """Return the indices of the best epochs to keep, best first; earlier epochs win ties."""
         key = train.monitor
         epochs = range(len(self.history))
         ranked = sorted(epochs, key=lambda epoch: sort_key(key, self.history[epoch][key]))
@@ -88,7 +88,7 @@ class Checkpoint:
     model: Arrays
     optimizer: Arrays
     local: Arrays = field(default_factory=dict)
-    """Values that differ between replicas, with a first axis of replicas; only within an epoch."""
+    """Values that differ between replicas, by replica on the first axis; only within an epoch."""
     best: dict[int, BestCheckpoint] = field(default_factory=dict)
     """The kept best epochs, by index."""
 
@@ -124,8 +124,8 @@ def assign(variables: "Sequence[keras.Variable]", arrays: Arrays, what: str) -> 
 def _identity(path: str, shape: tuple[int, ...]) -> str:
     """Return what must be equal: layer, name and shape.
 
-    Without the numbers of unnamed layers, which Keras counts by process, and without the models
-    around a layer, of which `from_config` drops some.
+    Omits the numbers of unnamed layers, which Keras counts per process, and the names of the models
+    around a layer, some of which `from_config` drops.
     """
     layer_and_name = "/".join(path.split("/")[-2:])
     return f"{_AUTOMATIC_NUMBER.sub('', layer_and_name)} {shape}"
@@ -195,14 +195,14 @@ def _write_arrays(path: Path, arrays: Arrays) -> None:
 
 
 def _read_arrays(path: Path) -> Arrays:
-    # NumPy would leave a file open that is not an archive.
+    # NumPy would not close a file that is not an archive.
     with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
         return {key.replace("|", "/"): file[key] for key in file.files}
 
 
 @contextmanager
 def _synced(path: Path) -> Iterator[Any]:
-    """Open a file and sync it to disk: a rename must not become visible before its content."""
+    """Open a file and sync it to disk: a rename must not become visible before the content."""
     with open(path, "wb") as file:
         yield file
         file.flush()

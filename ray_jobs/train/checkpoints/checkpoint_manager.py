@@ -4,8 +4,8 @@
     checkpoints/best/00003/       models of the best epochs, by index
 
 A local folder is renamed into place when it is complete; in an object store, the state is uploaded
-last. So the remains of a killed writer never count as a checkpoint. Checkpoints that are damaged
-later are skipped.
+last. Therefore, files that a killed writer left behind never count as a checkpoint. Checkpoints
+that are damaged later are skipped.
 """
 
 import logging
@@ -71,7 +71,7 @@ class CheckpointManager:
         self._writing = self._writer.submit(self._save, checkpoint)
 
     def spare(self) -> Checkpoint | None:
-        """Hand over the memory of the last checkpoint, once, if it is written by now."""
+        """Return the last checkpoint, if it is written, to reuse its memory; only once."""
         if self._writing is None or not self._writing.done():
             return None
         spare, self._latest = self._latest, None
@@ -93,7 +93,11 @@ class CheckpointManager:
         return _steps_with_state(self.run.names(STEPS))
 
     def load(self, step: int, with_best: bool = True) -> Checkpoint:
-        """Return the checkpoint after a step, for the writer also the models of the best epochs.
+        """Return the checkpoint after a step.
+
+        Args:
+            step: Number of completed steps.
+            with_best: Whether to load the models of the best epochs, too, as the writer must.
 
         Raises:
             DamagedCheckpointError: If the checkpoint or the model of its best epoch is damaged.
@@ -102,7 +106,7 @@ class CheckpointManager:
         checkpoint = self._read(f"{STEPS}/{step:08d}", read_checkpoint)
         best = checkpoint.state.best_epoch
         stored = _numbers(self.run.names(BEST)) if with_best else []
-        # Later epochs are those of a run that went back to this checkpoint.
+        # Later epochs are from before the run returned to this checkpoint.
         for epoch in (e for e in stored if e < checkpoint.state.epoch):
             try:
                 checkpoint.best[epoch] = self._read(f"{BEST}/{epoch:05d}", read_best)
@@ -120,7 +124,7 @@ class CheckpointManager:
         """Return the newest complete checkpoint, if any; skip damaged ones with a warning.
 
         Raises:
-            OSError: If a checkpoint cannot be read, which does not mean that it is damaged.
+            OSError: If a checkpoint cannot be read; it is not necessarily damaged.
         """
         for step in reversed(self.steps()):
             try:
@@ -162,11 +166,11 @@ class CheckpointManager:
                 self.run.upload(file, f"{name}/{file.name}")
 
     def _prune(self, checkpoint: Checkpoint) -> None:
-        """Delete what is not needed any more after a checkpoint is written."""
+        """Delete what is no longer needed after a checkpoint is written."""
         # List each folder once: in an object store, a listing is a network request.
         step_files, best_files = list(self.run.names(STEPS)), list(self.run.names(BEST))
         states = self._states(_steps_with_state(step_files))
-        # Later steps are those of a run that went back to an earlier checkpoint.
+        # Later steps are from before the run returned to an earlier checkpoint.
         kept = sorted(step for step in states if step <= checkpoint.state.step)[-self.keep :]
         for step in set(_numbers(step_files)) - set(kept):
             self.run.delete(f"{STEPS}/{step:08d}")

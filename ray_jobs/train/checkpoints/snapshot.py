@@ -26,7 +26,7 @@ _LOSS_AND_STATISTICS = "loss_and_statistics"
 
 
 class Copier:
-    """Copies the same variables of this worker's first replica repeatedly."""
+    """Copies the variables of this worker's first replica, repeatedly."""
 
     def __init__(self, variables: Sequence[keras.Variable], replicas: Replicas) -> None:
         self._variables: dict[str, Any] = {
@@ -35,7 +35,7 @@ class Copier:
         }
 
     def __call__(self, into: Arrays | None = None) -> Arrays:
-        """Return a copy of every variable; run no training step meanwhile.
+        """Return a copy of every variable; no training step may run in the meantime.
 
         Args:
             into: Earlier copy to overwrite and return: allocating memory takes four times as long.
@@ -44,7 +44,7 @@ class Copier:
             variables = self._variables.items()
             into = {name: np.empty(v.shape, v.dtype.as_numpy_dtype) for name, v in variables}
         for name, variable in self._variables.items():
-            # The fastest way to read: training waits for thousands of variables.
+            # The fastest way to read a variable: training waits while thousands are read.
             value = tf.raw_ops.ReadVariableOp(resource=variable.handle, dtype=variable.dtype)
             np.copyto(into[name], value)
         return into
@@ -78,7 +78,7 @@ class Snapshots:
         best: dict[int, BestCheckpoint],
         spare: Checkpoint | None = None,
     ) -> Checkpoint:
-        """Return a checkpoint, in the memory of `spare`, an earlier one that is overwritten."""
+        """Return a checkpoint; reuse the memory of `spare`, an earlier checkpoint, if given."""
         model = self.copy_model(spare and spare.model)
         optimizer = self.copy_optimizer(spare and spare.optimizer)
         return Checkpoint(state, model, optimizer, local, dict(best))

@@ -1,6 +1,6 @@
-"""Record and show what a run does.
+"""Records and shows the progress of a run.
 
-Enters: a record per epoch and progress events of rank 0.  Leaves: files of the run folder, an
+Inputs: a record per epoch and progress events of rank 0.  Outputs: files of the run folder, an
 MLflow run and terminal output.
 
     history_keys     names of metrics and their ranking

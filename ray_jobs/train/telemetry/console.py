@@ -9,23 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ray_jobs.train.telemetry.history_keys import (
-    DATA_WAIT_S,
-    EPOCH,
-    EPOCH_S,
-    ROWS_PER_S,
-    STARTUP_BUILD_S,
-    STARTUP_CHECKPOINT_S,
-    STARTUP_FIRST_STEP_S,
-    STARTUP_IMPORTS_S,
-    STARTUP_RAY_S,
-    STARTUP_WORKERS_S,
-    STEP,
-    TRAIN_LOSS,
-    VAL_ACCURACY,
-    VAL_LOG_LOSS,
-    VAL_ROC_AUC,
-)
+from ray_jobs.train.telemetry import history_keys as keys
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,12 +21,12 @@ _HEADER = "  epoch   step  rows/s  data wait  train loss  val loss  val AUC  val
 _STARTING = "starting workers"
 _MIN_STARTUP_PART_S = 0.05
 _STARTUP_PARTS = {
-    STARTUP_RAY_S: "Ray",
-    STARTUP_WORKERS_S: "workers",
-    STARTUP_IMPORTS_S: "imports",
-    STARTUP_BUILD_S: "build",
-    STARTUP_CHECKPOINT_S: "checkpoint",
-    STARTUP_FIRST_STEP_S: "first step",
+    keys.STARTUP_RAY_S: "Ray",
+    keys.STARTUP_WORKERS_S: "workers",
+    keys.STARTUP_IMPORTS_S: "imports",
+    keys.STARTUP_BUILD_S: "build",
+    keys.STARTUP_CHECKPOINT_S: "checkpoint",
+    keys.STARTUP_FIRST_STEP_S: "first step",
 }
 _NO_BREAK_SPACE = "\N{NO-BREAK SPACE}"
 
@@ -85,7 +69,7 @@ def show_progress(coordinator: Any, title: str) -> Iterator[None]:
 
 
 class ProgressConsole:
-    """Prints a line per epoch and incident; on a terminal, a progress bar for the steps."""
+    """Prints a line per epoch and event; on a terminal, also a progress bar of the steps."""
 
     def __init__(self, title: str, console: "Console | None" = None) -> None:
         from rich.console import Console
@@ -118,13 +102,13 @@ class ProgressConsole:
         """Print an event; ignore unknown kinds."""
         match event["kind"]:
             case "step":
-                speed = f"{event[ROWS_PER_S]:,.0f} rows/s  loss {event[TRAIN_LOSS]:.4f}{self.saved}"
+                rate, loss = event[keys.ROWS_PER_S], event[keys.TRAIN_LOSS]
                 self.bar.update(
                     self.task,
-                    description=f"epoch {event[EPOCH] + 1}",
+                    description=f"epoch {event[keys.EPOCH] + 1}",
                     completed=event["done"],
                     total=event["total"],
-                    speed=speed,
+                    speed=f"{rate:,.0f} rows/s  loss {loss:.4f}{self.saved}",
                 )
             case "epoch":
                 if not self.has_header:
@@ -155,8 +139,8 @@ class ProgressConsole:
             break_long_words=False,
             break_on_hyphens=False,
         )
-        # A Text, because error messages are no markup, and because `print(style=…)` would also
-        # colour the progress bar.
+        # A Text, because error messages are not markup, and because `print(style=…)` would also
+        # color the progress bar.
         self.console.print(Text("\n".join(lines).replace(_NO_BREAK_SPACE, " "), style=style))
 
 
@@ -175,10 +159,11 @@ def _epoch_line(record: Event) -> str:
         value = record.get(key)
         return f"{value:>{width}.4f}" if value is not None else f"{'-':>{width}}"
 
-    wait = f"{100 * record[DATA_WAIT_S] / max(record[EPOCH_S], 1e-9):.0f} %"
+    wait = f"{100 * record[keys.DATA_WAIT_S] / max(record[keys.EPOCH_S], 1e-9):.0f} %"
     line = (
-        f"  {record[EPOCH] + 1:>5}  {record[STEP]:>5}  {record[ROWS_PER_S]:>6,.0f}  {wait:>9}"
-        f"  {number(TRAIN_LOSS, 10)}  {number(VAL_LOG_LOSS, 8)}  {number(VAL_ROC_AUC, 7)}"
-        f"  {number(VAL_ACCURACY, 7)}"
+        f"  {record[keys.EPOCH] + 1:>5}  {record[keys.STEP]:>5}"
+        f"  {record[keys.ROWS_PER_S]:>6,.0f}  {wait:>9}  {number(keys.TRAIN_LOSS, 10)}"
+        f"  {number(keys.VAL_LOG_LOSS, 8)}  {number(keys.VAL_ROC_AUC, 7)}"
+        f"  {number(keys.VAL_ACCURACY, 7)}"
     )
     return line + ("  [green]best[/green]" if record.get("best") else "")

@@ -121,14 +121,14 @@ class Tracker:
 class TensorBoard:
     """Writes the numbers of each epoch for TensorBoard; replaces the log of earlier attempts.
 
-    To a remote run folder, the log is uploaded after each epoch.
+    If the run folder is remote, the log is uploaded after each epoch.
     """
 
     def __init__(self, folder: Folder) -> None:
         import tensorflow as tf
 
         self.folder = folder
-        # Keeps the traces of the profiler.
+        # The traces of the profiler are kept.
         for name in list(folder.names(TENSORBOARD)):
             if Path(name).name.startswith("events.out"):
                 folder.delete(name)
@@ -179,7 +179,7 @@ def _parquet(history: Sequence[Record]) -> bytes:
     columns: dict[str, pa.Array] = {}
     for key in dict.fromkeys(key for record in history for key in record):
         column = pa.array([record.get(key) for record in history])
-        # A metric that is always undefined still has the type of numbers.
+        # A metric that is always undefined still gets a numeric type.
         columns[key] = column.cast(pa.float64()) if pa.types.is_null(column.type) else column
     stream = pa.BufferOutputStream()
     pq.write_table(pa.table(columns), stream)

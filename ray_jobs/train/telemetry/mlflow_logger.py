@@ -1,7 +1,7 @@
 """Logs a run to MLflow: parameters, metrics, artifacts and the model.
 
 The run folder stores the ID of its MLflow run, so a resumed run resumes its MLflow run. Errors of
-MLflow never end a training.
+MLflow never end a training run.
 """
 
 import json
@@ -35,7 +35,7 @@ ARTIFACTS = (
 )  # fmt: skip
 
 _MAX_VALUE_CHARS = 6000
-"""MLflow's limit for the value of a parameter."""
+"""Maximum length of a parameter's value in MLflow."""
 _PARAMETERS_PER_CALL = 100
 _USER_INFO = re.compile(r"://[^/@\s]+@")
 
@@ -115,7 +115,7 @@ class MlflowRun:
         self._is_failing = False
 
     def write(self, history: Sequence[Mapping[str, Any]]) -> None:
-        """Log the new epochs; creates or resumes the MLflow run."""
+        """Log the new epochs; create or resume the MLflow run."""
         with self._warn_on_error():
             self._log_epochs(self._open(), history)
 

@@ -4,7 +4,6 @@ Writes `tensorboard/plugins/profile/TIME/HOST.xplane.pb` to the run folder. To v
 `tensorboard-plugin-profile` and run `tensorboard --logdir RUN/tensorboard`.
 """
 
-import logging
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -13,11 +12,9 @@ from typing import Any
 from ray_jobs.storage.folder import Folder
 from ray_jobs.train.telemetry.history import TENSORBOARD
 
-_log = logging.getLogger(__name__)
-
 
 class Profiler:
-    """Traces a range of steps once. A failure is a warning; training continues.
+    """Traces a range of steps once. If that fails, it warns and training continues.
 
     Args:
         folder: The run folder.
@@ -26,27 +23,16 @@ class Profiler:
     """
 
     def __init__(
-        self,
-        folder: Folder,
-        steps: tuple[int, int] | None,
-        warn: Callable[[str], None] = _log.warning,
+        self, folder: Folder, steps: tuple[int, int] | None, warn: Callable[[str], None]
     ) -> None:
-        self.folder, self.steps, self._warn = folder, steps, warn
+        self.folder, self._warn = folder, warn
+        self._first, self._last = steps or (0, 0)
         self._trace: ExitStack | None = None
         self._step = ExitStack()
 
-    def __enter__(self) -> "Profiler":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def before(self, step: int, count: int = 1) -> None:
-        """Start the trace if the next call, of `count` steps from `step` on, is in the range."""
-        if self.steps is None:
-            return
-        first, last = self.steps
-        if step > last or step + count <= first:
+        """Start the trace if the range includes one of the next `count` steps, from `step` on."""
+        if step > self._last or step + count <= self._first:
             return
         if self._trace is None:
             self._start()
@@ -61,14 +47,14 @@ class Profiler:
         if self._trace is None:
             return
         self._step.close()
-        if self.steps is not None and step >= self.steps[1]:
+        if step >= self._last:
             self.close()
 
     def close(self) -> None:
         """Stop a running trace and write it to the run folder."""
         if self._trace is None:
             return
-        trace, self._trace, self.steps = self._trace, None, None
+        trace, self._trace, self._last = self._trace, None, 0
         self._step.close()
         trace.close()
 
@@ -83,7 +69,7 @@ class Profiler:
             profiler.start(local)
         except (tf.errors.OpError, OSError) as error:
             stack.close()
-            self.steps = None
+            self._last = 0
             self._warn(f"could not start the profiler: {error}")
             return
 
@@ -100,7 +86,7 @@ class Profiler:
 
 
 def _wait_for_devices() -> None:
-    """Wait for running GPU kernels, so that a trace has those of its own steps only."""
+    """Wait for running GPU kernels, so that a trace contains only kernels of its own steps."""
     import tensorflow as tf
 
     tf.test.experimental.sync_devices()

@@ -1,4 +1,4 @@
-"""Completes a search: trains the best trials to their end, evaluates, and writes the results.
+"""Finalizes a search: trains the best trials in full, evaluates them and writes the results.
 
 Input: a search whose trials have ended. Output: leaderboard.csv, best.yaml, tune.html and
 summary.json in the search folder, and the run folder of the best trial.
@@ -17,13 +17,12 @@ from ray_jobs.train.checkpoints.checkpoint_manager import CheckpointManager
 from ray_jobs.train.finalize import SUMMARY
 from ray_jobs.train.job import run_folder
 from ray_jobs.train.telemetry.history_keys import HISTORY, sort_key
-from ray_jobs.tune.results.leaderboard import leaderboard_csv, leaderboard_table
+from ray_jobs.tune.results.leaderboard import leaderboard_table, write_leaderboard
 from ray_jobs.tune.results.search_state import Comparison, Search, TrialRow
 from ray_jobs.tune.run_trials import TRIALS
 from ray_jobs.tune.search.space import Space
 from ray_jobs.tune.trials.trial_checkpoints import delete_checkpoints, newest_checkpoint
 
-LEADERBOARD = "leaderboard.csv"
 BEST = "best.yaml"
 PAGE = "tune.html"
 EVALUATIONS = "evaluation"
@@ -36,17 +35,18 @@ _BOOTSTRAP_DRAWS = 2_000
 def finalize_search(
     spec: RunSpec, space: Space, folder: Folder, search: Search, on_features: bool
 ) -> dict[str, Any]:
-    """Train the best trials and the untuned one to their end, evaluate, and return the summary.
+    """Train the best and the untuned trials in full, evaluate them, and return the summary.
 
-    The best trial is chosen on validation rows alone; test rows only measure it.
+    The best trial is chosen on the validation rows alone and evaluated on the test rows.
 
     Args:
         spec: Spec of the search.
         space: Search space.
         folder: Search folder.
         search: Search whose trials have ended.
-        on_features: Whether trials trained on features. Then the best trials are trained on images
-            from the start, with the whole spec; otherwise they continue from their checkpoints.
+        on_features: Whether trials trained on features. If so, the best trials are trained on
+            images from the start, with the whole spec; otherwise they continue from their
+            checkpoints.
 
     Raises:
         JobError: If a training run or an evaluation fails.
@@ -65,12 +65,12 @@ def finalize_search(
             row.scores_in_full = _best_scores(runs[row.name], search)
     best = chosen[0]
     if on_features:
-        metric = search.objectives[0].metric
+        metric = search.objectives[0]
         # Includes the untuned trial, which can be the best one.
         candidates = [row for row in search.trials if row.scores_in_full]
         best = min(candidates, key=lambda row: sort_key(metric, row.scores_in_full.get(metric)))
     best_spec = runs[best.name]
-    # best.yaml trains a run of its own, in the folder that contains the search.
+    # best.yaml describes a run of its own, in the folder that contains the search.
     own = best_spec.overlay(
         {"run.name": f"{search.name}-best", "run.storage_path": spec.run.storage_path}
     )
@@ -105,14 +105,14 @@ def write_results(search: Search, folder: Folder) -> None:
     """Write the leaderboard and the page of a search in its current state."""
     from ray_jobs.tune.results.tune_page import html
 
-    folder.write_text(LEADERBOARD, leaderboard_csv(search))
+    write_leaderboard(search, folder)
     folder.write_text(PAGE, html(search))
 
 
 def _train_in_full(
     spec: RunSpec, space: Space, folder: Folder, row: TrialRow, on_features: bool
 ) -> RunSpec:
-    """Train a trial to its end and return the spec of the run."""
+    """Train a trial in full and return the spec of the run."""
     from ray_jobs.train.job import begin_run, fit
 
     trial = folder / TRIALS / row.name
@@ -124,10 +124,10 @@ def _train_in_full(
         }
     )
     if not on_features and not CheckpointManager(trial).steps():
-        # PBT can have changed the values since the trial started.
+        # PBT may have changed the values since the trial started.
         begin_run(run, read_manifest(Folder(run.data.prepared)), trial)
         checkpoint = newest_checkpoint(trial)
-        # In their order, with the state last: a checkpoint without it does not count yet.
+        # In order, with the state last: a checkpoint without its state is incomplete.
         if checkpoint is not None:
             for name in checkpoint[0].names():
                 trial.write_bytes(name, checkpoint[0].read_bytes(name))
@@ -136,11 +136,11 @@ def _train_in_full(
 
 
 def _best_scores(run: RunSpec, search: Search) -> dict[str, float]:
-    """Return the scores of a finished run in the objectives, at its best epoch."""
+    """Return the values of the objectives at the best epoch of a finished run."""
     folder = run_folder(run)
     lines = folder.read_bytes(HISTORY).decode().splitlines()
     best = json.loads(lines[folder.read_json(SUMMARY)["best_epoch"] - 1])
-    return {o.metric: best[o.metric] for o in search.objectives if best.get(o.metric) is not None}
+    return {name: best[name] for name in search.objectives if best.get(name) is not None}
 
 
 def _compare(
@@ -149,7 +149,7 @@ def _compare(
     """Evaluate the best and the untuned run on the test rows.
 
     Returns:
-        None if the test rows have one class only, or if there is no untuned run.
+        The comparison, or None if the test rows have only one class or there is no untuned run.
     """
     from ray_jobs.evaluate.job import Evaluation, evaluate_split
     from ray_jobs.train.metrics import auc_gain
@@ -200,7 +200,7 @@ def _print(summary: dict[str, Any], search: Search, folder: Folder) -> None:
         if test.same:
             text = f"no trial was better than the untuned model: AUC {test.best:.4f} on {rows}"
         else:
-            noise = ", which is within the noise" if test.low <= 0 <= test.high else ""
+            noise = "; the gain is within the noise" if test.low <= 0 <= test.high else ""
             text = (
                 f"on {rows}: AUC {test.best:.4f}, untuned {test.untuned:.4f}; gain "
                 f"{test.best - test.untuned:+.4f} (95 % interval {test.low:+.4f} to "

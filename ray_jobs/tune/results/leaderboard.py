@@ -1,4 +1,4 @@
-"""Shows the trials of a search, best first: live on the terminal, as log lines, and as CSV."""
+"""Shows the trials of a search, best first: on the terminal, as log lines and as a CSV file."""
 
 import csv
 import io
@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from ray_jobs.pages.page_kit import NONE, number_text
+from ray_jobs.storage.folder import Folder
 from ray_jobs.tune.results.search_state import PARTS, Search, TrialRow
 from ray_jobs.tune.results.searched_settings import searched_settings, value_text
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+LEADERBOARD = "leaderboard.csv"
 
 _MAX_ROWS = 12
 _REFRESH_S = 0.5
@@ -64,7 +67,7 @@ def leaderboard_table(search: Search) -> "Table":
     from rich.table import Table
 
     settings = searched_settings(search.trials)
-    metrics = [objective.metric for objective in search.objectives]
+    metrics = search.objectives
     table = Table(caption=spent_text(search), caption_justify="left", box=None, pad_edge=False)
     for column in ("trial", "state", "epochs", *metrics, *(s.name for s in settings)):
         table.add_column(column, justify="left" if column in ("trial", "state") else "right")
@@ -80,9 +83,9 @@ def leaderboard_table(search: Search) -> "Table":
     return table
 
 
-def leaderboard_csv(search: Search) -> str:
-    """Return all trials as CSV, best first."""
-    metrics = [objective.metric for objective in search.objectives]
+def write_leaderboard(search: Search, folder: Folder) -> None:
+    """Write all trials to leaderboard.csv in the search folder, best first."""
+    metrics = search.objectives
     paths = [setting.path for setting in searched_settings(search.trials)]
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
@@ -97,16 +100,16 @@ def leaderboard_csv(search: Search) -> str:
         cells += [round(row.seconds.get(part, 0.0), 3) for part in PARTS]
         cells += [row.values.get(path, "") for path in paths]
         writer.writerow([*cells, row.error or ""])
-    return stream.getvalue()
+    folder.write_text(LEADERBOARD, stream.getvalue())
 
 
 def score_text(score: float | None) -> str:
-    """Return a score with four decimals, unless it is very small or large."""
+    """Return a score with four decimals, or four significant digits if very small or large."""
     return number_text(score, 4 if score is not None and 0.01 <= abs(score) < 100 else None)
 
 
 def spent_text(search: Search) -> str:
-    """Return the number of trials by state and the spent budget."""
+    """Return the number of trials by state and the spent budget as text."""
     counts = search.count_states().items()
     trials = ", ".join(f"{count} {state}" for state, count in counts if count)
     parts = [trials or "no trials yet"]
@@ -121,7 +124,7 @@ def spent_text(search: Search) -> str:
 def _ended_line(search: Search, row: TrialRow) -> "Text":
     from rich.text import Text
 
-    metric = search.objectives[0].metric
+    metric = search.objectives[0]
     values = ", ".join(
         f"{s.name} {value_text(row.values[s.path])}" for s in searched_settings([row])
     )

@@ -4,22 +4,23 @@ Imports neither Ray nor TensorFlow.
 """
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
-from ray_jobs.train.telemetry.history_keys import MINIMIZED, sort_key
+from ray_jobs.train.telemetry.history_keys import sort_key
 
 State = Literal["pending", "running", "paused", "finished", "stopped", "failed"]
-"""`finished` trials ran to their end; the scheduler or the budget ended `stopped` ones."""
+"""`finished`: trained all its epochs; `stopped`: ended early by the scheduler or the budget."""
 
 PARTS = ("start", "data", "compute", "validation", "checkpoint")
-"""How a trial spends its time: imports, build and first step; waiting for rows; steps; validation;
+"""Parts of a trial's time: imports, build and first step; waiting for rows; steps; validation;
 saving."""
 
-_LARGEST = 1e300
+_MAX_FINITE = 1e300
 """Differences of larger numbers can overflow."""
 
 
@@ -31,20 +32,7 @@ def finite(value: object) -> float | None:
         number = float(value)
     except OverflowError:
         return None
-    return number if abs(number) < _LARGEST else None
-
-
-@dataclass(frozen=True)
-class Objective:
-    """A metric that the search minimizes or maximizes."""
-
-    metric: str
-    """Key of the epoch records, as in `ray_jobs.train.telemetry.history_keys`."""
-
-    @property
-    def mode(self) -> Literal["min", "max"]:
-        """Whether lower or higher values are better."""
-        return "min" if self.metric in MINIMIZED else "max"
+    return number if abs(number) < _MAX_FINITE else None
 
 
 @dataclass
@@ -55,9 +43,9 @@ class TrialRow:
     """Name of its folder in `trials/`."""
     state: State
     values: dict[str, Any]
-    """Values from the search space by field path, without inactive conditional ones."""
+    """Values from the search space by setting path, without inactive settings."""
     scores: dict[str, float] = field(default_factory=dict)
-    """Metrics of the objectives at the best epoch so far; empty before the first epoch."""
+    """Values of the objectives at the best epoch so far; empty before the first epoch."""
     epochs: int = 0
     """Number of trained epochs."""
     best_epoch: int | None = None
@@ -65,7 +53,7 @@ class TrialRow:
     history: Sequence[dict[str, Any]] = ()
     """One record per epoch, with keys from `ray_jobs.train.telemetry.history_keys`."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Time spent on each of `PARTS` so far."""
+    """Seconds spent on each of `PARTS` so far; empty before the first epoch."""
     began_s: float = 0.0
     """Start, in seconds after the start of the search."""
     ended_s: float | None = None
@@ -73,30 +61,26 @@ class TrialRow:
     error: str | None = None
     """First error of a failed trial, in one line."""
     scores_in_full: dict[str, float] = field(default_factory=dict)
-    """Like `scores`, from the full training that follows a trial on features."""
+    """Like `scores`, from the full training run that follows a trial on features."""
 
-    def score(self, objective: Objective) -> float | None:
-        """Return the score in an objective; None if it is missing or not finite."""
-        return finite(self.scores.get(objective.metric))
-
-    def part_s(self, part: str) -> float:
-        """Return the time spent on one of `PARTS`."""
-        return max(finite(self.seconds.get(part)) or 0.0, 0.0)
+    def score(self, metric: str) -> float | None:
+        """Return the value of an objective; None if it is missing or not finite."""
+        return finite(self.scores.get(metric))
 
     @property
     def wall_s(self) -> float:
         """Duration of the trial; for a running trial, the sum of its parts."""
         if self.ended_s is not None:
             return max(self.ended_s - self.began_s, 0.0)
-        return sum(map(self.part_s, PARTS))
+        return sum(self.seconds.values())
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The best and the untuned model on the test rows, which were not used to choose them."""
+    """The best and the untuned model on the test rows; no model was chosen on these rows."""
 
     metric: str
-    """Name in `metrics.json`, where higher values are better, such as `roc_auc`."""
+    """Name of a metric in `metrics.json` that is better when higher, such as `roc_auc`."""
     untuned: float
     best: float
     low: float
@@ -113,13 +97,13 @@ class Search:
     """The state of a search, with its trials in order of suggestion."""
 
     name: str
-    objectives: Sequence[Objective]
-    """The first objective ranks the trials."""
+    objectives: Sequence[str]
+    """Metrics from `ray_jobs.train.telemetry.history_keys`; the first one ranks the trials."""
     trials: list[TrialRow]
     spent: dict[str, float] = field(default_factory=dict)
     """Spent `hours`, `cpu_hours`, `gpu_hours` and `trials`, over all restarts."""
     budget: dict[str, float] = field(default_factory=dict)
-    """Limits with the same keys; a missing key has no limit."""
+    """Limits with the same keys; a missing key means no limit."""
     slots: int = 1
     """Number of trials that can run at the same time."""
     comparison: Comparison | None = None
@@ -143,28 +127,21 @@ class Search:
         """Return the trials that no other trial dominates, in order of rank.
 
         A trial dominates another if it is at least as good in each objective and better in one.
-        Only trials with a finite score in each objective take part.
+        Only trials with a finite score in each objective are considered.
         """
-        ranks = {
-            trial.name: tuple(sort_key(o.metric, trial.score(o)) for o in self.objectives)
-            for trial in self.scored()
-        }
-        complete = [rank for rank in ranks.values() if math.inf not in rank]
-
-        def is_dominated(own: Sequence[float]) -> bool:
-            return any(
-                other != own and all(o <= mine for o, mine in zip(other, own, strict=True))
-                for other in complete
-            )
-
+        complete = [
+            (trial, [sort_key(metric, trial.score(metric)) for metric in self.objectives])
+            for trial in self.ranked()
+            if None not in map(trial.score, self.objectives)
+        ]
         return [
             trial
-            for trial in self.scored()
-            if math.inf not in ranks[trial.name] and not is_dominated(ranks[trial.name])
+            for trial, own in complete
+            if not any(other != own and all(map(operator.le, other, own)) for _, other in complete)
         ]
 
     def idle_s(self) -> float:
-        """Return the time of all slots outside trials, from the first start to the last end."""
+        """Return the seconds of slots without a trial, from the first start to the last end."""
         if not self.trials:
             return 0.0
         start = min(trial.began_s for trial in self.trials)
@@ -172,4 +149,4 @@ class Search:
         return max(self.slots * (end - start) - sum(trial.wall_s for trial in self.trials), 0.0)
 
     def _rank(self, trial: TrialRow) -> float:
-        return sort_key(self.objectives[0].metric, trial.score(self.objectives[0]))
+        return sort_key(self.objectives[0], trial.score(self.objectives[0]))

@@ -14,11 +14,11 @@ from ray_jobs.tune.results.search_state import TrialRow, finite
 
 @dataclass(frozen=True)
 class Setting:
-    """One searched setting and its values in the trials, which are all numbers or all words."""
+    """A searched setting and its values in the trials: all numbers, or all words."""
 
     path: str
     name: str
-    """The last parts of the path that make it unique."""
+    """The fewest last parts of the path that make it unique."""
     low: float = 0.0
     high: float = 0.0
     whole: bool = False

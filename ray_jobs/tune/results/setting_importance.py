@@ -9,35 +9,35 @@ from ray_jobs.tune.results.searched_settings import Setting, searched_settings, 
 from ray_jobs.tune.results.svg_charts import Scale, typical_range
 
 MIN_TRIALS = 4
-"""Fewer scores give no importance."""
+"""Minimum number of scores from which importances can be estimated."""
 
 _SEED = 0
 _MAX_COUNT = 1000
 _TREE_DEPTH = 8
-"""Deeper trees give the same shares and take a minute for a thousand trials."""
+"""Deeper trees give the same result and take a minute for a thousand trials."""
 
 
 def importances(search: Search) -> dict[str, float]:
-    """Return the share of each setting in the variance of the first objective, largest first.
+    """Return the fraction of the variance of the first objective that each setting explains.
 
     Uses fANOVA (Hutter et al. 2014, "An Efficient Approach for Assessing Hyperparameter
-    Importance"): a seeded random forest predicts the scores, and the share of a setting is the
+    Importance"): a seeded random forest predicts the scores, and the fraction of a setting is the
     variance of the prediction over its values, averaged over all values of the other settings. The
-    effects of interactions belong to no setting. Shares add up to 1; a setting with one value has
-    0.
+    effects of interactions belong to no setting. Fractions add up to 1; that of a setting with one
+    value is 0.
 
     Ranges are those of the values in the trials. Numbers that span decades are replaced by their
     logarithms, because fANOVA averages evenly over the range. Scores far worse than the rest count
     as the worst typical score (`typical_range`); otherwise one diverged trial would account for
-    all variance.
+    all of the variance.
 
     If only some trials have a setting, the other trials take the values of these trials in turn,
     so the setting that decides whether it is active explains the difference. A separate value for
-    "not active" would duplicate the column of the deciding setting and take half of its share.
+    "not active" would duplicate the column of the deciding setting and take half of its fraction.
 
     Returns:
-        Shares by field path; empty with fewer than `MIN_TRIALS` scores, if all scores are equal,
-        or if no setting has two values.
+        Fractions by setting path, in descending order; empty with fewer than `MIN_TRIALS` scores,
+        if all scores are equal, or if no setting has two values.
     """
     first = search.objectives[0]
     # In order of suggestion, so that values taken in turn do not depend on the rank.
@@ -48,14 +48,16 @@ def importances(search: Search) -> dict[str, float]:
     varied = [setting for setting in settings if not setting.single]
     if len(trials) < MIN_TRIALS or not varied:
         return {}
-    low, high = typical_range(first.metric, scores)
+    low, high = typical_range(first, scores)
     if low == high:
         return {}
     columns = {s.path: _column([trial.values for trial in trials], s) for s in varied}
     targets = [(min(max(value, low), high) - low) / (high - low) for value in scores]
-    shares = _fanova(varied, columns, targets)
-    shares |= {setting.path: 0.0 for setting in settings if setting.single}
-    return dict(sorted(shares.items(), key=lambda share: -share[1])) if any(shares.values()) else {}
+    fractions = _fanova(varied, columns, targets)
+    if not any(fractions.values()):
+        return {}
+    fractions |= {setting.path: 0.0 for setting in settings if setting.single}
+    return dict(sorted(fractions.items(), key=lambda item: -item[1]))
 
 
 def _column(trials: Sequence[dict[str, Any]], setting: Setting) -> list[Any]:
@@ -69,7 +71,7 @@ def _column(trials: Sequence[dict[str, Any]], setting: Setting) -> list[Any]:
 
 
 def _encode(value: Any, setting: Setting) -> float | int | str:
-    """Return a word, a count from the lowest, or a position between 0 and 1.
+    """Return a value as a word, as a count from the lowest value, or as a position from 0 to 1.
 
     The forest computes in float32 and multiplies ranges, so numbers are scaled.
     """
@@ -106,10 +108,10 @@ def _fanova(
         study = optuna.create_study()
         study.add_trials(trials)
         evaluator = FanovaImportanceEvaluator(max_depth=_TREE_DEPTH, seed=_SEED)
-        shares = get_param_importances(study, evaluator=evaluator)
+        fractions = get_param_importances(study, evaluator=evaluator)
     finally:
         optuna.logging.set_verbosity(verbosity)
-    return {path: float(share) for path, share in shares.items()}
+    return {path: float(fraction) for path, fraction in fractions.items()}
 
 
 def _distribution(setting: Setting) -> Any:

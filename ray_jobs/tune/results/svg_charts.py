@@ -17,7 +17,7 @@ from ray_jobs.train.telemetry.history_keys import sort_key
 
 _PIXELS_PER_LETTER = 6.7
 _FENCE = 3.0
-"""Interquartile ranges beyond the quartile at which Tukey calls a value far out."""
+"""Distance of Tukey's outer fence from the quartile, in interquartile ranges."""
 
 Tick = tuple[float, str]
 """A value and its label."""
@@ -34,7 +34,7 @@ class Scale:
     """Whether the highest value is at 0."""
 
     def at(self, value: float) -> float:
-        """Return the position of a value; values off the scale are at most 0.2 outside 0 to 1."""
+        """Return the position of a value; positions off the scale are clipped to -0.2 and 1.2."""
         if self.log:
             value = min(max(value, self.low / 2), self.high * 2)
         low, high, value = (
@@ -68,7 +68,7 @@ class Scale:
 
 
 def padded(low: float, high: float) -> Scale:
-    """Return a scale 5 % longer than a range at both ends, and never empty."""
+    """Return a scale that extends a range by 5 % at both ends and is never empty."""
     margin = 0.05 * (high - low)
     # Treat a range that is too small for floating-point arithmetic as empty.
     if margin <= 1e-9 * max(abs(low), abs(high)):
@@ -77,10 +77,10 @@ def padded(low: float, high: float) -> Scale:
 
 
 def typical_range(metric: str, values: Iterable[float]) -> tuple[float, float]:
-    """Return the range of at least one value of a metric, without far worse outliers.
+    """Return the range of the values of a metric, without outliers that are far worse.
 
     The range extends from the best value to Tukey's outer fence on the worse side, three
-    interquartile ranges beyond the quartile.
+    interquartile ranges beyond the quartile. It needs at least one value.
     """
     ordered = sorted(values, key=lambda value: sort_key(metric, value))
     quartiles = [float(q) for q in np.quantile(ordered, [0.25, 0.75])]
@@ -99,7 +99,7 @@ def stretched(paths: Iterable[str], height: float) -> str:
 
 
 def path(points: Sequence[tuple[float, float] | None], css_class: str, title: str = "") -> str:
-    """Return a line through points from the top left; None is a gap."""
+    """Return a line through points, measured from the top left; None leaves a gap."""
     steps, pen = [], "M"
     for i, point in enumerate(points):
         if point is None:
@@ -108,7 +108,7 @@ def path(points: Sequence[tuple[float, float] | None], css_class: str, title: st
         end = f"{100 * point[0]:.2f} {point[1]:.1f}"
         steps.append(pen + end)
         if pen == "M" and (i + 1 == len(points) or points[i + 1] is None):
-            # A line of no length is a dot, because line ends are round.
+            # A line of zero length is drawn as a dot, because line ends are round.
             steps.append(f"L{end}")
         pen = "L"
     return f"<path class='{css_class}' d='{''.join(steps)}'>{_hover(title)}</path>" if steps else ""

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 
 from ray_jobs.config.text import count_text
 from ray_jobs.pages.page_kit import NONE, escape, number_text
-from ray_jobs.train.telemetry.history_keys import EPOCH, sort_key
+from ray_jobs.train.telemetry.history_keys import EPOCH, MINIMIZED, sort_key
 from ray_jobs.tune.results import svg_charts
 from ray_jobs.tune.results.leaderboard import score_text
-from ray_jobs.tune.results.search_state import Objective, Search, TrialRow, finite
+from ray_jobs.tune.results.search_state import Search, TrialRow, finite
 from ray_jobs.tune.results.searched_settings import Setting, searched_settings, value_text
 from ray_jobs.tune.results.svg_charts import Scale, Tick, padded, typical_range
 
 NO_SCORE = "<p class='muted'>No trial has a score yet.</p>"
 STATES = {"stopped": "stopped early"}
-"""Names of states on the page where they differ."""
+"""States that have another name on the page."""
 
 _NUM_BEST = 5
 _NUM_SHADES = 6
@@ -29,22 +29,22 @@ _PIXELS_PER_AXIS = 112
 _PIXELS_PER_TICK = 15
 _MAX_LETTERS = 15
 _CROWDED = 150
-"""Number of trials from which dots are small."""
+"""Above this number of trials, dots are small."""
 
 Point = tuple[float, float]
-"""A position: a share of the width from the left, and pixels from the top."""
+"""A position: a fraction of the width from the left, and pixels from the top."""
 
 
 def history(search: Search) -> str:
-    """Return each trial's score in order of suggestion, with the best score so far as a line."""
+    """Return a chart of the scores in order of suggestion, with a line for the best so far."""
     first, trials = search.objectives[0], search.trials
     scores = [trial.score(first) for trial in trials]
     present = [score for score in scores if score is not None]
     if not present:
         return NO_SCORE
-    low, high = typical_range(first.metric, present)
+    low, high = typical_range(first, present)
     x, y = Scale(0.5, len(trials) + 0.5), padded(low, high)
-    mark, edge = ("▴", 11) if first.mode == "min" else ("▾", _HEIGHT - 3)
+    mark, edge = ("▴", 11) if first in MINIMIZED else ("▾", _HEIGHT - 3)
     radius = 4 if len(trials) <= _CROWDED else 2.5
     marks: list[str] = []
     line: list[Point | None] = []
@@ -63,7 +63,7 @@ def history(search: Search) -> str:
             marks.append(svg_charts.letter(left, edge, mark, "out", hover))
         if best is not None:
             line.append((left, best_down))
-        if sort_key(first.metric, score) < sort_key(first.metric, best):
+        if sort_key(first, score) < sort_key(first, best):
             best, best_down = score, down
             line.append((left, down))
     line.append((1.0, best_down))
@@ -76,7 +76,7 @@ def history(search: Search) -> str:
             svg_charts.stretched([svg_charts.path(line, "best-line")], _HEIGHT) + "".join(marks),
             x,
             y,
-            label=f"{first.metric} of each trial in order of suggestion",
+            label=f"{first} of each trial in order of suggestion",
             x_label="trial, in order of suggestion",
             height=_HEIGHT,
             whole=True,
@@ -86,7 +86,7 @@ def history(search: Search) -> str:
 
 
 def parallel_coordinates(search: Search) -> str:
-    """Return a line for each trial across one axis per setting, ending at its score."""
+    """Return a chart with an axis for each setting, and a line for each trial up to its score."""
     trials = search.scored()
     if not trials:
         return NO_SCORE
@@ -94,8 +94,8 @@ def parallel_coordinates(search: Search) -> str:
     if not settings:
         return "<p class='muted'>No setting was searched.</p>"
     scores = [trial.score(first) or 0.0 for trial in trials]
-    low, high = typical_range(first.metric, scores)
-    goodness = Scale(low, high, flipped=first.mode == "min")
+    low, high = typical_range(first, scores)
+    goodness = Scale(low, high, flipped=first in MINIMIZED)
     gaps = [any(s.path not in trial.values for trial in trials) for s in settings] + [False]
     floor = _TALL - _LANE * any(gaps)
     axes = [*map(_setting_axis, settings), _score_axis(first, goodness)]
@@ -131,15 +131,16 @@ def parallel_coordinates(search: Search) -> str:
 
 
 def learning_curves(search: Search) -> str:
-    """Return the metric of the first objective over the epochs, with the best trials in colour."""
+    """Return a chart of the first objective over the epochs, with the best trials in colour."""
     first = search.objectives[0]
-    curves = [(trial, _curve(trial, first)) for trial in search.ranked()]
+    curves = [
+        (trial, [(record[EPOCH] + 1, finite(record.get(first))) for record in trial.history])
+        for trial in search.ranked()
+    ]
     curves = [(trial, curve) for trial, curve in curves if any(v is not None for _, v in curve)]
     if not curves:
-        return f"<p class='muted'>No epoch with {escape(first.metric)} yet.</p>"
-    low, high = typical_range(
-        first.metric, [v for _, curve in curves for _, v in curve if v is not None]
-    )
+        return f"<p class='muted'>No epoch with {escape(first)} yet.</p>"
+    low, high = typical_range(first, [v for _, curve in curves for _, v in curve if v is not None])
     epochs = [epoch for _, curve in curves for epoch, _ in curve]
     x, y = Scale(1, max(2, *epochs)), padded(low, high)
     best = [trial for trial, _ in curves if trial.score(first) is not None][:_NUM_BEST]
@@ -162,7 +163,7 @@ def learning_curves(search: Search) -> str:
             svg_charts.stretched(paths, _HEIGHT),
             x,
             y,
-            label=f"{first.metric} of each trial over its epochs",
+            label=f"{first} of each trial over its epochs",
             x_label="epoch",
             height=_HEIGHT,
             whole=True,
@@ -172,9 +173,9 @@ def learning_curves(search: Search) -> str:
 
 
 def scatter(search: Search) -> str:
-    """Return the first objective against the second, with the Pareto front marked."""
+    """Return a chart of the first objective against the second, with the Pareto front marked."""
     first, second = search.objectives[:2]
-    points: dict[str, Point] = {}
+    points: dict[str, tuple[float, float]] = {}
     for trial in search.trials:
         across, up = trial.score(second), trial.score(first)
         if across is not None and up is not None:
@@ -184,8 +185,8 @@ def scatter(search: Search) -> str:
     front = {trial.name: points[trial.name] for trial in search.pareto_front()}
     # The scales always include the front, even where one of its scores is an outlier.
     x, y = (
-        _range_with([p[i] for p in points.values()], [p[i] for p in front.values()], objective)
-        for i, objective in enumerate((second, first))
+        _range_with([p[i] for p in points.values()], [p[i] for p in front.values()], metric)
+        for i, metric in enumerate((second, first))
     )
     dots, outside = {True: "", False: ""}, 0
     for trial in search.trials:
@@ -201,8 +202,8 @@ def scatter(search: Search) -> str:
             outside += 1
     steps: list[Point] = []
     if len(search.objectives) == 2:
-        # From the best second score on, the first score only improves.
-        for across, up in sorted(front.values(), key=lambda p: sort_key(second.metric, p[0])):
+        # On the front, the first score improves while the second one gets worse.
+        for across, up in sorted(front.values(), key=lambda p: sort_key(second, p[0])):
             if steps:
                 steps.append((x.at(across), steps[-1][1]))
             steps.append((x.at(across), _down(y, up)))
@@ -215,7 +216,7 @@ def scatter(search: Search) -> str:
             svg_charts.stretched(lines, _HEIGHT) + dots[False] + dots[True],
             x,
             y,
-            label=f"{first.metric} against {second.metric}",
+            label=f"{first} against {second}",
             x_label=_direction(second),
             height=_HEIGHT,
         )
@@ -225,7 +226,7 @@ def scatter(search: Search) -> str:
 
 @dataclass(frozen=True)
 class _Axis:
-    """An axis of parallel coordinates, with positions from 0 at the bottom to 1."""
+    """An axis of parallel coordinates, with positions from 0 at the bottom to 1 at the top."""
 
     title: str
     ticks: Sequence[Tick]
@@ -259,14 +260,14 @@ def _setting_axis(setting: Setting) -> _Axis:
     return _Axis(setting.name, ticks, at_number, setting.path + ", logarithmic" * setting.log)
 
 
-def _score_axis(objective: Objective, goodness: Scale) -> _Axis:
+def _score_axis(metric: str, goodness: Scale) -> _Axis:
     ticks = [(goodness.at(value), name) for value, name in goodness.ticks(6)]
 
     def at(trial: TrialRow) -> float | None:
         # Outliers are drawn at the end, and a note reports them.
-        return min(max(goodness.at(trial.score(objective) or 0.0), 0.0), 1.0)
+        return min(max(goodness.at(trial.score(metric) or 0.0), 0.0), 1.0)
 
-    return _Axis(objective.metric, ticks, at, _direction(objective))
+    return _Axis(metric, ticks, at, _direction(metric))
 
 
 def _draw_axis(axis: _Axis, position: float, floor: float, has_gap: bool, *, is_last: bool) -> str:
@@ -296,22 +297,12 @@ def _draw_axis(axis: _Axis, position: float, floor: float, has_gap: bool, *, is_
     return "".join(parts)
 
 
-def _curve(trial: TrialRow, objective: Objective) -> list[tuple[int, float | None]]:
-    """Return epochs, counted from 1, with their values; None for values that are not finite."""
-    points = []
-    for i, record in enumerate(trial.history):
-        epoch = finite(record.get(EPOCH))
-        number = i if epoch is None else int(epoch)
-        points.append((number + 1, finite(record.get(objective.metric))))
-    return points
-
-
 def _down(scale: Scale, value: float) -> float:
     return _HEIGHT * (1 - scale.at(value))
 
 
-def _range_with(values: Sequence[float], needed: Sequence[float], objective: Objective) -> Scale:
-    low, high = typical_range(objective.metric, values)
+def _range_with(values: Sequence[float], needed: Sequence[float], metric: str) -> Scale:
+    low, high = typical_range(metric, values)
     return padded(min(low, *needed), max(high, *needed))
 
 
@@ -319,20 +310,20 @@ def _beyond(values: Iterable[float], low: float, high: float) -> list[float]:
     return [value for value in values if not low <= value <= high]
 
 
-def _outlier_note(values: Sequence[float], objective: Objective, what: str, where: str = "") -> str:
+def _outlier_note(values: Sequence[float], metric: str, what: str, where: str = "") -> str:
     """Return a note on outliers, which are not drawn at their true positions."""
     if not values:
         return ""
-    worst = max(values, key=lambda value: sort_key(objective.metric, value))
-    direction = "up" if objective.mode == "min" else "down"
+    worst = max(values, key=lambda value: sort_key(metric, value))
+    direction = "up" if metric in MINIMIZED else "down"
     return (
         f"<p class='muted small note'>{count_text(len(values), what)} far out, with "
-        f"{escape(objective.metric)} {direction} to {number_text(worst)}{where}.</p>"
+        f"{escape(metric)} {direction} to {number_text(worst)}{where}.</p>"
     )
 
 
 def _hover(trial: TrialRow, search: Search) -> str:
-    scores = [f"{o.metric} {score_text(trial.score(o))}" for o in search.objectives]
+    scores = [f"{name} {score_text(trial.score(name))}" for name in search.objectives]
     values = [f"{path} {_shorten(value_text(value), 60)}" for path, value in trial.values.items()]
     return "\n".join([f"{trial.name}, {STATES.get(trial.state, trial.state)}", *scores, *values])
 
@@ -342,8 +333,8 @@ def _legend(keys: Sequence[tuple[str, str]]) -> str:
     return f"<p class='legend small'>{marks}</p>"
 
 
-def _direction(objective: Objective) -> str:
-    return f"{objective.metric} ({'lower' if objective.mode == 'min' else 'higher'} is better)"
+def _direction(metric: str) -> str:
+    return f"{metric} ({'lower' if metric in MINIMIZED else 'higher'} is better)"
 
 
 def _shorten(text: str, limit: int = _MAX_LETTERS) -> str:

@@ -23,21 +23,21 @@ _UNITS = {"trials": "trials", "hours": "hours", "cpu_hours": "CPU hours", "gpu_h
 
 
 def html(search: Search) -> str:
-    """Return the page."""
-    metric = escape(search.objectives[0].metric)
+    """Return the report page of a search."""
+    first = escape(search.objectives[0])
     parts = [
         *_header(search),
         *_comparison(search),
         _leaderboard(search),
         *_failures(search),
-        _chart("History", f"{metric} in order of suggestion", trial_charts.history(search)),
+        _chart("History", f"{first} in order of suggestion", trial_charts.history(search)),
         _chart(
             "Settings",
             "Settings and score of each trial",
             trial_charts.parallel_coordinates(search),
         ),
         _importance(search),
-        _chart("Learning curves", f"{metric} by epoch", trial_charts.learning_curves(search)),
+        _chart("Learning curves", f"{first} by epoch", trial_charts.learning_curves(search)),
         _cost(search),
         *_trade_off(search),
     ]
@@ -52,9 +52,9 @@ def _header(search: Search) -> Iterator[str]:
     best, content = next(iter(search.scored()), None), NO_SCORE
     if best is not None:
         scores = "".join(
-            f"<div><b>{score_text(best.score(objective))}</b><span class='muted small'>"
-            f"{escape(objective.metric)}</span></div>"
-            for objective in search.objectives
+            f"<div><b>{score_text(best.score(metric))}</b><span class='muted small'>"
+            f"{escape(metric)}</span></div>"
+            for metric in search.objectives
         )
         epoch = "" if best.best_epoch is None else f", after epoch {best.best_epoch + 1}"
         content = (
@@ -112,8 +112,8 @@ def _verdict(test: Comparison) -> str:
         )
     word, css_class = ("better", "good") if test.best > test.untuned else ("worse", "flag")
     return (
-        f"Tuning made the model <b class='{css_class}'>{word}</b>, with {difference} that excludes "
-        "0."
+        f"Tuning made the model <b class='{css_class}'>{word}</b>, with {difference}; the interval "
+        "excludes 0."
     )
 
 
@@ -135,7 +135,7 @@ def _interval(test: Comparison) -> str:
 def _leaderboard(search: Search) -> str:
     ranked = search.scored()
     settings = searched_settings(search.trials)
-    metrics = [escape(objective.metric) for objective in search.objectives]
+    metrics = [escape(metric) for metric in search.objectives]
     names = [f"<span title='{escape(s.path)}'>{escape(s.name)}</span>" for s in settings]
     head = ["", "trial", "state", *metrics, "best epoch", "seconds", *names]
     rows = [
@@ -143,7 +143,7 @@ def _leaderboard(search: Search) -> str:
             str(rank),
             escape(trial.name),
             STATES.get(trial.state, trial.state) + ", then in full" * bool(trial.scores_in_full),
-            *(score_text(trial.score(objective)) for objective in search.objectives),
+            *(score_text(trial.score(metric)) for metric in search.objectives),
             f"{NONE if trial.best_epoch is None else trial.best_epoch + 1} of {trial.epochs:,}",
             f"{trial.wall_s:,.0f}",
             *(_value(trial, setting.path) for setting in settings),
@@ -186,21 +186,22 @@ def _chart(heading: str, title: str, chart: str) -> str:
 
 
 def _importance(search: Search) -> str:
-    if not (shares := importances(search)):
+    if not (fractions := importances(search)):
         return section("Importance", f"<p class='muted'>{_no_importance(search)}</p>")
     names = {setting.path: setting.name for setting in searched_settings(search.trials)}
     bars = "".join(
         f"<span class='name' title='{escape(path)}'>{escape(names[path])}</span>"
-        f"{share_bar(share, f'{share:.1%}')}<span>{share:.1%}</span>"
-        for path, share in shares.items()
+        f"{share_bar(fraction, f'{fraction:.1%}')}<span>{fraction:.1%}</span>"
+        for path, fraction in fractions.items()
     )
     return section(
         "Importance",
-        "<p class='muted small'>Share of each setting in the variance of "
-        f"{escape(search.objectives[0].metric)}, by fANOVA (Optuna) over "
+        f"<p class='muted small'>Fraction of the variance of {escape(search.objectives[0])} that "
+        "each setting explains, by fANOVA (Optuna) over "
         f"{count_text(len(search.scored()), 'trial')}; trials that stopped early count with the "
-        "score they had reached. Interactions between settings are left out. With few trials the "
-        f"shares are rough estimates.</p><div class='bars'>{bars}</div>",
+        "score they had reached. Interactions between settings are not included. With few trials, "
+        "the fractions are rough estimates.</p>"
+        f"<div class='bars'>{bars}</div>",
     )
 
 
@@ -217,45 +218,41 @@ def _no_importance(search: Search) -> str:
 
 
 def _cost(search: Search) -> str:
-    totals = {part: sum(trial.part_s(part) for trial in search.trials) for part in PARTS}
-    # Time of trials outside the parts, so that the shares add up to the whole time.
+    totals = {part: sum(t.seconds.get(part, 0.0) for t in search.trials) for part in PARTS}
+    # Time of trials outside the parts, so that the percentages add up to 100 %.
     other_s = sum(trial.wall_s for trial in search.trials) - sum(totals.values())
     totals |= {"other": max(other_s, 0.0), "search": search.idle_s()}
     total_s = sum(totals.values())
     if not total_s:
-        return section("Cost", "<p class='muted'>No time was spent yet.</p>")
+        return section("Cost", "<p class='muted'>No time has been spent yet.</p>")
     if totals["other"] <= total_s / 500:
         del totals["other"]
     legend = "".join(
         f"<span class='part-{part}'>{part} {_duration(seconds)} ({seconds / total_s:.1%})</span>"
         for part, seconds in totals.items()
     )
-    timed = [
-        (trial, {part: trial.part_s(part) for part in PARTS})
-        for trial in search.ranked()
-        if any(trial.part_s(part) for part in PARTS)
-    ]
-    longest_s = max((sum(parts.values()) for _, parts in timed[:_MAX_BARS]), default=1.0)
-    bars = "".join(_cost_row(trial, parts, longest_s) for trial, parts in timed[:_MAX_BARS])
-    other = "; “other” is time of trials outside these parts" if "other" in totals else ""
+    timed = [trial for trial in search.ranked() if any(trial.seconds.values())]
+    longest_s = max((sum(trial.seconds.values()) for trial in timed[:_MAX_BARS]), default=1.0)
+    bars = "".join(_cost_row(trial, longest_s) for trial in timed[:_MAX_BARS])
+    other = "; “other” is time that trials spent outside these parts" if "other" in totals else ""
     return section(
         "Cost",
         f"<h3>All trials: {_duration(total_s)} of {count_text(search.slots, 'slot')}</h3>"
         f"<div class='stack total'>{_bar(totals, total_s)}</div><p class='legend small'>{legend}"
-        "</p><p class='muted small'>“start” is imports, build and first step; “data” is waiting "
-        f"for rows; “search” is time of slots outside trials{other}.</p>"
+        "</p><p class='muted small'>“start” is imports, build and first step; “data” is time "
+        f"spent waiting for rows; “search” is time that slots spent outside trials{other}.</p>"
         f"<h3>Each trial, best first</h3><div class='bars costs'>{bars}</div>"
         + more_note(len(timed) - _MAX_BARS, "more trial"),
     )
 
 
-def _cost_row(trial: TrialRow, parts: dict[str, float], longest_s: float) -> str:
-    hover = ", ".join(f"{part} {_duration(seconds)}" for part, seconds in parts.items())
+def _cost_row(trial: TrialRow, longest_s: float) -> str:
+    hover = ", ".join(f"{part} {_duration(seconds)}" for part, seconds in trial.seconds.items())
     name = escape(trial.name)
     return (
         f"<span class='name' title='{name}'>{name}</span>"
-        f"<div class='stack' title='{hover}'>{_bar(parts, longest_s)}</div>"
-        f"<span>{_duration(sum(parts.values()))}</span>"
+        f"<div class='stack' title='{hover}'>{_bar(trial.seconds, longest_s)}</div>"
+        f"<span>{_duration(sum(trial.seconds.values()))}</span>"
     )
 
 
@@ -273,10 +270,10 @@ def _trade_off(search: Search) -> Iterator[str]:
         return
     front = search.pareto_front()
     rows = [
-        [escape(trial.name), *(score_text(trial.score(o)) for o in search.objectives)]
+        [escape(trial.name), *(score_text(trial.score(metric)) for metric in search.objectives)]
         for trial in front[:_MAX_LEADERS]
     ]
-    metrics = [escape(objective.metric) for objective in search.objectives]
+    metrics = [escape(metric) for metric in search.objectives]
     front_table = f"<h3>Trials on the front</h3>{table(['trial', *metrics], rows, 'small')}"
     front_table += more_note(len(front) - len(rows), "more trial")
     yield (

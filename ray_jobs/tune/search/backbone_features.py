@@ -5,7 +5,7 @@ time. A search computes them once, and its trials train only the layers above th
 
 Reads: the training and validation shards of prepared data.
 Writes: <run.storage_path>/features/KEY/, itself a prepared folder; manifest.json is written last.
-KEY is a hash of everything that determines the features, so that existing ones can be reused.
+KEY is a hash of everything that determines the features, so existing features are reused.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ from ray_jobs.tune.search.feature_extractor import FEATURE_SPLITS, Extractor, Sh
 
 FOLDER = "features"
 _FORMAT = 1
-"""Increase it whenever the same settings produce different features."""
+"""Increase this whenever the same settings produce different features."""
 _READ_THREADS = 8
 _SHARD_NAME = re.compile(r"part-(\d{5,})-([0-9a-f]{8})\.parquet")
 
@@ -48,20 +48,20 @@ _SHARD_NAME = re.compile(r"part-(\d{5,})-([0-9a-f]{8})\.parquet")
 def compute_features(spec: RunSpec, num_views: int = 1) -> Folder:
     """Return prepared data with features in place of images; requires a connection to Ray.
 
-    Computes only the shards that do not exist yet, in as many actors as the training has replicas.
+    Computes only the shards that do not exist yet, in as many actors as the run has replicas.
 
     Args:
-        spec: The spec of the training, whose initial backbone is used as if it were frozen.
-        num_views: Views of each image: the image unchanged, and augmented ones.
+        spec: The spec of the training run; its initial backbone is treated as frozen.
+        num_views: Number of views of each image: the unchanged image, then augmented ones.
 
     Raises:
-        JobError: If the prepared data, the weights or an actor fails, or there are no images.
+        JobError: If the data or the weights are unsuitable, there are no images, or an actor fails.
     """
     spec = with_absolute_paths(spec)
     source = Folder(spec.data.prepared)
     manifest = read_manifest(source)
     if spec.model.image.kind == "none":
-        raise JobError("model.image.kind=none has no backbone to compute features; choose another")
+        raise JobError("model.image.kind=none has no backbone; choose a kind that has one")
     if manifest.image.features:
         raise JobError(
             f"data.prepared={source} contains features already; set it to the data with the images"
@@ -87,24 +87,18 @@ def features_folder(spec: RunSpec, num_views: int) -> Folder:
     return Folder(spec.run.storage_path) / f"{FOLDER}/{_key(spec, manifest, num_views)}"
 
 
-def uses_model_activation(kind: str) -> bool:
-    """Return whether the backbone of an image branch uses `model.activation`.
-
-    Backbones with ImageNet weights keep the activation that the weights were trained with.
-    """
-    return kind not in KERAS_APPLICATIONS
-
-
 def _key(spec: RunSpec, manifest: Manifest, num_views: int) -> str:
     """Return a hash of everything that determines the features."""
     model = spec.model
     # Augmentation layers draw their seeds before the backbone draws its weights.
     random = num_views > 1 or model.image.weights is None
+    # Backbones of `keras.applications` have a fixed activation.
+    is_fixed = model.image.kind in KERAS_APPLICATIONS
     parts: dict[str, Any] = {
         "format": _FORMAT,
         "kind": model.image.kind,
         "weights": _weights_id(model.image.weights),
-        "activation": model.activation if uses_model_activation(model.image.kind) else None,
+        "activation": None if is_fixed else model.activation,
         "augmentation": model.augmentation.model_dump() if random else None,
         "seed": spec.run.seed if random else None,
         "num_views": num_views,
@@ -127,7 +121,7 @@ def _weights_id(weights: str | None) -> str | None:
 
 
 def _existing_shards(output: Folder, manifest: Manifest) -> dict[ShardKey, Shard]:
-    """Return the complete shards: their content matches the part of the hash in their name."""
+    """Return the complete shards, whose content matches the hash in their name."""
 
     def read(item: tuple[Split, str]) -> tuple[ShardKey, Shard] | None:
         split, name = item
@@ -225,7 +219,7 @@ class _ExtractorActor:
 
     def write(self, key: ShardKey) -> tuple[ShardKey, Shard]:
         """Compute and write a shard."""
-        # An error here reaches the driver as it is; one in the constructor would kill the actor.
+        # An error here reaches the driver unchanged; one in the constructor would kill the actor.
         if self.extractor is None:
             os.environ["KERAS_BACKEND"] = "tensorflow"
             from ray_jobs.cluster.strategy import set_devices

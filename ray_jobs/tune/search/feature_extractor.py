@@ -1,9 +1,9 @@
 """Computes the features of images with a frozen backbone, one shard at a time.
 
 Rows, row groups and shards stay the same. View 0 shows the image unchanged; further views show
-augmented images, for training rows only. In the other splits they repeat view 0. An augmentation is
-a function of seed, shard, batch and view, whichever process computes it. Features are float32,
-whatever the precision of a trial.
+augmented images, for training rows only. In the other splits they repeat view 0. An augmentation
+depends on seed, shard, batch and view, but not on the process that computes it. Features are
+float32, whatever the precision of a trial.
 
     B rows of a batch   R rows of a shard   N images per row   H × W pixels   V views   F features
 """
@@ -37,10 +37,10 @@ class Extractor:
     """Holds the frozen backbone of a spec and computes shards of features.
 
     Args:
-        spec: The spec of the training, whose initial weights the backbone has.
-        num_views: Views of each training image.
+        spec: The spec of the training run; the backbone has its initial weights.
+        num_views: Number of views of each image.
         output: The prepared folder to write.
-        threads: Threads that decode images.
+        threads: Number of threads that decode images.
     """
 
     def __init__(self, spec: RunSpec, num_views: int, output: Folder, threads: int = 1) -> None:
@@ -59,7 +59,7 @@ class Extractor:
         self.num_images = len(self.decoder.image_columns)
         self.batch_rows = max(_IMAGES_PER_BATCH // self.num_images, 1)
         keras.utils.set_random_seed(self.seed)
-        # While it is not trainable, batch norm keeps its statistics even with `training=True`.
+        # Batch norm that is not trainable keeps its statistics even with `training=True`.
         frozen = spec.overlay({"model.image.trainable": False})
         backbone: Any = backbone_model(new_model(frozen, self.manifest))
         random = random_states(backbone)
@@ -121,7 +121,7 @@ class Extractor:
         stored = StoredRows(tables)
 
         def decode(start: int) -> np.ndarray:
-            # The last row fills up the last batch.
+            # Repeat the last row to fill the last batch.
             rows = np.minimum(np.arange(start, start + self.batch_rows), stored.num_rows - 1)
             batch = self.decoder.make_batch(stored, rows)
             self.decoder.fill_images(batch, stored, rows)

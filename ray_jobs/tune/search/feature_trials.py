@@ -8,13 +8,13 @@ import json
 from collections.abc import Iterator
 from itertools import product
 
-from mm_model.branches import IMAGE_TOPS
+from mm_model.branches import IMAGE_TOPS, KERAS_APPLICATIONS
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import RunSpec
 from ray_jobs.data.manifest import read_manifest
 from ray_jobs.storage.folder import Folder
 from ray_jobs.train.telemetry.history_keys import INFERENCE_ROW_S
-from ray_jobs.tune.search.backbone_features import compute_features, uses_model_activation
+from ray_jobs.tune.search.backbone_features import compute_features
 from ray_jobs.tune.search.space import Space, Values
 
 _MAX_FEATURE_SETS = 16
@@ -78,19 +78,20 @@ def features_key(values: Values, space: Space) -> str:
 def affects_features(path: str, space: Space) -> bool:
     """Return whether trials that differ in a setting can need different features."""
     if path == "model.activation" and "model.image.kind" not in space.distributions:
-        return uses_model_activation(space.base.model.image.kind)
+        # Backbones of `keras.applications` have a fixed activation.
+        return space.base.model.image.kind not in KERAS_APPLICATIONS
     return path.startswith(_AFFECTING)
 
 
 def feature_trial_spec(spec: RunSpec, features: Folder) -> RunSpec:
-    """Return the spec of a trial on features that stands for a training on images.
+    """Return the spec of a trial that trains on features in place of images.
 
-    Rows come in the same order: as many of them are shuffled together, if necessary with a larger
-    `data.buffer_bytes`. The random numbers of layers differ, because there are fewer layers.
+    Rows are read in the same order, because the shuffle window has as many rows; if necessary,
+    `data.buffer_bytes` is increased. There are fewer layers, so their random numbers differ.
 
     Args:
-        spec: The spec of the training on images.
-        features: From `compute_features`.
+        spec: The spec of the same trial on images.
+        features: The result of `compute_features`.
 
     Raises:
         ValueError: If CutMix is enabled, which features do not support.
@@ -122,7 +123,7 @@ def feature_trial_spec(spec: RunSpec, features: Folder) -> RunSpec:
 
 
 def _find_obstacle(spec: RunSpec, space: Space) -> str | None:
-    """Return why trials cannot train on features, if they cannot."""
+    """Return why trials cannot train on features, or None if they can."""
     searched = space.distributions
     kinds = {spec.model.image.kind}
     if "model.image.kind" in searched:
@@ -137,7 +138,7 @@ def _find_obstacle(spec: RunSpec, space: Space) -> str | None:
     if num_sets > _MAX_FEATURE_SETS and spec.tune.feature_cache == "auto":
         return f"the space needs {num_sets} sets of features, more than {_MAX_FEATURE_SETS}"
     if INFERENCE_ROW_S in spec.tune.metrics:
-        return f"{INFERENCE_ROW_S} measures the whole model, of which such trials have only a part"
+        return f"{INFERENCE_ROW_S} measures the whole model, but such trials build only part of it"
     if spec.train.cutmix_alpha or "train.cutmix_alpha" in searched:
         return "train.cutmix_alpha needs images"
     return None

@@ -1,7 +1,7 @@
 """Makes Ray's schedulers, which stop, pause or clone trials.
 
 All of them count the epochs that a trial has trained, because Ray's own count of results can start
-again after a restart.
+over after a restart.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ from ray.tune.schedulers.pb2 import PB2
 from ray_jobs.cluster.compat_ray import pause_trial
 from ray_jobs.config.spec import RunSpec
 from ray_jobs.config.tune_spec import DistributionSpec
-from ray_jobs.tune.results.search_state import Objective
+from ray_jobs.train.telemetry.history_keys import MINIMIZED
 from ray_jobs.tune.search.searcher import result_key
 
 EPOCHS = "epochs"
@@ -31,7 +31,7 @@ EPOCHS = "epochs"
 
 
 class _Median(MedianStoppingRule):
-    """Ray's rule, made to accept a last result without metrics, such as that of a failed trial."""
+    """Extends Ray's rule to accept a last result without metrics, as that of a failed trial."""
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict) -> None:
         if EPOCHS in result:
@@ -39,10 +39,10 @@ class _Median(MedianStoppingRule):
 
 
 class HyperBand(HyperBandScheduler):
-    """Ray's HyperBand, extended to resume: paused trials are paused again."""
+    """Extends Ray's HyperBand to pause trials again that were paused before a resume."""
 
     paused: frozenset[str] = frozenset()
-    """Names of the trials that were paused when the search stopped, until they are again."""
+    """Names of trials to pause again, because they were paused when the search stopped."""
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
         """Return the next trial; first pause the trials that Tune marked as pending on resume."""
@@ -53,12 +53,12 @@ class HyperBand(HyperBandScheduler):
         return super().choose_trial_to_run(tune_controller)
 
 
-def make_scheduler(spec: RunSpec, max_epochs: int, objective: Objective) -> TrialScheduler:
+def make_scheduler(spec: RunSpec, max_epochs: int, objective: str) -> TrialScheduler:
     """Return the scheduler that `tune.scheduler` names.
 
     Args:
         spec: The spec of the search.
-        max_epochs: The most epochs of any trial.
+        max_epochs: Maximum number of epochs of any trial.
         objective: The metric to schedule by.
     """
     settings = spec.tune
@@ -66,13 +66,13 @@ def make_scheduler(spec: RunSpec, max_epochs: int, objective: Objective) -> Tria
     # A trial is judged by its best epoch, whose weights it keeps.
     best: dict[str, Any] = {
         "time_attr": EPOCHS,
-        "metric": result_key(objective.metric),
-        "mode": objective.mode,
+        "metric": result_key(objective),
+        "mode": "min" if objective in MINIMIZED else "max",
     }
-    # A clone takes the current weights of its donor, so trials are judged by their latest epoch.
+    # A clone copies the current weights of its donor, so trials are judged by their latest epoch.
     latest = {
         **best,
-        "metric": objective.metric,
+        "metric": objective,
         "perturbation_interval": perturbation_epochs(spec, max_epochs),
         "log_config": False,
         "require_attrs": False,
@@ -123,7 +123,7 @@ def clip_to_space(
 
 
 def _mutations(values: DistributionSpec) -> Any:
-    """Return a distribution for PBT: a list, whose neighbouring values it takes, or a domain."""
+    """Return a distribution for PBT: a list, in which PBT steps to a neighbour, or a domain."""
     if not values.is_continuous:
         return list(values.values())
     return (tune.loguniform if values.is_log else tune.uniform)(values.low, values.high)

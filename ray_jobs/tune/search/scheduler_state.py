@@ -30,7 +30,7 @@ def restore_scheduler(scheduler: TrialScheduler, state: bytes, trials: Sequence[
 
     Args:
         scheduler: A new scheduler to which the trials were added.
-        state: From `dump_scheduler`. Trials that no longer exist are dropped from it.
+        state: The result of `dump_scheduler`; trials that no longer exist are dropped.
         trials: The current trials of the search.
     """
     by_name = {trial.trial_id: trial for trial in trials}
@@ -38,7 +38,7 @@ def restore_scheduler(scheduler: TrialScheduler, state: bytes, trials: Sequence[
     for value in attributes.values():
         _drop_none(value)
     vars(scheduler).update(attributes)
-    # What schedulers use of Tune's controller when a trial is added.
+    # Schedulers use only this part of Tune's controller when a trial is added.
     controller: Any = SimpleNamespace(search_alg=None)
     for trial in trials:
         if trial.trial_id not in saved_names:
@@ -47,7 +47,7 @@ def restore_scheduler(scheduler: TrialScheduler, state: bytes, trials: Sequence[
 
 
 def _drop_none(value: Any) -> None:
-    """Remove trials that no longer exist, which are None, from an attribute of a scheduler."""
+    """Remove None, which replaces trials that no longer exist, from a scheduler's attribute."""
     if isinstance(value, dict):
         value.pop(None, None)
     elif isinstance(value, set):

@@ -1,4 +1,4 @@
-"""Suggests the values of the next trial: the first points, then those of Optuna or the grid.
+"""Suggests the values of the next trial: the first points, then points from Optuna or the grid.
 
 Calls Optuna directly, because Ray's `OptunaSearch` rejects a first trial whose values are outside
 the space and has no grid with conditions.
@@ -14,11 +14,11 @@ import optuna
 from ray.tune.search import Searcher
 
 from ray_jobs.config.tune_spec import DistributionSpec, TuneSpec
-from ray_jobs.tune.results.search_state import Objective
+from ray_jobs.train.telemetry.history_keys import MINIMIZED
 from ray_jobs.tune.search.space import Space, Values
 
 
-def make_searcher(space: Space, tune: TuneSpec, objectives: Sequence[Objective]) -> Searcher:
+def make_searcher(space: Space, tune: TuneSpec, objectives: Sequence[str]) -> Searcher:
     """Return the searcher that `tune.searcher` names."""
     if tune.searcher == "grid":
         return GridSearcher(space)
@@ -26,13 +26,13 @@ def make_searcher(space: Space, tune: TuneSpec, objectives: Sequence[Objective])
 
 
 def result_key(metric: str) -> str:
-    """Return the key of a trial's results for a metric at its best epoch so far."""
+    """Return the key in a trial's results for the value of a metric at its best epoch so far."""
     return f"best/{metric}"
 
 
-def scores_of(result: Mapping[str, Any], objectives: Sequence[Objective]) -> dict[str, float]:
+def scores_of(result: Mapping[str, Any], objectives: Sequence[str]) -> dict[str, float]:
     """Return the values of the objectives that a trial's result contains, by metric."""
-    scores = {o.metric: result.get(result_key(o.metric)) for o in objectives}
+    scores = {metric: result.get(result_key(metric)) for metric in objectives}
     return {metric: float(value) for metric, value in scores.items() if value is not None}
 
 
@@ -51,17 +51,17 @@ class _SavedSearcher(Searcher):
 
 
 class StudySearcher(_SavedSearcher):
-    """Suggests the first points of a space, then those of an Optuna study.
+    """Suggests the first points of a space, then points from an Optuna study.
 
     Args:
         space: The search space.
         tune: Provides the searcher and its seed.
-        objectives: Metrics that the study learns from; a result holds them under `best/`.
+        objectives: Metrics that the study learns from; a result contains them under `best/`.
     """
 
     STATE = ("first", "asked", "last_scores", "study")
 
-    def __init__(self, space: Space, tune: TuneSpec, objectives: Sequence[Objective]) -> None:
+    def __init__(self, space: Space, tune: TuneSpec, objectives: Sequence[str]) -> None:
         super().__init__()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.space, self.objectives = space, objectives
@@ -70,7 +70,7 @@ class StudySearcher(_SavedSearcher):
         self.last_scores: dict[str, dict[str, float]] = {}
         self.study = optuna.create_study(
             sampler=_sampler(tune, len(objectives)),
-            directions=["minimize" if o.mode == "min" else "maximize" for o in objectives],
+            directions=["minimize" if o in MINIMIZED else "maximize" for o in objectives],
         )
 
     def suggest(self, trial_id: str) -> Values:
@@ -100,7 +100,7 @@ class StudySearcher(_SavedSearcher):
         if error or len(scores) < len(self.objectives):
             self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
         else:
-            self.study.tell(trial, [scores[o.metric] for o in self.objectives])
+            self.study.tell(trial, [scores[metric] for metric in self.objectives])
 
     def _label(self, path: str, value: Any) -> Any:
         values = self.space.distributions[path]

@@ -32,7 +32,7 @@ _CLONEABLE = (
     "model.fusion.modality_dropout", "model.fusion.auxiliary_weight",
     "model.numeric.category_dropout",
 )  # fmt: skip
-"""Settings under which a trial can continue from another trial's weights and optimizer state."""
+"""Settings that may change when a trial continues from another trial's training state."""
 _ABSENT_AT_ZERO = ("model.dropout", "model.fusion.modality_dropout")
 """A rate of 0 removes the layer, so a checkpoint lacks its random state."""
 
@@ -44,7 +44,7 @@ class Space:
         spec: The whole spec; the first trial uses its own values.
 
     Raises:
-        UsageError: Names every setting that does not exist and every value that is invalid.
+        UsageError: If a setting does not exist or a value is invalid; the error names all of them.
     """
 
     def __init__(self, spec: RunSpec) -> None:
@@ -146,7 +146,8 @@ class Space:
         if wrong := [path for path in self.distributions if path not in _CLONEABLE]:
             raise UsageError(
                 f"{scheduler} continues from another trial's weights, which do not fit other "
-                f"values of {', '.join(wrong)} (accepted: {', '.join(_CLONEABLE)})"
+                f"values of {', '.join(wrong)}; choose another scheduler, or search only over "
+                f"{', '.join(_CLONEABLE)}"
             )
         if self.base.train.schedule == "plateau" and "train.learning_rate" in self.distributions:
             raise UsageError(
@@ -180,7 +181,7 @@ class Space:
             raise UsageError("\n".join(errors))
 
     def _values_around(self, path: str, value: Any) -> Values:
-        """Return values that include a given one; the others stay close to the spec's own."""
+        """Return values that include a given one; the others equal the spec's own if possible."""
         forced = {path: value}
         pending = [path]
         while pending:
@@ -204,8 +205,8 @@ class Space:
             point = {path: _parse_none(path, value) for path, value in given.items()}
             if unknown := [path for path in point if path not in self.distributions]:
                 raise UsageError(
-                    f"tune.first, point {number}: {', '.join(unknown)} not in tune.space; leave "
-                    "it out, or add it to the space"
+                    f"tune.first, point {number}: tune.space does not contain "
+                    f"{', '.join(unknown)}; leave it out, or add it to the space"
                 )
             values = self.values(
                 lambda path, _, point=point: point.get(path, self._own_value(path))
@@ -240,12 +241,12 @@ def _probes(values: DistributionSpec) -> Sequence[Any]:
     if not values.is_continuous:
         every = values.values()
         return every[0], every[-1]
-    # The inner value is fractional, so a setting of whole numbers fails even with whole ends.
+    # The inner value is fractional, so an integer setting fails even if both ends are integers.
     return values.low, values.low + 0.381966 * (values.high - values.low), values.high
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Compare two values of a setting; true differs from 1, and a tuple equals a list."""
+    """Return whether two values are equal; true differs from 1, and a tuple equals a list."""
     one, other = (list(value) if isinstance(value, tuple) else value for value in (one, other))
     return one == other and isinstance(one, bool) == isinstance(other, bool)
 

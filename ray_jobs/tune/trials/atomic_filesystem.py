@@ -1,4 +1,4 @@
-"""A local file system for Ray Tune that writes each file completely or not at all.
+"""Provides Ray Tune with a local file system that writes each file completely or not at all.
 
 Tune overwrites its snapshot file by file, so a killed driver would leave a damaged one. Object
 stores replace objects atomically by themselves.

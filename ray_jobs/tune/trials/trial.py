@@ -1,14 +1,14 @@
-"""Ray Tune's view of a training: an actor that runs one trial after another.
+"""Runs trials under Ray Tune: an actor trains one trial after another.
 
 Input: the values that the search chose. Output: a result per epoch, checkpoints, and the rest of a
 run folder in `trials/ID/`.
 
-Tune reuses the actor, so imports and the strategy are paid for once. Every process of a trial runs
-in the trial's placement group, which Tune owns, so no process outlives the trial.
+Tune reuses the actor, so it imports TensorFlow and creates the strategy once. Every process of a
+trial runs in the trial's placement group, which Tune owns, so no process outlives the trial.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
@@ -25,7 +25,7 @@ from ray_jobs.train.job import SPEC, begin_run
 from ray_jobs.train.telemetry import history_keys
 from ray_jobs.train.telemetry.history import history_text
 from ray_jobs.train.worker import is_permanent
-from ray_jobs.tune.results.search_state import PARTS, Objective
+from ray_jobs.tune.results.search_state import PARTS
 from ray_jobs.tune.search.feature_trials import feature_trial_spec, features_key
 from ray_jobs.tune.search.scheduler import EPOCHS
 from ray_jobs.tune.search.searcher import result_key
@@ -42,27 +42,27 @@ BEST_EPOCH = "best_epoch"
 FINISHED = "finished"
 """Key of results: whether the trial trained to its own end."""
 WRITTEN = "written"
-"""Key of a result that was read from `ended.json` instead of trained for."""
+"""Key of results: present if the result was read from `ended.json` instead of computed."""
 _SECONDS = "seconds/"
 
 
 @dataclass(frozen=True)
 class SearchContext:
-    """What all trials of a search share."""
+    """Settings and folders that all trials of a search share."""
 
     space: Space
     trials: Folder
     """The parent of the trials' folders."""
-    objectives: tuple[Objective, ...]
+    objectives: Sequence[str]
     num_workers: int
     """Workers of each trial."""
     gpus_per_worker: float | None
-    """GPUs, or a share of one, instead of `train.gpus_per_worker`."""
+    """GPUs, or a fraction of one, instead of `train.gpus_per_worker`."""
     checkpoint_every_s: float
     feeding: Mapping[str, Any]
-    """`decode`, `cache` and `index`, as for a training."""
+    """`decode`, `cache` and `index`, as for a training run."""
     features: Mapping[str, Folder] = field(default_factory=dict)
-    """For trials on features: the features by `features_key`."""
+    """Folders of features by `features_key`, if trials train on features."""
 
     def spec_of(self, values: Values, name: str = "trial") -> RunSpec:
         """Return the spec for a trial's run folder."""
@@ -98,7 +98,7 @@ class Trial(tune.Trainable):
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Prepare the next trial; it starts at its first step."""
+        """Prepare the next trial; its first step starts it."""
         self.values = dict(new_config)
         self.folder = self.context.trials / self.trial_id
         self.state: LoopState | None = None
@@ -111,7 +111,7 @@ class Trial(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         """Train an epoch and return its result, or the error that ends the trial."""
-        # The trial ended before, but its driver was killed before it saved that.
+        # The trial has already ended, but the driver was killed before it saved that.
         if not self._running and self.folder.exists(ENDED):
             return {**self.folder.read_json(ENDED), "done": True, WRITTEN: True}
         try:
@@ -181,7 +181,7 @@ class Trial(tune.Trainable):
         record, best = state.history[-1], state.history[int(state.best_epoch or 0)]
         self._add_seconds(record)
         objectives = self.context.objectives
-        scores = {result_key(o.metric): self._score(o.metric, best) for o in objectives}
+        scores = {result_key(metric): self._score(metric, best) for metric in objectives}
         # Schedulers ignore an absent metric but fail on None.
         metrics = {key: value for key, value in (record | scores).items() if value is not None}
         due = time.monotonic() - self._saved_at > self.context.checkpoint_every_s
@@ -214,7 +214,7 @@ class Trial(tune.Trainable):
 
 
 def seconds_of(result: Mapping[str, Any]) -> dict[str, float]:
-    """Return the seconds that a trial spent on each of `PARTS`, by its last result."""
+    """Return the seconds that a trial spent on each of `PARTS`, according to a result."""
     return {part: float(result.get(f"{_SECONDS}{part}", 0.0)) for part in PARTS}
 
 

@@ -6,7 +6,7 @@ from ray_jobs.train.checkpoints.checkpoint_manager import CheckpointManager
 
 
 def newest_checkpoint(trial: Folder) -> tuple[Folder, Checkpoint] | None:
-    """Return the newest complete checkpoint of a trial and its folder."""
+    """Return the folder and the content of a trial's newest complete checkpoint, or None."""
     for name in sorted(_checkpoint_names(trial), reverse=True):
         # A killed driver leaves an incomplete copy behind.
         saved = CheckpointManager(trial / name, warn=lambda _: None).newest()

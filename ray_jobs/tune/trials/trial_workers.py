@@ -6,7 +6,6 @@ trial's placement group, so all of them end with the trial.
 """
 
 import gc
-import math
 import os
 import sys
 import threading
@@ -24,8 +23,7 @@ from ray_jobs.cluster.watchdog import Watchdog
 from ray_jobs.cluster.worker_group import GroupWorker, start_workers
 from ray_jobs.config.spec import RunSpec
 from ray_jobs.data.batch import INPUT_TYPES
-from ray_jobs.data.cache import open_cache
-from ray_jobs.data.loader import FeedOptions
+from ray_jobs.data.loader import feed_options
 from ray_jobs.data.manifest import read_manifest
 from ray_jobs.storage.folder import Folder
 from ray_jobs.train.callbacks import Callbacks
@@ -38,7 +36,7 @@ _ERROR_TIMEOUT_S = 10.0
 _INFERENCE_CALLS = 5
 _MAX_LOOPS = 8
 _MAX_PARAMETERS = 10_000_000
-"""Limit on the parameters of the models whose graphs are kept for reuse, in total."""
+"""Maximum total of the parameters of the models whose graphs are kept for reuse."""
 
 
 class TrialWorker(GroupWorker):
@@ -46,7 +44,7 @@ class TrialWorker(GroupWorker):
 
     Args:
         rank: Index of this process.
-        num_workers: Processes of the trial.
+        num_workers: Number of processes of the trial.
     """
 
     def __init__(self, rank: int, num_workers: int) -> None:
@@ -65,14 +63,14 @@ class TrialWorker(GroupWorker):
 
         Args:
             spec: The spec of the trial.
-            feeding: `decode`, `cache` and `index`, as for a training.
+            feeding: `decode`, `cache` and `index`, as for a training run.
             addresses: Addresses of all workers.
             saved: The checkpoint to continue from, or None.
         """
         self.end_trial()
         started = time.monotonic()
         if self.strategy is None:
-            # All trials share a strategy: TensorFlow would mix up the collectives of two.
+            # All trials share one: TensorFlow would mix up the collectives of two strategies.
             self.start_tensorflow(addresses, spec.train)
         from ray_jobs.cluster.strategy import WorkerContext
         from ray_jobs.train.loop import Loop
@@ -81,14 +79,7 @@ class TrialWorker(GroupWorker):
         if self._loop is None:
             self._evict_loops()
             manifest = read_manifest(Folder(spec.data.prepared))
-            options = FeedOptions(
-                data=spec.data,
-                decode=feeding["decode"],
-                threads=max(math.ceil(spec.train.cpus_per_worker), 1),
-                cache=open_cache(
-                    feeding["cache"], manifest, spec.data.image_size, feeding["index"]
-                ),
-            )
+            options = feed_options(spec, manifest, feeding)
             context = WorkerContext(self.rank, self.num_workers)
             self._loop = Loop(spec, manifest, context, self.strategy, options, tunable=True)
         self._loops = [loop for loop in self._loops if loop is not self._loop] + [self._loop]
@@ -114,7 +105,7 @@ class TrialWorker(GroupWorker):
         return self._loop.snapshots.take(state, {}, self._loop.best)
 
     def measure_inference_row_s(self) -> float:
-        """Return the seconds of inference per row, in batches of a training step's size."""
+        """Return the seconds of inference per row, in batches of the size of a training step."""
         inputs = self._loop.model.network.input
         rows = self._loop.spec.train.global_batch_size // self.num_workers
         batch = {n: np.zeros((rows, *t.shape[1:]), INPUT_TYPES[n]) for n, t in inputs.items()}
@@ -143,7 +134,7 @@ class TrialWorker(GroupWorker):
 
 
 class TrialWorkerGroup:
-    """All workers of a trial; belongs to the first one, which runs in this process.
+    """Controls all workers of a trial from the first one, which runs in this process.
 
     Args:
         on_abort: Receives the error of a worker before this process exits because of it.

@@ -5,11 +5,12 @@ The state is part of Tune's snapshots, so a resumed search continues to count wh
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
-from ray.tune import Callback, Stopper
+from ray.tune import Callback
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
+from ray.tune.stopper import NoopStopper
 
 from ray_jobs.cluster.connection import first_line
 from ray_jobs.config.tune_spec import PAUSING, TuneSpec
@@ -29,11 +30,6 @@ from ray_jobs.tune.trials.trial import (
 )
 from ray_jobs.tune.trials.trial_checkpoints import delete_checkpoints
 
-_STATES: dict[str, State] = {
-    Trial.PENDING: "pending",
-    Trial.RUNNING: "running",
-    Trial.PAUSED: "paused",
-}
 _HOUR_S = 3600.0
 
 
@@ -42,10 +38,10 @@ class SearchCallback(Callback):
 
     Args:
         search: The state to update.
-        context: What its trials share.
+        context: Settings and folders that its trials share.
         tune: The `tune` section.
         scheduler: The scheduler, whose state is saved with that of the search.
-        algorithm: The search algorithm, which must know the existing trials after a resume.
+        algorithm: The search algorithm; receives the existing trials after a resume.
         show: Receives the search after each event and, if a trial has just ended, its row.
     """
 
@@ -72,7 +68,7 @@ class SearchCallback(Callback):
         """Add new trials, and count what running trials have spent since the last call."""
         self._trials = trials
         if self._restored_state is not None:
-            # All trials exist again from this event on.
+            # Tune has restored all trials before this event.
             self._resume(self._restored_state, trials)
             self._restored_state = None
         now, spent = time.monotonic(), self.search.spent
@@ -81,8 +77,8 @@ class SearchCallback(Callback):
         spent["hours"] = spent.get("hours", 0.0) + hours
         for trial in trials:
             row = self._row(trial)
-            if row.ended_s is None:
-                row.state = _STATES.get(trial.status, row.state)
+            if row.ended_s is None and not trial.is_finished():
+                row.state = cast(State, trial.status.lower())
             if trial.status == Trial.RUNNING:
                 placement: Any = trial.placement_group_factory
                 held = placement.required_resources
@@ -128,7 +124,7 @@ class SearchCallback(Callback):
     # -- state across restarts --------------------------------------------------------------------
 
     def get_state(self) -> dict[str, Any]:
-        """Return what a resumed search needs."""
+        """Return the state that a resumed search needs."""
         return {
             "trials": self.search.trials,
             "spent": self.search.spent,
@@ -158,9 +154,6 @@ class SearchCallback(Callback):
                 # The trial started after the snapshot, so nothing refers to it.
                 self.context.trials.delete(name)
         self.record_ended(trials)
-        for row in self.search.trials:
-            if row.state == "running":
-                row.state = "pending"
 
     def record_ended(self, trials: Sequence[Trial]) -> None:
         """Record trials that Tune ended without an event, as it does when the budget is spent."""
@@ -200,7 +193,7 @@ class SearchCallback(Callback):
         before = {} if result.get(WRITTEN) else self._seconds_before.get(row.name, {})
         seconds = seconds_of(result)
         row.seconds = {part: before.get(part, 0.0) + own_s for part, own_s in seconds.items()}
-        keys = (EPOCH, TRAIN_LOSS, *(o.metric for o in self.search.objectives))
+        keys = (EPOCH, TRAIN_LOSS, *self.search.objectives)
         record = {key: result[key] for key in keys if key in result}
         # A trial that lost its process trains some epochs again.
         earlier = [past for past in row.history if past[EPOCH] < record[EPOCH]]
@@ -229,7 +222,7 @@ class SearchCallback(Callback):
         return self.search.spent.get("hours", 0.0) * _HOUR_S
 
 
-class BudgetStopper(Stopper):
+class BudgetStopper(NoopStopper):
     """Ends the search when its budget is spent.
 
     A resumed search replaces the stopper with a pickled copy of the earlier one, so unpickling
@@ -243,16 +236,8 @@ class BudgetStopper(Stopper):
         BudgetStopper.newest = self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _newest_stopper, ()
+        return getattr, (BudgetStopper, "newest")
 
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Return False: the scheduler decides about single trials."""
-        return False
-
-    def stop_all(self) -> bool:
+    def stop_all(self) -> bool:  # type: ignore[override]
         """Return whether all trials must end."""
         return self.callback.spent_part() is not None
-
-
-def _newest_stopper() -> BudgetStopper | None:
-    return BudgetStopper.newest

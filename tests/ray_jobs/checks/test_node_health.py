@@ -10,9 +10,9 @@ def test_different_versions_are_reported_by_node():
     }
     found = list(version_findings(own, by_node))
     assert [(f.status, f.text) for f in found] == [
-        ("error", "b has keras 3.1, the driver 3.15.1"),
-        ("warning", "b has numpy 2.0, the driver 2.1"),
-        ("error", "c has python 3.12, the driver 3.11.7"),
+        ("error", "b has keras 3.1, the driver has 3.15.1"),
+        ("warning", "b has numpy 2.0, the driver has 2.1"),
+        ("error", "c has python 3.12, the driver has 3.11.7"),
     ]
 
 
@@ -21,7 +21,7 @@ def test_wrong_clocks_are_reported_by_node():
     assert (late.status, late.text) == ("warning", "the clock of b is 2.5 s behind")
     assert (wrong.status, wrong.text) == ("error", "the clock of c is 90.0 s ahead")
     (fine,) = clock_findings({"a": 0.012})
-    assert fine.text == "within 12 ms of the driver's"
+    assert fine.text == "all clocks are within 12 ms of the driver's"
 
 
 def test_gpus_that_tensorflow_cannot_use_are_errors():

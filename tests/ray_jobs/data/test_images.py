@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ray_jobs.config.spec import PrepareSpec
 from ray_jobs.data.images import (
     BadImage,
     decode,
@@ -193,7 +194,7 @@ def test_pad_keeps_the_aspect_ratio_with_black_bars():
 
 
 def test_the_stored_jpeg_is_read_back_as_rgb():
-    content = prepare_image(encoded(photo(), "PNG"), 32, "stretch", 95, MAX_PIXELS)
+    content = prepare_image(encoded(photo(), "PNG"), PrepareSpec(image_size=32))
     pixels = decode_stored(content)
     assert pixels.shape == (32, 32, 3)
     assert pixels.dtype == np.uint8
@@ -203,7 +204,8 @@ def test_the_stored_jpeg_is_read_back_as_rgb():
 def test_the_stored_bytes_do_not_depend_on_metadata():
     plain, noted = encoded(photo(), "JPEG"), encoded(photo(), "JPEG", comment=b"of the patient")
     assert plain != noted
-    first, second = (prepare_image(c, 32, "crop", 90, MAX_PIXELS) for c in (plain, noted))
+    spec = PrepareSpec(image_size=32, aspect="crop", jpeg_quality=90)
+    first, second = (prepare_image(content, spec) for content in (plain, noted))
     assert first == second
     assert first == encode_jpeg(to_square(decode(plain, MAX_PIXELS), 32, "crop"), 90)
 
@@ -330,5 +332,5 @@ def test_damaged_metadata_causes_no_warning_in_any_thread():
 
 def test_raw_storage_holds_the_pixels_of_the_square():
     content = encoded(photo(), "PNG")
-    stored = prepare_image(content, 32, "crop", 95, MAX_PIXELS, "raw")
+    stored = prepare_image(content, PrepareSpec(image_size=32, aspect="crop", store="raw"))
     assert stored == np.asarray(to_square(decode(content, MAX_PIXELS), 32, "crop")).tobytes()

@@ -177,7 +177,7 @@ def test_each_problem_of_a_different_node_is_found(machines, spec, tmp_path):
         found = job(head, "doctor", spec, "--address", f"{head.address}:6379")
         refused = job(head, "train", spec, "--run.address", f"{head.address}:6379")
     assert found.returncode == refused.returncode == 1
-    (name,) = re.findall(r"(\S+ \(\w+\)) has keras 3\.1\.0, the driver 3\.15", found.stdout)
+    (name,) = re.findall(r"(\S+ \(\w+\)) has keras 3\.1\.0, the driver has 3\.15", found.stdout)
     for output in (found.stdout, refused.stderr):
         assert f"{name} has keras 3.1.0, the driver" in output
         assert f"{name} does not see what the driver" in output

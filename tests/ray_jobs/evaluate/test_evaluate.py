@@ -117,7 +117,7 @@ def test_an_unreadable_shard_ends_the_job_with_a_one_line_error(prepared_run, ra
     content = bytearray(shard.read_bytes())
     content[4:-400] = bytes(len(content) - 404)
     shard.write_bytes(content)
-    message = r"^could not read /.*/test/part-00001\.parquet: .*is damaged, prepare it again$"
+    message = r"^could not read /.*/test/part-00001\.parquet: .*is damaged; prepare it again$"
     # The exception and its traceback must not reference the actors.
     with pytest.raises(JobError, match=message) as raised:
         evaluate(spec_of(folder, data=str(tmp_path / "prepared"), output=str(tmp_path)))
@@ -182,7 +182,7 @@ def test_the_error_for_data_that_does_not_fit_the_run_names_the_difference(
     folder, manifest, _ = prepared_run
     other = Manifest.model_validate({**manifest.model_dump(mode="json"), **changes})
     other.write(Folder(tmp_path))
-    with pytest.raises(JobError, match=f"does not fit the run in .*{message}"):
+    with pytest.raises(JobError, match=f"does not match the run in .*{message}"):
         evaluate(spec_of(folder, data=str(tmp_path)))
 
 
@@ -191,7 +191,7 @@ def test_a_split_without_rows_is_rejected(prepared_run, no_ray, tmp_path):
     empty = manifest.splits["test"].model_copy(update={"num_rows": 0, "shards": ()})
     splits = {**manifest.splits, "test": empty}
     manifest.model_copy(update={"splits": splits}).write(Folder(tmp_path))
-    with pytest.raises(JobError, match=r"--split=test of .* has no rows"):
+    with pytest.raises(JobError, match=r"the test split of .* has no rows; choose another --split"):
         evaluate(spec_of(folder, data=str(tmp_path)))
 
 

@@ -112,7 +112,7 @@ def test_only_shifted_columns_drift(tmp_path):
     assert re.fullmatch(r"Distribution in test differs from train: moved \(PSI \d\.\d\d\)\.",
                         text_of(report, "drift"))  # fmt: skip
     assert text_of(report, "missing_drift") == (
-        "Share of missing values in test differs from train: gone."
+        "Fraction of missing values in test differs from train: gone."
     )
     gone = report.numeric[2].drift["test"]
     missing = [facts.missing for facts in report.numeric[2].splits.values()]

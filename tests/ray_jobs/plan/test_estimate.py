@@ -133,7 +133,7 @@ def test_a_slow_feed_sets_the_step_time_and_raises_a_warning():
     assert stage.step_s == stage.feed_s
     (warning,) = plan(spec(), costs=quick).warnings
     assert warning.startswith("train.cpus_per_worker=1 is too low: until rows are cached, each")
-    assert "cores; box has 4 per worker, so prepare images at the size" in warning
+    assert "cores; box has 4 per worker, so prepare images at the model's" in warning
     slower = replace(COSTS, layers=(replace(LAYER, flops=3e9),))
     (warning,) = plan(spec(), costs=slower).warnings
     assert warning.endswith("feed needs 1.0 cores; set it to 2")

@@ -108,7 +108,7 @@ def test_every_machine_of_the_table_has_both_prices():
 def test_a_wrong_command_is_refused_before_a_model_is_built(tmp_path):
     assert usage_error().startswith("gpu is required; set it with --gpu")
     assert "unknown gpu 'a100'; did you mean" in usage_error("--gpu", "a100")
-    assert "num_workers=5 cannot share global_batch_size=32 equally" in usage_error(
+    assert "global_batch_size=32 cannot be divided equally among num_workers=5" in usage_error(
         "--gpu", "t4", "--workers", "5"
     )
     table = tmp_path / "mine.yaml"

@@ -149,15 +149,8 @@ def model(houses, rules) -> Any:
 
 def prepared_rows(houses: Path, rules: Manifest) -> pa.Table:
     """Return the usable rows as `prepare` stores them."""
-    options = rules.prepare
     images = [
-        prepare_image(
-            (houses / f"photos/{key}_front.jpg").read_bytes(),
-            options.image_size,
-            options.aspect,
-            options.jpeg_quality,
-            options.max_image_pixels,
-        )
+        prepare_image((houses / f"photos/{key}_front.jpg").read_bytes(), rules.prepare)
         for key, *_ in GOOD
     ]
     numbers = {name: [float(row[1 + i] or "nan") for row in GOOD] for i, name in enumerate(COLUMNS)}

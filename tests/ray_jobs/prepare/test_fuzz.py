@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.spec import SPLITS, RunSpec
+from ray_jobs.config.spec import SPLITS, PrepareSpec, RunSpec
 from ray_jobs.data.images import BadImage, prepare_image
 from ray_jobs.prepare.cell_text import column_text
 from ray_jobs.prepare.job import prepare
@@ -19,6 +19,7 @@ from ray_jobs.prepare.table import read_table
 from ray_jobs.storage.folder import Folder
 from tests.ray_jobs.raw import SIZE
 
+RAW_PIXELS = PrepareSpec(image_size=SIZE, jpeg_quality=90, max_image_pixels=1_000_000, store="raw")
 IMAGE_REASONS = {"unreadable_image", "animated_image", "too_large_image"}
 KINDS: tuple[tuple[str, dict], ...] = (
     ("JPEG", {"quality": 90}),
@@ -80,7 +81,7 @@ def check_image(seed: int) -> str:
     rng = np.random.default_rng(seed)
     content = mutated(original(rng), rng)
     try:
-        stored = prepare_image(content, SIZE, "stretch", 90, 1_000_000, "raw")
+        stored = prepare_image(content, RAW_PIXELS)
     except BadImage as error:
         return error.reason if error.detail else "no detail"
     assert len(stored) == SIZE * SIZE * 3

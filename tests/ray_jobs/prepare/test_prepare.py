@@ -148,7 +148,7 @@ def test_preparing_again_leaves_only_the_files_of_the_new_manifest(raw):
 def test_a_damaged_earlier_manifest_raises_an_error_with_a_remedy(raw):
     raw.out().mkdir()
     (raw.out() / "manifest.json").write_text('{"schema_version": 2}')
-    with pytest.raises(JobError, match=r"(?s)is damaged.*delete this folder to split anew"):
+    with pytest.raises(JobError, match=r"(?s)is damaged.*delete this folder to make new splits"):
         raw.prepare()
 
 

@@ -222,7 +222,7 @@ def test_words_need_no_numeric_columns(raw):
         (["town", "town"], {}, "names 'town' twice"),
         (["key"], {}, "names 'key', the key_column"),
         (["label"], {}, "names 'label', the label_column"),
-        (["rooms"], {"numeric_columns": ["rooms"]}, "both name 'rooms'; a column holds"),
+        (["rooms"], {"numeric_columns": ["rooms"]}, "both name 'rooms'; remove it"),
         (["town"], {"exclude_columns": ["town"]}, "exclude_columns both name 'town'"),
         (["image"], {}, "names 'image', which is a reserved column of the shards"),
     ],

@@ -24,7 +24,8 @@ IGNORED_WARNINGS = [
 
 
 def run(server: JobServer, *arguments: str) -> int:
-    return submit_job.parse(["--address", server.address, *arguments])()
+    """Return the exit status."""
+    return submit_job.parse(["--address", server.address, *arguments])() or 0
 
 
 def program(*arguments: str, **variables: str) -> tuple[int, str, str]:

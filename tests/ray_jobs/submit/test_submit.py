@@ -36,7 +36,7 @@ def test_the_flags_of_submit_end_at_the_verb(line, flags, rest):
 
 def test_flags_without_a_verb_are_a_usage_error():
     assert submit_job.split(["--address"]) == (["--address"], "", [])
-    with pytest.raises(UsageError, match=r"no verb \(accepted: prepare, "):
+    with pytest.raises(UsageError, match=r"missing verb \(accepted: prepare, "):
         submit_job.parse([])
 
 
@@ -178,8 +178,9 @@ def test_a_folder_that_is_too_large_is_refused_with_its_largest_entries(tmp_path
     big(tmp_path)
     environment: dict[str, Any] = {"working_dir": str(tmp_path)}
     message = (
-        r"has 170\.0 MB to upload, and Ray accepts at most 104\.9 MB; exclude .*by `excludes` in "
-        r"runtime_env\.yaml or by \.gitignore. The largest are photos/ \(150\.0 MB\), c \(20\.0 MB"
+        r"has 170\.0 MB to upload, and Ray accepts at most 104\.9 MB; exclude .*with `excludes` in "
+        r"runtime_env\.yaml or with \.gitignore\. The largest are photos/ \(150\.0 MB\), "
+        r"c \(20\.0 MB"
     )
     with pytest.raises(JobError, match=message):
         packaging.require_uploadable(environment)
@@ -247,13 +248,13 @@ def test_a_token_is_read_from_each_place_where_ray_looks(guarded, tmp_path, wher
     [
         ({"RAY_AUTH_TOKEN": "wrong"},
          "URL denied access: the token in $RAY_AUTH_TOKEN is not the cluster's, which `ray "
-         "get-auth-token` prints there; set $RAY_AUTH_TOKEN to the cluster's token, or "
+         "get-auth-token` prints on its head; set $RAY_AUTH_TOKEN to the cluster's token, or "
          "$RAY_AUTH_TOKEN_PATH to a file that contains it"),
         ({}, "URL denied access: it requires a token, and none was found; set $RAY_AUTH_TOKEN to "
          "the cluster's token, or $RAY_AUTH_TOKEN_PATH to a file that contains it"),
         ({"RAY_AUTH_TOKEN": "right", "RAY_AUTH_MODE": "disabled"},
          "URL denied access: it requires a token, but RAY_AUTH_MODE=disabled ignores "
-         "$RAY_AUTH_TOKEN; unset the mode"),
+         "$RAY_AUTH_TOKEN; unset it"),
         ({"RAY_AUTH_TOKEN_PATH": "/no/token"},
          "$RAY_AUTH_TOKEN_PATH=/no/token is not a file; it must contain the cluster's token"),
     ],

@@ -145,7 +145,7 @@ def test_a_failing_job_ends_with_its_workers_first_error(client, tmp_path):
     status, out, err = client.run("train", spec, *where)
     assert status == 1
     assert re.match(
-        r"error: worker \d failed: .*the stored image of row 'train-3' cannot be used",
+        r"error: worker \d failed: .*the stored image of row 'train-3' is damaged",
         out.splitlines()[-1],
     ), out
     assert re.fullmatch(r"error: job raysubmit_\w+ failed with exit status 1", err.splitlines()[-1])

@@ -138,8 +138,8 @@ def test_other_workers_report_the_failure_of_a_silent_worker(coordinator):
     attempts.failures = [attempts.reported(secondary)]
     with pytest.raises(
         JobError,
-        match=r"worker 0 or 1 died or hangs; worker 2 reported: UnavailableError: connection reset"
-        r"\n\(train\.max_failures=0",
+        match=r"worker 0 or 1 died or is hung; worker 2 reported: UnavailableError: connection "
+        r"reset\n\(train\.max_failures=0",
     ):
         attempts.run(global_batch_size=30, num_workers=3, max_failures=0)
 
@@ -200,7 +200,7 @@ def test_an_error_after_the_run_is_finished_is_ignored(coordinator):
 
 
 def test_workers_that_end_too_early_are_not_restarted(coordinator):
-    with pytest.raises(JobError, match="the workers ended before the training was finished"):
+    with pytest.raises(JobError, match="the workers ended before the run was finished"):
         run_attempts(TrainSpec(), lambda num_workers: None, lambda: False, coordinator)
 
 
@@ -210,13 +210,14 @@ def test_fewer_workers_are_tried_after_a_start_up_timeout(coordinator):
     assert attempts.num_workers == [4, 2, 1, 1]
     posted = events(coordinator)
     assert [event["kind"] for event in posted] == ["note"] * 3
-    text = "the cluster had no room for 4 workers within a minute; trying 2 workers"
+    text = "the cluster had no capacity for 4 workers within a minute; trying 2 workers"
     assert posted[0]["text"] == text
 
 
 def test_start_up_is_retried_thirty_times(coordinator):
     attempts = Attempts(coordinator, *[no_room(2)] * 30)
-    with pytest.raises(JobError, match="no room for 2 workers within a minute, 30 times in a row"):
+    text = "no capacity for 2 workers within a minute, 30 times in a row"
+    with pytest.raises(JobError, match=text):
         attempts.run(num_workers=2)
     assert attempts.num_workers == [2] * 30
 
@@ -248,15 +249,15 @@ def test_a_run_grows_only_when_there_is_room(coordinator, monkeypatch):
         monkeypatch.setattr(module, name, lambda *args: (calls.release(), function(*args))[1])
         return calls
 
-    asked, looked = counted("any_step_finished"), counted("can_grow")
+    asked, looked = counted("answer"), counted("can_grow")
     other = held(3)
     numbers: list[int] = []
 
     def attempt(num_workers: int) -> None:
         numbers.append(num_workers)
         if len(numbers) == 1:
-            # The resources of its own workers are still free.
-            for _ in range(3):
+            # The resources of its own workers are still free. The first call begins the attempt.
+            for _ in range(4):
                 assert asked.acquire(timeout=30)
         worker = held(num_workers)
         assert not ray.get(coordinator.stop_requested.remote())
@@ -276,7 +277,7 @@ def test_a_run_grows_only_when_there_is_room(coordinator, monkeypatch):
     run_attempts(TrainSpec(num_workers=(1, 4)), attempt, lambda: len(numbers) == 2, coordinator)
     assert numbers == [1, 4]
     notes = [event["text"] for event in events(coordinator) if event["kind"] != "startup"]
-    assert notes == ["the cluster has room for more than 1 worker; restarting"]
+    assert notes == ["the cluster has capacity for more than 1 worker; restarting"]
 
 
 def test_a_run_grows_again_after_a_start_up_timeout(coordinator, monkeypatch):

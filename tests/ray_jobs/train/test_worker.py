@@ -19,7 +19,7 @@ from ray_jobs.storage.folder import Folder
 from ray_jobs.train import worker as module
 from ray_jobs.train.checkpoints.checkpoint import Checkpoint, DamagedCheckpointError, LoopState
 from ray_jobs.train.checkpoints.checkpoint_manager import CheckpointManager
-from ray_jobs.train.coordinator import WorkerFailure, reported_failures
+from ray_jobs.train.coordinator import WorkerFailure
 from ray_jobs.train.telemetry.profiler import Profiler
 from ray_jobs.train.worker import _reporting_failures, _Worker
 
@@ -92,9 +92,10 @@ def test_all_workers_resume_from_the_checkpoint_that_rank_0_found(
     ("saved", "text"),
     [
         (7, "stopped after step 7; its checkpoint is saved"),
-        (4, "stopped after step 7; its checkpoint could not be written, the newest one is from "
-            "step 4"),
-        (0, "stopped after step 7; its checkpoint could not be written, there is no other"),
+        (4, "stopped after step 7, but its checkpoint could not be written; the newest checkpoint "
+            "is from step 4"),
+        (0, "stopped after step 7, but its checkpoint could not be written; there is no earlier "
+            "checkpoint"),
     ],
 )  # fmt: skip
 def test_the_note_of_a_stop_names_the_saved_checkpoint(saved, text):
@@ -103,16 +104,19 @@ def test_the_note_of_a_stop_names_the_saved_checkpoint(saved, text):
 
 @pytest.mark.parametrize(("step", "where"), [(None, "during start-up"), (7, "after step 7")])
 def test_the_report_of_a_hang_names_the_step_and_the_setting(worker, coordinator, step, where):
+    import ray
+
     worker.step = step
     worker._report_hang(46.2)
     text = (
-        f"no progress for 46 s {where} (train.hang_timeout_s): this worker, or one that it waits "
-        "for, hangs"
+        f"no progress for 46 s {where} (train.hang_timeout_s=900): this worker, or a worker that "
+        "it is waiting for, is hung; increase train.hang_timeout_s if steps can take this long"
     )
-    assert reported_failures(coordinator) == [WorkerFailure(0, text, kind="hang")]
+    assert ray.get(coordinator.failures.remote()) == [WorkerFailure(0, text, kind="hang")]
 
 
 def test_errors_are_reported_as_permanent_or_secondary_by_their_class(coordinator):
+    import ray
     import tensorflow as tf
 
     cases = [
@@ -128,7 +132,7 @@ def test_errors_are_reported_as_permanent_or_secondary_by_their_class(coordinato
     for error, _, _ in cases:
         with pytest.raises(type(error)), _reporting_failures(coordinator, 1):
             raise error
-    reported = reported_failures(coordinator)
+    reported = ray.get(coordinator.failures.remote())
     assert [(f.kind, f.permanent) for f in reported] == [tuple(case[1:]) for case in cases]
     assert reported[0].text == "ValueError: row 'a' cannot be used"
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ray_jobs.tune.results.search_state import Objective, Search, TrialRow
+from ray_jobs.tune.results.search_state import Search, TrialRow
 
 LOSS, AUC, ROW_S = "val/log_loss", "val/roc_auc", "inference/row_s"
 
@@ -19,7 +19,7 @@ def trial(number: int, score: Any, values: dict[str, Any] | None = None, **field
 
 def search(*trials: TrialRow, metrics: tuple[str, ...] = (LOSS,)) -> Search:
     """Return a search with these trials."""
-    return Search("some search", [Objective(metric) for metric in metrics], list(trials))
+    return Search("some search", metrics, list(trials))
 
 
 def records(*values: Any, metric: str = LOSS) -> list[dict[str, Any]]:

@@ -62,8 +62,8 @@ def test_the_name_of_a_single_file_determines_the_kind(folder):
             r"holds .*tar files \(a.tar\).*set prepare.source to one of ",
         ),
         (["a.jpg", "b.tfrecord"], "image files.*TFRecord files"),
-        (["notes.txt"], "no images, Parquet, tar or TFRecord files .only notes.txt"),
-        ([], "no images, Parquet, tar or TFRecord files .nothing"),
+        (["notes.txt"], "no images, Parquet, tar or TFRecord files .found notes.txt"),
+        ([], "no images, Parquet, tar or TFRecord files .found nothing"),
     ],
 )
 def test_an_ambiguous_or_unknown_kind_raises_an_error(folder, names, message):

@@ -104,7 +104,11 @@ def test_a_path_outside_the_folder_names_no_image(tmp_path):
         ({"a.txt": ""}, {}, "there are no images"),
         ({"a.jpg": ""}, {}, r"neither metadata \(metadata.csv, .*\) nor a folder per class"),
         ({"a.jpg": "", "metadata.csv": "file\na.jpg\n"}, {}, "no column 'file_name'"),
-        ({"a.jpg": "", "metadata.csv": "file_name\nb.jpg\n"}, {}, "b.jpg is not in .*, a.jpg is"),
+        (
+            {"a.jpg": "", "metadata.csv": "file_name\nb.jpg\n"},
+            {},
+            "b.jpg is not in .*, but a.jpg is",
+        ),
         ({"a.jpg": "", "metadata.jsonl": "{}\n["}, {}, "metadata.jsonl, line 2 cannot be read"),
         ({"a.jpg": "", "metadata.jsonl": "\n"}, {}, "metadata.jsonl has no rows"),
         ({"c/a.jpg": ""}, {"table": "t.csv"}, "leave prepare.table out"),

@@ -10,8 +10,8 @@ from ray_jobs.config.spec import PrepareSpec
 from ray_jobs.data.images import BadImage
 from ray_jobs.prepare.cell_text import TEXT
 from ray_jobs.prepare.sources import open_source
+from ray_jobs.prepare.sources.byte_range_reader import ByteRangeReader
 from ray_jobs.prepare.sources.loose_files import ImageFiles
-from ray_jobs.prepare.sources.piece_reader import PieceReader
 from ray_jobs.prepare.sources.source import ImageRefs, Source
 from ray_jobs.storage.folder import Folder
 
@@ -109,7 +109,7 @@ def test_files_are_read_in_order_and_failures_keep_their_position(tmp_path):
     (folder / "9.jpg").unlink()
     os.mkdir(folder / "9.jpg")
     refs = ImageRefs(pa.array([f"{i}.jpg" for i in range(30)]))
-    found = list(PieceReader(Folder(folder)).read(refs))
+    found = list(ByteRangeReader(Folder(folder)).read(refs))
     for i, content in enumerate(found):
         if isinstance(content, BadImage):
             assert (i, content.reason) in ((7, "missing_image"), (9, "unreadable_file"))
@@ -119,7 +119,7 @@ def test_files_are_read_in_order_and_failures_keep_their_position(tmp_path):
 
 
 def test_an_invalid_file_name_is_an_unreadable_file(tmp_path):
-    reader = PieceReader(Folder(tmp_path))
+    reader = ByteRangeReader(Folder(tmp_path))
     (found,) = reader.read(ImageRefs(pa.array(["a\x00b.jpg"])))
     assert isinstance(found, BadImage)
     assert found.reason == "unreadable_file"

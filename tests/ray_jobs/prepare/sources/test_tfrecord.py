@@ -122,9 +122,12 @@ def test_several_images_per_record_are_named_by_feature(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"image_column": "photoo"}, r"the feature 'photoo'.*'photo'.*it has: key, photo"),
+        (
+            {"image_column": "photoo"},
+            r"'photoo'.*'photo'.*the records have: key, photo",
+        ),
         ({}, "the feature 'image/encoded' or 'image'"),
-        ({"image_column": "key"}, "holds numbers, but an image file is bytes"),
+        ({"image_column": "key"}, "holds numbers, not the bytes of an image file"),
         ({"image_column": "photo", "table": "t.csv", "key_column": "id"}, "has no column 'id'"),
     ],
 )

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ray_jobs.config.errors import JobError
-from ray_jobs.prepare.sources import piece_reader
+from ray_jobs.prepare.sources import byte_range_reader
 from ray_jobs.prepare.sources.webdataset import open_source
 from ray_jobs.storage.folder import Folder
 from tests.ray_jobs.prepare.sources.samples import (
@@ -158,7 +158,7 @@ def damaged(content: bytes) -> dict[str, tuple[bytes, str]]:
     header = 512 + (len(jpeg(0)) + 511) // 512 * 512
     broken = content[:header] + b"\xff" * 512 + content[header + 512 :]
     return {
-        "compressed": (gzip.compress(content), "is compressed, .* uncompress it"),
+        "compressed": (gzip.compress(content), "is compressed, .* decompress it"),
         "cut off in an image": (content[: header + 600], "is damaged: b.jpg ends after the file"),
         "cut off in a header": (content[: header + 100], "is damaged"),
         "no header": (broken, f"is damaged: no valid header at byte {header}"),
@@ -183,8 +183,8 @@ def test_invalid_json_raises_an_error_with_its_sample(tmp_path):
 
 
 def test_a_pickled_reader_reads_images_that_are_far_apart(tmp_path, monkeypatch):
-    monkeypatch.setattr(piece_reader, "GAP_BYTES", 0)
-    monkeypatch.setattr(piece_reader, "READ_BYTES", 1 << 10)
+    monkeypatch.setattr(byte_range_reader, "GAP_BYTES", 0)
+    monkeypatch.setattr(byte_range_reader, "READ_BYTES", 1 << 10)
     for shard in range(2):
         files = {f"{shard}-{i}.jpg": jpeg(100 * shard + i) for i in range(50)}
         write_tar(tmp_path / f"{shard}.tar", files)

@@ -1,4 +1,4 @@
-import logging
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,13 @@ from ray_jobs.train.telemetry.profiler import Profiler
 
 
 @tf.function
-def step_of_a_training(x: tf.Tensor) -> tf.Tensor:
+def one_training_step(x: tf.Tensor) -> tf.Tensor:
     return tf.linalg.matmul(x, x, name="product_of_a_step")
+
+
+def profiling(folder: Folder, steps: tuple[int, int] | None) -> closing[Profiler]:
+    """Profile a block; a warning fails the test."""
+    return closing(Profiler(folder, steps, pytest.fail))
 
 
 def run_steps(profiler: Profiler, steps: range, count: int = 1) -> None:
@@ -19,7 +24,7 @@ def run_steps(profiler: Profiler, steps: range, count: int = 1) -> None:
     for step in steps[::count]:
         profiler.before(step, count)
         for _ in range(count):
-            x = step_of_a_training(x) / 16
+            x = one_training_step(x) / 16
         profiler.after(step + count - 1)
 
 
@@ -46,7 +51,7 @@ def steps_in(folder: Path) -> list[int]:
 
 
 def test_a_trace_has_exactly_the_steps_of_the_range(tmp_path):
-    with Profiler(Folder(tmp_path), (3, 5)) as profiler:
+    with profiling(Folder(tmp_path), (3, 5)) as profiler:
         run_steps(profiler, range(1, 4))
         assert traces(tmp_path) == []
         run_steps(profiler, range(4, 9))
@@ -56,55 +61,51 @@ def test_a_trace_has_exactly_the_steps_of_the_range(tmp_path):
 
 
 def test_a_call_of_several_steps_is_traced_if_it_overlaps_the_range(tmp_path):
-    with Profiler(Folder(tmp_path), (3, 6)) as profiler:
+    with profiling(Folder(tmp_path), (3, 6)) as profiler:
         run_steps(profiler, range(1, 13), count=4)
     assert steps_in(tmp_path) == [1, 5]
 
 
-def test_a_training_that_ends_within_the_range_writes_its_trace(tmp_path):
-    with Profiler(Folder(tmp_path), (2, 100)) as profiler:
+def test_a_run_that_ends_within_the_range_writes_its_trace(tmp_path):
+    with profiling(Folder(tmp_path), (2, 100)) as profiler:
         run_steps(profiler, range(1, 4))
     assert steps_in(tmp_path) == [2, 3]
 
 
-def test_a_training_that_resumes_within_the_range_traces_the_rest(tmp_path):
-    with Profiler(Folder(tmp_path), (2, 5)) as profiler:
+def test_a_run_that_resumes_within_the_range_traces_the_rest(tmp_path):
+    with profiling(Folder(tmp_path), (2, 5)) as profiler:
         run_steps(profiler, range(4, 9))
     assert steps_in(tmp_path) == [4, 5]
 
 
 @pytest.mark.parametrize("steps", [None, (1, 3)])
 def test_nothing_is_traced_without_a_range_or_after_it(tmp_path, steps):
-    with Profiler(Folder(tmp_path), steps) as profiler:
+    with profiling(Folder(tmp_path), steps) as profiler:
         run_steps(profiler, range(4, 7))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failing_step_ends_the_trace_and_another_one_can_start(tmp_path):
     def fail() -> None:
-        with Profiler(Folder(tmp_path / "first"), (1, 9)) as profiler:
+        with profiling(Folder(tmp_path / "first"), (1, 9)) as profiler:
             profiler.before(1)
             raise ValueError("the step failed")
 
     with pytest.raises(ValueError, match="the step failed"):
         fail()
-    with Profiler(Folder(tmp_path / "second"), (1, 2)) as profiler:
+    with profiling(Folder(tmp_path / "second"), (1, 2)) as profiler:
         run_steps(profiler, range(1, 3))
     assert steps_in(tmp_path / "second") == [1, 2]
 
 
-def test_a_profiler_that_cannot_start_is_a_warning_only(tmp_path, caplog):
+def test_a_profiler_that_cannot_start_is_a_warning_only(tmp_path):
+    warnings: list[str] = []
     other_profiler: Any = tf.profiler.experimental
     other_profiler.start(str(tmp_path / "other"))
     try:
-        with (
-            caplog.at_level(logging.WARNING),
-            Profiler(Folder(tmp_path / "run"), (1, 2)) as profiler,
-        ):
+        with closing(Profiler(Folder(tmp_path / "run"), (1, 2), warnings.append)) as profiler:
             run_steps(profiler, range(1, 4))
     finally:
         other_profiler.stop(save=False)
-    assert [record.message.split(":")[0] for record in caplog.records] == [
-        "could not start the profiler"
-    ]
+    assert [text.split(":")[0] for text in warnings] == ["could not start the profiler"]
     assert not (tmp_path / "run").exists()

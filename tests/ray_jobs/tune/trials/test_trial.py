@@ -10,7 +10,6 @@ import pytest
 
 from ray_jobs.storage.folder import Folder
 from ray_jobs.train.checkpoints.checkpoint import Checkpoint, LoopState
-from ray_jobs.tune.job import make_objectives
 from ray_jobs.tune.results.search_state import PARTS
 from ray_jobs.tune.search.space import Space
 from ray_jobs.tune.trials.trial import ENDED, ERROR, SearchContext, seconds_of
@@ -94,7 +93,7 @@ def actor(folder: Path, num_workers: int) -> Iterator[Callable[..., Any]]:
     context = SearchContext(
         space=Space(spec),
         trials=Folder(folder / f"trials-{num_workers}"),
-        objectives=tuple(make_objectives(spec)),
+        objectives=(spec.train.monitor,),
         num_workers=num_workers,
         gpus_per_worker=None,
         checkpoint_every_s=1000.0,

@@ -1,11 +1,13 @@
-"""Reads images that are whole files or parts of files, such as members of a tar."""
+"""Reads images that are whole files or byte ranges of files, such as members of a tar."""
 
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+
+import pyarrow as pa
 
 from ray_jobs.data.images import BadImage
 from ray_jobs.data.prefetch import prefetch_map
@@ -14,14 +16,14 @@ from ray_jobs.prepare.sources.source_files import NUM_THREADS
 from ray_jobs.storage.folder import Folder
 
 READ_BYTES = 4 << 20
-"""Largest read that fetches neighbouring images together."""
+"""Maximum size of a read that fetches neighbouring images together."""
 GAP_BYTES = 64 << 10
-"""Largest gap between neighbours; fetching that much costs less than another request."""
+"""Maximum gap between neighbours; fetching that much costs less than another request."""
 
 
 @dataclass
-class PieceReader:
-    """Reads images that are whole files or parts of files."""
+class ByteRangeReader:
+    """Reads images that are whole files or byte ranges of files."""
 
     folder: Folder
 
@@ -30,8 +32,11 @@ class PieceReader:
 
         Neighbours in a file are fetched together, and a few fetches run in advance.
         """
-        with ExitStack() as files, ThreadPoolExecutor(NUM_THREADS) as threads:
-            read = partial(self._read_run, _OpenFiles(self.folder, files))
+        with (
+            closing(_OpenFiles(self.folder)) as opened,
+            ThreadPoolExecutor(NUM_THREADS) as threads,
+        ):
+            read = partial(self._read_run, opened)
             for images in prefetch_map(read, _runs(refs), threads, NUM_THREADS):
                 yield from images
 
@@ -39,9 +44,9 @@ class PieceReader:
         if run.path is None:
             return [BadImage("missing_image", "the row has no image")]
         try:
-            if not run.pieces:
+            if not run.ranges:
                 return [self.folder.read_bytes(run.path)]
-            first, end = run.pieces[0][0], max(start + size for start, size in run.pieces)
+            first, end = run.ranges[0][0], max(start + size for start, size in run.ranges)
             content = opened.read_at(run.path, first, end - first)
         except FileNotFoundError:
             bad = BadImage("missing_image", f"no such file in {self.folder}")
@@ -53,9 +58,9 @@ class PieceReader:
                 content[start - first : start - first + size]
                 if start - first + size <= len(content)
                 else BadImage("unreadable_file", f"the file ends before byte {start + size}")
-                for start, size in run.pieces
+                for start, size in run.ranges
             ]
-        return [bad] * max(len(run.pieces), 1)
+        return [bad] * max(len(run.ranges), 1)
 
 
 @dataclass(frozen=True)
@@ -63,49 +68,53 @@ class _Run:
     """Images that are fetched together: one whole file, or neighbours in a file."""
 
     path: str | None
-    pieces: list[tuple[int, int]]
+    ranges: list[tuple[int, int]]
     """Start and size in bytes; empty for a whole file or a row without an image."""
 
 
 def _runs(refs: ImageRefs) -> Iterator[_Run]:
     run: _Run | None = None
     for row, scalar in enumerate(refs.path):
-        path, piece = scalar.as_py(), None
+        path, byte_range = scalar.as_py(), None
         if path is not None and refs.start is not None and refs.size is not None:
-            piece = int(refs.start[row]), int(refs.size[row])
-        if run and piece and run.path == path and _is_neighbour(run, *piece):
-            run.pieces.append(piece)
+            byte_range = int(refs.start[row]), int(refs.size[row])
+        if run and byte_range and run.path == path and _is_neighbour(run, *byte_range):
+            run.ranges.append(byte_range)
         else:
             if run:
                 yield run
-            run = _Run(path, [piece] if piece else [])
+            run = _Run(path, [byte_range] if byte_range else [])
     if run:
         yield run
 
 
 def _is_neighbour(run: _Run, start: int, size: int) -> bool:
-    last_start, last_size = run.pieces[-1]
+    last_start, last_size = run.ranges[-1]
     # An image that several rows share is a neighbour of itself.
     is_near = last_start <= start <= last_start + last_size + GAP_BYTES
-    return is_near and start + size - run.pieces[0][0] <= READ_BYTES
+    return is_near and start + size - run.ranges[0][0] <= READ_BYTES
 
 
 class _OpenFiles:
-    """Keeps the last file of each thread open, since its next images often follow."""
+    """Keeps the last file of each thread open, since the next images are often in it."""
 
-    def __init__(self, folder: Folder, files: ExitStack) -> None:
-        self._folder, self._files = folder, files
-        self._last = threading.local()
-        self._lock = threading.Lock()
+    def __init__(self, folder: Folder) -> None:
+        self._folder = folder
+        self._last: dict[int, tuple[str, pa.NativeFile]] = {}
 
     def read_at(self, path: str, start: int, size: int) -> bytes:
-        """Return bytes of a file; fewer if it ends before."""
-        if getattr(self._last, "path", None) != path:
+        """Return `size` bytes of a file from `start`, or fewer if the file ends before."""
+        thread = threading.get_ident()
+        last_path, file = self._last.get(thread, (None, None))
+        if file is None or last_path != path:
+            previous = file
             file = self._folder.filesystem.open_input_file(self._folder.locate(path))
-            with self._lock:
-                self._files.callback(file.close)
-            previous = getattr(self._last, "file", None)
-            self._last.path, self._last.file = path, file
+            self._last[thread] = path, file
             if previous is not None:
                 previous.close()
-        return self._last.file.read_at(size, start)
+        return file.read_at(size, start)
+
+    def close(self) -> None:
+        """Close the last file of each thread."""
+        for _, file in self._last.values():
+            file.close()
