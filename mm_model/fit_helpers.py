@@ -5,7 +5,7 @@ import numpy as np
 
 
 def balanced_class_weight(y: np.ndarray) -> dict[int, float]:
-    """Return the weight of each class, computed as by sklearn's `compute_class_weight("balanced")`.
+    """Return the weight of each class, computed as in sklearn's `compute_class_weight("balanced")`.
 
     Args:
         y: Labels 0 or 1, of any shape.
@@ -44,7 +44,7 @@ def default_callbacks(
     Args:
         monitor: Metric to monitor; lower is better if its name ends in `loss`, else higher.
         patience: Epochs without improvement before stopping; the learning rate is cut after a third
-            as many.
+        of that number.
     """
     mode = "min" if monitor.endswith("loss") else "max"
     return [

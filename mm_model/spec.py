@@ -26,7 +26,7 @@ Positive = Annotated[float, Field(gt=0.0)]
 
 
 def _key_of(registry: Mapping[str, Any], what: str, *extra: str) -> AfterValidator:
-    """Return a validator that accepts the keys of a registry, also those registered later."""
+    """Return a validator that accepts the keys of a registry, including those registered later."""
     return AfterValidator(lambda value: require_one_of(value, (*extra, *registry), what))
 
 
@@ -109,8 +109,8 @@ class NumericSpec(Spec):
     """Network for the encoded numbers and categories, a key of `NUMERIC_BRANCHES`; `none` ignores
     both."""
     encoding: Literal["piecewise_linear", "standard"] = "piecewise_linear"
-    """Encoding of numbers: standardized only, or standardized plus a piecewise-linear encoding
-    between quantiles."""
+    """Encoding of numbers. `standard`: standardized values only; `piecewise_linear`: also a
+    piecewise-linear encoding between quantiles."""
     bins: Annotated[int, Field(ge=2, le=1023)] = 32
     """Maximum number of bins per column; their edges are quantiles of the training split."""
     category_dropout: Fraction = 0.05
@@ -131,8 +131,8 @@ class FusionSpec(Spec):
     auxiliary_weight: NonNegative = 1.0
     """Weight of each branch's own loss, which trains the branch to predict alone."""
     modality_dropout: Fraction = 0.1
-    """Probability that one input of a training row, the image or the numbers (half each), is hidden
-    from the joint network."""
+    """Probability that one of a training row's two inputs, the image or the numbers (equally
+    likely), is hidden from the joint network."""
     blend: bool = True
     """Average the logits of the branch heads and the fusion head, with weights fitted on the
     validation split; if false, use the fusion head alone."""
@@ -155,7 +155,7 @@ class ModelSpec(Spec):
     """L2 penalty on the kernels of the dense layers."""
     batch_norm: Literal["local", "sync"] = "local"
     """`local`: statistics of each replica's rows; `sync`: of the global batch, at the cost of more
-    communication. With `train.accumulate_steps`, each part has its own statistics."""
+    communication. With `train.accumulate_steps`, each micro-batch has its own statistics."""
 
     @model_validator(mode="after")
     def _at_least_one_branch(self) -> "ModelSpec":
@@ -179,7 +179,7 @@ class OptimizerSpec(Spec):
     """Learning rate over time: constant; warm-up, then cosine, exponential or polynomial decay; or
     reduced at each plateau."""
     warmup_fraction: Fraction = 0.05
-    """Fraction of all steps used for warm-up, before a schedule decays."""
+    """Fraction of all steps used for warm-up, before the learning rate decays."""
     end_fraction: Fraction | None = None
     """Final learning rate of a decaying schedule, as a fraction of the peak; by default 0, or 0.01
     for an exponential schedule."""
@@ -188,10 +188,10 @@ class OptimizerSpec(Spec):
     plateau_factor: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.3
     """Factor by which the learning rate is multiplied at a plateau."""
     plateau_patience: PositiveInt = 3
-    """Epochs without a better validation metric after which the learning rate is reduced."""
+    """Number of epochs without a better validation metric before the learning rate is reduced."""
     ema_momentum: Fraction | None = None
-    """Momentum of an exponential moving average of the weights, such as 0.999; the averaged weights
-    are then validated and saved. `none` disables it."""
+    """Momentum of an exponential moving average of the weights, such as 0.999; if set, the averaged
+    weights are the ones that are validated and saved. `none` disables it."""
 
     @model_validator(mode="after")
     def _exponential_ends_above_zero(self) -> Self:
@@ -232,5 +232,5 @@ class StageSpec(Spec):
     backbone_rate: Positive = 1.0
     """Multiplier of the learning rate for the backbone."""
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Additional learning-rate multiplier of the backbone's lowest layer; it is 1 at the top layer
-    and decreases geometrically in between."""
+    """Additional learning-rate multiplier at the backbone's lowest layer; the multiplier falls
+    geometrically from 1 at the top layer to this value."""

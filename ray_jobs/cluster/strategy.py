@@ -94,7 +94,7 @@ class Replicas:
         return self.values([convert(array[i * rows : (i + 1) * rows]) for i in parts])
 
     def values(self, per_replica: Sequence[Any]) -> Any:
-        """Return one value per local replica as an argument for `strategy.run`."""
+        """Combine one value per local replica into an argument for `strategy.run`."""
         if self.local_count == 1:
             return per_replica[0]
         first = self.context.rank * self.local_count

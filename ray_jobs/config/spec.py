@@ -156,15 +156,15 @@ class DataSpec(Spec):
     image_size: PositiveInt | None = None
     """Side length in pixels of the model's input images. Default: as stored."""
     shuffle_window_rows: PositiveInt = 2048
-    """Rows in one shuffle window, formed after the row groups are shuffled; `buffer_bytes` may
-    reduce it."""
+    """Number of rows that are shuffled together in one window; windows are cut after the row groups
+    are shuffled. `buffer_bytes` may reduce the number."""
     buffer_bytes: PositiveInt = 1 << 30
     """Limit in bytes for the rows, as stored, that all workers together hold in memory for
     shuffling and prefetching."""
     decode: Literal["auto", "workers", "trainer"] = "auto"
     """Where images are decoded: `trainer` uses threads of the training processes, `workers` uses
-    Ray Data tasks, also on nodes without GPUs. `auto` chooses `workers` if `train.use_gpu` is set,
-    some nodes have no GPU, and `cache` is `auto` or `none`."""
+    Ray Data tasks, which can also run on nodes without GPUs. `auto` chooses `workers` if
+    `train.use_gpu` is set, some nodes have no GPU, and `cache` is `auto` or `none`."""
     cache: Literal["auto", "none", "object_store", "disk"] = "auto"
     """Where decoded rows are kept between epochs: in Ray's object store, or on the disks of the
     nodes. `auto` caches only if the training and validation splits fit in `cache_bytes` completely:
@@ -172,8 +172,8 @@ class DataSpec(Spec):
     cache_bytes: NonNegativeInt = 1 << 30
     """Limit in bytes for cached decoded rows; the remaining rows are decoded in each epoch."""
     object_store_memory: PositiveInt | None = None
-    """Bytes of Ray's object store: its size if the job starts a local Ray, or the maximum that the
-    job's rows may use on an existing cluster. Default: Ray's default, 30 % of memory."""
+    """Bytes of Ray's object store: its size if the job starts a local Ray instance, or the maximum
+    that the job's rows may use on an existing cluster. Default: Ray's default, 30 % of memory."""
     prefetch_batches: NonNegativeInt = 2
     """Batches that each worker prepares in advance; the next one is already on its device."""
 
@@ -202,14 +202,14 @@ class TrainSpec(LossSpec, OptimizerSpec):
 
     num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
     """Worker processes, each with a replica of the model. Two numbers such as 2,8 give a minimum
-    and a maximum; the run then uses as many workers as the cluster has resources for, chosen at
-    each start and whenever the cluster grows."""
+    and a maximum; the run then uses as many workers as the cluster has resources for; the number is
+    chosen at each start and whenever the cluster grows."""
     use_gpu: bool = False
     """Whether workers use GPUs."""
     gpus_per_worker: PositiveInt = 1
     """GPUs per worker; each GPU holds its own replica."""
     cpus_per_worker: Positive = 1.0
-    """Logical CPUs per worker, which is also its number of compute threads."""
+    """Logical CPUs per worker; also the number of compute threads of each worker."""
     resources_per_worker: dict[str, Positive] = Field(default_factory=dict)
     """Additional Ray resources per worker, such as {"accelerator_type:A10G": 0.001}."""
     global_batch_size: PositiveInt = 32
@@ -230,8 +230,8 @@ class TrainSpec(LossSpec, OptimizerSpec):
     clip_norm: Positive | None = None
     """Maximum global norm of a step's gradient, over all workers; none disables clipping."""
     accumulate_steps: PositiveInt = 1
-    """Number of micro-batches into which each replica splits its rows of a step; more need less
-    memory."""
+    """Number of micro-batches into which each replica splits its rows of a step; a higher number
+    needs less memory."""
     precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
     """Compute precision of the layers; weights stay float32. mixed_float16 also uses loss
     scaling."""
@@ -246,15 +246,16 @@ class TrainSpec(LossSpec, OptimizerSpec):
     deterministic: bool = False
     """Use deterministic operations, which are slower but make GPU results bitwise reproducible."""
     checkpoint_every_steps: PositiveInt | None = None
-    """Maximum number of steps that a failure can lose; checkpoints are written a little more often.
+    """Maximum number of steps that can be lost to a failure; checkpoints are written a little more
+    often.
     Default: checkpoints are written only at the end of each epoch."""
     keep_checkpoints: PositiveInt = 2
     """Number of latest checkpoints to keep; if one is damaged, the one before it is used."""
     keep_best: PositiveInt = 1
     """Number of best epochs whose weights are kept."""
     calibrate: bool = True
-    """After training, fit the weights of the heads and a scale and bias of the logit on the
-    validation split."""
+    """After training, fit the blending weights of the heads, and a scale and bias for the logit, on
+    the validation split."""
     decision_threshold: Annotated[float, Field(gt=0, lt=1)] | Literal["f1", "balanced_accuracy"] = (
         0.5
     )
@@ -266,8 +267,8 @@ class TrainSpec(LossSpec, OptimizerSpec):
     max_preemptions: Annotated[int, Field(ge=-1)] = -1
     """Maximum number of node preemptions to recover from; -1 means no limit."""
     hang_timeout_s: Positive = 900.0
-    """Seconds without a completed step after which a worker is considered hung; must exceed the
-    time for start-up and the first step."""
+    """Seconds without a completed step before a worker is considered hung; must exceed the time for
+    start-up and the first step."""
 
     @model_validator(mode="after")
     def _require_divisible_batch(self) -> Self:

@@ -118,7 +118,7 @@ _INTEGER_KINDS = ("randint", "lograndint")
 
 
 class BudgetSpec(Spec):
-    """Limits of a search over all its restarts; training the best trials in full does not count."""
+    """Limits on a search, over all restarts; training the best trials in full does not count."""
 
     trials: PositiveInt = 40
     """Maximum number of trials; the first one uses the spec's own values."""
@@ -166,11 +166,11 @@ class TuneSpec(Spec):
     """GPUs per worker, such as 0.25 for a small model. Default: train.gpus_per_worker."""
     max_concurrent_trials: PositiveInt | None = None
     """Maximum number of simultaneous trials. Default: as many as fit on the cluster at its maximum
-    size. `hyperband`, `pbt` and `pb2` use the default, unless no trial fits on the current nodes
-    and the maximum size is unknown."""
+    size. `hyperband`, `pbt` and `pb2` ignore this setting, unless no trial fits on the current
+    nodes and the maximum size is unknown."""
     max_failures: NonNegativeInt = 2
-    """Maximum number of lost processes or nodes after which a trial resumes from its checkpoint. An
-    error in data or settings ends the trial at once, and the search continues."""
+    """How many times a trial may lose a process or node and resume from its checkpoint. An error in
+    data or settings ends the trial at once, and the search continues."""
     checkpoint_every_s: Positive = 30.0
     """Minimum seconds between two checkpoints of a trial; checkpoints are written only at the end
     of an epoch."""

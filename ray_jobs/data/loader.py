@@ -1,13 +1,14 @@
 """Feeds one worker with batches from prepared shards.
 
 A read chunk consists of the rows that are read at once, still encoded: a window of the training
-order, or some rows of an evaluation. Its rows are shuffled by reference and decoded batch by batch,
-so few pixels are in memory.
+order, or some rows of an evaluation. Only the indices of its rows are shuffled, and rows are
+decoded batch by batch, so few pixels are in memory.
 
     trainer   Threads of the training process read the next chunk and decode the next batches. No
-              data is sent between processes; `python -m benchmarks.feed` measures this as fastest.
-    workers   Ray Data tasks, also on nodes without a GPU, read and decode; pixels are sent through
-              the object store.
+              data is sent between processes; this is the fastest according to `python -m
+              benchmarks.feed`.
+    workers   Ray Data tasks, which can also run on nodes without a GPU, read and decode; pixels are
+              sent through the object store.
 """
 
 import math
@@ -218,8 +219,8 @@ class _Feed:
 
         count, cpus = len(chunks), ray.cluster_resources().get("CPU", 1)
         tasks_per_worker = math.floor(cpus / self.num_workers) - 1
-        # Chunks are rows, with one block and task each: if the function contained them, every task
-        # would receive all chunks.
+        # Each chunk is one row of the dataset, with its own block and task. If the mapped function
+        # contained the chunks, every task would receive all of them.
         items = [{"chunk": pickle.dumps(chunk)} for chunk in chunks]
         dataset = ray.data.from_items(items, override_num_blocks=count).map_batches(
             self.task,

@@ -1,12 +1,13 @@
-"""Find problems that would break a job, within seconds, and suggest remedies.
+"""Find, within seconds, problems that would break a job, and suggest remedies.
 
-Reads prepared data and the cluster. Writes a few bytes into the storage path and deletes them.
+Reads prepared data and inspects the cluster. Writes a few bytes into the storage path and deletes
+them.
 Run:   python -m ray_jobs.doctor ray_jobs/specs/houses.yaml --address auto
        python -m ray_jobs.submit doctor ray_jobs/specs/houses.yaml
 
 Prints one line per check, with a remedy if it found a problem. The exit status is 1 if a check
-found an error. `train` and `tune` check nodes, storage and data themselves if the cluster has more
-nodes than this one; --run.preflight false disables these checks.
+found an error. `train` and `tune` run the checks of nodes, storage and data automatically if the
+cluster has nodes other than this one; --run.preflight false disables these checks.
 """
 
 import os

@@ -100,7 +100,7 @@ def _open_rows(run: TrainedRun, spec: PredictSpec) -> RowSource:
 
 
 def _predictions(rows: pa.Table, threshold: float) -> pa.Table:
-    """Return `PREDICTIONS` from `predictor.RESULT`."""
+    """Convert a table with the schema `predictor.RESULT` to the schema `PREDICTIONS`."""
     probability = rows[PROBABILITY].to_numpy()
     label = pa.array(probability >= threshold, mask=np.isnan(probability)).cast(pa.int8())
     return pa.table([rows[KEY], rows[PROBABILITY], label, rows[ERROR]], schema=PREDICTIONS)

@@ -1,6 +1,7 @@
 """Turn raw images and a table into shards with a manifest.
 
-Reads: images, as files or in containers, and a table with one row per example.
+Reads: images, as single files or inside Parquet, tar or TFRecord files, and a table with one row
+per example.
 Writes: train/, validation/ and test/ with Parquet shards, quarantine/ with the unusable rows, and
 manifest.json, written last.
 Run:   python -m ray_jobs.prepare ray_jobs/specs/houses.yaml --prepare.output prepared

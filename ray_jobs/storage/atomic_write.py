@@ -14,7 +14,8 @@ PARTIAL = ".partial"
 def atomic_write(target: str | Path, is_folder: bool = False) -> Iterator[Path]:
     """Yield a temporary path that is renamed to the target on success and deleted on an error.
 
-    Readers see the old or the new content, never a part of it. Data is not synced to disk.
+    Readers see the old or the new content of a file, never a mixture; a folder that is replaced is
+    briefly missing. Data is not synced to disk.
 
     Args:
         target: File or folder to create or replace; for a file, its parent must exist.

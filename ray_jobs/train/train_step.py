@@ -6,8 +6,8 @@
     clip, update        the same on every replica, each on its own copy of the variables
 
 Keras would clip the gradients of each replica and sum them afterwards. Here the sum comes first, so
-that `clip_norm` limits the gradient of the global batch, and all workers skip the same steps after
-an overflow of the loss scale.
+that `clip_norm` limits the gradient of the global batch, and all workers skip the same steps when
+scaled gradients overflow.
 
 Shapes: B rows of a replica, K steps per call.
 """
@@ -168,8 +168,8 @@ class TrainStep:
             part = tf.nest.map_structure(lambda x: x[a], parts)
             part_loss, gradients = self._compute(*part, index * count + a, scale)
             for variable, value in zip(random, before, strict=True):
-                # All parts start from the same random state, and each draws the numbers of its
-                # own rows.
+                # All parts start from the same random state, and each draws the random numbers for
+                # its own rows.
                 variable.assign(tf.where(a == count - 1, tf.identity(variable.value), value))
             sums = [s + g for s, g in zip(sums, gradients, strict=True)]
             return a + 1, loss + part_loss, sums

@@ -107,7 +107,7 @@ class _Worker(Callbacks):
         from ray.train.collective import broadcast_from_rank_zero
 
         newest = self._newest.result()
-        del self._newest  # Frees memory of three times the model's size.
+        del self._newest  # Frees three times the size of the model.
         own_step = None if newest is None else newest.state.step
         step = broadcast_from_rank_zero(own_step)
         if step is None:
@@ -122,8 +122,8 @@ class _Worker(Callbacks):
 
     def train(self, loop: "Loop") -> None:
         """Resume from the newest checkpoint, train, and finalize the run."""
-        # Passed in a list so that the loop can free the checkpoint, which is three times the size
-        # of the model.
+        # Popped from a list, so that the loop has the only reference to the checkpoint and can free
+        # it.
         with self.startup_part(history_keys.STARTUP_CHECKPOINT_S):
             checkpoint = [self._shared_checkpoint()]
         self.watchdog.alive()

@@ -63,8 +63,8 @@ def open_source(spec: PrepareSpec) -> Source:
             raise JobError(
                 f"no record of prepare.images={spec.images!r} has an image in the feature "
                 f"{' or '.join(map(repr, candidates))}{did_you_mean(candidates[0], seen)} (the "
-                f"records have: {names_text(seen)}); set prepare.image_column to the feature of "
-                "the image"
+                f"records have: {names_text(seen)}); set prepare.image_column to the feature "
+                "that contains the image"
             )
         where = pa.array(np.arange(len(paths)), mask=~has_image)
         refs[image] = ImageRefs(paths.take(where), spans[:, 0], spans[:, 1])
@@ -90,7 +90,7 @@ def is_tfrecord(name: str) -> bool:
 
 
 def _image_features(spec: PrepareSpec) -> dict[str, tuple[str, ...]]:
-    """Return the features that may hold each image; the first one in a record is used."""
+    """Return the features that may hold each image, in order of preference."""
     if spec.image_columns:
         return {name: (name,) for name in spec.image_columns}
     return {"": (spec.image_column,) if spec.image_column else DEFAULT_FEATURES}
@@ -154,7 +154,7 @@ def _image_position(window: Window, feature: str, value: Field | None) -> tuple[
     if value.number != BYTES_LIST:
         raise JobError(
             f"the feature {feature!r} holds numbers, not the bytes of an image file; set "
-            "prepare.image_column (or prepare.image_columns) to the feature of the image"
+            "prepare.image_column (or prepare.image_columns) to the feature that contains it"
         )
     parts = [field for field in window.fields(value.start, value.end) if field.number == 1]
     if len(parts) > 1:

@@ -1,7 +1,7 @@
 """Writes the history of a run: JSON and Parquet files, TensorBoard logs and an MLflow run.
 
 Input: one record per epoch, on rank 0. Output: `history.jsonl`, `history.parquet` and
-`tensorboard/` in the run folder, and an MLflow run with `run.tracking: mlflow`.
+`tensorboard/` in the run folder, and, if `run.tracking` is `mlflow`, an MLflow run.
 
 A run that resumes after a failure repeats some epochs. Files are therefore rewritten from the
 whole history, so that nothing of an interrupted attempt remains.
@@ -52,8 +52,8 @@ class Tracker:
     """Writes the records of a run to all destinations, on rank 0 only.
 
     As a context manager, it opens the MLflow run at once, and marks it as failed if the block
-    raises. Without `with`, the driver reports the end of a run whose workers died. Tracking errors
-    never end a run; they are passed to `warn`.
+    raises. The driver uses it without `with`, only to report the end of a run whose workers are
+    gone. Tracking errors never end a run; they are passed to `warn`.
     """
 
     def __init__(
@@ -89,8 +89,8 @@ class Tracker:
             self._board.write(history)
             self._num_written = len(history)
         except Exception as error:
-            # Disks, TensorFlow and remote file systems raise any class of error. The next epoch
-            # writes the missing records, and a new TensorBoard log.
+            # Disks, TensorFlow and remote file systems can raise errors of any class. The next
+            # epoch writes the missing records, and a new TensorBoard log.
             self.close()
             self._warn(f"could not write the history: {error}")
 
@@ -112,7 +112,7 @@ class Tracker:
     def close(self) -> None:
         """Close the TensorBoard log."""
         if self._board is not None:
-            # All epochs were flushed, with a warning on errors.
+            # Every epoch was already flushed, and errors were reported then.
             with suppress(Exception):
                 self._board.close()
             self._board = None

@@ -86,7 +86,7 @@ def history(search: Search) -> str:
 
 
 def parallel_coordinates(search: Search) -> str:
-    """Return a chart with an axis for each setting, and a line for each trial up to its score."""
+    """Return a chart with an axis for each setting and for the score, and a line for each trial."""
     trials = search.scored()
     if not trials:
         return NO_SCORE
@@ -131,7 +131,7 @@ def parallel_coordinates(search: Search) -> str:
 
 
 def learning_curves(search: Search) -> str:
-    """Return a chart of the first objective over the epochs, with the best trials in colour."""
+    """Return a chart of the first objective over the epochs, with the best trials in color."""
     first = search.objectives[0]
     curves = [
         (trial, [(record[EPOCH] + 1, finite(record.get(first))) for record in trial.history])
@@ -208,7 +208,8 @@ def scatter(search: Search) -> str:
                 steps.append((x.at(across), steps[-1][1]))
             steps.append((x.at(across), _down(y, up)))
     lines = [svg_charts.path(steps, "best-line")] if len(steps) > 1 else []
-    note = f"<p class='muted small'>{count_text(outside, 'trial')} outside.</p>" if outside else ""
+    trials = count_text(outside, "trial")
+    note = f"<p class='muted small'>{trials} off the scale.</p>" if outside else ""
     return (
         _legend([("mark-front", "Pareto front"), ("mark-open", "other trials")])
         + f"<p class='muted small'>Vertical: {escape(_direction(first))}</p>"
@@ -317,7 +318,7 @@ def _outlier_note(values: Sequence[float], metric: str, what: str, where: str = 
     worst = max(values, key=lambda value: sort_key(metric, value))
     direction = "up" if metric in MINIMIZED else "down"
     return (
-        f"<p class='muted small note'>{count_text(len(values), what)} far out, with "
+        f"<p class='muted small note'>{count_text(len(values), what)} off the scale, with "
         f"{escape(metric)} {direction} to {number_text(worst)}{where}.</p>"
     )
 

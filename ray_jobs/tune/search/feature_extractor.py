@@ -37,7 +37,7 @@ class Extractor:
     """Holds the frozen backbone of a spec and computes shards of features.
 
     Args:
-        spec: The spec of the training run; the backbone has its initial weights.
+        spec: The spec of the training run, which determines the backbone's initial weights.
         num_views: Number of views of each image.
         output: The prepared folder to write.
         threads: Number of threads that decode images.

@@ -34,15 +34,16 @@ from ray_jobs.tune.trials.trial_checkpoints import newest_checkpoint
 from ray_jobs.tune.trials.trial_workers import TrialWorkerGroup
 
 ENDED = "ended.json"
-"""File in a trial's folder with its last result, written when the trial ends in any way."""
+"""File in a trial's folder with its last result, written when the trial ends for whatever
+reason."""
 ERROR = "error"
-"""Key of the last result of a failed trial: its first error."""
+"""Key in the last result of a failed trial; the value is the trial's first error."""
 BEST_EPOCH = "best_epoch"
-"""Key of results: the index of the best epoch so far."""
+"""Key in results: the index of the best epoch so far."""
 FINISHED = "finished"
-"""Key of results: whether the trial trained to its own end."""
+"""Key in results: whether the trial ran to completion instead of being stopped early."""
 WRITTEN = "written"
-"""Key of results: present if the result was read from `ended.json` instead of computed."""
+"""Key in results: present if the result was read from `ended.json` instead of computed."""
 _SECONDS = "seconds/"
 
 
@@ -111,7 +112,7 @@ class Trial(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         """Train an epoch and return its result, or the error that ends the trial."""
-        # The trial has already ended, but the driver was killed before it saved that.
+        # True if the trial had already ended, but the driver was killed before it recorded that.
         if not self._running and self.folder.exists(ENDED):
             return {**self.folder.read_json(ENDED), "done": True, WRITTEN: True}
         try:
@@ -131,7 +132,7 @@ class Trial(tune.Trainable):
         if self._running and self.state is not None:
             saved = self.group.local.take_checkpoint(self.state)
         elif self._saved is not None:
-            # Nothing was trained since the checkpoint was loaded; save it as the newest one.
+            # Nothing has been trained since the checkpoint was loaded; save it as the newest one.
             saved = self._saved
         else:
             return
@@ -145,7 +146,7 @@ class Trial(tune.Trainable):
     def restore(self, checkpoint_path: Any) -> None:
         """Restore a checkpoint or, if it no longer exists, the newest one of this trial.
 
-        The snapshot of a killed driver can name a checkpoint that its trial has deleted since.
+        The snapshot of a killed driver can name a checkpoint that the trial has since deleted.
         """
         path = PurePosixPath(getattr(getattr(checkpoint_path, "checkpoint", None), "path", "/"))
         if path.parent.name == self.trial_id and not self.folder.exists(path.name):
@@ -219,7 +220,7 @@ def seconds_of(result: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _failure(error: Exception) -> dict[str, Any]:
-    # The error of another process is the cause of a Ray error, whose text is a traceback.
+    # An error in another process arrives wrapped in a Ray error, whose own text is a traceback.
     error = getattr(error, "cause", None) or error
     return {"done": True, ERROR: f"{type(error).__name__}: {error}"}
 

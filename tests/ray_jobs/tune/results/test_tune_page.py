@@ -213,9 +213,9 @@ def test_a_diverged_trial_does_not_flatten_the_others(metric, far, sign):
     notes = [texts(node) for node in of_class(root, "note")]
     way = "up to 1e+07" if metric == LOSS else "down to -1e+07"
     assert notes == [
-        f"1 trial far out, with {metric} {way}, marked {sign}.",
-        f"1 trial far out, with {metric} {way}, drawn at the end of the axis.",
-        f"1 curve far out, with {metric} {way}.",
+        f"1 trial off the scale, with {metric} {way}, marked {sign}.",
+        f"1 trial off the scale, with {metric} {way}, drawn at the end of the axis.",
+        f"1 curve off the scale, with {metric} {way}.",
     ]
     best, worst = (0.3, 0.6) if metric == LOSS else (0.6, 0.3)
     ends = {texts(line).split()[0]: points(line)[-1][1] for line in of_class(root, "trial")}
