@@ -11,7 +11,7 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any
@@ -169,12 +169,19 @@ class _TrialGenerator(SearchGenerator):
         super().__init__(ConcurrencyLimiter(searcher, max_concurrent) if limited else searcher)
         self._num_trials, self._max_concurrent = num_trials, max_concurrent
 
-    def set_trials(self, names: set[str]) -> None:
-        """Set which trials exist; a snapshot from another moment may name others."""
-        self.set_state({**self.get_state(), "counter": len(names)})
-        if isinstance(self.searcher, ConcurrencyLimiter) and self._max_concurrent is not None:
-            self.searcher.live_trials &= names
-            self.searcher.max_concurrent = self._max_concurrent
+    def reconcile(self, trials: Sequence[tune.experiment.Trial]) -> None:
+        """Adapt a restored state to the trials that exist; it may be from another moment."""
+        self.set_state({**self.get_state(), "counter": len(trials)})
+        searcher: Any = self.searcher
+        if isinstance(searcher, ConcurrencyLimiter) and self._max_concurrent is not None:
+            searcher.live_trials = {trial.trial_id for trial in trials}
+            searcher.max_concurrent = self._max_concurrent
+            searcher = searcher.searcher
+        searcher.reconcile({trial.trial_id: trial.config for trial in trials})
+        for trial in trials:
+            if trial.is_finished():
+                failed = trial.status == trial.ERROR
+                self.on_trial_complete(trial.trial_id, trial.last_result, failed)
 
     def set_state(self, state: dict[str, Any]) -> None:
         # The budget may be larger now; a grid reports again when it is exhausted.

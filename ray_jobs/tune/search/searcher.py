@@ -37,8 +37,39 @@ def scores_of(result: Mapping[str, Any], objectives: Sequence[str]) -> dict[str,
 
 
 class _SavedSearcher(Searcher):
-    STATE: ClassVar[tuple[str, ...]]
+    """Suggests queued points first, and saves its state.
+
+    Args:
+        points: The queued points.
+    """
+
+    STATE: ClassVar[tuple[str, ...]] = ("points", "suggested")
     """Names of the attributes to save."""
+
+    def __init__(self, points: Sequence[Values]) -> None:
+        super().__init__()
+        self.points = list(points)
+        self.suggested: dict[str, Values] = {}
+        """All suggestions by trial."""
+
+    def reconcile(self, trials: Mapping[str, Values]) -> None:
+        """Adapt a restored state to the trials that exist, given with their values.
+
+        A driver that is killed may have saved its searcher before or after its trials. A suggestion
+        without a trial is queued again; a trial without a suggestion gets one.
+        """
+        lost = [name for name in self.suggested if name not in trials]
+        self.points[:0] = [self._withdraw(name) for name in lost]
+        for name, values in trials.items():
+            if name not in self.suggested and self.suggest(name) != values:
+                # The study has learned from other results by now.
+                self._withdraw(name)
+                self.points.insert(0, values)
+                self.suggest(name)
+
+    def _withdraw(self, name: str) -> Values:
+        self.on_trial_complete(name, error=True)
+        return self.suggested.pop(name)
 
     def save(self, checkpoint_path: str) -> None:
         """Write the state."""
@@ -59,13 +90,12 @@ class StudySearcher(_SavedSearcher):
         objectives: Metrics that the study learns from; a result contains them under `best/`.
     """
 
-    STATE = ("first", "asked", "last_scores", "study")
+    STATE = (*_SavedSearcher.STATE, "asked", "last_scores", "study")
 
     def __init__(self, space: Space, tune: TuneSpec, objectives: Sequence[str]) -> None:
-        super().__init__()
+        super().__init__(space.first)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.space, self.objectives = space, objectives
-        self.first = list(space.first)
         self.asked: dict[str, optuna.trial.Trial] = {}
         self.last_scores: dict[str, dict[str, float]] = {}
         self.study = optuna.create_study(
@@ -75,15 +105,18 @@ class StudySearcher(_SavedSearcher):
 
     def suggest(self, trial_id: str) -> Values:
         """Return the values of a new trial."""
-        point = self.first.pop(0) if self.first else None
+        point = self.points.pop(0) if self.points else None
         if point is not None and not self.space.contains(point):
             # The study rejects values outside the space, so it does not learn from this trial.
+            self.suggested[trial_id] = point
             return point
         if point is not None:
             labels = {path: self._label(path, value) for path, value in point.items()}
             self.study.enqueue_trial(labels)
         trial = self.asked[trial_id] = self.study.ask()
-        return self.space.values(lambda path, values: _suggest(trial, path, values))
+        values = self.space.values(lambda path, values: _suggest(trial, path, values))
+        self.suggested[trial_id] = values
+        return values
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Store the scores, because a trial that ends while paused sends no last result."""
@@ -110,19 +143,15 @@ class StudySearcher(_SavedSearcher):
 class GridSearcher(_SavedSearcher):
     """Suggests the first points of a space, then every other combination."""
 
-    STATE = ("num_suggested",)
-
     def __init__(self, space: Space) -> None:
-        super().__init__()
-        self.num_suggested = 0
-        self.points = [*space.first, *(p for p in space.grid() if p not in space.first)]
+        super().__init__([*space.first, *(p for p in space.grid() if p not in space.first)])
 
     def suggest(self, trial_id: str) -> Any:
         """Return the values of a new trial, or `FINISHED` after the last one."""
-        if self.num_suggested == len(self.points):
+        if not self.points:
             return Searcher.FINISHED
-        self.num_suggested += 1
-        return self.points[self.num_suggested - 1]
+        self.suggested[trial_id] = self.points.pop(0)
+        return self.suggested[trial_id]
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False

@@ -145,8 +145,8 @@ class SearchCallback(Callback):
         if isinstance(self.scheduler, HyperBand):
             self.scheduler.paused = frozenset(state["paused"])
         names = {trial.trial_id for trial in trials}
-        if hasattr(self.algorithm, "set_trials"):
-            self.algorithm.set_trials(names)
+        if hasattr(self.algorithm, "reconcile"):
+            self.algorithm.reconcile(trials)
         self.search.trials[:] = [row for row in self.search.trials if row.name in names]
         self._rows = {row.name: row for row in self.search.trials}
         for name in {path.split("/")[0] for path in self.context.trials.names() if "/" in path}:

@@ -88,7 +88,7 @@ def test_a_search_trains_and_evaluates_the_best_trial(ray_local, data, capsys):
     assert search(spec) == summary
     assert "already finished" in capsys.readouterr().out
     assert (folder / "summary.json").stat().st_mtime == before
-    with pytest.raises(JobError, match=r"holds a search with other settings \(train\)"):
+    with pytest.raises(JobError, match=r"contains a search with other settings \(train\)"):
         search(spec.overlay({"train.epochs": 9}))
 
 

@@ -461,7 +461,7 @@ def test_a_trial_on_features_can_be_evaluated_on_features_but_not_on_images(
     where: dict[str, Any] = {"run": run, "output": str(tmp_path / "out")}
     metrics = evaluate(EvaluateSpec(**where, data=stored.uri, split="validation"))
     assert metrics["roc_auc"] == pytest.approx(summary["validation"]["roc_auc"], abs=1e-6)
-    with pytest.raises(JobError, match=r"its images have 24 × 24 pixels, the run's 1 views of 64"):
+    with pytest.raises(JobError, match=r"its images have 24 × 24 pixels, not 1 × 64"):
         evaluate(EvaluateSpec(**where, data=str(folder / "prepared")))
     (tmp_path / "raw.csv").write_text("key,alpha,beta,row\na,1,2,3\n")
     with pytest.raises(JobError, match="looks at features in place of images"):

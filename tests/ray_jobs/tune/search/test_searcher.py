@@ -80,6 +80,30 @@ def test_a_restored_searcher_continues_with_the_same_suggestions(tmp_path, searc
     assert begun + learn(second, map(str, range(6, 14))) == whole
 
 
+@pytest.mark.parametrize("searcher", ["tpe", "random", "grid"])
+@pytest.mark.parametrize("num_trials", [0, 1, 3, 5])
+def test_a_state_from_another_moment_than_the_trials_loses_and_repeats_no_suggestion(
+    tmp_path, searcher, num_trials
+):
+    space = {"train.optimizer": SPACE["train.optimizer"], "train.epochs": {"randint": [3, 12]}}
+    whole = suggest(make(space, searcher=searcher)[0], map(str, range(9)), learn=False)
+    first = make(space, searcher=searcher)[0]
+    suggest(first, "012", learn=False)
+    first.save(str(tmp_path / "state"))
+    second = make(space, searcher=searcher)[0]
+    second.restore(str(tmp_path / "state"))
+    second.reconcile({str(i): whole[i] for i in range(num_trials)})
+    assert suggest(second, map(str, range(num_trials, 9)), learn=False) == whole[num_trials:]
+
+
+def test_a_study_takes_over_the_values_of_a_trial_that_it_would_choose_differently(tmp_path):
+    searcher, _ = make({"model.dropout": {"uniform": [0, 0.5]}})
+    searcher.reconcile({"a": {"model.dropout": 0.3}, "b": {"model.dropout": 0.125}})
+    searcher.on_trial_complete("b", {"best/val/log_loss": 0.25})
+    learned = [trial.params for trial in searcher.study.trials if trial.value == 0.25]
+    assert learned == [{"model.dropout": 0.125}]
+
+
 def test_a_restored_study_learns_from_trials_that_were_running(tmp_path):
     first, _ = make()
     suggest(first, ["a", "b"], learn=False)
