@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from ray import tune
 from ray.tune import CheckpointConfig
+from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.search import ConcurrencyLimiter, SearchAlgorithm, SearchGenerator
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
@@ -167,20 +168,19 @@ class _TrialGenerator(SearchGenerator):
     def __init__(self, searcher: Any, num_trials: int, max_concurrent: int | None = None) -> None:
         limited = max_concurrent is not None
         super().__init__(ConcurrencyLimiter(searcher, max_concurrent) if limited else searcher)
+        self._suggesting = searcher
         self._num_trials, self._max_concurrent = num_trials, max_concurrent
 
-    def reconcile(self, trials: Sequence[tune.experiment.Trial]) -> None:
+    def reconcile(self, trials: Sequence[TuneTrial]) -> None:
         """Adapt a restored state to the trials that exist; it may be from another moment."""
         self.set_state({**self.get_state(), "counter": len(trials)})
-        searcher: Any = self.searcher
-        if isinstance(searcher, ConcurrencyLimiter) and self._max_concurrent is not None:
-            searcher.live_trials = {trial.trial_id for trial in trials}
-            searcher.max_concurrent = self._max_concurrent
-            searcher = searcher.searcher
-        searcher.reconcile({trial.trial_id: trial.config for trial in trials})
+        if isinstance(self.searcher, ConcurrencyLimiter) and self._max_concurrent is not None:
+            self.searcher.live_trials = {trial.trial_id for trial in trials}
+            self.searcher.max_concurrent = self._max_concurrent
+        self._suggesting.reconcile({trial.trial_id: trial.config for trial in trials})
         for trial in trials:
             if trial.is_finished():
-                failed = trial.status == trial.ERROR
+                failed = trial.status == TuneTrial.ERROR
                 self.on_trial_complete(trial.trial_id, trial.last_result, failed)
 
     def set_state(self, state: dict[str, Any]) -> None:
