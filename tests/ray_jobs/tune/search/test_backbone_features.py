@@ -464,5 +464,5 @@ def test_a_trial_on_features_can_be_evaluated_on_features_but_not_on_images(
     with pytest.raises(JobError, match=r"its images have 24 × 24 pixels, not 1 × 64"):
         evaluate(EvaluateSpec(**where, data=str(folder / "prepared")))
     (tmp_path / "raw.csv").write_text("key,alpha,beta,row\na,1,2,3\n")
-    with pytest.raises(JobError, match="looks at features in place of images"):
+    with pytest.raises(JobError, match="model was trained on backbone features"):
         predict(PredictSpec(**where, data=str(tmp_path / "raw.csv"), images=str(tmp_path)))
