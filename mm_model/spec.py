@@ -46,10 +46,12 @@ class Spec(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _none_by_name(cls, values: Any) -> Any:
-        """Convert `none` to None in optional fields, in YAML and flags alike."""
+    def _check_keys_and_none(cls, values: Any) -> Any:
+        """Require known keys, and convert `none` to None in optional fields."""
         if not isinstance(values, dict):
             return values
+        for key in values:
+            require_one_of(str(key), list(cls.model_fields), "setting")
         optional = {n for n, f in cls.model_fields.items() if type(None) in get_args(f.annotation)}
         none = ("none", "null")
         return {k: None if k in optional and v in none else v for k, v in values.items()}

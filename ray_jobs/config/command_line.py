@@ -1,7 +1,9 @@
 """Parses the command line of every job, `[SPEC.yaml] [--section.key value …]`, into a spec.
 
-A flat spec may name one setting in the class variable `POSITIONAL`; its value is then also accepted
-without the flag: `inspect PREPARED`.
+tyro finds the flags and prints the help; pydantic converts and checks the values. The settings of a
+YAML file are passed to tyro as flags that precede those of the command line, so both have the same
+errors. A flat spec may name one setting in the class variable `POSITIONAL`; its value is given
+without a flag: `inspect PREPARED`.
 """
 
 import os
@@ -10,16 +12,18 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from textwrap import fill
-from typing import Any, Literal, NoReturn, TypeGuard, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeGuard, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from mm_model.nearest_match import did_you_mean
 from mm_model.spec import Spec
 from ray_jobs.config.errors import Interrupted, JobError, UsageError
+
+if TYPE_CHECKING:
+    from tyro.constructors import StructConstructorSpec, StructTypeInfo
 
 S = TypeVar("S", bound=Spec)
 T = TypeVar("T")
@@ -27,20 +31,21 @@ _NONE = type(None)
 _PASSWORD = re.compile(r"://[^/?#@\s]*:[^/?#@\s]+@")
 
 
-def main(spec_class: type[S], job: Callable[[S], Any], doc: str | None) -> None:
-    """Parse the command line, then print the help or run the job, with the exit status of `run`."""
-    arguments = sys.argv[1:]
+def main(
+    spec_class: type[S], job: Callable[[S], Any], doc: str | None, sections: Sequence[str] = ()
+) -> None:
+    """Parse the command line and run the job, with the exit status of `run`.
+
+    Args:
+        spec_class: Class of the spec.
+        job: Function of the spec.
+        doc: Description of the job for `--help`.
+        sections: Sections of the spec that the job uses. `--help` shows only these; `--help_all`
+            shows all.
+    """
     module = getattr(sys.modules["__main__"].__spec__, "name", "ray_jobs")
     prog = f"python -m {module.removesuffix('.__main__')}"
-    if is_help_request(arguments):
-        print(help_text(spec_class, prog, doc or ""))
-        return
-    run(prog, lambda: parse(spec_class, arguments), job)
-
-
-def is_help_request(arguments: Sequence[str]) -> bool:
-    """Return whether -h or --help is among the arguments."""
-    return bool({"-h", "--help"} & set(arguments))
+    run(prog, lambda: parse(spec_class, sys.argv[1:], prog, doc or "", sections), job)
 
 
 def run(prog: str, parse_arguments: Callable[[], T], job: Callable[[T], Any]) -> None:
@@ -66,50 +71,42 @@ def run(prog: str, parse_arguments: Callable[[], T], job: Callable[[T], Any]) ->
         _exit("interrupted", 130)
 
 
-def parse(spec_class: type[S], arguments: Sequence[str]) -> S:
+def parse(
+    spec_class: type[S],
+    arguments: Sequence[str],
+    prog: str = "",
+    doc: str = "",
+    sections: Sequence[str] = (),
+) -> S:
     """Return the spec that the arguments define: defaults, overridden by YAML, then by flags.
 
+    Prints the help or an error and exits, with status 0 or 2, if the arguments ask for help or are
+    invalid. See `main` for `sections`.
+
     Raises:
-        UsageError: If a key or value is invalid; the message names each one, what is accepted, and
-            the nearest match.
+        UsageError: If the YAML file cannot be used.
     """
-    fields = flatten(spec_class)
-    nested = any("." in path for path in fields)
-    positional = _positional(spec_class)
-    tree: dict[str, Any] = {}
-    flags: dict[str, str] = {}
-    rest = list(arguments)
-    while rest:
-        argument = rest.pop(0)
-        if not argument.startswith("--"):
-            if positional and positional not in flags:
-                flags[positional] = argument
-            elif nested and not tree and not flags:
-                tree = _with_empty_sections(spec_class, read_yaml(argument))
-            else:
-                order = "one YAML file first, then settings" if nested else "settings"
-                raise UsageError(f"unexpected argument {argument!r}; give {order} as flags")
-            continue
-        path, equals, value = argument[2:].partition("=")
-        if path not in fields:
-            raise UsageError(
-                f"unknown flag --{path}{did_you_mean(path, list(fields))} "
-                f"({_accepted_flags(path, list(fields))})"
-            )
-        if not equals:
-            if not rest or rest[0].startswith("--"):
-                raise UsageError(f"--{path} needs a value ({_type_text(fields[path].annotation)})")
-            value = rest.pop(0)
-        if path in flags and path == positional:
-            raise UsageError(
-                f"{path} is given twice: {flags[path]!r} and {value!r}; give only one of them"
-            )
-        if path in flags and _is_list(fields[path].annotation):
-            raise UsageError(f"--{path} is given twice; give all values at once: --{path} A,B")
-        flags[path] = value
-    for path, text in flags.items():
-        tree = with_value(tree, path, _parse_value(path, text, fields[path].annotation))
-    return validate_spec(spec_class, tree)
+    import tyro
+    from tyro.constructors import ConstructorRegistry
+
+    flags, rest = [], list(arguments)
+    if rest and not rest[0].startswith("-") and any("." in path for path in flatten(spec_class)):
+        flags = list(_yaml_flags(spec_class, read_yaml(rest.pop(0))))
+    shown: Sequence[str] = ()
+    if "--help_all" in rest:
+        rest = ["--help"]
+    elif sections and {"-h", "--help"} & set(rest):
+        shown, doc = sections, f"{doc}\n--help_all also lists the settings of the other verbs."
+    registry = ConstructorRegistry()
+    registry.struct_rule(partial(_section, root=spec_class, shown=shown))
+    return tyro.cli(
+        spec_class,
+        prog=prog or None,
+        description=doc,
+        args=[*flags, *rest],
+        use_underscores=True,
+        registry=registry,
+    )
 
 
 def validate_spec(spec_class: type[S], tree: Mapping[str, Any]) -> S:
@@ -118,28 +115,10 @@ def validate_spec(spec_class: type[S], tree: Mapping[str, Any]) -> S:
     Raises:
         UsageError: If a key or value is invalid; the message has one line for each.
     """
-    if path := next(_paths_with_password(tree, ""), None):
-        raise UsageError(
-            f"{path} contains a password, which would appear in run folders and logs; set "
-            "environment variables instead, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
-            "or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-        )
     try:
         return spec_class.model_validate(tree)
     except ValidationError as error:
-        raise UsageError("\n".join(_error_lines(spec_class, error.errors()))) from None
-
-
-def _paths_with_password(value: Any, path: str) -> Iterator[str]:
-    """Yield the path of every setting whose value is a URI with a password."""
-    if isinstance(value, str) and _PASSWORD.search(value):
-        yield path
-    elif isinstance(value, Mapping):
-        for name, child in value.items():
-            yield from _paths_with_password(child, f"{path}.{name}".lstrip("."))
-    elif isinstance(value, list | tuple):
-        for child in value:
-            yield from _paths_with_password(child, path)
+        raise UsageError(_problems(error)) from None
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -180,28 +159,122 @@ def flatten(spec_class: type[Spec], prefix: str = "") -> dict[str, FieldInfo]:
     return fields
 
 
-def help_text(spec_class: type[Spec], prog: str, doc: str) -> str:
-    """Return the help of a job: its description, then each flag with type, default and help."""
-    fields = flatten(spec_class)
-    nested = any("." in path for path in fields)
-    positional = _positional(spec_class)
-    usage = "[SPEC.yaml] [--section.key value …]" if nested else "[--key value …]"
-    if positional:
-        usage = f"{positional.upper()} {usage}"
-    lines = [f"usage: {prog} {usage}", "", doc.strip(), ""]
-    previous = ""
-    for path, field in fields.items():
-        section = path.rpartition(".")[0]
-        if section != previous:
-            lines += ["", f"{section}: {_section_doc(spec_class, section)}"] if section else []
-            previous = section
-        default = _default_text(field.get_default(call_default_factory=True))
-        default = "required" if field.is_required() else f"default {default}"
-        name = f"{path.upper()} or --{path}" if path == positional else f"--{path}"
-        lines.append(f"  {name} {_type_text(field.annotation)}  ({default})")
-        description = " ".join((field.description or "").split())
-        lines.append(fill(description, 92, initial_indent="      ", subsequent_indent="      "))
-    return "\n".join(lines)
+def _is_spec(annotation: Any) -> TypeGuard[type[Spec]]:
+    return isinstance(annotation, type) and issubclass(annotation, Spec)
+
+
+def _yaml_flags(spec_class: type[Spec], tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield the settings of a YAML file as flags."""
+    for name, value in tree.items():
+        field = spec_class.model_fields.get(name)
+        section = field and field.annotation
+        if not _is_spec(section):
+            yield f"--{prefix}{name}={value if isinstance(value, str) else _flow_text(value)}"
+        elif isinstance(value, Mapping):
+            yield from _yaml_flags(section, value, f"{prefix}{name}.")
+        elif value is not None:  # A section is null if all of its settings are commented out.
+            keys = ", ".join(section.model_fields)
+            raise UsageError(f"{prefix}{name} must be a section, not a value (accepted: {keys})")
+
+
+def _flow_text(value: Any) -> str:
+    """Return a value as YAML in one line."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=sys.maxsize, allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+# -- how tyro reads a spec ------------------------------------------------------------------------
+
+
+def _section(
+    info: "StructTypeInfo", root: type[Spec], shown: Sequence[str]
+) -> "StructConstructorSpec | None":
+    """Return the fields of a section and the function that validates them together."""
+    from tyro.constructors import MISSING_NONPROP, StructConstructorSpec, StructFieldSpec
+
+    if not _is_spec(info.type):
+        return None
+    fields = []
+    for name, field in info.type.model_fields.items():
+        section, text = field.annotation, field.description
+        if _is_spec(section):
+            if shown and info.type is root and name not in shown:
+                continue
+            value, text = section, section.__doc__
+        else:
+            value = _value(field, name.upper() if name == _positional(info.type) else None)
+        default = (
+            MISSING_NONPROP if field.is_required() else field.get_default(call_default_factory=True)
+        )
+        fields.append(StructFieldSpec(name, value, default, " ".join((text or "").split())))
+    return StructConstructorSpec(partial(_construct, info.type), tuple(fields))
+
+
+def _positional(spec_class: type[Spec]) -> str | None:
+    return getattr(spec_class, "POSITIONAL", None)
+
+
+def _construct(spec_class: type[Spec], **values: Any) -> Spec:
+    try:
+        return spec_class(**values)
+    except ValidationError as error:
+        raise ValueError(_problems(error)) from None
+
+
+def _value(field: FieldInfo, positional: str | None) -> Any:
+    """Return the type of a setting whose value is one word, which pydantic converts.
+
+    Args:
+        field: The setting.
+        positional: Name in the help, if the value is given without a flag.
+    """
+    from tyro.conf import Positional
+    from tyro.constructors import PrimitiveConstructorSpec
+
+    adapter = TypeAdapter(field.rebuild_annotation())
+
+    def convert(words: list[str]) -> Any:
+        if _PASSWORD.search(words[0]):
+            raise ValueError(
+                "the value contains a password, which would appear in run folders and logs; set "
+                "environment variables instead, such as AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            )
+        try:
+            return adapter.validate_python(_split(words[0], field.annotation))
+        except ValidationError as error:
+            raise ValueError(f"{words[0]!r} is invalid: {_problems(error)}") from None
+        except yaml.YAMLError as error:
+            problem = getattr(error, "problem", error)
+            raise ValueError(f"{words[0]!r} is not valid YAML: {problem}") from None
+
+    constructor = PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=positional or _type_text(field.annotation),
+        instance_from_str=convert,
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: [_default_text(value)],
+    )
+    return Annotated[Positional[Any] if positional else Any, constructor]
+
+
+def _split(text: str, annotation: Any) -> Any:
+    """Convert `A,B`, YAML lists and YAML mappings; pydantic parses single values."""
+    members = _union_members(annotation)
+    origins = [typing.get_origin(member) for member in members]
+    if text in ("none", "null") and _NONE in members:
+        return None
+    if (tuple in origins or dict in origins) and text.startswith(("[", "{")):
+        return yaml.safe_load(text)
+    accepts_scalar = any(m is not _NONE and typing.get_origin(m) is not tuple for m in members)
+    if tuple in origins and ("," in text or not accepts_scalar):
+        return [part.strip() for part in text.split(",") if part.strip()]
+    return text
+
+
+def _union_members(annotation: Any) -> tuple[Any, ...]:
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    return typing.get_args(annotation) if is_union else (annotation,)
 
 
 def _type_text(annotation: Any) -> str:
@@ -228,29 +301,6 @@ def _type_text(annotation: Any) -> str:
     }.get(getattr(annotation, "__name__", ""), str(annotation))
 
 
-def _with_empty_sections(spec_class: type[Spec], tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a mapping from YAML with empty sections in place of null.
-
-    A section is null if all of its settings are commented out.
-    """
-    copy = dict(tree)
-    for name, field in spec_class.model_fields.items():
-        if name in copy and _is_spec(field.annotation):
-            section = {} if copy[name] is None else copy[name]
-            if isinstance(section, Mapping):
-                section = _with_empty_sections(field.annotation, section)
-            copy[name] = section
-    return copy
-
-
-def _positional(spec_class: type[Spec]) -> str | None:
-    return getattr(spec_class, "POSITIONAL", None)
-
-
-def _is_spec(annotation: Any) -> TypeGuard[type[Spec]]:
-    return isinstance(annotation, type) and issubclass(annotation, Spec)
-
-
 def _default_text(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return str(value).lower()
@@ -258,131 +308,17 @@ def _default_text(value: Any) -> str:
     return text or "empty"
 
 
-def _section_doc(spec_class: type[Spec], path: str) -> str:
-    for name in path.split("."):
-        spec_class = typing.cast(type[Spec], spec_class.model_fields[name].annotation)
-    return (spec_class.__doc__ or "").strip()
-
-
-def _union_members(annotation: Any) -> tuple[Any, ...]:
-    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    return typing.get_args(annotation) if is_union else (annotation,)
-
-
-def _is_list(annotation: Any) -> bool:
-    """Return whether a setting accepts any number of values."""
-    return any(
-        typing.get_origin(member) is tuple and typing.get_args(member)[-1] is ...
-        for member in _union_members(annotation)
-    )
-
-
-def _parse_value(path: str, text: str, annotation: Any) -> Any:
-    """Convert the text of a flag to a value for pydantic, which parses scalars itself."""
-    members = _union_members(annotation)
-    origins = [typing.get_origin(member) for member in members]
-    if text in ("none", "null") and _NONE in members:
-        return None
-    if (tuple in origins or dict in origins) and text.startswith(("[", "{")):
-        try:
-            return yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            problem = getattr(error, "problem", error)
-            raise UsageError(f"{path}={text!r} is not valid YAML: {problem}") from None
-    accepts_scalar = any(m is not _NONE and typing.get_origin(m) is not tuple for m in members)
-    if tuple in origins and ("," in text or not accepts_scalar):
-        return [part.strip() for part in text.split(",") if part.strip()]
-    return text
-
-
-def _error_lines(spec_class: type[Spec], problems: Sequence[Any]) -> list[str]:
-    """Return a line for each invalid key or value."""
-    lines: dict[Any, str] = {}
-    for problem in problems:
-        setting, field, keys = _locate(spec_class, problem["loc"])
-        is_bound = problem["type"].startswith(("greater_than", "less_than"))
-        if field is not None and (_has_several_types(field) or _has_wrong_length(problem)):
-            # An invalid value of a union has one problem per member; a bound is the clearest.
-            if setting not in lines or is_bound:
-                lines[setting] = _accepted_line(setting, field, problem, is_bound)
-        else:
-            lines[problem["loc"]] = _error_line(problem, keys, setting == _positional(spec_class))
-    return list(dict.fromkeys(lines.values()))
-
-
-def _locate(
-    spec_class: type[Spec], location: Sequence[Any]
-) -> tuple[str, FieldInfo | None, list[str]]:
-    """Return the path and field of a setting, and the keys of the innermost section around it.
-
-    The field of a section is None.
-    """
-    path, setting = "", None
-    for part in location:
-        field = spec_class.model_fields.get(str(part))
-        if field is None:  # a list index, a name in a mapping, or an unknown key
-            continue
-        if setting is None:
-            path = f"{path}.{part}".lstrip(".")
-            setting = None if _is_spec(field.annotation) else field
-        nested = [a for a in (field.annotation, *typing.get_args(field.annotation)) if _is_spec(a)]
-        if not nested:
-            break
-        spec_class = nested[0]
-    return path, setting, list(spec_class.model_fields)
-
-
-def _has_several_types(field: FieldInfo) -> bool:
-    return len([m for m in _union_members(field.annotation) if m is not _NONE]) > 1
-
-
-def _has_wrong_length(problem: Any) -> bool:
-    """Return whether a tuple has the wrong number of values."""
-    kind, last = problem["type"], problem["loc"][-1]
-    return kind in ("tuple_type", "too_long") or (kind == "missing" and isinstance(last, int))
-
-
-def _accepted_line(path: str, field: FieldInfo, problem: Any, is_bound: bool) -> str:
-    given, accepted = problem["input"], _type_text(field.annotation)
-    text = ",".join(map(str, given)) if isinstance(given, list | tuple) else str(given)
-    if is_bound:
-        return f"{path}={text!r}: {problem['msg']} (accepted: {accepted})"
-    nearest = did_you_mean(text, accepted.split("|"))
-    return f"{path}={text!r} is invalid{nearest} (accepted: {accepted})"
-
-
-def _error_line(problem: Any, keys: list[str], is_positional: bool) -> str:
-    kind, given, location = problem["type"], problem["input"], [str(p) for p in problem["loc"]]
-    path, accepted = ".".join(location), f"accepted: {', '.join(keys)}"
-    message = str(problem["msg"]).removeprefix("Value error, ")
-    if kind == "extra_forbidden":
-        key, section = location[-1], ".".join(location[:-1]) or "the spec"
-        return f"{path}: {section} has no key {key!r}{did_you_mean(key, keys)} ({accepted})"
-    if kind == "missing":
-        if any(part.isdigit() for part in location):
-            return f"{path} is required ({accepted})"
-        flag = f"{path.upper()} or --{path}" if is_positional else f"--{path}"
-        return f"{path} is required; set it with {flag}"
-    if kind == "model_type":
-        message = f"must be a section, not a value ({accepted})"
-    if kind == "literal_error":
-        choices = re.findall("'(.*?)'", problem["ctx"]["expected"])
-        nearest = did_you_mean(str(given), choices)
-        return f"{path}={given!r} is invalid{nearest} (accepted: {', '.join(choices)})"
-    value = f"={given!r}" if isinstance(given, str | int | float | bool | None) else ""
-    # Checks across sections have no path; their messages name the settings.
-    return f"{path}{value}: {message}" if path else message
-
-
-def _accepted_flags(path: str, paths: list[str]) -> str:
-    """Describe the flags of the section in `path`, or list the sections if it does not exist."""
-    section = path.rpartition(".")[0]
-    names = [p.removeprefix(f"{section}.") for p in paths if p.rpartition(".")[0] == section]
-    if section and names:
-        return f"accepted in {section}: {', '.join(names)}"
-    if sections := sorted({p.rpartition(".")[0] for p in paths if "." in p}):
-        return f"sections: {', '.join(sections)}"
-    return f"accepted: {', '.join(paths)}"
+def _problems(error: ValidationError) -> str:
+    """Return one line for each invalid key or value."""
+    lines = []
+    for problem in error.errors():
+        path = ".".join(map(str, problem["loc"]))
+        given = problem["input"]
+        value = f"={given!r}" if path and isinstance(given, str | int | float | bool | None) else ""
+        message = problem["msg"].removeprefix("Value error, ")
+        # Checks across settings have no path; their messages name the settings.
+        lines.append(f"{path}{value}: {message}" if path else message)
+    return "\n".join(dict.fromkeys(lines))
 
 
 def _exit(text: str, status: int) -> NoReturn:

@@ -201,7 +201,7 @@ def _print_summary(server: Server, job_id: str, folder: str) -> None:
 def parse(arguments: Sequence[str]) -> Callable[[], int | None]:
     """Return the validated action of a command line, which returns an exit status; None means 0.
 
-    Sends nothing and does not import Ray.
+    Sends nothing and does not import Ray. Exits like `command_line.parse`.
 
     Raises:
         UsageError: If the command line is invalid.
@@ -209,12 +209,15 @@ def parse(arguments: Sequence[str]) -> Callable[[], int | None]:
     flags, verb, rest = split(arguments)
     if verb in COMMANDS:
         spec_class, action = COMMANDS[verb]
-        return partial(action, command_line.parse(spec_class, [*rest, *flags]))
+        spec = command_line.parse(
+            spec_class, [*rest, *flags], f"{PROG} {verb}", action.__doc__ or ""
+        )
+        return partial(action, spec)
+    spec = command_line.parse(SubmitSpec, flags, PROG, __doc__ or "")
     accepted = [*JOBS, *COMMANDS]
     if verb not in JOBS:
         problem = f"unknown verb {verb!r}{did_you_mean(verb, accepted)}" if verb else "missing verb"
         raise UsageError(f"{problem} (accepted: {', '.join(accepted)})")
-    spec = command_line.parse(SubmitSpec, flags)
     folder = resolve_working_dir(spec.working_dir)
     job = make_job(verb, rest, folder)
     return partial(submit, spec, job, runtime_env(folder, spec.env))
@@ -226,13 +229,12 @@ def split(arguments: Sequence[str]) -> tuple[list[str], str, list[str]]:
     The flags of submit may be written like Ray's: `--no-wait`, `--working-dir`.
     """
     flags, rest = [], list(arguments)
-    while rest and rest[0].startswith("--"):
+    while rest and rest[0].startswith("-"):
         flag, equals, value = rest.pop(0).partition("=")
-        flag = "--" + flag[2:].replace("-", "_")
-        if flag == "--no_wait":
+        if flag in ("--no-wait", "--no_wait"):
             flag, equals, value = "--wait", "=", "false"
         flags.append(flag + equals + value)
-        if not equals and rest:
+        if not equals and rest and flag not in ("-h", "--help"):
             flags.append(rest.pop(0))
     return flags, rest[0] if rest else "", rest[1:]
 
@@ -244,7 +246,9 @@ def make_job(verb: str, arguments: Sequence[str], folder: Path) -> Job:
         UsageError: If the verb does not accept the arguments, or the cluster could not use them.
     """
     _require_no_submit_flags(verb, arguments)
-    spec: Any = command_line.parse(JOBS[verb].spec, arguments)
+    spec: Any = command_line.parse(
+        JOBS[verb].spec, arguments, f"{PROG} {verb}", f"Run {verb} on a cluster."
+    )
     is_run = isinstance(spec, RunSpec)
     addresses = {"address": getattr(spec, "address", None)}
     if is_run:
@@ -290,26 +294,11 @@ def _relative_name(folder: Path, file: str) -> str:
     return path.relative_to(folder).as_posix()
 
 
-def help_text(arguments: Sequence[str]) -> str:
-    """Return the help of submit, or of the first verb among the arguments."""
-    for verb in arguments:
-        if verb in JOBS:
-            return command_line.help_text(
-                JOBS[verb].spec, f"{PROG} [FLAGS] {verb}", f"Run {verb} on a cluster."
-            )
-    _, _, flags = command_line.help_text(SubmitSpec, PROG, __doc__ or "").partition("\n")
-    return f"usage: {PROG} [--key value …] VERB [ARGUMENTS]\n{flags}"
-
-
 def main() -> None:
     """Run from the command line."""
-    arguments = sys.argv[1:]
-    if command_line.is_help_request(arguments):
-        print(help_text(arguments))
-        return
 
     def run(action: Callable[[], int | None]) -> None:
         enable_token()
         sys.exit(action())
 
-    command_line.run(PROG, lambda: parse(arguments), run)
+    command_line.run(PROG, lambda: parse(sys.argv[1:]), run)

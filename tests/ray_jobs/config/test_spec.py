@@ -84,7 +84,7 @@ def test_an_empty_overlay_gives_an_equal_spec():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train.epoch": 3}, "train.epoch: train has no key 'epoch'; did you mean 'epochs'?"),
+        ({"train.epoch": 3}, "train: unknown setting 'epoch'; did you mean 'epochs'?"),
         ({"train.epochs": 0}, "train.epochs=0: Input should be greater than 0"),
         ({"train.epochs.most": 3}, r"train.epochs: Input should be a valid integer"),
         ({"train.num_workers": 5}, "global_batch_size=32 cannot be .* among num_workers=5"),

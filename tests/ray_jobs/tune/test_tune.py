@@ -18,6 +18,7 @@ from ray_jobs.config.spec import RunSpec
 from ray_jobs.train.job import fit
 from ray_jobs.tune.job import search
 from ray_jobs.tune.trials.trial import ENDED
+from tests.ray_jobs.config.usage import unframed
 from tests.ray_jobs.tune.searches import prepare_in, require_nothing_left, spec_in
 
 RESULTS = {
@@ -49,7 +50,8 @@ def test_the_command_line_rejects_an_invalid_space(tmp_path):
     command = [sys.executable, "-m", "ray_jobs.tune", str(tmp_path / "wrong.yaml")]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2
-    assert "tune.space: no setting train.epoch; did you mean 'train.epochs'?" in result.stderr
+    error = unframed(result.stderr)
+    assert "tune.space: no setting train.epoch; did you mean 'train.epochs'?" in error
 
 
 @pytest.mark.slow

@@ -136,7 +136,7 @@ def test_values_of_dependent_settings_are_validated_together():
             "give exactly one of .*, not randint and choice",
         ),
         ({"train.epochs": {"choice": []}}, "choice needs at least one value"),
-        ({"train.epochs": {"unifrm": [1, 2]}}, "has no key 'unifrm'; did you mean 'uniform'?"),
+        ({"train.epochs": {"unifrm": [1, 2]}}, "unknown setting 'unifrm'; did you mean 'uniform'?"),
         ({"run.seed": {"randint": [0, 5]}}, "cannot search over run.seed"),
         (
             {
