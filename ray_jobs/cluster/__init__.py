@@ -7,7 +7,7 @@ packaging.py       the working directory and environment of a submitted job
 worker_group.py    addresses, environment and strategy of TensorFlow workers
 tf_backend.py      the same for Ray Train: KerasTrainer
 strategy.py        replicas of a worker and their exchanges (imports TensorFlow)
-watchdog.py        ends a worker that hangs
+hang_watchdog.py   ends a worker that hangs
 environment.py     environment.json of a run
 stderr_filter.py   drops log lines of native libraries
 compat_ray.py      all private APIs of Ray

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 import ray
 
-from ray_jobs.cluster.watchdog import Watchdog
+from ray_jobs.cluster.hang_watchdog import Watchdog
 from ray_jobs.cluster.worker_group import GroupWorker, start_workers
 from ray_jobs.config.spec import RunSpec
 from ray_jobs.data.batch import INPUT_TYPES

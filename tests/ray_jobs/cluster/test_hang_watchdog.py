@@ -1,7 +1,7 @@
 import threading
 import time
 
-from ray_jobs.cluster.watchdog import Watchdog
+from ray_jobs.cluster.hang_watchdog import Watchdog
 
 
 def test_a_silent_process_is_ended_after_a_report():
