@@ -9,7 +9,7 @@ column_statistics.py  values of one column → distribution, drift, leakage
 report_schema.py      the report as data, as stored in inspect.json
 build_report.py       the three analyses → report
 data_findings.py      report → findings
-inspect_page.py       report and thumbnails → inspect.html
+inspect_page.py       report and thumbnails → inspect.html, with its template
 """
 
 from ray_jobs.inspect.job import inspect

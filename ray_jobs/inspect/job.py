@@ -1,7 +1,7 @@
 """Report what prepared data contains and which problems it has.
 
-Reads: a folder from `prepare`.  Writes: inspect.html, a self-contained page, and inspect.json, the
-same figures for programs.
+Reads: a folder from `prepare`.  Writes: inspect.html (a self-contained page) and inspect.json (the
+same numbers, machine-readable).
 
 Run:   python -m ray_jobs.inspect prepared
 
@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING
 
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import SPLITS, InspectSpec
-from ray_jobs.config.text import count_text
+from ray_jobs.config.text import count_text, number_text, percent_text
 from ray_jobs.data.manifest import read_manifest, require_shards
-from ray_jobs.pages.page_kit import NONE, number_text
 from ray_jobs.storage.folder import Folder
 
 if TYPE_CHECKING:
@@ -94,7 +93,7 @@ def _split_table(report: "Report") -> "Table":
             split,
             *(f"{count:,}" for count in (*summary.class_counts, summary.num_rows)),
             f"{summary.share:.1%}",
-            NONE if positive is None else f"{positive:.1%}",
+            percent_text(positive),
             f"{summary.num_shards:,}",
             f"{summary.num_bytes / 1e6:,.1f}",
         )

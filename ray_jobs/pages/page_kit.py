@@ -1,77 +1,72 @@
-"""Builds the common parts of all HTML pages.
+"""Renders HTML pages from jinja2 templates, with plotly charts.
 
-A page is a single file that loads no resources and runs no scripts. Callers pass text from the data
-through `escape`; all other arguments are HTML.
+A page is a single file that loads no resources, so it works offline. Templates escape all values
+but those of type `Markup`. Charts take their colors from the style sheet, as `var(--name)`.
 """
 
-import html
-import re
-from collections.abc import Iterable, Sequence
-from importlib import resources
+from typing import TYPE_CHECKING, Any
 
-from ray_jobs.config.text import count_text
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
 
-NONE = "–"
-"""Shown in place of a missing number."""
+from ray_jobs.config.text import NONE, count_text, duration_text, number_text, percent_text
 
-_FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+_FONT = {"family": "system-ui, sans-serif", "size": 12, "color": "var(--muted)"}
+_AXIS = {"gridcolor": "var(--line)", "linecolor": "var(--line)", "zeroline": False}
 
 
-def document(title: str, parts: Iterable[str]) -> str:
-    """Return a whole page.
+def render(template: str, **values: Any) -> str:
+    """Return a page.
 
     Args:
-        title: Plain text.
-        parts: HTML of the body, in order.
+        template: Path of a template in the package `ray_jobs`, which extends `pages/base.html.j2`.
+        **values: Values for the template.
     """
-    css = resources.files("ray_jobs.pages").joinpath("page.css").read_text("utf-8")
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>\n{css}</style></head>\n"
-        "<body><main>\n" + "\n".join(parts) + "\n</main></body></html>\n"
+    environment = Environment(
+        loader=PackageLoader("ray_jobs", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+    environment.filters |= {
+        "number": number_text,
+        "percent": percent_text,
+        "duration": duration_text,
+    }
+    environment.globals |= {"count_text": count_text, "NONE": NONE, "plotly_js": get_plotlyjs}
+    page = environment.get_template(template).render(**values)
+    # Lone surrogates cannot be encoded.
+    return page.encode("utf-8", "replace").decode("utf-8")
 
 
-def escape(value: object) -> str:
-    """Return a value as escaped text, with � for characters that XML forbids."""
-    return html.escape(_FORBIDDEN.sub("\N{REPLACEMENT CHARACTER}", str(value)))
+def chart(figure: "Figure | None", label: str, height: int = 300) -> Markup:
+    """Return a figure as HTML, in the style of the page; None gives an empty text.
 
-
-def section(heading: str, content: str) -> str:
-    """Return a heading with a card below it."""
-    return f"<h2>{heading}</h2><div class='card'>{content}</div>"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], css_class: str = "") -> str:
-    """Return a table that scrolls sideways if the page is too narrow."""
-    names = "".join(f"<th>{name}</th>" for name in head)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return (
-        f"<div class='scroll'><table class='{css_class}'><thead><tr>{names}</tr></thead>"
-        f"<tbody>{body}</tbody></table></div>"
+    Args:
+        figure: The figure; its texts are HTML, so text from the data must be escaped.
+        label: Description of the chart for screen readers.
+        height: Height in pixels.
+    """
+    if figure is None:
+        return Markup()
+    figure.update_layout(
+        template="none",
+        title=None,
+        height=height,
+        margin={"l": 10, "r": 10, "t": 10, "b": 10},
+        font=_FONT,
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        hoverlabel={"bgcolor": "var(--card)", "align": "left", "font": {"color": "var(--ink)"}},
+        legend={"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom"},
     )
-
-
-def share_bar(share: float, title: str = "") -> str:
-    """Return a bar filled to a fraction between 0 and 1."""
-    hover = f" title='{title}'" if title else ""
-    return f"<div class='stack'{hover}><i style='width:{100 * share:.1f}%'></i></div>"
-
-
-def more_note(number: int, noun: str) -> str:
-    """Return a note on the entries that a list omits, or an empty string if there are none."""
-    return f"<p class='muted small note'>And {count_text(number, noun)}.</p>" if number > 0 else ""
-
-
-def number_text(value: float | None, decimals: int | None = None) -> str:
-    """Return a number with the given decimals, or with four significant digits."""
-    if value is None:
-        return NONE
-    if decimals is not None:
-        return f"{value:.{decimals}f}"
-    if abs(value) < 1e7 and (abs(value) >= 1000 or value == int(value)):
-        return f"{value:,.0f}"
-    return f"{value:.4g}"
+    figure.update_xaxes(automargin=True, **_AXIS)
+    figure.update_yaxes(automargin=True, **_AXIS)
+    return Markup(
+        '<div class="chart" role="img" aria-label="{}" style="height:{}px" data-figure="{}"></div>'
+    ).format(label, height, figure.to_json())

@@ -5,7 +5,7 @@ import io
 import time
 from typing import TYPE_CHECKING
 
-from ray_jobs.pages.page_kit import NONE, number_text
+from ray_jobs.config.text import NONE, number_text
 from ray_jobs.storage.folder import Folder
 from ray_jobs.tune.results.search_state import PARTS, Search, TrialRow
 from ray_jobs.tune.results.searched_settings import searched_settings, value_text

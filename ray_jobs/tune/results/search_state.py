@@ -22,6 +22,8 @@ saving."""
 
 _MAX_FINITE = 1e300
 """Differences of larger numbers can overflow."""
+_FENCE = 3.0
+"""Distance of Tukey's outer fence from the quartile, in interquartile ranges."""
 
 
 def finite(value: object) -> float | None:
@@ -33,6 +35,22 @@ def finite(value: object) -> float | None:
     except OverflowError:
         return None
     return number if abs(number) < _MAX_FINITE else None
+
+
+def typical_range(metric: str, values: Sequence[float]) -> tuple[float, float]:
+    """Return the range of the values of a metric, without outliers that are far worse.
+
+    The range extends from the best value to Tukey's outer fence on the worse side, three
+    interquartile ranges beyond the quartile. It is empty, 0 to 0, without values.
+    """
+    if not values:
+        return 0.0, 0.0
+    ordered = sorted(values, key=lambda value: sort_key(metric, value))
+    quartiles = [float(q) for q in np.quantile(ordered, [0.25, 0.75])]
+    near, far = sorted(quartiles, key=lambda value: sort_key(metric, value))
+    fence = sort_key(metric, far + _FENCE * (far - near)) if far != near else math.inf
+    worst = [value for value in ordered if sort_key(metric, value) <= fence][-1]
+    return min(ordered[0], worst), max(ordered[0], worst)
 
 
 @dataclass

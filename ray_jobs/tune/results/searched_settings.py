@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ray_jobs.pages.page_kit import number_text
+from ray_jobs.config.text import number_text
 from ray_jobs.tune.results.search_state import TrialRow, finite
 
 

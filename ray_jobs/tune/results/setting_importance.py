@@ -1,12 +1,13 @@
 """Computes how much of the spread of the scores each searched setting explains."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
-from ray_jobs.tune.results.search_state import Search, finite
+from ray_jobs.tune.results.optuna_study import make_study
+from ray_jobs.tune.results.search_state import Search, finite, typical_range
 from ray_jobs.tune.results.searched_settings import Setting, searched_settings, value_text
-from ray_jobs.tune.results.svg_charts import Scale, typical_range
 
 MIN_TRIALS = 4
 """Minimum number of scores from which importances can be estimated."""
@@ -80,7 +81,10 @@ def _encode(value: Any, setting: Setting) -> float | int | str:
     number = finite(value) or 0.0
     if _is_count(setting):
         return int(number - setting.low)
-    return Scale(setting.low, setting.high, setting.log).at(number)
+    low, high, number = (
+        math.log(value) if setting.log else value for value in (setting.low, setting.high, number)
+    )
+    return (number - low) / (high - low)
 
 
 def _is_count(setting: Setting) -> bool:
@@ -102,15 +106,8 @@ def _fanova(
         )
         for i, target in enumerate(targets)
     ]
-    verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        study = optuna.create_study()
-        study.add_trials(trials)
-        evaluator = FanovaImportanceEvaluator(max_depth=_TREE_DEPTH, seed=_SEED)
-        fractions = get_param_importances(study, evaluator=evaluator)
-    finally:
-        optuna.logging.set_verbosity(verbosity)
+    evaluator = FanovaImportanceEvaluator(max_depth=_TREE_DEPTH, seed=_SEED)
+    fractions = get_param_importances(make_study(trials, "minimize"), evaluator=evaluator)
     return {path: float(fraction) for path, fraction in fractions.items()}
 
 

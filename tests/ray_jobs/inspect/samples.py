@@ -1,6 +1,5 @@
 """Prepared data with whatever an inspection is to find, and what it finds."""
 
-import hashlib
 import io
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,11 @@ from PIL import Image
 
 from mm_model.statistics import fit_vocabulary
 from ray_jobs.config.spec import InspectSpec, PrepareSpec
-from ray_jobs.data.manifest import ImageInfo, Manifest, Shard, SplitInfo
+from ray_jobs.data.manifest import ImageInfo, Manifest, SplitInfo
 from ray_jobs.inspect.job import inspect
 from ray_jobs.inspect.report_schema import Report
 from ray_jobs.storage.folder import Folder
+from tests.ray_jobs.tiny import _write_shard
 
 SIZE = 32
 SPLITS = ("train", "validation", "test")
@@ -68,18 +68,7 @@ def write(
                 for name, values in columns.items()
             }
         )
-        path = folder / split / "part-00000.parquet"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(table, path, row_group_size=7)
-        content = path.read_bytes()
-        sizes = tuple(min(7, table.num_rows - i) for i in range(0, table.num_rows, 7))
-        shard = Shard(
-            path=f"{split}/part-00000.parquet",
-            num_rows=table.num_rows,
-            row_groups=sizes,
-            num_bytes=len(content),
-            sha256=hashlib.sha256(content).hexdigest(),
-        )
+        shard = _write_shard(folder, f"{split}/part-00000.parquet", table, rows_per_group=7)
         positives = int(np.sum(columns["label"]))
         infos[split] = SplitInfo(
             num_rows=table.num_rows,

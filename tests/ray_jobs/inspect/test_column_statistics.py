@@ -1,19 +1,18 @@
 import re
-from collections import defaultdict
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from scipy import stats
+from sklearn.metrics import roc_auc_score
 
 from tests.ray_jobs.inspect.samples import (
     SPLITS,
-    jpeg,
     kinds,
     look,
-    photo,
     psi,
     rows,
     stored,
@@ -23,74 +22,78 @@ from tests.ray_jobs.inspect.samples import (
 from tests.ray_jobs.tiny import COLUMNS
 
 
-def test_figures_of_numbers_are_those_of_numpy(harmless, tmp_path):
-    report = look(harmless, output=str(tmp_path))
-    assert [facts.column for facts in report.numeric] == list(COLUMNS)
-    for facts in report.numeric:
+def values_of(folder: Path, split: str, column: str) -> np.ndarray:
+    return stored(folder, split)[column].to_numpy().astype(np.float64)
+
+
+def test_figures_and_bins_of_numbers_are_those_of_numpy(harmless, harmless_report):
+    assert [facts.column for facts in harmless_report.numeric] == list(COLUMNS)
+    for facts in harmless_report.numeric:
         for split, found in facts.splits.items():
-            value = stored(harmless, split)[facts.column].to_numpy().astype(np.float64)
+            value = values_of(harmless, split, facts.column)
             there = value[~np.isnan(value)]
             assert found.num_rows == len(value)
             assert found.missing == np.isnan(value).sum()
-            assert sum(found.histogram) == len(there)
             expected = [there.mean(), there.std(), there.min(), np.median(there), there.max()]
             figures = [found.mean, found.std, found.min, found.median, found.max]
             np.testing.assert_allclose(figures, expected, rtol=1e-12)
+            # The bins are the same in all splits; the outermost take what is beyond. np.histogram
+            # puts a value on the last edge into the last bin, as we do.
+            clipped = np.clip(there, facts.edges[0], facts.edges[-1])
+            assert found.histogram == tuple(np.histogram(clipped, np.array(facts.edges))[0])
 
 
-def test_bins_are_the_same_in_all_splits_and_the_outermost_take_what_is_beyond(harmless, tmp_path):
-    facts = look(harmless, output=str(tmp_path)).numeric[0]
-    for split, found in facts.splits.items():
-        value = stored(harmless, split)["alpha"].drop_null().to_numpy().astype(np.float64)
-        clipped = np.clip(value, facts.edges[0], facts.edges[-1])
-        expected, _ = np.histogram(clipped, np.array(facts.edges))
-        # np.histogram puts a value on the last edge into the last bin, as we do.
-        assert found.histogram == tuple(expected)
+def test_columns_with_few_shifted_equal_or_no_values(tmp_path):
+    nan = float("nan")
+    start = np.arange(0, 1000, 10) + 0.5
+    shifts = {"train": 0.0, "validation": -200.0, "test": 90_000.0}
+    columns = {"rooms": [1, 2, 2, 5, 5, 5, nan, 1, 1, 1] * 10, "none": [nan] * 100}
+    data = {
+        split: rows(split, 100, wide=start + shift, even=np.arange(100.0), same=[7.5] * 100)
+        | columns
+        for split, shift in shifts.items()
+    }
+    data["test"]["even"] = np.full(100, 5.0)
+    report = look(write(tmp_path, data))
+    facts = {facts.column: facts for facts in report.numeric}
+    # Few whole numbers have a bin each.
+    assert facts["rooms"].edges == (0.5, 1.5, 2.5, 3.5, 4.5, 5.5)
+    assert facts["rooms"].splits["test"].histogram == (40, 20, 0, 0, 30)
+    assert facts["rooms"].splits["test"].missing == 10
+    # Bins reach to where another split lies, and no further than the width of the training split.
+    low, high = np.quantile(start, [0.005, 0.995])
+    edges = facts["wide"].edges
+    expected = [np.quantile(start - 200, 0.01), high + (high - low)]
+    np.testing.assert_allclose([edges[0], edges[-1]], expected)
+    assert facts["wide"].splits["test"].histogram[-1] == 100
+    # The share of an empty bin counts as one in ten thousand.
+    found = facts["even"].drift["test"].psi
+    assert found == pytest.approx(psi([0.1] * 10, [1.0] + [1e-4] * 9), rel=1e-9)
+    nothing, constant = facts["none"], facts["same"]
+    assert nothing.splits["train"].mean is None
+    assert nothing.drift["test"].psi is None
+    assert nothing.leak.auc is None
+    assert not nothing.leak.suspect
+    assert (constant.splits["train"].std, constant.drift["test"].psi) == (0, 0)
+    assert sum(constant.splits["train"].histogram) == 100
+    assert text_of(report, "mostly_missing") == "Mostly missing in train: none (100%)."
+    assert text_of(report, "constant") == "Constant in train: same."
 
 
-def test_few_whole_numbers_have_a_bin_each(tmp_path):
-    values = [1, 2, 2, 5, 5, 5, float("nan"), 1]
-    folder = write(tmp_path, {split: rows(split, 8, rooms=values) for split in SPLITS})
-    (facts,) = look(folder).numeric
-    assert facts.edges == (0.5, 1.5, 2.5, 3.5, 4.5, 5.5)
-    assert facts.splits["test"].histogram == (2, 2, 0, 0, 3)
-    assert facts.splits["test"].missing == 1
-
-
-def test_bins_reach_to_where_another_split_lies_and_no_further_than_trainings_own_width(tmp_path):
-    train = np.arange(0, 1000, 10) + 0.5
-    data = {split: rows(split, 100, x=train + shift) for split, shift in
-            (("train", 0.0), ("validation", -200.0), ("test", 90_000.0))}  # fmt: skip
-    (facts,) = look(write(tmp_path, data)).numeric
-    low, high = np.quantile(train, [0.005, 0.995])
-    expected = [np.quantile(train - 200, 0.01), high + (high - low)]
-    np.testing.assert_allclose([facts.edges[0], facts.edges[-1]], expected)
-    assert facts.splits["test"].histogram[-1] == 100
-
-
-def test_of_an_empty_bin_the_share_counts_as_one_in_ten_thousand(tmp_path):
-    data = {s: rows(s, 100, x=np.arange(100.0)) for s in SPLITS}
-    data["test"]["x"] = np.full(100, 5.0)
-    drift = look(write(tmp_path, data)).numeric[0].drift["test"]
-    expected = psi([0.1] * 10, [1.0] + [1e-4] * 9)
-    assert drift.psi == pytest.approx(expected, rel=1e-9)
-
-
-def test_drift_of_numbers_is_that_of_scipy_and_of_the_definition(harmless, tmp_path):
-    report = look(harmless, output=str(tmp_path))
-    train = stored(harmless, "train")["alpha"].drop_null().to_numpy().astype(np.float64)
+def test_drift_of_numbers_is_that_of_scipy_and_of_the_definition(harmless, harmless_report):
+    values = {split: values_of(harmless, split, "alpha") for split in SPLITS}
+    values = {split: value[~np.isnan(value)] for split, value in values.items()}
+    train = values["train"]
     cuts = [-np.inf, *(np.quantile(train, i / 10) for i in range(1, 10)), np.inf]
+
+    def shares(value: np.ndarray) -> list[float]:
+        counts = [np.sum((low < value) & (value <= high)) for low, high in pairwise(cuts)]
+        return [max(count / len(value), 1e-4) for count in counts]
+
     for split in ("validation", "test"):
-        other = stored(harmless, split)["alpha"].drop_null().to_numpy().astype(np.float64)
-        shares = [
-            [
-                max(sum(low < v <= high for v in values) / len(values), 1e-4)
-                for low, high in pairwise(cuts)
-            ]
-            for values in (train, other)
-        ]
-        found, expected = report.numeric[0].drift[split], stats.ks_2samp(train, other)
-        assert found.psi == pytest.approx(psi(*shares), rel=1e-9)
+        found = harmless_report.numeric[0].drift[split]
+        expected = stats.ks_2samp(train, values[split])
+        assert found.psi == pytest.approx(psi(shares(train), shares(values[split])), rel=1e-9)
         assert found.ks == pytest.approx(expected.statistic)
         assert found.p_value == pytest.approx(expected.pvalue, abs=0.02)
 
@@ -120,28 +123,10 @@ def test_only_shifted_columns_drift(tmp_path):
     assert gone.missing_p_value == pytest.approx(stats.chi2_contingency(table).pvalue)
 
 
-def test_columns_without_values_and_with_one_value_have_no_figures_that_are_none(tmp_path):
-    empty, same = [float("nan")] * 20, [7.5] * 20
-    folder = write(tmp_path, {s: rows(s, 20, empty=empty, same=same) for s in SPLITS})
-    report = look(folder)
-    nothing, constant = report.numeric
-    assert nothing.splits["train"].mean is None
-    assert (nothing.drift["test"].psi, nothing.leak.auc, nothing.leak.suspect) == (
-        None,
-        None,
-        False,
-    )
-    assert (constant.splits["train"].std, constant.drift["test"].psi) == (0, 0)
-    assert sum(constant.splits["train"].histogram) == 20
-    assert text_of(report, "mostly_missing") == "Mostly missing in train: empty (100%)."
-    assert text_of(report, "constant") == "Constant in train: same."
-
-
-def test_a_columns_auc_is_that_of_its_ranks(harmless, tmp_path):
-    report = look(harmless, output=str(tmp_path))
+def test_a_columns_auc_is_that_of_its_ranks(harmless, harmless_report):
     rows_ = pa.concat_tables(stored(harmless, split) for split in SPLITS)
     label = rows_["label"].to_numpy()
-    for facts in report.numeric:
+    for facts in harmless_report.numeric:
         value = rows_[facts.column].to_numpy()
         there = ~np.isnan(value)
         pairs = stats.mannwhitneyu(value[there & (label == 1)], value[there & (label == 0)])
@@ -155,16 +140,18 @@ def test_a_columns_auc_is_that_of_its_ranks(harmless, tmp_path):
 def test_a_column_that_predicts_the_label_on_its_own_is_suspect_in_either_direction(tmp_path):
     rng = np.random.default_rng(0)
 
-    def columns(count: int) -> dict[str, Any]:
-        label = np.arange(count) % 2
+    def columns(split: str) -> dict[str, Any]:
+        label, in_train = np.arange(40) % 2, split == "train"
         return {
-            "price": 100 - 50 * label + rng.random(count),
-            "paid_on": np.where(label, rng.random(count), np.nan),
-            "fair": rng.normal(size=count) + label,
+            "price": 100 - 50 * label + rng.random(40),
+            "paid_on": np.where(label, rng.random(40), np.nan),
+            "fair": rng.normal(size=40) + label,
+            # So few rows that chance may sort them.
+            "rare": np.where((np.arange(40) < 8) & in_train, label, np.nan),
         }
 
-    folder = write(tmp_path, {split: rows(split, 40, **columns(40)) for split in SPLITS})
-    report = look(folder)
+    report = look(write(tmp_path, {s: rows(s, 40, **columns(s)) for s in SPLITS}))
+    assert report.numeric[3].leak.auc == 1
     leaks = [finding.text for finding in report.findings if finding.kind == "leak"]
     assert len(leaks) == 2
     assert leaks[0].startswith("price alone predicts the label: its values reach an AUC of 0.0000.")
@@ -172,14 +159,6 @@ def test_a_column_that_predicts_the_label_on_its_own_is_suspect_in_either_direct
         "paid_on alone predicts the label: its missing values reach an AUC of 0.0000."
     )
     assert report.findings[0].severity == "warning"
-
-
-def test_so_few_rows_that_chance_sorts_them_are_no_suspicion(tmp_path):
-    value = [0.0, 1.0] * 4 + [float("nan")] * 32
-    folder = write(tmp_path, {"train": rows("train", 40, rare=value)})
-    report = look(folder)
-    assert report.numeric[0].leak.auc == 1
-    assert "leak" not in kinds(report)
 
 
 def words(split: str, count: int, tells: bool = False) -> list[str | None]:
@@ -197,8 +176,9 @@ def test_figures_of_words_are_those_of_a_count_by_hand(tmp_path):
     report = look(write(tmp_path, data, categorical=("wall",)))
     (facts,) = report.categorical
     texts = {split: data[split]["wall"] for split in SPLITS}
+    known = ["brick", "wood", "stone", "glass"]
     assert facts.num_words == 4
-    assert list(facts.splits["train"].top) == ["brick", "wood", "stone", "glass"]
+    assert list(facts.splits["train"].top) == known
     for split, found in facts.splits.items():
         assert (found.num_rows, found.missing, found.unknown) == (sizes[split], 1, 1)
         assert found.top == {word: texts[split].count(word) for word in found.top}
@@ -209,41 +189,33 @@ def test_figures_of_words_are_those_of_a_count_by_hand(tmp_path):
     assert facts.drift["test"].p_value == pytest.approx(stats.chi2_contingency(counts).pvalue)
     assert facts.drift["test"].ks is None
     assert not facts.drift["test"].values_drifted
+    # The AUC is that of the training share of positives of a word, on the other splits.
+    pairs = {
+        split: [
+            (word if word is None or word in known else "other", label)
+            for word, label in zip(texts[split], data[split]["label"], strict=True)
+        ]
+        for split in SPLITS
+    }
+
+    def share(word: str | None) -> np.floating:
+        return np.mean([label for other, label in pairs["train"] if other == word])
+
+    word, label = zip(*pairs["validation"], *pairs["test"], strict=True)
+    assert facts.leak.auc == pytest.approx(roc_auc_score(label, [share(w) for w in word]))
 
 
-def test_the_auc_of_words_is_the_training_share_of_positives_measured_on_other_splits(tmp_path):
-    sizes = {"train": 120, "validation": 60, "test": 50}
-    data = {split: rows(split, n, wall=words(split, n)) for split, n in sizes.items()}
-    (facts,) = look(write(tmp_path, data, categorical=("wall",))).categorical
-    known = set(facts.splits["train"].top)
-    by_word = defaultdict(list)
-    for word, label in zip(data["train"]["wall"], data["train"]["label"], strict=True):
-        by_word[word if word in known or word is None else "other"].append(label)
-    scores: dict[int, list[float]] = {0: [], 1: []}
-    for split in ("validation", "test"):
-        for word, label in zip(data[split]["wall"], data[split]["label"], strict=True):
-            mine = by_word[word if word in known or word is None else "other"]
-            scores[label].append(float(np.mean(mine)))
-    pairs = [(a > b) + 0.5 * (a == b) for a in scores[1] for b in scores[0]]
-    assert facts.leak.auc == pytest.approx(np.mean(pairs))
-
-
-def test_categories_that_encode_the_label_are_suspect(tmp_path):
+def test_categories_that_encode_the_label_or_have_other_frequencies_are_findings(tmp_path):
     data = {s: rows(s, 400, why=words(s, 400, tells=True)) for s in SPLITS}
-    data["validation"]["image"] = data["test"]["image"] = data["train"]["image"] = [
-        jpeg(photo(0))
-    ] * 400
-    report = look(write(tmp_path, data, categorical=("why",)))
-    assert text_of(report, "leak").startswith(
-        "why alone predicts the label: its values reach an AUC"
+    for split in SPLITS:
+        data[split]["image"] = data["train"]["image"]
+        data[split]["wall"] = ["brick", "brick", "wood", "stone"] * 100
+    data["test"]["wall"] = ["brick", "straw", "straw", "stone"] * 100
+    report = look(write(tmp_path, data, categorical=("why", "wall")))
+    leaks, drifts = (
+        [finding.text for finding in report.findings if finding.kind == kind]
+        for kind in ("leak", "drift")
     )
-
-
-def test_categories_with_other_frequencies_drift(tmp_path):
-    data = {s: rows(s, 80, wall=["brick", "brick", "wood", "stone"] * 20) for s in SPLITS}
-    data["test"]["wall"] = ["brick", "straw", "straw", "stone"] * 20
-    report = look(write(tmp_path, data, categorical=("wall",)))
-    assert text_of(report, "drift").startswith(
-        "Distribution in test differs from train: wall (PSI "
-    )
-    assert report.categorical[0].splits["test"].unknown == 40
+    assert [text.partition(":")[0] for text in leaks] == ["why alone predicts the label"]
+    assert drifts[0].startswith("Distribution in test differs from train: wall (PSI ")
+    assert report.categorical[1].splits["test"].unknown == 200

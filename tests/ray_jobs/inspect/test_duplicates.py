@@ -58,20 +58,15 @@ def test_exact_and_near_duplicates_across_splits_are_found_with_their_rows(tmp_p
     assert "labels differ" in page
 
 
-def test_images_repeated_within_a_split_are_counted(tmp_path):
+def test_images_repeated_within_a_split_and_keys_in_two_splits_are_found(tmp_path):
     data = {split: rows(split, 20) for split in SPLITS}
     data["train"]["image"][2] = data["train"]["image"][4] = data["train"]["image"][0]
+    data["test"]["key"][3] = "train-5"
     report = look(write(tmp_path, data))
     assert report.duplicates.within == {"train": 2, "validation": 0, "test": 0}
     assert report.duplicates.conflicting == 0
-    assert kinds(report) == ["repeated_image"]
-
-
-def test_a_key_in_two_splits_is_named(tmp_path):
-    data = {split: rows(split, 20) for split in SPLITS}
-    data["test"]["key"][3] = "train-5"
-    report = look(write(tmp_path, data))
     assert report.keys.num_shared == 1
+    assert set(kinds(report)) == {"repeated_image", "shared_key"}
     assert text_of(report, "shared_key") == (
         "1 key in more than one split, such as 'train-5' in train and test."
     )

@@ -41,9 +41,7 @@ def test_a_trial_that_ends_is_a_line_that_says_how(search):
     assert "best" not in lines[1]
     # An error's text is no markup.
     assert "ValueError: [bold]nan[/bold]" in lines[3]
-
-
-def test_lines_of_a_log_are_not_broken(search):
+    # Lines of a log are not broken.
     assert len(shown(search, search.trials[0], width=40).splitlines()) == 2
 
 
@@ -53,8 +51,5 @@ def test_the_table_holds_the_best_first_under_names_that_tell_settings_apart(sea
     head, *rows = stream.getvalue().splitlines()
     assert {"fusion.units", "image.units", "learning_rate"} <= set(head.split())
     assert [row.split()[1] for row in rows[:4]] == ["stopped", "finished", "failed", "running"]
-
-
-def test_what_was_spent_is_shown_beside_what_may_be(search):
     text = spent_text(search)
     assert text == "1 finished, 1 stopped, 1 failed, 1 running  0.50 of 2 h  1.00 CPU h"
