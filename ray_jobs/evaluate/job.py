@@ -27,7 +27,7 @@ METRICS = "metrics.json"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics and predictions of a run on a split of N rows, in stored order."""
+    """Metrics and predictions of a trained run for the N rows of a split, in stored order."""
 
     metrics: dict[str, Any]
     """Content of metrics.json."""
@@ -38,7 +38,7 @@ class Evaluation:
 
 
 def evaluate(spec: EvaluateSpec) -> dict[str, Any]:
-    """Write, print and return the metrics of a run on a split.
+    """Write, print and return the metrics of a trained run for a split.
 
     Raises:
         JobError: If the run is not finished, the data does not match the run, the split is empty,
@@ -50,7 +50,7 @@ def evaluate(spec: EvaluateSpec) -> dict[str, Any]:
 
 
 def evaluate_split(spec: EvaluateSpec) -> Evaluation:
-    """Write metrics and plots of a run on a split, and return them with the predictions.
+    """Write metrics and plots of a trained run for a split; return the metrics and predictions.
 
     Raises:
         JobError: As in `evaluate`.

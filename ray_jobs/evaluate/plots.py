@@ -1,7 +1,7 @@
 """Draws the plots of an evaluation as PNG files: ROC, precision-recall, calibration, confusion.
 
-Equal rows give equal bytes. Does not use pyplot, which needs a display and shares state between
-plots.
+Scikit-learn's displays draw the curves. Equal rows give equal bytes. Does not use pyplot, which
+needs a display and shares state between plots.
 """
 
 import io
@@ -10,16 +10,15 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from sklearn import metrics as sk
+from sklearn.calibration import CalibrationDisplay
+from sklearn.metrics import ConfusionMatrixDisplay, PrecisionRecallDisplay, RocCurveDisplay
 
 from ray_jobs.config.text import count_text
-from ray_jobs.train.metrics import ECE_BINS, reliability
+from ray_jobs.train.metrics import ECE_BINS
 
 INK, MUTED, GRID = "#22303c", "#75828e", "#e6eaee"
 BLUE, ORANGE = "#2a6fbb", "#e07b39"
-SHADES = ("#f2f6fb", "#2a6fbb")
 
 _STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
@@ -53,6 +52,7 @@ _STYLE: dict[Any, Any] = {
 }
 _DOTS_PER_INCH = 160
 _REFERENCE_LINE: dict[str, Any] = {"color": MUTED, "linewidth": 1.2, "linestyle": (0, (4, 3))}
+_CURVE: dict[str, Any] = {"color": BLUE, "linewidth": 2.2, "clip_on": False}
 
 
 def evaluation_plots(
@@ -82,40 +82,31 @@ def evaluation_plots(
 
 def _roc(label: np.ndarray, probability: np.ndarray, metrics: dict[str, Any]) -> bytes:
     figure, axes = _figure()
-    _square(axes, "False positive rate", "True positive rate")
-    axes.plot([0, 1], [0, 1], **_REFERENCE_LINE, label="chance")
     if metrics["roc_auc"] is None:
         _undefined(axes, "All rows are of one class")
     else:
-        false_positive, true_positive, _ = sk.roc_curve(label, probability)
-        axes.fill_between(false_positive, true_positive, color=BLUE, alpha=0.08, linewidth=0)
-        axes.plot(
-            false_positive, true_positive, color=BLUE, linewidth=2.2, label="model", clip_on=False
-        )
+        RocCurveDisplay.from_predictions(
+            label, probability, ax=axes, name="model", curve_kwargs=_CURVE,
+            plot_chance_level=True, chance_level_kw={**_REFERENCE_LINE, "label": "chance"},
+        )  # fmt: skip
         ((tn, fp), (fn, tp)) = metrics["confusion"]
         _mark(axes, fp / (fp + tn), tp / (tp + fn), metrics["threshold"])
-    axes.legend(loc="lower right")
+    axes.set(xlabel="False positive rate", ylabel="True positive rate")
     return _png(figure, axes, "ROC curve", f"AUC {_number(metrics['roc_auc'])}", metrics)
 
 
 def _precision_recall(label: np.ndarray, probability: np.ndarray, metrics: dict[str, Any]) -> bytes:
     figure, axes = _figure()
-    _square(axes, "Recall", "Precision")
-    negatives, positives = metrics["class_counts"]
-    chance = positives / (negatives + positives)
-    axes.axhline(chance, **_REFERENCE_LINE, label=f"chance ({chance:.3f})")
     if metrics["pr_auc"] is None:
         _undefined(axes, "No row is positive")
     else:
-        precision, recall, _ = sk.precision_recall_curve(label, probability)
-        # Average precision is the area under this step function.
-        axes.fill_between(recall, precision, step="post", color=BLUE, alpha=0.08, linewidth=0)
-        axes.step(
-            recall, precision, where="post", color=BLUE, linewidth=2.2, label="model", clip_on=False
-        )
+        PrecisionRecallDisplay.from_predictions(
+            label, probability, ax=axes, name="model", curve_kwargs=_CURVE,
+            plot_chance_level=True, chance_level_kw={**_REFERENCE_LINE, "label": "chance"},
+        )  # fmt: skip
         if metrics["confusion"][0][1] + metrics["confusion"][1][1]:
             _mark(axes, metrics["recall"], metrics["precision"], metrics["threshold"])
-    axes.legend(loc="lower left")
+    axes.set(xlabel="Recall", ylabel="Precision")
     score = f"average precision (AUC) {_number(metrics['pr_auc'])}"
     return _png(figure, axes, "Precision–recall curve", score, metrics)
 
@@ -123,49 +114,13 @@ def _precision_recall(label: np.ndarray, probability: np.ndarray, metrics: dict[
 def _calibration(label: np.ndarray, probability: np.ndarray, metrics: dict[str, Any]) -> bytes:
     figure = Figure(figsize=(5.8, 7.1), layout="constrained")
     axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(4.4, 1))
-    rows, mean_probability, share = reliability(label, probability)
-    filled = rows > 0
-    _square(axes, "", "Fraction of positives")
-    axes.plot([0, 1], [0, 1], **_REFERENCE_LINE, label="perfect")
-    axes.vlines(
-        mean_probability[filled],
-        np.minimum(mean_probability, share)[filled],
-        np.maximum(mean_probability, share)[filled],
-        color=ORANGE,
-        alpha=0.55,
-        linewidth=2,
-        label="gap",
+    CalibrationDisplay.from_predictions(
+        label, probability, n_bins=ECE_BINS, pos_label=1, ax=axes, name="model", **_CURVE
     )
-    axes.plot(
-        mean_probability[filled],
-        share[filled],
-        color=BLUE,
-        linewidth=1.6,
-        marker="o",
-        markersize=6.5,
-        markeredgecolor="white",
-        markeredgewidth=1,
-        label="model",
-        clip_on=False,
-        zorder=3,
-    )
-    axes.legend(loc="upper left")
-    edges = np.linspace(0, 1, ECE_BINS + 1)
-    below.bar(edges[:-1], rows, width=1 / ECE_BINS, align="edge", color=BLUE, edgecolor="white")
-    threshold = metrics["threshold"]
-    is_right = threshold > 0.75
-    below.axvline(threshold, color=ORANGE, linewidth=1.4)
-    below.annotate(
-        "threshold",
-        (threshold, 1),
-        xycoords=("data", "axes fraction"),
-        xytext=(-4 if is_right else 4, -2),
-        textcoords="offset points",
-        ha="right" if is_right else "left",
-        va="top",
-        color=ORANGE,
-        fontsize=9,
-    )
+    axes.set(xlabel="", ylabel="Fraction of positives")
+    below.hist(probability, bins=ECE_BINS, range=(0, 1), color=BLUE, edgecolor="white")
+    below.axvline(metrics["threshold"], color=ORANGE, linewidth=1.4, label="threshold")
+    below.legend()
     below.set(ylabel="Rows", xlabel="Predicted probability")
     below.grid(False, axis="x")
     below.locator_params(axis="y", nbins=3, integer=True)
@@ -176,24 +131,15 @@ def _calibration(label: np.ndarray, probability: np.ndarray, metrics: dict[str, 
 def _confusion(metrics: dict[str, Any], class_names: tuple[str, str]) -> bytes:
     figure, axes = _figure()
     counts = np.asarray(metrics["confusion"])
-    totals = counts.sum(axis=1, keepdims=True)
-    shares = counts / np.where(totals, totals, 1)
-    light, dark = (np.array(to_rgb(shade)) for shade in SHADES)
-    axes.imshow(light + shares[:, :, None] * (dark - light), aspect="equal")
-    for (true, predicted), count in np.ndenumerate(counts):
-        share = shares[true, predicted]
-        color = "white" if share > 0.55 else INK
-        style: dict[str, Any] = {"ha": "center", "va": "center", "color": color}
-        axes.text(predicted, true - 0.04, f"{count:,}", fontsize=25, fontweight="bold", **style)
-        axes.text(predicted, true + 0.2, f"{share:.1%} of row", fontsize=10, **style)
     names = [_short(name) for name in class_names]
-    axes.set_xticks([0, 1], names, color=INK, fontsize=11)
-    axes.set_yticks([0, 1], names, color=INK, fontsize=11, rotation=90, va="center")
+    display = ConfusionMatrixDisplay(counts, display_labels=names)
+    display.plot(ax=axes, cmap="Blues", colorbar=False, text_kw={"fontsize": 18})
+    totals = counts.sum(axis=1)
+    for (true, predicted), text in np.ndenumerate(display.text_):
+        count = counts[true, predicted]
+        text.set_text(f"{count:,}\n{count / max(totals[true], 1):.1%} of row")
     axes.set(xlabel="Predicted", ylabel="True")
     axes.grid(False)
-    axes.spines[:].set_visible(False)
-    axes.axhline(0.5, color="white", linewidth=4)
-    axes.axvline(0.5, color="white", linewidth=4)
     score = f"accuracy {metrics['accuracy']:.3f} · F1 {_number(metrics['f1'])}"
     return _png(figure, axes, f"Confusion at threshold {metrics['threshold']:.3g}", score, metrics)
 
@@ -203,12 +149,6 @@ def _figure() -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
-def _square(axes: Axes, xlabel: str, ylabel: str) -> None:
-    ticks = np.linspace(0, 1, 6)
-    axes.set(xlabel=xlabel, ylabel=ylabel, xticks=ticks, yticks=ticks)
-    axes.set(xlim=(-0.015, 1.015), ylim=(-0.015, 1.015))
-
-
 def _mark(axes: Axes, x: float, y: float, threshold: float) -> None:
     """Mark the point of the curve at the threshold."""
     axes.plot(
@@ -216,6 +156,7 @@ def _mark(axes: Axes, x: float, y: float, threshold: float) -> None:
         markeredgecolor="white", markeredgewidth=1.5, zorder=4, clip_on=False,
         label=f"threshold {threshold:.3g}",
     )  # fmt: skip
+    axes.legend()
 
 
 def _undefined(axes: Axes, reason: str) -> None:
