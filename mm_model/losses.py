@@ -75,7 +75,9 @@ class FocalLoss(keras.losses.Loss):
         self.label_smoothing = label_smoothing
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
-        """Return the loss of each row."""
+        """Return the loss of each row; labels are (N, 1) or, as Keras' own losses allow, (N,)."""
+        if len(y_true.shape) < len(y_pred.shape):
+            y_true = ops.expand_dims(y_true, -1)
         y = y_true * (1.0 - self.label_smoothing) + 0.5 * self.label_smoothing
         logit = y_pred if self.from_logits else logits_of_probability(y_pred)
         positive: Any
