@@ -52,7 +52,8 @@ def follow(server: Server, job: str) -> int:
     lost_at = None
     try:
         while not details.status.is_terminal():
-            log.follow()
+            if log.follow():
+                lost_at = None
             try:
                 details, lost_at = server.job_details(job), None
             except UnavailableError as error:
@@ -121,13 +122,17 @@ class _Log:
         self._server, self._job = server, job
         self._printed = 0
 
-    def follow(self) -> None:
+    def follow(self) -> bool:
         """Print the log until the job ends, or the connection breaks or sends no data for long.
 
         Ray may omit the last second of the log; only the job's status shows whether it has ended.
+
+        Returns:
+            Whether there was anything new, which shows that the cluster was reachable.
         """
         from aiohttp import ClientError
 
+        before = self._printed
         try:
             asyncio.run(self._follow())
         except BrokenPipeError:  # of this terminal
@@ -136,6 +141,7 @@ class _Log:
             pass
         except (ClientError, OSError, RuntimeError):
             time.sleep(_RETRY_S)
+        return self._printed > before
 
     def finish(self) -> None:
         """Print the rest of the log after the job has ended."""
