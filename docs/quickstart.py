@@ -4,7 +4,7 @@
 # Runs in one to two minutes on two cores: `python docs/quickstart.py`, or cell by cell in an editor
 # that supports `# %%` cells. Everything is written to a temporary folder.
 
-# %% The data: a photo and two numbers of 120 parts, some of which are faulty
+# %% The data: 120 parts, some of them faulty, each with a photo and two numbers
 import tempfile
 from pathlib import Path
 

@@ -37,7 +37,7 @@ def balanced_weights(num_negative: int, num_positive: int) -> dict[int, float]:
 def default_callbacks(
     monitor: str = "val_loss", patience: int = 10
 ) -> list[keras.callbacks.Callback]:
-    """Return two callbacks, which stop training early and lower the learning rate at a plateau.
+    """Return two callbacks: early stopping, and a lower learning rate at a plateau.
 
     Early stopping restores the best weights.
 

@@ -131,7 +131,8 @@ class FusionSpec(Spec):
     units: PositiveInt = 128
     """Width of the joint network."""
     auxiliary_weight: NonNegative = 1.0
-    """Weight of each branch's own loss, which trains the branch to predict alone."""
+    """Weight of the additional loss of each head (image, numeric and fusion), which trains each
+    branch to predict on its own."""
     modality_dropout: Fraction = 0.1
     """Probability that one of a training row's two inputs, the image or the numbers (equally
     likely), is hidden from the joint network."""
@@ -149,15 +150,16 @@ class ModelSpec(Spec):
     fusion: FusionSpec = FusionSpec()
     activation: Literal["relu", "silu", "gelu"] = "relu"
     """Activation of every dense block and of the image branch `tiny`. With a smooth activation
-    (silu, gelu), runs with different numbers of workers stay equal for longer, because the kink of
-    ReLU amplifies rounding errors."""
+    (silu, gelu), the results of runs that differ only in the number of workers drift apart more
+    slowly, because the kink of ReLU amplifies rounding errors."""
     dropout: Fraction = 0.3
     """Dropout rate of every dense block."""
     l2: NonNegative = 1e-3
     """L2 penalty on the kernels of the dense layers."""
     batch_norm: Literal["local", "sync"] = "local"
-    """`local`: statistics of each replica's rows; `sync`: of the global batch, at the cost of more
-    communication. With `train.accumulate_steps`, each micro-batch has its own statistics."""
+    """Which rows batch norm computes its statistics from in training: those of each replica
+    (`local`), or the global batch (`sync`), which needs more communication. With
+    `train.accumulate_steps`, each micro-batch has its own statistics."""
 
     @model_validator(mode="after")
     def _at_least_one_branch(self) -> "ModelSpec":
@@ -178,12 +180,13 @@ class OptimizerSpec(Spec):
     momentum: Fraction = 0.9
     """Momentum of `sgd`."""
     schedule: Literal["constant", "cosine", "exponential", "polynomial", "plateau"] = "cosine"
-    """Learning rate over time: constant; warm-up, then cosine, exponential or polynomial decay; or
-    reduced at each plateau."""
+    """How the learning rate changes: it stays the same (`constant`), rises during a warm-up, then
+    decays (`cosine`, `exponential`, `polynomial`), or is reduced whenever the validation metric
+    stops improving (`plateau`)."""
     warmup_fraction: Fraction = 0.05
     """Fraction of all steps used for warm-up, before the learning rate decays."""
     end_fraction: Fraction | None = None
-    """Final learning rate of a decaying schedule, as a fraction of the peak; by default 0, or 0.01
+    """Final learning rate of a decaying schedule, as a fraction of the peak. Default: 0, or 0.01
     for an exponential schedule."""
     power: Positive = 1.0
     """Exponent of the polynomial schedule; 1 is linear."""

@@ -20,9 +20,9 @@ class NumericEncoding(layers.Layer):
     median. With `bins`, also returns the piecewise-linear components of each value (Gorishniy et
     al. 2022, arXiv 2203.05556, section 3.2): 1 for each bin below the value, 0 for each bin above
     it, and, for the bin that contains it, the value's relative position in the bin. Unlike in the
-    paper, these components are clipped to the training range. Standardized values are clipped to
-    ±10. Both limit the effect of outliers. Columns with missing values in training also get a
-    missing-value flag.
+    paper, the components of a value outside the training range stay between 0 and 1. Standardized
+    values are clipped to ±10. Both limits reduce the effect of outliers. Columns with missing
+    values in training also get a missing-value flag.
 
     Input: float (B, F).  Output: float32 (B, F + K + flags).
     """

@@ -3,7 +3,7 @@
 One worker with one device uses TensorFlow's default strategy, which neither exchanges values nor
 wraps variables. All other cases use a `MultiWorkerMirroredStrategy`, which reads `TF_CONFIG`. This
 includes one worker with several devices, since a `MirroredStrategy` cannot exchange values inside a
-loop.
+`tf.while_loop`, which `train.steps_per_call` needs.
 
 A method that exchanges values must be called by all workers; if one worker does not call it, the
 others hang.
@@ -31,8 +31,8 @@ def set_devices(num_cpus: float, use_gpu: bool, deterministic: bool = False) -> 
     """Restrict TensorFlow to this process's resources.
 
     Call it before TensorFlow initializes its devices. Uses one intra-op thread per CPU and at least
-    two inter-op threads, since a collective blocks one. Without `use_gpu`, hides all GPUs; Ray
-    hides only those assigned to other processes.
+    two inter-op threads, since a collective blocks one. Without `use_gpu`, hides all GPUs, because
+    Ray leaves them visible to a process that has none assigned.
     """
     for gpu in tf.config.list_physical_devices("GPU") if use_gpu else ():
         # Otherwise the first process on a GPU would allocate all of its memory.
@@ -117,7 +117,8 @@ class Replicas:
         return self.results(self._sum(self.values([first, *zeros])))[0].numpy()
 
     def _sum_on_replica(self, array: tf.Tensor) -> tf.Tensor:
-        # An argument of a tf.function has no device, and a collective runs on its input's device.
+        # A collective runs on the device of its input. An argument of a tf.function has no device,
+        # but the result of this operation is on the device of the replica.
         array = tf.identity(array)
         return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, array)
 

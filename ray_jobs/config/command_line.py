@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 S = TypeVar("S", bound=Spec)
 T = TypeVar("T")
 _NONE = type(None)
+_DEFAULT = "Default: "
+"""Starts the last sentence of a docstring; the help shows its text in place of the default value,
+such as `none`."""
 _PASSWORD = re.compile(r"://[^/?#@\s]*:[^/?#@\s]+@")
 
 
@@ -40,7 +43,7 @@ def main(
         spec_class: Class of the spec.
         job: Function of the spec.
         doc: Description of the job for `--help`.
-        sections: Sections of the spec that the job uses. `--help` shows only these; `--help_all`
+        sections: Sections of the spec that `--help` shows, by default all; `--help_all` always
             shows all.
     """
     module = getattr(sys.modules["__main__"].__spec__, "name", "ray_jobs")
@@ -90,13 +93,16 @@ def parse(
     from tyro.constructors import ConstructorRegistry
 
     flags, rest = [], list(arguments)
-    if rest and not rest[0].startswith("-") and any("." in path for path in flatten(spec_class)):
+    has_sections = any("." in path for path in flatten(spec_class))
+    if has_sections and rest and not rest[0].startswith("-"):
         flags = list(_yaml_flags(spec_class, read_yaml(rest.pop(0))))
     shown: Sequence[str] = ()
     if "--help_all" in rest:
         rest = ["--help"]
-    elif sections and {"-h", "--help"} & set(rest):
-        shown, doc = sections, f"{doc}\n--help_all also lists the settings of the other verbs."
+    elif {"-h", "--help"} & set(rest):
+        shown = sections
+    if has_sections and {"-h", "--help"} & set(rest):
+        prog, doc = f"{prog} [SPEC.yaml]".strip(), f"{doc}\n{_sections_text(spec_class, shown)}"
     registry = ConstructorRegistry()
     registry.struct_rule(partial(_section, root=spec_class, shown=shown))
     return tyro.cli(
@@ -177,6 +183,14 @@ def _yaml_flags(spec_class: type[Spec], tree: Mapping[str, Any], prefix: str = "
             raise UsageError(f"{prefix}{name} must be a section, not a value (accepted: {keys})")
 
 
+def _sections_text(spec_class: type[Spec], shown: Sequence[str]) -> str:
+    """Return what the help says about SPEC.yaml and about the sections that it does not show."""
+    fields = spec_class.model_fields.items()
+    hidden = [name for name, f in fields if _is_spec(f.annotation) and name not in shown]
+    more = f" --help_all also lists the other sections: {', '.join(hidden)}." if shown else ""
+    return f"Settings come from SPEC.yaml; flags override them.{more}"
+
+
 def _flow_text(value: Any) -> str:
     """Return a value as YAML in one line."""
     text = yaml.safe_dump(value, default_flow_style=True, width=sys.maxsize, allow_unicode=True)
@@ -196,18 +210,43 @@ def _section(
         return None
     fields = []
     for name, field in info.type.model_fields.items():
-        section, text = field.annotation, field.description
+        section = field.annotation
         if _is_spec(section):
             if shown and info.type is root and name not in shown:
                 continue
-            value, text = section, section.__doc__
+            value, text = section, _one_line(section.__doc__)
         else:
             value = _value(field, name.upper() if name == _positional(info.type) else None)
+            text = _help_text(field)
         default = (
             MISSING_NONPROP if field.is_required() else field.get_default(call_default_factory=True)
         )
-        fields.append(StructFieldSpec(name, value, default, " ".join((text or "").split())))
+        fields.append(StructFieldSpec(name, value, default, text))
     return StructConstructorSpec(partial(_construct, info.type), tuple(fields))
+
+
+def _help_text(field: FieldInfo) -> str:
+    """Return the docstring of a setting, without its default, and those of its keys."""
+    lines = [_one_line(field.description).partition(_DEFAULT)[0].rstrip()]
+    lines += [f"{name}: {_one_line(key.description)}" for name, key in _keys(field).items()]
+    return "\n".join(lines)
+
+
+def _default_hint(field: FieldInfo, value: str) -> str:
+    """Return what follows the help text of a setting, given the text of its default value."""
+    stated = _one_line(field.description).partition(_DEFAULT)[2].removesuffix(".")
+    # On the line of the last key, it would appear to be the default of that key.
+    return ("\n" if _keys(field) else "") + f"(default: {stated or value})"
+
+
+def _keys(field: FieldInfo) -> dict[str, FieldInfo]:
+    """Return the keys of a setting whose values are a list or a mapping of specs."""
+    specs = filter(_is_spec, typing.get_args(field.annotation))
+    return {name: key for spec in specs for name, key in spec.model_fields.items()}
+
+
+def _one_line(text: str | None) -> str:
+    return " ".join((text or "").split())
 
 
 def _positional(spec_class: type[Spec]) -> str | None:
@@ -228,7 +267,7 @@ def _value(field: FieldInfo, positional: str | None) -> Any:
         field: The setting.
         positional: Name in the help, if the value is given without a flag.
     """
-    from tyro.conf import Positional
+    from tyro.conf import Positional, arg
     from tyro.constructors import PrimitiveConstructorSpec
 
     adapter = TypeAdapter(field.rebuild_annotation())
@@ -255,7 +294,8 @@ def _value(field: FieldInfo, positional: str | None) -> Any:
         is_instance=lambda value: True,
         str_from_instance=lambda value: [_default_text(value)],
     )
-    return Annotated[Positional[Any] if positional else Any, constructor]
+    hint = arg(help_behavior_hint=partial(_default_hint, field))
+    return Annotated[Positional[Any] if positional else Any, constructor, hint]
 
 
 def _split(text: str, annotation: Any) -> Any:

@@ -80,7 +80,7 @@ class PrepareSpec(Spec):
     """CSV or Parquet file (path or URI) with the keys, labels and numbers; empty if `images` also
     contains these columns."""
     output: str = "prepared"
-    """Folder or URI for the prepared data, from which every worker reads it."""
+    """Folder or URI for the prepared data; every worker must be able to read from it."""
     key_column: str = "key"
     """Column with the unique key of each row."""
     label_column: str = "label"
@@ -100,9 +100,10 @@ class PrepareSpec(Spec):
     """Numeric input columns. Default: every numeric column without another role."""
     number_rules: dict[str, NumberRule] = Field(default_factory=dict)
     """How to read text in a numeric column, such as {age: range_mean}. The range rules read `91-92`
-    and `50+` as their low end, mean or high end; `decimal_comma` reads `1.234,5`; `date` converts
-    dates to days since 1970-01-01; `missing` treats any text that is not a number as missing.
-    Without a rule, rows with such text go to quarantine."""
+    as its low end, mean or high end, and an open range such as `50+` as its only bound;
+    `decimal_comma` reads `1.234,5`; `date` converts dates to days since 1970-01-01; `missing`
+    treats any text that is not a number as missing. Without a rule, rows with such text go to
+    quarantine."""
     exclude_columns: tuple[str, ...] = ()
     """Columns that are never inputs."""
     skip_unlabelled: bool = False
@@ -110,7 +111,8 @@ class PrepareSpec(Spec):
     group_column: str | None = None
     """Rows with the same value in this column, such as a patient id, go to the same split."""
     split_column: str | None = None
-    """Column that assigns each row to train, validation or test, instead of the split by hash."""
+    """Column that assigns each row to train, validation or test. Default: a hash of `group_column`
+    if it is set, else of the key, decides."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
     """Fraction of each class that goes to the validation split, which is used for early stopping,
     blending and calibration."""
@@ -156,26 +158,29 @@ class DataSpec(Spec):
     image_size: PositiveInt | None = None
     """Side length in pixels of the model's input images. Default: as stored."""
     shuffle_window_rows: PositiveInt = 2048
-    """Number of rows that are shuffled together in one window; windows are cut after the row groups
-    are shuffled. `buffer_bytes` may reduce the number."""
+    """Number of rows in a shuffle window. Each epoch shuffles the row groups, divides their rows
+    into windows, and shuffles the rows within each window. `buffer_bytes` may reduce the number."""
     buffer_bytes: PositiveInt = 1 << 30
-    """Limit in bytes for the rows, as stored, that all workers together hold in memory for
-    shuffling and prefetching."""
+    """Limit in bytes, summed over all workers, for the stored (not yet decoded) rows that are in
+    memory for shuffling and prefetching."""
     decode: Literal["auto", "workers", "trainer"] = "auto"
-    """Where images are decoded: `trainer` uses threads of the training processes, `workers` uses
-    Ray Data tasks, which can also run on nodes without GPUs. `auto` chooses `workers` if
-    `train.use_gpu` is set, some nodes have no GPU, and `cache` is `auto` or `none`."""
+    """Where images are decoded: in threads of the training processes (`trainer`), or in Ray Data
+    tasks (`workers`), which are separate processes and can also run on nodes without GPUs. `auto`
+    chooses `workers` if `train.use_gpu` is set, some nodes have no GPU, and `cache` is `auto` or
+    `none`."""
     cache: Literal["auto", "none", "object_store", "disk"] = "auto"
     """Where decoded rows are kept between epochs: in Ray's object store, or on the disks of the
-    nodes. `auto` caches only if the training and validation splits fit in `cache_bytes` completely:
-    in the object store if they fit in half of it, else on disk."""
+    nodes. `auto` caches only if the training and validation splits fit in `cache_bytes` completely.
+    It then uses the object store if the splits fill at most half of that store, else the disks."""
     cache_bytes: NonNegativeInt = 1 << 30
     """Limit in bytes for cached decoded rows; the remaining rows are decoded in each epoch."""
     object_store_memory: PositiveInt | None = None
-    """Bytes of Ray's object store: its size if the job starts a local Ray instance, or the maximum
-    that the job's rows may use on an existing cluster. Default: Ray's default, 30 % of memory."""
+    """Size in bytes of the object store if the job starts a local Ray instance. On an existing
+    cluster: maximum number of bytes of the object store that the job's Ray Data tasks
+    (`decode=workers`) may use. Default: Ray's own limits; a local object store gets 30 % of
+    memory."""
     prefetch_batches: NonNegativeInt = 2
-    """Batches that each worker prepares in advance; the next one is already on its device."""
+    """Number of batches that each worker decodes and copies to its device in advance."""
 
     @model_validator(mode="after")
     def _require_decoding_for_cache(self) -> Self:
@@ -201,9 +206,9 @@ class TrainSpec(LossSpec, OptimizerSpec):
     """The training loop and its workers."""
 
     num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
-    """Worker processes, each with a replica of the model. Two numbers such as 2,8 give a minimum
-    and a maximum; the run then uses as many workers as the cluster has resources for; the number is
-    chosen at each start and whenever the cluster grows."""
+    """Number of worker processes. Two numbers such as 2,8 give a minimum and a maximum: the run
+    then uses as many workers as the cluster has resources for, and chooses the number again at each
+    start and whenever the cluster grows."""
     use_gpu: bool = False
     """Whether workers use GPUs."""
     gpus_per_worker: PositiveInt = 1
@@ -217,9 +222,9 @@ class TrainSpec(LossSpec, OptimizerSpec):
     epochs: PositiveInt = 50
     """Maximum number of passes over the training rows."""
     stages: tuple[StageSpec, ...] = ()
-    """Layer freezing schedule: the stages in order. For example, [{epochs: 3, backbone: 0},
-    {epochs: 5, backbone: 0.3, backbone_rate: 0.1}] first trains the heads with a frozen
-    backbone."""
+    """Layer-freezing schedule: a list of stages. For example, [{epochs: 3, backbone: 0},
+    {epochs: 5, backbone: 0.3, backbone_rate: 0.1}] freezes the backbone for three epochs, then
+    trains the top 30 % of its layers at a tenth of the learning rate."""
     class_weight: Literal["balanced", "none"] = "balanced"
     """`balanced` weights rows so that both classes contribute equally, based on the class counts of
     the training split."""
@@ -228,7 +233,7 @@ class TrainSpec(LossSpec, OptimizerSpec):
     patience: PositiveInt = 10
     """Epochs without improvement after which training stops."""
     clip_norm: Positive | None = None
-    """Maximum global norm of a step's gradient, over all workers; none disables clipping."""
+    """Maximum global norm of a step's gradient, over all workers; `none` disables clipping."""
     accumulate_steps: PositiveInt = 1
     """Number of micro-batches into which each replica splits its rows of a step; a higher number
     needs less memory."""
@@ -246,13 +251,13 @@ class TrainSpec(LossSpec, OptimizerSpec):
     deterministic: bool = False
     """Use deterministic operations, which are slower but make GPU results bitwise reproducible."""
     checkpoint_every_steps: PositiveInt | None = None
-    """Maximum number of steps that can be lost to a failure; checkpoints are written a little more
-    often.
-    Default: checkpoints are written only at the end of each epoch."""
+    """Maximum number of steps that a failure can lose. Because training continues while a
+    checkpoint is written, one is started after three quarters of this number of steps. Default:
+    checkpoints are written only at the end of each epoch."""
     keep_checkpoints: PositiveInt = 2
-    """Number of latest checkpoints to keep; if one is damaged, the one before it is used."""
+    """How many of the newest checkpoints to keep; if one is damaged, the one before it is used."""
     keep_best: PositiveInt = 1
-    """Number of best epochs whose weights are kept."""
+    """Number of epochs whose weights are kept: the best ones by `monitor`."""
     calibrate: bool = True
     """After training, fit the blending weights of the heads, and a scale and bias for the logit, on
     the validation split."""
@@ -373,7 +378,7 @@ class InferenceSpec(Spec):
     run: str
     """Run folder that `train` wrote."""
     data: str
-    """Folder or URI of prepared data; `predict` also accepts a table of raw rows."""
+    """Folder or URI of prepared data."""
     output: str
     """Folder or URI for the results."""
     batch_size: PositiveInt = 64
@@ -392,7 +397,7 @@ class InferenceSpec(Spec):
 
 
 class EvaluateSpec(InferenceSpec):
-    """Metrics and plots of a run on one split."""
+    """Metrics and plots of a trained run for one split."""
 
     split: Split = "test"
     """Split to evaluate."""
@@ -401,12 +406,14 @@ class EvaluateSpec(InferenceSpec):
 class PredictSpec(InferenceSpec):
     """Predictions of a trained run for prepared or raw rows."""
 
+    data: str
+    """Folder or URI of prepared data, or a table of raw rows."""
     split: Split | None = None
     """Split of prepared data to predict. Default: all splits."""
     images: str | None = None
-    """For raw rows: path or URI of each image with column names in braces, such as
-    `photos/{key}.jpg`, or the folder that contains the images, if the run's own `image_pattern`
-    applies."""
+    """For raw rows: pattern for the path or URI of each image, with column names in braces, such as
+    `photos/{key}.jpg`; or the folder of the images, which are then found by the settings that the
+    run's data was prepared with, such as `prepare.image_pattern` or `prepare.image_column`."""
 
 
 class InspectSpec(Spec):

@@ -118,7 +118,10 @@ _INTEGER_KINDS = ("randint", "lograndint")
 
 
 class BudgetSpec(Spec):
-    """Limits on a search, over all restarts; training the best trials in full does not count."""
+    """Limits on the trials of a search, summed over all restarts.
+
+    They do not apply to the training of the best trials after the search (see `promote`).
+    """
 
     trials: PositiveInt = 40
     """Maximum number of trials; the first one uses the spec's own values."""
@@ -134,15 +137,17 @@ class TuneSpec(Spec):
     """Hyperparameter search: search space, searcher, scheduler and budget."""
 
     space: dict[str, DistributionSpec] = Field(default_factory=dict)
-    """Distribution of each searched setting, by its path, such as {train.learning_rate:
-    {loguniform: [1e-5, 1e-2]}, train.weight_decay: {uniform: [0, 0.1], when: {train.optimizer:
-    [adamw, lamb]}}}."""
+    """Distribution of each setting to search, keyed by its dotted name, such as
+    {train.learning_rate: {loguniform: [1e-5, 1e-2]}, train.weight_decay: {uniform: [0, 0.1], when:
+    {train.optimizer: [adamw, lamb]}}}."""
     first: tuple[dict[str, Any], ...] = ()
-    """Settings to try right after the first trial: one mapping of path to value per trial. Other
-    settings keep the spec's values."""
+    """Values to try first: a list with one mapping of setting to value per trial. These trials run
+    right after the first trial, which uses the spec's own values. Settings that a mapping leaves
+    out keep the spec's values."""
     metrics: tuple[Metric, ...] = ()
-    """Metrics to optimize, taken from each trial's best epoch. Default: `train.monitor`. With
-    several metrics, such as val/log_loss,inference/row_s, the first one ranks the trials."""
+    """Metrics to optimize, taken from each trial's best epoch. With several metrics, such as
+    val/log_loss,inference/row_s, the first one ranks the trials. `inference/row_s` is the time to
+    predict one row, in seconds. Default: `train.monitor`."""
     searcher: Literal["tpe", "random", "grid", "cmaes", "nsga2"] = "tpe"
     """How values are chosen: by Optuna's tree-structured Parzen estimator (`tpe`), at random
     (`random`), from all combinations in order (`grid`), by CMA-ES (`cmaes`; numbers only) or by
@@ -152,22 +157,24 @@ class TuneSpec(Spec):
     median rule, or never (`fifo`). With `pbt` and `pb2`, the worst trials instead continue from the
     weights of the best ones, with changed settings."""
     grace_epochs: PositiveInt | None = None
-    """Minimum epochs of a trial before `asha` or `median` may stop it. Default: train.epochs /
-    9."""
+    """Minimum epochs of a trial before `asha` or `median` may stop it. Default: a ninth of
+    `train.epochs`."""
     reduction_factor: Annotated[int, Field(ge=2)] = 3
-    """N: at each decision, `asha` and `hyperband` continue the best 1/N of the trials."""
+    """At each decision, `asha` and `hyperband` continue one in this many trials: with 3, the best
+    third."""
     perturbation_epochs: PositiveInt | None = None
-    """Epochs between two decisions of `pbt` and `pb2`. Default: train.epochs / 10."""
+    """Epochs between two decisions of `pbt` and `pb2`. Default: a tenth of `train.epochs`."""
     seed: NonNegativeInt = 0
     """Seed for the searcher."""
     workers_per_trial: PositiveInt | None = None
     """Worker processes per trial. Default: `train.num_workers`, or its minimum if it is a range."""
     gpus_per_worker: Positive | None = None
-    """GPUs per worker, such as 0.25 for a small model. Default: train.gpus_per_worker."""
+    """GPUs per worker, such as 0.25 for a small model. Default: `train.gpus_per_worker`."""
     max_concurrent_trials: PositiveInt | None = None
-    """Maximum number of simultaneous trials. Default: as many as fit on the cluster at its maximum
-    size. `hyperband`, `pbt` and `pb2` ignore this setting, unless no trial fits on the current
-    nodes and the maximum size is unknown."""
+    """Maximum number of simultaneous trials. `hyperband`, `pbt` and `pb2` ignore it, except in one
+    case: if the first trial fits only after the cluster adds nodes, and the cluster's maximum size
+    is unknown, every scheduler requires this setting. Default: as many as fit on the cluster at its
+    maximum size."""
     max_failures: NonNegativeInt = 2
     """How many times a trial may lose a process or node and resume from its checkpoint. An error in
     data or settings ends the trial at once, and the search continues."""
@@ -182,7 +189,8 @@ class TuneSpec(Spec):
     """Number of augmented views of each training image in the feature cache, besides the
     original."""
     promote: PositiveInt = 4
-    """Number of best trials on cached features that are trained in full to select the best run."""
+    """If trials train on cached features: how many of the best trials are trained again after the
+    search, on the images and from the start, to choose the best run among them."""
     budget: BudgetSpec = BudgetSpec()
 
     @model_validator(mode="after")

@@ -2,6 +2,7 @@
 
 Reads prepared data and inspects the cluster. Writes a few bytes into the storage path and deletes
 them.
+
 Run:   python -m ray_jobs.doctor ray_jobs/specs/houses.yaml --address auto
        python -m ray_jobs.submit doctor ray_jobs/specs/houses.yaml
 
@@ -47,7 +48,7 @@ class DoctorSpec(SearchSpec):
     address: str | None = None
     """Shorthand for `run.address`."""
     working_dir: str | None = None
-    """Folder to upload with a submitted job; by default the project folder."""
+    """Folder to upload with a submitted job. Default: the project folder."""
     sample_shards: PositiveInt = 8
     """Shards that each node reads in full and compares with the manifest."""
 

@@ -2,6 +2,7 @@
 
 Reads a specification, the manifest of prepared data if there is one, and a table of machines and
 prices (ray_jobs/plan/gpus.yaml or a copy). Prints tables, and writes JSON with --output.
+
 Run:   python -m ray_jobs.plan ray_jobs/specs/houses.yaml --gpu a10g --workers 8
 
 Reports memory per GPU, step time, feed throughput, network traffic, scaling efficiency, wall time

@@ -1,9 +1,10 @@
 """Turn raw images and a table into shards with a manifest.
 
-Reads: images, as single files or inside Parquet, tar or TFRecord files, and a table with one row
-per example.
+Reads: a table with one row per example, and images, either as single files or inside Parquet, tar
+or TFRecord files.
 Writes: train/, validation/ and test/ with Parquet shards, quarantine/ with the unusable rows, and
 manifest.json, written last.
+
 Run:   python -m ray_jobs.prepare ray_jobs/specs/houses.yaml --prepare.output prepared
 
 The driver reads the table, checks its rows and assigns them to splits and shards. Each Ray task

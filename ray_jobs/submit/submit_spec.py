@@ -18,8 +18,8 @@ class ServerSpec(Spec):
     """The cluster that runs the jobs."""
 
     address: str | None = None
-    """URL of the cluster's dashboard. Default: $RAY_API_SERVER_ADDRESS or $RAY_ADDRESS if it is a
-    URL, else http://127.0.0.1:8265."""
+    """URL of the cluster's dashboard. Default: the first of $RAY_API_SERVER_ADDRESS and
+    $RAY_ADDRESS that is a URL, else http://127.0.0.1:8265."""
 
     @field_validator("address")
     @classmethod
@@ -42,8 +42,8 @@ class SubmitSpec(ServerSpec):
     Default: the project folder."""
     env: tuple[str, ...] = ()
     """Names of local environment variables to set for the job, such as
-    AWS_ACCESS_KEY_ID,AWS_SECRET_ACCESS_KEY. No others are sent, because everyone with access to
-    the cluster's jobs can read them."""
+    AWS_ACCESS_KEY_ID,AWS_SECRET_ACCESS_KEY. Only these variables are sent; everyone with access to
+    the cluster's jobs can read their values."""
 
 
 class JobSpec(ServerSpec):

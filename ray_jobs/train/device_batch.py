@@ -22,7 +22,7 @@ from ray_jobs.data.sampler import TrainingSampler
 
 @dataclass(frozen=True)
 class DeviceBatch:
-    """One worker's rows of one or several stacked steps, split into one part per replica."""
+    """One worker's rows of one step or of several stacked steps, in one part per replica."""
 
     inputs: dict[str, Any]
     """Tensors by the names of the model's inputs, as in `ray_jobs.data.batch`."""
@@ -73,7 +73,7 @@ class DeviceBatcher:
     def stream(
         self, batches: Generator[Batch], sizes: Iterable[int], depth: int
     ) -> Generator[DeviceBatch]:
-        """Yield device batches, each combining as many batches as the next entry of `sizes`.
+        """Yield device batches; `sizes` gives the number of batches that each one combines.
 
         A thread prepares `depth` device batches in advance.
         """
@@ -115,8 +115,8 @@ def call_sizes(sampler: TrainingSampler, train: TrainSpec, start: int, stop: int
 def as_tensor(array: np.ndarray) -> tf.Tensor:
     """Return an array as a tensor on the default device; do not write to the array afterwards.
 
-    On the CPU, the tensor shares the memory of an aligned array: copying a batch of pixels would
-    take a fifth as long as decoding it.
+    On the CPU, the tensor shares the memory of an aligned array, because copying a batch of pixels
+    would add a fifth to the time of decoding it.
     """
     # DLPack cannot express Ray Data's read-only views of the object store.
     shareable = array.flags.writeable and array.ctypes.data % ALIGNMENT_BYTES == 0

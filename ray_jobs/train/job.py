@@ -1,7 +1,8 @@
 """Train the fusion model on prepared shards.
 
 Reads: the shards and manifest.json from `prepare`.  Writes: a run folder with checkpoints, history
-and the best model, calibrated. Running it again with the same run name resumes an unfinished run.
+and the calibrated best model. Running `train` again with the same `run.name` resumes an unfinished
+run.
 
 Run:   python -m ray_jobs.train ray_jobs/specs/houses.yaml --run.name first
        python -m ray_jobs.submit train ray_jobs/specs/houses.yaml

@@ -32,7 +32,7 @@ _GROWTH_STEPS = 2000
 
 
 class TrainStep:
-    """Takes the training steps of one worker. Create it in the strategy's scope.
+    """Runs the training steps of one worker. Create it in the strategy's scope.
 
     Args:
         model: Model to train, compiled with its loss.
@@ -90,7 +90,11 @@ class TrainStep:
         self.call = tf.function(step, autograph=False)
 
     def __call__(self, batch: DeviceBatch) -> tf.Tensor:
-        """Run the steps of a batch and return this worker's share of their summed loss."""
+        """Run the one or several steps of a device batch.
+
+        Returns:
+            This worker's share of the sum of their losses.
+        """
         arguments = (batch.inputs, batch.label_B1, batch.weight_B1)
         if self.spec.steps_per_call == 1:
             return self.call(*arguments)
@@ -177,7 +181,9 @@ class TrainStep:
         zeros = [tf.zeros(v.shape, v.dtype) for v in self.model.trainable_variables]
         state = (tf.constant(0), tf.constant(0.0), zeros)
         if self.exchanges:
-            # Exchanges between replicas inside the model do not work in a `tf.while_loop`.
+            # The model exchanges values between replicas, which TensorFlow rejects in the body of a
+            # `tf.while_loop` inside `strategy.run`. A `tf.while_loop` around
+            # `strategy.run`, as in `_several`, is allowed.
             for _ in range(count):
                 with tf.control_dependencies(tf.nest.flatten(state)):
                     state = body(*state)

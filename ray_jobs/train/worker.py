@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from ray_jobs.cluster.watchdog import Watchdog
+from ray_jobs.cluster.hang_watchdog import Watchdog
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import RunSpec
 from ray_jobs.data.manifest import read_manifest
@@ -53,8 +53,8 @@ def train_on_worker(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
     with _reporting_failures(config["coordinator"], rank), ThreadPoolExecutor(1) as background:
-        # Reads the checkpoint in the background while the imports and the build run, which also
-        # take seconds.
+        # The worker reads the newest checkpoint in the background while this thread imports
+        # TensorFlow and builds the model.
         worker = _Worker(config, rank, background)
         with worker.startup_part(history_keys.STARTUP_IMPORTS_S):
             from ray_jobs.cluster.strategy import WorkerContext, set_devices
@@ -71,7 +71,7 @@ def train_on_worker(config: dict[str, Any]) -> None:
 
 
 class _Worker(Callbacks):
-    """One worker's part of an attempt."""
+    """One worker's part of an attempt, which is one run of Ray Train (see `supervisor`)."""
 
     def __init__(self, config: dict[str, Any], rank: int, background: ThreadPoolExecutor) -> None:
         self.rank, self.is_rank_zero = rank, rank == 0
@@ -107,7 +107,8 @@ class _Worker(Callbacks):
         from ray.train.collective import broadcast_from_rank_zero
 
         newest = self._newest.result()
-        del self._newest  # Frees three times the size of the model.
+        # Otherwise the future would keep the checkpoint in memory, three times the model's size.
+        del self._newest
         own_step = None if newest is None else newest.state.step
         step = broadcast_from_rank_zero(own_step)
         if step is None:
@@ -122,8 +123,8 @@ class _Worker(Callbacks):
 
     def train(self, loop: "Loop") -> None:
         """Resume from the newest checkpoint, train, and finalize the run."""
-        # Popped from a list, so that the loop has the only reference to the checkpoint and can free
-        # it.
+        # The checkpoint is in a list, which `pop` below empties: `loop.run` then holds the only
+        # reference to it and can free it.
         with self.startup_part(history_keys.STARTUP_CHECKPOINT_S):
             checkpoint = [self._shared_checkpoint()]
         self.watchdog.alive()

@@ -1,8 +1,9 @@
 """Search for the best hyperparameters and train the best model.
 
 Reads: shards and manifest.json from `prepare`.
-Writes: a search folder with a folder per trial, the leaderboard, a report page, the spec of the
-best trial and its run folder. Running it again with the same run name resumes an unfinished run.
+Writes: a search folder with the leaderboard, a report page, a folder per trial, and the spec and
+run folder of the best trial. Running `tune` again with the same `run.name` resumes an unfinished
+search.
 
 Run:   python -m ray_jobs.tune ray_jobs/specs/houses_tune.yaml --run.name search
        python -m ray_jobs.submit tune ray_jobs/specs/houses_tune.yaml

@@ -1,8 +1,8 @@
 """Reads TFRecord files of `tf.train.Example`.
 
 Input: files whose records contain an encoded image in one feature and, unless `prepare.table` is
-set, the numbers in other features. Output: the position of each image in its file; image bytes are
-not read.
+set, the numbers in other features. Output: the position of each image in its file. The bytes
+of the images are not read here.
 """
 
 from dataclasses import dataclass
@@ -35,8 +35,8 @@ from ray_jobs.storage.folder import Folder
 
 DEFAULT_FEATURES = ("image/encoded", "image")
 _WINDOW_BYTES = {True: 16 << 10, False: 4 << 20}
-"""Bytes to read at once, keyed by whether the files are local. Image bytes outside the window are
-not read."""
+"""Minimum bytes per read, keyed by whether the files are local. A read may include part of an
+image; the rest of the image is skipped."""
 
 
 def open_source(spec: PrepareSpec) -> Source:
@@ -62,9 +62,9 @@ def open_source(spec: PrepareSpec) -> Source:
             seen = sorted({name for file in files for name in file.features})
             raise JobError(
                 f"no record of prepare.images={spec.images!r} has an image in the feature "
-                f"{' or '.join(map(repr, candidates))}{did_you_mean(candidates[0], seen)} (the "
-                f"records have: {names_text(seen)}); set prepare.image_column to the feature "
-                "that contains the image"
+                f"{' or '.join(map(repr, candidates))} (the records have: {names_text(seen)}); set "
+                "prepare.image_column to the feature that contains the image"
+                f"{did_you_mean(candidates[0], seen)}"
             )
         where = pa.array(np.arange(len(paths)), mask=~has_image)
         refs[image] = ImageRefs(paths.take(where), spans[:, 0], spans[:, 1])
@@ -154,7 +154,7 @@ def _image_position(window: Window, feature: str, value: Field | None) -> tuple[
     if value.number != BYTES_LIST:
         raise JobError(
             f"the feature {feature!r} holds numbers, not the bytes of an image file; set "
-            "prepare.image_column (or prepare.image_columns) to the feature that contains it"
+            "prepare.image_column (or prepare.image_columns) to the feature that contains the image"
         )
     parts = [field for field in window.fields(value.start, value.end) if field.number == 1]
     if len(parts) > 1:

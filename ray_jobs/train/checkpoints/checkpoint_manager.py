@@ -43,7 +43,7 @@ class CheckpointManager:
 
     Args:
         run: The run folder.
-        keep: Number of latest checkpoints to keep.
+        keep: How many of the newest checkpoints to keep.
         warn: Receives a message if something could not be written.
     """
 
