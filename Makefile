@@ -11,7 +11,7 @@ demo: $(READY)
 	$(BIN)/python -m ray_jobs.demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow

@@ -11,6 +11,9 @@ import pytest
 from tests.ray_jobs.heads import running_head
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# Ray runs workers at a lower priority than drivers. Beside the second test process, those that wait
+# for each other would starve.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 @pytest.fixture(scope="session")

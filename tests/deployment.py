@@ -12,6 +12,7 @@ DATA = Path(__file__).parent / "data"
 FILES = [ROOT / "cluster.yaml", *(p for p in sorted((ROOT / "deploy").rglob("*")) if p.is_file())]
 TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in FILES if path.suffix != ".pyc"}
 LOCKED = dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / "requirements.lock").read_text(), re.M))
+BASIC = {"string": str, "boolean": bool, "integer": int, "number": (int, float), "any": object}
 
 
 def load(name: str) -> Any:
@@ -35,26 +36,18 @@ def starts(commands: list[str]) -> list[str]:
 
 def wrong_fields(value: Any, kind: str, types: dict[str, Any], at: str) -> list[str]:
     """Return the fields that violate a type `T`, `[T]` or `{T}` of a schema in tests/data."""
-    if kind == "any":
+    expected = list if kind.startswith("[") else BASIC.get(kind, dict)
+    truth_for_number = isinstance(value, bool) and kind in ("integer", "number")
+    if truth_for_number or not isinstance(value, expected):
+        return [f"{at} is not of type {'list' if expected is list else kind}"]
+    if kind in BASIC:
         return []
-    if kind.startswith("["):
-        if not isinstance(value, list):
-            return [f"{at} is not of type list"]
+    if expected is list:
         each = [(f"{at}[{i}]", item, kind[1:-1]) for i, item in enumerate(value)]
-    elif not isinstance(value, dict):
-        basic = {"string": str, "boolean": bool, "integer": int, "number": (int, float)}
-        good = kind in basic and isinstance(value, basic[kind])
-        return (
-            []
-            if good and isinstance(value, bool) == (kind == "boolean")
-            else [f"{at} is not of type {kind}"]
-        )
     elif kind.startswith("{"):
         each = [(f"{at}.{key}", item, kind[1:-1]) for key, item in value.items()]
-    elif kind not in types:
-        return [f"{at} is not of type {kind}"]
+    elif unknown := sorted(set(value) - set(types[kind])):
+        return [f"{at} has no {key}" for key in unknown]
     else:
-        if unknown := sorted(set(value) - set(types[kind])):
-            return [f"{at} has no {key}" for key in unknown]
         each = [(f"{at}.{key}", item, types[kind][key]) for key, item in value.items()]
     return [found for where, item, of in each for found in wrong_fields(item, of, types, where)]

@@ -4,26 +4,22 @@ import json
 import re
 import subprocess
 import tomllib
-from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
 import pytest
-import yaml
+from botocore.session import get_session
+from botocore.validate import ParamValidator
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from tests.deployment import DATA, LOCKED, ROOT, TEXTS, changed, load, starts, wrong_fields
 
-LAUNCHER = ("cluster.yaml", "deploy/gcp.yaml", "deploy/on_premise.yaml")
 PYTHON = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pyright"]["pythonVersion"]
 PROVIDER_KEYS = {
     "aws": {"type", "region", "availability_zone", "cache_stopped_nodes"},
     "gcp": {"type", "region", "availability_zone", "cache_stopped_nodes", "project_id"},
     "local": {"type", "head_ip", "worker_ips"},
 }
-
-Check = Callable[[Any], list[str]]
-
 
 # What is wrong with a file of Ray's launcher, beyond what Ray itself checks.
 
@@ -74,17 +70,14 @@ def wrong_disks(node_config: dict[str, Any], name: str) -> list[str]:
 
 def wrong_instance(node_config: dict[str, Any]) -> list[str]:
     """Return what EC2's RunInstances would not take, by botocore's own model of it."""
-    validate = pytest.importorskip("botocore.validate", reason="needs botocore")
     instance = {**node_config, "MinCount": 1, "MaxCount": 1}
-    report = validate.ParamValidator().validate(instance, run_instances())
+    report = ParamValidator().validate(instance, run_instances())
     return report.generate_report().splitlines()
 
 
 @cache
 def run_instances() -> Any:
-    import botocore.session
-
-    model = botocore.session.get_session().get_service_model("ec2")
+    model = get_session().get_service_model("ec2")
     return model.operation_model("RunInstances").input_shape
 
 
@@ -94,7 +87,9 @@ def wrong_head(config: Any) -> list[str]:
     if head.get("resources", {}).get("GPU") or head.get("node_config", {}).get("guestAccelerators"):
         found.append("the head has a GPU")
     for command in starts(config["head_start_ray_commands"]):
-        found += [f"no {o}" for o in ("--num-cpus=0", "--num-gpus=0") if o not in command]
+        # No tasks on the head, and a dashboard that is closed to other machines.
+        options = ("--num-cpus=0", "--num-gpus=0", "--dashboard-host=127.0.0.1")
+        found += [f"no {option}" for option in options if option not in command]
     return found
 
 
@@ -110,14 +105,6 @@ def wrong_token(config: Any) -> list[str]:
         if not any("chmod 600 ~/.ray/auth_token" in command for command in commands):
             found.append(f"{name}: others may read the token")
     return found
-
-
-def wrong_dashboard(config: Any) -> list[str]:
-    return [
-        f"the dashboard is open: {command}"
-        for command in starts(config["head_start_ray_commands"])
-        if "--dashboard-host=127.0.0.1" not in command
-    ]
 
 
 def setups(config: Any) -> dict[str, list[str]]:
@@ -144,45 +131,42 @@ def wrong_setup(config: Any) -> list[str]:
     return found
 
 
-LAUNCHER_CHECKS: list[Check] = [
-    wrong_provider, wrong_counts, wrong_nodes, wrong_head, wrong_token, wrong_dashboard,
-    wrong_setup,
-]  # fmt: skip
+def wrong_commands(config: Any) -> list[str]:
+    """Return the commands that bash does not read."""
+    lists = [v for v in (*config.values(), *setups(config).values()) if isinstance(v, list)]
+    found = [command for each in lists for command in each if isinstance(command, str)]
+    bad = [c for c in found if subprocess.run(["bash", "-n", "-c", c], check=False).returncode]
+    return bad if len(found) > 6 else [f"only {len(found)} commands"]
 
 
-@pytest.mark.parametrize("name", LAUNCHER)
-def test_ray_takes_the_file_of_its_launcher(name):
+@pytest.mark.parametrize("name", ["cluster.yaml", "deploy/gcp.yaml", "deploy/on_premise.yaml"])
+def test_ray_takes_the_file_of_its_launcher_which_has_nothing_that_ray_would_not_notice(name):
     validate_config(prepare_config(load(name)))
-
-
-@pytest.mark.parametrize("check", LAUNCHER_CHECKS)
-@pytest.mark.parametrize("name", LAUNCHER)
-def test_a_file_of_the_launcher_has_nothing_that_ray_would_not_notice(name, check):
-    assert check(load(name)) == []
+    checks = (
+        wrong_provider, wrong_counts, wrong_nodes, wrong_head, wrong_token, wrong_setup,
+        wrong_commands,
+    )  # fmt: skip
+    assert [problem for check in checks for problem in check(load(name))] == []
 
 
 GPU = "available_node_types/gpu_spot"
 PLANTED = [
     (wrong_provider, "cluster.yaml", "provider/avaliability_zone", "x", "unknown avaliab"),
     (wrong_counts, "cluster.yaml", f"{GPU}/min_workers", 9, "min_workers 9 is above max_workers 8"),
-    (wrong_counts, "cluster.yaml", f"{GPU}/max_workers", 17, "above that of all kinds"),
     (wrong_counts, "deploy/gcp.yaml", "max_workers", 17, "is above 16, that of the kinds"),
     (wrong_nodes, "cluster.yaml", f"{GPU}/node_config/InstanceTyp", "x", "InstanceTyp"),
-    (wrong_nodes, "cluster.yaml", f"{GPU}/node_config/InstanceMarketOptions/Type", "spot", "Type"),
-    (wrong_nodes, "cluster.yaml", f"{GPU}/node_config/SecurityGroupIds", "sg-1", "Invalid type"),
-    (wrong_nodes, "deploy/gcp.yaml", f"{GPU}/node_config/machinetype", "x", "no machinetype"),
     (wrong_nodes, "deploy/gcp.yaml", f"{GPU}/node_config/scheduling/spot", True, "no spot"),
-    (wrong_nodes, "deploy/gcp.yaml", f"{GPU}/node_config/scheduling", [], "not of type Scheduling"),
     (wrong_nodes, "deploy/gcp.yaml", f"{GPU}/node_config/disks", [{"initializeParams": {}}], "G2"),
     (wrong_head, "cluster.yaml", "available_node_types/head/resources", {"GPU": 1}, "has a GPU"),
     (wrong_head, "cluster.yaml", "head_start_ray_commands/1", "ray start", "no --num-gpus=0"),
     (wrong_token, "deploy/gcp.yaml", "worker_start_ray_commands/1", "ray start", "worker: Ray"),
     (wrong_token, "cluster.yaml", "file_mounts", {}, "the token is not sent"),
     (wrong_token, "cluster.yaml", f"{GPU}/worker_setup_commands", ["x"], "may read the token"),
-    (wrong_dashboard, "cluster.yaml", "head_start_ray_commands/1", "ray start --head", "is open"),
+    (wrong_head, "cluster.yaml", "head_start_ray_commands/1", "ray start", "no --dashboard-host"),
     (wrong_setup, "cluster.yaml", "setup_commands/1", "pip install ray", "not requirements.lock"),
     (wrong_setup, "cluster.yaml", "file_mounts", {"~/requirements.lock": "x"}, "x is not there"),
     (wrong_setup, "cluster.yaml", f"{GPU}/worker_setup_commands/1", "x", "no CUDA"),
+    (wrong_commands, "cluster.yaml", "setup_commands/1", "if true", "if true"),
 ]  # fmt: skip
 
 
@@ -190,13 +174,6 @@ PLANTED = [
 def test_a_mistake_that_ray_does_not_notice_is_found(check, name, path, value, message):
     config = load(name)
     assert any(message in found for found in check(changed(config, path, value)))
-
-
-@pytest.mark.parametrize("what", ["min_workers: 0", "max_workers: 8", "resources: *gpu_resources"])
-def test_ray_itself_refuses_a_misspelt_field_of_a_node_type(what):
-    spelt = TEXTS["cluster.yaml"].replace(what, what.replace(":", "x:", 1))
-    with pytest.raises(Exception, match=what.partition(":")[0]):
-        validate_config(prepare_config(yaml.safe_load(spelt)))
 
 
 # Every file.
@@ -223,10 +200,9 @@ def wrong_secrets(text: str) -> list[str]:
     return [match[0] for pattern in SECRETS for match in re.finditer(pattern, text)]
 
 
-@pytest.mark.parametrize("check", [wrong_images, wrong_secrets])
 @pytest.mark.parametrize("name", TEXTS)
-def test_a_file_has_the_locked_versions_and_no_secret(name, check):
-    assert check(TEXTS[name]) == []
+def test_a_file_has_the_locked_versions_and_no_secret(name):
+    assert wrong_images(TEXTS[name]) == wrong_secrets(TEXTS[name]) == []
 
 
 @pytest.mark.parametrize(
@@ -245,25 +221,8 @@ def test_another_version_or_a_secret_is_found(check, text):
     assert check(text) != []
 
 
-def commands(config: Any) -> Iterator[str]:
-    for value in config.values():
-        if isinstance(value, list):
-            yield from (command for command in value if isinstance(command, str))
-    for name, own in setups(config).items():
-        yield from own if name != "all" else ()
-
-
-@pytest.mark.parametrize("name", LAUNCHER)
-def test_every_command_on_a_node_is_one_that_bash_reads(name):
-    found = list(commands(load(name)))
-    assert len(found) > 6
-    for command in found:
-        subprocess.run(["bash", "-n", "-c", command], check=True)
-
-
 def test_the_lock_file_has_what_the_nodes_run():
     assert {"ray", "tensorflow", "keras", "cryptography"} <= set(LOCKED)
-    assert any(re.search(r"rayproject/ray:", text) for text in TEXTS.values())
 
 
 def test_the_readme_names_only_files_that_are_there():

@@ -1,12 +1,13 @@
 """What comes with deployment files does its work: spot first, a closed group, a local head."""
 
-import importlib.util
 import os
 import re
+import runpy
 import stat
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,51 +16,9 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from tests.deployment import ROOT, TEXTS, load, starts
 
 
-def module(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "deploy" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
-def added(monkeypatch, refused: list[str], demand: dict[str, float], *, ours: bool) -> set[str]:
-    """Return which kinds of node version 1 of the autoscaler adds after launches were refused."""
-    from ray.autoscaler._private.node_provider_availability_tracker import (
-        NodeProviderAvailabilityTracker,
-    )
-    from ray.autoscaler._private.resource_demand_scheduler import ResourceDemandScheduler
-    from ray.autoscaler.node_launch_exception import NodeLaunchException
-
-    config = prepare_config(load("cluster.yaml"))
-    start = starts(config["head_start_ray_commands"])[0]
-    if ours:
-        scorer = re.findall(r"RAY_AUTOSCALER_UTILIZATION_SCORER=(\S+?);?\s", start)[0]
-        monkeypatch.setenv("RAY_AUTOSCALER_UTILIZATION_SCORER", scorer)
-        monkeypatch.syspath_prepend(ROOT / "deploy")
-    tracker = NodeProviderAvailabilityTracker(timer=lambda: 100)
-    for kind in refused:
-        error = NodeLaunchException("InsufficientInstanceCapacity", "no", None)
-        tracker.update_node_availability(kind, 100, error)
-    scheduler = ResourceDemandScheduler(
-        None, config["available_node_types"], config["max_workers"], "head", 1.0
-    )
-    scheduler.provider = _NoNodes()
-    launch, _ = scheduler.get_nodes_to_launch(
-        ["head-id"], {}, [demand], {}, [], {}, None, tracker.summary()
-    )
-    return set(launch)
-
-
-class _NoNodes:
-    """A cloud in which there is the head alone."""
-
-    def node_tags(self, node: str) -> dict[str, str]:
-        return {"ray-node-type": "head", "ray-user-node-type": "head"}
-
-    def internal_ip(self, node: str) -> str:
-        return "10.0.0.1"
+def make_group(ssh_from: str) -> str:
+    run = runpy.run_path(str(ROOT / "deploy/aws_security_group.py"))
+    return run["make_group"]("us-west-2", ssh_from)
 
 
 @pytest.mark.parametrize(
@@ -74,22 +33,32 @@ class _NoNodes:
     ],
 )
 def test_a_node_on_demand_is_added_while_spot_is_refused(monkeypatch, refused, demand, kinds):
-    assert added(monkeypatch, refused, demand, ours=True) == kinds
-
-
-def test_ray_by_itself_stays_with_spot_that_is_refused(monkeypatch):
-    # The reason for spot_first: where this fails, Ray has learnt it, and the file can go.
-    from ray.autoscaler.v2.instance_manager.subscribers.cloud_resource_monitor import (
-        CloudResourceMonitor,
+    from ray.autoscaler._private.node_provider_availability_tracker import (
+        NodeProviderAvailabilityTracker,
     )
-    from ray.core.generated.instance_manager_pb2 import Instance, InstanceUpdateEvent
+    from ray.autoscaler._private.resource_demand_scheduler import ResourceDemandScheduler
+    from ray.autoscaler.node_launch_exception import NodeLaunchException
 
-    assert added(monkeypatch, ["gpu_spot"], {"GPU": 1}, ours=False) == {"gpu_spot"}
-    monitor = CloudResourceMonitor()
-    for status in (Instance.ALLOCATION_FAILED, Instance.ALLOCATION_TIMEOUT):
-        assert monitor.get_recoverable_resource_availabilities() == {}
-        monitor.notify([InstanceUpdateEvent(instance_type="spot", new_instance_status=status)])
-    assert set(monitor.get_recoverable_resource_availabilities()) == {"spot"}
+    config = prepare_config(load("cluster.yaml"))
+    start = starts(config["head_start_ray_commands"])[0]
+    scorer = re.findall(r"RAY_AUTOSCALER_UTILIZATION_SCORER=(\S+?);?\s", start)[0]
+    monkeypatch.setenv("RAY_AUTOSCALER_UTILIZATION_SCORER", scorer)
+    monkeypatch.syspath_prepend(ROOT / "deploy")
+    tracker = NodeProviderAvailabilityTracker(timer=lambda: 100)
+    for kind in refused:
+        error = NodeLaunchException("InsufficientInstanceCapacity", "no", None)
+        tracker.update_node_availability(kind, 100, error)
+    scheduler = ResourceDemandScheduler(
+        None, config["available_node_types"], config["max_workers"], "head", 1.0
+    )
+    tags = {"ray-node-type": "head", "ray-user-node-type": "head"}
+    scheduler.provider = SimpleNamespace(
+        node_tags=lambda node: tags, internal_ip=lambda node: "10.0.0.1"
+    )
+    launch, _ = scheduler.get_nodes_to_launch(
+        ["head-id"], {}, [demand], {}, [], {}, None, tracker.summary()
+    )
+    assert set(launch) == kinds
 
 
 @pytest.fixture
@@ -108,7 +77,7 @@ def aws(monkeypatch, tmp_path) -> Iterator[Any]:
 
 
 def test_the_group_lets_in_ssh_from_one_network_and_its_own_members(aws):
-    group = module("aws_security_group").make_group("us-west-2", "203.0.113.7/32")
+    group = make_group("203.0.113.7/32")
     rules = aws.describe_security_groups(GroupIds=[group])["SecurityGroups"][0]["IpPermissions"]
     ssh, inside = sorted(rules, key=lambda rule: rule["IpProtocol"], reverse=True)
     assert (ssh["IpProtocol"], ssh["FromPort"], ssh["ToPort"]) == ("tcp", 22, 22)
@@ -121,7 +90,7 @@ def test_the_group_lets_in_ssh_from_one_network_and_its_own_members(aws):
 @pytest.mark.parametrize("everyone", ["0.0.0.0/0", "::/0"])
 def test_a_group_for_everyone_is_refused(everyone):
     with pytest.raises(ValueError, match=f"ssh_from={everyone} allows everyone"):
-        module("aws_security_group").make_group("us-west-2", everyone)
+        make_group(everyone)
 
 
 def test_aws_makes_every_node_as_it_is_written(aws):
@@ -129,7 +98,7 @@ def test_aws_makes_every_node_as_it_is_written(aws):
     from ray.autoscaler._private.aws.config import bootstrap_aws
     from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 
-    group = module("aws_security_group").make_group("us-west-2", "203.0.113.7/32")
+    group = make_group("203.0.113.7/32")
     config = prepare_config(load("cluster.yaml"))
     nodes = [node["node_config"] for node in config["available_node_types"].values()]
     for profile in {node["IamInstanceProfile"]["Name"] for node in nodes}:
@@ -149,23 +118,6 @@ def test_aws_makes_every_node_as_it_is_written(aws):
         assert found["InstanceType"] == node["node_config"]["InstanceType"]
         assert [g["GroupId"] for g in found["SecurityGroups"]] == [group]
         assert (found.get("InstanceLifecycle") == "spot") == (name == "gpu_spot")
-
-
-def test_what_aws_refuses_is_what_the_autoscaler_remembers(aws, monkeypatch):
-    from botocore.exceptions import ClientError
-    from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
-    from ray.autoscaler.node_launch_exception import NodeLaunchException
-
-    def refuse(**node: Any) -> None:
-        answer = {"Error": {"Code": "InsufficientInstanceCapacity", "Message": "no spot"}}
-        raise ClientError(answer, "RunInstances")
-
-    config = load("cluster.yaml")
-    provider = AWSNodeProvider(config["provider"], config["cluster_name"])
-    monkeypatch.setattr(provider.ec2_fail_fast, "create_instances", refuse)
-    node = {**config["available_node_types"]["gpu_spot"]["node_config"], "SubnetIds": ["a", "b"]}
-    with pytest.raises(NodeLaunchException, match="no spot"):
-        provider.create_node(node, {"ray-node-type": "worker"}, 1)
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Rows, images and models that several tests share."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,7 +9,6 @@ import numpy as np
 from scipy import ndimage
 
 import mm_model
-from mm_model import per_row_random
 from mm_model.spec import NO_AUGMENTATION
 from mm_model.statistics import Vocabulary
 
@@ -65,17 +64,6 @@ def model_with_all_inputs(inputs: dict[str, np.ndarray], **options: Any) -> mm_m
     return with_random_heads(model)
 
 
-def in_parts(
-    call: Callable[[], Callable[[np.ndarray], Any]], rows: np.ndarray, count: int
-) -> np.ndarray:
-    """The concatenated results of `count` replicas with equal seed states for their rows."""
-    parts = []
-    for index, part in enumerate(np.split(rows, count)):
-        with per_row_random.batch_part(index, count):
-            parts.append(np.asarray(call()(part)))
-    return np.concatenate(parts)
-
-
 @contextmanager
 def half_precision() -> Iterator[None]:
     """Create layers that compute in bfloat16."""
@@ -93,12 +81,6 @@ def with_random_heads(model: mm_model.FusionModel) -> mm_model.FusionModel:
         head = model.network.get_layer(f"{name}_head")
         head.set_weights([rng.normal(size=w.shape) for w in head.get_weights()])
     return model
-
-
-def views(num_rows: int, num_views: int, width: int = 3) -> np.ndarray:
-    """Features whose values are the number of their view."""
-    numbers = np.arange(num_views, dtype=np.float32)[None, :, None]
-    return np.broadcast_to(numbers, (num_rows, num_views, width)).copy()
 
 
 def pictures(count: int = 8, height: int = 20, width: int = 24, seed: int = 0) -> np.ndarray:

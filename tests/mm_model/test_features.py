@@ -9,17 +9,16 @@ import pytest
 import mm_model
 from mm_model.branches import IMAGE_BRANCHES
 from mm_model.model import backbone_model, build_model
-from mm_model.spec import NO_AUGMENTATION, FusionSpec, ImageSpec, ModelSpec, NumericSpec
-from tests.mm_model.examples import COLOUR, rows_with_all_inputs, views, with_random_heads
+from mm_model.spec import FusionSpec, ImageSpec, ModelSpec, NumericSpec
+from tests.mm_model.examples import COLOUR, rows_with_all_inputs, with_random_heads
 
 
-def spec_of(kind: str = "tiny", frozen: bool = True, augmented: bool = True) -> ModelSpec:
-    spec = ModelSpec(
-        image=ImageSpec(kind=kind, weights=None, units=8, trainable=not frozen),
+def spec_of(kind: str = "tiny") -> ModelSpec:
+    return ModelSpec(
+        image=ImageSpec(kind=kind, weights=None, units=8, trainable=False),
         numeric=NumericSpec(units=(8,)),
         fusion=FusionSpec(units=8),
     )
-    return spec if augmented else spec.model_copy(update={"augmentation": NO_AUGMENTATION})
 
 
 def weights_by_path(model: keras.Model) -> dict[str, keras.Variable]:
@@ -94,19 +93,11 @@ def test_a_model_on_features_predicts_what_the_full_model_predicts_for_the_image
     other = np.asarray(full({**inputs, "image": 255 - inputs["image"]}))
     assert np.abs(other - expected).max() > 0.01
     np.testing.assert_allclose(np.asarray(small(given)), expected, atol=1e-5)
-    if mask is None:
-        by_place = [features, inputs["numeric"], inputs["category"]]
-        np.testing.assert_array_equal(np.asarray(small(by_place)), np.asarray(small(given)))
-
-
-def test_without_a_mask_the_features_of_all_images_are_present():
-    inputs, _ = rows_with_all_inputs()
-    full, small = models_of(inputs, "tiny")
-    given = {**inputs, "features": features_of(full, inputs["image"])}
-    given["image_mask"] = np.ones_like(given["image_mask"])
-    expected = np.asarray(small(given))
-    del given["image_mask"]
-    np.testing.assert_array_equal(np.asarray(small(given)), expected)
+    if mask is not None:
+        # Without a mask, the features of all images are present.
+        given["image_mask"] = np.ones_like(mask)
+    by_place = [features, inputs["numeric"], inputs["category"]]
+    np.testing.assert_array_equal(np.asarray(small(by_place)), np.asarray(small(given)))
 
 
 def test_a_model_on_features_trains_saves_and_loads(tmp_path):
@@ -122,22 +113,6 @@ def test_a_model_on_features_trains_saves_and_loads(tmp_path):
     small.save(tmp_path / "model.keras")
     again = mm_model.load_model(tmp_path / "model.keras")
     np.testing.assert_array_equal(np.asarray(again(given)), np.asarray(small(given)))
-
-
-def test_each_image_of_a_row_gets_its_own_view():
-    inputs, _ = rows_with_all_inputs(count=64)
-    shape = (3, 4, 2)
-    statistics = mm_model.fit_numeric_statistics(inputs["numeric"])
-    model = build_model(spec_of(), statistics, None, shape_features=shape)
-    taken = keras.Model(
-        [model.network.input["features"], model.network.input["image_mask"]],
-        model.network.get_layer("image_view").output,
-    )
-    features = np.broadcast_to(views(64, 4, 2)[:, None], (64, *shape))
-    got = np.asarray(taken([features, np.ones((64, 3))], training=True))[:, 0].reshape(64, 3)
-    assert (got >= 1).all()
-    assert (got[:, 0] != got[:, 1]).any()
-    assert (got[:, 0] == got[:, 1]).any()
 
 
 @pytest.mark.parametrize(("kind", "size"), [("tiny", 16), ("mobilenet_v3_small", 32)])
@@ -161,17 +136,6 @@ def test_a_frozen_backbone_augments_and_keeps_its_statistics(kind, size):
     assert any("moving_mean" in path for path in before)
 
 
-def test_the_backbone_of_a_model_with_several_images_per_row_takes_single_images():
-    inputs, _ = rows_with_all_inputs(count=2)
-    one = build_model(spec_of(augmented=False), None, (16, 16, 3), (3,))
-    three = build_model(spec_of(augmented=False), None, (3, 16, 16, 3), (3,))
-    for path, variable in weights_by_path(one).items():
-        weights_by_path(three)[path].assign(variable)
-    image = inputs["image"][:, 0]
-    expected = np.asarray(backbone_model(one)(image))
-    np.testing.assert_array_equal(backbone_model(three)(image), expected)
-
-
 def test_a_missing_backbone_is_rejected(monkeypatch):
     without = ModelSpec(image=ImageSpec(kind="none", weights=None))
     with pytest.raises(
@@ -191,12 +155,8 @@ def test_a_missing_backbone_is_rejected(monkeypatch):
         build_model(spec, None, None, (3,), shape_features=(1, 8))
 
 
-@pytest.mark.parametrize("shape", [(8,), (1, 2, 3, 4), (0, 8)])
+@pytest.mark.parametrize("shape", [(8,), (1, 2, 3, 4), (0, 8), None])
 def test_features_of_an_invalid_shape_are_rejected(shape):
-    with pytest.raises(ValueError, match=r"features shape .* invalid; pass \(views, width\)"):
+    features = r"features shape .* invalid; pass \(views, width\)"
+    with pytest.raises(ValueError, match=features if shape else r"image shape \(\) is invalid"):
         build_model(spec_of(), None, None, (3,), shape_features=shape)
-
-
-def test_a_model_without_an_image_or_features_shape_is_rejected():
-    with pytest.raises(ValueError, match=r"image shape \(\) is invalid"):
-        build_model(spec_of(), None, None, (3,))

@@ -32,80 +32,59 @@ def step(inputs, y, weight, spec: LossSpec, seed: int):
     return {k: np.asarray(v) for k, v in result.items()}, np.asarray(y), np.asarray(weight)
 
 
-def fraction_of(got: np.ndarray, own: np.ndarray) -> float:
-    """Return the row's own fraction of the pixels that differ from the neighbour's."""
-    other = np.roll(own, 1, axis=0)
-    differs = np.abs(own.astype(float) - other) > 100
-    return float(
-        np.median(((got - other) / np.where(differs, own - other.astype(float), 1))[differs])
-    )
+def neighbour(own: np.ndarray) -> np.ndarray:
+    return np.roll(own, 1, axis=0)
+
+
+def mixed(own: np.ndarray, fraction: float) -> np.ndarray:
+    return fraction * own + (1 - fraction) * neighbour(own)
+
+
+def draws_of(seed: int) -> np.ndarray:
+    """The random numbers of a step: of mixup, of CutMix, the box's centre x and y, the choice."""
+    return np.asarray(keras.random.uniform((5,), seed=keras.random.SeedGenerator(seed)))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_mixup_is_the_weighted_mean_of_a_row_and_its_neighbour(seed):
+    inputs, y, weight = batch(seed=seed)
+    pixels = inputs["image"].astype(np.float64)
+    inputs["features"] = inputs["image"].reshape(6, 10, -1).astype(np.float32)
+    got, got_y, got_weight = step(inputs, y, weight, MIXUP, seed)
+    fraction = float(beta_quantile(draws_of(seed)[0], 0.4))
+    np.testing.assert_allclose(got["image"], mixed(pixels, fraction), atol=1e-2)
+    # Features are mixed like images, view by view.
+    np.testing.assert_array_equal(got["features"], got["image"].reshape(6, 10, -1))
+    own, other = inputs["numeric"], neighbour(inputs["numeric"])
+    numbers = np.where(np.isnan(own), other, np.where(np.isnan(other), own, mixed(own, fraction)))
+    np.testing.assert_allclose(got["numeric"], numbers, atol=1e-4)
+    assert np.isnan(own).any()
+    larger = inputs["category"] if fraction >= 0.5 else neighbour(inputs["category"])
+    np.testing.assert_array_equal(got["category"], larger)
+    np.testing.assert_allclose(got_weight, mixed(weight, fraction), rtol=1e-4)
+    labels = mixed(weight * y, fraction) / mixed(weight, fraction)
+    np.testing.assert_allclose(got_y, labels, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_mixup_is_the_weighted_mean_of_a_row_and_its_neighbour(seed):
-    inputs, y, weight = batch(seed=seed)
-    got, got_y, got_weight = step(inputs, y, weight, MIXUP, seed)
-    fraction = fraction_of(got["image"], inputs["image"])
-    pixels = inputs["image"].astype(np.float64)
-    expected = fraction * pixels + (1 - fraction) * np.roll(pixels, 1, axis=0)
-    np.testing.assert_allclose(got["image"], expected, atol=1e-2)
-    own, other = inputs["numeric"].astype(float), np.roll(inputs["numeric"], 1, axis=0)
-    numbers = fraction * own + (1 - fraction) * other
-    numbers = np.where(np.isnan(own), other, np.where(np.isnan(other), own, numbers))
-    np.testing.assert_allclose(got["numeric"], numbers, atol=1e-4)
-    assert np.isnan(own).any()
-    larger = inputs["category"] if fraction >= 0.5 else np.roll(inputs["category"], 1, axis=0)
-    np.testing.assert_array_equal(got["category"], larger)
-    weights = fraction * weight + (1 - fraction) * np.roll(weight, 1, axis=0)
-    labels = fraction * weight * y + (1 - fraction) * np.roll(weight * y, 1, axis=0)
-    np.testing.assert_allclose(got_weight, weights, rtol=1e-4)
-    np.testing.assert_allclose(got_y, labels / weights, rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_cutmix_pastes_one_box_and_shares_by_the_area_outside_it(seed):
+def test_cutmix_pastes_a_box_of_the_drawn_area_and_shares_by_the_area_outside_it(seed):
     inputs, y, weight = batch(seed=seed)
     got, got_y, got_weight = step(inputs, y, np.ones_like(weight), CUTMIX, seed)
-    own, other = inputs["image"], np.roll(inputs["image"], 1, axis=0)
-    inside = (got["image"] == other).all(axis=(0, 3))
-    np.testing.assert_array_equal(got["image"], np.where(inside[:, :, None], other, own))
-    high, wide = inside.any(axis=1), inside.any(axis=0)
-    np.testing.assert_array_equal(inside, np.outer(high, wide))
-    for side in (high, wide):
-        assert np.abs(np.diff(side.astype(int))).sum() <= 2
+    _, drawn, x, y_centre, _ = draws_of(seed)  # Beta(1, 1) is uniform.
+    sides = []
+    for length, centre in ((10, y_centre), (12, x)):
+        half = np.floor(length * np.sqrt(1 - drawn)) / 2
+        pixel = np.arange(length)
+        low, high = np.round(centre * length - half), np.round(centre * length + half)
+        sides.append((pixel >= low) & (pixel < high))
+    inside = np.outer(*sides)
+    image = np.where(inside[:, :, None], neighbour(inputs["image"]), inputs["image"])
+    np.testing.assert_array_equal(got["image"], image)
     fraction = 1 - inside.mean()
-    np.testing.assert_allclose(
-        got_y, fraction * y + (1 - fraction) * np.roll(y, 1, axis=0), atol=1e-6
-    )
+    np.testing.assert_allclose(got_y, mixed(y, fraction), atol=1e-6)
     np.testing.assert_allclose(got_weight, np.ones_like(weight), rtol=1e-6)
-    larger = inputs["category"] if fraction >= 0.5 else np.roll(inputs["category"], 1, axis=0)
+    larger = inputs["category"] if fraction >= 0.5 else neighbour(inputs["category"])
     np.testing.assert_array_equal(got["category"], larger)
-
-
-def test_boxes_that_no_edge_clips_have_the_area_of_the_paper():
-    areas, cut = [], []
-    image = np.zeros((2, 64, 64, 3), np.float32)
-    image[1] = 255
-    seed = keras.random.SeedGenerator(0)
-    one = np.ones((2, 1), np.float32)
-    make = tf.function(lambda: mix_rows({"image": tf.constant(image)}, one, one, CUTMIX, seed)[0])
-    for _ in range(1500):
-        inside = np.asarray(make()["image"])[0, :, :, 0] > 0
-        edge = inside[0].any() or inside[-1].any() or inside[:, 0].any() or inside[:, -1].any()
-        areas.append(inside.mean())
-        cut.append(edge)
-    whole = np.array(areas)[~np.array(cut)]
-    assert len(whole) > 180
-    # A box of area a is inside with probability (1 - √a)², and a is uniform like Beta(1, 1). So √a
-    # has the density 12 √a (1 - √a)², that of Beta(2, 3).
-    sides = np.sqrt(whole)
-    assert sides.mean() == pytest.approx(0.4, abs=0.03)
-    assert (
-        stats.kstest(
-            sides + np.random.default_rng(0).uniform(-1, 1, len(sides)) / 128, stats.beta(2, 3).cdf
-        ).pvalue
-        > 0.001
-    )
 
 
 @pytest.mark.parametrize("spec", [MIXUP, CUTMIX, BOTH])
@@ -113,31 +92,27 @@ def test_the_loss_of_mixed_rows_is_the_mixed_loss_of_both(spec):
     inputs, y, weight = batch()
     p = np.random.default_rng(1).uniform(0.05, 0.95, y.shape)
     for seed in range(4):
-        got, got_y, got_weight = step(inputs, y, weight, spec, seed)
+        _, got_y, got_weight = step(inputs, y, weight, spec, seed)
         # The mixed label of a row with label 1 after one with label 0, with equal weights.
         probe_y = np.array([[1.0], [0.0]] * 3, np.float32)
         _, mixed_y, _ = step(inputs, probe_y, np.ones_like(y), spec, seed)
         fraction = float(mixed_y[0, 0])
         for kind in ("binary_crossentropy", "focal"):
             loss = make_loss(LossSpec(loss=kind))
-            own = float(loss(y, p, weight))
-            other = float(loss(np.roll(y, 1, axis=0), p, np.roll(weight, 1, axis=0)))
-            expected = fraction * own + (1 - fraction) * other
+            own, other = loss(y, p, weight), loss(neighbour(y), p, neighbour(weight))
+            expected = fraction * float(own) + (1 - fraction) * float(other)
             assert float(loss(got_y, p, got_weight)) == pytest.approx(expected, rel=1e-5)
-        assert got["image"].dtype == np.float32
 
 
 def test_each_step_uses_mixup_or_cutmix_with_equal_probability():
     inputs, y, weight = batch()
-    seed = keras.random.SeedGenerator(0)
-    make = tf.function(lambda: mix_rows(inputs, y, weight, BOTH, seed)[0]["image"])
     own = inputs["image"].astype(np.float32)
-    other = np.roll(own, 1, axis=0)
-    boxes = 0
-    for _ in range(200):
-        got = np.asarray(make())
-        boxes += bool(((got == own) | (got == other)).all())
-    assert 70 < boxes < 130
+    boxes = []
+    for seed in range(30):
+        got = step(inputs, y, weight, BOTH, seed)[0]["image"]
+        boxes.append(bool(((got == own) | (got == neighbour(own))).all()))
+    assert boxes == [draws_of(seed)[4] < 0.5 for seed in range(30)]
+    assert 8 < sum(boxes) < 22
 
 
 def test_without_alphas_nothing_is_mixed():
@@ -145,26 +120,26 @@ def test_without_alphas_nothing_is_mixed():
     seed = keras.random.SeedGenerator(0)
     before = np.array(seed.state)
     got = mix_rows(inputs, y, weight, LossSpec(), seed)
-    assert got[0] is inputs
-    assert got[1] is y
-    assert got[2] is weight
+    assert all(a is b for a, b in zip(got, (inputs, y, weight), strict=True))
     np.testing.assert_array_equal(seed.state, before)
 
 
-def test_a_missing_image_is_not_mixed_in():
+@pytest.mark.parametrize(
+    ("name", "spec"), [("image", MIXUP), ("image", CUTMIX), ("features", MIXUP)]
+)
+def test_a_missing_image_is_not_mixed_in(name, spec):
     inputs, y = rows_with_all_inputs()
     y, weight = y[:, None].astype(np.float32), np.ones((16, 1), np.float32)
-    for spec in (MIXUP, CUTMIX):
-        for seed in range(4):
-            mask = inputs["image_mask"]
-            # Pixels of a missing image would be visible in any mixture.
-            image = np.where(mask[:, :, None, None, None] > 0, inputs["image"].astype(float), 1e9)
-            got, _, _ = step({**inputs, "image": image.astype(np.float32)}, y, weight, spec, seed)
-            there = got["image_mask"] > 0
-            assert got["image"].shape == image.shape
-            assert got["image"][there].max() <= 255
-            own = (got["image_mask"] == mask).all()
-            assert own or (got["image_mask"] == np.roll(mask, 1, axis=0)).all()
+    mask, pixels = inputs["image_mask"], inputs["image"].astype(np.float32)
+    # Values of a missing image would be visible in any mixture.
+    pixels[mask == 0] = 1e9
+    given = pixels if name == "image" else pixels.reshape(16, 3, 2, -1)
+    for seed in range(4):
+        got, _, _ = step({name: given, "image_mask": mask}, y, weight, spec, seed)
+        assert got[name].shape == given.shape
+        assert got[name][got["image_mask"] > 0].max() <= 255
+        own = (got["image_mask"] == mask).all()
+        assert own or (got["image_mask"] == neighbour(mask)).all()
 
 
 def test_rows_without_weight_have_no_effect_and_a_finite_label():
@@ -179,24 +154,17 @@ def test_rows_without_weight_have_no_effect_and_a_finite_label():
 
 def test_cutmix_without_images_is_rejected_but_mixup_is_not():
     inputs, y, weight = batch()
-    inputs.pop("image")
+    inputs["features"] = inputs.pop("image").reshape(6, 10, -1)
+    message = r"cutmix_alpha=1 needs images, but .*'features'\]; set it to 0"
+    with pytest.raises(ValueError, match=message):
+        step(inputs, y, weight, CUTMIX, 0)
+    del inputs["features"]
     got, _, _ = step(inputs, y, weight, MIXUP, 0)
     assert set(got) == {"numeric", "category"}
-    with pytest.raises(
-        ValueError,
-        match=r"cutmix_alpha=1 needs images, but the model takes \['numeric', 'category'\]",
-    ):
-        step(inputs, y, weight, CUTMIX, 0)
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.4, 1.0, 3.0])
-def test_shares_are_drawn_from_the_beta_distribution(alpha):
-    uniform = keras.random.uniform((20_000,), seed=keras.random.SeedGenerator(3))
-    got = np.asarray(beta_quantile(uniform, alpha))
-    # Float32 resolves small differences near 0 but not near 1; the distribution is symmetric.
-    low = got[got < 0.5]
-    assert len(low) / len(got) == pytest.approx(0.5, abs=0.02)
-    assert stats.kstest(low, lambda x: 2 * stats.beta(alpha, alpha).cdf(x)).pvalue > 0.01
+def test_quantiles_are_those_of_the_beta_distribution(alpha):
     shares = np.linspace(0, 1, 1001)
     expected = stats.beta(alpha, alpha).ppf(shares)
     np.testing.assert_allclose(beta_quantile(shares.astype(np.float32), alpha), expected, atol=1e-3)
@@ -212,40 +180,7 @@ def test_mixing_compiles_with_xla():
     def compiled(inputs, y, weight):
         return [mix_rows(inputs, y, weight, spec, seed) for spec in (MIXUP, CUTMIX, BOTH)]
 
-    for _ in range(3):
-        for got, got_y, got_weight in compiled(inputs, y, weight):
-            assert {k: v.shape for k, v in got.items()} == {k: v.shape for k, v in inputs.items()}
-            assert np.isfinite(got_y).all()
-            np.testing.assert_allclose(got_weight, weight, rtol=1e-6)
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_features_are_mixed_like_images_view_by_view(seed):
-    inputs, y, weight = batch(seed=seed)
-    pixels = inputs["image"].astype(np.float32)
-    inputs["features"] = inputs.pop("image").reshape(6, 10, -1).astype(np.float32)
-    got, _, _ = step(inputs, y, weight, MIXUP, seed)
-    as_images, _, _ = step({"image": pixels}, y, weight, MIXUP, seed)
-    np.testing.assert_array_equal(got["features"], as_images["image"].reshape(6, 10, -1))
-    assert (got["features"] != inputs["features"]).any()
-
-
-def test_features_of_a_missing_image_are_not_mixed_in():
-    inputs, y = rows_with_all_inputs()
-    y, weight = y[:, None].astype(np.float32), np.ones((16, 1), np.float32)
-    mask = inputs["image_mask"]
-    features = np.random.default_rng(0).random((*mask.shape, 2, 5)).astype(np.float32)
-    features[mask == 0] = 1e9
-    for seed in range(4):
-        got, _, _ = step({"features": features, "image_mask": mask}, y, weight, MIXUP, seed)
-        assert got["features"].shape == features.shape
-        assert got["features"][got["image_mask"] > 0].max() <= 1
-
-
-def test_cutmix_on_features_is_rejected():
-    inputs, y, weight = batch()
-    inputs["features"] = inputs.pop("image").reshape(6, 10, -1)
-    with pytest.raises(
-        ValueError, match=r"cutmix_alpha=1 needs images, but .*'features'\]; set it to 0"
-    ):
-        step(inputs, y, weight, CUTMIX, 0)
+    for got, got_y, got_weight in compiled(inputs, y, weight):
+        assert {k: v.shape for k, v in got.items()} == {k: v.shape for k, v in inputs.items()}
+        assert np.isfinite(got_y).all()
+        np.testing.assert_allclose(got_weight, weight, rtol=1e-6)

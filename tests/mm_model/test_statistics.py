@@ -3,46 +3,37 @@ import pytest
 
 from mm_model.statistics import Vocabulary, fit_numeric_statistics, fit_vocabulary
 
-TEXTS = ["red", "blue", None, "red", "green", "blue", "red", None]
+NAN = float("nan")
+TEXTS = ["red", "blue", None, "red", "green", "blue", "red", NAN, np.float32("nan")]
 
 
 def test_words_have_codes_from_2_after_missing_and_unknown():
     vocabulary = fit_vocabulary(TEXTS, "colour")
     assert vocabulary == Vocabulary(column="colour", words=("blue", "red"))
+    # The order of the rows does not change the codes.
+    assert vocabulary == fit_vocabulary(reversed(TEXTS), "colour")
     assert vocabulary.num_codes == 4
-    codes = vocabulary.codes([None, "green", "blue", "red", "never seen", ""])
+    codes = vocabulary.codes([None, NAN, "green", "blue", "red", "never seen", ""])
     assert codes.dtype == np.int32
-    np.testing.assert_array_equal(codes, [0, 1, 2, 3, 1, 1])
+    np.testing.assert_array_equal(codes, [0, 0, 1, 2, 3, 1, 1])
 
 
-def test_the_order_of_the_rows_does_not_change_the_codes():
-    assert fit_vocabulary(reversed(TEXTS), "colour") == fit_vocabulary(TEXTS, "colour")
-
-
-def test_a_full_vocabulary_keeps_the_most_frequent_words():
-    texts = [word for count, word in enumerate("abcdef", start=1) for _ in range(count)]
-    assert fit_vocabulary(texts, "x", max_words=3).words == ("d", "e", "f")
-    # Words of equal frequency are kept in alphabetical order, so results are reproducible.
-    assert fit_vocabulary("ccbbaa", "x", max_words=2).words == ("a", "b")
-
-
-def test_a_rare_word_is_unknown():
-    assert fit_vocabulary(TEXTS, "colour", min_count=3).words == ("red",)
-    assert fit_vocabulary(TEXTS, "colour", min_count=1).words == ("blue", "green", "red")
-
-
-def test_a_column_without_words_has_codes_for_missing_and_unknown():
-    vocabulary = fit_vocabulary([None, None], "empty")
-    assert vocabulary.words == ()
+@pytest.mark.parametrize(
+    ("texts", "options", "words"),
+    [
+        (TEXTS, {"min_count": 3}, ("red",)),
+        (TEXTS, {"min_count": 1}, ("blue", "green", "red")),
+        # A full vocabulary keeps the most frequent words, of equally frequent ones the first.
+        ("abbcccdddd", {"max_words": 2}, ("c", "d")),
+        ("ccbbaa", {"max_words": 2}, ("a", "b")),
+        ([None, NAN], {}, ()),
+    ],
+)
+def test_a_vocabulary_has_the_frequent_words(texts, options, words):
+    vocabulary = fit_vocabulary(texts, "x", **options)
+    assert vocabulary.words == words
     np.testing.assert_array_equal(vocabulary.codes([None, "new"]), [0, 1])
     assert vocabulary.codes([]).shape == (0,)
-
-
-def test_nan_is_missing():
-    texts = [*TEXTS, float("nan"), np.float32("nan"), float("nan")]
-    vocabulary = fit_vocabulary(texts, "colour")
-    assert vocabulary == fit_vocabulary(TEXTS, "colour")
-    np.testing.assert_array_equal(vocabulary.codes(["red", *texts[-3:]]), [3, 0, 0, 0])
 
 
 def test_a_duplicate_word_is_rejected():

@@ -5,40 +5,32 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import yaml
 
+from tests.ray_jobs.heads import free_ports
+from tests.ray_jobs.hosts import wait_until
+
 
 @contextmanager
-def autoscaling_cluster(
-    folder: Path, node: dict[str, float], max_nodes: int, idle_minutes: float = 0.25
-) -> Iterator[str]:
-    """Start a head without CPUs and yield its address.
+def autoscaling_cluster(folder: Path, node: dict[str, float], max_nodes: int) -> Iterator[str]:
+    """Start a head without CPUs, which adds nodes with some resources, and yield its address."""
+    port, dashboard, client = free_ports(3)
+    from ray.autoscaler._private.fake_multi_node import node_provider
 
-    Args:
-        folder: Folder for the configuration and the log.
-        node: Resources of each node that the autoscaler adds.
-        max_nodes: Maximum number of these nodes.
-        idle_minutes: Idle time after which a node is removed.
-    """
-    port, dashboard = _free_port(), _free_port()
-    from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID as head_id
+    head_id = node_provider.FAKE_HEAD_NODE_ID
 
     config = {
         "cluster_name": f"fake-{port}",
         "max_workers": max_nodes,
-        "idle_timeout_minutes": idle_minutes,
+        "idle_timeout_minutes": 0.25,
         "upscaling_speed": 10.0,
         "provider": {
             "type": "external",
-            "module": (
-                "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
-            ),
+            "module": f"{node_provider.__name__}.FakeMultiNodeProvider",
             "use_node_id_as_ip": True,
             "disable_node_updaters": True,
             "disable_launch_config_check": True,
@@ -49,8 +41,7 @@ def autoscaling_cluster(
         "available_node_types": {
             "ray.head.default": {"resources": {}, "node_config": {}, "max_workers": 0},
             "worker": {
-                "resources": node, "node_config": {}, "min_workers": 0,
-                "max_workers": max_nodes,
+                "resources": node, "node_config": {}, "min_workers": 0, "max_workers": max_nodes,
             },
         },
         "head_node_type": "ray.head.default",
@@ -74,14 +65,20 @@ def autoscaling_cluster(
     command = [
         f"{Path(sys.executable).parent}/ray", "start", "--head", "--block", f"--port={port}",
         "--num-cpus=0", f"--dashboard-port={dashboard}", f"--autoscaling-config={path}",
-        f"--ray-client-server-port={_free_port()}",
+        f"--ray-client-server-port={client}",
     ]  # fmt: skip
+
+    def listens() -> bool:
+        assert head.poll() is None, (folder / "head.log").read_text()
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", int(port))) == 0
+
     with open(folder / "head.log", "wb") as log:
         head = subprocess.Popen(
             command, env=environment, stdout=log, stderr=log, start_new_session=True
         )
     try:
-        _wait_for(port, head, folder / "head.log")
+        wait_until(listens, 60, "the head listens")
         yield f"127.0.0.1:{port}"
     finally:
         # End its whole session, which includes the nodes that it started.
@@ -91,20 +88,3 @@ def autoscaling_cluster(
             head.wait(timeout=20)
         except subprocess.TimeoutExpired:
             os.killpg(head.pid, signal.SIGKILL)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def _wait_for(port: int, head: subprocess.Popen[Any], log: Path) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        assert head.poll() is None, log.read_text()
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.2)
-    raise AssertionError(f"the head does not listen: {log.read_text()}")

@@ -17,7 +17,7 @@ TOKEN = "0123456789abcdef" * 4
 @contextmanager
 def running_head(log: Path) -> Iterator[dict[str, str]]:
     """Start a head for the block and yield the environment of its clients."""
-    gcs, dashboard, agent = _free_ports(3)
+    gcs, dashboard, agent = free_ports(3)
     binaries = Path(sys.executable).parent
     environment = {
         **{k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
@@ -53,7 +53,7 @@ def running_head(log: Path) -> Iterator[dict[str, str]]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _free_ports(count: int) -> list[str]:
+def free_ports(count: int) -> list[str]:
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for one in sockets:

@@ -27,13 +27,7 @@ _ENDS_S = 20.0
 
 @dataclass(frozen=True)
 class Host:
-    """A virtual host.
-
-    Args:
-        name: Name of its network namespace.
-        address: Address in the network of the hosts.
-        switch: Network namespace of the switch.
-    """
+    """A virtual host; its name and its switch are network namespaces."""
 
     name: str
     address: str
@@ -44,27 +38,19 @@ class Host:
         return ["ip", "netns", "exec", self.name, *words]
 
     def pull_cable(self) -> None:
-        """Disconnect the host."""
         _ip("-n", self.switch, "link", "set", self.name, "down")
 
     def plug_cable(self) -> None:
-        """Connect the host again."""
         _ip("-n", self.switch, "link", "set", self.name, "up")
 
     def processes(self) -> list[int]:
-        """Return the IDs of the processes on this host."""
-        listed = subprocess.run(
-            ["ip", "netns", "pids", self.name], capture_output=True, text=True, check=True
-        )
-        return [int(pid) for pid in listed.stdout.split()]
+        listed = ["ip", "netns", "pids", self.name]
+        return [int(pid) for pid in subprocess.check_output(listed, text=True).split()]
 
 
 @contextmanager
 def hosts(count: int) -> Iterator[list[Host]]:
-    """Create hosts for the block, then end their processes and remove them.
-
-    Skips the test if this machine does not allow it.
-    """
+    """Create hosts for the block, or skip the test if this machine does not allow it."""
     if obstacle := _obstacle():
         pytest.skip(obstacle)
     # Interface names have at most 15 characters.
@@ -77,10 +63,8 @@ def hosts(count: int) -> Iterator[list[Host]]:
         _ip("-n", switch, "link", "set", "bridge", "up")
         for host in made:
             _ip("netns", "add", host.name)
-            _ip(
-                *("-n", switch, "link", "add", host.name),
-                *("type", "veth", "peer", "name", "eth0", "netns", host.name),
-            )
+            veth = ("type", "veth", "peer", "name", "eth0", "netns", host.name)
+            _ip("-n", switch, "link", "add", host.name, *veth)
             _ip("-n", switch, "link", "set", host.name, "master", "bridge", "up")
             _ip("-n", host.name, "address", "add", f"{host.address}/24", "dev", "eth0")
             _ip("-n", host.name, "link", "set", "eth0", "up")
@@ -113,19 +97,13 @@ def started(command: Sequence[str], log: Path, **options: Any) -> Iterator[subpr
 
 @dataclass(frozen=True)
 class Machine:
-    """A host with its own home.
-
-    Args:
-        host: The host.
-        folder: Folder with its home and its /tmp/ray.
-    """
+    """A host with a folder for its own home of root and its own /tmp/ray."""
 
     host: Host
     folder: Path
 
     @property
     def home(self) -> Path:
-        """Home of root on this machine."""
         return self.folder / "home"
 
     def command(self, *words: str) -> list[str]:
@@ -171,13 +149,7 @@ def ssh_server(machine: Machine, public_key: Path) -> Iterator[None]:
 
 
 def ray_node(host: Host, *options: str, head: Host | None = None) -> list[str]:
-    """Return the command that starts a Ray node on a host.
-
-    Args:
-        host: Host of the node.
-        options: Options of `ray start`.
-        head: Host of the head node; None starts a head node.
-    """
+    """Return the command that starts a Ray node on a host: a head, or a node that joins one."""
     joins = ["--head", "--port=6379"] if head is None else [f"--address={head.address}:6379"]
     return host.command(
         *(f"{Path(sys.executable).parent}/ray", "start", "--block", *joins),
@@ -188,12 +160,7 @@ def ray_node(host: Host, *options: str, head: Host | None = None) -> list[str]:
 
 
 def nodes_of(address: str, prefix: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Return Ray's descriptions of the alive nodes of a cluster.
-
-    Args:
-        address: Address of the cluster.
-        prefix: Words in front of the command, for example to run it on another host.
-    """
+    """Return Ray's descriptions of the alive nodes, with words in front of the command."""
     # In another process, since this one may be connected to its own Ray.
     code = (
         "import json, sys, ray\n"
@@ -209,11 +176,6 @@ def nodes_of(address: str, prefix: Sequence[str] = ()) -> list[dict[str, Any]]:
 
 
 def wait_until(condition: Any, timeout_s: float, what: str) -> None:
-    """Wait for a condition.
-
-    Raises:
-        AssertionError: If it is not met in time.
-    """
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"{what}: not within {timeout_s:.0f} s"

@@ -14,6 +14,7 @@ from PIL import Image
 from ray_jobs.config.spec import SPLITS, RunSpec
 from ray_jobs.data.manifest import Manifest
 from ray_jobs.prepare.job import prepare
+from tests.ray_jobs.trained import stored_rows
 
 SIZE = 24
 
@@ -76,12 +77,7 @@ class Raw:
 
 
 def shard_rows(folder: Path, manifest: Manifest) -> dict[str, pa.Table]:
-    return {
-        split: pa.concat_tables(
-            pq.read_table(folder / s.path) for s in manifest.splits[split].shards
-        )
-        for split in SPLITS
-    }
+    return {split: stored_rows(folder, manifest, split) for split in SPLITS}
 
 
 def split_of(folder: Path, manifest: Manifest) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Training with two workers across hosts while a network cable is unplugged."""
 
+import json
 import os
 import shutil
 import tempfile
@@ -15,10 +16,9 @@ import pytest
 
 from benchmarks.chaos import distance, same, settings
 from benchmarks.disturbed import SLOT, Run
-from benchmarks.photos import jpeg, photo
-from benchmarks.shards import write_shards
 from tests.ray_jobs.heads import TOKEN
 from tests.ray_jobs.hosts import Host, hosts, nodes_of, ray_node, started, wait_until
+from tests.ray_jobs.tiny import write_prepared
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiworker, pytest.mark.timeout(900)]
 MIDDLE = 12
@@ -50,9 +50,8 @@ class Network:
 
     def join(self, host: Host) -> None:
         """Start a Ray node with room for one worker on a host."""
-        command = ray_node(
-            host, "--num-cpus=1", f"--resources={{{SLOT!r}: 1}}".replace("'", '"'), head=self.head
-        )
+        slot = f"--resources={json.dumps({SLOT: 1})}"
+        command = ray_node(host, "--num-cpus=1", slot, head=self.head)
         self.nodes.enter_context(started(command, self.folder / f"{host.name}.log"))
         wait_until(lambda: host.address in self.alive(), JOIN_TIMEOUT_S, f"{host.address} joins")
 
@@ -73,9 +72,7 @@ class Network:
 @pytest.fixture(scope="module")
 def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
     folder = tmp_path_factory.mktemp("hosts")
-    rng = np.random.default_rng(0)
-    images = [jpeg(photo(rng, 32)) for _ in range(20)]
-    write_shards(folder / "prepared", {"train": 256, "validation": 64, "test": 8}, images, 32)
+    write_prepared(folder / "prepared", {"train": 256, "validation": 64, "test": 8}, size=32)
     # A short path, since the path of a socket is limited in length.
     temporary = tempfile.mkdtemp(prefix="ray-")
     with patch.dict(os.environ, ENVIRONMENT), ExitStack() as stack:
@@ -116,11 +113,7 @@ def test_a_run_on_a_host_that_was_lost_and_returns_ends_with_the_same_bits(netwo
     run.wait_for_step(MIDDLE)
     host = network.workers[1]
     host.pull_cable()
-    wait_until(
-        lambda: host.address not in network.alive(),
-        JOIN_TIMEOUT_S,
-        f"{host.address} is declared dead",
-    )
+    wait_until(lambda: host.address not in network.alive(), JOIN_TIMEOUT_S, "it is declared dead")
     host.plug_cable()
     network.join(host)
     run.wait()

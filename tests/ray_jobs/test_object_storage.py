@@ -71,15 +71,15 @@ def test_all_jobs_work_on_object_storage_and_write_no_secret(store, tmp_path):
     )
     file = tmp_path / "spec.yaml"
     file.write_text(yaml.safe_dump(spec.model_dump(mode="json")))
-    run = {"--run": (runs / "first").uri, "--data": prepared.uri}
+    run = ("--run", (runs / "first").uri, "--data", prepared.uri)
     outputs = [
         run_job("prepare", file),
         run_job("doctor", file),
         run_job("train", file, "--run.name", "first"),
         run_job("train", file, "--run.name", "first"),
         run_job("tune", file, "--run.name", "search"),
-        run_job("evaluate", *flags(run), "--output", (store / "evaluation").uri),
-        run_job("predict", *flags(run), "--output", (store / "predictions").uri),
+        run_job("evaluate", *run, "--output", (store / "evaluation").uri),
+        run_job("predict", *run, "--output", (store / "predictions").uri),
     ]
     assert "run first is already finished" in outputs[3]
     names = set(store.names())
@@ -106,7 +106,3 @@ def run_job(verb: str, *words: Any) -> str:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, f"{verb}: {done.stdout}{done.stderr}"
     return done.stdout + done.stderr
-
-
-def flags(values: dict[str, str]) -> list[str]:
-    return [word for pair in values.items() for word in pair]

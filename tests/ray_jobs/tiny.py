@@ -39,17 +39,9 @@ def write_prepared(
         numbers[:, ROW] = np.arange(count)
         colour = rng.integers(60, 120, (count, 1, 1, 3)) + 60 * label[:, None, None, None]
         pixels = (colour + rng.integers(-20, 20, (count, size, size, 3))).astype(np.uint8)
-        table = pa.table(
-            {
-                "key": [f"{split}-{i}" for i in range(count)],
-                "image": [_jpeg(image) for image in pixels],
-                **{
-                    name: pa.array(numbers[:, i], from_pandas=True)
-                    for i, name in enumerate(COLUMNS)
-                },
-                "label": label,
-            }
-        )
+        columns = {n: pa.array(numbers[:, i], from_pandas=True) for i, n in enumerate(COLUMNS)}
+        keys, images = [f"{split}-{i}" for i in range(count)], [_jpeg(image) for image in pixels]
+        table = pa.table({"key": keys, "image": images, **columns, "label": label})
         if split == "train":
             statistics = fit_numeric_statistics(numbers, COLUMNS)
         shards = [
@@ -59,7 +51,7 @@ def write_prepared(
         ]
         splits[split] = SplitInfo(
             num_rows=count,
-            class_counts=(int((label == 0).sum()), int((label == 1).sum())),
+            class_counts=tuple(np.bincount(label, minlength=2).tolist()),
             shards=tuple(shards),
         )
     manifest = Manifest(
@@ -95,15 +87,11 @@ def _write_shard(folder: Path, name: str, table: pa.Table, rows_per_group: int) 
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, path, row_group_size=rows_per_group)
-    content = path.read_bytes()
-    groups = [
-        min(rows_per_group, table.num_rows - start)
-        for start in range(0, table.num_rows, rows_per_group)
-    ]
+    content, metadata = path.read_bytes(), pq.read_metadata(path)
     return Shard(
         path=name,
         num_rows=table.num_rows,
-        row_groups=tuple(groups),
+        row_groups=tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)),
         num_bytes=len(content),
         sha256=hashlib.sha256(content).hexdigest(),
     )

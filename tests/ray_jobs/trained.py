@@ -12,6 +12,7 @@ from ray_jobs.config.spec import Split
 from ray_jobs.data.images import decode_stored
 from ray_jobs.data.manifest import Manifest
 from ray_jobs.storage.folder import Folder
+from tests.ray_jobs.tiny import with_image
 
 THRESHOLD = 0.45
 
@@ -46,9 +47,8 @@ def write_run(
 
 def stored_rows(folder: Path, manifest: Manifest, split: Split) -> pa.Table:
     """Return the stored rows of a split."""
-    return pa.concat_tables(
-        [pq.read_table(folder / shard.path) for shard in manifest.splits[split].shards]
-    )
+    shards = manifest.splits[split].shards
+    return pa.concat_tables(pq.read_table(folder / shard.path) for shard in shards)
 
 
 def probabilities(model: Any, rows: pa.Table, manifest: Manifest) -> np.ndarray:
@@ -64,10 +64,7 @@ def damage_image(folder: Path, manifest: Manifest, split: Split, shard: int, row
     info = manifest.splits[split]
     path = folder / info.shards[shard].path
     table = pq.read_table(path)
-    images = table["image"].to_pylist()
-    images[row] = images[row][:40]
-    at = table.column_names.index("image")
-    table = table.set_column(at, "image", pa.array(images, table["image"].type))
+    table = with_image(table, row, table["image"][row].as_py()[:40])
     pq.write_table(table, path, row_group_size=info.shards[shard].row_groups[0])
     shards = list(info.shards)
     shards[shard] = shards[shard].model_copy(update={"num_bytes": path.stat().st_size})

@@ -6,9 +6,14 @@ import numpy as np
 import pytest
 
 import mm_model
-from mm_model.branches.image_application import CaffePixels, make_backbone
+from mm_model.branches.image_application import make_backbone
 from mm_model.layers.dropout import RowDropout
+from mm_model.model import build_model
+from mm_model.spec import ImageSpec, ModelSpec
 from tests.mm_model.examples import SMALLEST_OF_EACH_FAMILY
+
+MEAN, DEVIATION = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+"""Of ImageNet's channels."""
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +22,8 @@ def built() -> Callable[[str], mm_model.FusionModel]:
 
     @cache
     def of(kind: str) -> mm_model.FusionModel:
-        return mm_model.create_model((32, 32, 3), (3,), image={"kind": kind, "weights": None})
+        spec = ModelSpec(image=ImageSpec(kind=kind, weights=None))
+        return build_model(spec, None, (32, 32, 3), (3,))
 
     return of
 
@@ -29,45 +35,21 @@ def backbone_of(model: mm_model.FusionModel) -> keras.Model:
 @pytest.mark.parametrize("kind", [k for k in SMALLEST_OF_EACH_FAMILY if k != "tiny"])
 def test_every_backbone_gets_the_pixel_range_of_its_training(kind, built):
     """The input of the first convolution for black and white, as in the paper of each family."""
-    model = built(kind)
-    backbone = backbone_of(model)
-    first = next(
-        x
-        for x in backbone.layers
-        if isinstance(x, keras.layers.Conv2D | keras.layers.DepthwiseConv2D)
-    )
+    backbone = backbone_of(built(kind))
+    convolutions = keras.layers.Conv2D | keras.layers.DepthwiseConv2D
+    first = next(x for x in backbone.layers if isinstance(x, convolutions))
     # ConvNeXt's first convolution is inside a block, directly after its preprocessing.
     probe = backbone.layers[1].output if kind == "convnext_tiny" else first.input
-    seen = keras.Model(backbone.input, probe)
     pixels = np.stack([np.zeros((32, 32, 3)), np.full((32, 32, 3), 255)]).astype("float32")
     if kind == "resnet50":
-        pixels = np.asarray(model.network.get_layer("image_range")(pixels))
-    inner = np.asarray(seen(pixels))[:, 10:20, 10:20]
-    low, high = inner[0].mean((0, 1)), inner[1].mean((0, 1))
+        pixels = np.asarray(built(kind).network.get_layer("image_range")(pixels))
+    seen = np.asarray(keras.Model(backbone.input, probe)(pixels))
     expected = {
-        "efficientnet_b0": ([0] * 3, [1] * 3),
-        "efficientnet_v2_b0": (
-            -np.divide([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-            np.divide(np.subtract(1, [0.485, 0.456, 0.406]), [0.229, 0.224, 0.225]),
-        ),
-        "mobilenet_v3_small": ([-1] * 3, [1] * 3),
-        "convnext_tiny": (
-            -np.divide([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-            np.divide(np.subtract(1, [0.485, 0.456, 0.406]), [0.229, 0.224, 0.225]),
-        ),
-        "resnet50": ([-103.939, -116.779, -123.68], [151.061, 138.221, 131.32]),
-    }[kind]
-    np.testing.assert_allclose(low, expected[0], atol=1e-2)
-    np.testing.assert_allclose(high, expected[1], atol=1e-2)
-
-
-def test_the_preprocessing_of_resnet_loads_in_safe_mode(tmp_path):
-    model = keras.Sequential([keras.Input((4, 4, 3)), CaffePixels(name="image_range")])
-    model.save(tmp_path / "model.keras")
-    again = keras.saving.load_model(tmp_path / "model.keras", safe_mode=True)
-    assert isinstance(again.get_layer("image_range"), CaffePixels)
-    pixels = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3)).astype("float32")
-    np.testing.assert_array_equal(again(pixels), model(pixels))
+        "efficientnet_b0": [[0] * 3, [1] * 3],
+        "mobilenet_v3_small": [[-1] * 3, [1] * 3],
+        "resnet50": [[-103.939, -116.779, -123.68], [151.061, 138.221, 131.32]],
+    }.get(kind, np.divide(np.subtract([[0], [1]], MEAN), DEVIATION))
+    np.testing.assert_allclose(seen[:, 10:20, 10:20].mean((1, 2)), expected, atol=1e-2)
 
 
 def test_an_efficientnet_file_gets_the_scale_of_imagenet_weights_and_row_dropout(tmp_path, built):
@@ -75,12 +57,11 @@ def test_an_efficientnet_file_gets_the_scale_of_imagenet_weights_and_row_dropout
         include_top=False, weights=None, input_shape=(32, 32, 3)
     )
     normalization = next(x for x in theirs.layers if isinstance(x, keras.layers.Normalization))
-    mean, deviation = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-    normalization.adapt_mean.assign(mean)
-    normalization.adapt_variance.assign(deviation)  # as stored in the files of keras.applications
+    normalization.adapt_mean.assign(MEAN)
+    normalization.adapt_variance.assign(DEVIATION)  # as stored in the files of keras.applications
     path = tmp_path / "b0.weights.h5"
     theirs.save_weights(path)
-    normalization.adapt_variance.assign(np.square(deviation, dtype=np.float32))
+    normalization.adapt_variance.assign(np.square(DEVIATION, dtype=np.float32))
     normalization.finalize_state()
     dropped = [x.name for x in theirs.layers if isinstance(x, keras.layers.Dropout)]
     assert dropped
@@ -91,8 +72,11 @@ def test_an_efficientnet_file_gets_the_scale_of_imagenet_weights_and_row_dropout
     assert loaded.name == "efficientnet_b0"
     inside = next(x for x in loaded.layers if isinstance(x, keras.layers.Normalization))
     seen = np.asarray(keras.Model(loaded.input, inside.output)(np.full((1, 32, 32, 3), 255.0)))
-    np.testing.assert_allclose(seen[0, 0, 0], np.divide(np.subtract(1, mean), deviation), rtol=1e-4)
+    np.testing.assert_allclose(seen[0, 0, 0], np.divide(np.subtract(1, MEAN), DEVIATION), rtol=1e-4)
     np.testing.assert_array_equal(loaded(image), expected)
+    names = [layer.name for layer in built("efficientnet_b0").backbone_layers()]
+    # Without the statistics of the pixels, which are constants.
+    assert (names[0], names[-1]) == ("stem_conv", "top_bn")
     for ours, synchronized in ((loaded, True), (backbone_of(built("efficientnet_b0")), False)):
         for our, their in zip(ours.layers, theirs.layers, strict=True):
             assert isinstance(our, type(their))
@@ -101,20 +85,6 @@ def test_an_efficientnet_file_gets_the_scale_of_imagenet_weights_and_row_dropout
         assert all(x.noise_shape == (None, 1, 1, 1) for x in by_rows)
         norms = [x for x in ours.layers if isinstance(x, keras.layers.BatchNormalization)]
         assert all(norm.synchronized == synchronized for norm in norms)
-
-
-def test_weights_are_loaded_from_a_file(tmp_path, built):
-    first = backbone_of(built("mobilenet_v3_small"))
-    first.save_weights(tmp_path / "w.weights.h5")
-    for synchronized in (False, True):
-        again = make_backbone(
-            "mobilenet_v3_small", (32, 32, 3), str(tmp_path / "w.weights.h5"), synchronized
-        )
-        for a, b in zip(first.get_weights(), again.get_weights(), strict=True):
-            np.testing.assert_array_equal(a, b)
-    norms = [x for x in again.layers if isinstance(x, keras.layers.BatchNormalization)]
-    assert norms
-    assert all(norm.synchronized for norm in norms)
 
 
 def test_a_failed_download_suggests_alternatives(monkeypatch):
@@ -128,9 +98,17 @@ def test_a_failed_download_suggests_alternatives(monkeypatch):
         make_backbone("efficientnet_b0", (32, 32, 3), "imagenet", synchronized=False)
 
 
-def test_a_missing_weights_file_suggests_alternatives():
-    with pytest.raises(OSError, match=r"nowhere\.h5 does not exist.*imagenet, or to none"):
-        make_backbone("mobilenet_v3_small", (32, 32, 3), "nowhere.h5", synchronized=False)
+def test_weights_are_loaded_from_a_local_file_and_a_missing_one_suggests_alternatives(
+    tmp_path, built
+):
+    kind, path = "mobilenet_v3_small", str(tmp_path / "w.weights.h5")
+    with pytest.raises(OSError, match=r"w\.weights\.h5 does not exist.*imagenet, or to none"):
+        make_backbone(kind, (32, 32, 3), path, synchronized=False)
+    first = backbone_of(built(kind))
+    first.save_weights(path)
+    again = make_backbone(kind, (32, 32, 3), path, synchronized=False)
+    for a, b in zip(first.get_weights(), again.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("kind", SMALLEST_OF_EACH_FAMILY)

@@ -1,11 +1,9 @@
-from functools import partial
-
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from PIL import Image, ImageEnhance, ImageOps
-from scipy import ndimage, stats
+from scipy import ndimage
 
 from mm_model import per_row_random
 from mm_model.layers.augmentation import (
@@ -15,7 +13,7 @@ from mm_model.layers.augmentation import (
     augmentation_layers,
 )
 from mm_model.spec import NO_AUGMENTATION, AugmentationSpec
-from tests.mm_model.examples import half_precision, in_parts, pictures
+from tests.mm_model.examples import half_precision, pictures
 
 EVERYTHING = AugmentationSpec(flip="horizontal_and_vertical", rand_augment=0.5)
 
@@ -44,29 +42,24 @@ def moved(image: np.ndarray, forward: np.ndarray) -> np.ndarray:
     return np.stack(channels, axis=-1)
 
 
-def turn(angle: float) -> np.ndarray:
-    # Counterclockwise as displayed, because y points down.
-    return np.array(
-        [[np.cos(angle), np.sin(angle), 0], [-np.sin(angle), np.cos(angle), 0], [0, 0, 1]]
-    )
-
-
-def shift(x: float, y: float) -> np.ndarray:
-    return np.array([[1, 0, x], [0, 1, y], [0, 0, 1]], np.float64)
+def affine(angle: float = 0.0, x: float = 0.0, y: float = 0.0) -> np.ndarray:
+    """Turn counterclockwise as displayed, because y points down, then shift."""
+    cos, sin = np.cos(angle), np.sin(angle)
+    return np.array([[cos, sin, x], [-sin, cos, y], [0, 0, 1]])
 
 
 def test_random_geometry_agrees_with_scipy():
     images = pictures()
-    layer = RandomGeometry("horizontal_and_vertical", 0.2, 0.3, 0.25, seed=4)
+    # The largest shifts need pixels from beyond the first reflection at an edge.
+    layer = RandomGeometry("horizontal_and_vertical", 0.2, 0.3, 0.95, seed=4)
     got = np.asarray(layer(images, training=True))
     flipped = set()
     for i, (fx, fy, angle, zoom, tx, ty) in enumerate(draws_of(4, 8, 6)):
         flips = np.diag([-1.0 if fx < 0 else 1.0, -1.0 if fy < 0 else 1.0, 1.0])
         flipped.add((fx < 0, fy < 0))
         smaller = np.diag([1 / (1 + 0.3 * zoom), 1 / (1 + 0.3 * zoom), 1.0])
-        forward = (
-            shift(tx * 0.25 * 24, ty * 0.25 * 20) @ smaller @ turn(angle * 0.2 * 2 * np.pi) @ flips
-        )
+        turned = affine(angle * 0.2 * 2 * np.pi)
+        forward = affine(x=tx * 0.95 * 24, y=ty * 0.95 * 20) @ smaller @ turned @ flips
         np.testing.assert_allclose(got[i], moved(images[i], forward), atol=0.02)
     assert len(flipped) > 2
 
@@ -85,21 +78,6 @@ def test_images_are_flipped_exactly_and_along_all_axes_equally_often(flip, axes)
     matches = np.stack([(got == np.flip(images, a)).all(axis=(1, 2, 3)) for a in axes])
     assert (matches.sum(axis=0) == 1).all()
     np.testing.assert_allclose(matches.mean(axis=1), 1 / len(axes), atol=0.04)
-
-
-def test_zooms_and_shifts_are_uniform_up_to_their_limits():
-    """The inner pixels of a ramp show zoom and shift."""
-    size, num_rows = 41, 3000
-    ramp = np.broadcast_to(np.arange(size, dtype=np.float32)[None, :, None], (size, size, 3))
-    layer = RandomGeometry(zoom=0.2, translation=0.1, seed=3)
-    got = np.asarray(layer(np.repeat(ramp[None], num_rows, axis=0), training=True))
-    middle = got[:, size // 2, :, 0]
-    zoom = (middle[:, 26] - middle[:, 14]) / 12
-    left = (size // 2 - middle[:, size // 2]) / zoom / size
-    for values, low, high in ((zoom, 0.8, 1.2), (left, -0.1, 0.1)):
-        assert values.min() == pytest.approx(low, abs=1e-3)
-        assert values.max() == pytest.approx(high, abs=1e-3)
-        assert stats.kstest(values, "uniform", (low, high - low)).pvalue > 0.01
 
 
 def test_random_colour_agrees_with_tensorflow():
@@ -155,56 +133,32 @@ def test_a_geometric_operation_agrees_with_scipy(name):
     signs = np.where(draws_of(7, 8, 2)[:, 1] < 0, -1, 1)
     assert len(set(signs)) == 2
     for image, changed, sign in zip(images, got, signs, strict=True):
-        sheared = np.eye(3)
-        sheared[(0, 1) if name == "shear_x" else (1, 0)] = -sign * 0.15
         forward = {
-            "rotate": turn(sign * np.pi / 12),
-            "shear_x": sheared,
-            "shear_y": sheared,
-            "translate_x": shift(-sign * 0.225 * 24, 0),
-            "translate_y": shift(0, -sign * 0.225 * 20),
+            "rotate": affine(sign * np.pi / 12),
+            "shear_x": np.array([[1, -sign * 0.15, 0], [0, 1, 0], [0, 0, 1]]),
+            "shear_y": np.array([[1, 0, 0], [-sign * 0.15, 1, 0], [0, 0, 1]]),
+            "translate_x": affine(x=-sign * 0.225 * 24),
+            "translate_y": affine(y=-sign * 0.225 * 20),
         }[name]
         np.testing.assert_allclose(changed, moved(image, forward), atol=0.02)
 
 
-def test_two_operations_per_image_are_drawn_uniformly_and_applied_in_order():
+def test_two_operations_per_image_are_drawn_uniformly_and_geometric_ones_are_applied_first():
     names = ("identity", "solarize", "translate_x")
-    images = np.repeat(pictures(1), 3000, axis=0)
-    layer = RandAugment(0.5, names, seed=8)
-    got = np.asarray(layer(images, training=True))
-    draw = draws_of(8, 3000, 4)
-    drawn = np.floor((draw[:, ::2] + 1) * 1.5).astype(int)
-    for first in range(3):
-        for second in range(3):
-            share = (drawn == (first, second)).all(axis=1).mean()
-            assert share == pytest.approx(1 / 9, abs=0.03)
-    for i in range(40):
+    images = np.repeat(pictures(1), 900, axis=0)
+    got = np.asarray(RandAugment(0.5, names, seed=8)(images, training=True))
+    draw = draws_of(8, 900, 4)
+    drawn, shifts = np.floor((draw[:, ::2] + 1) * 1.5).astype(int), draw[:, 1::2]
+    _, counts = np.unique(drawn, axis=0, return_counts=True)
+    np.testing.assert_allclose(counts / 900, np.full(9, 1 / 9), atol=0.05)
+    # Two shifts are resampled once, but would be resampled twice here.
+    for i in np.flatnonzero((drawn == 2).sum(axis=1) < 2)[:30]:
         expected = images[i].astype(np.float64)
-        for chosen, sign in zip(drawn[i], draw[i, 1::2], strict=True):
-            if names[chosen] == "translate_x":
-                expected = moved(expected, shift((1 if sign < 0 else -1) * 0.225 * 24, 0))
-        for chosen in drawn[i]:
-            if names[chosen] == "solarize":
-                expected = np.where(expected >= 128, 255 - expected, expected)
-        # Two shifts are resampled once here, but twice in the expected image.
-        once = (drawn[i] == 2).sum() < 2
-        if once:
-            np.testing.assert_allclose(got[i], expected, atol=0.02)
-
-
-@pytest.mark.parametrize("count", [1, 2, 4])
-def test_augmentation_does_not_depend_on_the_number_of_parts(count):
-    images = pictures()
-    factories = [
-        lambda: RandomGeometry("horizontal", 0.1, 0.1, 0.1, seed=1),
-        lambda: RandomColour(0.2, 0.2, seed=1),
-        lambda: RandAugment(0.5, seed=1),
-    ]
-    for new in factories:
-        whole = np.asarray(new()(images, training=True))
-        parts = in_parts(lambda new=new: partial(new(), training=True), images, count)
-        # Rounding of sines depends on the position in the batch (vectorized or remainder).
-        np.testing.assert_allclose(parts, whole, atol=1e-3)
+        for sign in shifts[i][drawn[i] == 2]:
+            expected = moved(expected, affine(x=(1 if sign < 0 else -1) * 0.225 * 24))
+        for _ in range((drawn[i] == 1).sum()):
+            expected = np.where(expected >= 128, 255 - expected, expected)
+        np.testing.assert_allclose(got[i], expected, atol=0.02)
 
 
 def test_augmentation_compiles_with_xla_and_for_any_number_of_rows(monkeypatch):
@@ -235,17 +189,8 @@ def test_augmentation_compiles_with_xla_and_for_any_number_of_rows(monkeypatch):
 def test_augmentation_is_in_full_precision_and_in_training_only():
     images = pictures()
     for layer in augmentation_layers(EVERYTHING):
-        assert layer(images) is not None
         np.testing.assert_array_equal(layer(images, training=False), images)
     full = RandomGeometry(rotation=0.1, seed=1)(images, training=True)
     with half_precision():
-        layer = RandomGeometry(rotation=0.1, seed=1)
-        half = layer(images, training=True)
+        half = RandomGeometry(rotation=0.1, seed=1)(images, training=True)
     np.testing.assert_array_equal(half, full)
-
-
-def test_a_layer_is_restored_from_its_config():
-    for layer in augmentation_layers(EVERYTHING):
-        again = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(layer))
-        assert type(again) is type(layer)
-        assert again.get_config() == layer.get_config()

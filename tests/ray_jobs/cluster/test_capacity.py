@@ -19,34 +19,28 @@ def test_a_larger_run_fits_after_a_restart_if_it_could_grow_before():
     assert workers_that_fit([{"CPU": 4}, {"CPU": 8}], train) == 2
 
 
-def test_no_worker_fits_without_a_cpu_for_ray_data():
+def test_workers_fill_a_node_except_for_the_cpu_of_ray_data():
     assert workers_that_fit([{"CPU": 1}], TrainSpec()) == 0
     assert workers_that_fit([{"CPU": 2}], TrainSpec()) == 1
     assert workers_that_fit([{"CPU": 0.5}, {"GPU": 1}], TrainSpec()) == 0
-    assert workers_that_fit([], TrainSpec()) == 0
+    train = TrainSpec(global_batch_size=24, num_workers=3, cpus_per_worker=0.4)
+    assert workers_that_fit([{"CPU": 2.2}], train) == 3
+    assert workers_that_fit([{"CPU": 2.19}], train) == 2
 
 
 @pytest.mark.parametrize(
     ("node", "bundle", "count"),
     [
         ({"CPU": 1.2}, {"CPU": 0.4}, 3),
-        ({"CPU": 0.3}, {"CPU": 0.1}, 3),
         ({"CPU": 1.19}, {"CPU": 0.4}, 2),
         ({"CPU": 8, "GPU": 1}, {"CPU": 1, "GPU": 0.25}, 4),
         ({"CPU": 8, "GPU": 0.7}, {"CPU": 1, "GPU": 0.1}, 7),
         ({"CPU": 8}, {"CPU": 1, "GPU": 0.25}, 0),
-        ({"CPU": 8}, {"CPU": 2, "GPU": 0}, 4),
         ({"CPU": 8, "rack": 0.003}, {"CPU": 1, "rack": 0.001}, 3),
     ],
 )
 def test_bundles_are_counted_in_the_units_of_ray(node, bundle, count):
     assert bundles_that_fit(node, bundle) == count
-
-
-def test_fractional_workers_fill_a_node_except_for_the_cpu_of_ray_data():
-    train = TrainSpec(global_batch_size=24, num_workers=3, cpus_per_worker=0.4)
-    assert workers_that_fit([{"CPU": 2.2}], train) == 3
-    assert workers_that_fit([{"CPU": 2.19}], train) == 2
 
 
 def test_workers_of_a_trial_may_share_a_gpu():
@@ -56,35 +50,19 @@ def test_workers_of_a_trial_may_share_a_gpu():
     assert worker_resources(TrainSpec(), 0.25) == {"CPU": 1.0}
 
 
-@pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch):
-    """Set the current and the possible nodes of a cluster that is not a local Ray."""
-
-    def set_nodes(current: list, possible: list) -> None:
-        monkeypatch.setattr(capacity, "current_nodes", lambda: current)
-        monkeypatch.setattr(capacity, "possible_nodes", lambda: possible)
-        monkeypatch.setattr(capacity, "owns_ray", lambda: False)
-
-    return set_nodes
-
-
-def test_slots_include_nodes_that_the_autoscaler_may_add(cluster):
-    cluster([{"CPU": 2}], [{"CPU": 4}] * 3)
+def test_slots_include_nodes_that_the_autoscaler_may_add(monkeypatch):
+    monkeypatch.setattr(capacity, "current_nodes", lambda: [{"CPU": 2}])
+    monkeypatch.setattr(capacity, "possible_nodes", lambda: [{"CPU": 4}] * 3)
+    monkeypatch.setattr(capacity, "owns_ray", lambda: False)
     assert trial_slots({"CPU": 2}, 2) == 3
-
-
-def test_a_trial_that_never_fits_is_refused_with_the_settings_to_lower(cluster):
-    cluster([{"CPU": 2}], [{"CPU": 4}] * 3)
     message = (
         r"tune\.workers_per_trial=2: a trial needs 2 × \(8 CPU\), each on one node, and the "
         r"cluster has 2 CPU, with its autoscaler at most 3 × 4 CPU; lower tune\.workers_per_trial"
     )
     with pytest.raises(JobError, match=message):
         trial_slots({"CPU": 8}, 2)
-
-
-def test_max_concurrent_trials_counts_if_the_limits_of_the_autoscaler_are_unknown(cluster):
-    cluster([{"CPU": 2}], [])
+    # The limits of an autoscaler may be unknown.
+    monkeypatch.setattr(capacity, "possible_nodes", list)
     assert trial_slots({"CPU": 8}, 2, max_concurrent=5) == 5
     with pytest.raises(JobError, match=r"if an autoscaler will add nodes, set tune\.max_conc"):
         trial_slots({"CPU": 8}, 2)

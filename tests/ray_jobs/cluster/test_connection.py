@@ -61,14 +61,8 @@ def test_more_than_twice_the_cores_plus_one_are_refused_with_the_settings_and_a_
     ):
         pass
     assert started == []
-
-
-def test_settings_are_named_as_the_job_names_them():
     predict = PredictSpec(run="r", data="d", output="o", num_workers=3, cpus_per_worker=0.5)
     assert cpu_settings(predict) == "num_workers=3 and cpus_per_worker=0.5"
-    assert cpu_settings(TrainSpec(num_workers=(2, 4), cpus_per_worker=1.5)) == (
-        "train.num_workers=2 and train.cpus_per_worker=1.5"
-    )
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs CPU affinities")

@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from ray_jobs.cluster.capacity import trials_that_fit
-from ray_jobs.cluster.node_inventory import _nodes_of_ray_up, describe_nodes
+from ray_jobs.cluster.node_inventory import _nodes_of_ray_up
 
 CONFIG = {
     "max_workers": 4,
@@ -39,20 +39,10 @@ def test_the_configuration_of_ray_up_limits_the_possible_nodes(bootstrap):
     [
         {**CONFIG, "available_node_types": {"head": {"max_workers": 2, "resources": {}}}},
         {**CONFIG, "available_node_types": {"head": {"resources": {"CPU": 2}}, "small": None}},
-        {"head_node_type": "head"},
         "text",
     ],
 )
 def test_a_configuration_without_known_resources_adds_no_nodes(bootstrap, config: Any):
+    assert _nodes_of_ray_up(bootstrap) == []
     bootstrap.write_text(yaml.safe_dump(config))
     assert _nodes_of_ray_up(bootstrap) == []
-
-
-def test_a_missing_configuration_adds_no_nodes(bootstrap):
-    assert _nodes_of_ray_up(bootstrap) == []
-
-
-def test_equal_nodes_are_described_together():
-    nodes = [{"CPU": 8, "GPU": 1, "memory": 1e9}, {"CPU": 8, "GPU": 1}, {"GPU": 0}]
-    assert describe_nodes(nodes) == "2 × 8 CPU and 1 GPU; no CPU"
-    assert describe_nodes([]) == "no node"

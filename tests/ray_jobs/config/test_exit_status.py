@@ -34,15 +34,12 @@ def test_a_successful_job_exits_with_0(monkeypatch):
     assert [spec.train.epochs for spec in seen] == [3]
 
 
-@pytest.mark.parametrize("flag", ["-h", "--help"])
-def test_help_exits_with_0_and_runs_nothing(monkeypatch, capsys, flag):
-    arguments = ["--train.epochs", "x", flag]
-    assert run_main(monkeypatch, failing(AssertionError()), *arguments) == 0
-    assert capsys.readouterr().out.startswith("usage: ")
-
-
-def test_a_usage_error_exits_with_2_and_runs_nothing(monkeypatch, capsys):
-    assert run_main(monkeypatch, failing(AssertionError()), "--train.epochs", "x") == 2
+def test_help_and_usage_errors_run_nothing(monkeypatch, capsys):
+    job = failing(AssertionError())
+    for flag in ("-h", "--help"):
+        assert run_main(monkeypatch, job, "--train.epochs", "x", flag) == 0
+        assert capsys.readouterr().out.startswith("usage: ")
+    assert run_main(monkeypatch, job, "--train.epochs", "x") == 2
     output = capsys.readouterr()
     assert output.out == ""
     assert "--train.epochs: 'x' is invalid: Input should be a valid integer" in unframed(output.err)
@@ -63,27 +60,23 @@ def test_an_error_that_the_user_can_fix_exits_with_1_and_one_line(monkeypatch, c
     assert capsys.readouterr().err == line
 
 
-def test_a_traceback_is_printed_on_request(monkeypatch):
+def test_other_errors_and_those_on_request_keep_their_traceback(monkeypatch, capsys):
+    assert run_main(monkeypatch, failing(KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
+    with pytest.raises(ZeroDivisionError):
+        run_main(monkeypatch, failing(ZeroDivisionError()))
     monkeypatch.setenv("RAY_JOBS_TRACEBACK", "1")
     with pytest.raises(JobError, match="the table is empty"):
         run_main(monkeypatch, failing(JobError("the table is empty")))
 
 
-def test_an_unexpected_error_keeps_its_traceback(monkeypatch):
-    with pytest.raises(ZeroDivisionError):
-        run_main(monkeypatch, failing(ZeroDivisionError()))
-
-
-def test_an_interrupt_exits_with_130(monkeypatch, capsys):
-    assert run_main(monkeypatch, failing(KeyboardInterrupt())) == 130
-    assert capsys.readouterr().err == "error: interrupted\n"
+def run_train(*flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ray_jobs.train", *flags]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 def test_a_verb_refers_to_its_help_and_exits_with_2_on_a_usage_error():
-    result = subprocess.run(
-        [sys.executable, "-m", "ray_jobs.train", "--train.epoch", "3"],
-        capture_output=True, text=True,
-    )  # fmt: skip
+    result = run_train("--train.epoch", "3")
     assert (result.returncode, result.stdout) == (2, "")
     error = unframed(result.stderr)
     assert "Unrecognized options: --train.epoch, 3 Perhaps you meant: --train.epochs INT" in error
@@ -91,12 +84,9 @@ def test_a_verb_refers_to_its_help_and_exits_with_2_on_a_usage_error():
 
 
 def test_a_verb_exits_with_1_and_one_line_if_its_data_is_missing(tmp_path):
-    result = subprocess.run(
-        [sys.executable, "-m", "ray_jobs.train", "--data.prepared", str(tmp_path / "nothing"),
-         "--run.storage_path", str(tmp_path / "runs")],
-        capture_output=True, text=True,
-    )  # fmt: skip
+    data, runs = tmp_path / "nothing", tmp_path / "runs"
+    result = run_train("--data.prepared", str(data), "--run.storage_path", str(runs))
     assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr.startswith(f"error: {tmp_path}/nothing has no manifest.json; ")
-    assert result.stderr.count("\n") == 1
-    assert not (tmp_path / "runs").exists()
+    remedy = "run `python -m ray_jobs.prepare` first"
+    assert result.stderr == f"error: {data} has no manifest.json; {remedy}\n"
+    assert not runs.exists()

@@ -12,27 +12,14 @@ import pytest
 
 from ray_jobs.config.spec import DataSpec
 from ray_jobs.data.cache import DiskCache, choose_cache, make_cache_index, open_cache
-from ray_jobs.data.manifest import Manifest, read_manifest
-from ray_jobs.storage.folder import Folder
-from tests.ray_jobs.feeds import COUNTS, SIZE, row_ids, training_feed
-from tests.ray_jobs.tiny import write_prepared
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("prepared data")
-    write_prepared(path, COUNTS, size=SIZE)
-    return path
-
-
-@pytest.fixture(scope="module")
-def manifest(folder: Path) -> Manifest:
-    return read_manifest(Folder(folder))
+from tests.ray_jobs.feeds import SIZE, row_ids, training_feed
 
 
 @pytest.mark.usefixtures("ray_local")
-@pytest.mark.parametrize("kind", ["object_store", "disk"])
-@pytest.mark.parametrize("num_cached", [0, 20, 1000])
+@pytest.mark.parametrize(
+    ("kind", "num_cached"),
+    [("object_store", 20), ("object_store", 1000), ("disk", 0), ("disk", 20), ("disk", 1000)],
+)
 def test_a_cache_keeps_batches_equal_and_decodes_a_row_group_once(
     folder, manifest, monkeypatch, tmp_path, kind, num_cached
 ):
@@ -65,28 +52,22 @@ def test_a_cache_keeps_batches_equal_and_decodes_a_row_group_once(
     assert list(tmp_path.glob("multimodal-ray-*/*")) == []
 
 
-@pytest.mark.parametrize(
-    ("cache_bytes", "object_store", "kind"),
-    [
-        (75 * SIZE * SIZE * 3, 150 * SIZE * SIZE * 3, "object_store"),
-        (75 * SIZE * SIZE * 3, 149 * SIZE * SIZE * 3, "disk"),
-        (75 * SIZE * SIZE * 3 - 1, 1 << 30, "none"),
-    ],
-)
-def test_auto_caches_if_all_rows_of_training_and_validation_fit(
-    manifest, cache_bytes, object_store, kind
-):
-    data = DataSpec(cache_bytes=cache_bytes)
-    assert choose_cache(data, manifest, SIZE * SIZE * 3, object_store) == kind
+def test_auto_caches_rows_that_need_decoding_and_fit(manifest):
+    row_bytes = SIZE * SIZE * 3
+    # All rows of training and validation.
+    needed = 75 * row_bytes
 
+    def kind(budget: int, store: int = 1 << 40, data=manifest, row_bytes=row_bytes) -> str:
+        return choose_cache(DataSpec(cache_bytes=budget), data, row_bytes, store)
 
-def test_auto_does_not_cache_rows_that_are_stored_as_the_model_takes_them(manifest):
-    raw = manifest.model_copy(
-        update={"image": manifest.image.model_copy(update={"encoding": "raw"})}
-    )
-    assert choose_cache(DataSpec(), raw, SIZE * SIZE * 3, 1 << 40) == "none"
-    assert choose_cache(DataSpec(), raw, 12 * 12 * 3, 1 << 40) == "object_store"
-    assert choose_cache(DataSpec(), manifest, 0, 1 << 40) == "none"
+    assert kind(needed, 2 * needed) == "object_store"
+    assert kind(needed, 2 * needed - 1) == "disk"
+    assert kind(needed - 1) == "none"
+    raw = manifest.image.model_copy(update={"encoding": "raw"})
+    stored_as_used = manifest.model_copy(update={"image": raw})
+    assert kind(needed, data=stored_as_used) == "none"
+    assert kind(needed, data=stored_as_used, row_bytes=12 * 12 * 3) == "object_store"
+    assert kind(needed, row_bytes=0) == "none"
 
 
 @pytest.mark.usefixtures("ray_local")

@@ -1,8 +1,7 @@
 import pickle
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,39 +11,22 @@ import pyarrow.parquet as pq
 import pytest
 
 from ray_jobs.config.spec import DataSpec
+from ray_jobs.data import loader
 from ray_jobs.data.batch import IMAGE, LABEL, NUMERIC, WEIGHT
 from ray_jobs.data.decoder import Batch
 from ray_jobs.data.images import decode_stored
 from ray_jobs.data.loader import EvaluationFeed, FeedOptions, TrainingFeed, choose_decode
 from ray_jobs.data.manifest import Manifest
-from ray_jobs.data.sampler import TrainingSampler
 from ray_jobs.storage.folder import Folder
+from tests.ray_jobs.data.steps import all_rows, steps_between
 from tests.ray_jobs.feeds import COUNTS, SIZE, row_ids, sampler_of, training_feed
 from tests.ray_jobs.tiny import COLUMNS, with_image, write_prepared
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("prepared data")
-    write_prepared(path, COUNTS, size=SIZE)
-    return path
-
-
-@pytest.fixture(scope="module")
-def manifest(folder: Path) -> Manifest:
-    from ray_jobs.data.manifest import read_manifest
-
-    return read_manifest(Folder(folder))
-
-
-@pytest.fixture(scope="module")
 def stored(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """The rows of each split in stored order."""
-    return {
-        split: [row for path in sorted((folder / split).iterdir())
-                for row in pq.read_table(path).to_pylist()]
-        for split in COUNTS
-    }  # fmt: skip
+    return {split: pq.read_table(folder / split).to_pylist() for split in COUNTS}
 
 
 def evaluation_feed(
@@ -56,59 +38,29 @@ def evaluation_feed(
     )
 
 
-def batches_of_epochs(feed: TrainingFeed, epochs: range) -> Iterator[Batch]:
-    first, last = (feed.sampler.steps_before(epoch) for epoch in (epochs.start, epochs.stop))
-    return feed.batches(first, last)
-
-
-def expected_rows(
-    manifest: Manifest, sampler: TrainingSampler, epochs: range, rank: int, num_workers: int
-) -> list[list[int]]:
+def expected_rows(feed: TrainingFeed, start: int, stop: int, rank: int = 0) -> list[list[int]]:
     """Return the indices in the split of each step's rows on one worker."""
-    first, places = 0, {}
-    for shard, info in enumerate(manifest.splits["train"].shards):
-        for group, rows in enumerate(info.row_groups):
-            places[shard, group] = first
-            first += rows
-    found = []
-    first_step, last_step = (sampler.steps_before(epoch) for epoch in (epochs.start, epochs.stop))
-    for window in sampler.windows(first_step, last_step):
-        streams = [
-            [places[r.shard, r.group] + i for r in sampler.stream_rows(window, stream)
-             for i in range(r.start, r.stop)]
-            for stream in sampler.streams_of(rank, num_workers)
-        ]  # fmt: skip
-        shuffles = [
-            sampler.shuffle(window, stream) for stream in sampler.streams_of(rank, num_workers)
-        ]
-        for step in range(window.num_steps):
-            found.append([
-                rows[i] for rows, shuffle in zip(streams, shuffles, strict=True)
-                for i in shuffle[step]
-            ])  # fmt: skip
-    return found
+    groups = [shard.row_groups for shard in feed.reader.shards]
+    places = {row: place for place, row in enumerate(all_rows(groups))}
+    steps = steps_between(feed.sampler, start, stop, rank, feed.num_workers)
+    return [[places[row] for row in step] for step in steps]
 
 
-def assert_equals_stored_rows(batch: Batch, rows: list[dict[str, Any]]) -> None:
-    """Check that each row of a batch equals its stored row."""
+def assert_equals_stored_rows(batch: Batch, rows: list[dict[str, Any]], num_rows: int) -> None:
+    """Check the types and shapes of a batch, and that each row equals its stored row."""
+    expected = {
+        IMAGE: ((num_rows, SIZE, SIZE, 3), np.uint8),
+        NUMERIC: ((num_rows, len(COLUMNS)), np.float32),
+        LABEL: ((num_rows, 1), np.float32),
+        WEIGHT: ((num_rows, 1), np.float32),
+    }
+    assert {name: (v.shape, v.dtype) for name, v in batch.items()} == expected
     for i, place in enumerate(row_ids(batch)):
         row = rows[place]
         numbers = [np.nan if row[name] is None else row[name] for name in COLUMNS]
         np.testing.assert_array_equal(batch[NUMERIC][i], np.array(numbers, np.float32))
         assert batch[LABEL][i, 0] == row["label"]
-        if IMAGE in batch:
-            np.testing.assert_array_equal(batch[IMAGE][i], decode_stored(row["image"]))
-
-
-def assert_types_and_shapes(batch: Batch, num_rows: int, with_image: bool = True) -> None:
-    expected: dict[str, Any] = {
-        NUMERIC: ((num_rows, len(COLUMNS)), np.float32),
-        LABEL: ((num_rows, 1), np.float32),
-        WEIGHT: ((num_rows, 1), np.float32),
-    }
-    if with_image:
-        expected[IMAGE] = ((num_rows, SIZE, SIZE, 3), np.uint8)
-    assert {name: (v.shape, v.dtype) for name, v in batch.items()} == expected
+        np.testing.assert_array_equal(batch[IMAGE][i], decode_stored(row["image"]))
 
 
 # -- training -------------------------------------------------------------------------------------
@@ -124,32 +76,23 @@ both_decoders = pytest.mark.parametrize("decode", ["trainer", "workers"])
 def test_training_batches_follow_the_sampler_over_several_epochs(
     folder, manifest, stored, num_workers, decode
 ):
-    sampler, epochs = sampler_of(manifest), range(1, 4)
-    shares = []
+    sampler = sampler_of(manifest)
+    steps = sampler.steps_before(1), sampler.steps_before(4)
     for rank in range(num_workers):
         feed = training_feed(folder, manifest, rank, num_workers, sampler, decode=decode, threads=2)
-        batches = list(batches_of_epochs(feed, epochs))
+        batches = list(feed.batches(*steps))
         for batch in batches:
-            assert_types_and_shapes(batch, 8 // num_workers)
-            assert_equals_stored_rows(batch, stored["train"])
+            assert_equals_stored_rows(batch, stored["train"], 8 // num_workers)
             assert (batch[WEIGHT] == 1).all()
-        rows = [row_ids(batch) for batch in batches]
-        assert rows == expected_rows(manifest, sampler, epochs, rank, num_workers)
-        shares.append(rows)
-    counts = Counter(row for share in shares for step in share for row in step)
-    # Rows left over from epoch 0 start epoch 1, and epoch 3 leaves some over.
-    steps = sampler.steps_before(4) - sampler.steps_before(1)
-    assert counts.total() == steps * 8
-    assert set(counts) == set(range(COUNTS["train"]))
-    assert set(counts.values()) <= {2, 3, 4}
+        assert [row_ids(batch) for batch in batches] == expected_rows(feed, *steps, rank)
 
 
-@both_decoders
-@pytest.mark.parametrize("start", [1, 5, 7, 12])
-def test_a_feed_resumes_at_any_step(folder, manifest, decode, start):
+@pytest.mark.parametrize(("decode", "starts"), [("trainer", range(14)), ("workers", [7])])
+def test_a_feed_resumes_at_any_step(folder, manifest, decode, starts):
     feed = training_feed(folder, manifest, decode=decode)
-    expected = expected_rows(manifest, feed.sampler, range(2), 0, 1)
-    assert [row_ids(batch) for batch in feed.batches(start, 13)] == expected[start:]
+    expected = expected_rows(feed, 0, 13)
+    for start in starts:
+        assert [row_ids(batch) for batch in feed.batches(start, 13)] == expected[start:]
 
 
 def test_a_row_group_shared_by_two_windows_is_read_once(folder, manifest, monkeypatch):
@@ -171,25 +114,22 @@ def test_a_row_group_shared_by_two_windows_is_read_once(folder, manifest, monkey
     assert len(read) < sum(map(len, wanted))
 
 
-def test_a_task_does_not_receive_the_chunks_of_other_tasks(tmp_path):
-    """Use many chunks, as a long validation split has."""
-    sizes = []
-    for count in (600, 6000):
-        manifest = write_prepared(
-            tmp_path / str(count), {"train": 8, "validation": count, "test": 3}, size=4,
-            rows_per_group=10_000, rows_per_shard=10_000,
-        )  # fmt: skip
-        feed = evaluation_feed(tmp_path / str(count), manifest, decode="workers")
-        sizes.append(len(pickle.dumps(feed.task)))
-    assert abs(sizes[1] - sizes[0]) < 200
+def test_a_task_does_not_receive_the_chunks_of_other_tasks(folder, manifest, monkeypatch):
+    sizes = set()
+    for rows in (512, 4):
+        monkeypatch.setattr(loader, "_EVALUATION_CHUNK_ROWS", rows)
+        feed = evaluation_feed(folder, manifest, decode="workers")
+        sizes.add(len(pickle.dumps(feed.task)))
+    assert len(feed.chunks) == 6
+    assert len(sizes) == 1
 
 
-def test_training_without_images_or_steps(folder, manifest, stored):
+def test_training_without_images_or_steps(folder, manifest):
     feed = training_feed(folder, manifest, with_image=False, data=DataSpec(prefetch_batches=0))
     assert list(feed.batches(5, 5)) == []
-    batch = next(feed.batches(0, 6))
-    assert_types_and_shapes(batch, 8, with_image=False)
-    assert_equals_stored_rows(batch, stored["train"])
+    batches = list(feed.batches(0, 6))
+    assert batches[0].keys() == {NUMERIC, LABEL, WEIGHT}
+    assert [row_ids(batch) for batch in batches] == expected_rows(feed, 0, 6)
 
 
 @both_decoders
@@ -205,49 +145,40 @@ def test_a_damaged_image_raises_an_error_with_its_key(tmp_path, decode):
 # -- evaluation -----------------------------------------------------------------------------------
 
 
-@both_decoders
-@pytest.mark.parametrize(("num_workers", "batch_size"), [(1, 4), (2, 4), (1, 64), (3, 5)])
+@pytest.mark.parametrize(
+    ("split", "num_workers", "batch_size", "decode"),
+    [
+        ("validation", 1, 4, "trainer"),
+        ("validation", 1, 64, "trainer"),
+        ("validation", 3, 5, "trainer"),
+        ("validation", 2, 4, "workers"),
+        # Some workers have no rows.
+        ("test", 5, 4, "trainer"),
+    ],
+)
 def test_evaluation_yields_each_row_once_per_pass_and_pads_with_weight_0(
-    folder, manifest, stored, num_workers, batch_size, decode
+    folder, manifest, stored, split, num_workers, batch_size, decode
 ):
     found: list[list[int]] = [[], []]
     for rank in range(num_workers):
         feed = evaluation_feed(
-            folder, manifest, "validation", batch_size, rank, num_workers, decode=decode
+            folder, manifest, split, batch_size, rank, num_workers, decode=decode
         )
+        assert list(feed.batches(passes=0)) == []
         batches = list(feed.batches(passes=2))
         assert len(batches) == 2 * feed.num_batches
         for n, batch in enumerate(batches):
-            assert_types_and_shapes(batch, batch_size)
-            assert_equals_stored_rows(batch, stored["validation"])
+            assert_equals_stored_rows(batch, stored[split], batch_size)
             found[n // feed.num_batches] += row_ids(batch, real=True)
             # Only the last batch of a pass is padded.
-            real = len(feed.rows) % batch_size or batch_size
-            full = (n + 1) % feed.num_batches != 0
-            assert batch[WEIGHT][:, 0].tolist() == [
-                float(full or i < real) for i in range(batch_size)
-            ]
-    assert found == [list(range(COUNTS["validation"]))] * 2
-
-
-def test_a_worker_without_rows_has_no_batches(folder, manifest):
-    shares = []
-    for rank in range(5):
-        feed = evaluation_feed(folder, manifest, "test", 4, rank, 5)
-        batches = list(feed.batches(passes=2))
-        assert len(batches) == 2 * feed.num_batches
-        shares.append([row for batch in batches for row in row_ids(batch, real=True)])
-    assert sorted(shares) == [[], [], [0, 0], [1, 1], [2, 2]]
-
-
-def test_zero_passes_yield_no_batches(folder, manifest):
-    assert list(evaluation_feed(folder, manifest).batches(passes=0)) == []
+            is_last = (n + 1) % feed.num_batches == 0
+            real = len(feed.rows) % batch_size or batch_size if is_last else batch_size
+            assert batch[WEIGHT][:, 0].tolist() == [1.0] * real + [0.0] * (batch_size - real)
+    assert found == [list(range(COUNTS[split]))] * 2
 
 
 @both_decoders
 def test_evaluation_in_several_chunks_keeps_the_stored_order(folder, manifest, monkeypatch, decode):
-    from ray_jobs.data import loader
-
     monkeypatch.setattr(loader, "_EVALUATION_CHUNK_ROWS", 8)
     feed = evaluation_feed(folder, manifest, decode=decode)
     assert [sum(r.num_rows for r in chunk.ranges) for chunk in feed.chunks] == [8, 8, 6]
@@ -275,19 +206,11 @@ def running_tasks() -> list[str]:
     return [task.name for task in tasks if task.state not in ("FINISHED", "FAILED")]
 
 
-# Far more rows than are prefetched.
-LONG_FEEDS: dict[str, Callable[..., Iterator[Batch]]] = {
-    "training": lambda *where, decode: training_feed(*where, decode=decode).batches(0, 2000),
-    "evaluation": lambda *where, decode: evaluation_feed(*where, decode=decode).batches(300),
-}
-both_feeds = pytest.mark.parametrize("kind", LONG_FEEDS)
-
-
-@both_feeds
-def test_an_abandoned_iterator_leaves_no_tasks_and_frees_all_cpus(folder, manifest, kind):
+def test_an_abandoned_iterator_leaves_no_tasks_and_frees_all_cpus(folder, manifest):
     import ray
 
-    batches = LONG_FEEDS[kind](folder, manifest, decode="workers")
+    # Far more rows than are prefetched.
+    batches = training_feed(folder, manifest, decode="workers").batches(0, 2000)
     for _ in range(3):
         next(batches)
     assert wait_until(running_tasks)
@@ -298,24 +221,16 @@ def test_an_abandoned_iterator_leaves_no_tasks_and_frees_all_cpus(folder, manife
     )
 
 
-@both_feeds
-def test_an_abandoned_iterator_leaves_no_threads(folder, manifest, kind):
-    batches = LONG_FEEDS[kind](folder, manifest, decode="trainer")
+def test_an_abandoned_iterator_leaves_no_threads(folder, manifest):
+    def feed_threads() -> list[str]:
+        return [t.name for t in threading.enumerate() if t.name.startswith("feed")]
+
+    batches = evaluation_feed(folder, manifest, decode="trainer").batches(300)
     for _ in range(3):
         next(batches)
-    assert any(thread.name.startswith("feed") for thread in threading.enumerate())
+    assert feed_threads()
     del batches
-    assert not [t.name for t in threading.enumerate() if t.name.startswith("feed")]
-
-
-def test_an_exhausted_iterator_leaves_no_tasks_and_frees_all_cpus(folder, manifest):
-    import ray
-
-    assert len(list(training_feed(folder, manifest, decode="workers").batches(0, 13))) == 13
-    assert wait_until(lambda: not running_tasks()), running_tasks()
-    assert wait_until(
-        lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"]
-    )
+    assert feed_threads() == []
 
 
 # -- where rows are decoded -----------------------------------------------------------------------

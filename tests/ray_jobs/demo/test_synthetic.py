@@ -39,19 +39,15 @@ def tint_of(folder: Path, table: pa.Table) -> np.ndarray:
     return np.asarray(tints)
 
 
-def test_a_quarter_of_the_rows_is_positive_and_8_percent_of_the_numbers_is_missing(demo):
+def test_the_table_and_the_images_are_as_documented(demo):
+    """A quarter of the rows is positive, and 8 % of the numbers are missing."""
     table = table_of(demo)
     assert table.column_names == ["key", *NUMERIC_COLUMNS, "label"]
     assert np.bincount(table.column("label").to_numpy()).tolist() == [900, 300]
     assert np.isnan(numbers_of(table)).mean() == pytest.approx(0.08, abs=0.01)
-
-
-def test_every_row_has_an_image_of_64_by_64_pixels(demo):
-    keys = table_of(demo).column("key").to_pylist()
-    assert sorted(f"{key}.jpg" for key in keys) == sorted(
-        path.name for path in (demo / "images").iterdir()
-    )
-    assert cv2.imread(str(demo / "images" / f"{keys[-1]}.jpg")).shape == (64, 64, 3)
+    images = {f"{key}.jpg" for key in table.column("key").to_pylist()}
+    assert images == {path.name for path in (demo / "images").iterdir()}
+    assert cv2.imread(str(demo / "images" / images.pop())).shape == (64, 64, 3)
 
 
 def test_image_and_numbers_together_predict_better_than_each_alone(demo):
@@ -69,14 +65,6 @@ def test_image_and_numbers_together_predict_better_than_each_alone(demo):
     assert 0.75 < numeric < 0.87
     assert both > 0.92
     assert abs(np.corrcoef(tint, np.nan_to_num(numbers[:, 0]))[0, 1]) < 0.1
-
-
-def test_the_label_depends_on_the_temperature_non_monotonically(demo):
-    table = table_of(demo)
-    label, temperature = table.column("label").to_numpy(), numbers_of(table)[:, 1]
-    valid = ~np.isnan(temperature)
-    assert roc_auc_score(label[valid], temperature[valid]) == pytest.approx(0.5, abs=0.06)
-    assert roc_auc_score(label[valid], np.abs(temperature[valid] - 60)) > 0.6
 
 
 def test_the_files_depend_only_on_the_seed(tmp_path):

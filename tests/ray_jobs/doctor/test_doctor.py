@@ -44,15 +44,6 @@ def errors(found: list[Finding]) -> dict[str, Finding]:
     return {finding.check: finding for finding in found if finding.status == "error"}
 
 
-def damage(prepared: Path) -> Path:
-    """Change one byte of a shard."""
-    shard = prepared / "train/part-00001.parquet"
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 2] ^= 1
-    shard.write_bytes(content)
-    return shard
-
-
 # -- on one node ----------------------------------------------------------------------------------
 
 
@@ -75,12 +66,7 @@ def test_without_problems_every_check_is_ok_and_no_file_remains(ray_local, spec,
     [
         ({"run.storage_path": "TMP/file/runs"}, "storage", "cannot write to", "choose another"),
         ({"train.num_workers": 8}, "workers", "run 8 workers with 1 CPU each", "lower"),
-        (
-            {"train.cpus_per_worker": 64},
-            "workers",
-            "cannot run a worker with 64 CPU",
-            "cpus_per_worker",
-        ),
+        ({"train.cpus_per_worker": 64}, "workers", "run a worker with 64 CPU", "cpus_per_worker"),
         ({"model.image.weights": "/no/such.weights.h5"}, "weights", "no such file", "to none"),
         ({"data.object_store_memory": 10**13}, "budgets", "exceeds the", "--object-store-memory"),
         ({"data.prepared": "TMP/elsewhere"}, "manifest", "no manifest.json", "run `python -m"),
@@ -102,7 +88,10 @@ def test_each_problem_is_found_with_its_remedy(
 
 
 def test_a_damaged_shard_is_an_error(ray_local, spec, capsys):
-    shard = damage(Path(spec.data.prepared))
+    shard = Path(spec.data.prepared) / "train/part-00001.parquet"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
     with pytest.raises(JobError, match=rf"data: {shard}, read on .*: its content does not match"):
         examine(spec)
     assert "→ prepare the data again" in capsys.readouterr().out

@@ -1,12 +1,13 @@
 import io
 import json
 import shutil
-import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -16,8 +17,8 @@ from ray_jobs.config.spec import EvaluateSpec
 from ray_jobs.data.manifest import Manifest
 from ray_jobs.evaluate.job import evaluate
 from ray_jobs.predict.predictor import Predictor
-from ray_jobs.predict.row_sources import PreparedRows, rows_per_task
-from ray_jobs.predict.trained_run import open_run
+from ray_jobs.predict.row_sources import PreparedRows
+from ray_jobs.predict.trained_run import TrainedRun, open_run
 from ray_jobs.storage.folder import Folder
 from ray_jobs.train.metrics import binary_metrics
 from tests.ray_jobs.tiny import COLUMNS, write_prepared
@@ -28,6 +29,7 @@ from tests.ray_jobs.trained import (
     stored_rows,
     write_run,
 )
+from tests.ray_jobs.tune.searches import require_nothing_left
 
 NUM_TEST_ROWS = 47  # in shards of 20, 20 and 7 rows
 
@@ -52,31 +54,9 @@ def spec_of(folder: Path, **changes) -> EvaluateSpec:
     return EvaluateSpec(**(fields | changes))
 
 
-def assert_no_actors_are_left() -> None:
-    """Check that no actor of Ray Data and no placement group is left."""
-    import ray
-    from ray.util import placement_group_table
-    from ray.util.state import list_actors
-
-    def actors() -> list[str]:
-        address = ray.get_runtime_context().gcs_address
-        alive = [a.class_name for a in list_actors(address=address) if a.state != "DEAD"]
-        return [name for name in alive if name.startswith("MapWorker")]
-
-    # Actors stop asynchronously.
-    deadline = time.monotonic() + 10
-    while actors() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert not actors()
-    assert all(group["state"] == "REMOVED" for group in placement_group_table().values())
-
-
-@pytest.mark.parametrize("num_workers", [1, 2])
-def test_each_row_counts_once_with_any_number_of_workers(
-    prepared_run, ray_local, num_workers, tmp_path
-):
+def test_each_row_counts_once_with_several_workers(prepared_run, ray_local, tmp_path):
     folder, manifest, model = prepared_run
-    found = evaluate(spec_of(folder, num_workers=num_workers, output=str(tmp_path)))
+    found = evaluate(spec_of(folder, num_workers=2, output=str(tmp_path)))
 
     rows = stored_rows(folder / "prepared", manifest, "test")
     probability = probabilities(model, rows, manifest)
@@ -93,7 +73,7 @@ def test_each_row_counts_once_with_any_number_of_workers(
     with Image.open(io.BytesIO((tmp_path / "roc.png").read_bytes())) as image:
         assert np.ptp(np.asarray(image)) > 100
 
-    assert_no_actors_are_left()
+    require_nothing_left()
 
 
 def test_the_error_for_a_damaged_image_names_its_shard_and_row(prepared_run, ray_local, tmp_path):
@@ -121,7 +101,7 @@ def test_an_unreadable_shard_ends_the_job_with_a_one_line_error(prepared_run, ra
     # The exception and its traceback must not reference the actors.
     with pytest.raises(JobError, match=message) as raised:
         evaluate(spec_of(folder, data=str(tmp_path / "prepared"), output=str(tmp_path)))
-    assert_no_actors_are_left()
+    require_nothing_left()
     assert raised.value.__traceback__
 
 
@@ -135,14 +115,10 @@ def no_ray(monkeypatch):
     monkeypatch.setattr(connection, "connected", connected)
 
 
-def test_a_folder_without_a_run_is_rejected(prepared_run, no_ray, tmp_path):
-    folder, _, _ = prepared_run
-    with pytest.raises(JobError, match=r"is not a run folder: it has no manifest\.json"):
-        evaluate(spec_of(folder, run=str(tmp_path / "nowhere")))
-
-
-def test_an_unfinished_run_is_rejected(prepared_run, no_ray, tmp_path):
+def test_a_folder_without_a_finished_run_is_rejected(prepared_run, no_ray, tmp_path):
     folder, manifest, _ = prepared_run
+    with pytest.raises(JobError, match=r"is not a run folder: it has no manifest\.json"):
+        evaluate(spec_of(folder, run=str(tmp_path)))
     manifest.write(Folder(tmp_path))
     (tmp_path / "run.yaml").write_text("run: {}\n")
     with pytest.raises(JobError, match=r"is an unfinished run: it has no summary\.json"):
@@ -162,17 +138,11 @@ def test_a_file_that_is_not_a_model_is_rejected(prepared_run, no_ray, tmp_path, 
     ("changes", "message"),
     [
         (
-            {"numeric_columns": (COLUMNS[0], "delta", COLUMNS[2])},
-            rf"of its numeric columns, \['{COLUMNS[1]}'\] are missing and \['delta'\] are unknown",
+            {"numeric_columns": ("alpha", "x", "row")},
+            r"\['beta'\] are missing and \['x'\] are unknown",
         ),
-        (
-            {"numeric_columns": COLUMNS[::-1]},
-            rf"the order .* is \['{COLUMNS[2]}', .*'{COLUMNS[0]}'\], not \['{COLUMNS[0]}', ",
-        ),
-        (
-            {"image": {"height": 32, "width": 32}},
-            "its images have 32 × 32 pixels, not 16 × 16 pixels",
-        ),
+        ({"numeric_columns": COLUMNS[::-1]}, r"order .* is \['row', .*'alpha'\], not \['alpha', "),
+        ({"image": {"height": 32, "width": 32}}, "images have 32 × 32 pixels, not 16 × 16 pixels"),
         ({"positive_label": "sold"}, "its positive label is 'sold', not '1'"),
     ],
 )
@@ -210,58 +180,43 @@ def test_a_missing_or_truncated_shard_is_rejected_by_name(prepared_run, no_ray, 
         evaluate(spec)
 
 
-def test_the_inputs_of_a_model_are_read_from_its_file(prepared_run, tmp_path):
+@pytest.fixture
+def rows_of_run(prepared_run, monkeypatch) -> Callable[[Path], tuple[TrainedRun, list[pa.Table]]]:
+    """Return a run and the test rows as it receives them, by task."""
     folder, manifest, _ = prepared_run
-    assert open_run(str(folder / "run")).input_shapes == {
-        "image": (16, 16, 3),
-        "numeric": (3,),
-    }
-    write_run(tmp_path / "image", manifest, numeric="none")
-    assert open_run(str(tmp_path / "image")).input_shapes == {"image": (16, 16, 3)}
-    write_run(tmp_path / "numeric", manifest, image="none")
-    assert open_run(str(tmp_path / "numeric")).input_shapes == {"numeric": (3,)}
+    # TensorFlow is already initialized in this process, so its threads cannot be set.
+    monkeypatch.setattr("ray_jobs.cluster.strategy.set_devices", lambda num_cpus, use_gpu: None)
 
+    def read(path: Path) -> tuple[TrainedRun, list[pa.Table]]:
+        run = open_run(str(path))
+        source = PreparedRows(run, Folder(folder / "prepared"), manifest, ["test"], spec_of(folder))
+        return run, [rows for task in source.tasks() for rows in source.read(task)]
 
-@pytest.mark.parametrize(
-    ("num_rows", "workers", "expected"),
-    [(47, 1, 8), (47, 2, 4), (3, 1, 4), (100_000, 2, 512), (400, 1, 100)],
-)
-def test_a_task_has_whole_batches_and_each_worker_several_tasks(num_rows, workers, expected):
-    spec = EvaluateSpec(run="", data="", output="", batch_size=4, num_workers=workers)
-    assert rows_per_task(num_rows, spec) == expected
+    return read
 
 
 @pytest.mark.parametrize("kinds", [("tiny", "mlp"), ("tiny", "none"), ("none", "mlp")])
 def test_a_model_is_traced_once_and_receives_only_its_inputs(
-    prepared_run, monkeypatch, tmp_path, kinds
+    prepared_run, rows_of_run, tmp_path, kinds
 ):
     folder, manifest, _ = prepared_run
-    model = write_run(tmp_path / "run", manifest, *kinds)
-    # TensorFlow is already initialized in this process, so its threads cannot be set.
-    monkeypatch.setattr("ray_jobs.cluster.strategy.set_devices", lambda num_cpus, use_gpu: None)
-    run = open_run(str(tmp_path / "run"))
-    source = PreparedRows(run, Folder(folder / "prepared"), manifest, ["test"], spec_of(folder))
+    model = write_run(tmp_path, manifest, *kinds)
+    run, tables = rows_of_run(tmp_path)
+    shapes = {"image": (16, 16, 3), "numeric": (3,)}
+    needed = {name for name, kind in zip(shapes, kinds, strict=True) if kind != "none"}
+    assert run.input_shapes == {name: shapes[name] for name in needed}
+    assert needed == shapes.keys() & set(tables[0].column_names)
     loaded = Predictor(run, batch_size=4, num_cpus=1, use_gpu=False)
-    found = [
-        (row["key"], row["probability"])
-        for task in source.tasks()
-        for rows in source.read(task)
-        for table in loaded(rows)
-        for row in table.to_pylist()
-    ]
+    found = pa.concat_tables([table for rows in tables for table in loaded(rows)])
     rows = stored_rows(folder / "prepared", manifest, "test")
-    assert [key for key, _ in found] == rows["key"].to_pylist()
+    assert found["key"].to_pylist() == rows["key"].to_pylist()
     expected = probabilities(model, rows, manifest)
-    np.testing.assert_allclose([p for _, p in found], expected, atol=1e-6)
+    np.testing.assert_allclose(found["probability"].to_numpy(), expected, atol=1e-6)
     assert loaded.predict.experimental_get_tracing_count() == 1
-    one_task = next(source.read(source.tasks()[0]))
-    assert ("image" in one_task.column_names) == (kinds[0] != "none")
-    assert ("numeric" in one_task.column_names) == (kinds[1] != "none")
 
 
-def test_a_damaged_model_ends_the_job_with_a_one_line_error(prepared_run, monkeypatch, tmp_path):
-    folder, manifest, _ = prepared_run
-    monkeypatch.setattr("ray_jobs.cluster.strategy.set_devices", lambda num_cpus, use_gpu: None)
+def test_a_damaged_model_ends_the_job_with_a_one_line_error(prepared_run, rows_of_run, tmp_path):
+    folder, _, _ = prepared_run
     shutil.copytree(folder / "run", tmp_path / "run")
     whole = tmp_path / "run/model/model.keras"
     with zipfile.ZipFile(folder / "run/model/model.keras") as file:
@@ -270,23 +225,18 @@ def test_a_damaged_model_ends_the_job_with_a_one_line_error(prepared_run, monkey
         file.writestr("config.json", config)
         file.writestr("metadata.json", "{}")
         file.writestr("model.weights.h5", b"no weights")
-    run = open_run(str(tmp_path / "run"))
-    source = PreparedRows(run, Folder(folder / "prepared"), manifest, ["test"], spec_of(folder))
-    rows = next(source.read(source.tasks()[0]))
+    run, (rows, *_) = rows_of_run(tmp_path / "run")
     (table,) = Predictor(run, 64, 1, False)(rows)
     (failure,) = table["failure"].to_pylist()
     assert failure.startswith(f"could not load {whole}: Unable to")
 
 
-def test_a_probability_that_is_not_finite_becomes_an_error(prepared_run, monkeypatch, tmp_path):
-    folder, manifest, _ = prepared_run
-    monkeypatch.setattr("ray_jobs.cluster.strategy.set_devices", lambda num_cpus, use_gpu: None)
-    model = write_run(tmp_path / "run", manifest, image="none")
+def test_a_probability_that_is_not_finite_becomes_an_error(prepared_run, rows_of_run, tmp_path):
+    _, manifest, _ = prepared_run
+    model = write_run(tmp_path, manifest, image="none")
     model.calibration.set([float("nan")])
-    model.save(tmp_path / "run/model/model.keras")
-    run = open_run(str(tmp_path / "run"))
-    source = PreparedRows(run, Folder(folder / "prepared"), manifest, ["test"], spec_of(folder))
-    rows = next(source.read(source.tasks()[0]))
+    model.save(tmp_path / "model/model.keras")
+    run, (rows, *_) = rows_of_run(tmp_path)
     (table,) = Predictor(run, 64, 1, False)(rows)
     assert table["probability"].null_count == table.num_rows
     assert set(table["error"].to_pylist()) == {"the model's probability is not finite"}

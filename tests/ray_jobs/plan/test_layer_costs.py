@@ -1,6 +1,5 @@
-"""Compares layer costs with counts by hand, TensorFlow's profiler and published figures."""
+"""Compares layer costs with counts by hand and published figures."""
 
-import keras
 import pytest
 
 from ray_jobs.config.errors import JobError
@@ -17,7 +16,7 @@ TINY = {
     "data__image_size": 32,
 }
 # Tan and Le 2019, arXiv 1905.11946, table 2: multiplications, with the classifier.
-PUBLISHED_MACS = {"efficientnet_b0": (224, 0.39e9), "efficientnet_b5": (456, 9.9e9)}
+PUBLISHED_MACS = {"efficientnet_b0": 0.39e9, "efficientnet_b5": 9.9e9}
 # From keras.io, without the classifier of 1,000 classes.
 PUBLISHED_WEIGHTS = {
     "efficientnet_b0": 5_330_571 - 1281 * 1000,
@@ -49,6 +48,10 @@ def of(run: RunSpec) -> ModelCosts:
     return model_costs(run, manifest(run))[0]
 
 
+def flops_of(costs: ModelCosts) -> float:
+    return sum(layer.flops for layer in costs.layers)
+
+
 def alone(kind: str, **changes) -> RunSpec:
     """Return a run of an image backbone with as little else as possible."""
     return spec(
@@ -62,15 +65,11 @@ def b0() -> ModelCosts:
     return of(alone("efficientnet_b0"))
 
 
-def test_operations_of_a_small_network_match_a_count_by_hand():
-    run = spec(**TINY, model__numeric__kind="none")
-    convolutions = 16**2 * 27 * 16 + 8**2 * 144 * 32 + 4**2 * 288 * 64
-    dense = 64 * 24 + 24
-    assert sum(layer.flops for layer in of(run).layers) == 2 * (convolutions + dense)
-
-
-def test_weights_of_a_small_network_match_a_count_by_hand():
+def test_operations_and_weights_of_a_small_network_match_a_count_by_hand():
     costs = of(spec(**TINY, model__numeric__kind="none", train__optimizer="sgd"))
+    convolutions = 16**2 * 27 * 16 + 8**2 * 144 * 32 + 4**2 * 288 * 64
+    dense = 2 * (64 * 24 + 24)
+    assert flops_of(costs) == 2 * convolutions + dense
     kernels = 27 * 16 + 144 * 32 + 288 * 64 + 64 * 24
     learning = kernels + 2 * (16 + 32 + 64 + 24) + 25
     assert costs.num_learning == learning
@@ -78,11 +77,13 @@ def test_weights_of_a_small_network_match_a_count_by_hand():
     assert costs.num_weights >= learning + 2 * (16 + 32 + 64 + 24) + 4
     assert costs.num_slots == learning
     assert costs.input_bytes == 32 * 32 * 3 + 4 * 4
+    # Each image of a row goes through the backbone.
+    four = of(spec(**TINY, model__numeric__kind="none", prepare__image_columns=list("abcd")))
+    assert flops_of(four) - dense == 4 * 2 * convolutions
 
 
 def check_against_published(kind: str, costs: ModelCosts) -> None:
-    macs = sum(layer.flops for layer in costs.layers) / 2
-    assert macs == pytest.approx(PUBLISHED_MACS[kind][1], rel=0.05)
+    assert flops_of(costs) / 2 == pytest.approx(PUBLISHED_MACS[kind], rel=0.05)
     # Above the backbone: a dense layer, its batch norm, the head, blend and calibration.
     assert costs.num_weights == pytest.approx(PUBLISHED_WEIGHTS[kind], rel=0.005)
 
@@ -102,40 +103,21 @@ def check_rows_per_s(kind: str, costs: ModelCosts, half: ModelCosts) -> None:
         assert stage.memory.total < stage.memory.capacity < 2 * stage.memory.total
 
 
-def test_operations_and_weights_of_efficientnet_b0_match_the_publication(b0):
+def test_efficientnet_b0_has_the_published_operations_weights_and_step_times(b0):
     check_against_published("efficientnet_b0", b0)
-
-
-def test_step_times_of_efficientnet_b0_are_near_those_of_nvidia(b0):
     half = of(alone("efficientnet_b0", train__precision="mixed_float16"))
     check_rows_per_s("efficientnet_b0", b0, half)
 
 
 @pytest.mark.slow
-def test_operations_and_weights_of_efficientnet_b5_match_the_publication():
+def test_efficientnet_b5_has_the_published_operations_and_weights():
     check_against_published("efficientnet_b5", of(alone("efficientnet_b5")))
 
 
 @pytest.mark.slow
-def test_step_times_of_efficientnet_b4_are_near_those_of_nvidia():
+def test_efficientnet_b4_has_the_published_step_times():
     costs = [of(alone("efficientnet_b4", train__precision=p)) for p in ("float32", "mixed_float16")]
     check_rows_per_s("efficientnet_b4", *costs)
-
-
-@pytest.mark.slow
-def test_tensorflow_counts_the_same_operations_plus_element_wise_ones(b0):
-    import tensorflow as tf
-
-    model = keras.applications.EfficientNetB0(
-        include_top=False, weights=None, input_shape=(224, 224, 3)
-    )
-    # Independent of `plan`: counts the operations of the traced graph.
-    graph = tf.function(lambda x: model(x)).get_concrete_function(tf.TensorSpec((1, 224, 224, 3)))
-    profiler = tf.compat.v1.profiler
-    options = profiler.ProfileOptionBuilder(profiler.ProfileOptionBuilder.float_operation())
-    found = profiler.profile(graph=graph.graph, options=options.with_empty_output().build())
-    ours = sum(layer.flops for layer in b0.layers)
-    assert ours < found.total_float_ops < 1.06 * ours
 
 
 def test_no_layer_below_the_first_trainable_one_has_a_gradient():
@@ -154,26 +136,12 @@ def test_no_layer_below_the_first_trainable_one_has_a_gradient():
 
 
 @pytest.mark.parametrize(
-    ("changes", "slots"),
-    [
-        ({"train__optimizer": "adam"}, 2),
-        ({"train__optimizer": "adamw"}, 2),
-        ({"train__optimizer": "lamb"}, 2),
-        ({"train__optimizer": "sgd"}, 1),
-        ({"train__optimizer": "sgd", "train__ema_momentum": 0.99}, 2),
-    ],
+    ("optimizer", "ema_momentum", "slots"),
+    [("adam", None, 2), ("lamb", None, 2), ("sgd", None, 1), ("sgd", 0.99, 2)],
 )
-def test_slots_are_counted_in_the_optimizer_itself(changes, slots):
-    costs = of(spec(**TINY, **changes))
+def test_slots_are_counted_in_the_optimizer_itself(optimizer, ema_momentum, slots):
+    costs = of(spec(**TINY, train__optimizer=optimizer, train__ema_momentum=ema_momentum))
     assert costs.num_slots == slots * costs.num_learning
-
-
-def test_each_image_of_a_row_goes_through_the_backbone():
-    one = of(spec(**TINY, model__numeric__kind="none"))
-    four = of(spec(**TINY, model__numeric__kind="none", prepare__image_columns=list("abcd")))
-    dense = 2 * (64 * 24 + 24)
-    flops = [sum(layer.flops for layer in costs.layers) for costs in (one, four)]
-    assert flops[1] - dense == 4 * (flops[0] - dense)
 
 
 def test_half_precision_halves_the_bytes_of_all_but_pixels():
@@ -186,7 +154,6 @@ def test_half_precision_halves_the_bytes_of_all_but_pixels():
 def test_an_impossible_model_is_refused_with_the_reason():
     stages = [{"epochs": 1, "backbone": 1}, {"epochs": 1}]
     run = spec(**TINY, model__image__trainable=False, train__stages=stages)
-    with pytest.raises(
-        JobError, match=r"cannot be built: backbone=1 in train\.stages unfreezes the backbone"
-    ):
+    message = r"cannot be built: backbone=1 in train\.stages unfreezes the backbone"
+    with pytest.raises(JobError, match=message):
         model_costs(run, manifest(run))

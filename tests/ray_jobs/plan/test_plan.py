@@ -48,25 +48,21 @@ def test_the_job_prints_the_plan_and_writes_it_as_json(tmp_path, capsys):
     assert [other["num_workers"] for other in found["other_workers"]] == [1, 2, 4, 8, 16, 32]
 
 
-def test_the_manifest_overrides_the_given_number_of_rows(tmp_path):
-    assert planned("--gpu", "t4", "--rows", "500").num_rows == 500
+def test_rows_come_from_the_manifest_and_workers_from_the_run(tmp_path):
+    run = ("--gpu", "T4", "--rows", "500", "--train.num_workers", "2,4")
+    found = planned(*run)
+    assert (found.num_rows, found.num_workers) == (500, 4)
     write_prepared(tmp_path, {"train": 101, "validation": 37, "test": 5})
-    found = planned("--gpu", "t4", "--rows", "500", "--data.prepared", str(tmp_path))
-    assert found.num_rows == 101
+    found = planned(*run, "--workers", "8", "--data.prepared", str(tmp_path))
+    assert (found.num_rows, found.num_workers) == (101, 8)
     assert found.stages[0].steps == 2 * 101 // 32
-
-
-def test_workers_default_to_the_maximum_of_the_run():
-    assert planned("--gpu", "T4", "--train.num_workers", "2,4").num_workers == 4
-    assert planned("--gpu", "t4", "--train.num_workers", "2,4", "--workers", "8").num_workers == 8
 
 
 def test_a_run_that_does_not_fit_suggests_settings_that_do():
     given = ["--gpu", "t4", "--train.global_batch_size", "32768", "--rows", "40000"]
     given += ["--data.image_size", "64", "--model.batch_norm", "local"]
-    with pytest.raises(
-        JobError, match=r"needs .* GiB of memory for 32768 rows per step, but t4"
-    ) as no:
+    message = r"needs .* GiB of memory for 32768 rows per step, but t4"
+    with pytest.raises(JobError, match=message) as no:
         planned(*given)
     lines = str(no.value).splitlines()[1:]
     assert len(lines) == 3
@@ -76,28 +72,20 @@ def test_a_run_that_does_not_fit_suggests_settings_that_do():
         assert planned(*[word for pair in kept for word in pair], *changes).fits
 
 
-def test_a_model_too_large_for_one_row_is_refused(tmp_path):
-    machines = yaml.safe_load(TABLE.read_text())
-    machines["t4"]["memory_gib"] = 1.0
-    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(machines))
-    with pytest.raises(JobError, match="not even one row fits: choose another --gpu or a smaller"):
-        planned("--gpu", "t4", "--machines", str(tmp_path / "mine.yaml"))
-
-
-def test_prices_come_from_a_table_that_users_can_edit(tmp_path):
-    machines = yaml.safe_load(TABLE.read_text())
-    machines["t4"]["usd_per_hour"] = {"on_demand": 0.526 * 2, "spot": 0}
-    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(machines))
-    theirs = planned("--gpu", "t4").usd
-    ours = planned("--gpu", "t4", "--machines", str(tmp_path / "mine.yaml")).usd
-    assert ours == {"on_demand": pytest.approx(2 * theirs["on_demand"]), "spot": 0}
-
-
-def test_every_machine_of_the_table_has_both_prices():
-    machines = read_machines(str(TABLE))
-    assert {"t4", "a10g", "l4", "v100", "a100-40", "a100-80", "h100", "cpu"} == set(machines)
-    for machine in machines.values():
+def test_machines_and_prices_come_from_a_table_that_users_can_edit(tmp_path):
+    table = read_machines(str(TABLE))
+    assert {"t4", "a10g", "l4", "v100", "a100-40", "a100-80", "h100", "cpu"} == set(table)
+    for machine in table.values():
         assert machine.usd_per_hour["on_demand"] > machine.usd_per_hour["spot"] > 0
+    machines = yaml.safe_load(TABLE.read_text())
+    mine = {"usd_per_hour": {"on_demand": 0.526 * 2, "spot": 0}}
+    machines |= {"mine": machines["t4"] | mine, "small": machines["t4"] | {"memory_gib": 1.0}}
+    own = ("--machines", str(tmp_path / "mine.yaml"), "--gpu")
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(machines))
+    theirs, ours = planned("--gpu", "t4").usd, planned(*own, "mine").usd
+    assert ours == {"on_demand": pytest.approx(2 * theirs["on_demand"]), "spot": 0}
+    with pytest.raises(JobError, match="not even one row fits: choose another --gpu or a smaller"):
+        planned(*own, "small")
 
 
 def test_a_wrong_command_is_refused_before_a_model_is_built(tmp_path, capsys):
@@ -115,12 +103,3 @@ def test_a_wrong_command_is_refused_before_a_model_is_built(tmp_path, capsys):
     assert message in error("--gpu", "t4", "--machines", str(table))
     table.write_text("")
     assert "contains no machines" in error("--gpu", "t4", "--machines", str(table))
-
-
-def test_help_shows_the_settings_of_plan_before_those_of_the_run(capsys):
-    with pytest.raises(SystemExit):
-        parse(PlanSpec, ["--help"])
-    text = capsys.readouterr().out
-    assert text.index("--gpu TEXT") < text.index("--train.global_batch_size")
-    for flag in ("--workers", "--machines", "--rows", "--output"):
-        assert f"{flag} " in text

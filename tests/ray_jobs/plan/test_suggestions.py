@@ -28,10 +28,8 @@ def test_every_suggestion_fits_and_the_next_larger_batch_does_not():
         assert estimator(changed).plan() == suggestion.plan
     larger = run.overlay({"train.global_batch_size": 24})
     assert not estimator(larger).plan().fits
-    assert (
-        suggested[0].text
-        == "--train.accumulate_steps 2 (batch norms then see 8 of 16 rows at once)"
-    )
+    text = "--train.accumulate_steps 2 (batch norms then see 8 of 16 rows at once)"
+    assert suggested[0].text == text
 
 
 def test_two_changes_are_combined_if_one_is_not_enough():

@@ -10,9 +10,9 @@ from PIL import Image
 from mm_model.statistics import fit_numeric_statistics
 from ray_jobs.cluster import connection
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.spec import PredictSpec, PrepareSpec
+from ray_jobs.config.spec import PredictSpec, PrepareSpec, Split
 from ray_jobs.data.images import prepare_image
-from ray_jobs.data.manifest import ImageInfo, Manifest, SplitInfo
+from ray_jobs.data.manifest import Manifest
 from ray_jobs.predict import job as predict_job
 from ray_jobs.predict.job import PREDICTIONS, predict
 from ray_jobs.predict.row_sources import RawRows
@@ -27,8 +27,9 @@ from tests.ray_jobs.trained import (
     write_run,
 )
 
-COLUMNS = ("area", "rooms")
-NO_ROWS = SplitInfo(num_rows=0, class_counts=(0, 0), shards=())
+COLUMNS = ("error", "rooms")
+"""A numeric column may be named like the column of the predictions with the reason of a failure."""
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
 def spec_of(folder: Path, **changes) -> PredictSpec:
@@ -50,9 +51,7 @@ def test_prepared_rows_are_predicted_in_order_and_a_damaged_one_has_its_reason(
 ):
     manifest = write_prepared(tmp_path / "data", {"train": 21, "validation": 6, "test": 13})
     model = write_run(tmp_path / "run", manifest)
-    rows = pa.concat_tables(
-        [stored_rows(tmp_path / "data", manifest, s) for s in ("train", "validation", "test")]
-    )
+    rows = pa.concat_tables([stored_rows(tmp_path / "data", manifest, s) for s in SPLITS])
     damage_image(tmp_path / "data", manifest, "validation", shard=0, row=2)
     stale = tmp_path / "predictions/part-00007.parquet"
     stale.parent.mkdir()
@@ -81,14 +80,14 @@ def test_prepared_rows_are_predicted_in_order_and_a_damaged_one_has_its_reason(
     assert "1 × the stored image in validation/part-00000.parquet is damaged" in printed
 
 
-# Key, area and rooms of each row, why it cannot be used, and a part of its error.
+# Key, `error` and rooms of each row, why it cannot be used, and a part of its error.
 RAW_ROWS = [
     ("h1", "101.5", "3", None, ""),
     ("h2", "", "4", None, ""),
     ("no_photo", "90", "3", "missing_image", "no_photo_front.jpg"),
     ("broken", "90", "3", "unreadable_image", "broken_front.jpg"),
-    ("text", "ninety", "3", "non_numeric_text", "area is 'ninety'"),
-    ("infinite", "inf", "3", "non_finite_number", "area is inf"),
+    ("text", "ninety", "3", "non_numeric_text", "error is 'ninety'"),
+    ("infinite", "inf", "3", "non_finite_number", "error is inf"),
     ("", "90", "3", "missing_key", "row 7 has no house"),
     ("h3", "nan", "2", None, ""),
     ("h1", "101.5", "3", "duplicate_key", "row 9 has the house of row 1"),
@@ -111,35 +110,26 @@ def houses(tmp_path_factory) -> Path:
     whole = (photos / "h1_front.jpg").read_bytes()
     (photos / "broken_front.jpg").write_bytes(whole[: len(whole) // 2])
     # Columns in another order than in the manifest, and an additional one.
-    lines = ["rooms,house,note,area", *(f"{r[2]},{r[0]},x,{r[1]}" for r in RAW_ROWS)]
+    lines = ["rooms,house,note,error", *(f"{r[2]},{r[0]},x,{r[1]}" for r in RAW_ROWS)]
     (folder / "houses.csv").write_text("\n".join(lines) + "\n")
     return folder
 
 
 @pytest.fixture(scope="module")
-def rules() -> Manifest:
+def rules(tmp_path_factory) -> Manifest:
     """The manifest of the run, with settings that are not the defaults."""
-    return Manifest(
-        prepare=PrepareSpec(
-            key_column="house",
-            label_column="sold",
-            image_pattern="{house}_front.jpg",
-            image_size=16,
-            aspect="pad",
-            jpeg_quality=80,
-        ),
-        seed=0,
-        image=ImageInfo(height=16, width=16),
-        numeric_columns=COLUMNS,
-        negative_label="no",
-        positive_label="yes",
-        splits={"train": NO_ROWS, "validation": NO_ROWS, "test": NO_ROWS},
-        cuts=None,
-        statistics=fit_numeric_statistics(
-            np.random.default_rng(1).normal([90, 3], [30, 1], (40, 2)), COLUMNS
-        ),
-        quarantine={},
-    )
+    numbers = np.random.default_rng(1).normal([90, 3], [30, 1], (40, 2))
+    prepare = PrepareSpec(
+        key_column="house", label_column="sold", image_pattern="{house}_front.jpg", image_size=16,
+        aspect="pad", jpeg_quality=80,
+    )  # fmt: skip
+    changes = {
+        "prepare": prepare,
+        "numeric_columns": COLUMNS,
+        "statistics": fit_numeric_statistics(numbers, COLUMNS),
+    }
+    written = write_prepared(tmp_path_factory.mktemp("rules"), dict.fromkeys(SPLITS, 9))
+    return written.model_copy(update=changes)
 
 
 @pytest.fixture(scope="module")
@@ -186,78 +176,47 @@ def raw_rows(spec: PredictSpec) -> pa.Table:
     return pa.concat_tables([rows for task in source.tasks() for rows in source.read(task)])
 
 
-def test_images_are_found_by_pattern_folder_and_glob(houses, model):
-    photos = houses / "photos"
-    locations = [f"{photos}/{{house}}_front.jpg", str(photos), photos.as_uri(), f"{photos}/*.jpg"]
-    by_pattern, *by_others = [raw_rows(spec_of(houses, images=location)) for location in locations]
-    for rows in by_others:
-        assert rows["image"] == by_pattern["image"]
-        assert rows["error"].is_null() == by_pattern["error"].is_null()
+def numbers_of(row: dict[str, Any]) -> np.ndarray:
+    return np.frombuffer(row["numeric"], np.float32)
 
 
-def test_a_model_without_images_needs_no_images(houses, rules, tmp_path):
-    write_run(tmp_path / "run", rules, image="none")
-    rows = raw_rows(spec_of(houses, run=str(tmp_path / "run")))
+def test_a_model_needs_only_its_own_inputs(houses, rules, tmp_path):
+    write_run(tmp_path / "numeric", rules, image="none")
+    rows = raw_rows(spec_of(houses, run=str(tmp_path / "numeric")))
     assert "image" not in rows.column_names
     # Missing and broken photos do not matter.
     assert [e and e.partition(":")[0] for e in rows["error"].to_pylist()] == [
         None if "image" in (row[3] or "") else row[3] for row in RAW_ROWS
     ]
-    numbers = np.frombuffer(rows["numeric"][9].as_py(), np.float32)
-    np.testing.assert_array_equal(numbers, [60.25, 1.0])
+    np.testing.assert_array_equal(numbers_of(rows.to_pylist()[9]), [60.25, 1.0])
 
-
-def test_a_model_without_numbers_needs_no_numbers(houses, rules, tmp_path):
-    write_run(tmp_path / "run", rules, numeric="none")
+    write_run(tmp_path / "image", rules, numeric="none")
     table = tmp_path / "keys.csv"
     table.write_text("house\n" + "\n".join(row[0] for row in GOOD) + "\n")
     photos = str(houses / "photos")
-    rows = raw_rows(spec_of(houses, run=str(tmp_path / "run"), data=str(table), images=photos))
+    rows = raw_rows(spec_of(houses, run=str(tmp_path / "image"), data=str(table), images=photos))
     assert rows["error"].to_pylist() == [None] * len(GOOD)
     assert "numeric" not in rows.column_names
     assert len(set(rows["image"].to_pylist())) == len(GOOD)
 
 
-def test_a_parquet_table_with_a_path_column_is_read(houses, rules, tmp_path):
+def test_a_parquet_table_with_a_path_column_is_read_and_no_image_outside_the_folder(
+    houses, rules, tmp_path
+):
     options = rules.prepare.model_copy(update={"image_column": "photo", "image_pattern": "?"})
     write_run(tmp_path / "run", rules.model_copy(update={"prepare": options}))
-    columns = {"house": [7], "area": [80.0], "rooms": [None], "photo": ["h4_front.jpg"]}
-    pq.write_table(pa.table(columns), tmp_path / "table.parquet")
-    photos = str(houses / "photos")
-    spec = spec_of(
-        houses, run=str(tmp_path / "run"), data=str(tmp_path / "table.parquet"), images=photos
-    )
-    (row,) = raw_rows(spec).to_pylist()
-    assert (row["key"], row["error"]) == ("7", None)
-    np.testing.assert_array_equal(np.frombuffer(row["numeric"], np.float32), [80.0, np.nan])
-    assert np.ptp(np.frombuffer(row["image"], np.uint8)) > 0
-
-
-def test_a_numeric_column_may_be_named_error(houses, rules, tmp_path):
-    columns = ("error", "rooms")
-    assert rules.statistics is not None
-    statistics = rules.statistics.model_copy(update={"columns": columns})
-    changes = {"numeric_columns": columns, "statistics": statistics}
-    write_run(tmp_path / "run", rules.model_copy(update=changes))
-    (tmp_path / "table.csv").write_text("house,error,rooms\nh1,0.5,1\nh4,2,\nh5,wide,3\n")
-    spec = spec_of(
-        houses, run=str(tmp_path / "run"), data=str(tmp_path / "table.csv"),
-        images=str(houses / "photos"),
-    )  # fmt: skip
-    first, second, third = raw_rows(spec).to_pylist()
-    assert first["error"] is second["error"] is None
-    np.testing.assert_array_equal(np.frombuffer(first["numeric"], np.float32), [0.5, 1])
-    assert third["error"] == "non_numeric_text: error is 'wide'"
-
-
-def test_an_image_outside_the_folder_is_not_read(houses, rules, tmp_path):
-    options = rules.prepare.model_copy(update={"image_column": "photo"})
-    write_run(tmp_path / "run", rules.model_copy(update={"prepare": options}))
-    table = tmp_path / "table.csv"
-    table.write_text("house,area,rooms,photo\nh1,1,1,../houses.csv\n")
-    photos = str(houses / "photos")
+    columns = {
+        "house": [7, 8], "error": [80.0, 1.0], "rooms": [None, 1.0],
+        "photo": ["h4_front.jpg", "../houses.csv"],
+    }  # fmt: skip
+    table, photos = tmp_path / "table.parquet", str(houses / "photos")
+    pq.write_table(pa.table(columns), table)
     spec = spec_of(houses, run=str(tmp_path / "run"), data=str(table), images=photos)
-    assert raw_rows(spec)["error"][0].as_py().startswith("image_outside_folder: ")
+    row, outside = raw_rows(spec).to_pylist()
+    assert (row["key"], row["error"]) == ("7", None)
+    np.testing.assert_array_equal(numbers_of(row), [80.0, np.nan])
+    assert np.ptp(np.frombuffer(row["image"], np.uint8)) > 0
+    assert outside["error"].startswith("image_outside_folder: ")
 
 
 @pytest.fixture
@@ -270,28 +229,23 @@ def no_ray(monkeypatch):
     monkeypatch.setattr(connection, "connected", connected)
 
 
+TABLE = "house,error,rooms\nh1,1,1\n"
+
+
 @pytest.mark.parametrize(
     ("table", "images", "message"),
     [
         (
-            "house,area\nh1,1\n",
+            "house,error\nh1,1\n",
             "photos",
-            r"prepare\.numeric_columns: the table has no column 'rooms' \(it has: house, area\); "
+            r"prepare\.numeric_columns: the table has no column 'rooms' \(it has: house, error\); "
             r"these settings come from the run, in .*/run/manifest\.json",
         ),
-        ("hous,area,rooms\nh1,1,1\n", "photos", "no column 'house'; did you mean 'hous'"),
-        (
-            "house,area,rooms\nh1,1,1\n",
-            "photos/{id}.jpg",
-            r"^--images: the table has no column 'id' \(it has: house, area, rooms\)$",
-        ),
-        ("house,area,rooms\nh1,1,1\n", "photo", "^--images='photo': there is no "),
-        (
-            "house,area,rooms\nh1,1,1\n",
-            None,
-            r"takes images; set --images to a pattern such as 'photos/\{house\}_front\.jpg'",
-        ),
-        ("house,area,rooms\n", "photos", "has no rows"),
+        ("hous,error,rooms\nh1,1,1\n", "photos", "no column 'house'; did you mean 'hous'"),
+        (TABLE, "photos/{id}.jpg", r"^--images: the table has no column 'id' \(it has: house, "),
+        (TABLE, "photo", "^--images='photo': there is no "),
+        (TABLE, None, r"set --images to a pattern such as 'photos/\{house\}_front\.jpg'"),
+        ("house,error,rooms\n", "photos", "has no rows"),
     ],
 )
 def test_a_table_that_does_not_fit_the_run_is_rejected(

@@ -2,17 +2,13 @@ import pyarrow as pa
 import pytest
 
 from ray_jobs.config.errors import JobError
-from ray_jobs.prepare.cell_text import TEXT, column_text, label_text
-
-
-def column(*cells: object) -> pa.ChunkedArray:
-    return pa.chunked_array([pa.array(cells)])
+from ray_jobs.prepare.cell_text import TEXT, column_text
+from tests.ray_jobs.prepare.sources.samples import column
 
 
 @pytest.mark.parametrize(
     ("cells", "expected"),
     [
-        ((1, 2), ["1", "2"]),
         ((1.0, None, 2.5, float("nan")), ["1", None, "2.5", None]),
         (("1.0", "2.0", None), ["1", "2", None]),
         (("1.0", "v2.0"), ["1.0", "v2.0"]),
@@ -44,11 +40,6 @@ def test_a_column_of_more_than_2_gib_becomes_one_array(encode):
     assert (text.type, len(text)) == (TEXT, 2100)
     assert text.nbytes > 2**31
     assert text[2099] == text[0]
-
-
-def test_labels_have_one_spelling():
-    spellings = {"True": "true", "1.0": "1", "+7.00": "+7", "1.5": "1.5", "No": "No", "N/A": None}
-    assert {text: label_text(text) for text in spellings} == spellings
 
 
 def test_a_column_of_lists_cannot_be_text():

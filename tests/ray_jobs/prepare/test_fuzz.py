@@ -1,6 +1,5 @@
 """Damaged images and tables never crash: each row is stored, or quarantined with a reason."""
 
-import csv
 import io
 import warnings
 from pathlib import Path
@@ -11,13 +10,12 @@ import pytest
 from PIL import Image
 
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.spec import SPLITS, PrepareSpec, RunSpec
+from ray_jobs.config.spec import PrepareSpec
 from ray_jobs.data.images import BadImage, prepare_image
 from ray_jobs.prepare.cell_text import column_text
-from ray_jobs.prepare.job import prepare
 from ray_jobs.prepare.table import read_table
 from ray_jobs.storage.folder import Folder
-from tests.ray_jobs.raw import SIZE
+from tests.ray_jobs.raw import SIZE, Raw, shard_rows
 
 RAW_PIXELS = PrepareSpec(image_size=SIZE, jpeg_quality=90, max_image_pixels=1_000_000, store="raw")
 IMAGE_REASONS = {"unreadable_image", "animated_image", "too_large_image"}
@@ -91,57 +89,44 @@ def check_image(seed: int) -> str:
 def check_prepare(folder: Path, seed: int) -> tuple[int, int]:
     """Prepare mutated data; return the number of stored and of quarantined rows."""
     rng = np.random.default_rng(seed)
-    (folder / "images").mkdir(parents=True)
-    names = ["key", "area", "town", "rooms", "label", "photo"]
-    rows = []
+    raw = Raw(folder)
     for i in range(120):
         content = original(rng)
         if rng.random() < 0.3:
             content = mutated(content, rng)
         if rng.random() < 0.95:
-            (folder / "images" / f"k{i}.jpg").write_bytes(content)
-        row = [f"k{i}", i * 1.5, "abc"[i % 3], i % 4, i % 2, f"k{i}.jpg"]
+            raw.image(f"k{i}", content)
+        row = {"key": f"k{i}", "area": i * 1.5, "town": "abc"[i % 3], "rooms": i % 4}
+        row |= {"label": i % 2, "photo": f"k{i}.jpg"}
         if rng.random() < 0.4:
-            row[rng.integers(len(row))] = CELLS[rng.integers(len(CELLS))]
-        rows.append(row)
-    with open(folder / "table.csv", "w", newline="") as file:
-        csv.writer(file).writerows([names, *rows])
-    section = {
-        "source": "folder",
-        "images": str(folder / "images"),
-        "table": str(folder / "table.csv"),
-        "output": str(folder / "out"),
-        "image_size": SIZE,
-        "image_column": "photo",
-        "numeric_columns": ["area", "rooms"],
-        "positive_label": "1",
-        "rows_per_shard": 8,
-        "rows_per_group": 3,
-        "max_bad_fraction": 1.0,
-        "validation_fraction": 0.25,
-        "test_fraction": 0.25,
-        "max_image_pixels": 1_000_000,
-    }
-    tree = {"prepare": section, "data": {"categorical": ["town"]}, "run": {"seed": seed}}
-    manifest = prepare(RunSpec.model_validate(tree))
-    tables = {
-        split: [pq.read_table(folder / "out" / shard.path) for shard in info.shards]
-        for split, info in manifest.splits.items()
-    }
-    stored = [key for split in SPLITS for t in tables[split] for key in t["key"].to_pylist()]
-    quarantined = pq.read_table(folder / "out" / "quarantine").to_pylist()
+            row[str(rng.choice(list(row)))] = CELLS[rng.integers(len(CELLS))]
+        raw.rows.append(row)
+    manifest = raw.prepare(
+        seed=seed,
+        categorical=["town"],
+        image_column="photo",
+        numeric_columns=["area", "rooms"],
+        positive_label="1",
+        max_bad_fraction=1.0,
+        validation_fraction=0.25,
+        test_fraction=0.25,
+        max_image_pixels=1_000_000,
+    )
+    tables = shard_rows(raw.out(), manifest).values()
+    rows = [row for table in tables for row in table.to_pylist()]
+    stored = [row["key"] for row in rows]
+    quarantined = pq.read_table(raw.out() / "quarantine").to_pylist()
     assert len(set(stored)) == len(stored)
     assert all(row["reason"] and row["detail"] for row in quarantined)
     # Read the keys like the table, since a mutated cell may start a new line.
     keys = column_text(read_table(str(folder / "table.csv"))["key"]).to_pylist()
-    assert sorted(map(str, [*stored, *(row["key"] for row in quarantined)])) == sorted(
-        map(str, keys)
-    )
-    for row in (row for split in SPLITS for t in tables[split] for row in t.to_pylist()):
+    found = [*stored, *(row["key"] for row in quarantined)]
+    assert sorted(map(str, found)) == sorted(map(str, keys))
+    for row in rows:
         assert row["label"] in (0, 1)
         assert all(v is None or np.isfinite(v) for v in (row["area"], row["rooms"]))
         assert Image.open(io.BytesIO(row["image"])).size == (SIZE, SIZE)
-    assert not [name for name in Folder(folder / "out").names() if name.endswith(".partial")]
+    assert not [name for name in Folder(raw.out()).names() if name.endswith(".partial")]
     return len(stored), len(quarantined)
 
 

@@ -1,31 +1,21 @@
-import pyarrow as pa
 import pytest
 
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.spec import PrepareSpec
 from ray_jobs.prepare.labels import find_classes
-
-
-def spec(**options: object) -> PrepareSpec:
-    return PrepareSpec.model_validate(options)
-
-
-def column(*cells: object) -> pa.ChunkedArray:
-    return pa.chunked_array([pa.array(cells)])
+from tests.ray_jobs.prepare.sources.samples import column, spec
 
 
 @pytest.mark.parametrize(
     ("cells", "positive_label", "classes"),
     [
-        ((0, 1, 1), None, ("0", "1")),
         ((0.0, 1.0, None), None, ("0", "1")),
         (("0", "1", ""), None, ("0", "1")),
         (("0.0", "1.0"), None, ("0", "1")),
-        ((True, False), None, ("false", "true")),
         (("True", "FALSE", "true"), None, ("false", "true")),
+        (("0", "1", "NA", "n/a", "#N/A", "NaN", "-nan", "<NA>", "NULL"), None, ("0", "1")),
+        (("none", "mild"), "mild", ("none", "mild")),
         (("yes", "no"), "yes", ("no", "yes")),
         ((1, 2), "2", ("1", "2")),
-        ((0, 1), "0", ("1", "0")),
         ((0, 1), "1.0", ("0", "1")),
         ((True, False), "False", ("true", "false")),
     ],
@@ -38,7 +28,6 @@ def test_labels_may_be_0_and_1_booleans_or_two_strings(cells, positive_label, cl
     ("cells", "positive_label", "message"),
     [
         ((1, 1, 1), None, "holds only one class .'1' 3 times"),
-        (("yes", "yes", None), "yes", "holds only one class .'yes' 2 times"),
         ((None, float("nan")), None, "is empty"),
         (("yes", "no"), None, r"set which of them counts as 1, such as --prepare.positive_label"),
         ((1, 2), None, "holds '1' 1 time, '2' 1 time; set which of them counts as 1"),
@@ -51,12 +40,3 @@ def test_labels_may_be_0_and_1_booleans_or_two_strings(cells, positive_label, cl
 def test_ambiguous_classes_raise_an_error_with_the_values(cells, positive_label, message):
     with pytest.raises(JobError, match=message):
         find_classes(column(*cells), spec(positive_label=positive_label))
-
-
-@pytest.mark.parametrize("text", ["NA", "n/a", "#N/A", "NaN", "-nan", "<NA>", "NULL"])
-def test_words_for_missing_labels_are_not_classes(text):
-    assert find_classes(column("0", "1", text), spec()) == ("0", "1")
-
-
-def test_none_may_be_the_name_of_a_class():
-    assert find_classes(column("none", "mild"), spec(positive_label="mild")) == ("none", "mild")

@@ -3,16 +3,12 @@ import pyarrow as pa
 import pytest
 
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.spec import PrepareSpec
 from ray_jobs.prepare.cell_text import TEXT, column_text
 from ray_jobs.prepare.labels import find_classes
 from ray_jobs.prepare.row_validation import CheckedRows, read_rows
 from ray_jobs.prepare.sources.source import ImageRefs, Source
 from ray_jobs.prepare.table import require_columns
-
-
-def spec(**options: object) -> PrepareSpec:
-    return PrepareSpec.model_validate(options)
+from tests.ray_jobs.prepare.sources.samples import spec
 
 
 def source_of(table: pa.Table) -> Source:
@@ -34,12 +30,8 @@ def rows_of(
     return read_rows(source_of(arrow), prepare, numeric, classes, categorical)
 
 
-def quarantine_of(rows: CheckedRows) -> list[tuple[str, str] | None]:
-    return [rows.quarantined.get(row) for row in range(len(rows))]
-
-
-def reasons(rows: CheckedRows) -> list[str | None]:
-    return [entry and entry[0] for entry in quarantine_of(rows)]
+def reasons(rows: CheckedRows) -> dict[int, str]:
+    return {row: reason for row, (reason, _) in rows.quarantined.items()}
 
 
 def test_a_rare_third_label_quarantines_its_rows():
@@ -61,29 +53,32 @@ def test_each_bad_cell_quarantines_its_row_with_the_value():
         "photo": ["p"] * 7 + ["", "p"],
         "label": ["0", "1", "1", "1", "1", "1", "1", "1", "0"],
         "split": ["train"] * 8 + ["dev"],
+        "patient": [7, 7, 7, None, 7, 7, 7, 7, 7],
     }
     options = {"key_column": "id", "image_column": "photo", "split_column": "split"}
+    assert rows_of(table, ("area",), **options, group_column="patient").quarantined == {
+        1: ("missing_key", "row 2 has no id"),
+        2: ("duplicate_key", "row 3 has the id of row 1"),
+        3: ("missing_group", "patient is empty"),
+        4: ("non_finite_number", "area is inf, outside the range of float32"),
+        5: ("non_finite_number", "area is 1e39, outside the range of float32"),
+        7: ("missing_image", "the row has no image"),
+        8: ("bad_split", "split is 'dev', not one of train, validation, test"),
+    }
     rows = rows_of(table, ("area",), **options)
-    assert quarantine_of(rows) == [
-        None,
-        ("missing_key", "row 2 has no id"),
-        ("duplicate_key", "row 3 has the id of row 1"),
-        ("non_numeric_text", "area is 'one'"),
-        ("non_finite_number", "area is inf, outside the range of float32"),
-        ("non_finite_number", "area is 1e39, outside the range of float32"),
-        None,
-        ("missing_image", "the row has no image"),
-        ("bad_split", "split is 'dev', not one of train, validation, test"),
-    ]
+    assert rows.quarantined[3] == ("non_numeric_text", "area is 'one'")
     assert np.isnan(rows.numeric_RF[6, 0])
     assert rows.numeric_RF.dtype == np.float32
 
 
-def test_a_row_without_a_group_is_quarantined():
-    table = {"key": ["a", "b"], "label": [0, 1], "patient": [7, None]}
-    rows = rows_of(table, group_column="patient")
-    assert reasons(rows) == [None, "missing_group"]
-    assert rows.groups.to_pylist() == ["7", ""]
+def test_a_number_rule_is_applied_or_suggested():
+    table = {"key": ["a", "b", "c"], "label": [0, 1, 0], "age": ["50", "91-92", "old"]}
+    suggestion = "age is '91-92'; prepare.number_rules {age: range_mean} would read it"
+    assert rows_of(table, ("age",)).quarantined[1] == ("non_numeric_text", suggestion)
+    rows = rows_of(table, ("age",), number_rules={"age": "range_mean"})
+    detail = "age is 'old', which the rule range_mean cannot read"
+    assert rows.quarantined == {2: ("non_numeric_text", detail)}
+    assert rows.numeric_RF[:2, 0].tolist() == [50, 91.5]
 
 
 def test_rows_for_prediction_need_no_label():
@@ -91,7 +86,7 @@ def test_rows_for_prediction_need_no_label():
     require_columns(table, spec(), labelled=False)
     rows = read_rows(source_of(table), spec(), ("area",), None)
     assert rows.labels.tolist() == [-1, -1]
-    assert reasons(rows) == [None, "missing_key"]
+    assert reasons(rows) == {1: "missing_key"}
 
 
 def test_a_column_of_dates_is_not_numeric():
@@ -99,7 +94,7 @@ def test_a_column_of_dates_is_not_numeric():
 
     table = {"key": ["a", "b"], "label": [0, 1], "day": [datetime.date(2020, 1, 2)] * 2}
     rows = rows_of(table, ("day",), max_bad_fraction=1)
-    assert reasons(rows) == ["non_numeric_text"] * 2
+    assert reasons(rows) == {0: "non_numeric_text", 1: "non_numeric_text"}
     nested = {"key": ["a", "b"], "label": [0, 1], "list": [[1], [2]]}
     with pytest.raises(JobError, match="numeric column 'list' holds no numbers"):
         rows_of(nested, ("list",))

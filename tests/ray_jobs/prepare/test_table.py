@@ -1,5 +1,4 @@
 from decimal import Decimal
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -7,7 +6,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.spec import PrepareSpec
 from ray_jobs.prepare.cell_text import column_text
 from ray_jobs.prepare.number_parsing import parse_numbers
 from ray_jobs.prepare.table import (
@@ -16,89 +14,101 @@ from ray_jobs.prepare.table import (
     read_table,
     require_columns,
 )
+from tests.ray_jobs.prepare.sources.samples import spec
 
-
-def spec(**options: object) -> PrepareSpec:
-    return PrepareSpec.model_validate(options)
-
-
-def column(*cells: object) -> pa.ChunkedArray:
-    return pa.chunked_array([pa.array(cells)])
-
-
-def write_text(path: Path, text: str) -> str:
-    path.write_text(text)
-    return str(path)
+ROLES = pa.table({"key": ["1"], "label": [1], "a": [2], "town": ["x"], "image": [3]})
 
 
 def test_csv_and_parquet_are_read_alike_by_path_and_by_uri(tmp_path):
-    text = "id,area,label\n007,1.5,1\n008,,0\n"
-    csv_table = read_table(write_text(tmp_path / "t.csv", text))
-    pq.write_table(
-        pa.table({"id": ["007", "008"], "area": [1.5, None], "label": [1, 0]}),
-        tmp_path / "t.parquet",
-    )
-    for table in (csv_table, read_table(f"file://{tmp_path}/t.parquet")):
+    (tmp_path / "t.csv").write_text("id,area,label\n007,1.5,1\n008,,0\n")
+    rows = {"id": ["007", "008"], "area": [1.5, None], "label": [1, 0]}
+    pq.write_table(pa.table(rows), tmp_path / "t.parquet")
+    for location in (f"{tmp_path}/t.csv", f"file://{tmp_path}/t.parquet"):
+        table = read_table(location)
         assert column_text(table.column("id")).to_pylist() == ["007", "008"]
         assert column_text(table.column("label")).to_pylist() == ["1", "0"]
         np.testing.assert_array_equal(parse_numbers(table.column("area"))[0], [1.5, np.nan])
 
 
 def test_a_csv_may_have_a_byte_order_mark_tabs_spaces_and_line_breaks_in_quotes(tmp_path):
-    table = read_table(write_text(tmp_path / "t.csv", '\ufeffid\t note \n 1 \t"two\nlines"\n'))
+    (tmp_path / "t.csv").write_text('\ufeffid\t note \n 1 \t"two\nlines"\n')
+    table = read_table(str(tmp_path / "t.csv"))
     assert table.column_names == ["id", "note"]
     assert column_text(table.column("id")).to_pylist() == ["1"]
     assert column_text(table.column("note")).to_pylist() == ["two\nlines"]
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("content", "message"),
     [
-        ("", "could not be read: it is empty"),
-        ("key,label\n", "has no rows"),
-        ("key,label\n1,0,3\n", "could not be read: .*Expected 2 columns, got 3"),
-        ("key,label,label\n1,0,1\n", "more than one column named 'label'"),
+        (b"", "could not be read: it is empty"),
+        (b"key,label\n", "has no rows"),
+        (b"key,label\n1,0,3\n", "could not be read: .*Expected 2 columns, got 3"),
+        (b"key,label,label\n1,0,1\n", "more than one column named 'label'"),
+        (b"key,label\n\xe4,1\n", r"table\.csv could not be read"),
+        (b"PAR1 and no more", r"table\.csv could not be read"),
     ],
 )
-def test_an_invalid_table_raises_an_error(tmp_path, text, message):
+def test_an_invalid_table_raises_an_error(tmp_path, content, message):
+    (tmp_path / "table.csv").write_bytes(content)
     with pytest.raises(JobError, match=message):
-        read_table(write_text(tmp_path / "t.csv", text))
-
-
-def test_a_damaged_parquet_file_and_a_wrong_encoding_raise_an_error(tmp_path):
-    (tmp_path / "t.parquet").write_bytes(b"PAR1 and no more")
-    (tmp_path / "t.csv").write_bytes("key,label\nä,1\n".encode("latin-1"))
-    for name in ("t.parquet", "t.csv"):
-        with pytest.raises(JobError, match=f"{name} could not be read"):
-            read_table(str(tmp_path / name))
-
-
-def test_a_missing_table_raises_an_error_with_the_nearest_file(tmp_path):
-    write_text(tmp_path / "houses.csv", "key\n1\n")
-    with pytest.raises(JobError, match=r"house\.csv does not exist; did you mean 'houses\.csv'"):
-        read_table(str(tmp_path / "house.csv"))
-    with pytest.raises(JobError, match="is a folder"):
-        read_table(str(tmp_path))
-    with pytest.raises(JobError, match=r"prepare\.table is not set"):
-        read_table("")
+        read_table(str(tmp_path / "table.csv"))
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"),
+    ("location", "message"),
     [
-        ("key_column", "arae"),
-        ("label_column", "arae"),
-        ("group_column", "arae"),
-        ("split_column", "arae"),
-        ("numeric_columns", ("arae",)),
-        ("exclude_columns", ("arae",)),
+        ("{}/house.csv", r"house\.csv does not exist; did you mean 'houses\.csv'"),
+        ("{}", "is a folder"),
+        ("", r"prepare\.table is not set"),
     ],
 )
-def test_a_missing_column_raises_an_error_with_setting_and_nearest_match(setting, value):
-    table = pa.table({"key": ["1"], "area": [1.0], "label": [1]})
-    message = rf"prepare\.{setting}: the table has no column 'arae'; did you mean 'area'\? \(it has"
+def test_a_missing_table_raises_an_error_with_the_nearest_file(tmp_path, location, message):
+    (tmp_path / "houses.csv").touch()
     with pytest.raises(JobError, match=message):
-        require_columns(table, spec(**{setting: value}))
+        read_table(location.format(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({f"{role}_column": "arae"} for role in ("key", "label", "group", "split")),
+        {"numeric_columns": ["arae"]},
+        {"exclude_columns": ["arae"]},
+    ],
+)
+def test_a_missing_column_raises_an_error_with_setting_and_nearest_match(options):
+    table = pa.table({"key": ["1"], "area": [1.0], "label": [1], "": [0]})
+    (setting,) = options
+    message = rf"prepare\.{setting}: the table has no column 'arae'; did you mean 'area'\? "
+    with pytest.raises(JobError, match=rf"{message}\(it has: key, area, label, ''\)"):
+        require_columns(table, spec(**options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"numeric_columns": ["a"], "key_column": "a"}, "names 'a', the key_column"),
+        ({"numeric_columns": ["a"], "label_column": "a"}, "names 'a', the label_column"),
+        ({"numeric_columns": ["a"], "split_column": "a"}, "names 'a', the split_column"),
+        ({"numeric_columns": ["a"], "exclude_columns": ["a"]}, "exclude_columns both name 'a'"),
+        ({"numeric_columns": ["a", "a"]}, "names 'a' twice"),
+        ({"numeric_columns": ["image"]}, "names 'image', which is a reserved column of the shards"),
+        ({"key_column": "a", "label_column": "a"}, "cannot be both"),
+        ({"image_columns": ["key", "key"]}, "holds an empty or repeated name"),
+        ({"image_columns": ["a"], "image_column": "key"}, "set only one of them"),
+        ({"exclude_columns": ["town"]}, "exclude_columns both name 'town'"),
+        ({"numeric_columns": ["town"]}, "both name 'town'; remove it from one of them"),
+        ({"label_column": "town"}, r"data\.categorical names 'town', the label_column"),
+        ({"categorical": ["town", "town"]}, r"data\.categorical names 'town' twice"),
+        ({"categorical": ["twon"]}, r"data\.categorical: the table has no column 'twon'; did you"),
+    ],
+)
+def test_a_column_with_two_roles_or_a_reserved_name_raises_an_error(options, message):
+    options = {"categorical": ["town"], **options}
+    categorical = options.pop("categorical")
+    with pytest.raises(JobError, match=message):
+        require_columns(ROLES, spec(**options), categorical)
 
 
 @pytest.mark.parametrize("pattern", ["photo.jpg", "{}.jpg", "{key.jpg", "key}.jpg"])
@@ -107,34 +117,21 @@ def test_a_pattern_without_a_column_raises_an_error(pattern):
         parse_path_pattern(spec(image_pattern=pattern))
 
 
-@pytest.mark.parametrize("role", ["key_column", "label_column", "split_column"])
-def test_a_column_with_another_role_cannot_be_a_feature(role):
-    table = pa.table({"key": ["1"], "label": [1], "a": [2]})
-    with pytest.raises(JobError, match=f"names 'a', the {role}"):
-        require_columns(table, spec(**{"numeric_columns": ["a"], role: "a"}))
-
-
-def test_a_column_cannot_have_two_roles():
-    table = pa.table({"key": ["1"], "label": [1], "a": [2]})
-    with pytest.raises(JobError, match="exclude_columns both name 'a'"):
-        require_columns(table, spec(numeric_columns=["a"], exclude_columns=["a"]))
-    with pytest.raises(JobError, match="cannot be both"):
-        require_columns(table, spec(key_column="a", label_column="a"))
-
-
 def test_numeric_columns_without_another_role_are_features():
     table = pa.table(
         {
-            "id": [1, 2],
-            "whole": [1, 2],
-            "price": [1.0, 2.0],
-            "flag": [True, False],
-            "exact": [Decimal("1.5"), None],
-            "text": ["1", "2x"],
-            "patient": [7, 8],
-            "fold": [1, 1],
-            "folder": [3, 4],
-            "label": [0, 1],
+            "id": [1, 2, 3],
+            "whole": [1, 2, 3],
+            "price": [1.0, 2.0, 3.0],
+            "flag": [True, False, True],
+            "exact": [Decimal("1.5"), None, None],
+            "a_word": ["3", "unknown", "5"],
+            "words": ["1", "2x", "y"],
+            "empty": ["", "", ""],
+            "patient": [7, 8, 9],
+            "fold": [1, 1, 1],
+            "folder": [3, 4, 5],
+            "label": [0, 1, 0],
         }
     )
     roles = spec(
@@ -144,45 +141,25 @@ def test_numeric_columns_without_another_role_are_features():
         exclude_columns=["price"],
         image_pattern="{folder}/{key}.jpg",
     )
-    assert find_numeric_columns(table, roles) == ("whole", "flag", "exact")
-
-
-def test_a_few_words_do_not_make_a_csv_column_non_numeric(tmp_path):
-    text = "key,area,town,empty,label\n1,3,x,,0\n2,unknown,4,,1\n3,5,y,,1\n"
-    table = read_table(write_text(tmp_path / "t.csv", text))
-    assert find_numeric_columns(table, spec()) == ("area",)
+    assert find_numeric_columns(table, roles) == ("whole", "flag", "exact", "a_word")
 
 
 def test_having_no_numeric_column_raises_an_error_unless_requested():
-    table = pa.table({"key": ["a"], "label": [1]})
+    table = pa.table({"key": ["a"], "label": [1], "town": ["x"]})
     with pytest.raises(JobError, match=r"set it to \[\] to learn from images alone"):
         find_numeric_columns(table, spec())
     assert find_numeric_columns(table, spec(numeric_columns=[])) == ()
+    assert find_numeric_columns(table, spec(), ["town"]) == ()
 
 
-def test_a_numeric_column_cannot_have_a_reserved_name_or_be_repeated():
-    table = pa.table({"id": ["a"], "image": [1], "a": [1], "y": [1]})
-    with pytest.raises(JobError, match="'image' has the name of a reserved column"):
-        find_numeric_columns(table, spec(key_column="id", label_column="y"))
-    with pytest.raises(JobError, match="names 'a' twice"):
-        require_columns(table, spec(numeric_columns=["a", "a"], key_column="id", label_column="y"))
-
-
-def test_numbers_are_read_in_every_common_spelling():
-    cells = ["1", "-2.5", "+3", ".5", "5.", "1e3", "1E-2", " 7 ", "true", "False"]
-    values, is_invalid = parse_numbers(column(*cells))
-    np.testing.assert_array_equal(values, [1, -2.5, 3, 0.5, 5, 1000, 0.01, 7, 1, 0])
-    assert not is_invalid.any()
-
-
-def test_empty_cells_are_missing_and_other_words_are_invalid():
-    cells = ["", None, "NA", "NaN", "n/a", "null", "None", "1,200", "3 m", "0x1F", "1_0", "."]
-    values, is_invalid = parse_numbers(column(*cells))
-    assert np.isnan(values).all()
-    assert is_invalid.tolist() == [False] * 7 + [True] * 5
-
-
-def test_an_error_quotes_blank_column_names():
-    table = pa.table({"": ["0"], "age": [1], "label": [1]})
-    with pytest.raises(JobError, match=r"no column 'key' \(it has: '', age, label\)"):
-        require_columns(table, spec())
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("image", {}),
+        ("image_bed", {"image_columns": ["bed"], "image_pattern": "{image}/{key}.jpg"}),
+    ],
+)
+def test_a_numeric_column_cannot_have_a_reserved_name(name, options):
+    table = pa.table({"key": ["a"], "label": [1], name: [1]})
+    with pytest.raises(JobError, match=f"'{name}' has the name of a reserved column"):
+        find_numeric_columns(table, spec(**options))

@@ -1,227 +1,212 @@
-"""The loop on real workers: all scenarios with one and two workers, one scenario with four."""
+"""The loop alone and on two real workers, in slow tests also on four; see scenarios.py."""
 
-import json
+import pickle
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 
 from ray_jobs.config.spec import DataSpec
+from ray_jobs.data.manifest import read_manifest
 from ray_jobs.data.sampler import TrainingSampler
-from tests.ray_jobs.scenarios import FAST, SCENARIOS, run_scenarios
+from ray_jobs.storage.folder import Folder
+from tests.ray_jobs.arrays import distance, same_arrays
+from tests.ray_jobs.scenarios import loop_of, run_scenario, run_scenarios
 from tests.ray_jobs.tiny import write_prepared
 
 pytestmark = [pytest.mark.multiworker, pytest.mark.timeout(1200)]
 
+Results = dict[str, list[dict[str, Any]]]
+"""Results of each rank by scenario."""
 
-def trained(folder: Path, scenarios: dict[int, tuple[str, ...]]) -> dict[str, Any]:
-    """Train scenarios by their number of workers; return their results and the manifest."""
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("loop")
+    write_prepared(folder / "prepared", {"train": 101, "validation": 37, "test": 5}, size=32)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(folder) -> Results:
+    """Results of this process alone, and what training left in the temporary folder."""
+    from ray_jobs.cluster.strategy import WorkerContext
+
+    (folder / "temporary").mkdir()
+    with patch.object(tempfile, "tempdir", str(folder / "temporary")):
+        loop = loop_of("synchronised", folder, WorkerContext())
+        results = run_scenario("synchronised", loop, folder)
+    return {"synchronised": [{**results, "temporary": list((folder / "temporary").iterdir())}]}
+
+
+@pytest.fixture(scope="module")
+def two(ray_local, folder, one) -> Results:
+    return on_workers(folder, 2, ("synchronised", "random"))
+
+
+@pytest.fixture(scope="module")
+def two_slowly(ray_local, folder) -> Results:
+    return on_workers(folder, 2, ("patience", "stages"))
+
+
+@pytest.fixture(scope="module")
+def four(ray_local, folder, two) -> Results:
+    return on_workers(folder, 4, ("synchronised",))
+
+
+MANY_WORKERS = pytest.mark.parametrize(
+    ("fewer", "many"), [("one", "two"), pytest.param("two", "four", marks=pytest.mark.slow)]
+)
+
+
+def on_workers(folder: Path, num_workers: int, names: tuple[str, ...]) -> Results:
     from ray.train import RunConfig, ScalingConfig
 
     from ray_jobs.cluster.tf_backend import KerasTrainer
 
-    rows = {"train": 101, "validation": 37, "test": 5}
-    manifest = write_prepared(folder / "prepared", rows, size=32)
-    config = {"output": str(folder), "prepared": str(folder / "prepared")}
-    for num_workers, names in scenarios.items():
-        KerasTrainer(
-            run_scenarios,
-            train_loop_config={**config, "scenarios": names},
-            scaling_config=ScalingConfig(num_workers=num_workers),
-            run_config=RunConfig(name=f"ray-{num_workers}", storage_path=str(folder)),
-        ).fit()
-    results = {path.stem: json.loads(path.read_text()) for path in folder.glob("*-*-*.json")}
-    return {"folder": folder, "manifest": manifest, **results}
-
-
-@pytest.fixture(scope="module")
-def results(ray_local, tmp_path_factory) -> dict[str, Any]:
-    """Results of the fast scenarios with one and two workers."""
-    return trained(tmp_path_factory.mktemp("loop"), {1: FAST, 2: FAST})
-
-
-@pytest.fixture(scope="module")
-def slow_results(ray_local, tmp_path_factory) -> dict[str, Any]:
-    """Results of the slow scenarios with two workers."""
-    others = tuple(name for name in SCENARIOS if name not in FAST)
-    return trained(tmp_path_factory.mktemp("slow"), {2: others})
-
-
-@pytest.fixture(scope="module")
-def results_of_four(ray_local, tmp_path_factory) -> dict[str, Any]:
-    """Results of one scenario with one, two and four workers."""
-    scenarios = dict.fromkeys((1, 2, 4), ("synchronised",))
-    return trained(tmp_path_factory.mktemp("four"), scenarios)
-
-
-MANY_WORKERS = pytest.mark.parametrize(
-    ("of", "num_workers"),
-    [("results", 2), pytest.param("results_of_four", 4, marks=pytest.mark.slow)],
-)
-
-
-def arrays(results: dict[str, Any], scenario: str, epoch: int, num_workers: int, rank: int) -> dict:
-    path = results["folder"] / f"{scenario}-{epoch}-{num_workers}-{rank}.npz"
-    with np.load(path, allow_pickle=False) as file:
-        return {name: file[name] for name in file.files}
+    KerasTrainer(
+        run_scenarios,
+        train_loop_config={"folder": str(folder), "scenarios": names},
+        scaling_config=ScalingConfig(num_workers=num_workers),
+        run_config=RunConfig(name=f"{names[0]}-{num_workers}", storage_path=str(folder)),
+    ).fit()
+    files = {
+        name: [folder / f"{name}-{num_workers}-{rank}.pickle" for rank in range(num_workers)]
+        for name in names
+    }
+    return {name: [pickle.loads(f.read_bytes()) for f in files[name]] for name in names}
 
 
 @MANY_WORKERS
-def test_many_workers_train_like_one_with_random_operations(request, of, num_workers):
-    results = request.getfixturevalue(of)
-    one, many = (arrays(results, "synchronised", 3, n, 0) for n in (1, num_workers))
-    start = arrays(results, "synchronised", 0, 1, 0)
-    assert results["synchronised-1-0"]["epochs"][-1]["step"] == 20
-    assert one.keys() == many.keys()
-    for name, w in one.items():
-        assert np.abs(many[name] - w).max() <= 1e-4 * np.abs(w).max(), name
-    assert max(np.abs(w - start[name]).max() for name, w in one.items()) > 1e-3
+def test_many_workers_train_like_fewer_with_random_operations(request, fewer, many):
+    few, more = (request.getfixturevalue(name)["synchronised"][0] for name in (fewer, many))
+    assert more["records"][3]["step"] == 20
+    assert distance(more["models"][3], few["models"][3]) <= 1e-4
+    assert distance(more["models"][3], few["models"][0]) > 1e-2
 
 
 @MANY_WORKERS
-def test_a_run_that_resumes_with_twice_as_many_workers_trains_the_same(request, of, num_workers):
-    results = request.getfixturevalue(of)
-    assert 0 < results[f"synchronised-{num_workers}-0"]["distance_of_resumed"] <= 1e-4
+def test_a_run_that_resumes_with_twice_as_many_workers_trains_the_same(request, fewer, many):
+    few, more = (request.getfixturevalue(name)["synchronised"][0] for name in (fewer, many))
+    assert 0 < distance(more["first"]["model"], few["models"][3]) <= 1e-4
 
 
-@pytest.mark.parametrize(("scenario", "epochs"), [("random", 3), ("uneven", 8)])
-def test_weights_and_statistics_are_bitwise_equal_on_all_workers_after_each_epoch(
-    results, scenario, epochs
-):
-    for epoch in range(epochs):
-        first, second = (arrays(results, scenario, epoch, 2, rank) for rank in (0, 1))
-        assert any("moving_variance" in name for name in first)
-        for name, value in first.items():
-            assert value.tobytes() == second[name].tobytes(), (epoch, name)
+@pytest.mark.parametrize(("scenario", "epochs"), [("random", 3), ("synchronised", 4)])
+def test_all_workers_have_the_same_weights_statistics_and_records(two, scenario, epochs):
+    first, second = two[scenario]
+    assert len(first["models"]) == len(first["records"]) == epochs
+    assert any("moving_variance" in name for name in first["models"][0])
+    assert all(map(same_arrays, first["models"], second["models"]))
+    for a, b in zip(first["records"], second["records"], strict=True):
+        same = [key for key in a if not key.startswith(("data/", "time/"))]
+        assert {key: a[key] for key in same} == {key: b[key] for key in same}
 
 
-@pytest.mark.parametrize("scenario", ["random", "uneven"])
-def test_a_step_has_one_gradient_collective(results, scenario):
-    assert results[f"{scenario}-2-0"]["variables"] > 20
-    assert results[f"{scenario}-2-0"]["collectives"] == 1
+def test_a_step_has_one_gradient_collective(two):
+    assert sum("kernel" in name for name in two["random"][0]["models"][0]) > 5
+    assert two["random"][0]["collectives"] == 1
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
-def test_no_row_is_dropped_or_repeated_with_uneven_sizes(results, num_workers):
-    workers = [results[f"uneven-{num_workers}-{rank}"] for rank in range(num_workers)]
-    sampler = TrainingSampler.of(results["manifest"].splits["train"], 14, 0, DataSpec())
-    trained, validated = Counter(), [Counter() for _ in range(8)]
+def test_the_graph_is_traced_once(one, two):
+    ranks = [*one["synchronised"], *two["synchronised"], *two["random"]]
+    assert [results["traces"] for results in ranks] == [1] * 5
+
+
+@pytest.mark.parametrize("of", ["one", "two"])
+def test_no_row_is_dropped_or_repeated_with_uneven_sizes(request, folder, of):
+    workers = request.getfixturevalue(of)["synchronised"]
+    epochs, size = 4, 20 // len(workers)
+    split = read_manifest(Folder(folder / "prepared")).splits["train"]
+    sampler = TrainingSampler.of(split, 20, 0, DataSpec())
+    trained, validated = Counter(), [Counter() for _ in range(epochs)]
     for worker in workers:
         batches = iter(worker["rows"])
-        for epoch in range(8):
+        for epoch in range(epochs):
             for _ in range(sampler.num_steps(epoch)):
                 rows = next(batches)
-                assert len(rows) == 14 // num_workers
+                assert len(rows) == size
                 trained.update(rows)
             while sum(validated[epoch].values()) < 37:
                 rows = next(batches)
                 validated[epoch].update(rows)
-                if len(rows) < 14 // num_workers:
+                if len(rows) < size:
                     break
-    assert sum(trained.values()) == 8 * 101 // 14 * 14
+    assert sum(trained.values()) == epochs * 101 // 20 * 20
     # Rows that fill no complete step of the last epoch are used once less.
-    assert set(trained.values()) <= {7, 8}
-    for epoch in range(8):
-        assert validated[epoch] == Counter(range(37))
-    assert workers[0]["history"] == list(range(8))
+    assert set(trained.values()) == {epochs - 1, epochs}
+    assert validated == [Counter(range(37))] * epochs
+    assert workers[0]["history"] == list(range(epochs))
 
 
-def test_rank_0_gets_all_validation_rows_in_stored_order(results):
+def test_rank_0_gets_all_validation_rows_in_stored_order(one, two):
     expected = [float(i % 3 == 0) for i in range(37)]
-    for name in ("uneven-1-0", "uneven-2-0"):
-        assert results[name]["label"] == expected
+    for results in (one["synchronised"][0], two["synchronised"][0]):
+        assert results["label"] == [expected] * len(results["label"])
+        assert results["label"]
 
 
-def test_all_workers_have_the_same_records(results):
-    first, second = (results[f"random-2-{rank}"]["epochs"] for rank in (0, 1))
-    timing = ("data/", "time/")
-    for a, b in zip(first, second, strict=True):
-        same = [key for key in a if not key.startswith(timing)]
-        assert {key: a[key] for key in same} == {key: b[key] for key in same}
+def test_rows_are_weighted_by_the_balanced_weights_of_their_classes(two):
+    positives = sum(i % 3 == 0 for i in range(101))
+    balanced = {0.0: 101 / 2 / (101 - positives), 1.0: 101 / 2 / positives}
+    found = two["random"][0]["weights"]
+    assert {label for label, _ in found} == {0.0, 1.0}
+    assert [weight for _, weight in found] == pytest.approx([balanced[y] for y, _ in found])
 
 
-def test_the_order_of_training_rows_does_not_depend_on_the_number_of_workers(results):
-    steps = [rows for rows in results["synchronised-1-0"]["rows"]]
-    halves = [results[f"synchronised-2-{rank}"]["rows"] for rank in (0, 1)]
-    assert steps[0] == halves[0][0] + halves[1][0]
-    assert steps[4] == halves[0][4] + halves[1][4]
+def test_training_leaves_nothing_in_the_temporary_folder(one):
+    """A killed worker could not delete it, such as the source that Autograph generates."""
+    assert one["synchronised"][0]["temporary"] == []
 
 
-@pytest.mark.slow
-def test_training_stops_without_patience_and_returns_the_best_epoch(slow_results):
-    results = slow_results
-    for name in ("patience-2-0", "patience-2-1"):
-        epochs = results[name]["epochs"]
-        losses = [epoch["val/log_loss"] for epoch in epochs]
-        assert results[name]["best_epoch"] == int(np.argmin(losses))
-        assert len(epochs) == results[name]["best_epoch"] + 1 + 2
-        assert len(epochs) < 20
-        # Only rank 0 keeps the best epoch.
-        assert results[name].get("best_is_kept", name.endswith("1"))
-
-
-@pytest.mark.slow
-def test_a_run_resumed_from_any_checkpoint_is_bitwise_equal(slow_results):
-    """Within and between epochs, with plateau schedule, moving average, mixup and dropout."""
-    for name in ("resumed-2-0", "resumed-2-1"):
-        assert slow_results[name]["resumed_equal"] == [True] * 2
-
-
-def test_checkpoints_are_early_enough_to_be_written_in_time(results):
+def test_checkpoints_are_early_enough_to_be_written_in_time(two):
     # Epochs of 6 steps; a failure may cost 4 steps, one of which is for writing.
-    assert results["random-2-0"]["steps_of_checkpoints"] == [3, 6, 9, 12, 15, 18]
+    assert two["random"][0]["steps_of_checkpoints"] == [3, 6, 9, 12, 15, 18]
 
 
-def test_a_run_stopped_at_any_step_resumes_bitwise_equal(results):
-    for name in ("random-2-0", "random-2-1"):
-        stopped, step, saved_step, equal = results[name]["stopped_equal"]
-        assert stopped
-        assert step == saved_step == 8
-        assert equal
+def test_a_run_resumed_from_a_stop_or_from_the_end_of_an_epoch_is_bitwise_equal(two):
+    """With plateau schedule, moving average, mixup and dropout."""
+    for results in two["random"]:
+        assert results["first"]["step"] == 8
+        assert not results["first"]["finished"]
+        assert results["resumed_equal"] == [True, True]
 
 
-def test_a_stop_at_the_last_step_of_an_epoch_ends_the_epoch(results):
-    assert results["random-1-0"]["stopped_between"] == [True, 6, 1, True]
-
-
-def test_the_graph_is_traced_once(results):
-    assert results["random-2-0"]["traces"] == 1
-    assert results["uneven-2-0"]["traces"] == 1
-
-
-@pytest.mark.slow
-def test_the_graph_is_traced_again_for_another_stage(slow_results):
-    assert slow_results["stages-2-0"]["traces"] == 2
-
-
-def test_class_weights_equal_those_of_scikit_learn(results):
-    from sklearn.utils.class_weight import compute_class_weight
-
-    y = np.arange(101) % 3 == 0
-    expected = compute_class_weight("balanced", classes=np.array([False, True]), y=y)
-    weights = results["uneven-2-0"]["weights"]
-    assert {label for label, _ in weights} == {0.0, 1.0}
-    for label, weight in weights:
-        assert weight == pytest.approx(expected[int(label)])
+def test_a_stop_at_the_last_step_of_an_epoch_ends_the_epoch(one):
+    first = one["synchronised"][0]["first"]
+    assert first["step"] == 10
+    assert not first["finished"]
+    assert first["undisturbed"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("scenario", "stem"), [("stages", "image_conv0"), ("application", "stem")])
-def test_a_backbone_is_frozen_and_unfrozen(slow_results, scenario, stem):
-    results = slow_results
-    for epoch in (0, 1):
-        first, second = (arrays(results, scenario, epoch, 2, rank) for rank in (0, 1))
-        for name, value in first.items():
-            assert value.tobytes() == second[name].tobytes(), name
-    frozen, unfrozen = (arrays(results, scenario, epoch, 2, 0) for epoch in (0, 1))
+def test_training_stops_without_patience_and_keeps_the_best_epoch(two_slowly):
+    for rank, results in enumerate(two_slowly["patience"]):
+        losses = [record["val/log_loss"] for record in results["records"]]
+        best = results["best_epoch"]
+        assert best == int(np.argmin(losses))
+        assert len(losses) == best + 1 + 2
+        assert len(losses) < 20
+        # Only rank 0 keeps the best epoch.
+        assert results["best"].keys() == ({best} if rank == 0 else set())
+        if rank == 0:
+            assert same_arrays(results["models"][best], results["best"][best])
+
+
+@pytest.mark.slow
+def test_a_backbone_is_frozen_and_unfrozen(two_slowly):
+    first, second = two_slowly["stages"]
+    assert all(map(same_arrays, first["models"], second["models"]))
+    frozen, unfrozen = first["models"]
     moved = {name for name in frozen if frozen[name].tobytes() != unfrozen[name].tobytes()}
-    lowest = {name for name in frozen if stem in name}
+    lowest = {name for name in frozen if "stem" in name}
     assert lowest
     assert lowest <= moved
     # With variables that are not float32.
-    assert scenario == "stages" or any("normalization" in name for name in frozen)
+    assert any("normalization" in name for name in frozen)
     # Frozen batch norms keep their initial statistics.
     means = [name for name in lowest if "moving_mean" in name]
     assert means

@@ -3,6 +3,7 @@
 import io
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,10 @@ from ray_jobs.prepare.sources.source import Source
 
 def spec(**options: object) -> PrepareSpec:
     return PrepareSpec.model_validate(options)
+
+
+def column(*cells: object, kind: pa.DataType | None = None) -> pa.ChunkedArray:
+    return pa.chunked_array([pa.array(cells, kind)])
 
 
 def jpeg(seed: int, size: int = 8) -> bytes:
@@ -34,6 +39,30 @@ def write_tar(path: Path, files: dict[str, bytes], format: int = tarfile.GNU_FOR
             tar.addfile(info, io.BytesIO(content))
 
 
+def example(**features: Any) -> bytes:
+    """Return a record of a TFRecord file."""
+    import tensorflow as tf
+
+    named = {}
+    for name, value in features.items():
+        values = value if isinstance(value, list) else [value]
+        if isinstance(values[0], bytes):
+            named[name] = tf.train.Feature(bytes_list=tf.train.BytesList(value=values))
+        elif isinstance(values[0], float):
+            named[name] = tf.train.Feature(float_list=tf.train.FloatList(value=values))
+        else:
+            named[name] = tf.train.Feature(int64_list=tf.train.Int64List(value=values))
+    return tf.train.Example(features=tf.train.Features(feature=named)).SerializeToString()
+
+
+def write_tfrecord(path: Path, records: list[bytes], compression: str = "") -> None:
+    import tensorflow as tf
+
+    with tf.io.TFRecordWriter(str(path), compression) as writer:
+        for record in records:
+            writer.write(record)
+
+
 def write_csv(path: Path, columns: dict[str, list]) -> str:
     lines = [
         ",".join(columns),
@@ -50,7 +79,3 @@ def read_all(source: Source, image: str = "", rows: list[int] | None = None) -> 
     refs = refs if rows is None else refs.take(rows)
     images = source.readers[image].read(refs)
     return [image.reason if isinstance(image, BadImage) else image for image in images]
-
-
-def columns(table: pa.Table) -> dict[str, list]:
-    return table.to_pydict()

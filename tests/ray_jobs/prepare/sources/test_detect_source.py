@@ -31,6 +31,8 @@ def folder(tmp_path):
         (["0.tar", "1.tar"], True, "webdataset"),
         (["0.tar.gz"], True, "webdataset"),
         (["a.tfrecord-00000-of-00002", "_SUCCESS", ".crc"], False, "tfrecord"),
+        (["train.TFRecords", "a.txt"], False, "tfrecord"),
+        (["a.tfrec"], False, "tfrecord"),
     ],
 )
 def test_file_names_determine_the_kind(folder, names, with_table, kind):
@@ -41,26 +43,24 @@ def test_file_names_determine_the_kind(folder, names, with_table, kind):
 
 @pytest.mark.parametrize(
     ("pattern", "kind"),
-    [("*.tar", "webdataset"), ("s-{000..009}.tar", "webdataset"), ("**/*.jpg", "folder"),
-     ("*.{jpg,png}", "folder"), ("x*.parquet", "parquet"), ("*", "parquet")],
-)  # fmt: skip
-def test_a_glob_determines_the_kind_by_its_ending_or_its_files(folder, pattern, kind):
+    [
+        ("*.tar", "webdataset"),
+        ("s-{000..009}.tar", "webdataset"),
+        ("**/*.jpg", "folder"),
+        ("*.{jpg,png}", "folder"),
+        ("*", "parquet"),
+        ("x.parquet", "parquet"),
+    ],
+)
+def test_a_glob_or_file_determines_the_kind_by_its_ending_or_its_files(folder, pattern, kind):
     images = folder("x.parquet")
     assert detect_kind(spec(images=f"{images}/{pattern}", table="t.csv")) == kind
-
-
-def test_the_name_of_a_single_file_determines_the_kind(folder):
-    images = folder("x.tar")
-    assert detect_kind(spec(images=f"{images}/x.tar")) == "webdataset"
 
 
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (
-            ["a.tar", "b.parquet"],
-            r"holds .*tar files \(a.tar\).*set prepare.source to one of ",
-        ),
+        (["a.tar", "b.parquet"], r"holds .*tar files \(a.tar\).*set prepare.source to one of "),
         (["a.jpg", "b.tfrecord"], "image files.*TFRecord files"),
         (["notes.txt"], "no images, Parquet, tar or TFRecord files .found notes.txt"),
         ([], "no images, Parquet, tar or TFRecord files .found nothing"),

@@ -1,22 +1,32 @@
 """The same rows from every kind of source give the same prepared rows."""
 
-import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
-from ray_jobs.config.spec import PrepareSpec, RunSpec
-from ray_jobs.data.manifest import Manifest
+from ray_jobs.config.spec import RunSpec
+from ray_jobs.data.manifest import read_manifest
 from ray_jobs.prepare.job import prepare
 from ray_jobs.prepare.sources import open_source
-from tests.ray_jobs.prepare.sources.samples import jpeg, write_csv, write_tar
+from ray_jobs.storage.folder import Folder
+from tests.ray_jobs.prepare.sources.samples import (
+    example,
+    jpeg,
+    read_all,
+    spec,
+    write_csv,
+    write_tar,
+    write_tfrecord,
+)
+from tests.ray_jobs.raw import shard_rows
+from tests.ray_jobs.storage.s3 import s3_folder
+
+Write = Callable[[Path], dict[str, Any]]
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 
@@ -45,7 +55,7 @@ def tars_and_parquet(folder: Path) -> dict[str, Any]:
         rows = range(start, min(start + 15, NUM_ROWS))
         write_tar(folder / "tars" / f"{start}.tar", {f"{KEYS[i]}.jpg": IMAGES[i] for i in rows})
     pq.write_table(pa.table(TABLE), folder / "table.parquet")
-    return {"images": f"{folder}/tars", "table": f"{folder}/table.parquet"}
+    return {"images": f"{folder}/tars/*.tar", "table": f"{folder}/table.parquet"}
 
 
 def tars_with_json(folder: Path) -> dict[str, Any]:
@@ -58,18 +68,12 @@ def tars_with_json(folder: Path) -> dict[str, Any]:
 
 
 def tfrecords(folder: Path) -> dict[str, Any]:
-    import tensorflow as tf
-
-    with tf.io.TFRecordWriter(str(folder / "rows.tfrecord")) as writer:
-        for key, area, label, image in zip(KEYS, AREA, LABEL, IMAGES, strict=True):
-            feature = {
-                "key": tf.train.Feature(bytes_list=tf.train.BytesList(value=[key.encode()])),
-                "area": tf.train.Feature(float_list=tf.train.FloatList(value=[area])),
-                "label": tf.train.Feature(int64_list=tf.train.Int64List(value=[label])),
-                "image": tf.train.Feature(bytes_list=tf.train.BytesList(value=[image])),
-            }
-            example = tf.train.Example(features=tf.train.Features(feature=feature))
-            writer.write(example.SerializeToString())
+    rows = zip(KEYS, AREA, LABEL, IMAGES, strict=True)
+    examples = [
+        example(key=key.encode(), area=area, label=label, image=image)
+        for key, area, label, image in rows
+    ]
+    write_tfrecord(folder / "rows.tfrecord", examples)
     return {"images": str(folder)}
 
 
@@ -81,69 +85,64 @@ def imagefolder(folder: Path) -> dict[str, Any]:
     return {"images": str(folder)}
 
 
-KINDS = [
-    folder_and_csv, parquet_with_images, tars_and_parquet, tars_with_json, tfrecords, imagefolder,
-]  # fmt: skip
+KINDS = [parquet_with_images, tars_and_parquet, tars_with_json, tfrecords, imagefolder]
 
 
-def prepared(folder: Path, paths: dict[str, Any]) -> Manifest:
+def prepared(folder: Path, paths: dict[str, Any]) -> dict[str, pa.Table]:
+    """Return the rows of each split."""
     options = {"output": str(folder / "out"), "image_size": 16, "rows_per_shard": 10, **paths}
-    return prepare(RunSpec.model_validate({"prepare": options}))
-
-
-def rows_of(folder: Path, manifest: Manifest) -> dict[str, tuple[Any, ...]]:
-    rows = {}
-    for split, info in manifest.splits.items():
-        for shard in info.shards:
-            for row in pq.read_table(folder / "out" / shard.path).to_pylist():
-                rows[row["key"]] = (split, row["image"], row["area"], row["label"])
-    return rows
+    manifest = prepare(RunSpec.model_validate({"prepare": options}))
+    assert manifest.quarantine == {}
+    tables = shard_rows(folder / "out", manifest)
+    return {split: table.sort_by("key") for split, table in tables.items()}
 
 
 @pytest.fixture(scope="module")
-def expected(ray_local, tmp_path_factory) -> dict[str, tuple[Any, ...]]:
+def expected(ray_local, tmp_path_factory) -> dict[str, pa.Table]:
     folder = tmp_path_factory.mktemp("expected")
-    rows = rows_of(folder, prepared(folder, folder_and_csv(folder)))
-    assert sorted(rows) == KEYS
-    return rows
+    tables = prepared(folder, folder_and_csv(folder))
+    assert sorted(key for t in tables.values() for key in t["key"].to_pylist()) == KEYS
+    return tables
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[Folder]:
+    with s3_folder() as folder:
+        yield folder
 
 
 @pytest.mark.parametrize("write", KINDS)
-def test_every_kind_of_source_gives_the_same_rows(
-    tmp_path, expected, write: Callable[[Path], dict[str, Any]]
-):
+def test_every_kind_of_source_gives_the_same_rows(tmp_path, expected, write: Write):
     (tmp_path / "source").mkdir()
-    manifest = prepared(tmp_path, write(tmp_path / "source"))
-    assert manifest.numeric_columns == ("area",)
-    assert manifest.quarantine == {}
-    assert rows_of(tmp_path, manifest) == expected
+    assert prepared(tmp_path, write(tmp_path / "source")) == expected
 
 
-@pytest.mark.parametrize("write", KINDS)
-def test_paths_of_images_may_exceed_2_gib(tmp_path, write: Callable[[Path], dict[str, Any]]):
-    source = open_source(PrepareSpec.model_validate(write(tmp_path)))
-    assert source.images[""].path.type == pa.large_string()
+@pytest.mark.parametrize("write", [folder_and_csv, *KINDS])
+def test_every_kind_of_source_can_be_on_s3(tmp_path, s3, write: Write):
+    options = write(tmp_path)
+    s3.upload(tmp_path, write.__name__)
+    uri = f"{s3.uri}/{write.__name__}"
+    on_s3 = {name: path.replace(str(tmp_path), uri) for name, path in options.items()}
+    local, remote = open_source(spec(**options)), open_source(spec(**on_s3))
+    assert local.table.num_rows == NUM_ROWS
+    assert remote.table.equals(local.table)
+    assert read_all(remote) == read_all(local)
+    rows = [NUM_ROWS - 1, 3]
+    assert read_all(remote, rows=rows) == read_all(local, rows=rows)
+    # Paths may exceed 2 GiB.
+    assert local.images[""].path.type == remote.images[""].path.type == pa.large_string()
 
 
 def test_rows_of_an_imagefolder_stay_in_the_splits_of_its_folders(tmp_path):
-    rng = np.random.default_rng(0)
+    source = Folder(tmp_path / "source")
     for split in ("train", "valid", "test"):
-        for label in ("cat", "dog"):
-            for i in range(6):
-                path = tmp_path / "source" / split / label / f"{i}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                content = io.BytesIO()
-                Image.fromarray(rng.integers(0, 255, (9, 9, 3), dtype=np.uint8)).save(
-                    content, "PNG"
-                )
-                path.write_bytes(content.getvalue())
-    paths = {"images": f"{tmp_path}/source", "positive_label": "dog", "numeric_columns": []}
-    manifest = prepared(tmp_path, paths)
-    assert manifest.prepare.split_column == "split"
-    assert {split: info.class_counts for split, info in manifest.splits.items()} == {
-        "train": (6, 6), "validation": (6, 6), "test": (6, 6),
-    }  # fmt: skip
-    for split, info in manifest.splits.items():
-        keys = pq.read_table(tmp_path / "out" / info.shards[0].path)["key"].to_pylist()
+        for i in range(12):
+            source.write_bytes(f"{split}/{'dog' if i >= 6 else 'cat'}/{i}.jpg", jpeg(i))
+    paths = {"images": source.uri, "positive_label": "dog", "numeric_columns": []}
+    tables = prepared(tmp_path, paths)
+    assert read_manifest(Folder(tmp_path / "out")).prepare.split_column == "split"
+    for split, table in tables.items():
         folder = "valid" if split == "validation" else split
-        assert {key.split("/")[0] for key in keys} == {folder}
+        names = [name for name in source.names() if name.startswith(folder)]
+        assert table["key"].to_pylist() == names
+        assert table["label"].to_pylist() == ["dog" in name for name in names]

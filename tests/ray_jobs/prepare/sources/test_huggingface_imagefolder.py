@@ -7,7 +7,7 @@ import pytest
 
 from ray_jobs.config.errors import JobError
 from ray_jobs.prepare.sources.huggingface_imagefolder import open_source
-from tests.ray_jobs.prepare.sources.samples import columns, jpeg, read_all, spec
+from tests.ray_jobs.prepare.sources.samples import jpeg, read_all, spec
 
 
 def opened(folder: Path, **options: object):
@@ -38,7 +38,7 @@ def test_metadata_names_the_images_and_other_images_are_reported(tmp_path, kind)
     rows = {"file_name": ["./in/b.jpg", "a.jpg", "gone.jpg"], "x": [1, 2, 3], "label": [0, 1, 0]}
     write_metadata(tmp_path, kind, rows)
     source = opened(tmp_path)
-    found = columns(source.table)
+    found = source.table.to_pydict()
     assert found["key"] == ["in/b.jpg", "a.jpg", "gone.jpg"]
     assert [int(x) for x in found["x"]] == [1, 2, 3]
     assert list(found) == ["file_name", "x", "label", "key"]
@@ -47,20 +47,14 @@ def test_metadata_names_the_images_and_other_images_are_reported(tmp_path, kind)
     assert not source.images[""].in_containers
 
 
-def test_a_key_column_in_the_metadata_is_the_key(tmp_path):
-    write_images(tmp_path, "a.jpg")
-    write_metadata(tmp_path, "csv", {"file_name": ["a.jpg"], "id": ["17"]})
-    assert columns(opened(tmp_path, key_column="id").table)["id"] == ["17"]
-
-
 def test_split_folders_become_a_column_and_part_of_the_key(tmp_path):
     for folder in ("train", "val", "test"):
         write_images(tmp_path / folder, "a.jpg")
         write_metadata(tmp_path / folder, "csv", {"file_name": ["a.jpg"], "label": ["1"]})
-    found = columns(opened(tmp_path).table)
+    found = opened(tmp_path).table.to_pydict()
     assert found["key"] == ["test/a.jpg", "train/a.jpg", "val/a.jpg"]
     assert found["split"] == ["test", "train", "validation"]
-    assert columns(opened(tmp_path, split_column="fold").table)["fold"] == found["split"]
+    assert opened(tmp_path, split_column="fold").table.to_pydict()["fold"] == found["split"]
 
 
 @pytest.mark.parametrize(
@@ -77,7 +71,7 @@ def test_without_metadata_the_folders_are_classes(tmp_path, names, labels, split
     (tmp_path / "README.md").write_text("not an image")
     source = opened(tmp_path, label_column="kind")
     expected = {"key": names, "kind": labels, **({"split": splits} if splits else {})}
-    assert columns(source.table) == expected
+    assert source.table.to_pydict() == expected
     assert read_all(source) == [jpeg(i) for i in range(len(names))]
     assert source.unmatched == ()
 
@@ -89,7 +83,9 @@ def test_several_images_per_row_are_columns_of_file_names(tmp_path):
     source = opened(tmp_path, image_columns=["front", "back"])
     assert read_all(source, "front") == [jpeg(0), jpeg(1)]
     assert read_all(source, "back") == [jpeg(1), "missing_image"]
-    assert columns(source.table)["key"] == ["a.jpg", "b.jpg"]
+    assert source.table.to_pydict()["key"] == ["a.jpg", "b.jpg"]
+    source = opened(tmp_path, image_columns=["front", "back"], key_column="x")
+    assert list(source.table.to_pydict()) == ["front_file_name", "back", "x"]
 
 
 def test_a_path_outside_the_folder_names_no_image(tmp_path):
@@ -104,11 +100,7 @@ def test_a_path_outside_the_folder_names_no_image(tmp_path):
         ({"a.txt": ""}, {}, "there are no images"),
         ({"a.jpg": ""}, {}, r"neither metadata \(metadata.csv, .*\) nor a folder per class"),
         ({"a.jpg": "", "metadata.csv": "file\na.jpg\n"}, {}, "no column 'file_name'"),
-        (
-            {"a.jpg": "", "metadata.csv": "file_name\nb.jpg\n"},
-            {},
-            "b.jpg is not in .*, but a.jpg is",
-        ),
+        ({"a.jpg": "", "metadata.csv": "file_name\nb.jpg\n"}, {}, "b.jpg is not in .*, but a.jpg"),
         ({"a.jpg": "", "metadata.jsonl": "{}\n["}, {}, "metadata.jsonl, line 2 cannot be read"),
         ({"a.jpg": "", "metadata.jsonl": "\n"}, {}, "metadata.jsonl has no rows"),
         ({"c/a.jpg": ""}, {"table": "t.csv"}, "leave prepare.table out"),
@@ -121,8 +113,3 @@ def test_missing_files_and_columns_raise_an_error(tmp_path, files, options, mess
         (tmp_path / name).write_text(text)
     with pytest.raises(JobError, match=message):
         opened(tmp_path, **options)
-
-
-def test_a_missing_folder_raises_an_error(tmp_path):
-    with pytest.raises(JobError, match="there is no folder"):
-        opened(tmp_path / "none")

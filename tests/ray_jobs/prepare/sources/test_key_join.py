@@ -44,8 +44,11 @@ def test_a_join_equals_a_lookup_in_a_dictionary():
         )
 
 
-def test_numeric_keys_match_keys_of_text():
+def test_numeric_keys_match_keys_of_text_and_others_are_shown_in_an_error():
     table = pa.table({"key": pa.array([2.0, None, 1.0])})
     joined, unmatched = join_images(table, spec(), {"": index(["1", "2"])})
     assert joined[""].path.to_pylist() == ["f1", None, "f0"]
     assert unmatched == ()
+    message = "the table has '2', '1', …, the images have '001', '002', …; make the keys equal"
+    with pytest.raises(JobError, match=message):
+        join_images(table, spec(), {"": index(["001", "002"])})

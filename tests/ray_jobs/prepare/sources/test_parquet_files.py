@@ -11,7 +11,7 @@ from ray_jobs.prepare.cell_text import TEXT
 from ray_jobs.prepare.sources.parquet_files import ParquetReader, open_source
 from ray_jobs.prepare.sources.source import ImageRefs
 from ray_jobs.storage.folder import Folder
-from tests.ray_jobs.prepare.sources.samples import columns, jpeg, read_all, spec, write_csv
+from tests.ray_jobs.prepare.sources.samples import jpeg, read_all, spec, write_csv
 
 
 def opened(**options: object):
@@ -39,17 +39,13 @@ def files(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["", "/*.parquet", "/part-{0..2}.parquet"])
-def test_rows_give_both_the_table_and_the_images(files, where):
+def test_rows_give_both_the_table_and_the_images_in_any_order(files, where):
     source = opened(images=f"{files}{where}")
     assert source.table.column_names == ["key", "x", "note", "label"]
-    assert columns(source.table)["key"] == list(range(210))
+    assert source.table.to_pydict()["key"] == list(range(210))
     assert source.images[""].in_containers
     assert read_all(source) == [jpeg(i) for i in range(210)]
     assert source.unmatched == ()
-
-
-def test_rows_are_read_in_any_order(files):
-    source = opened(images=str(files))
     rows = np.random.default_rng(0).integers(0, 210, 60)
     assert read_all(source, rows=list(rows)) == [jpeg(i) for i in rows]
     ascending = sorted(rows)
@@ -58,48 +54,42 @@ def test_rows_are_read_in_any_order(files):
     assert read == [jpeg(i) for i in ascending]
 
 
-def test_a_table_is_joined_by_key_and_unmatched_images_are_reported(files, tmp_path):
+def test_a_table_in_the_image_folder_is_joined_by_key_and_unmatched_images_are_reported(files):
     keys = [209, 3, 1000, 3]
-    table = write_csv(tmp_path / "data/t.csv", {"key": keys, "y": [1, 2, 3, 4]})
-    source = opened(images=str(files), table=table)
+    pq.write_table(pa.table({"key": keys, "y": [1, 2, 3, 4]}), files / "table.parquet")
+    source = opened(images=str(files), table=str(files / "table.parquet"))
     assert source.table.column_names == ["key", "y"]
     assert read_all(source) == [jpeg(209), jpeg(3), "missing_image", jpeg(3)]
     unmatched = [key for key, reason, _ in source.unmatched if reason == "no_record"]
     assert unmatched == [str(i) for i in range(210) if i not in keys]
 
 
-def test_the_table_may_be_a_parquet_file_in_the_image_folder(files):
-    pq.write_table(pa.table({"key": [7], "y": [1.5]}), files / "table.parquet")
-    source = opened(images=str(files), table=str(files / "table.parquet"))
-    assert read_all(source) == [jpeg(7)]
-
-
 def test_hugging_face_structs_and_several_images_per_row_are_read(tmp_path):
     front = [{"bytes": jpeg(i), "path": f"{i}.jpg"} for i in range(5)]
     back = [jpeg(10), None, b"", jpeg(13), jpeg(14)]
-    pq.write_table(pa.table({"front": front, "back": back, "key": list("abcde")}),
-                   tmp_path / "a.parquet")  # fmt: skip
+    table = pa.table({"front": front, "back": back, "key": list("abcde")})
+    pq.write_table(table, tmp_path / "a.parquet")
     source = opened(images=str(tmp_path), image_columns=["front", "back"])
     assert read_all(source, "front") == [jpeg(i) for i in range(5)]
     missing = "missing_image"
     assert read_all(source, "back") == [jpeg(10), missing, missing, jpeg(13), jpeg(14)]
     assert source.table.column_names == ["key"]
-    write_csv(tmp_path / "t.csv", {"key": ["c", "z"]})
-    joined = opened(
-        images=str(tmp_path), image_columns=["front", "back"], table=str(tmp_path / "t.csv")
-    )
+    csv = write_csv(tmp_path / "t.csv", {"key": ["c", "z"]})
+    joined = opened(images=str(tmp_path), image_columns=["front", "back"], table=csv)
     assert read_all(joined, "front") == [jpeg(2), missing]
     assert [key for key, _, _ in joined.unmatched] == ["a", "b", "d", "e"]
 
 
 def test_files_may_have_different_columns(tmp_path):
-    for name, extra in (("a", {"x": [1], "s": ["t"]}), ("b", {"x": [0.5], "s": [2], "z": [True]})):
+    a, b = {"x": [1], "s": ["t"], "mixed": [True]}, {"x": [0.5], "s": [2], "mixed": [0.5]}
+    for name, extra in (("a", a), ("b", b | {"z": [True]})):
         table = pa.table({"key": [name], "image": [b"i"], **extra})
         pq.write_table(table, tmp_path / f"{name}.parquet")
-    assert columns(opened(images=str(tmp_path)).table) == {
+    assert opened(images=str(tmp_path)).table.to_pydict() == {
         "key": ["a", "b"],
         "x": [1.0, 0.5],
         "s": ["t", "2"],
+        "mixed": ["true", "0.5"],
         "z": [None, True],
     }
 
@@ -149,15 +139,13 @@ def test_a_row_group_is_not_held_in_memory(tmp_path):
     rng = np.random.default_rng(0)
     images = [rng.bytes(100_000) for _ in range(1000)]
     table = pa.table({"key": list(range(1000)), "image": images})
-    pq.write_table(table, tmp_path / "a.parquet", row_group_size=1000,
-                   write_batch_size=8)  # fmt: skip
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=1000, write_batch_size=8)
     del table
     refs = ImageRefs(pa.array(["a.parquet"] * 1000, TEXT), np.arange(1000))
     before, most = pa.total_allocated_bytes(), 0
     tracemalloc.start()
-    for image, expected in zip(
-        ParquetReader(Folder(tmp_path), "image").read(refs), images, strict=True
-    ):
+    read = ParquetReader(Folder(tmp_path), "image").read(refs)
+    for image, expected in zip(read, images, strict=True):
         assert image == expected
         most = max(most, pa.total_allocated_bytes() - before)
     python = tracemalloc.get_traced_memory()[1]

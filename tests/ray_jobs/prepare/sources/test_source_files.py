@@ -1,7 +1,7 @@
 import pytest
 
 from ray_jobs.config.errors import JobError
-from ray_jobs.prepare.sources.source_files import find_files, map_in_threads
+from ray_jobs.prepare.sources.source_files import find_files
 
 
 def test_files_are_listed_in_order_without_hidden_files(tmp_path):
@@ -24,14 +24,3 @@ def test_files_are_listed_in_order_without_hidden_files(tmp_path):
     ):
         with pytest.raises(JobError, match=message):
             find(location)
-
-
-def test_the_first_error_in_a_thread_is_raised():
-    def fail(item: int) -> int:
-        if item == 3:
-            raise JobError("three")
-        return item
-
-    assert map_in_threads(fail, [1, 2]) == [1, 2]
-    with pytest.raises(JobError, match="three"):
-        map_in_threads(fail, range(20))

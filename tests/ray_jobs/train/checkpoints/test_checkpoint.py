@@ -1,5 +1,5 @@
-import json
 import os
+import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,6 @@ import keras
 import numpy as np
 import pytest
 
-from mm_model.per_row_random import random_states
 from ray_jobs.train.checkpoints.checkpoint import (
     BestCheckpoint,
     Checkpoint,
@@ -37,21 +36,9 @@ STATE = LoopState(
 )
 
 
-def make_model(units: int = 3, seed: int = 0, dropout: float = 0.0) -> Any:
-    keras.utils.set_random_seed(seed)
-    model = keras.Sequential(
-        [keras.layers.Input((4,)), keras.layers.Dense(units), keras.layers.BatchNormalization(),
-         keras.layers.Dropout(dropout), keras.layers.Dense(1)]
-    )  # fmt: skip
-    model.compile(optimizer=keras.optimizers.Adam(1e-3), loss="mse")
-    return model
-
-
-def trained(seed: int = 0, dropout: float = 0.0) -> Any:
-    model = make_model(seed=seed, dropout=dropout)
-    rng = np.random.default_rng(seed)
-    model.train_on_batch(rng.normal(size=(8, 4)), rng.normal(size=(8, 1)))
-    return model
+def make_model(units: int = 3) -> Any:
+    layers = [keras.layers.Dense(units), keras.layers.BatchNormalization(), keras.layers.Dense(1)]
+    return keras.Sequential([keras.layers.Input((4,)), *layers])
 
 
 def make_checkpoint() -> Checkpoint:
@@ -93,71 +80,19 @@ def test_a_best_epoch_is_read_back_bit_by_bit(tmp_path):
         (tmp_path / name).write_bytes(whole)
 
 
-def test_any_float_of_a_history_is_read_back_exactly(tmp_path):
-    rng = np.random.default_rng(0)
-    floats = np.frombuffer(rng.bytes(8 * 2000), np.float64)
-    history = tuple({"val/log_loss": float(v)} for v in floats[np.isfinite(floats)])
-    write_checkpoint(tmp_path, Checkpoint(LoopState(history=history), {}, {}))
-    assert read_checkpoint(tmp_path).state.history == history
-
-
-def test_another_model_continues_training_bit_by_bit(tmp_path):
-    first, other = trained(), make_model(seed=1)
-    other.optimizer.build(other.trainable_variables)
-    now = Checkpoint(STATE, arrays_of(first.variables), arrays_of(first.optimizer.variables))
-    write_checkpoint(tmp_path, now)
-    read = read_checkpoint(tmp_path)
-    assign(other.variables, read.model, "model weights")
-    assign(other.optimizer.variables, read.optimizer, "optimizer weights")
-    # Keras numbers unnamed layers by process, so the paths differ.
-    assert [*arrays_of(other.variables)] != [*read.model]
-    assigned, stored = (
-        dict(enumerate(a.values())) for a in (arrays_of(other.variables), read.model)
-    )
-    assert identical(assigned, stored)
-    assert other.optimizer.iterations.numpy() == 1
-    rng = np.random.default_rng(5)
-    x, y = rng.normal(size=(8, 4)), rng.normal(size=(8, 1))
-    for one in (first, other):
-        one.train_on_batch(x, y)
-    for a, b in zip(first.trainable_variables, other.trainable_variables, strict=True):
-        np.testing.assert_array_equal(a.numpy(), b.numpy())
-
-
-def test_random_states_are_restored():
-    first, other = trained(0, dropout=0.5), make_model(seed=1, dropout=0.5)
-    states = [random_states(model) for model in (first, other)]
-    assert [[v.name for v in found] for found in states] == [["seed_generator_state"]] * 2
-    assign(other.variables, arrays_of(first.variables), "model weights")
-    np.testing.assert_array_equal(states[0][0].numpy(), states[1][0].numpy())
-    x = np.ones((8, 4))
-    np.testing.assert_array_equal(first(x, training=True), other(x, training=True))
-
-
-def test_more_than_ten_variables_keep_their_order():
-    variables = [keras.Variable(np.full(2, i, np.float32), name=f"v{i}") for i in range(12)]
-    arrays = {f"{i:05d} v{i}": v.numpy() * 10 for i, v in enumerate(variables)}
-    assign(variables, dict(reversed(arrays.items())), "model weights")
-    assert [float(v.numpy()[0]) for v in variables] == [10.0 * i for i in range(12)]
-
-
-def test_an_error_names_the_first_variable_with_another_shape():
-    stored, model = arrays_of(make_model(units=5).variables), make_model(units=3)
+def test_the_error_for_another_model_names_the_difference_and_nothing_is_assigned():
+    model = make_model()
     before = arrays_of(model.variables)
     message = (
         r"the saved model weights do not fit the model \(dense/kernel \(4, 3\) was saved as "
         r"dense/kernel \(4, 5\)\); .* choose another --run.name"
     )
     with pytest.raises(ValueError, match=message):
-        assign(model.variables, stored, "model weights")
-    assert identical(arrays_of(model.variables), before)
-
-
-def test_an_error_names_both_numbers_of_variables():
-    model = make_model()
-    stored = dict(list(arrays_of(model.variables).items())[:-1])
+        assign(model.variables, arrays_of(make_model(units=5).variables), "model weights")
+    fewer = dict(list(before.items())[:-1])
     with pytest.raises(ValueError, match=r"best weights do not fit .*8 variables, 7 saved"):
-        assign(model.variables, stored, "best weights")
+        assign(model.variables, fewer, "best weights")
+    assert identical(arrays_of(model.variables), before)
 
 
 @pytest.mark.parametrize("path", ["batch_normalization_3/beta", "other/gamma"])
@@ -174,20 +109,16 @@ def test_a_variable_of_another_name_or_layer_is_not_assigned(path):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_checkpoint_without_one_of_its_files_is_damaged(written, name):
-    (written / name).unlink()
-    with pytest.raises(
-        DamagedCheckpointError, match=rf"the checkpoint in {written} is damaged: .*{name}"
-    ):
-        read_checkpoint(written)
-
-
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
-def test_a_checkpoint_with_a_truncated_file_is_damaged(written, name, share):
+@pytest.mark.parametrize("share", [None, 0.0, 0.5, 0.99])
+def test_a_checkpoint_with_a_missing_or_truncated_file_is_damaged(written, name, share):
     content = (written / name).read_bytes()
-    (written / name).write_bytes(content[: int(len(content) * share)])
-    with pytest.raises(DamagedCheckpointError, match=r"the checkpoint in .* is damaged: "):
+    (written / name).unlink()
+    if share is not None:
+        (written / name).write_bytes(content[: int(len(content) * share)])
+    named = name if share is None else ""
+    with pytest.raises(
+        DamagedCheckpointError, match=rf"the checkpoint in {written} is damaged: .*{named}"
+    ):
         read_checkpoint(written)
 
 
@@ -221,20 +152,9 @@ def test_reading_a_checkpoint_executes_no_code(written):
     np.savez(written / "model.npz", a=np.array([Bomb()], dtype=object))
     with pytest.raises(DamagedCheckpointError, match=r"is damaged: Object arrays cannot be loaded"):
         read_checkpoint(written)
-
-
-def test_a_pickle_instead_of_arrays_is_rejected(written):
-    import pickle
-
-    (written / "optimizer.npz").write_bytes(pickle.dumps(Bomb()))
+    (written / "model.npz").write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(DamagedCheckpointError, match=r"is damaged: .*pickle"):
         read_checkpoint(written)
-
-
-def test_the_state_is_plain_json(written):
-    tree = json.loads((written / "state.json").read_text())
-    assert (tree["epoch"], tree["step"], tree["best_epoch"]) == (2, 13, 1)
-    assert tree["history"][1]["val/log_loss"] == 5e-324
 
 
 def test_the_state_is_written_last(tmp_path, monkeypatch):

@@ -1,6 +1,4 @@
-import os
 import threading
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,6 +38,12 @@ def manager_of(run: Folder, keep: int = 2) -> tuple[CheckpointManager, list[str]
     return CheckpointManager(run, keep, warnings.append), warnings
 
 
+def newest_of(run: Folder) -> Checkpoint:
+    found = CheckpointManager(run).newest()
+    assert found is not None
+    return found
+
+
 def names(run: Folder) -> set[str]:
     return {name.partition("/")[2].rpartition("/")[0] for name in run.names("checkpoints")}
 
@@ -53,40 +57,12 @@ def test_the_newest_checkpoint_is_read_back_with_its_best_epochs(run):
     ):
         manager.save(checkpoint)
     manager.close()
-    found = CheckpointManager(run).newest()
-    assert found is not None
+    found = newest_of(run)
     assert (found.state.step, found.state.epoch) == (12, 1)
     assert set(found.best) == {0}
     np.testing.assert_array_equal(found.model["00000 a/kernel"], np.full(50, 12))
     np.testing.assert_array_equal(found.best[0].head_logits_NM, np.zeros((3, 2)))
-
-
-def test_the_memory_of_a_checkpoint_is_reused_once_after_it_is_written(tmp_path, monkeypatch):
-    manager, _ = manager_of(Folder(tmp_path))
-    assert manager.spare() is None
-    writes = threading.Event()
-    write = CheckpointManager._save
-
-    def late(self: CheckpointManager, given: Checkpoint) -> None:
-        writes.wait(30)
-        write(self, given)
-
-    monkeypatch.setattr(CheckpointManager, "_save", late)
-    given = make_checkpoint(4, 1, (0,))
-    manager.save(given)
-    assert manager.spare() is None
-    writes.set()
-    manager.wait()
-    spare = manager.spare()
-    assert spare is not None
-    assert (spare.model, spare.optimizer) == (given.model, given.optimizer)
-    assert spare.best == {}
-    assert manager.spare() is None
-    manager.close()
-
-
-def test_a_run_without_checkpoints_has_no_newest_one(run):
-    assert CheckpointManager(run).newest() is None
+    assert CheckpointManager(run).load(12, with_best=False).best == {}
 
 
 def test_the_latest_checkpoints_and_their_best_epochs_are_kept(run):
@@ -109,62 +85,43 @@ def test_the_latest_checkpoints_and_their_best_epochs_are_kept(run):
     assert names(run) == {"steps/00000032", "steps/00000036", "best/00003"}
 
 
-@pytest.mark.parametrize("file", ["state.json", "model.npz", "optimizer.npz"])
-def test_a_damaged_checkpoint_is_skipped(run, file):
-    manager, _ = manager_of(run)
-    manager.save(make_checkpoint(4))
-    manager.save(make_checkpoint(8))
-    manager.close()
-    path = f"checkpoints/steps/00000008/{file}"
-    run.write_bytes(path, run.read_bytes(path)[:30])
-    reopened, warnings = manager_of(run)
-    found = reopened.newest()
-    assert found is not None
-    assert found.state.step == 4
-    assert reopened.written == 4
-    assert "is damaged" in warnings[0]
-    # The resumed run writes it again.
-    reopened.save(make_checkpoint(8))
-    reopened.close()
-    newest = CheckpointManager(run).newest()
-    assert newest is not None
-    assert newest.state.step == 8
-
-
-def test_a_checkpoint_with_a_damaged_best_epoch_is_skipped(run):
+@pytest.mark.parametrize("file", ["steps/00000008/state.json", "best/00000/model.npz"])
+def test_a_damaged_checkpoint_is_skipped_and_written_again(run, file):
     manager, _ = manager_of(run)
     manager.save(make_checkpoint(4))
     manager.save(make_checkpoint(8, 1, (0,)))
     manager.close()
-    path = "checkpoints/best/00000/model.npz"
+    path = f"checkpoints/{file}"
     run.write_bytes(path, run.read_bytes(path)[:30])
-    reopened, _ = manager_of(run)
+    reopened, warnings = manager_of(run)
     found = reopened.newest()
     assert found is not None
-    assert found.state.step == 4
+    assert found.state.step == reopened.written == 4
+    assert "is damaged" in warnings[0]
     reopened.save(make_checkpoint(8, 1, (0,)))
     reopened.close()
-    newest = CheckpointManager(run).newest()
-    assert newest is not None
-    assert set(newest.best) == {0}
+    found = newest_of(run)
+    assert (found.state.step, set(found.best)) == (8, {0})
 
 
 def test_the_remains_of_a_killed_writer_are_ignored_and_deleted(tmp_path):
-    partial = tmp_path / "checkpoints/steps/00000008.partial"
-    partial.mkdir(parents=True)
-    (partial / "model.npz").write_bytes(b"half")
-    manager, _ = manager_of(Folder(tmp_path))
+    def write_remains() -> None:
+        for name in ("00000006", "00000008.partial"):
+            (tmp_path / f"checkpoints/steps/{name}").mkdir(parents=True)
+            (tmp_path / f"checkpoints/steps/{name}/model.npz").write_bytes(b"half")
+
+    write_remains()
+    manager, warnings = manager_of(Folder(tmp_path), keep=2)
     assert manager.newest() is None
     manager.save(make_checkpoint(4))
+    manager.wait()
+    assert names(Folder(tmp_path)) == {"steps/00000004"}
+    write_remains()
+    manager.save(make_checkpoint(8, 1, (0,)))
     manager.close()
-    assert not partial.exists()
-
-
-def test_a_checkpoint_without_a_state_is_ignored(tmp_path):
-    folder = tmp_path / "checkpoints/steps/00000008"
-    folder.mkdir(parents=True)
-    (folder / "model.npz").write_bytes(b"half")
-    assert CheckpointManager(Folder(tmp_path)).newest() is None
+    # A folder without a state does not count as one of the two that are kept.
+    assert names(Folder(tmp_path)) == {"steps/00000004", "steps/00000008", "best/00000"}
+    assert warnings == []
 
 
 def test_a_full_disk_causes_a_warning_and_the_next_checkpoint_is_complete(run, monkeypatch):
@@ -190,13 +147,13 @@ def test_a_full_disk_causes_a_warning_and_the_next_checkpoint_is_complete(run, m
     # Includes the best epoch's model, which could not be written before.
     manager.save(make_checkpoint(12, 1, (0,)))
     manager.close()
-    found = CheckpointManager(run).newest()
-    assert found is not None
+    found = newest_of(run)
     assert (found.state.step, set(found.best)) == (12, {0})
 
 
-def test_a_checkpoint_is_written_in_the_background(run, monkeypatch):
+def test_a_checkpoint_is_written_in_the_background_and_its_memory_reused_once(run, monkeypatch):
     manager, _ = manager_of(run)
+    assert manager.spare() is None
     writing, proceed, real = threading.Event(), threading.Event(), np.savez
 
     def savez(file: Any, **arrays: Any) -> None:
@@ -205,28 +162,19 @@ def test_a_checkpoint_is_written_in_the_background(run, monkeypatch):
         real(file, **arrays)
 
     monkeypatch.setattr(np, "savez", savez)
-    manager.save(make_checkpoint(4))
+    given = make_checkpoint(4, 1, (0,))
+    manager.save(given)
     assert writing.wait(30)
     assert manager.written == 0
+    assert manager.spare() is None
     proceed.set()
-    manager.close()
+    manager.wait()
     assert manager.written == 4
-
-
-def test_a_folder_is_renamed_into_place_when_it_is_complete(tmp_path, monkeypatch):
-    manager, _ = manager_of(Folder(tmp_path))
-    seen: list[list[str]] = []
-    real = os.replace
-
-    def replace(source: Any, target: Any) -> None:
-        seen.append(sorted(path.name for path in Path(source).iterdir()))
-        assert not Path(target).exists()
-        real(source, target)
-
-    monkeypatch.setattr(os, "replace", replace)
-    manager.save(make_checkpoint(4))
+    spare = manager.spare()
+    assert spare is not None
+    assert (spare.model, spare.optimizer, spare.best) == (given.model, given.optimizer, {})
+    assert manager.spare() is None
     manager.close()
-    assert seen == [["local.npz", "model.npz", "optimizer.npz", "state.json"]]
 
 
 def test_a_transient_read_error_is_not_damage(tmp_path, monkeypatch):
@@ -250,27 +198,4 @@ def test_a_pruned_best_epoch_is_written_again(tmp_path):
     manager.save(make_checkpoint(24, 3, (0,)))
     manager.close()
     assert names(run) == {"steps/00000024", "best/00000"}
-    newest = CheckpointManager(run).newest()
-    assert newest is not None
-    assert set(newest.best) == {0}
-
-
-def test_a_folder_without_a_state_does_not_count_and_is_deleted(tmp_path):
-    run = Folder(tmp_path)
-    manager, warnings = manager_of(run, keep=2)
-    manager.save(make_checkpoint(4))
-    manager.wait()
-    half = tmp_path / "checkpoints/steps/00000006"
-    half.mkdir()
-    (half / "model.npz").write_bytes(b"half")
-    manager.save(make_checkpoint(8, 1, (0,)))
-    manager.close()
-    assert names(run) == {"steps/00000004", "steps/00000008", "best/00000"}
-    assert warnings == []
-
-
-def test_readers_can_skip_the_best_epochs(run):
-    manager, _ = manager_of(run)
-    manager.save(make_checkpoint(8, 1, (0,)))
-    manager.close()
-    assert CheckpointManager(run).load(8, with_best=False).best == {}
+    assert set(newest_of(run).best) == {0}

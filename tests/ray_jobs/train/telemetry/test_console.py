@@ -29,167 +29,69 @@ def step_event(epoch: int, done: int) -> console.Event:
     }  # fmt: skip
 
 
-def console_of(width: int) -> tuple[ProgressConsole, io.StringIO]:
+def console_of(width: int, **options: Any) -> tuple[ProgressConsole, io.StringIO]:
     file = io.StringIO()
-    return ProgressConsole("a run", Console(file=file, width=width, highlight=False)), file
+    shown = Console(file=file, width=width, highlight=False, **options)
+    return ProgressConsole("a run", shown), file
 
 
-@pytest.mark.parametrize("width", [80, 100])
-def test_a_title_a_header_and_one_line_per_epoch_are_printed(width):
-    progress, file = console_of(width)
+def test_a_title_a_header_and_lines_of_epochs_and_events_are_printed():
+    progress, file = console_of(80)
+    parts = {
+        keys.STARTUP_RAY_S: 4.2,
+        keys.STARTUP_WORKERS_S: 6.0,
+        keys.STARTUP_IMPORTS_S: 7.5,
+        keys.STARTUP_BUILD_S: 3.44,
+        keys.STARTUP_CHECKPOINT_S: 0.0,  # Too short to be printed.
+        keys.STARTUP_FIRST_STEP_S: 2.0,
+    }
+    failure = {"kind": "failure", "text": "worker 1 died: [red]lost[/red]\n its node", "attempt": 1}
+    undefined = {keys.VAL_ROC_AUC: None, keys.EPOCH_S: 0.0, keys.DATA_WAIT_S: 0.0}
+    great = {"best": True, keys.ROWS_PER_S: 99_999.0, keys.TRAIN_LOSS: 1234.5}
     with progress:
+        progress.show({"kind": "startup", "parts": parts})
         progress.show(step_event(0, 1))
+        progress.show({"kind": "checkpoint", "step": 1040})
         progress.show(epoch_event(0, {"best": True}))
         progress.show({"kind": "note", "text": "writing the best model"})
-        progress.show(epoch_event(1))
+        progress.show({"kind": "stage", "text": "epochs 1 to 3: backbone [frozen]"})
+        progress.show({"kind": "of a later version"})
+        progress.show({**failure, "most": 3})
+        progress.show({**failure, "most": -1})
+        progress.show(epoch_event(1, undefined))
+        progress.show(epoch_event(998, great))
     assert file.getvalue().splitlines() == [
         "a run",
+        "  started in 23.1 s: Ray 4.2, workers 6.0, imports 7.5, build 3.4,",
+        "    first step 2.0",
         HEADER,
         "      1     40     123       25 %      0.6543    0.6000   0.7500   0.7000  best",
         "  writing the best model",
-        "      2     80     123       25 %      0.6543    0.6000   0.7500   0.7000",
+        "  epochs 1 to 3: backbone [frozen]",
+        "  failure 1 of at most 3: worker 1 died: [red]lost[/red]  its node",
+        "  failure 1: worker 1 died: [red]lost[/red]  its node",
+        "      2     80     123        0 %      0.6543    0.6000        -   0.7000",
+        "    999  39960  99,999       25 %   1234.5000    0.6000   0.7500   0.7000  best",
     ]
 
 
-def test_an_epoch_with_large_numbers_fits_into_80_columns():
-    progress, file = console_of(80)
+def test_a_terminal_shows_the_steps_and_checkpoints_in_a_bar_and_failures_in_yellow():
+    progress, file = console_of(100, force_terminal=True)
     with progress:
-        great = {"best": True, keys.ROWS_PER_S: 99_999.0, keys.TRAIN_LOSS: 1234.5}
-        progress.show(epoch_event(998, great))
-    lines = file.getvalue().splitlines()
-    assert len(lines) == 3
-    assert lines[2].split() == [
-        "999", "39960", "99,999", "25", "%", "1234.5000", "0.6000", "0.7500", "0.7000", "best",
-    ]  # fmt: skip
-
-
-def test_columns_are_aligned_with_their_names():
-    progress, file = console_of(100)
-    with progress:
-        progress.show(epoch_event())
-    _, header, line = file.getvalue().splitlines()
-    assert len(line) == len(header)
-
-
-def test_an_undefined_metric_is_printed_as_a_dash():
-    progress, file = console_of(80)
-    with progress:
-        progress.show(epoch_event(0, {keys.VAL_ROC_AUC: None}))
-    _, header, line = file.getvalue().splitlines()
-    assert line[: header.index("val acc")].endswith(" -  ")
-
-
-def test_an_epoch_without_duration_is_printed():
-    progress, file = console_of(80)
-    with progress:
-        progress.show(epoch_event(0, {keys.EPOCH_S: 0.0, keys.DATA_WAIT_S: 0.0}))
-    assert " 0 % " in file.getvalue()
-
-
-def test_a_terminal_shows_the_steps_of_an_epoch():
-    file = io.StringIO()
-    progress = ProgressConsole("a run", Console(file=file, width=100, force_terminal=True))
-    with progress:
+        progress.show({"kind": "checkpoint", "step": 1040})
         progress.show(step_event(2, 7))
         progress.bar.refresh()
-    for text in ("epoch 3", "7/40", "1,234 rows/s", "loss 0.7000"):
-        assert text in file.getvalue()
-
-
-PARTS = {
-    keys.STARTUP_RAY_S: 4.2,
-    keys.STARTUP_WORKERS_S: 6.0,
-    keys.STARTUP_IMPORTS_S: 7.5,
-    keys.STARTUP_BUILD_S: 3.44,
-    keys.STARTUP_CHECKPOINT_S: 0.0,  # Too short to be printed.
-    keys.STARTUP_FIRST_STEP_S: 2.0,
-}
-
-
-@pytest.mark.parametrize(
-    ("width", "lines"),
-    [
-        (90, ["  started in 23.1 s: Ray 4.2, workers 6.0, imports 7.5, build 3.4, "
-              "first step 2.0"]),
-        (80, ["  started in 23.1 s: Ray 4.2, workers 6.0, imports 7.5, build 3.4,",
-              "    first step 2.0"]),
-    ],
-)  # fmt: skip
-def test_the_startup_time_is_printed_with_its_parts(width, lines):
-    progress, file = console_of(width)
-    with progress:
-        progress.show({"kind": "startup", "parts": PARTS})
-    assert file.getvalue().splitlines()[1:] == lines
-
-
-@pytest.mark.parametrize(
-    ("most", "start"),
-    [(3, "  failure 1 of at most 3: worker 1 died"), (-1, "  failure 1: worker 1 died"),
-     (0, "  failure 1 of at most 0: worker 1 died")],
-)  # fmt: skip
-def test_a_failure_is_printed_with_its_number_and_without_markup(most, start):
-    progress, file = console_of(60)
-    text = "worker 1 died: [node 10.0.0.3] [red]was taken away[/red] by\n its provider"
-    with progress:
-        progress.show({"kind": "failure", "text": text, "attempt": 1, "most": most})
-    _, *lines = file.getvalue().splitlines()
-    assert lines[0].startswith(start)
-    assert all(line.startswith("    ") for line in lines[1:])
-    assert text.split() == " ".join(lines).split(": ", 1)[1].split()
-
-
-def test_a_failure_is_yellow_and_resets_the_bar():
-    file = io.StringIO()
-    progress = ProgressConsole("a run", Console(file=file, width=100, force_terminal=True))
-    with progress:
-        progress.show(step_event(0, 7))
+        for text in ("epoch 3", "7/40", "1,234 rows/s", "loss 0.7000  saved at 1,040"):
+            assert text in file.getvalue()
         progress.show({"kind": "failure", "text": "worker 1 died", "attempt": 1, "most": 3})
         assert "\x1b[33m  failure 1 of at most 3: worker 1 died\x1b[0m\n" in file.getvalue()
-        assert "\x1b[33mstarting" not in file.getvalue()
         file.truncate(0)
         progress.bar.refresh()
         assert "starting workers" in file.getvalue()
         assert "0/?" in file.getvalue()
 
 
-def test_a_checkpoint_is_shown_only_in_the_bar():
-    file = io.StringIO()
-    progress = ProgressConsole("a run", Console(file=file, width=100, force_terminal=True))
-    with progress:
-        progress.show({"kind": "checkpoint", "step": 1040})
-        progress.show(step_event(0, 7))
-        progress.bar.refresh()
-    assert "loss 0.7000  saved at 1,040" in file.getvalue()
-    progress, plain = console_of(100)
-    with progress:
-        progress.show({"kind": "checkpoint", "step": 1040})
-        progress.show(step_event(0, 7))
-    assert plain.getvalue() == "a run\n"
-
-
-def test_a_stage_is_printed_and_an_unknown_event_ignored():
-    progress, file = console_of(80)
-    with progress:
-        progress.show({"kind": "stage", "text": "epochs 1 to 3: backbone [frozen]"})
-        progress.show({"kind": "of a later version"})
-    assert file.getvalue().splitlines() == ["a run", "  epochs 1 to 3: backbone [frozen]"]
-
-
 # -- the coordinator --------------------------------------------------------------------------
-
-
-@pytest.mark.usefixtures("ray_local")
-def test_all_events_before_the_end_are_printed_in_order(capsys):
-    import ray
-
-    coordinator = make_coordinator()
-    with show_progress(coordinator, "a run"):
-        for epoch in range(3):
-            coordinator.post.remote(epoch_event(epoch))
-        ray.get(coordinator.post.remote({"kind": "note", "text": "the last word"}))
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[:2] == ["a run", HEADER]
-    assert [line.split()[0] for line in lines[2:]] == ["1", "2", "3", "the"]
 
 
 def wait_for_death(coordinator: Any) -> None:
@@ -228,7 +130,7 @@ def test_an_error_ends_the_progress_and_the_coordinator():
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_the_events_of_a_slow_coordinator_are_still_printed(capsys, monkeypatch):
+def test_all_events_before_the_end_are_printed_in_order_despite_a_late_answer(capsys, monkeypatch):
     import ray
     from ray.exceptions import GetTimeoutError
 
@@ -245,6 +147,8 @@ def test_the_events_of_a_slow_coordinator_are_still_printed(capsys, monkeypatch)
     monkeypatch.setattr(ray, "get", slow_once)
     with show_progress(coordinator, "a run"):
         assert late.wait(timeout=60)
-        get(coordinator.post.remote(epoch_event(1)))
+        coordinator.post.remote(epoch_event(1))
+        get(coordinator.post.remote({"kind": "note", "text": "the last word"}))
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[2:]] == ["1", "2"]
+    assert lines[:2] == ["a run", HEADER]
+    assert [line.split()[0] for line in lines[2:]] == ["1", "2", "the"]

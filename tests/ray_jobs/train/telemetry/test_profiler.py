@@ -50,32 +50,23 @@ def steps_in(folder: Path) -> list[int]:
     return sorted(found)
 
 
-def test_a_trace_has_exactly_the_steps_of_the_range(tmp_path):
-    with profiling(Folder(tmp_path), (3, 5)) as profiler:
-        run_steps(profiler, range(1, 4))
-        assert traces(tmp_path) == []
-        run_steps(profiler, range(4, 9))
-        assert len(traces(tmp_path)) == 1
-    assert steps_in(tmp_path) == [3, 4, 5]
+@pytest.mark.parametrize(
+    ("traced", "run", "count", "found"),
+    [
+        ((3, 5), range(1, 9), 1, [3, 4, 5]),
+        # Calls of four steps that overlap the range.
+        ((3, 6), range(1, 13), 4, [1, 5]),
+        # A run that ends within the range, and one that resumes there.
+        ((2, 100), range(1, 4), 1, [2, 3]),
+        ((2, 5), range(4, 9), 1, [4, 5]),
+    ],
+)
+def test_a_trace_has_exactly_the_steps_of_the_range(tmp_path, traced, run, count, found):
+    with profiling(Folder(tmp_path), traced) as profiler:
+        run_steps(profiler, run, count)
+        assert bool(traces(tmp_path)) == (run.stop > traced[1])
+    assert steps_in(tmp_path) == found
     assert b"product_of_a_step" in traces(tmp_path)[0].read_bytes()
-
-
-def test_a_call_of_several_steps_is_traced_if_it_overlaps_the_range(tmp_path):
-    with profiling(Folder(tmp_path), (3, 6)) as profiler:
-        run_steps(profiler, range(1, 13), count=4)
-    assert steps_in(tmp_path) == [1, 5]
-
-
-def test_a_run_that_ends_within_the_range_writes_its_trace(tmp_path):
-    with profiling(Folder(tmp_path), (2, 100)) as profiler:
-        run_steps(profiler, range(1, 4))
-    assert steps_in(tmp_path) == [2, 3]
-
-
-def test_a_run_that_resumes_within_the_range_traces_the_rest(tmp_path):
-    with profiling(Folder(tmp_path), (2, 5)) as profiler:
-        run_steps(profiler, range(4, 9))
-    assert steps_in(tmp_path) == [4, 5]
 
 
 @pytest.mark.parametrize("steps", [None, (1, 3)])

@@ -1,6 +1,5 @@
 """Features of a frozen backbone: their storage and their reuse."""
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import pytest
 from mm_model.spec import AugmentationSpec
 from ray_jobs.cluster.strategy import WorkerContext
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.spec import InspectSpec, RunSpec
+from ray_jobs.config.spec import InspectSpec, RunSpec, Split
 from ray_jobs.data.batch import FEATURES, IMAGE_MASK
 from ray_jobs.data.decoder import RowDecoder
 from ray_jobs.data.manifest import ImageInfo, read_manifest, require_shards
@@ -47,17 +46,12 @@ def test_features_keep_the_rows_row_groups_and_shards_of_the_images(folder, stor
     assert stored.uri.startswith(f"{folder}/runs/features/")
     assert own.image == images.image.model_copy(update={"encoding": "raw", "features": (1, 64)})
     for split in ("train", "validation"):
-        pairs = zip(shards(images, split), shards(own, split), strict=True)
-        for image_shard, shard in pairs:
-            assert (shard.num_rows, shard.row_groups) == (
-                image_shard.num_rows,
-                image_shard.row_groups,
-            )
+        for image_shard, shard in zip(shards(images, split), shards(own, split), strict=True):
+            assert shard.row_groups == image_shard.row_groups
             with pq.ParquetFile(stored.locate(shard.path)) as file:
-                groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
-            assert tuple(group.num_rows for group in groups) == shard.row_groups
-            content = Path(stored.locate(shard.path)).read_bytes()
-            assert hashlib.sha256(content).hexdigest() == shard.sha256
+                groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+            assert tuple(groups) == shard.row_groups
+            assert hashes(stored)[shard.path][0] == shard.sha256
         before, after = (rows_of(f, m, split) for f, m in ((source, images), (stored, own)))
         assert after.schema.names == before.schema.names
         assert after.drop_columns("image").equals(before.drop_columns("image"))
@@ -85,15 +79,6 @@ def test_features_come_from_the_initial_backbone_of_a_training_with_the_same_see
     assert np.abs(np.asarray(other) - expected).max() > 0.01
 
 
-def test_existing_features_are_reused(folder, stored, computed_shards):
-    before = hashes(stored)
-    assert len(before) == 6
-    again = compute_features(spec_of(folder, model__dropout=0.4, train__learning_rate=0.1))
-    assert again.uri == stored.uri
-    assert computed_shards == []
-    assert hashes(stored) == before
-
-
 def test_only_missing_and_damaged_shards_are_computed_after_an_interruption(
     folder, computed_shards, tmp_path
 ):
@@ -111,11 +96,16 @@ def test_only_missing_and_damaged_shards_are_computed_after_an_interruption(
     assert compute_features(spec, num_views=2).uri == output.uri
     assert computed_shards == [("train", 1), ("validation", 1)]
     after = hashes(output)
-    assert {name: content for name, (content, _) in after.items()} == {
-        name: content for name, (content, _) in before.items()
-    }
+    for name in before:
+        assert after[name][0] == before[name][0]
     changed = {name for name in after if after[name] != before[name]}
     assert changed == {"manifest.json", lost, cut}
+    # Other settings of the trainable layers reuse them all.
+    computed_shards.clear()
+    other = spec.overlay({"model.dropout": 0.4, "train.learning_rate": 0.1})
+    assert compute_features(other, num_views=2).uri == output.uri
+    assert computed_shards == []
+    assert hashes(output) == after
 
 
 def test_the_folder_depends_on_the_settings_that_affect_features(folder, tmp_path):
@@ -123,11 +113,8 @@ def test_the_folder_depends_on_the_settings_that_affect_features(folder, tmp_pat
         (tmp_path / name).write_bytes(content)
 
     def place(num_views: int = 1, kind: str = "efficientnet_b0", **changes: Any) -> str:
-        weights = changes.pop("model__image__weights", str(tmp_path / "a"))
-        image = {"model.image.kind": kind, "model.image.weights": weights}
-        spec = spec_of(folder).overlay(image)
-        spec = spec.overlay({path.replace("__", "."): value for path, value in changes.items()})
-        return features_folder(spec, num_views).uri
+        image = {"model__image__kind": kind, "model__image__weights": str(tmp_path / "a")}
+        return features_folder(spec_of(folder, **image | changes), num_views).uri
 
     more_rows = tmp_path / "prepared"
     write_prepared(more_rows, {**COUNTS, "validation": 23}, size=SIZE)
@@ -162,13 +149,17 @@ def test_the_folder_depends_on_the_settings_that_affect_features(folder, tmp_pat
         assert same == others[0]
 
 
-def test_unsuitable_settings_are_reported(ray_local, folder):
+def test_unsuitable_settings_and_data_are_reported(ray_local, folder, stored):
     weights = str(folder / "prepared/manifest.json")
-    with pytest.raises(JobError, match=r"^cannot compute features: .*kind=tiny"):
-        compute_features(spec_of(folder, model__image__weights=weights))
-    spec = spec_of(folder, model__image__kind="none", model__image__weights=None)
-    with pytest.raises(JobError, match=r"model\.image\.kind=none has no backbone"):
-        compute_features(spec)
+    for changes, message in (
+        ({"model__image__weights": weights}, r"^cannot compute features: .*kind=tiny"),
+        ({"model__image__kind": "none"}, r"model\.image\.kind=none has no backbone"),
+        ({"data__prepared": stored.uri}, "contains features already"),
+    ):
+        with pytest.raises(JobError, match=message):
+            compute_features(spec_of(folder, **changes))
+    with pytest.raises(JobError, match="holds features, not images"):
+        inspect(InspectSpec(prepared=stored.uri))
 
 
 def test_an_error_in_an_image_names_its_row(tmp_path):
@@ -180,56 +171,42 @@ def test_an_error_in_an_image_names_its_row(tmp_path):
         extractor.write("train", 1)
 
 
-def test_features_are_no_input_for_features_or_an_inspection(folder, stored):
-    with pytest.raises(JobError, match="contains features already"):
-        compute_features(spec_of(folder, data__prepared=stored.uri))
-    with pytest.raises(JobError, match="holds features, not images"):
-        inspect(InspectSpec(prepared=stored.uri))
-
-
 # -- augmented views ------------------------------------------------------------------------------
 
 
 def test_augmented_views_differ_and_do_not_depend_on_the_order_of_computation(folder, tmp_path):
-    augmentation = AugmentationSpec().model_dump()
-    spec = spec_of(folder, model__augmentation=augmentation)
+    spec = spec_of(folder, model__augmentation=AugmentationSpec().model_dump())
 
-    def computed(order: Sequence[int], spec: RunSpec) -> dict[int, np.ndarray]:
-        extractor = Extractor(spec, 3, Folder(tmp_path))
-        paths = {i: extractor.write("train", i).path for i in order}
-        return {i: features_of_file(tmp_path / path, 3) for i, path in paths.items()}
+    def computed(
+        order: Sequence[int], spec: RunSpec = spec, num_views: int = 3, split: Split = "train"
+    ) -> list[np.ndarray]:
+        """Return the features of shards, which are computed in the given order."""
+        extractor, found = Extractor(spec, num_views, Folder(tmp_path)), {}
+        for i in order:
+            cells = pq.read_table(tmp_path / extractor.write(split, i).path)["image"].to_pylist()
+            found[i] = [np.frombuffer(cell, np.float32).reshape(num_views, -1) for cell in cells]
+        return [np.stack(found[i]) for i in sorted(found)]
 
-    first, second = computed((0, 1), spec), computed((2, 1, 0), spec)
+    first, second = computed((0, 1)), computed((2, 1, 0))
     # A backbone that a stage freezes also keeps its batch norm statistics.
-    by_stage = computed((0,), spec.overlay({"model.image.trainable": True}))
-    np.testing.assert_array_equal(by_stage[0], first[0])
+    (by_stage,) = computed((0,), spec.overlay({"model.image.trainable": True}))
+    np.testing.assert_array_equal(by_stage, first[0])
     for i in (0, 1):
         np.testing.assert_array_equal(first[i], second[i])
         assert first[i].shape == (20, 3, 64)
     for a, b in ((0, 1), (0, 2), (1, 2)):
         assert (np.abs(first[0][:, a] - first[0][:, b]).max(axis=1) > 1e-3).all()
-    plain = features_of_file(
-        tmp_path / Extractor(spec, 1, Folder(tmp_path)).write("train", 0).path, 1
-    )
+    (plain,) = computed((0,), num_views=1)
     np.testing.assert_array_equal(plain[:, 0], first[0][:, 0])
     # Shards and rows draw different random numbers.
     shifts = [first[i][:, 1] - first[i][:, 0] for i in (0, 1)]
     assert len(np.unique(np.concatenate(shifts).round(4), axis=0)) > 30
-    of_other_seed = computed((0,), spec.overlay({"run.seed": 4}))
-    assert np.abs(of_other_seed[0] - first[0]).max() > 1e-3
-
-
-def test_validation_rows_repeat_the_unchanged_image_in_every_view(folder, tmp_path):
-    spec = spec_of(folder, model__augmentation=AugmentationSpec().model_dump())
-    shard = Extractor(spec, 3, Folder(tmp_path)).write("validation", 1)
-    found = features_of_file(tmp_path / shard.path, 3)
-    assert found.std() > 0
-    np.testing.assert_array_equal(found, found[:, :1].repeat(3, axis=1))
-
-
-def features_of_file(path: Path, num_views: int, column: str = "image") -> np.ndarray:
-    cells = pq.read_table(path)[column].to_pylist()
-    return np.stack([np.frombuffer(x, np.float32).reshape(num_views, -1) for x in cells])
+    (of_other_seed,) = computed((0,), spec.overlay({"run.seed": 4}))
+    assert np.abs(of_other_seed - first[0]).max() > 1e-3
+    # Validation rows repeat the unchanged image in every view.
+    (unchanged,) = computed((1,), split="validation")
+    assert unchanged.std() > 0
+    np.testing.assert_array_equal(unchanged, unchanged[:, :1].repeat(3, axis=1))
 
 
 # -- several images a row -------------------------------------------------------------------------
@@ -244,8 +221,8 @@ def test_a_missing_image_among_several_has_no_features(tmp_path, computed_shards
         for shard in shards(one, split):
             path = Path(source.locate(shard.path))
             table = pq.read_table(path)
-            images = table["image"].to_pylist()
-            back = [None if i % 3 == 1 else x for i, x in enumerate(images[::-1])]
+            back = table["image"].to_pylist()[::-1]
+            back[1::3] = [None] * len(back[1::3])
             table = table.set_column(1, "image_front", table["image"])
             table = table.add_column(2, "image_back", pa.array(back, pa.binary()))
             pq.write_table(table, path, row_group_size=5)

@@ -46,55 +46,39 @@ def test_trials_train_on_images_if_features_cannot_distinguish_them():
     ):
         assert not should_use_features(*space_of(space)), space
     assert should_use_features(*space_of({"model.dropout": {"uniform": [0, 0.5]}}))
-    trainable = {**FROZEN, "trainable": True}
-    assert not should_use_features(*space_of({"model.dropout": {"uniform": [0, 0.5]}}, trainable))
+    trainable, without = {**FROZEN, "trainable": True}, {"kind": "none"}
+    for image in (trainable, without):
+        assert not should_use_features(*space_of({"model.dropout": {"uniform": [0, 0.5]}}, image))
 
 
 @pytest.mark.parametrize(
-    ("changes", "frozen"),
+    ("trainable", "backbone_rates", "frozen"),
     [
-        ({}, True),
-        ({"model.image.trainable": True}, False),
-        ({"model.image.kind": "none"}, False),
-        ({"model.image.trainable": True, "train.stages": [{"epochs": 2, "backbone": 0}]}, True),
-        ({"model.image.trainable": True, "train.stages": [{"epochs": 2}]}, False),
-        (
-            {
-                "model.image.trainable": True,
-                "train.stages": [{"epochs": 2, "backbone": 0.1}, {"epochs": 1, "backbone": 0}],
-            },
-            False,
-        ),
+        (False, [], True),
+        (True, [], False),
+        (True, [0], True),
+        (True, [1], False),
+        (True, [0.1, 0], False),
     ],
 )
-def test_a_backbone_counts_as_frozen_if_its_first_stage_freezes_it(changes, frozen):
-    spec, _ = space_of({})
-    assert is_frozen(spec.overlay(changes)) == frozen
+def test_a_backbone_counts_as_frozen_if_its_first_stage_freezes_it(
+    trainable, backbone_rates, frozen
+):
+    stages = [{"epochs": 1, "backbone": rate} for rate in backbone_rates]
+    spec, _ = space_of({}, {**FROZEN, "trainable": trainable})
+    assert is_frozen(spec.overlay({"train.stages": stages})) == frozen
 
 
-@pytest.mark.parametrize(
-    ("path", "affects"),
-    [
-        ("model.image.kind", True),
-        ("model.image.weights", True),
-        ("model.image.units", False),
-        ("model.augmentation.zoom", True),
-        ("model.activation", True),
-        ("model.dropout", False),
-        ("model.fusion.kind", False),
-        ("data.image_size", True),
-        ("data.prefetch_batches", False),
-        ("run.storage_path", False),
-        ("train.learning_rate", False),
-    ],
-)
-def test_settings_of_data_and_backbone_affect_features(path, affects):
+def test_settings_of_data_and_backbone_affect_features():
     _, space = space_of({"model.image.kind": {"choice": ["efficientnet_b0", "tiny"]}})
-    assert affects_features(path, space) == affects
-
-
-def test_the_activation_affects_the_features_only_of_a_backbone_that_uses_it():
-    _, space = space_of({}, {**FROZEN, "kind": "tiny"})
-    assert affects_features("model.activation", space)
-    _, space = space_of({}, {**FROZEN, "kind": "mobilenet_v3_small"})
-    assert not affects_features("model.activation", space)
+    for path in ("image.kind", "image.weights", "augmentation.zoom", "activation"):
+        assert affects_features(f"model.{path}", space)
+    assert affects_features("data.image_size", space)
+    for path in ("image.units", "dropout", "fusion.kind"):
+        assert not affects_features(f"model.{path}", space)
+    for path in ("data.prefetch_batches", "run.storage_path", "train.learning_rate"):
+        assert not affects_features(path, space)
+    # Only `tiny` uses the activation.
+    for kind, affects in (("tiny", True), ("mobilenet_v3_small", False)):
+        _, space = space_of({}, {**FROZEN, "kind": kind})
+        assert affects_features("model.activation", space) == affects

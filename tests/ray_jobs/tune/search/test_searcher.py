@@ -1,5 +1,3 @@
-import pickle
-
 import pytest
 
 from ray_jobs.config.command_line import validate_spec
@@ -15,6 +13,7 @@ SPACE = {
     "train.epochs": {"lograndint": [1, 100]},
     "model.numeric.units": {"choice": [[8], [16, 8]]},
 }
+DROPOUT = {"model.dropout": {"uniform": [0, 0.9]}}
 
 
 def make(space=SPACE, **tune):
@@ -28,7 +27,7 @@ def make(space=SPACE, **tune):
 
 
 def score(values) -> float:
-    return abs(values["model.dropout"] - 0.4)
+    return abs(values.get("model.dropout", 0.0) - 0.4)
 
 
 def suggest(searcher, names, learn=True) -> list[dict]:
@@ -58,46 +57,38 @@ def test_suggestions_are_in_the_space_and_determined_by_the_seed(searcher):
     assert suggest(make(searcher=searcher, seed=4)[0], map(str, range(25)))[1:] != tried[1:]
 
 
+SMALL = {"train.optimizer": SPACE["train.optimizer"], "train.epochs": {"randint": [3, 12]}}
+
+
 @pytest.mark.parametrize("searcher", ["tpe", "random", "grid"])
 def test_a_restored_searcher_continues_with_the_same_suggestions(tmp_path, searcher):
-    space = {"train.optimizer": SPACE["train.optimizer"], "train.epochs": {"randint": [3, 12]}}
-    space = SPACE if searcher != "grid" else space
-
-    def learn(one, names):
-        tried = []
-        for name in names:
-            values = one.suggest(name)
-            tried.append(values)
-            one.on_trial_complete(name, {"best/val/log_loss": float(len(str(values)))})
-        return tried
-
-    whole = learn(make(space, searcher=searcher)[0], map(str, range(14)))
+    space = SMALL if searcher == "grid" else SPACE
+    whole = suggest(make(space, searcher=searcher)[0], map(str, range(14)))
     first = make(space, searcher=searcher)[0]
-    begun = learn(first, map(str, range(6)))
+    begun = suggest(first, map(str, range(6)))
     first.save(str(tmp_path / "state"))
     second = make(space, searcher=searcher)[0]
     second.restore(str(tmp_path / "state"))
-    assert begun + learn(second, map(str, range(6, 14))) == whole
+    assert begun + suggest(second, map(str, range(6, 14))) == whole
 
 
-@pytest.mark.parametrize("searcher", ["tpe", "random", "grid"])
+@pytest.mark.parametrize("searcher", ["tpe", "grid"])
 @pytest.mark.parametrize("num_trials", [0, 1, 3, 5])
 def test_a_state_from_another_moment_than_the_trials_loses_and_repeats_no_suggestion(
     tmp_path, searcher, num_trials
 ):
-    space = {"train.optimizer": SPACE["train.optimizer"], "train.epochs": {"randint": [3, 12]}}
-    whole = suggest(make(space, searcher=searcher)[0], map(str, range(9)), learn=False)
-    first = make(space, searcher=searcher)[0]
+    whole = suggest(make(SMALL, searcher=searcher)[0], map(str, range(9)), learn=False)
+    first = make(SMALL, searcher=searcher)[0]
     suggest(first, "012", learn=False)
     first.save(str(tmp_path / "state"))
-    second = make(space, searcher=searcher)[0]
+    second = make(SMALL, searcher=searcher)[0]
     second.restore(str(tmp_path / "state"))
     second.reconcile({str(i): whole[i] for i in range(num_trials)})
     assert suggest(second, map(str, range(num_trials, 9)), learn=False) == whole[num_trials:]
 
 
 def test_a_study_takes_over_the_values_of_a_trial_that_it_would_choose_differently(tmp_path):
-    searcher, _ = make({"model.dropout": {"uniform": [0, 0.5]}})
+    searcher, _ = make(DROPOUT)
     searcher.reconcile({"a": {"model.dropout": 0.3}, "b": {"model.dropout": 0.125}})
     searcher.on_trial_complete("b", {"best/val/log_loss": 0.25})
     learned = [trial.params for trial in searcher.study.trials if trial.value == 0.25]
@@ -115,22 +106,16 @@ def test_a_restored_study_learns_from_trials_that_were_running(tmp_path):
 
 
 def test_tpe_learns_from_results_and_random_search_does_not():
-    spaces = {"model.dropout": {"uniform": [0, 0.9]}}
-    late = {}
-    for name in ("tpe", "random"):
-        tried = [
-            score(values)
-            for seed in range(3)
-            for values in suggest(make(spaces, searcher=name, seed=seed)[0], map(str, range(40)))[
-                20:
-            ]
-        ]
-        late[name] = sum(tried) / len(tried)
+    late = {"tpe": 0.0, "random": 0.0}
+    for name in late:
+        for seed in range(3):
+            searcher, _ = make(DROPOUT, searcher=name, seed=seed)
+            late[name] += sum(map(score, suggest(searcher, map(str, range(40)))[20:]))
     assert late["tpe"] < 0.6 * late["random"]
 
 
 def test_failed_trials_differ_from_trials_that_ended_while_paused():
-    searcher, _ = make({"model.dropout": {"uniform": [0, 0.5]}})
+    searcher, _ = make(DROPOUT)
     for name in "abcd":
         searcher.suggest(name)
     searcher.on_trial_result("a", {"best/val/log_loss": 0.5})
@@ -144,20 +129,11 @@ def test_failed_trials_differ_from_trials_that_ended_while_paused():
 
 
 def test_the_study_receives_each_objective_with_its_direction():
-    searcher, _ = make(
-        {"model.dropout": {"uniform": [0, 0.5]}}, metrics=["val/roc_auc", "inference/row_s"]
-    )
+    searcher, _ = make(DROPOUT, metrics=["val/roc_auc", "inference/row_s"])
     searcher.suggest("a")
     searcher.on_trial_complete("a", {"best/val/roc_auc": 0.9, "best/inference/row_s": 0.01})
     assert [d.name for d in searcher.study.directions] == ["MAXIMIZE", "MINIMIZE"]
     assert searcher.study.trials[0].values == [0.9, 0.01]
-
-
-def test_the_grid_reports_its_end():
-    searcher, _ = make({"train.optimizer": {"choice": ["adam", "adamw", "sgd"]}}, searcher="grid")
-    tried = suggest(searcher, "abc", learn=False)
-    assert [values["train.optimizer"] for values in tried] == ["adam", "adamw", "sgd"]
-    assert searcher.suggest("d") == "FINISHED"
 
 
 @pytest.mark.parametrize("searcher", ["tpe", "grid"])
@@ -172,12 +148,8 @@ def test_none_can_be_a_choice(searcher):
     assert tried[0] == {"train.ema_momentum": None, "train.class_weight": "balanced"}
     assert {values["train.ema_momentum"] for values in tried} <= {None, 0.99}
     assert {values["train.class_weight"] for values in tried} <= {"none", "balanced"}
-    assert searcher == "tpe" or len({str(values) for values in tried}) == 4
     for values in tried:
         space.spec_of(values)
-
-
-def test_a_searcher_can_be_pickled():
-    searcher, _ = make()
-    suggest(searcher, map(str, range(3)))
-    pickle.loads(pickle.dumps(searcher))
+    if searcher == "grid":
+        assert len({str(values) for values in tried}) == 4
+        assert one.suggest("e") == "FINISHED"

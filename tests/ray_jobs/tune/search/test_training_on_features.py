@@ -7,9 +7,9 @@ import pytest
 
 from ray_jobs.cluster.strategy import WorkerContext
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.spec import EvaluateSpec, PredictSpec, RunSpec
+from ray_jobs.config.spec import EvaluateSpec, PredictSpec
 from ray_jobs.data.cache import choose_cache
-from ray_jobs.data.manifest import Manifest, read_manifest
+from ray_jobs.data.manifest import read_manifest
 from ray_jobs.data.sampler import TrainingSampler
 from ray_jobs.evaluate.job import evaluate
 from ray_jobs.predict.job import predict
@@ -60,28 +60,19 @@ def test_rows_come_in_the_same_order_as_in_a_training_on_images(
     spec = spec_of(folder, data__buffer_bytes=buffer_bytes)
     images = read_manifest(Folder(spec.data.prepared))
     # Shards of the size that this number of views has.
-    own = images.splits["train"].model_copy(
-        update={
-            "shards": tuple(
-                s.model_copy(update={"num_bytes": s.num_rows * (256 * num_views + 30)})
-                for s in shards(images, "train")
-            )
-        }
-    )
-    small = images.model_copy(
-        update={
-            "image": images.image.model_copy(update={"features": (num_views, 64)}),
-            "splits": {**images.splits, "train": own},
-        }
-    )
+    resized = [
+        shard.model_copy(update={"num_bytes": shard.num_rows * (256 * num_views + 30)})
+        for shard in shards(images, "train")
+    ]
+    own = images.splits["train"].model_copy(update={"shards": tuple(resized)})
+    image = images.image.model_copy(update={"features": (num_views, 64)})
+    small = images.model_copy(update={"image": image, "splits": {**images.splits, "train": own}})
     small.write(Folder(tmp_path))
     trial = feature_trial_spec(spec, Folder(tmp_path))
-
-    def order(manifest: Manifest, spec: RunSpec) -> TrainingSampler:
-        train = manifest.splits["train"]
-        return TrainingSampler.of(train, spec.train.global_batch_size, spec.run.seed, spec.data)
-
-    expected, got = order(images, spec), order(small, trial)
+    expected, got = (
+        TrainingSampler.of(m.splits["train"], s.train.global_batch_size, s.run.seed, s.data)
+        for m, s in ((images, spec), (small, trial))
+    )
     assert got.steps_per_window == expected.steps_per_window
     assert expected.steps_per_window == (1 if buffer_bytes == 60_000 else 256)
     for a, b in zip(expected.windows(0, 26), got.windows(0, 26), strict=True):

@@ -13,7 +13,7 @@ from ray_jobs.train.checkpoints.checkpoint import Checkpoint, LoopState
 from ray_jobs.tune.results.search_state import PARTS
 from ray_jobs.tune.search.space import Space
 from ray_jobs.tune.trials.trial import ENDED, ERROR, SearchContext, seconds_of
-from tests.ray_jobs.tune.searches import prepare_in, spec_in
+from tests.ray_jobs.tune.searches import spec_in
 
 
 def trial_class() -> Any:
@@ -111,13 +111,6 @@ def actor(folder: Path, num_workers: int) -> Iterator[Callable[..., Any]]:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("trial")
-    prepare_in(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def call(ray_local, data) -> Iterator[Callable[..., Any]]:
     with actor(data, num_workers=1) as call:
         yield call
@@ -173,7 +166,6 @@ def test_a_failed_trial_returns_its_error_and_the_process_continues(call, tmp_pa
     call("start", "diverges", learning_rate=1e30, dropout=0.2)
     result = call("step")
     assert result["done"]
-    assert result[ERROR].startswith("ValueError: ")
     assert "lower train.learning_rate=1e+30" in result[ERROR]
     call("save", str(tmp_path / "nothing"))
     call("start", "converges", learning_rate=1e-3, dropout=0.2)
@@ -186,9 +178,7 @@ def test_a_trial_with_a_recorded_end_is_not_run_again(call, data):
     (folder / ENDED).write_text(json.dumps({"epochs": 4, "best/val/log_loss": 0.5}))
     call("start", "ended", learning_rate=1e-3, dropout=0.2)
     result = call("step")
-    assert {name: result[name] for name in ("epochs", "best/val/log_loss", "done")} == {
-        "epochs": 4, "best/val/log_loss": 0.5, "done": True,
-    }  # fmt: skip
+    assert (result["epochs"], result["best/val/log_loss"], result["done"]) == (4, 0.5, True)
 
 
 def test_a_trial_whose_checkpoint_is_gone_continues_from_its_newest_complete_one(call, data):
@@ -197,6 +187,9 @@ def test_a_trial_whose_checkpoint_is_gone_continues_from_its_newest_complete_one
     for number in (1, 2, 3):
         call("step")
         call("save", str(folder / f"checkpoint_{number:06d}"))
+    names = {path.name for path in folder.iterdir() if path.is_file()}
+    assert names == {"run.yaml", "manifest.json", "environment.json", "history.jsonl"}
+    assert len((folder / "history.jsonl").read_text().splitlines()) == 3
     # As if the driver was killed while it copied the last checkpoint.
     (folder / "checkpoint_000003/checkpoints/steps/00000012/model.npz").unlink()
     call("start", "gone", learning_rate=2e-3, dropout=0.2)
@@ -205,17 +198,6 @@ def test_a_trial_whose_checkpoint_is_gone_continues_from_its_newest_complete_one
     # There is no substitute for another trial's checkpoint, which a clone needs.
     with pytest.raises(Exception, match="does not exist on storage"):
         call("restore_from", str(data / "trials-1/other/checkpoint_000000"))
-
-
-def test_a_trial_writes_a_run_folder(call, data, tmp_path):
-    call("start", "leaves", learning_rate=2e-3, dropout=0.2)
-    call("step")
-    call("save", str(tmp_path / "checkpoint"))
-    folder = data / "trials-1/leaves"
-    names = {path.name for path in folder.iterdir()}
-    assert names == {"run.yaml", "manifest.json", "environment.json", "history.jsonl"}
-    assert len((folder / "history.jsonl").read_text().splitlines()) == 1
-    assert (tmp_path / "checkpoint/checkpoints/steps/00000004/state.json").exists()
 
 
 @pytest.mark.slow
