@@ -4,7 +4,7 @@ A page is a single file that loads no resources, so it works offline. Templates 
 but those of type `Markup`. Charts take their colors from the style sheet, as `var(--name)`.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -19,7 +19,7 @@ _FONT = {"family": "system-ui, sans-serif", "size": 12, "color": "var(--muted)"}
 _AXIS = {"gridcolor": "var(--line)", "linecolor": "var(--line)", "zeroline": False}
 
 
-def render(template: str, **values: Any) -> str:
+def render(template: str, **values: object) -> str:
     """Return a page.
 
     Args:
