@@ -55,6 +55,13 @@ def test_every_job_command_is_accepted_by_its_job(command, monkeypatch):
     command_line.parse(given[0], arguments)
 
 
+def test_the_plan_command_prints_a_plan():
+    (command,) = [command for command in job_commands() if "ray_jobs.plan" in command]
+    result = run([sys.executable, *shlex.split(command)[1:]])
+    assert result.returncode == 0, result.stderr
+    assert "8 × a10g: 8 × AWS g5.xlarge" in result.stdout
+
+
 def test_every_make_target_in_the_readme_exists():
     targets = set(re.findall(r"`make ([a-z-]+)|^make ([a-z-]+)", README, flags=re.M))
     targets = {name for pair in targets for name in pair if name}

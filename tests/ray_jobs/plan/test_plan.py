@@ -1,12 +1,8 @@
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import yaml
 
-import ray_jobs
 from ray_jobs.config.command_line import parse
 from ray_jobs.config.errors import JobError
 from ray_jobs.plan.job import plan
@@ -22,16 +18,6 @@ SMALL = [
 
 def planned(*arguments: str):
     return plan(parse(PlanSpec, [*SMALL, *arguments]))
-
-
-@pytest.mark.slow
-def test_the_documented_command_runs():
-    specs = Path(ray_jobs.__file__).parent / "specs"
-    command = [sys.executable, "-m", "ray_jobs.plan", str(specs / "houses.yaml")]
-    command += ["--gpu", "a10g", "--workers", "8", "--train.global_batch_size", "64"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "8 × a10g: 8 × AWS g5.xlarge, 8 rows per step on each" in result.stdout
 
 
 def test_the_job_prints_the_plan_and_writes_it_as_json(tmp_path, capsys):
