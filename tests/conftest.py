@@ -29,6 +29,12 @@ def ray_local() -> Iterator[None]:
 
 
 @pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails a job that connects to a cluster before it reports an error."""
+    monkeypatch.delattr("ray_jobs.cluster.connection.connected")
+
+
+@pytest.fixture
 def coordinator(ray_local: None) -> Iterator[Any]:
     """The mailbox between the driver and the workers of a run."""
     import ray

@@ -158,7 +158,6 @@ PLANTED = [
     (wrong_nodes, "deploy/gcp.yaml", f"{GPU}/node_config/scheduling/spot", True, "no spot"),
     (wrong_nodes, "deploy/gcp.yaml", f"{GPU}/node_config/disks", [{"initializeParams": {}}], "G2"),
     (wrong_head, "cluster.yaml", "available_node_types/head/resources", {"GPU": 1}, "has a GPU"),
-    (wrong_head, "cluster.yaml", "head_start_ray_commands/1", "ray start", "no --num-gpus=0"),
     (wrong_token, "deploy/gcp.yaml", "worker_start_ray_commands/1", "ray start", "worker: Ray"),
     (wrong_token, "cluster.yaml", "file_mounts", {}, "the token is not sent"),
     (wrong_token, "cluster.yaml", f"{GPU}/worker_setup_commands", ["x"], "may read the token"),

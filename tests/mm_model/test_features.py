@@ -26,7 +26,7 @@ def weights_by_path(model: keras.Model) -> dict[str, keras.Variable]:
 
 
 def models_of(
-    inputs: dict[str, np.ndarray], kind: str, num_views: int = 1
+    inputs: dict[str, np.ndarray], kind: str
 ) -> tuple[mm_model.FusionModel, mm_model.FusionModel]:
     """A full model and one on features, with equal weights above the backbone."""
     statistics = mm_model.fit_numeric_statistics(inputs["numeric"])
@@ -38,7 +38,7 @@ def models_of(
         statistics,
         None,
         vocabularies=[COLOUR],
-        shape_features=(*several, num_views, width),
+        shape_features=(*several, 1, width),
     )
     above = weights_by_path(full)
     for layer in full.backbone_layers():
@@ -98,21 +98,6 @@ def test_a_model_on_features_predicts_what_the_full_model_predicts_for_the_image
         given["image_mask"] = np.ones_like(mask)
     by_place = [features, inputs["numeric"], inputs["category"]]
     np.testing.assert_array_equal(np.asarray(small(by_place)), np.asarray(small(given)))
-
-
-def test_a_model_on_features_trains_saves_and_loads(tmp_path):
-    inputs, y = rows_with_all_inputs()
-    full, small = models_of(inputs, "tiny", num_views=2)
-    plain = features_of(full, inputs["image"])
-    given = {**inputs, "features": np.concatenate([plain, 1 - plain], axis=2)}
-    small.compile("adam", "binary_crossentropy", run_eagerly=True)
-    top = small.network.get_layer("image_top_dense").get_weights()[0]
-    small.fit(given, y, epochs=1, verbose=0)
-    assert np.abs(small.network.get_layer("image_top_dense").get_weights()[0] - top).max() > 0
-    assert small.backbone_layers() == []
-    small.save(tmp_path / "model.keras")
-    again = mm_model.load_model(tmp_path / "model.keras")
-    np.testing.assert_array_equal(np.asarray(again(given)), np.asarray(small(given)))
 
 
 @pytest.mark.parametrize(("kind", "size"), [("tiny", 16), ("mobilenet_v3_small", 32)])

@@ -80,6 +80,11 @@ def shard_rows(folder: Path, manifest: Manifest) -> dict[str, pa.Table]:
     return {split: stored_rows(folder, manifest, split) for split in SPLITS}
 
 
+def rows_by_key(folder: Path, manifest: Manifest) -> dict[str, Row]:
+    tables = shard_rows(folder, manifest).values()
+    return {row["key"]: row for table in tables for row in table.to_pylist()}
+
+
 def split_of(folder: Path, manifest: Manifest) -> dict[str, str]:
     return {
         key: split

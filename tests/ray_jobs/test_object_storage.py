@@ -16,8 +16,7 @@ import yaml
 from ray_jobs.storage.folder import Folder
 from tests.ray_jobs.raw import Raw
 from tests.ray_jobs.scenarios import PLAIN
-
-moto_server = pytest.importorskip("moto.server", reason="needs moto[server]")
+from tests.ray_jobs.storage.s3 import s3_folder
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]
@@ -33,22 +32,10 @@ SECRETS = {
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Folder]:
     """A bucket, with its address and keys in the environment and Ray's logs below `tmp_path`."""
-    server = moto_server.ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    environment = {
-        **SECRETS,
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        # A short path, since the path of a socket is limited in length.
-        "RAY_TMPDIR": str(tmp_path.parent / "r"),
-    }
-    with patch.dict(os.environ, environment):
-        bucket = Folder("s3://pictures?region=us-east-1&allow_bucket_creation=true")
-        bucket.filesystem.create_dir("pictures")
-        yield Folder("s3://pictures/project")
-    server.stop()
+    # A short path, since the path of a socket is limited in length.
+    environment = {**SECRETS, "RAY_TMPDIR": str(tmp_path.parent / "r")}
+    with s3_folder() as folder, patch.dict(os.environ, environment):
+        yield folder
 
 
 def test_all_jobs_work_on_object_storage_and_write_no_secret(store, tmp_path):

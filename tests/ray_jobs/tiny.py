@@ -40,7 +40,7 @@ def write_prepared(
         colour = rng.integers(60, 120, (count, 1, 1, 3)) + 60 * label[:, None, None, None]
         pixels = (colour + rng.integers(-20, 20, (count, size, size, 3))).astype(np.uint8)
         columns = {n: pa.array(numbers[:, i], from_pandas=True) for i, n in enumerate(COLUMNS)}
-        keys, images = [f"{split}-{i}" for i in range(count)], [_jpeg(image) for image in pixels]
+        keys, images = [f"{split}-{i}" for i in range(count)], [jpeg(image) for image in pixels]
         table = pa.table({"key": keys, "image": images, **columns, "label": label})
         if split == "train":
             statistics = fit_numeric_statistics(numbers, COLUMNS)
@@ -77,9 +77,9 @@ def with_image(table: pa.Table, row: int, content: bytes) -> pa.Table:
     return table.set_column(table.column_names.index("image"), "image", pa.array(images))
 
 
-def _jpeg(pixels: np.ndarray) -> bytes:
+def jpeg(pixels: np.ndarray, quality: int = 95) -> bytes:
     content = io.BytesIO()
-    Image.fromarray(pixels).save(content, "JPEG", quality=95)
+    Image.fromarray(pixels).save(content, "JPEG", quality=quality)
     return content.getvalue()
 
 

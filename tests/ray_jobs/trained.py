@@ -17,26 +17,21 @@ from tests.ray_jobs.tiny import with_image
 THRESHOLD = 0.45
 
 
-def write_run(
-    folder: Path, manifest: Manifest, image: str = "tiny", numeric: str = "mlp", seed: int = 1
-) -> Any:
+def write_run(folder: Path, manifest: Manifest, image: str = "tiny", numeric: str = "mlp") -> Any:
     """Write a run folder and return its model, which predicts a different probability per row."""
     import keras
 
     from mm_model import build_model
+    from tests.mm_model.examples import with_random_heads
 
     spec = ModelSpec(
         image=ImageSpec(kind=image, weights=None, units=8),
         numeric=NumericSpec(kind=numeric, units=(8,)),
     )
     size = manifest.image.height
-    keras.utils.set_random_seed(seed)
+    keras.utils.set_random_seed(1)
     model = build_model(spec, manifest.statistics, (size, size, 3))
-    rng = np.random.default_rng(seed)
-    for variable in model.trainable_variables:
-        # Heads are initialized with zeros, which would predict 0.5 for every row.
-        if "head" in variable.path and variable.name == "kernel":
-            variable.assign(rng.normal(size=variable.shape))
+    with_random_heads(model)
     model.calibration.set([2.0], -0.3)
     manifest.write(Folder(folder))
     (folder / "model").mkdir()

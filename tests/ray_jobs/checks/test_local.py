@@ -1,8 +1,5 @@
 import threading
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
-
-import pytest
 
 from ray_jobs.checks.local import weights_problem
 
@@ -39,19 +36,10 @@ class Signed(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def server() -> Iterator[str]:
-    """The address of an HTTP server on loopback."""
-    server = HTTPServer(("127.0.0.1", 0), Signed)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-def test_a_signed_url_is_requested_with_get(server):
-    assert weights_problem(f"{server}/a.weights.h5?key=of-get", "tiny") == ""
-    problem = weights_problem(f"{server}/a.weights.h5?key=other", "tiny")
-    assert problem == "the server answers 403"
+def test_a_signed_url_is_requested_with_get():
+    with HTTPServer(("127.0.0.1", 0), Signed) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        file = f"http://127.0.0.1:{server.server_port}/a.weights.h5"
+        assert weights_problem(f"{file}?key=of-get", "tiny") == ""
+        assert weights_problem(f"{file}?key=other", "tiny") == "the server answers 403"
+        server.shutdown()

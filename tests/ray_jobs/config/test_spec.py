@@ -6,7 +6,7 @@ import yaml
 
 import ray_jobs
 from ray_jobs.config.command_line import parse
-from ray_jobs.config.spec import DemoSpec, EvaluateSpec, PredictSpec, RunSpec, TrainSpec
+from ray_jobs.config.spec import RunSpec, TrainSpec
 from ray_jobs.tune.search.space import SearchSpec
 
 CHANGED = RunSpec.model_validate(
@@ -30,16 +30,7 @@ def test_every_preset_is_valid():
         assert parse(SearchSpec, [str(path)]) != SearchSpec()
 
 
-@pytest.mark.parametrize(
-    "spec",
-    [
-        RunSpec(),
-        CHANGED,
-        EvaluateSpec(run="r", data="d", output="o"),
-        PredictSpec(run="r", data="d", output="o", split=None, images="{key}.jpg"),
-        DemoSpec(),
-    ],
-)
+@pytest.mark.parametrize("spec", [RunSpec(), CHANGED])
 def test_a_spec_round_trips_through_json_and_yaml(spec):
     tree = spec.model_dump(mode="json")
     assert type(spec).model_validate(yaml.safe_load(yaml.safe_dump(tree))) == spec
@@ -54,20 +45,6 @@ def test_overlay_replaces_only_the_given_values():
     assert spec.overlay({"train.epochs": np.int64(3)}).train.epochs == 3
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"train.epoch": 3}, "train: unknown setting 'epoch'; did you mean 'epochs'?"),
-        ({"train.epochs": 0}, "train.epochs=0: Input should be greater than 0"),
-        ({"train.epochs.most": 3}, r"train.epochs: Input should be a valid integer"),
-        ({"train.num_workers": 5}, "global_batch_size=32 cannot be .* among num_workers=5"),
-    ],
-)
-def test_overlay_validates_like_the_command_line(changes, message):
-    with pytest.raises(ValueError, match=message):
-        RunSpec().overlay(changes)
-
-
 GPUS = {"use_gpu": True, "gpus_per_worker": 2}
 
 
@@ -76,11 +53,6 @@ GPUS = {"use_gpu": True, "gpus_per_worker": 2}
     [
         ("train", {"num_workers": 3}, r"num_workers=3; use num_workers=1, 2, 4, 8, 16 or 32 \["),
         ("train", {"global_batch_size": 67, "num_workers": 67}, r"use num_workers=1 \["),
-        (
-            "train",
-            {"global_batch_size": 96, "num_workers": 32},
-            r"use num_workers=1, 2, 3, 4, 6, 8, 12, 16, 24 or 48 \[",
-        ),
         ("train", {"num_workers": [5, 7]}, "divided equally among num_workers=5,7"),
         ("train", {"num_workers": [4, 2]}, "num_workers=4,2: the minimum exceeds the maximum"),
         (

@@ -1,7 +1,5 @@
 import pickle
 import threading
-import time
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from ray_jobs.data.manifest import Manifest
 from ray_jobs.storage.folder import Folder
 from tests.ray_jobs.data.steps import all_rows, steps_between
 from tests.ray_jobs.feeds import COUNTS, SIZE, row_ids, sampler_of, training_feed
+from tests.ray_jobs.hosts import wait_until
 from tests.ray_jobs.tiny import COLUMNS, with_image, write_prepared
 
 
@@ -189,14 +188,6 @@ def test_evaluation_in_several_chunks_keeps_the_stored_order(folder, manifest, m
 # -- clean-up -------------------------------------------------------------------------------------
 
 
-def wait_until(condition: Callable[[], Any], timeout_s: float = 60) -> Any:
-    """Poll a condition until it is true or times out, and return its last value."""
-    deadline = time.monotonic() + timeout_s
-    while not (value := condition()) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return value
-
-
 def running_tasks() -> list[str]:
     import ray
     from ray.util.state import list_tasks
@@ -213,12 +204,11 @@ def test_an_abandoned_iterator_leaves_no_tasks_and_frees_all_cpus(folder, manife
     batches = training_feed(folder, manifest, decode="workers").batches(0, 2000)
     for _ in range(3):
         next(batches)
-    assert wait_until(running_tasks)
+    wait_until(running_tasks, 60, "tasks run")
     del batches
-    assert wait_until(lambda: not running_tasks()), running_tasks()
-    assert wait_until(
-        lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"]
-    )
+    wait_until(lambda: not running_tasks(), 60, "no tasks run")
+    num_cpus = ray.cluster_resources()["CPU"]
+    wait_until(lambda: ray.available_resources().get("CPU") == num_cpus, 60, "CPUs are free")
 
 
 def test_an_abandoned_iterator_leaves_no_threads(folder, manifest):

@@ -1,4 +1,3 @@
-import io
 import pickle
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +8,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from mm_model.statistics import Vocabulary
 from ray_jobs.data import reader as reader_module
@@ -20,7 +18,7 @@ from ray_jobs.data.manifest import ImageInfo, Manifest
 from ray_jobs.data.reader import ShardReader, StoredRows
 from ray_jobs.data.sampler import RowRange
 from ray_jobs.storage.folder import Folder
-from tests.ray_jobs.tiny import with_image
+from tests.ray_jobs.tiny import jpeg, with_image
 
 SQUARE = ImageInfo(height=64, width=64)
 FEATURES_OF = ImageInfo(encoding="raw", height=64, width=64, features=(2, 5))
@@ -100,12 +98,6 @@ def test_damaged_images_are_reported_and_the_others_decoded(folder, manifest):
 def smooth(size: int) -> np.ndarray:
     rows, columns = np.mgrid[:size, :size] / size
     return np.stack([255 * columns, 255 * rows, 128 + 0 * rows], axis=2).astype(np.uint8)
-
-
-def jpeg(pixels: np.ndarray) -> bytes:
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "JPEG", quality=98)
-    return stream.getvalue()
 
 
 @pytest.mark.parametrize("size", [64, 48, 32, 20, 16, 8, 100])
@@ -219,19 +211,3 @@ def test_features_replace_images():
     assert (decoder.row_shape, decoder.row_bytes) == ((2, 5), 40)
     assert decoder.decode_images(table) is table
     assert FEATURES not in RowDecoder(tiny_manifest(FEATURES_OF), with_image=False).decode(table)
-
-
-def test_features_of_several_images_are_stacked_and_zero_where_missing():
-    features = np.random.default_rng(0).normal(size=(2, 2, 5)).astype(np.float32)
-    image = FEATURES_OF.model_copy(update={"names": ("front", "back")})
-    decoder = RowDecoder(tiny_manifest(image), with_image=True)
-    batch = decoder.decode(
-        labelled(
-            image_front=bytes_column(features, pa.chunked_array([[False, True]])),
-            image_back=bytes_column(features[::-1]),
-        )
-    )
-    assert batch[IMAGE_MASK].tolist() == [[1, 1], [0, 1]]
-    np.testing.assert_array_equal(batch[FEATURES][0], features)
-    np.testing.assert_array_equal(batch[FEATURES][1], [np.zeros((2, 5)), features[0]])
-    assert (decoder.row_shape, decoder.row_bytes) == ((2, 2, 5), 80)

@@ -20,10 +20,6 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def table_of(folder: Path) -> pa.Table:
-    return csv.read_csv(folder / "table.csv")
-
-
 def numbers_of(table: pa.Table) -> np.ndarray:
     return np.stack([table.column(name).to_numpy() for name in NUMERIC_COLUMNS], axis=1)
 
@@ -41,7 +37,7 @@ def tint_of(folder: Path, table: pa.Table) -> np.ndarray:
 
 def test_the_table_and_the_images_are_as_documented(demo):
     """A quarter of the rows is positive, and 8 % of the numbers are missing."""
-    table = table_of(demo)
+    table = csv.read_csv(demo / "table.csv")
     assert table.column_names == ["key", *NUMERIC_COLUMNS, "label"]
     assert np.bincount(table.column("label").to_numpy()).tolist() == [900, 300]
     assert np.isnan(numbers_of(table)).mean() == pytest.approx(0.08, abs=0.01)
@@ -51,7 +47,7 @@ def test_the_table_and_the_images_are_as_documented(demo):
 
 
 def test_image_and_numbers_together_predict_better_than_each_alone(demo):
-    table = table_of(demo)
+    table = csv.read_csv(demo / "table.csv")
     label, tint, numbers = table.column("label").to_numpy(), tint_of(demo, table), numbers_of(table)
 
     def held_out(model, features: np.ndarray) -> np.ndarray:

@@ -11,7 +11,6 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from ray_jobs.cluster import connection
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import EvaluateSpec
 from ray_jobs.data.manifest import Manifest
@@ -22,13 +21,7 @@ from ray_jobs.predict.trained_run import TrainedRun, open_run
 from ray_jobs.storage.folder import Folder
 from ray_jobs.train.metrics import binary_metrics
 from tests.ray_jobs.tiny import COLUMNS, write_prepared
-from tests.ray_jobs.trained import (
-    THRESHOLD,
-    damage_image,
-    probabilities,
-    stored_rows,
-    write_run,
-)
+from tests.ray_jobs.trained import THRESHOLD, damage_image, probabilities, stored_rows, write_run
 from tests.ray_jobs.tune.searches import require_nothing_left
 
 NUM_TEST_ROWS = 47  # in shards of 20, 20 and 7 rows
@@ -103,16 +96,6 @@ def test_an_unreadable_shard_ends_the_job_with_a_one_line_error(prepared_run, ra
         evaluate(spec_of(folder, data=str(tmp_path / "prepared"), output=str(tmp_path)))
     require_nothing_left()
     assert raised.value.__traceback__
-
-
-@pytest.fixture
-def no_ray(monkeypatch):
-    """Fail if the job connects to a cluster before it reports an error."""
-
-    def connected(*_, **__):
-        raise AssertionError("the job connected to a cluster")
-
-    monkeypatch.setattr(connection, "connected", connected)
 
 
 def test_a_folder_without_a_finished_run_is_rejected(prepared_run, no_ray, tmp_path):

@@ -1,6 +1,5 @@
 """Prepared data with whatever an inspection is to find, and what it finds."""
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,6 @@ import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
 from mm_model.statistics import fit_vocabulary
 from ray_jobs.config.spec import InspectSpec, PrepareSpec
@@ -16,7 +14,7 @@ from ray_jobs.data.manifest import ImageInfo, Manifest, SplitInfo
 from ray_jobs.inspect.job import inspect
 from ray_jobs.inspect.report_schema import Report
 from ray_jobs.storage.folder import Folder
-from tests.ray_jobs.tiny import _write_shard
+from tests.ray_jobs.tiny import _write_shard, jpeg
 
 SIZE = 32
 SPLITS = ("train", "validation", "test")
@@ -26,12 +24,6 @@ def photo(seed: int, size: int = SIZE) -> np.ndarray:
     """Pixels that look like nothing else: soft blobs of colour."""
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return cv2.resize(coarse, (size, size), interpolation=cv2.INTER_CUBIC)
-
-
-def jpeg(pixels: np.ndarray, quality: int = 95) -> bytes:
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "JPEG", quality=quality)
-    return stream.getvalue()
 
 
 def rows(split: str, count: int, **columns: Any) -> dict[str, Any]:

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from ray_jobs.inspect.shard_scan import hash_key
-from tests.ray_jobs.inspect.samples import SIZE, SPLITS, jpeg, look, photo, rows, text_of, write
+from tests.ray_jobs.inspect.samples import SIZE, SPLITS, look, photo, rows, text_of, write
+from tests.ray_jobs.tiny import jpeg
 
 
 def test_black_white_flat_and_unreadable_images_are_counted_but_not_compared(tmp_path):

@@ -9,16 +9,7 @@ import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from tests.ray_jobs.inspect.samples import (
-    SPLITS,
-    kinds,
-    look,
-    psi,
-    rows,
-    stored,
-    text_of,
-    write,
-)
+from tests.ray_jobs.inspect.samples import SPLITS, kinds, look, psi, rows, stored, text_of, write
 from tests.ray_jobs.tiny import COLUMNS
 
 

@@ -1,7 +1,8 @@
 import numpy as np
 
 from ray_jobs.inspect.duplicates import NEAR_BITS, nearest_hashes
-from tests.ray_jobs.inspect.samples import SPLITS, jpeg, kinds, look, photo, rows, text_of, write
+from tests.ray_jobs.inspect.samples import SPLITS, kinds, look, photo, rows, text_of, write
+from tests.ray_jobs.tiny import jpeg
 
 
 def test_the_search_equals_an_exhaustive_comparison():

@@ -1,7 +1,5 @@
 from dataclasses import replace
 
-import pytest
-
 from ray_jobs.plan.estimate import Estimator
 from ray_jobs.plan.suggestions import suggestions
 from tests.ray_jobs.plan.samples import COSTS, GIB, LAYER, MACHINE, manifest, spec
@@ -43,13 +41,3 @@ def test_two_changes_are_combined_if_one_is_not_enough():
     two = run.overlay({"train.global_batch_size": 2})
     found = [suggestion.changes for suggestion in suggestions(huge(two), huge)]
     assert found == [{"train.precision": "mixed_bfloat16", "train.accumulate_steps": 2}]
-
-
-@pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16"])
-def test_there_is_no_suggestion_if_not_even_one_row_fits(precision):
-    run = spec(train__global_batch_size=4, train__precision=precision)
-
-    def hopeless(of) -> Estimator:
-        return estimator(of, kept_gib=10)
-
-    assert suggestions(hopeless(run), hopeless) == []

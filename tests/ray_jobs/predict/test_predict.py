@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 
 from mm_model.statistics import fit_numeric_statistics
-from ray_jobs.cluster import connection
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import PredictSpec, PrepareSpec, Split
 from ray_jobs.data.images import prepare_image
@@ -19,13 +18,7 @@ from ray_jobs.predict.row_sources import RawRows
 from ray_jobs.predict.trained_run import open_run
 from ray_jobs.storage.folder import Folder
 from tests.ray_jobs.tiny import write_prepared
-from tests.ray_jobs.trained import (
-    THRESHOLD,
-    damage_image,
-    probabilities,
-    stored_rows,
-    write_run,
-)
+from tests.ray_jobs.trained import THRESHOLD, damage_image, probabilities, stored_rows, write_run
 
 COLUMNS = ("error", "rooms")
 """A numeric column may be named like the column of the predictions with the reason of a failure."""
@@ -217,16 +210,6 @@ def test_a_parquet_table_with_a_path_column_is_read_and_no_image_outside_the_fol
     np.testing.assert_array_equal(numbers_of(row), [80.0, np.nan])
     assert np.ptp(np.frombuffer(row["image"], np.uint8)) > 0
     assert outside["error"].startswith("image_outside_folder: ")
-
-
-@pytest.fixture
-def no_ray(monkeypatch):
-    """Fail if the job connects to a cluster before it reports an error."""
-
-    def connected(*_, **__):
-        raise AssertionError("the job connected to a cluster")
-
-    monkeypatch.setattr(connection, "connected", connected)
 
 
 TABLE = "house,error,rooms\nh1,1,1\n"

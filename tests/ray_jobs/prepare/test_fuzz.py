@@ -35,8 +35,6 @@ CELLS = (
     *("50+", "91-92", "1.234,5", "2024-02-30", "ja", "½", "\u202e", "\x00", "a\nb", '"', "''"),
     *("../../etc/passwd", "/", ".", "{key}", "k1.jpg", "k1", "%00", "a" * 5000, "١٢٣", "1" * 400),
 )
-NUM_CASES = 40
-NUM_SLOW_CASES = 500
 
 
 def original(rng: np.random.Generator) -> bytes:
@@ -143,23 +141,15 @@ def check_table(path: Path, seed: int) -> bool:
     return True
 
 
-def fuzz(folder: Path, num_cases: int, ray_rounds: int) -> None:
+@pytest.mark.parametrize("num_cases", [40, pytest.param(500, marks=pytest.mark.slow)])
+def test_mutated_images_and_tables_are_stored_or_quarantined(tmp_path, ray_local, num_cases):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = [check_image(seed) for seed in range(num_cases)]
-        tables = [check_table(folder / "t.csv", seed) for seed in range(num_cases)]
-        counts = [check_prepare(folder / str(seed), seed) for seed in range(ray_rounds)]
+        tables = [check_table(tmp_path / "t.csv", seed) for seed in range(num_cases)]
+        counts = [check_prepare(tmp_path / str(seed), seed) for seed in range(num_cases // 40)]
     assert [str(w.message) for w in caught if "PIL" in w.filename] == []
     # Both outcomes must occur, or the test shows nothing.
     assert {"stored", "unreadable_image"} <= set(found) <= {"stored", *IMAGE_REASONS}
     assert set(tables) == {True, False}
     assert all(stored and quarantined for stored, quarantined in counts)
-
-
-def test_mutated_images_and_tables_are_stored_or_quarantined(tmp_path, ray_local):
-    fuzz(tmp_path, NUM_CASES, 1)
-
-
-@pytest.mark.slow
-def test_five_hundred_mutated_images_and_tables_are_stored_or_quarantined(tmp_path, ray_local):
-    fuzz(tmp_path, NUM_SLOW_CASES, NUM_SLOW_CASES // 40)

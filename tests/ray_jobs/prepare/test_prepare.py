@@ -14,27 +14,17 @@ from ray_jobs.config.command_line import main
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import SPLITS, RunSpec
 from ray_jobs.data.images import decode_stored
-from ray_jobs.data.manifest import Manifest, read_manifest
+from ray_jobs.data.manifest import read_manifest
 from ray_jobs.prepare import job
 from ray_jobs.prepare.job import prepare
 from ray_jobs.prepare.shard_writer import ShardWriter
 from ray_jobs.storage.folder import Folder
 from tests.ray_jobs.prepare.sources.samples import spec, write_tar
-from tests.ray_jobs.raw import SIZE, Raw, files, jpeg, quarantine, shard_rows, split_of
+from tests.ray_jobs.raw import SIZE, Raw, files, jpeg, quarantine, rows_by_key, shard_rows, split_of
 
 ROOMS = ("bath", "bed")
 
 pytestmark = pytest.mark.usefixtures("ray_local")
-
-
-@pytest.fixture
-def raw(tmp_path: Path) -> Raw:
-    return Raw(tmp_path / "raw").add(range(48))
-
-
-def stored_rows(folder: Path, manifest: Manifest) -> dict[str, dict]:
-    tables = shard_rows(folder, manifest).values()
-    return {row["key"]: row for table in tables for row in table.to_pylist()}
 
 
 def assert_has_colour(stored: bytes, file: Path) -> None:
@@ -217,14 +207,6 @@ def test_a_split_without_a_class_raises_an_error_with_a_remedy(raw):
         raw.prepare(split_column="fold")
 
 
-def test_images_alone_have_no_statistics(raw):
-    manifest = raw.prepare(numeric_columns=[])
-    assert manifest.numeric_columns == ()
-    assert manifest.statistics is None
-    names = shard_rows(raw.out(), manifest)["test"].schema.names
-    assert names == ["key", "image", "label"]
-
-
 def test_the_command_line_prints_a_summary(raw, monkeypatch, capsys):
     raw.image("k1", b"no photo")
     for i, row in enumerate(raw.rows):
@@ -289,7 +271,7 @@ def test_some_of_several_images_may_be_missing_but_none_damaged(homes, glob, no_
     homes.rows[6]["bath"] = "../k6.jpg"
     options = {"images": f"{images}{glob}", "image_columns": ROOMS}
     manifest = homes.prepare(**options, max_bad_fraction=0.2)
-    stored = stored_rows(homes.out(), manifest)
+    stored = rows_by_key(homes.out(), manifest)
     missing = {k: [r for r in ROOMS if row[f"image_{r}"] is None] for k, row in stored.items()}
     assert {k: rooms for k, rooms in missing.items() if rooms} == {"k1": ["bath"], "k2": ["bed"]}
     found = quarantine(homes.out())
@@ -305,7 +287,7 @@ def test_some_of_several_images_may_be_missing_but_none_damaged(homes, glob, no_
 
 def test_raw_pixels_match_the_decoded_jpegs(raw):
     manifest = raw.prepare("raw", store="raw")
-    jpegs = stored_rows(raw.out("jpeg"), raw.prepare("jpeg", jpeg_quality=100))
+    jpegs = rows_by_key(raw.out("jpeg"), raw.prepare("jpeg", jpeg_quality=100))
     assert (manifest.image.encoding, manifest.image.row_bytes) == ("raw", SIZE * SIZE * 3)
     for split, table in shard_rows(raw.out("raw"), manifest).items():
         assert table.schema.field("image").type == pa.binary(SIZE * SIZE * 3)
@@ -349,7 +331,7 @@ def test_words_are_stored_with_a_vocabulary_of_the_training_rows(raw):
     assert table.schema.names == ["key", "image", "area", "rooms", "town", "zone", "label"]
     assert table.schema.field("town").type == pa.string()
     source = {row["key"]: row for row in raw.rows}
-    for key, row in stored_rows(raw.out(), manifest).items():
+    for key, row in rows_by_key(raw.out(), manifest).items():
         assert row["town"] == (source[key]["town"].strip() or None)
         assert row["zone"] == str(source[key]["zone"])
 
@@ -377,12 +359,12 @@ def test_tars_are_read_sequentially_and_images_without_a_row_are_reported(raw):
     for start in range(0, 48, 16):
         members = order[start : start + 16] + ([99] if start == 16 else [])
         write_tar(raw.folder / f"{start}.tar", {f"k{i}.jpg": jpeg(i) for i in members})
-    files_alone = stored_rows(raw.out("files"), raw.prepare("files"))
+    files_alone = rows_by_key(raw.out("files"), raw.prepare("files"))
     options = {"images": f"{raw.folder}/*.tar", "source": "webdataset"}
     manifest = raw.prepare("tars", **options)
     assert manifest.quarantine == {"no_record": 1}
     assert quarantine(raw.out("tars"))["k99"][0] == "no_record"
-    assert stored_rows(raw.out("tars"), manifest) == files_alone
+    assert rows_by_key(raw.out("tars"), manifest) == files_alone
     for table in shard_rows(raw.out("tars"), manifest).values():
         positions = [order.index(int(key[1:])) for key in table["key"].to_pylist()]
         assert positions == sorted(positions)

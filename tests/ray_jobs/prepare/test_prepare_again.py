@@ -13,14 +13,9 @@ from ray_jobs.config.spec import SPLITS
 from ray_jobs.data.manifest import Manifest
 from ray_jobs.prepare import job as prepare_job
 from ray_jobs.prepare import journal
-from tests.ray_jobs.raw import Raw, files, jpeg, quarantine, shard_rows, split_of
+from tests.ray_jobs.raw import Raw, files, jpeg, quarantine, rows_by_key, split_of
 
 pytestmark = pytest.mark.usefixtures("ray_local")
-
-
-@pytest.fixture
-def raw(tmp_path: Path) -> Raw:
-    return Raw(tmp_path / "raw").add(range(48))
 
 
 def shards(manifest: Manifest) -> dict[str, str]:
@@ -41,11 +36,6 @@ def all_files(folder: Path) -> dict[str, bytes]:
 
 def times_of(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.glob("[tv]*/*.parquet")}
-
-
-def stored_rows(raw: Raw, manifest: Manifest) -> dict[str, dict[str, Any]]:
-    tables = shard_rows(raw.out(), manifest).values()
-    return {row["key"]: row for table in tables for row in table.to_pylist()}
 
 
 def test_preparing_the_same_data_again_does_not_start_ray_and_keeps_every_file(raw, monkeypatch):
@@ -75,7 +65,7 @@ def test_a_changed_or_renamed_row_rewrites_only_its_shard(raw, column, cell, sto
     after = raw.prepare()
     assert after.cuts == before.cuts
     assert shards(before).keys() - shards(after).keys() == changed
-    rows = stored_rows(raw, after)
+    rows = rows_by_key(raw.out(), after)
     assert rows.keys() == {row["key"] for row in raw.rows}
     assert rows[raw.rows[10]["key"]][column] == stored
 
@@ -167,7 +157,7 @@ def test_rows_changed_since_the_interruption_are_written_anew(raw):
     prepare_and_stop(raw.add(range(48, 90)), 6)
     raw.rows[10]["area"] = "123"
     manifest = raw.prepare()
-    assert stored_rows(raw, manifest)["k10"]["area"] == 123
+    assert rows_by_key(raw.out(), manifest)["k10"]["area"] == 123
     assert set(files(raw.out())) == {*shards(manifest), "quarantine/part-00000.parquet"}
 
 

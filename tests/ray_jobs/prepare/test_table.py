@@ -89,8 +89,6 @@ def test_a_missing_column_raises_an_error_with_setting_and_nearest_match(options
     ("options", "message"),
     [
         ({"numeric_columns": ["a"], "key_column": "a"}, "names 'a', the key_column"),
-        ({"numeric_columns": ["a"], "label_column": "a"}, "names 'a', the label_column"),
-        ({"numeric_columns": ["a"], "split_column": "a"}, "names 'a', the split_column"),
         ({"numeric_columns": ["a"], "exclude_columns": ["a"]}, "exclude_columns both name 'a'"),
         ({"numeric_columns": ["a", "a"]}, "names 'a' twice"),
         ({"numeric_columns": ["image"]}, "names 'image', which is a reserved column of the shards"),

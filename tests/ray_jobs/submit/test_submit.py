@@ -50,7 +50,6 @@ def test_the_flags_of_submit_end_at_the_verb(line, flags, rest):
         ("evaluate --data /d --output /o", r"Required options .* --run TEXT"),
         ("evaluate --run /r --data /d --output /o --address http://head:8265",
          r"address='http://head:8265': a submitted job uses the cluster that it runs on"),
-        ("doctor --address http://head:8265", r"address='http://head:8265': a submitted job uses"),
         (f"train {SPEC} --run.storage_path /r --run.address ray://head", r"run\.address='ray://he"),
         (f"train {SPEC}", r"run\.storage_path='runs' is relative, but a submitted job runs in"),
         (f"prepare {SPEC}", r"prepare\.output='runs/houses-prepared' is relative"),

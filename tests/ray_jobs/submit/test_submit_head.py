@@ -15,17 +15,13 @@ import pytest
 import yaml
 
 from tests.ray_jobs.raw import Raw
+from tests.ray_jobs.scenarios import PLAIN
 from tests.ray_jobs.submit.submitting import run_program, start
 from tests.ray_jobs.tiny import write_prepared
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiworker]
 
 ROOT = Path(__file__).parents[3]
-MODEL = {
-    "image": {"kind": "tiny", "weights": "none", "units": 8},
-    "numeric": {"units": [8]},
-    "fusion": {"units": 8},
-}
 TRAIN = {"num_workers": 2, "global_batch_size": 8, "epochs": 2}
 REMAINS = """
 import json
@@ -99,7 +95,7 @@ def test_every_job_succeeds_from_a_clean_working_directory(client, tmp_path):
         "run": {"storage_path": str(tmp_path / "runs")},
         "prepare": prepare | {"validation_fraction": 0.2, "test_fraction": 0.2},
         "data": {"prepared": str(raw.out())},
-        "model": MODEL,
+        "model": PLAIN,
         "train": TRAIN,
         "tune": {
             "space": {"train.learning_rate": {"loguniform": [1e-4, 1e-2]}},
@@ -138,7 +134,7 @@ def test_every_job_succeeds_from_a_clean_working_directory(client, tmp_path):
 def test_a_job_continues_without_its_client_until_it_is_stopped(client, tmp_path):
     write_prepared(tmp_path / "prepared", {"train": 400, "validation": 40, "test": 4})
     long = TRAIN | {"epochs": 1000, "patience": 1000}
-    spec = client.write("long.yaml", {"model": MODEL, "train": long})
+    spec = client.write("long.yaml", {"model": PLAIN, "train": long})
     where = ("--data.prepared", str(tmp_path / "prepared"), "--run.storage_path", str(tmp_path))
     words = ("train", spec, *where, "--run.name", "long")
     assert client.succeed("--no-wait", "--submission-id", "long", *words) == "long\n"

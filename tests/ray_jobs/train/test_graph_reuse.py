@@ -5,7 +5,7 @@ from ray_jobs.config.spec import RunSpec
 from ray_jobs.data.manifest import read_manifest
 from ray_jobs.storage.folder import Folder
 from ray_jobs.train.checkpoints.checkpoint import Checkpoint
-from ray_jobs.train.graph_reuse import TUNABLE_SETTINGS, same_graph
+from ray_jobs.train.graph_reuse import TUNABLE_SETTINGS
 from tests.ray_jobs.tune.searches import prepare_in, spec_in
 
 FIRST = {
@@ -80,13 +80,6 @@ def test_a_loop_is_not_reused_for_another_graph(spec):
     # Without dropout, a layer and its random state are missing.
     assert not loop.reuse_for(spec.overlay({**FIRST, "model.l2": 0, "model.dropout": 0}))
     assert not loop_of(spec, tunable=False).reuse_for(spec)
-
-
-def test_names_and_paths_do_not_affect_the_graph(spec):
-    other = spec.overlay({"run.name": "other", "run.storage_path": "/elsewhere"})
-    assert same_graph(spec, other, ())
-    assert not same_graph(spec, spec.overlay({"train.learning_rate": 0.5}), ())
-    assert same_graph(spec, spec.overlay({"train.learning_rate": 0.5}), ["train.learning_rate"])
 
 
 def test_a_checkpoint_of_another_trial_does_not_change_the_learning_rate(spec):

@@ -304,11 +304,16 @@ def test_an_interrupt_between_two_attempts_starts_no_further_attempt(coordinator
 
 
 @pytest.mark.parametrize(
-    ("number", "fails"),
-    [(signal.SIGINT, False), (signal.SIGTERM, False), (signal.SIGINT, True)],
+    ("number", "failure", "expected", "text"),
+    [
+        (signal.SIGINT, None, Interrupted, "run the same command again to resume"),
+        (signal.SIGTERM, None, Interrupted, "run the same command again to resume"),
+        (signal.SIGINT, no_room, Interrupted, "run the same command again to resume"),
+        (signal.SIGINT, died, JobError, "worker 0 died"),
+    ],
 )
 def test_an_interrupt_stops_the_workers_and_a_failure_is_not_retried(
-    coordinator, number, fails, capsys
+    coordinator, number, failure, expected, text, capsys
 ):
     import ray
 
@@ -319,28 +324,16 @@ def test_an_interrupt_stops_the_workers_and_a_failure_is_not_retried(
         while not ray.get(coordinator.stop_requested.remote()):
             pass
         numbers.append(num_workers)
-        if fails:
-            raise failed(0, error=died())
+        if failure:
+            raise no_room(num_workers) if failure is no_room else failed(0, error=died())
 
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
-    expected, text = Interrupted, "run the same command again to resume"
-    if fails:
-        expected, text = JobError, "worker 0 died"
     with pytest.raises(expected, match=text) as error:
         run_attempts(TrainSpec(), attempt, lambda: False, coordinator)
     assert type(error.value) is expected
     assert numbers == [1]
     assert "saving a checkpoint" in capsys.readouterr().err
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
-
-
-def test_an_interrupt_during_a_start_up_timeout_is_not_a_failure(coordinator):
-    def attempt(num_workers: int) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        raise no_room(num_workers)
-
-    with pytest.raises(Interrupted, match="run the same command again to resume"):
-        run_attempts(TrainSpec(), attempt, lambda: False, coordinator)
 
 
 def test_a_run_folder_that_is_temporarily_unreadable_is_a_failure(coordinator):

@@ -12,13 +12,13 @@ import pytest
 import yaml
 
 from mm_model.calibration import log_loss
-from mm_model.spec import NO_AUGMENTATION
 from ray_jobs.config.errors import Interrupted, JobError
 from ray_jobs.config.spec import RunSpec
 from ray_jobs.data.images import decode_stored
 from ray_jobs.data.manifest import Manifest, read_manifest
 from ray_jobs.storage.folder import Folder
 from ray_jobs.train.job import fit, require_trainable
+from tests.ray_jobs.scenarios import SCENARIOS
 from tests.ray_jobs.tiny import COLUMNS, write_prepared
 from tests.ray_jobs.trained import damage_image, stored_rows
 from tests.ray_jobs.tune.searches import require_nothing_left
@@ -34,13 +34,8 @@ def spec_in(folder: Path, **changes: Any) -> RunSpec:
         {
             "run": {"storage_path": str(folder / "runs"), "name": "first"},
             "data": {"prepared": str(folder / "prepared")},
-            "model": {
-                "image": {"kind": "tiny", "weights": None, "units": 16},
-                "numeric": {"units": [16, 16]},
-                "fusion": {"units": 16},
-                # Few random operations, since tracing takes most of the time.
-                "augmentation": {**NO_AUGMENTATION.model_dump(), "flip": "horizontal"},
-            },
+            # Few random operations, since tracing takes most of the time.
+            "model": SCENARIOS["random"]["model"],
             "train": {
                 "num_workers": 2,
                 "global_batch_size": 16,

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
 
 from ray_jobs.config.spec import PrepareSpec
 from ray_jobs.data.images import BadImage
 from ray_jobs.prepare.sources.source import Source
+from tests.ray_jobs import tiny
 
 
 def spec(**options: object) -> PrepareSpec:
@@ -25,9 +25,15 @@ def column(*cells: object, kind: pa.DataType | None = None) -> pa.ChunkedArray:
 def jpeg(seed: int, size: int = 8) -> bytes:
     """Return a JPEG that differs for each seed."""
     pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
-    content = io.BytesIO()
-    Image.fromarray(pixels).save(content, "JPEG")
-    return content.getvalue()
+    return tiny.jpeg(pixels)
+
+
+def touch(folder: Path, *names: str) -> Path:
+    """Create empty files in a folder."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
 
 
 def write_tar(path: Path, files: dict[str, bytes], format: int = tarfile.GNU_FORMAT) -> None:

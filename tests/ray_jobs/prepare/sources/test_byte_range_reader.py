@@ -1,10 +1,8 @@
 import numpy as np
 import pyarrow as pa
-import pytest
 
-from ray_jobs.prepare.cell_text import TEXT
 from ray_jobs.prepare.sources.byte_range_reader import ByteRangeReader
-from ray_jobs.prepare.sources.source import ImageRefs, repeat_paths
+from ray_jobs.prepare.sources.source import ImageRefs
 from ray_jobs.storage.folder import Folder
 
 
@@ -27,12 +25,3 @@ def test_whole_files_and_parts_of_files_are_read_in_order_and_failures_keep_thei
     assert parts == [b"01", missing, b"234", missing, b"56789", unreadable, *failed]
     assert files[:30] == [b"0123456789%d" % i for i in range(30)]
     assert files[30:] == [first, missing, first, missing, first, first, *failed]
-
-
-@pytest.mark.slow
-def test_paths_may_exceed_2_gib():
-    names = ["a" * 2**20, "b" * 2**20]
-    paths = repeat_paths(names, [1100, 1100])
-    assert (paths.type, len(paths)) == (TEXT, 2200)
-    assert paths.nbytes > 2**31
-    assert ImageRefs(paths).take([2199, 0]).path.to_pylist() == names[::-1]

@@ -2,18 +2,7 @@ import pytest
 
 from ray_jobs.config.errors import JobError
 from ray_jobs.prepare.sources.detect_source import detect_kind, open_source
-from tests.ray_jobs.prepare.sources.samples import spec
-
-
-@pytest.fixture
-def folder(tmp_path):
-    def make(*names: str) -> str:
-        for name in names:
-            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / name).write_text("")
-        return str(tmp_path)
-
-    return make
+from tests.ray_jobs.prepare.sources.samples import spec, touch
 
 
 @pytest.mark.parametrize(
@@ -35,8 +24,8 @@ def folder(tmp_path):
         (["a.tfrec"], False, "tfrecord"),
     ],
 )
-def test_file_names_determine_the_kind(folder, names, with_table, kind):
-    images = folder(*names)
+def test_file_names_determine_the_kind(tmp_path, names, with_table, kind):
+    images = str(touch(tmp_path, *names))
     table = f"{images}/t.parquet" if with_table else ""
     assert detect_kind(spec(images=images, table=table)) == kind
 
@@ -52,8 +41,8 @@ def test_file_names_determine_the_kind(folder, names, with_table, kind):
         ("x.parquet", "parquet"),
     ],
 )
-def test_a_glob_or_file_determines_the_kind_by_its_ending_or_its_files(folder, pattern, kind):
-    images = folder("x.parquet")
+def test_a_glob_or_file_determines_the_kind_by_its_ending_or_its_files(tmp_path, pattern, kind):
+    images = touch(tmp_path, "x.parquet")
     assert detect_kind(spec(images=f"{images}/{pattern}", table="t.csv")) == kind
 
 
@@ -66,9 +55,9 @@ def test_a_glob_or_file_determines_the_kind_by_its_ending_or_its_files(folder, p
         ([], "no images, Parquet, tar or TFRecord files .found nothing"),
     ],
 )
-def test_an_ambiguous_or_unknown_kind_raises_an_error(folder, names, message):
+def test_an_ambiguous_or_unknown_kind_raises_an_error(tmp_path, names, message):
     with pytest.raises(JobError, match=message):
-        detect_kind(spec(images=folder(*names)))
+        detect_kind(spec(images=str(touch(tmp_path, *names))))
 
 
 @pytest.mark.parametrize(

@@ -140,9 +140,11 @@ def test_rows_of_an_imagefolder_stay_in_the_splits_of_its_folders(tmp_path):
             source.write_bytes(f"{split}/{'dog' if i >= 6 else 'cat'}/{i}.jpg", jpeg(i))
     paths = {"images": source.uri, "positive_label": "dog", "numeric_columns": []}
     tables = prepared(tmp_path, paths)
-    assert read_manifest(Folder(tmp_path / "out")).prepare.split_column == "split"
+    manifest = read_manifest(Folder(tmp_path / "out"))
+    assert (manifest.prepare.split_column, manifest.statistics) == ("split", None)
     for split, table in tables.items():
         folder = "valid" if split == "validation" else split
         names = [name for name in source.names() if name.startswith(folder)]
+        assert table.schema.names == ["key", "image", "label"]
         assert table["key"].to_pylist() == names
         assert table["label"].to_pylist() == ["dog" in name for name in names]

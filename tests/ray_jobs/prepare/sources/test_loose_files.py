@@ -10,6 +10,7 @@ from ray_jobs.prepare.cell_text import TEXT
 from ray_jobs.prepare.sources import open_source
 from ray_jobs.prepare.sources.loose_files import ImageFiles
 from ray_jobs.prepare.sources.source import Source
+from tests.ray_jobs.prepare.sources.samples import touch
 
 
 def opened(folder: Path, content: str, **options: object) -> Source:
@@ -17,13 +18,6 @@ def opened(folder: Path, content: str, **options: object) -> Source:
     (folder / "images").mkdir(exist_ok=True)
     fields = {"images": str(folder / "images"), "table": str(folder / "table.csv")}
     return open_source(PrepareSpec.model_validate(fields | {"source": "folder"} | options))
-
-
-def write_files(folder: Path, *names: str) -> Path:
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch()
-    return folder
 
 
 def test_a_path_pattern_combines_columns_and_key_means_the_key_column(tmp_path):
@@ -50,7 +44,7 @@ def test_a_missing_column_or_setting_raises_an_error_with_its_name(tmp_path, opt
 
 
 def test_all_spellings_of_a_path_give_the_same_path_and_those_outside_the_folder_none(tmp_path):
-    files = ImageFiles(str(write_files(tmp_path, "a/b.jpg")))
+    files = ImageFiles(str(touch(tmp_path, "a/b.jpg")))
     spellings = ["a/b.jpg", "./a/b.jpg", "a//b.jpg", "a/./b.jpg", "././/a/.//b.jpg"]
     spellings += [str(tmp_path / "a/b.jpg"), f"file://{tmp_path}/a/b.jpg"]
     found, problems = files.find(pa.array(spellings, TEXT))
@@ -66,7 +60,7 @@ def test_all_spellings_of_a_path_give_the_same_path_and_those_outside_the_folder
 
 def test_a_matched_file_is_found_by_name_or_by_the_end_of_its_path(tmp_path):
     names = ["x/1.jpg", "y/1.jpg", "y/2.jpg", "y/deep/3.jpg", "4.jpg", "y/a\nb.jpg", "z/y/2.jpg"]
-    files = ImageFiles(f"{write_files(tmp_path, *names)}/**/*.jpg")
+    files = ImageFiles(f"{touch(tmp_path, *names)}/**/*.jpg")
     wanted = ["x/1.jpg", "1.jpg", "y/deep/3.jpg", "deep/3.jpg", "3.jpg", "4.jpg", "5.jpg"]
     wanted += ["a\nb.jpg", "2.jpg", "p/3.jpg", None, "z/y/2.jpg"]
     found, problems = files.find(pa.array(wanted, TEXT))
@@ -87,7 +81,7 @@ def test_a_matched_file_is_found_by_name_or_by_the_end_of_its_path(tmp_path):
 def test_matches_by_path_end_equal_those_of_a_sequential_search(tmp_path):
     rng = np.random.default_rng(0)
     names = {"/".join(rng.choice(list("abc"), rng.integers(1, 5))) + ".x" for _ in range(60)}
-    files = ImageFiles(f"{write_files(tmp_path, *names)}/**")
+    files = ImageFiles(f"{touch(tmp_path, *names)}/**")
     wanted = ["/".join(rng.choice(list("abc"), rng.integers(1, 5))) + ".x" for _ in range(300)]
     found, problems = files.find(pa.array(wanted, TEXT))
     for row, path in enumerate(wanted):

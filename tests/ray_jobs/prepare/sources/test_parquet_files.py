@@ -20,7 +20,7 @@ def opened(**options: object):
 
 @pytest.fixture
 def files(tmp_path):
-    """Three files of 70 rows in row groups of 20."""
+    """Three files of 70 rows in row groups of 20, and files that are not read."""
     (tmp_path / "data").mkdir()
     for part in range(3):
         rows = range(70 * part, 70 * part + 70)
@@ -35,10 +35,12 @@ def files(tmp_path):
             }
         )
         pq.write_table(table, tmp_path / f"data/part-{part}.parquet", row_group_size=20)
+    for name in (".hidden.parquet", "_log.parquet", "notes.txt"):
+        (tmp_path / "data" / name).write_text("not read")
     return tmp_path / "data"
 
 
-@pytest.mark.parametrize("where", ["", "/*.parquet", "/part-{0..2}.parquet"])
+@pytest.mark.parametrize("where", ["", "/part-?.parquet", "/part-{0..2}.parquet"])
 def test_rows_give_both_the_table_and_the_images_in_any_order(files, where):
     source = opened(images=f"{files}{where}")
     assert source.table.column_names == ["key", "x", "note", "label"]
@@ -102,6 +104,7 @@ def test_files_may_have_different_columns(tmp_path):
         ({"image_columns": ["image", "back"]}, "has no column 'back'"),
         ({"images": "/*.tar"}, "there are no Parquet files"),
         ({"images": "/none"}, "there is no such file or folder"),
+        ({"images": "/{b}.parquet"}, "braces must contain a range such as"),
         ({"table": "t.csv", "key_column": "id"}, "part-0.parquet has no column 'id'"),
     ],
 )

@@ -11,13 +11,7 @@ import pytest
 from ray_jobs.config.errors import JobError
 from ray_jobs.prepare.sources import byte_range_reader
 from ray_jobs.prepare.sources.webdataset import open_source
-from tests.ray_jobs.prepare.sources.samples import (
-    jpeg,
-    read_all,
-    spec,
-    write_csv,
-    write_tar,
-)
+from tests.ray_jobs.prepare.sources.samples import jpeg, read_all, spec, write_csv, write_tar
 
 
 def opened(**options: object):

@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from ray_jobs.train.coordinator import make_coordinator
 from ray_jobs.train.telemetry import console
 from ray_jobs.train.telemetry import history_keys as keys
 from ray_jobs.train.telemetry.console import ProgressConsole, show_progress
@@ -106,11 +105,9 @@ def wait_for_death(coordinator: Any) -> None:
         return
 
 
-@pytest.mark.usefixtures("ray_local")
-def test_a_dead_coordinator_does_not_delay_the_end_of_the_work(capsys):
+def test_a_dead_coordinator_does_not_delay_the_end_of_the_work(coordinator, capsys):
     import ray
 
-    coordinator = make_coordinator()
     with show_progress(coordinator, "a run"):
         ray.get(coordinator.post.remote(epoch_event()))
         ray.kill(coordinator)
@@ -120,17 +117,16 @@ def test_a_dead_coordinator_does_not_delay_the_end_of_the_work(capsys):
     assert "progress" not in [thread.name for thread in threading.enumerate()]
 
 
-@pytest.mark.usefixtures("ray_local")
-def test_an_error_ends_the_progress_and_the_coordinator():
-    coordinator = make_coordinator()
+def test_an_error_ends_the_progress_and_the_coordinator(coordinator):
     with pytest.raises(ValueError, match="the work failed"), show_progress(coordinator, "a run"):
         raise ValueError("the work failed")
     wait_for_death(coordinator)
     assert "progress" not in [thread.name for thread in threading.enumerate()]
 
 
-@pytest.mark.usefixtures("ray_local")
-def test_all_events_before_the_end_are_printed_in_order_despite_a_late_answer(capsys, monkeypatch):
+def test_all_events_before_the_end_are_printed_in_order_despite_a_late_answer(
+    coordinator, capsys, monkeypatch
+):
     import ray
     from ray.exceptions import GetTimeoutError
 
@@ -142,7 +138,6 @@ def test_all_events_before_the_end_are_printed_in_order_despite_a_late_answer(ca
             raise GetTimeoutError("slow")
         return get(*arguments, **options)
 
-    coordinator = make_coordinator()
     get(coordinator.post.remote(epoch_event(0)))
     monkeypatch.setattr(ray, "get", slow_once)
     with show_progress(coordinator, "a run"):

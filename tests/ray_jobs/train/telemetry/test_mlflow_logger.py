@@ -1,6 +1,5 @@
 import json
 import shutil
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ from ray_jobs.config.errors import JobError
 from ray_jobs.storage.folder import Folder
 from ray_jobs.train.telemetry import history_keys as keys
 from ray_jobs.train.telemetry.history import Tracker, require_tracking
-from ray_jobs.train.telemetry.mlflow_logger import EXPERIMENT, mask_credentials
+from ray_jobs.train.telemetry.mlflow_logger import EXPERIMENT
 from tests.ray_jobs.epochs import record, spec_in, write_epochs
+from tests.ray_jobs.heads import free_ports
 
 
 def client_of(folder: Path) -> MlflowClient:
@@ -189,16 +189,11 @@ def test_an_outage_of_the_store_is_one_warning_and_loses_nothing(runs):
     assert len(warnings) == 1
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def test_a_server_that_does_not_answer_prevents_a_run_but_does_not_end_it(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     warnings: list[str] = []
-    uri = f"http://127.0.0.1:{free_port()}"
+    (port,) = free_ports(1)
+    uri = f"http://127.0.0.1:{port}"
     spec = spec_in(tmp_path, run__tracking_uri=uri)
     with pytest.raises(JobError, match=rf"could not connect to MLflow at {uri}"):
         require_tracking(spec)
@@ -207,18 +202,6 @@ def test_a_server_that_does_not_answer_prevents_a_run_but_does_not_end_it(tmp_pa
         tracker.finish({})
     assert len(warnings) == 1
     assert len((tmp_path / "first/history.jsonl").read_text().splitlines()) == 2
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("http://me:pass@host:5000/x", "http://***@host:5000/x"),
-        ("at https://token@host and s3://k:s@b", "at https://***@host and s3://***@b"),
-        ("http://host/a@b", "http://host/a@b"),
-    ],
-)
-def test_credentials_in_uris_are_masked(text, shown):
-    assert mask_credentials(text) == shown
 
 
 def test_a_number_that_is_not_finite_is_null_in_json_and_not_logged_to_mlflow(runs):

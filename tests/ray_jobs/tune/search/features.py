@@ -60,14 +60,6 @@ def inputs_of(model: Any, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]
     return {name: batch[name] for name in model.input_names}
 
 
-def randomize_heads(model: Any) -> None:
-    """Replace the zero weights of the heads, so that logits depend on the features."""
-    rng = np.random.default_rng(3)
-    for name in model.heads:
-        head = model.network.get_layer(f"{name}_head")
-        head.set_weights([rng.normal(size=w.shape) for w in head.get_weights()])
-
-
 def copy_weights(source: Any, target: Any) -> None:
     """Copy weights between the layers of the same names in two models."""
     given, own = ({v.path: v for v in model.variables} for model in (source, target))
