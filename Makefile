@@ -5,7 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow check bench lock clean
+.PHONY: venv demo test test-slow check bench lock clean
+
+venv: $(READY)
 
 demo: $(READY)
 	$(BIN)/python -m ray_jobs.demo

@@ -62,6 +62,9 @@ def run(prog: str, parse_arguments: Callable[[], T], job: Callable[[T], Any]) ->
         arguments = parse_arguments()
     except UsageError as error:
         _exit(f"{error}\nSee {prog} --help.", 2)
+    except BrokenPipeError:  # of the help, as in `--help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     try:
         job(arguments)
     except Interrupted as error:

@@ -75,7 +75,8 @@ class PrepareSpec(Spec):
     """Format of `images`: image files, Parquet with an image column, WebDataset tar files, TFRecord
     files of `tf.train.Example`, or a Hugging Face ImageFolder; `auto` detects it."""
     images: str = ""
-    """Folder, glob or URI of the images, or of the files that contain them."""
+    """Folder, glob or URI of the images, or of the files that contain them. For images in several
+    folders, give a glob such as `'photos/*/*.jpg'`."""
     table: str = ""
     """CSV or Parquet file (path or URI) with the keys, labels and numbers; empty if `images` also
     contains these columns."""

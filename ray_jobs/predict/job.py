@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import SPLITS, PredictSpec
-from ray_jobs.config.text import count_text
+from ray_jobs.config.text import count_text, number_text
 from ray_jobs.data.batch import KEY
 from ray_jobs.data.manifest import MANIFEST, read_manifest
 from ray_jobs.predict.predictor import PROBABILITY, connected, predict_rows
@@ -42,6 +42,7 @@ PREDICTIONS = pa.schema(
 
 _PART = re.compile(r"part-\d+\.parquet")
 _ROWS_PER_PART = 1 << 18
+_MAX_PRINTED = 5
 
 
 def predict(spec: PredictSpec) -> dict[str, int]:
@@ -127,17 +128,20 @@ def _write_parts(tables: Iterable[pa.Table], local: str) -> None:
 
 
 class _Tally:
-    """Counts rows and errors."""
+    """Counts rows and errors, and keeps the first predictions to print."""
 
     def __init__(self) -> None:
         self.num_rows = self.num_positive = 0
         self.reasons: Counter[str] = Counter()
         self.examples: dict[str, str] = {}
+        self.first: list[str] = []
 
     def count(self, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
         """Count the rows of tables while passing them on."""
         for table in tables:
             self.num_rows += table.num_rows
+            for row in table.slice(0, _MAX_PRINTED - len(self.first)).to_pylist():
+                self.first.append(f"{row[KEY]}  {number_text(row[PROBABILITY], 4)}")
             self.num_positive += int(np.nansum(table[PREDICTED_LABEL].to_numpy()))
             for error in table[ERROR].drop_null().to_pylist():
                 reason, _, detail = error.partition(": ")
@@ -156,6 +160,10 @@ class _Tally:
             f"{self.num_positive:,} of them as {escape(repr(run.manifest.positive_label))} "
             f"(probability ≥ {run.threshold:.4g})"
         )
+        for line in self.first:
+            console.print(f"  {escape(line)}")
+        if self.num_rows > len(self.first):
+            console.print("  …")
         for reason, count in self.reasons.most_common():
             example = f", such as {self.examples[reason]}" if self.examples[reason] else ""
             console.print(f"  [yellow]{count:,} × {escape(reason)}[/yellow]{escape(example)}")

@@ -69,7 +69,10 @@ class ImageFiles:
             globs = [re.compile(glob_regex(each)) for each in expand_braces(pattern)]
             matched = [n for n in self.folder.names() if any(g.fullmatch(n) for g in globs)]
             if not matched:
-                raise JobError(f"prepare.images={location!r} matches no file")
+                raise JobError(
+                    f"prepare.images={location!r} matches no file; a glob must "
+                    "match the images themselves, such as 'photos/*/*.jpg'"
+                )
             self._matched = pa.array(matched, TEXT)
 
     def find(self, paths: pa.LargeStringArray) -> tuple[pa.LargeStringArray, Quarantined]:

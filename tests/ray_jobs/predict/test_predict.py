@@ -141,7 +141,7 @@ def prepared_rows(houses: Path, rules: Manifest) -> pa.Table:
 
 
 def test_raw_rows_get_the_probabilities_of_equal_prepared_rows_or_a_reason(
-    houses, rules, model, ray_local, monkeypatch, tmp_path
+    houses, rules, model, ray_local, monkeypatch, tmp_path, capsys
 ):
     monkeypatch.chdir(houses)
     spec = spec_of(houses, images="photos/{key}_front.jpg", output=str(tmp_path))
@@ -161,6 +161,8 @@ def test_raw_rows_get_the_probabilities_of_equal_prepared_rows_or_a_reason(
     assert np.ptp(expected) > 0.1
     assert found["probability"].null_count == found["predicted_label"].null_count == 6
     assert (counts["num_rows"], counts["num_errors"]) == (len(RAW_ROWS), 6)
+    first = found["probability"][0].as_py()
+    assert f"  {RAW_ROWS[0][0]}  {first:.4f}\n" in capsys.readouterr().out
 
 
 def raw_rows(spec: PredictSpec) -> pa.Table:
