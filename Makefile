@@ -39,6 +39,7 @@ lock: $(READY)
 
 # pip compiles bytecode on one core, which takes as long as the rest of the installation.
 $(READY): requirements-dev.lock pyproject.toml
+	@echo "installing into $(VENV), which takes about 3 minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile --requirement requirements-dev.lock
 	-$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib
