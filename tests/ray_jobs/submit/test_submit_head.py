@@ -18,6 +18,7 @@ from tests.ray_jobs.raw import Raw
 from tests.ray_jobs.scenarios import PLAIN
 from tests.ray_jobs.submit.submitting import run_program, start
 from tests.ray_jobs.tiny import write_prepared
+from tests.ray_jobs.trained import damage_image
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiworker]
 
@@ -128,6 +129,20 @@ def test_every_job_succeeds_from_a_clean_working_directory(client, tmp_path):
     assert jobs == [(verb, "SUCCEEDED") for verb in ("prepare", "train", "tune")]
     # The jobs that read the summaries were deleted.
     assert not [row for row in listed if "ray_jobs.submit.summary" in str(row)]
+    assert client.remains() == {"actors": [], "groups": []}
+
+
+def test_a_failing_job_ends_with_its_workers_first_error(client, tmp_path):
+    # The damage is found only when a worker decodes the image.
+    manifest = write_prepared(tmp_path / "prepared", {"train": 40, "validation": 12, "test": 4})
+    damage_image(tmp_path / "prepared", manifest, "train", shard=0, row=3)
+    spec = client.write("damaged.yaml", {"model": PLAIN, "train": TRAIN})
+    where = ("--data.prepared", str(tmp_path / "prepared"), "--run.storage_path", str(tmp_path))
+    status, out, err = client.run("train", spec, *where)
+    assert status == 1
+    message = r"error: worker \d failed: .*the stored image of row 'train-3' is damaged"
+    assert re.match(message, out.splitlines()[-1]), out
+    assert re.fullmatch(r"error: job raysubmit_\w+ failed with exit status 1", err.splitlines()[-1])
     assert client.remains() == {"actors": [], "groups": []}
 
 
