@@ -1,9 +1,9 @@
 """Parses the command line of every job, `[SPEC.yaml] [--section.key value …]`, into a spec.
 
 tyro finds the flags and prints the help; pydantic converts and checks the values. The settings of a
-YAML file are passed to tyro as flags that precede those of the command line, so both have the same
-errors. A flat spec may name one setting in the class variable `POSITIONAL`; its value is given
-without a flag: `inspect PREPARED`.
+YAML file are passed to tyro as flags that precede those of the command line; single values are
+passed as written, so `name: 010` is the text `010`. A flat spec may name one setting in the class
+variable `POSITIONAL`; its value is given without a flag: `inspect PREPARED`.
 """
 
 import os
@@ -19,6 +19,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
+from mm_model.nearest_match import did_you_mean
 from mm_model.spec import Spec
 from ray_jobs.config.errors import Interrupted, JobError, UsageError
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 S = TypeVar("S", bound=Spec)
 T = TypeVar("T")
+HELP_FLAGS = frozenset({"-h", "--help", "--help_all"})
 _NONE = type(None)
 _DEFAULT = "Default: "
 """Starts the last sentence of a docstring; the help shows its text in place of the default value,
@@ -90,22 +92,24 @@ def parse(
     invalid. See `main` for `sections`.
 
     Raises:
-        UsageError: If the YAML file cannot be used.
+        UsageError: If the YAML file cannot be used, or a list is given twice.
     """
     import tyro
     from tyro.constructors import ConstructorRegistry
 
     flags, rest = [], list(arguments)
-    has_sections = any("." in path for path in flatten(spec_class))
-    if has_sections and rest and not rest[0].startswith("-"):
-        flags = list(_yaml_flags(spec_class, read_yaml(rest.pop(0))))
     shown: Sequence[str] = ()
-    if "--help_all" in rest:
+    fields = flatten(spec_class)
+    has_sections = any("." in path for path in fields)
+    if HELP_FLAGS & set(rest):
+        shown = () if "--help_all" in rest else sections
         rest = ["--help"]
-    elif {"-h", "--help"} & set(rest):
-        shown = sections
-    if has_sections and {"-h", "--help"} & set(rest):
-        prog, doc = f"{prog} [SPEC.yaml]".strip(), f"{doc}\n{_sections_text(spec_class, shown)}"
+        if has_sections:
+            prog, doc = f"{prog} [SPEC.yaml]", f"{doc}\n{_sections_text(spec_class, shown)}"
+    elif has_sections and rest and not rest[0].startswith("-"):
+        file = rest.pop(0)
+        flags = list(_yaml_flags(spec_class, read_yaml(file), read_yaml(file, yaml.BaseLoader)))
+    _require_each_list_once(rest, fields)
     registry = ConstructorRegistry()
     registry.struct_rule(partial(_section, root=spec_class, shown=shown))
     return tyro.cli(
@@ -122,7 +126,8 @@ def validate_spec(spec_class: type[S], tree: Mapping[str, Any]) -> S:
     """Return the spec with the values of a nested mapping.
 
     Raises:
-        UsageError: If a key or value is invalid; the message has one line for each.
+        UsageError: If a key or value is invalid; the message has one line for each, but an unknown
+            key hides the other problems of its section.
     """
     try:
         return spec_class.model_validate(tree)
@@ -130,15 +135,15 @@ def validate_spec(spec_class: type[S], tree: Mapping[str, Any]) -> S:
         raise UsageError(_problems(error)) from None
 
 
-def read_yaml(path: str) -> dict[str, Any]:
-    """Return the mapping in a YAML file.
+def read_yaml(path: str, loader: Any = yaml.SafeLoader) -> dict[str, Any]:
+    """Return the mapping in a YAML file; with `yaml.BaseLoader`, all values as they are written.
 
     Raises:
         UsageError: If the file cannot be read or contains no mapping.
     """
     try:
         with open(path, encoding="utf-8") as file:
-            tree = yaml.safe_load(file)
+            tree = yaml.load(file, loader)
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"could not read {path}: {error}") from None
     if tree is None:
@@ -172,18 +177,35 @@ def _is_spec(annotation: Any) -> TypeGuard[type[Spec]]:
     return isinstance(annotation, type) and issubclass(annotation, Spec)
 
 
-def _yaml_flags(spec_class: type[Spec], tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Yield the settings of a YAML file as flags."""
+def _yaml_flags(
+    spec_class: type[Spec], tree: Mapping[str, Any], written: Mapping[str, Any], prefix: str = ""
+) -> Iterator[str]:
+    """Yield the settings of a YAML file as flags, given its values and how they are written."""
     for name, value in tree.items():
-        field = spec_class.model_fields.get(name)
-        section = field and field.annotation
+        path, field = f"{prefix}{name}", spec_class.model_fields.get(name)
+        if field is None:
+            known = list(spec_class.model_fields)
+            raise UsageError(
+                f"unknown setting {path}{did_you_mean(str(name), known)} (accepted: "
+                f"{', '.join(known)})"
+            )
+        section, text = field.annotation, written.get(name)
         if not _is_spec(section):
-            yield f"--{prefix}{name}={value if isinstance(value, str) else _flow_text(value)}"
+            is_text = isinstance(text, str) and value is not None
+            yield f"--{path}={text if is_text else _flow_text(value)}"
         elif isinstance(value, Mapping):
-            yield from _yaml_flags(section, value, f"{prefix}{name}.")
+            yield from _yaml_flags(section, value, text or {}, f"{path}.")
         elif value is not None:  # A section is null if all of its settings are commented out.
             keys = ", ".join(section.model_fields)
-            raise UsageError(f"{prefix}{name} must be a section, not a value (accepted: {keys})")
+            raise UsageError(f"{path} must be a section, not a value (accepted: {keys})")
+
+
+def _require_each_list_once(arguments: Sequence[str], fields: Mapping[str, FieldInfo]) -> None:
+    """Raise a UsageError if a list is given twice, because only the last one would count."""
+    flags = [word.partition("=")[0] for word in arguments]
+    for path, field in fields.items():
+        if flags.count(f"--{path}") > 1 and _is_list(field.annotation):
+            raise UsageError(f"--{path} is given twice; give all values at once: --{path} A,B")
 
 
 def _sections_text(spec_class: type[Spec], shown: Sequence[str]) -> str:
@@ -285,7 +307,7 @@ def _value(field: FieldInfo, positional: str | None) -> Any:
         try:
             return adapter.validate_python(_split(words[0], field.annotation))
         except ValidationError as error:
-            raise ValueError(f"{words[0]!r} is invalid: {_problems(error)}") from None
+            raise ValueError(f"{words[0]!r} is invalid: {_problem(error, field)}") from None
         except yaml.YAMLError as error:
             problem = getattr(error, "problem", error)
             raise ValueError(f"{words[0]!r} is not valid YAML: {problem}") from None
@@ -301,6 +323,14 @@ def _value(field: FieldInfo, positional: str | None) -> Any:
     return Annotated[Positional[Any] if positional else Any, constructor, hint]
 
 
+def _problem(error: ValidationError, field: FieldInfo) -> str:
+    """Return what is wrong with a value; of several accepted types, each has its own error."""
+    if len([m for m in _union_members(field.annotation) if m is not _NONE]) == 1:
+        return _problems(error)
+    limits = (p["msg"] for p in error.errors() if p["type"].startswith(("greater", "less")))
+    return next(limits, f"accepted: {_type_text(field.annotation)}")
+
+
 def _split(text: str, annotation: Any) -> Any:
     """Convert `A,B`, YAML lists and YAML mappings; pydantic parses single values."""
     members = _union_members(annotation)
@@ -313,6 +343,10 @@ def _split(text: str, annotation: Any) -> Any:
     if tuple in origins and ("," in text or not accepts_scalar):
         return [part.strip() for part in text.split(",") if part.strip()]
     return text
+
+
+def _is_list(annotation: Any) -> bool:
+    return any(typing.get_origin(member) is tuple for member in _union_members(annotation))
 
 
 def _union_members(annotation: Any) -> tuple[Any, ...]:

@@ -213,7 +213,8 @@ def parse(arguments: Sequence[str]) -> Callable[[], int | None]:
             spec_class, [*rest, *flags], f"{PROG} {verb}", action.__doc__ or ""
         )
         return partial(action, spec)
-    spec = command_line.parse(SubmitSpec, flags, PROG, __doc__ or "")
+    prog = f"{PROG} [FLAGS] VERB [ARGUMENTS]" if command_line.HELP_FLAGS & set(flags) else PROG
+    spec = command_line.parse(SubmitSpec, flags, prog, __doc__ or "")
     accepted = [*JOBS, *COMMANDS]
     if verb not in JOBS:
         problem = f"unknown verb {verb!r}{did_you_mean(verb, accepted)}" if verb else "missing verb"
@@ -234,7 +235,7 @@ def split(arguments: Sequence[str]) -> tuple[list[str], str, list[str]]:
         if flag in ("--no-wait", "--no_wait"):
             flag, equals, value = "--wait", "=", "false"
         flags.append(flag + equals + value)
-        if not equals and rest and flag not in ("-h", "--help"):
+        if not equals and rest and flag not in command_line.HELP_FLAGS:
             flags.append(rest.pop(0))
     return flags, rest[0] if rest else "", rest[1:]
 
@@ -246,9 +247,10 @@ def make_job(verb: str, arguments: Sequence[str], folder: Path) -> Job:
         UsageError: If the verb does not accept the arguments, or the cluster could not use them.
     """
     _require_no_submit_flags(verb, arguments)
-    spec: Any = command_line.parse(
-        JOBS[verb].spec, arguments, f"{PROG} {verb}", f"Run {verb} on a cluster."
+    prog = (
+        f"{PROG} [FLAGS] {verb}" if command_line.HELP_FLAGS & set(arguments) else f"{PROG} {verb}"
     )
+    spec: Any = command_line.parse(JOBS[verb].spec, arguments, prog, f"Run {verb} on a cluster.")
     is_run = isinstance(spec, RunSpec)
     addresses = {"address": getattr(spec, "address", None)}
     if is_run:

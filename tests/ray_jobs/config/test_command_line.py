@@ -125,10 +125,11 @@ def test_a_value_follows_a_space_or_an_equals_sign_or_is_in_yaml(yaml_file, sett
 
 def test_yaml_gives_the_same_types_as_flags(yaml_file):
     path = yaml_file(
-        "run: {name: 2024}\n"
+        "run: {name: 010}\n"
         "train: {learning_rate: 1e-3, use_gpu: yes, resources_per_worker: {a: 2},\n"
         "  stages: [{epochs: 1, backbone: 0}, {epochs: 2}]}\n"
-        "prepare: {numeric_columns: [area, 'a, b'], number_rules: {age: date}, label_column: ä}\n"
+        "prepare: {numeric_columns: [area, 'a, b'], number_rules: {age: date}, label_column: ä,\n"
+        "  positive_label: yes}\n"
     )
     spec = parse(RunSpec, [path])
     stages = ({"epochs": 1, "backbone": 0}, {"epochs": 2})
@@ -136,9 +137,9 @@ def test_yaml_gives_the_same_types_as_flags(yaml_file):
     prepare = {"numeric_columns": ("area", "a, b"), "number_rules": {"age": "date"}}
     assert spec == RunSpec.model_validate(
         {
-            "run": {"name": "2024"},
+            "run": {"name": "010"},
             "train": {**train, "stages": stages},
-            "prepare": {**prepare, "label_column": "ä"},
+            "prepare": {**prepare, "label_column": "ä", "positive_label": "yes"},
         }
     )
 
@@ -160,10 +161,10 @@ def test_a_flat_spec_takes_flags_without_a_section():
         # unknown keys
         (["--train.epoch", "3"], "Unrecognized options: --train.epoch, 3 Perhaps you meant: "
          "--train.epochs INT"),
-        ("train: {epoch: 3}", "Perhaps you meant: --train.epochs INT"),
-        ("trian: {epochs: 3}", "Unrecognized options: --trian={epochs: 3}"),
-        ("model: {image: {knd: tiny}}", "Perhaps you meant: --model.image.kind TEXT"),
-        ("1: 2", "Unrecognized options: --1=2"),
+        ("train: {epoch: 3}", "unknown setting train.epoch; did you mean 'epochs'? (accepted: "),
+        ("trian: {epochs: 3}", "unknown setting trian; did you mean 'train'? (accepted: run, "),
+        ("model: {image: {knd: tiny}}", "unknown setting model.image.knd; did you mean 'kind'?"),
+        ("1: 2", "unknown setting 1 (accepted: run, "),
         (["--train.epochs", "3", "more.yaml"], "Unrecognized options: more.yaml"),
         # invalid values
         (["--train.epochs=x"], "--train.epochs: 'x' is invalid: Input should be a valid integer"),
@@ -175,7 +176,10 @@ def test_a_flat_spec_takes_flags_without_a_section():
          "should be a valid integer"),
         (["--model.numeric.units=[8,"], "'[8,' is not valid YAML: "),
         (["--train.resources_per_worker={a: -1}"], "a=-1: Input should be greater than 0"),
-        (["--train.decision_threshold=f2"], "--train.decision_threshold NUMBER|f1|"),
+        (["--train.decision_threshold=f2"], "'f2' is invalid: accepted: NUMBER|f1|"),
+        (["--train.num_workers=0,x"], "'0,x' is invalid: Input should be greater than 0"),
+        (["--prepare.exclude_columns=a", "--prepare.exclude_columns", "b"],
+         "--prepare.exclude_columns is given twice; give all values at once: "),
         (["--train.stages", "[{epoch: 3}]"], "0: unknown setting 'epoch'; did "
          "you mean 'epochs'? (accepted: epochs, "),
         (["--run.profile_steps", "10"], "--run.profile_steps INT,INT|none"),

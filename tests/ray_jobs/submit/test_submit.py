@@ -13,7 +13,7 @@ from ray_jobs.cluster import packaging
 from ray_jobs.config.errors import JobError, UsageError
 from ray_jobs.submit import job as submit_job
 from ray_jobs.submit.client import enable_token, server_address
-from tests.ray_jobs.config.usage import usage_error
+from tests.ray_jobs.config.usage import unframed, usage_error
 from tests.ray_jobs.submit.job_server import JobServer
 from tests.ray_jobs.submit.submitting import IGNORED_WARNINGS, ROOT, SHARED, SPEC, program, run
 
@@ -64,6 +64,13 @@ def test_a_usage_error_names_the_problem(capsys, line, message):
     assert re.search(message, usage_error(capsys, submit_job.parse, line.split()))
 
 
+def test_a_usage_error_exits_with_2_without_a_connection():
+    nowhere = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:1"}
+    status, out, err = program("train", "--train.epoch", "3", **nowhere)
+    assert (status, out) == (2, "")
+    assert "Perhaps you meant: --train.epochs INT" in unframed(err)
+
+
 def test_a_spec_file_outside_the_uploaded_folder_is_refused(tmp_path):
     (tmp_path / "own.yaml").write_text("run: {storage_path: /shared/runs}")
     with pytest.raises(UsageError, match=r"own\.yaml is not in /.*, the folder that is uploaded"):
@@ -104,8 +111,8 @@ def test_the_folder_and_the_summary_of_results_are_known(line, folder, summary):
 
 def test_help_describes_the_given_verb(capsys):
     for line, usage, flag in (
-        ("--help", "submit", "--submission_id TEXT|none "),
-        ("train --help", "submit train [SPEC.yaml]", "--train.epochs INT "),
+        ("--help", "submit [FLAGS] VERB [ARGUMENTS]", "--submission_id TEXT|none "),
+        ("train --help", "submit [FLAGS] train [SPEC.yaml]", "--train.epochs INT "),
     ):
         with pytest.raises(SystemExit, match="0"):
             submit_job.parse(line.split())
