@@ -1,7 +1,8 @@
 """Every private API of Ray that ray_jobs uses, with the reason for each.
 
-tests/ray_jobs/cluster/test_compat_ray.py fails when an upgrade of Ray changes one of them. Ray is
-imported inside the functions, so that importing this module does not import Ray.
+tests/ray_jobs/cluster/test_compat_ray.py checks them against the installed Ray and fails when an
+upgrade changes one. Ray is imported inside the functions, so that importing this module does not
+import Ray.
 """
 
 import logging

@@ -112,8 +112,8 @@ class PrepareSpec(Spec):
     group_column: str | None = None
     """Rows with the same value in this column, such as a patient id, go to the same split."""
     split_column: str | None = None
-    """Column that assigns each row to train, validation or test. Default: a hash of `group_column`
-    if it is set, else of the key, decides."""
+    """Column that assigns each row to train, validation or test. Default: assigned by a hash of
+    `group_column` if it is set, else of the key."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
     """Fraction of each class that goes to the validation split, which is used for early stopping,
     blending and calibration."""
@@ -181,7 +181,8 @@ class DataSpec(Spec):
     (`decode=workers`) may use. Default: Ray's own limits; a local object store gets 30 % of
     memory."""
     prefetch_batches: NonNegativeInt = 2
-    """Number of batches that each worker decodes and copies to its device in advance."""
+    """Number of device batches that each worker prepares in advance; each has the rows of up to
+    `train.steps_per_call` steps. 0 disables prefetching in the trainer."""
 
     @model_validator(mode="after")
     def _require_decoding_for_cache(self) -> Self:

@@ -17,7 +17,11 @@ def names_text(names: Iterable[str]) -> str:
 
 
 def number_text(value: float | None, decimals: int | None = None) -> str:
-    """Return a number with the given decimals, or with four significant digits."""
+    """Return a number as text; None as `–`.
+
+    Without `decimals`, integers and numbers from 1,000 have no decimals, others four significant
+    digits.
+    """
     if value is None:
         return NONE
     if decimals is not None:

@@ -1,7 +1,7 @@
 """Draws the plots of an evaluation as PNG files: ROC, precision-recall, calibration, confusion.
 
-Scikit-learn's displays draw the curves. Equal rows give equal bytes. Does not use pyplot, which
-needs a display and shares state between plots.
+Scikit-learn's displays draw the curves. Equal rows give equal bytes. Figures are created without
+pyplot, so plots share no state.
 """
 
 import io
@@ -52,7 +52,7 @@ _STYLE: dict[Any, Any] = {
 }
 _DOTS_PER_INCH = 160
 _REFERENCE_LINE: dict[str, Any] = {"color": MUTED, "linewidth": 1.2, "linestyle": (0, (4, 3))}
-_CURVE: dict[str, Any] = {"color": BLUE, "linewidth": 2.2, "clip_on": False}
+_CURVE: dict[str, Any] = {"color": BLUE, "linewidth": 2.2, "clip_on": False, "label": "model"}
 
 
 def evaluation_plots(
@@ -86,7 +86,7 @@ def _roc(label: np.ndarray, probability: np.ndarray, metrics: dict[str, Any]) ->
         _undefined(axes, "All rows are of one class")
     else:
         RocCurveDisplay.from_predictions(
-            label, probability, ax=axes, name="model", curve_kwargs=_CURVE,
+            label, probability, ax=axes, curve_kwargs=_CURVE,
             plot_chance_level=True, chance_level_kw={**_REFERENCE_LINE, "label": "chance"},
         )  # fmt: skip
         ((tn, fp), (fn, tp)) = metrics["confusion"]
@@ -101,7 +101,7 @@ def _precision_recall(label: np.ndarray, probability: np.ndarray, metrics: dict[
         _undefined(axes, "No row is positive")
     else:
         PrecisionRecallDisplay.from_predictions(
-            label, probability, ax=axes, name="model", curve_kwargs=_CURVE,
+            label, probability, ax=axes, curve_kwargs=_CURVE,
             plot_chance_level=True, chance_level_kw={**_REFERENCE_LINE, "label": "chance"},
         )  # fmt: skip
         if metrics["confusion"][0][1] + metrics["confusion"][1][1]:
@@ -115,7 +115,7 @@ def _calibration(label: np.ndarray, probability: np.ndarray, metrics: dict[str, 
     figure = Figure(figsize=(5.8, 7.1), layout="constrained")
     axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(4.4, 1))
     CalibrationDisplay.from_predictions(
-        label, probability, n_bins=ECE_BINS, pos_label=1, ax=axes, name="model", **_CURVE
+        label, probability, n_bins=ECE_BINS, pos_label=1, ax=axes, **_CURVE
     )
     axes.set(xlabel="", ylabel="Fraction of positives")
     below.hist(probability, bins=ECE_BINS, range=(0, 1), color=BLUE, edgecolor="white")

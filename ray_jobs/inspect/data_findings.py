@@ -64,8 +64,8 @@ def _shared_rows(report: Report) -> Iterator[Finding]:
             yield _warning(
                 "near_image",
                 f"{count_text(overlap.near, 'image')} in {second} nearly identical to an image in "
-                f"{first}; inspect.html shows the pairs. Photos of different things that look "
-                "alike can count, too.",
+                f"{first}; inspect.html shows the pairs. Different photos that look "
+                "alike count as well.",
             )
         if not overlap.complete:
             yield _note(

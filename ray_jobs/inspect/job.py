@@ -104,6 +104,9 @@ def _column_table(report: "Report") -> "Table":
     from rich.markup import escape
 
     table = _table("column", "missing", "mean", "std", "PSI val.", "PSI test", "AUC")
+    table.caption = (
+        "PSI: drift from the training split; AUC: how well the column alone predicts the label"
+    )
     for column in (*report.numeric, *report.categorical)[:_MAX_COLUMNS]:
         train, drifts = column.splits["train"], [column.drift[split] for split in SPLITS[1:]]
         cells = [(number_text(drift.psi, 2), drift.values_drifted) for drift in drifts]

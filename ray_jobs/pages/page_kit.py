@@ -37,6 +37,7 @@ def render(template: str, **values: object) -> str:
         "number": number_text,
         "percent": percent_text,
         "duration": duration_text,
+        "thousands": "{:,}".format,
     }
     environment.globals |= {"count_text": count_text, "NONE": NONE, "plotly_js": get_plotlyjs}
     page = environment.get_template(template).render(**values)
@@ -45,7 +46,7 @@ def render(template: str, **values: object) -> str:
 
 
 def chart(figure: "Figure | None", label: str, height: int = 300) -> Markup:
-    """Return a figure as HTML, in the style of the page; None gives an empty text.
+    """Return a figure as HTML, in the style of the page; None gives an empty string.
 
     Args:
         figure: The figure; its texts are HTML, so text from the data must be escaped.
@@ -63,7 +64,7 @@ def chart(figure: "Figure | None", label: str, height: int = 300) -> Markup:
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         hoverlabel={"bgcolor": "var(--card)", "align": "left", "font": {"color": "var(--ink)"}},
-        legend={"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom"},
+        legend={"orientation": "h", "x": 0, "xanchor": "left", "y": 1, "yanchor": "bottom"},
     )
     figure.update_xaxes(automargin=True, **_AXIS)
     figure.update_yaxes(automargin=True, **_AXIS)

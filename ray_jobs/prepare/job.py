@@ -294,7 +294,7 @@ def _print_summary(manifest: Manifest, plan: Plan, output: Folder) -> None:
     table = Table("split")
     for label in (manifest.negative_label, manifest.positive_label):
         table.add_column(label, justify="right")
-    for name in ("rows", "shards", "new", "MB"):
+    for name in ("rows", "shards", "new shards", "MB"):
         table.add_column(name, justify="right")
     for split, info in manifest.splits.items():
         megabytes = sum(shard.num_bytes for shard in info.shards) / 1e6

@@ -41,7 +41,7 @@ def typical_range(metric: str, values: Sequence[float]) -> tuple[float, float]:
     """Return the range of the values of a metric, without outliers that are far worse.
 
     The range extends from the best value to Tukey's outer fence on the worse side, three
-    interquartile ranges beyond the quartile. It is empty, 0 to 0, without values.
+    interquartile ranges beyond the quartile. Without values, it is (0, 0).
     """
     if not values:
         return 0.0, 0.0

@@ -6,6 +6,7 @@ of a chart, so one diverged trial does not flatten all others; their tooltips sh
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from optuna.study import Study
     from plotly.graph_objects import Figure
 
+# plotly reads texts as HTML, but does not decode quotes.
+_escape = partial(escape, quote=False)
 STATES = {"stopped": "stopped early"}
 """States that have another name on the page."""
 
@@ -33,15 +36,13 @@ _COST_COLORS = {
 }  # fmt: skip
 
 
-def history(search: Search) -> "Figure | None":
+def history(search: Search, study: "Study") -> "Figure | None":
     """Return the scores in order of suggestion, with a line for the best so far."""
     from optuna.visualization import plot_optimization_history
 
     if not search.scored():
         return None
-    figure: Any = plot_optimization_history(
-        _study(search), target_name=escape(search.objectives[0])
-    )
+    figure: Any = plot_optimization_history(study, target_name=_escape(search.objectives[0]))
     scores, best = figure.data[:2]
     trials = [search.trials[number] for number in scores.x]
     symbols = ["circle" if trial.state == "finished" else "circle-open" for trial in trials]
@@ -56,14 +57,14 @@ def history(search: Search) -> "Figure | None":
     return figure
 
 
-def parallel_coordinates(search: Search) -> "Figure | None":
+def parallel_coordinates(search: Search, study: "Study") -> "Figure | None":
     """Return an axis for each setting and for the score, and a line for each trial."""
     from optuna.visualization import plot_parallel_coordinate
 
     first = search.objectives[0]
     if not any(trial.values for trial in search.scored()):
         return None
-    figure: Any = plot_parallel_coordinate(_study(search), target_name=escape(first))
+    figure: Any = plot_parallel_coordinate(study, target_name=_escape(first))
     # The last trace is a color bar, which the axis of the score makes redundant.
     figure.data = figure.data[:-1]
     # The first axis is the score, from 0 to 1.
@@ -77,31 +78,36 @@ def parallel_coordinates(search: Search) -> "Figure | None":
     return figure
 
 
-def learning_curves(search: Search) -> "Figure | None":
+def learning_curves(search: Search, study: "Study") -> "Figure | None":
     """Return the first objective over the epochs, with the best trials in color."""
     from optuna.visualization import plot_intermediate_values
 
-    first, study = search.objectives[0], _study(search)
+    first = search.objectives[0]
     trials = [search.trials[t.number] for t in study.trials if t.intermediate_values]
     if not trials:
         return None
     figure: Any = plot_intermediate_values(study)
-    best = [trial.name for trial in search.scored() if trial in trials][:_NUM_BEST]
-    first_other = next((trial.name for trial in trials if trial.name not in best), "")
-    figure.update_traces(
-        name="others", legendgroup="others", showlegend=False, marker_size=4, opacity=0.4,
-        line={"color": "var(--rest)", "width": 1.2},
-    )  # fmt: skip
+    names = {trial.name for trial in trials}
+    best = [trial.name for trial in search.scored() if trial.name in names][:_NUM_BEST]
+    shown = [*best, *(trial.name for trial in trials if trial.name not in best)][: len(best) + 1]
     for trial, curve in zip(trials, figure.data, strict=True):
-        curve.update(_tooltips([trial] * len(curve.x), search))
+        name, rank, line = "others", len(best), {"color": "var(--rest)", "width": 1.2}
         if trial.name in best:
             rank = best.index(trial.name)
-            name = escape(f"{trial.name} {score_text(trial.score(first))}")
+            name = f"{_escape(trial.name)} {score_text(trial.score(first))}"
             line = {"color": f"var(--c{rank + 1})", "width": 2.2}
-            curve.update(name=name, legendgroup=name, legendrank=rank, line=line, opacity=1)
-        curve.showlegend = trial.name in [*best, first_other]
+        curve.update(
+            name=name,
+            legendgroup=name,
+            legendrank=rank,
+            showlegend=trial.name in shown,
+            line=line,
+            marker_size=4,
+            opacity=0.4 if name == "others" else 1,
+            hovertemplate=f"{_tooltip(trial, search)}<br>epoch %{{x}}: %{{y:.4g}}<extra></extra>",
+        )
     figure.update_xaxes(title="epoch")
-    figure.update_yaxes(title=escape(first))
+    figure.update_yaxes(title=_escape(first))
     figure.update_layout(showlegend=True)
     return figure
 
@@ -115,10 +121,11 @@ def trade_off(search: Search) -> "Figure | None":
     if not trials:
         return None
     x, y = (_clip([trial.score(m) for trial in trials], m) for m in (second, first))
-    points, front = list(zip(trials, x, y, strict=True)), search.pareto_front()
+    points = list(zip(trials, x, y, strict=True))
+    front = {trial.name for trial in search.pareto_front()}
     figure: Any = Figure()
     for name, color, is_front in (("other trials", "c1", False), ("Pareto front", "c2", True)):
-        shown = [point for point in points if (point[0] in front) == is_front]
+        shown = [point for point in points if (point[0].name in front) == is_front]
         figure.add_scatter(
             x=[x for _, x, _ in shown],
             y=[y for _, _, y in shown],
@@ -138,7 +145,7 @@ def bars(fractions: dict[str, float]) -> "Figure":
 
     names, values = list(fractions)[::-1], list(fractions.values())[::-1]
     texts = [f"{value:.1%}" for value in values]
-    figure: Any = Figure(Bar(y=[*map(escape, names)], x=values, text=texts, orientation="h"))
+    figure: Any = Figure(Bar(y=[*map(_escape, names)], x=values, text=texts, orientation="h"))
     figure.update_traces(marker_color="var(--c1)", hoverinfo="skip")
     figure.update_xaxes(tickformat=".0%")
     return figure
@@ -153,7 +160,7 @@ def costs(rows: dict[str, dict[str, float]]) -> "Figure":
     for part in dict.fromkeys(part for parts in rows.values() for part in parts):
         seconds = [rows[name].get(part, 0.0) for name in names]
         figure.add_bar(
-            y=[*map(escape, names)],
+            y=[*map(_escape, names)],
             x=seconds,
             name=part,
             orientation="h",
@@ -182,7 +189,7 @@ def interval(low: float, difference: float, high: float) -> "Figure":
     return figure
 
 
-def _study(search: Search) -> "Study":
+def study_of(search: Search) -> "Study":
     """Return the search as an Optuna study with outliers clipped; trial numbers are indices."""
     from optuna.trial import TrialState, create_trial
 
@@ -204,8 +211,8 @@ def _study(search: Search) -> "Study":
             create_trial(
                 state=TrialState.PRUNED if score is None else TrialState.COMPLETE,
                 value=score,
-                params={escape(s.name): _parameter(s, value) for s, value in own},
-                distributions={escape(s.name): _distribution(s) for s, _ in own},
+                params={_escape(s.name): _parameter(s, value) for s, value in own},
+                distributions={_escape(s.name): _distribution(s) for s, _ in own},
                 intermediate_values=gapped if has_curve else {},
             )
         )
@@ -213,14 +220,14 @@ def _study(search: Search) -> "Study":
 
 
 def _parameter(setting: Setting, value: object) -> float | str | None:
-    return value_text(value) if setting.words else finite(value)
+    return _escape(value_text(value)) if setting.words else finite(value)
 
 
 def _distribution(setting: Setting) -> "BaseDistribution":
     from optuna.distributions import CategoricalDistribution, FloatDistribution
 
     if setting.words:
-        return CategoricalDistribution(setting.words)
+        return CategoricalDistribution([*map(_escape, setting.words)])
     return FloatDistribution(setting.low, setting.high, log=setting.log)
 
 
@@ -232,14 +239,16 @@ def _clip(values: Sequence[float | None], metric: str) -> list[float | None]:
 
 def _tooltips(trials: Sequence[TrialRow], search: Search) -> dict[str, Any]:
     """Return the arguments of a trace that show a trial for each of its points."""
-    texts = []
-    for trial in trials:
-        lines = [f"{trial.name}, {STATES.get(trial.state, trial.state)}"]
-        lines += [f"{name} {score_text(trial.score(name))}" for name in search.objectives]
-        lines += [f"{path} {value_text(value)}" for path, value in trial.values.items()]
-        texts.append("<br>".join(escape(line[:_MAX_LETTERS]) for line in lines))
+    texts = [_tooltip(trial, search) for trial in trials]
     return {"text": texts, "hovertemplate": "%{text}<extra></extra>"}
 
 
+def _tooltip(trial: TrialRow, search: Search) -> str:
+    lines = [f"{trial.name}, {STATES.get(trial.state, trial.state)}"]
+    lines += [f"{name} {score_text(trial.score(name))}" for name in search.objectives]
+    lines += [f"{path} {value_text(value)}" for path, value in trial.values.items()]
+    return "<br>".join(_escape(line[:_MAX_LETTERS]) for line in lines)
+
+
 def _direction(metric: str) -> str:
-    return escape(f"{metric} ({'lower' if metric in MINIMIZED else 'higher'} is better)")
+    return _escape(f"{metric} ({'lower' if metric in MINIMIZED else 'higher'} is better)")

@@ -25,6 +25,7 @@ def html(search: Search) -> str:
     """Return the report page of a search."""
     first = search.objectives[0]
     counts = search.count_states().items()
+    study = trial_charts.study_of(search)
     states = ", ".join(f"{count:,} {STATES.get(state, state)}" for state, count in counts)
     return render(
         "tune/results/tune_page.html.j2",
@@ -35,10 +36,12 @@ def html(search: Search) -> str:
         states=f"{count_text(len(search.trials), 'trial')}: {states}.",
         best=next(iter(search.scored()), None),
         spent=[_spent(search, key) for key in _UNITS if key in search.spent | search.budget],
-        history=chart(trial_charts.history(search), f"{first} of each trial"),
-        settings=chart(trial_charts.parallel_coordinates(search), "Settings and scores", 380),
+        history=chart(trial_charts.history(search, study), f"{first} of each trial"),
+        settings=chart(
+            trial_charts.parallel_coordinates(search, study), "Settings and scores", 380
+        ),
         num_settings=len(searched_settings(search.trials)),
-        curves=chart(trial_charts.learning_curves(search), f"{first} over the epochs"),
+        curves=chart(trial_charts.learning_curves(search, study), f"{first} over the epochs"),
         **_comparison(search),
         **_leaderboard(search),
         **_failures(search),
