@@ -21,18 +21,8 @@ def make_group(ssh_from: str) -> str:
     return run["make_group"]("us-west-2", ssh_from)
 
 
-@pytest.mark.parametrize(
-    ("refused", "demand", "kinds"),
-    [
-        ([], {"GPU": 1}, {"gpu_spot"}),
-        (["gpu_spot"], {"GPU": 1}, {"gpu_on_demand"}),
-        (["gpu_spot", "gpu_on_demand"], {"GPU": 1}, {"gpu_spot"}),
-        (["gpu_on_demand"], {"GPU": 1}, {"gpu_spot"}),
-        ([], {"CPU": 1}, {"cpu"}),
-        (["cpu"], {"CPU": 1}, {"cpu"}),
-    ],
-)
-def test_a_node_on_demand_is_added_while_spot_is_refused(monkeypatch, refused, demand, kinds):
+def added(refused: list[str], demand: dict[str, float]) -> set[str]:
+    """Return which kinds of node version 1 of the autoscaler adds after launches were refused."""
     from ray.autoscaler._private.node_provider_availability_tracker import (
         NodeProviderAvailabilityTracker,
     )
@@ -40,10 +30,6 @@ def test_a_node_on_demand_is_added_while_spot_is_refused(monkeypatch, refused, d
     from ray.autoscaler.node_launch_exception import NodeLaunchException
 
     config = prepare_config(load("cluster.yaml"))
-    start = starts(config["head_start_ray_commands"])[0]
-    scorer = re.findall(r"RAY_AUTOSCALER_UTILIZATION_SCORER=(\S+?);?\s", start)[0]
-    monkeypatch.setenv("RAY_AUTOSCALER_UTILIZATION_SCORER", scorer)
-    monkeypatch.syspath_prepend(ROOT / "deploy")
     tracker = NodeProviderAvailabilityTracker(timer=lambda: 100)
     for kind in refused:
         error = NodeLaunchException("InsufficientInstanceCapacity", "no", None)
@@ -58,7 +44,41 @@ def test_a_node_on_demand_is_added_while_spot_is_refused(monkeypatch, refused, d
     launch, _ = scheduler.get_nodes_to_launch(
         ["head-id"], {}, [demand], {}, [], {}, None, tracker.summary()
     )
-    assert set(launch) == kinds
+    return set(launch)
+
+
+@pytest.mark.parametrize(
+    ("refused", "demand", "kinds"),
+    [
+        ([], {"GPU": 1}, {"gpu_spot"}),
+        (["gpu_spot"], {"GPU": 1}, {"gpu_on_demand"}),
+        (["gpu_spot", "gpu_on_demand"], {"GPU": 1}, {"gpu_spot"}),
+        (["gpu_on_demand"], {"GPU": 1}, {"gpu_spot"}),
+        ([], {"CPU": 1}, {"cpu"}),
+        (["cpu"], {"CPU": 1}, {"cpu"}),
+    ],
+)
+def test_a_node_on_demand_is_added_while_spot_is_refused(monkeypatch, refused, demand, kinds):
+    start = starts(load("cluster.yaml")["head_start_ray_commands"])[0]
+    scorer = re.findall(r"RAY_AUTOSCALER_UTILIZATION_SCORER=(\S+?);?\s", start)[0]
+    monkeypatch.setenv("RAY_AUTOSCALER_UTILIZATION_SCORER", scorer)
+    monkeypatch.syspath_prepend(ROOT / "deploy")
+    assert added(refused, demand) == kinds
+
+
+def test_ray_by_itself_stays_with_spot_that_is_refused():
+    # If this fails, Ray avoids refused kinds itself, and spot_first.py can be deleted.
+    from ray.autoscaler.v2.instance_manager.subscribers.cloud_resource_monitor import (
+        CloudResourceMonitor,
+    )
+    from ray.core.generated.instance_manager_pb2 import Instance, InstanceUpdateEvent
+
+    assert added(["gpu_spot"], {"GPU": 1}) == {"gpu_spot"}
+    monitor = CloudResourceMonitor()
+    for status in (Instance.ALLOCATION_FAILED, Instance.ALLOCATION_TIMEOUT):
+        assert monitor.get_recoverable_resource_availabilities() == {}
+        monitor.notify([InstanceUpdateEvent(instance_type="spot", new_instance_status=status)])
+    assert set(monitor.get_recoverable_resource_availabilities()) == {"spot"}
 
 
 @pytest.fixture
@@ -118,6 +138,23 @@ def test_aws_makes_every_node_as_it_is_written(aws):
         assert found["InstanceType"] == node["node_config"]["InstanceType"]
         assert [g["GroupId"] for g in found["SecurityGroups"]] == [group]
         assert (found.get("InstanceLifecycle") == "spot") == (name == "gpu_spot")
+
+
+def test_what_aws_refuses_is_what_the_autoscaler_remembers(aws, monkeypatch):
+    from botocore.exceptions import ClientError
+    from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+    from ray.autoscaler.node_launch_exception import NodeLaunchException
+
+    def refuse(**node: Any) -> None:
+        answer = {"Error": {"Code": "InsufficientInstanceCapacity", "Message": "no spot"}}
+        raise ClientError(answer, "RunInstances")
+
+    config = load("cluster.yaml")
+    provider = AWSNodeProvider(config["provider"], config["cluster_name"])
+    monkeypatch.setattr(provider.ec2_fail_fast, "create_instances", refuse)
+    node = {**config["available_node_types"]["gpu_spot"]["node_config"], "SubnetIds": ["a", "b"]}
+    with pytest.raises(NodeLaunchException, match="no spot"):
+        provider.create_node(node, {"ray-node-type": "worker"}, 1)
 
 
 @pytest.fixture

@@ -107,7 +107,9 @@ def test_weight_decay_excludes_biases_and_batch_norms(kind, mirrored):
     statistics = mm_model.fit_numeric_statistics(rows()[1])
     with strategy.scope():
         model = mm_model.create_model((16, 16, 3), (3,), statistics, **NO_RANDOMNESS)
-        variables = model.trainable_variables
+        # The number of axes decides, not the name.
+        named = [keras.Variable([[1.0]], name=name) for name in ("entries_0", "beta_kernel")]
+        variables = [*model.trainable_variables, *named]
         optimizer = constant(optimizer=kind, learning_rate=0.5, weight_decay=0.1)
         optimizer.build(variables)
     for v in variables:
@@ -115,9 +117,10 @@ def test_weight_decay_excludes_biases_and_batch_norms(kind, mirrored):
     zeros = [tf.zeros(v.shape) for v in variables]
     strategy.run(tf.function(lambda: optimizer.apply(zeros, variables)))
     for v in variables:
-        expected = 0.95 if v.name == "kernel" else 1.0
+        expected = 1.0 if v.name in ("bias", "gamma", "beta") else 0.95
         np.testing.assert_allclose(v, np.full(v.shape, expected), rtol=1e-6, err_msg=v.path)
-    assert {v.name for v in variables} == {"kernel", "bias", "gamma", "beta"}
+    names = {v.name for v in variables}
+    assert names == {"kernel", "bias", "gamma", "beta", "entries_0", "beta_kernel"}
 
 
 def test_an_average_of_the_weights_is_kept_until_it_is_assigned():

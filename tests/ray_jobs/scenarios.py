@@ -34,26 +34,30 @@ PLAIN = {
 }
 RANDOM = {"image": PLAIN["image"], "numeric": PLAIN["numeric"], "fusion": {"units": 16}}
 """With the default dropout, modality dropout and augmentation."""
+EVERYTHING_RANDOM = {
+    "model": {**RANDOM, "augmentation": {**PLAIN["augmentation"], "flip": "horizontal"}},
+    "train": {
+        "epochs": 3,
+        "global_batch_size": 16,
+        "schedule": "plateau",
+        "plateau_patience": 1,
+        "checkpoint_every_steps": 4,
+        "ema_momentum": 0.9,
+        "mixup_alpha": 0.2,
+    },
+}
+"""With all random operations, and batch norm of each worker's own rows."""
 SCENARIOS: dict[str, dict[str, Any]] = {
-    # 20 steps with the same rows and random numbers for any number of workers. No number divides
-    # another: 101 training rows, 37 validation rows, steps of 20 rows.
+    # 20 steps with the same rows and random numbers for any number of workers. Neither the 101
+    # training rows nor the 37 validation rows are a multiple of the 20 rows of a step.
     "synchronised": {
         "model": {**RANDOM, "batch_norm": "sync"},
         "train": {"epochs": 4, "global_batch_size": 20, "checkpoint_every_steps": 3},
     },
-    # With all random operations, and batch norm of each worker's own rows.
-    "random": {
-        "model": {**RANDOM, "augmentation": {**PLAIN["augmentation"], "flip": "horizontal"}},
-        "train": {
-            "epochs": 3,
-            "global_batch_size": 16,
-            "schedule": "plateau",
-            "plateau_patience": 1,
-            "checkpoint_every_steps": 4,
-            "ema_momentum": 0.9,
-            "mixup_alpha": 0.2,
-        },
-    },
+    # Stopped and resumed.
+    "random": EVERYTHING_RANDOM,
+    # Resumed by new loops.
+    "resumed": EVERYTHING_RANDOM,
     # Overfits after the first epochs.
     "patience": {
         "model": PLAIN,
@@ -97,6 +101,7 @@ class RecordingCallbacks(Callbacks):
 
 
 def loop_of(scenario: str, folder: Path, worker: Any, strategy: Any = None) -> "Loop":
+    """Return a new loop with the settings of a scenario."""
     from ray_jobs.train.loop import Loop
 
     sections = SCENARIOS[scenario]
@@ -129,7 +134,7 @@ def run_scenarios(config: dict[str, Any]) -> None:
 
 
 def run_scenario(name: str, loop: "Loop", folder: Path) -> dict[str, Any]:
-    """Train without a disturbance, and before and after it with one, in the same traced graph."""
+    """Train without a disturbance; some scenarios are also stopped and resumed."""
     initial = loop.snapshots.take(LoopState(), {}, {})
     num_workers, first = loop.context.num_workers, None
     if name == "random":
@@ -170,6 +175,11 @@ def run_scenario(name: str, loop: "Loop", folder: Path) -> dict[str, Any]:
             end_of_epoch = next(c for c in undisturbed.checkpoints if c.state.epoch == 1)
             starts = (last, end_of_epoch)
             results["resumed_equal"] = [resumed_equal(loop, undisturbed, c) for c in starts]
+    if name == "resumed":
+        # Within an epoch and at its end.
+        results["resumed_equal"] = [
+            resumed_equal(new_loop(loop), undisturbed, c) for c in undisturbed.checkpoints[:2]
+        ]
     if name == "synchronised" and loop.context.rank == 0:
         middle = undisturbed.checkpoints[2]
         assert middle.local
@@ -235,8 +245,12 @@ def same_checkpoints(first: Checkpoint, second: Checkpoint) -> bool:
     )
 
 
+def new_loop(loop: "Loop") -> "Loop":
+    return type(loop)(loop.spec, loop.manifest, loop.context, loop.replicas.strategy)
+
+
 def resumed_equal(loop: "Loop", undisturbed: RecordingCallbacks, start: Checkpoint) -> bool:
-    """Resume a loop that has trained further; compare all later checkpoints bit by bit."""
+    """Resume from a checkpoint; compare all later checkpoints bit by bit."""
     _, resumed = train(loop, start)
     later = [saved for saved in undisturbed.checkpoints if saved.state.step > start.state.step]
     pairs = zip(later, resumed.checkpoints, strict=True)

@@ -6,6 +6,7 @@ Writes: two.pickle with the results of the fast or slow variants with two replic
 
 import pickle
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from mm_model.spec import NO_AUGMENTATION
 from ray_jobs.config.spec import RunSpec
+from ray_jobs.data.decoder import Batch
 from ray_jobs.data.manifest import read_manifest
 from ray_jobs.storage.folder import Folder
 from ray_jobs.train.callbacks import Callbacks
@@ -36,6 +38,12 @@ DETERMINISTIC = {
 }
 # SGD, since Adam ignores the scale of the gradients.
 EXACT = {"model": LINEAR, "optimizer": "sgd", "learning_rate": 0.1}
+OVERFLOWING = {
+    "model": NUMERIC,
+    "precision": "mixed_float16",
+    "scale": 2.0**40,
+    "epochs": 6,
+}
 TRAIN: dict[str, Any] = {"global_batch_size": 20, "epochs": 3, "learning_rate": 1e-3}
 ALL = {"optimizer": "adamw", "ema_momentum": 0.9, "loss": "focal", "label_smoothing": 0.1}
 FITTED = "fifty"
@@ -58,29 +66,45 @@ FAST: dict[str, dict[str, Any]] = {
         "accumulate_steps": 2,
         "steps_per_call": 4,
     },
-    "overflowing": {
-        **ALL,
-        "model": NUMERIC,
-        "precision": "mixed_float16",
-        "replicas": 2,
-        "scale": 2.0**40,
-        "epochs": 6,
-    },
+    "overflowing": {**OVERFLOWING, **ALL},
+    "overflowing_two": {**OVERFLOWING, **ALL, "replicas": 2},
 }
 SLOW: dict[str, dict[str, Any]] = {
     "plain": {"model": DETERMINISTIC},
     "bfloat16": {"model": DETERMINISTIC, "precision": "mixed_bfloat16"},
     "float16": {"model": DETERMINISTIC, "precision": "mixed_float16"},
     "xla": {"model": DETERMINISTIC, "jit_compile": True},
+    "float16_two": {"model": DETERMINISTIC, "precision": "mixed_float16", "replicas": 2},
     "exchanged_bfloat16": {
         "model": DETERMINISTIC,
         "replicas": 2,
         "all_reduce_dtype": "bfloat16",
     },
+    "exchanged_in_parts": {"model": DETERMINISTIC, "replicas": 2, "all_reduce_bytes": 1000},
+    "copies": {"model": DETERMINISTIC, "copies": 4},
+    "accumulated_copies": {"model": DETERMINISTIC, "copies": 4, "accumulate_steps": 4},
+    "accumulated_copies_two": {
+        "model": DETERMINISTIC,
+        "copies": 4,
+        "accumulate_steps": 2,
+        "replicas": 2,
+    },
     "one": {**ALL, "model": RANDOM},
     "two": {**ALL, "model": RANDOM, "replicas": 2, "steps_per_call": 4},
     "accumulated": {**ALL, "model": {**RANDOM, "batch_norm": "local"}, "accumulate_steps": 2},
 }
+
+
+class RepeatingFeed:
+    """Fills each step with copies of the first part of its rows."""
+
+    def __init__(self, feed: Any, count: int) -> None:
+        self.feed, self.count = feed, count
+
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+        for batch in self.feed.batches(start, stop):
+            first = {k: v[: len(v) // self.count] for k, v in batch.items()}
+            yield {k: np.concatenate([v] * self.count) for k, v in first.items()}
 
 
 class EpochWeights(Callbacks):
@@ -107,7 +131,7 @@ def train(folder: Path, variant: dict[str, Any], strategy: Any) -> dict[str, Any
     from ray_jobs.cluster.strategy import WorkerContext
     from ray_jobs.train.loop import Loop
 
-    own = ("model", "replicas", "scale")
+    own = ("model", "replicas", "scale", "copies")
     settings = {k: v for k, v in variant.items() if k not in own}
     prepared = folder / "prepared"
     spec = RunSpec.model_validate(
@@ -117,7 +141,10 @@ def train(folder: Path, variant: dict[str, Any], strategy: Any) -> dict[str, Any
             "train": {**TRAIN, **settings},
         }
     )
-    loop = Loop(spec, read_manifest(Folder(prepared)), WorkerContext(), strategy)
+    loop: Any = Loop(spec, read_manifest(Folder(prepared)), WorkerContext(), strategy)
+    if "copies" in variant:
+        feed, validation = loop._feeds()
+        loop._feeds = lambda: (RepeatingFeed(feed, variant["copies"]), validation)
     scale: Any = loop.train_step.scale
     if "scale" in variant:
         scale.assign(variant["scale"])
@@ -139,7 +166,7 @@ def train(folder: Path, variant: dict[str, Any], strategy: Any) -> dict[str, Any
         "iterations": int(loop.optimizer.iterations.numpy()),
         "scale": None if scale is None else float(scale.numpy()),
         "finite": all(np.isfinite(w).all() for w in floats),
-        "replicas_equal": replicas_equal(loop),
+        "replicas_equal": replicas_equal(loop) if "replicas" in variant else None,
     }
 
 

@@ -3,7 +3,11 @@
 import inspect
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+
+import pytest
 
 from ray_jobs.cluster import compat_ray
 
@@ -39,6 +43,39 @@ def test_machines_are_measured_with_what_ray_bundles(monkeypatch):
     nvml = compat_ray.nvml()
     assert nvml is not None
     assert callable(nvml.nvmlInit)
+
+
+def test_packaged_files_are_those_that_ray_uploads(tmp_path):
+    from ray._private.runtime_env.packaging import get_uri_for_directory
+
+    for name in ("a.py", "logs/b.txt", "excluded/c.bin", ".git/config"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / ".gitignore").write_text("logs/\n")
+    files = compat_ray.packaged_files(tmp_path, ["excluded"])
+    assert {file.relative_to(tmp_path).as_posix() for file in files} == {"a.py", ".gitignore"}
+    # Ray's own upload takes the same arguments.
+    assert {"directory", "excludes"} <= set(inspect.signature(get_uri_for_directory).parameters)
+
+
+def test_requests_of_the_job_client_time_out():
+    import requests
+
+    class Silent(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            released.wait(30)
+
+    released = threading.Event()
+    with HTTPServer(("127.0.0.1", 0), Silent) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            with pytest.raises(requests.exceptions.ReadTimeout):
+                compat_ray.job_client(f"http://127.0.0.1:{server.server_port}", timeout_s=0.2)
+        finally:
+            released.set()
+            server.shutdown()
+            thread.join()
 
 
 def test_the_trainer_is_the_public_one_and_loads_without_tensorflow():
@@ -81,6 +118,18 @@ def test_the_controller_of_tune_can_pause_a_trial():
     assert list(parameters) == ["self", "trial", "status"]
 
 
+def test_a_hyperband_bracket_maps_its_trials_to_results():
+    from ray.tune.experiment import Trial
+    from ray.tune.schedulers import HyperBandScheduler
+
+    scheduler = HyperBandScheduler(metric="loss", mode="min", max_t=9)
+    trial = Trial("Trial", stub=True)
+    scheduler.on_trial_add(None, trial)  # type: ignore[arg-type]
+    (bracket,) = [b for band in scheduler._hyperbands for b in band if b is not None]
+    assert compat_ray.live_trials(bracket) == {trial: None}
+    assert compat_ray.live_trials(scheduler) is None
+
+
 def test_pending_results_are_recognised(ray_local):
     import ray
     from ray.train._internal.session import _FutureTrainingResult
@@ -93,13 +142,29 @@ def test_pending_results_are_recognised(ray_local):
     assert pbt._FutureTrainingResult is _FutureTrainingResult
 
 
-def test_loggers_of_ray_exist_and_trials_inherit_only_listed_variables():
+def test_trials_inherit_only_listed_variables(monkeypatch):
+    from ray.tune.execution import class_cache
+
+    def inherited() -> set[str]:
+        actor = class_cache._ActorClassCache().get(type("Trial", (), {}))
+        return set(actor._default_options["runtime_env"]["env_vars"])
+
+    keys = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
+    for name in keys:
+        monkeypatch.setenv(name, "secret")
+    monkeypatch.setattr(class_cache, "ENV_VARS_TO_PROPAGATE", {*class_cache.ENV_VARS_TO_PROPAGATE})
+    assert keys <= inherited()
+    listed = compat_ray.propagated_env_vars()
+    listed -= keys
+    assert not keys & inherited()
+
+
+def test_loggers_of_ray_exist():
     import ray.data._internal.progress
     from ray.tune.execution import experiment_state
 
     assert experiment_state.logger.name == compat_ray.SNAPSHOT_LOGGER
     assert ray.data._internal.progress.__name__ in compat_ray.PROGRESS_LOGGERS
-    assert {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"} <= compat_ray.propagated_env_vars()
 
 
 def test_private_apis_are_reached_in_this_module_only():

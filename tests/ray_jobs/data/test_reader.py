@@ -185,7 +185,7 @@ def test_several_images_per_row_are_stacked_and_missing_ones_masked(encode):
         assert (batch[IMAGE][0, 0] != batch[IMAGE][0, 1]).any()
 
 
-def test_texts_become_vocabulary_codes_and_may_exceed_2_gib():
+def test_texts_become_vocabulary_codes_and_have_64_bit_offsets():
     vocabularies = (
         Vocabulary(column="colour", words=("blue", "red")),
         Vocabulary(column="make", words=("x",)),

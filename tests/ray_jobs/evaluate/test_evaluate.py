@@ -16,7 +16,7 @@ from ray_jobs.config.spec import EvaluateSpec
 from ray_jobs.data.manifest import Manifest
 from ray_jobs.evaluate.job import evaluate
 from ray_jobs.predict.predictor import Predictor
-from ray_jobs.predict.row_sources import PreparedRows
+from ray_jobs.predict.row_sources import PreparedRows, rows_per_task
 from ray_jobs.predict.trained_run import TrainedRun, open_run
 from ray_jobs.storage.folder import Folder
 from ray_jobs.train.metrics import binary_metrics
@@ -176,6 +176,15 @@ def rows_of_run(prepared_run, monkeypatch) -> Callable[[Path], tuple[TrainedRun,
         return run, [rows for task in source.tasks() for rows in source.read(task)]
 
     return read
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "workers", "expected"),
+    [(47, 1, 8), (47, 2, 4), (3, 1, 4), (100_000, 2, 512), (400, 1, 100)],
+)
+def test_a_task_has_whole_batches_and_each_worker_several_tasks(num_rows, workers, expected):
+    spec = EvaluateSpec(run="", data="", output="", batch_size=4, num_workers=workers)
+    assert rows_per_task(num_rows, spec) == expected
 
 
 @pytest.mark.parametrize("kinds", [("tiny", "mlp"), ("tiny", "none"), ("none", "mlp")])

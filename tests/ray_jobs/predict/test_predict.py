@@ -21,7 +21,7 @@ from tests.ray_jobs.tiny import write_prepared
 from tests.ray_jobs.trained import THRESHOLD, damage_image, probabilities, stored_rows, write_run
 
 COLUMNS = ("error", "rooms")
-"""A numeric column may be named like the column of the predictions with the reason of a failure."""
+"""The predictions also have a column `error`."""
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 

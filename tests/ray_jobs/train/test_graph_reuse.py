@@ -52,7 +52,10 @@ def test_a_reused_graph_trains_like_a_new_one(spec, schedule):
     loop = loop_of(spec.overlay(FIRST), tunable=True)
     first = trained(loop)
     traces = loop.train_step.call.experimental_get_tracing_count()
-    assert loop.reuse_for(spec.overlay(THEN))
+    # Names and paths do not affect the graph.
+    assert loop.reuse_for(
+        spec.overlay({**THEN, "run.name": "other", "run.storage_path": "/elsewhere"})
+    )
     then = trained(loop)
     assert loop.train_step.call.experimental_get_tracing_count() == traces == 1
     expected = trained(loop_of(spec.overlay(THEN), tunable=False))

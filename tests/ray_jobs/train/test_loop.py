@@ -50,17 +50,12 @@ def two(ray_local, folder, one) -> Results:
 
 @pytest.fixture(scope="module")
 def two_slowly(ray_local, folder) -> Results:
-    return on_workers(folder, 2, ("patience", "stages"))
+    return on_workers(folder, 2, ("patience", "stages", "resumed"))
 
 
 @pytest.fixture(scope="module")
 def four(ray_local, folder, two) -> Results:
     return on_workers(folder, 4, ("synchronised",))
-
-
-MANY_WORKERS = pytest.mark.parametrize(
-    ("fewer", "many"), [("one", "two"), pytest.param("two", "four", marks=pytest.mark.slow)]
-)
 
 
 def on_workers(folder: Path, num_workers: int, names: tuple[str, ...]) -> Results:
@@ -81,15 +76,20 @@ def on_workers(folder: Path, num_workers: int, names: tuple[str, ...]) -> Result
     return {name: [pickle.loads(f.read_bytes()) for f in files[name]] for name in names}
 
 
-@MANY_WORKERS
-def test_many_workers_train_like_fewer_with_random_operations(request, fewer, many):
-    few, more = (request.getfixturevalue(name)["synchronised"][0] for name in (fewer, many))
+@pytest.mark.parametrize("many", ["two", pytest.param("four", marks=pytest.mark.slow)])
+def test_many_workers_train_like_one_with_random_operations(request, one, many):
+    few, more = one["synchronised"][0], request.getfixturevalue(many)["synchronised"][0]
+    # Seed generators are numbered by process.
+    names = [[n for n in of["models"][3] if "seed_generator" not in n] for of in (few, more)]
+    assert names[0] == names[1]
     assert more["records"][3]["step"] == 20
     assert distance(more["models"][3], few["models"][3]) <= 1e-4
     assert distance(more["models"][3], few["models"][0]) > 1e-2
 
 
-@MANY_WORKERS
+@pytest.mark.parametrize(
+    ("fewer", "many"), [("one", "two"), pytest.param("two", "four", marks=pytest.mark.slow)]
+)
 def test_a_run_that_resumes_with_twice_as_many_workers_trains_the_same(request, fewer, many):
     few, more = (request.getfixturevalue(name)["synchronised"][0] for name in (fewer, many))
     assert 0 < distance(more["first"]["model"], few["models"][3]) <= 1e-4
@@ -158,7 +158,7 @@ def test_rows_are_weighted_by_the_balanced_weights_of_their_classes(two):
 
 
 def test_training_leaves_nothing_in_the_temporary_folder(one):
-    """A killed worker could not delete it, such as the source that Autograph generates."""
+    """A killed worker could not delete the source that Autograph generates, for example."""
     assert one["synchronised"][0]["temporary"] == []
 
 
@@ -180,6 +180,17 @@ def test_a_stop_at_the_last_step_of_an_epoch_ends_the_epoch(one):
     assert first["step"] == 10
     assert not first["finished"]
     assert first["undisturbed"]
+
+
+@pytest.mark.slow
+def test_a_run_resumed_by_a_new_loop_from_any_checkpoint_is_bitwise_equal(two_slowly):
+    """Within an epoch and at its end."""
+    assert [results["resumed_equal"] for results in two_slowly["resumed"]] == [[True] * 2] * 2
+
+
+@pytest.mark.slow
+def test_the_graph_is_traced_again_for_another_stage(two_slowly):
+    assert [results["traces"] for results in two_slowly["stages"]] == [2, 2]
 
 
 @pytest.mark.slow

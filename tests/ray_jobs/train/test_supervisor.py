@@ -353,7 +353,7 @@ def test_a_run_folder_that_is_temporarily_unreadable_is_a_failure(coordinator):
 @pytest.mark.parametrize(
     ("num_workers", "cpus", "expected"),
     # The local cluster has five CPUs, one of them for Ray Data.
-    [((1, 8), 1, 4), ((1, 2), 1, 2), ((1, 8), 2, 2)],
+    [((1, 8), 1, 4), ((1, 2), 1, 2), ((1, 8), 2, 2), ((3, 3), 1, 3), ((4, 8), 2, 4)],
 )
 def test_all_workers_that_fit_are_started(coordinator, num_workers, cpus, expected):
     attempts = Attempts(coordinator)

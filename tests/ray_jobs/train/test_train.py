@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import yaml
 
 from mm_model.calibration import log_loss
 from ray_jobs.config.errors import Interrupted, JobError
-from ray_jobs.config.spec import RunSpec
+from ray_jobs.config.spec import EvaluateSpec, RunSpec
 from ray_jobs.data.images import decode_stored
 from ray_jobs.data.manifest import Manifest, read_manifest
 from ray_jobs.storage.folder import Folder
@@ -34,7 +35,7 @@ def spec_in(folder: Path, **changes: Any) -> RunSpec:
         {
             "run": {"storage_path": str(folder / "runs"), "name": "first"},
             "data": {"prepared": str(folder / "prepared")},
-            # Few random operations, since tracing takes most of the time.
+            # With dropout and flips, but without the other operations, which are slow to trace.
             "model": SCENARIOS["random"]["model"],
             "train": {
                 "num_workers": 2,
@@ -50,6 +51,13 @@ def spec_in(folder: Path, **changes: Any) -> RunSpec:
 
 def prepared_in(folder: Path) -> Manifest:
     return write_prepared(folder / "prepared", {"train": 101, "validation": 37, "test": 23})
+
+
+def inputs_of(rows: pa.Table) -> dict[str, np.ndarray]:
+    """Return the model's inputs of stored rows."""
+    image = np.stack([decode_stored(content) for content in rows["image"].to_pylist()])
+    numbers = np.stack([rows[name].to_numpy().astype(np.float32) for name in COLUMNS], axis=1)
+    return {"image": image, "numeric": numbers}
 
 
 def weights_of(run: Path) -> list[np.ndarray]:
@@ -124,13 +132,12 @@ def test_the_saved_model_and_its_serving_signature_are_calibrated_and_accept_raw
     folder, summary = trained
     manifest = read_manifest(Folder(folder / "prepared"))
     rows = stored_rows(folder / "prepared", manifest, "validation")
-    image = np.stack([decode_stored(content) for content in rows["image"].to_pylist()])
-    numbers = np.stack([rows[name].to_numpy().astype(np.float32) for name in COLUMNS], axis=1)
-    assert np.isnan(numbers).any()
+    inputs = inputs_of(rows)
+    assert np.isnan(inputs["numeric"]).any()
     model = load_model(folder / "runs" / "first" / "model" / "model.keras")
-    expected = np.asarray(model({"image": image, "numeric": numbers}))
+    expected = np.asarray(model(inputs))
     saved = tf.saved_model.load(str(folder / "runs" / "first" / "model" / "saved_model"))
-    served = saved.signatures["serve"](image=tf.constant(image), numeric=tf.constant(numbers))
+    served = saved.signatures["serve"](**{k: tf.constant(v) for k, v in inputs.items()})
     np.testing.assert_allclose(served["probability"], expected, atol=1e-6)
     assert expected.std() > 0.001
     calibration = summary["calibration"]
@@ -138,6 +145,24 @@ def test_the_saved_model_and_its_serving_signature_are_calibrated_and_accept_raw
     loss = log_loss(np.log(expected / (1 - expected))[:, 0], rows["label"].to_numpy())
     assert loss == pytest.approx(summary["validation"]["log_loss"], rel=1e-4)
     assert loss < calibration["validation_log_loss_before"]
+
+
+@pytest.mark.multiworker
+@pytest.mark.slow
+def test_calibration_does_not_increase_the_test_log_loss(trained):
+    from mm_model import load_model
+    from ray_jobs.evaluate.job import evaluate
+
+    folder, summary = trained
+    run, prepared = folder / "runs" / "first", folder / "prepared"
+    spec = EvaluateSpec(run=str(run), data=str(prepared), output=str(folder / "evaluation"))
+    metrics = evaluate(spec)
+    model = load_model(run / "model" / "model.keras")
+    assert float(model.calibration.bias) == pytest.approx(summary["calibration"]["bias"], rel=1e-6)
+    rows = stored_rows(prepared, read_manifest(Folder(prepared)), "test")
+    logits = np.asarray(model.head_logits(inputs_of(rows)), np.float64).mean(axis=1)
+    assert metrics["num_rows"] == len(logits) == 23
+    assert metrics["log_loss"] <= log_loss(logits, rows["label"].to_numpy())
 
 
 @pytest.mark.multiworker

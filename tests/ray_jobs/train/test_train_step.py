@@ -65,40 +65,58 @@ def test_one_worker_trains_like_model_fit(trained):
 def test_accumulated_parts_and_exchanges_in_parts_equal_the_whole_step(trained, parts, whole):
     """Two replicas of two parts each; `clip_norm` applies to the gradient of the global batch."""
     assert distance(trained, parts, whole) <= 1e-4
-    assert trained[parts]["replicas_equal"]
 
 
 def test_clip_norm_limits_the_gradient(trained):
     assert distance(trained, "clipped", "whole") > 1e-3
 
 
-def test_overflowing_steps_change_no_weight_and_do_not_count(trained):
+@pytest.mark.parametrize("name", ["overflowing", "overflowing_two"])
+def test_overflowing_steps_change_no_weight_and_do_not_count(trained, name):
     """The scale starts at 2**40, and every overflowing step halves it."""
-    result = trained["overflowing"]
+    result = trained[name]
     start, *epochs = result["weights"]
     unchanged = [arrays.same_arrays(start, weights) for weights in epochs]
     assert unchanged == sorted(unchanged, reverse=True)
     assert (unchanged[0], unchanged[-1]) == (True, False)
     assert result["finite"]
-    assert result["replicas_equal"]
     assert result["iterations"] == result["steps"] - np.log2(2.0**40 / result["scale"])
 
 
 @pytest.mark.parametrize("of", ["trained", pytest.param("trained_slowly", marks=pytest.mark.slow)])
-def test_the_graph_is_traced_once(request, of):
-    assert {result["traces"] for result in request.getfixturevalue(of).values()} == {1}
+def test_the_graph_is_traced_once_and_all_replicas_are_bitwise_equal(request, of):
+    results = request.getfixturevalue(of)
+    assert {result["traces"] for result in results.values()} == {1}
+    equal = {
+        name: r["replicas_equal"] for name, r in results.items() if r["replicas_equal"] is not None
+    }
+    assert len(equal) >= 3
+    assert all(equal.values()), equal
 
 
 @pytest.mark.slow
 def test_two_replicas_train_like_one_with_random_operations(trained_slowly):
     assert distance(trained_slowly, "two", "one") <= 1e-4
     assert distance(trained_slowly, "one", "plain") > 1e-2
-    assert trained_slowly["two"]["replicas_equal"]
 
 
 @pytest.mark.slow
 def test_xla_trains_the_same(trained_slowly):
     assert distance(trained_slowly, "xla", "plain") <= 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("parts", "whole"),
+    [
+        ("accumulated_copies", "copies"),
+        ("accumulated_copies_two", "copies"),
+        ("exchanged_in_parts", "plain"),
+    ],
+)
+def test_parts_of_a_step_of_the_whole_network_equal_the_step(trained_slowly, parts, whole):
+    """All accumulated parts contain the same rows, so batch norms compute the same statistics."""
+    assert distance(trained_slowly, parts, whole) <= 1e-4
 
 
 @pytest.mark.slow
@@ -115,7 +133,11 @@ def test_accumulated_parts_draw_the_same_random_numbers(trained_slowly):
 def test_lower_precision_trains_almost_the_same(trained_slowly, name, tolerance):
     first, second = (trained_slowly[n]["losses"] for n in (name, "plain"))
     np.testing.assert_allclose(first, second, rtol=tolerance)
-    # The initial loss scale may be too high for the first steps.
-    assert (trained_slowly[name]["scale"] or 0) <= 2**15
-    assert trained_slowly[name]["replicas_equal"]
     assert distance(trained_slowly, name, "plain") > 1e-6
+
+
+@pytest.mark.slow
+def test_replicas_skip_the_same_overflowing_steps(trained_slowly):
+    """The initial loss scale may be too high for the first steps."""
+    first, second = (trained_slowly[name]["losses"] for name in ("float16", "float16_two"))
+    np.testing.assert_allclose(first, second, rtol=1e-3)

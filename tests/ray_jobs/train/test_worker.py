@@ -1,6 +1,10 @@
 """A worker outside its loop: checkpoints, control requests, and reports of failures."""
 
 import ast
+import os
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -131,6 +135,44 @@ def test_errors_are_reported_as_permanent_or_secondary_by_their_class(coordinato
     reported = ray.get(coordinator.failures.remote())
     assert [(f.kind, f.permanent) for f in reported] == [tuple(case[1:]) for case in cases]
     assert reported[0].text == "ValueError: row 'a' cannot be used"
+
+
+_KILLED_WORKER = """
+import os, signal, sys
+from pathlib import Path
+from ray_jobs.cluster.strategy import Replicas, WorkerContext, set_devices
+from ray_jobs.config.spec import RunSpec
+from ray_jobs.train.loop import Loop
+from tests.ray_jobs.tiny import write_prepared
+
+prepared = Path(sys.argv[1])
+set_devices(1, use_gpu=False)
+manifest = write_prepared(prepared, {"train": 20, "validation": 5})
+spec = RunSpec.model_validate(
+    {
+        "data": {"prepared": str(prepared)},
+        "model": {"image": {"kind": "tiny", "weights": None, "units": 4}},
+        "train": {"global_batch_size": 10, "epochs": 1, "mixup_alpha": 0.2, "accumulate_steps": 2},
+    }
+)
+loop = Loop(spec, manifest, WorkerContext())
+loop.run()
+loop.replicas._sum(loop.loss_sum)
+print("trained", flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_worker_leaves_nothing_in_the_temporary_folder(tmp_path):
+    """Autograph writes generated source there, which only a regular exit deletes."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    command = [sys.executable, "-c", _KILLED_WORKER, str(tmp_path / "prepared")]
+    environment = {**os.environ, "TMPDIR": str(temporary)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (-signal.SIGKILL, "trained\n"), done.stderr
+    assert list(temporary.iterdir()) == []
 
 
 def test_no_function_is_converted_by_autograph():

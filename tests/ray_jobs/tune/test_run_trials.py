@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,29 @@ from tests.ray_jobs.tune.searches import require_nothing_left, run_search, spec_
 def start_times(folder: Path) -> dict[str, float]:
     """Return the time at which each trial's folder was created."""
     return {path.parent.name: path.stat().st_mtime for path in folder.glob("*/run.yaml")}
+
+
+class PlacementGroupCounter:
+    """Polls for the largest number of placement groups that exist at the same time."""
+
+    def __init__(self) -> None:
+        self.most, self._done = 0, threading.Event()
+        self._thread = threading.Thread(target=self._poll)
+
+    def __enter__(self) -> "PlacementGroupCounter":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _poll(self) -> None:
+        from ray.util import placement_group_table
+
+        while not self._done.wait(0.2):
+            states = [group["state"] for group in placement_group_table().values()]
+            self.most = max(self.most, sum(state != "REMOVED" for state in states))
 
 
 def test_a_search_tries_the_specs_own_values_survives_failed_trials_and_resumes(ray_local, data):
@@ -95,10 +119,13 @@ def test_trials_of_two_workers_clone_each_other(ray_local, data):
 @pytest.mark.timeout(1800)
 def test_asha_stops_half_of_thirty_trials_early(ray_local, data):
     spec = spec_in(data, run__name="thirty", tune__budget__trials=30, train__epochs=9)
-    states = [row.state for row in run_search(spec).trials]
+    with PlacementGroupCounter() as counter:
+        states = [row.state for row in run_search(spec).trials]
     assert len(states) == 30
     assert states.count("stopped") >= 15
     assert states.count("finished") >= 1
+    # Two trials run at a time, with one placement group each.
+    assert 1 <= counter.most <= 2
     require_nothing_left()
 
 

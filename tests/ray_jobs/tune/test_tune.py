@@ -17,6 +17,7 @@ from ray_jobs.config.spec import RunSpec
 from ray_jobs.train.job import fit
 from ray_jobs.tune.job import search
 from ray_jobs.tune.trials.trial import ENDED
+from tests.ray_jobs.config.usage import unframed
 from tests.ray_jobs.tune.searches import require_nothing_left, spec_in
 
 RESULTS = {
@@ -34,6 +35,15 @@ def test_an_empty_space_is_rejected_before_anything_is_written(data, tmp_path):
     with pytest.raises(JobError, match=r"tune\.space is empty"):
         search(spec_in(data, tune__space={}, run__storage_path=str(tmp_path)))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_line_rejects_an_invalid_space(tmp_path):
+    (tmp_path / "wrong.yaml").write_text("tune: {space: {train.epoch: {randint: [1, 5]}}}")
+    command = [sys.executable, "-m", "ray_jobs.tune", str(tmp_path / "wrong.yaml")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "")
+    message = "tune.space: no setting train.epoch; did you mean 'train.epochs'?"
+    assert message in unframed(result.stderr)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from ray_jobs.config.errors import JobError
 from ray_jobs.storage.folder import Folder
 from ray_jobs.train.telemetry import history_keys as keys
 from ray_jobs.train.telemetry.history import Tracker, require_tracking
-from ray_jobs.train.telemetry.mlflow_logger import EXPERIMENT
+from ray_jobs.train.telemetry.mlflow_logger import EXPERIMENT, mask_credentials
 from tests.ray_jobs.epochs import record, spec_in, write_epochs
 from tests.ray_jobs.heads import free_ports
 
@@ -204,6 +204,19 @@ def test_a_server_that_does_not_answer_prevents_a_run_but_does_not_end_it(tmp_pa
     assert len((tmp_path / "first/history.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("http://me:pass@host:5000/x", "http://***@host:5000/x"),
+        ("at https://token@host and s3://k:s@b", "at https://***@host and s3://***@b"),
+        ("http://host/a@b", "http://host/a@b"),
+        ("mail@host.org", "mail@host.org"),
+    ],
+)
+def test_credentials_in_uris_are_masked(text, shown):
+    assert mask_credentials(text) == shown
+
+
 def test_a_number_that_is_not_finite_is_null_in_json_and_not_logged_to_mlflow(runs):
     epoch = record(0, **{keys.STEP_S: float("inf")})
     with Tracker(Folder(runs / "first"), spec_in(runs)) as tracker:
@@ -233,6 +246,10 @@ def test_the_store_is_created_before_the_run_and_its_uri_set_in_the_spec(tmp_pat
     assert (tmp_path / "there/of_all.db").exists()
 
 
+CREDENTIALS = "https://me:hunter2@host/mlflow"
+NO_CREDENTIALS = r"https://\*\*\*@host/mlflow contains credentials.*MLFLOW_TRACKING_PASSWORD"
+
+
 @pytest.mark.parametrize(
     ("setting", "value", "message"),
     [
@@ -243,19 +260,21 @@ def test_the_store_is_created_before_the_run_and_its_uri_set_in_the_spec(tmp_pat
         ),
         ("tracking_uri", "mlruns", r"tracking_uri=mlruns .*; use sqlite:////.*mlruns/mlflow"),
         ("tracking_uri", "file:///a", r"tracking_uri=file:///a .*; use sqlite:////a/mlflow"),
-        (
-            "tracking_uri",
-            "https://me:hunter2@host/mlflow",
-            r"https://\*\*\*@host/mlflow contains credentials.*MLFLOW_TRACKING_PASSWORD",
-        ),
+        ("tracking_uri", CREDENTIALS, NO_CREDENTIALS),
+        ("variable", CREDENTIALS, NO_CREDENTIALS),
     ],
 )
 def test_an_unsuitable_location_is_rejected_with_an_alternative(
     tmp_path, monkeypatch, setting, value, message
 ):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    spec = spec_in(tmp_path)
+    if setting == "variable":
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", value)
+    else:
+        spec = spec.overlay({f"run.{setting}": value})
     with pytest.raises(JobError, match=message) as error:
-        require_tracking(spec_in(tmp_path).overlay({f"run.{setting}": value}))
+        require_tracking(spec)
     assert "hunter2" not in str(error.value)
 
 
