@@ -189,8 +189,9 @@ def test_a_run_resumed_by_a_new_loop_from_any_checkpoint_is_bitwise_equal(two_sl
 
 
 @pytest.mark.slow
-def test_the_graph_is_traced_again_for_another_stage(two_slowly):
-    assert [results["traces"] for results in two_slowly["stages"]] == [2, 2]
+def test_the_graph_is_traced_once_for_each_stage(two_slowly):
+    """The count is of the last stage, which has a graph of its own."""
+    assert [results["traces"] for results in two_slowly["stages"]] == [1, 1]
 
 
 @pytest.mark.slow
