@@ -4,11 +4,14 @@ import keras
 import numpy as np
 
 
-def balanced_class_weight(y: np.ndarray) -> dict[int, float]:
+def balanced_class_weight(
+    y: np.ndarray, sample_weight: np.ndarray | None = None
+) -> dict[int, float]:
     """Return the weight of each class, computed as in sklearn's `compute_class_weight("balanced")`.
 
     Args:
         y: Labels 0 or 1, of any shape.
+        sample_weight: Weight of each row. Multiply it by the weight of the row's class for `fit`.
 
     Raises:
         ValueError: If a label is not 0 or 1, or a class has no rows.
@@ -16,11 +19,13 @@ def balanced_class_weight(y: np.ndarray) -> dict[int, float]:
     labels = np.asarray(y).reshape(-1)
     if not np.isin(labels, (0, 1)).all():
         raise ValueError(f"labels must be 0 or 1, got {np.unique(labels)[:5].tolist()}")
-    return balanced_weights(*(int((labels == label).sum()) for label in (0, 1)))
+    weights = None if sample_weight is None else np.asarray(sample_weight, np.float64).reshape(-1)
+    sums = np.bincount(labels.astype(np.int64), weights, minlength=2).tolist()
+    return balanced_weights(sums[0], sums[1])
 
 
-def balanced_weights(num_negative: int, num_positive: int) -> dict[int, float]:
-    """Return the balanced weight of each class from the number of its rows.
+def balanced_weights(num_negative: float, num_positive: float) -> dict[int, float]:
+    """Return the balanced weight of each class from the number, or total weight, of its rows.
 
     Raises:
         ValueError: If a class has no rows.

@@ -7,6 +7,8 @@
 
 Several images per row (B, N, H, W, 3), with image_mask (B, N), become a batch of B × N images
 before augmentation; after the image branch, their features are combined into features of B rows.
+With `image_optional`, rows may lack all images: the joint network then gets zeros in place of image
+features, as from modality dropout, and the joint head replaces the image head in the blend.
 
 A frozen backbone returns the same features in every epoch. Therefore, a network can also be built
 on precomputed features: the input `features` (B, V, F), or (B, N, V, F), replaces image,
@@ -35,6 +37,7 @@ from mm_model.fusion import FUSIONS
 from mm_model.layers.affine_logit import AffineLogit
 from mm_model.layers.blocks import BlockBuilder
 from mm_model.layers.dropout import ModalityDropout
+from mm_model.layers.image_stack import JointWithoutImage
 from mm_model.losses import loss_from_logits
 from mm_model.optimizer import make_optimizer
 from mm_model.spec import ModelSpec, OptimizerSpec
@@ -190,6 +193,7 @@ def build_model(
     shape_numeric: Shape | None = None,
     vocabularies: Sequence[Vocabulary] = (),
     shape_features: Shape | None = None,
+    image_optional: bool = False,
 ) -> FusionModel:
     """Return the uncompiled model that a spec describes.
 
@@ -201,10 +205,12 @@ def build_model(
         vocabularies: Vocabularies of the categorical columns.
         shape_features: (V, F) of precomputed backbone features, or (N, V, F); the model then takes
             these in place of images.
+        image_optional: Whether rows may lack all images; requires the shape of several images,
+            such as (1, H, W, 3), and both branches.
 
     Raises:
-        ValueError: If the shapes do not match, the backbone does not support them, or a branch has
-            no input.
+        ValueError: If the shapes do not match, the backbone does not support them, a branch has no
+            input, or rows may lack their images but there is no other branch.
         OSError: If weights cannot be downloaded or read.
     """
     blocks = BlockBuilder(spec)
@@ -219,11 +225,21 @@ def build_model(
         branches["numeric"] = build_numeric_branch(
             inputs, spec, statistics, shape_numeric, vocabularies, blocks
         )
+    optional = image_optional and "image" in branches
+    if optional and not ("image_mask" in inputs and "numeric" in branches):
+        raise ValueError(
+            "rows without an image need a numeric branch and an image shape such as (1, H, W, 3)"
+        )
     logits = {
         name: blocks.logit(branch["pooled"], f"{name}_head") for name, branch in branches.items()
     }
+    mask = [inputs["image_mask"]] if optional else []
     if len(branches) == 2:
-        logits["joint"] = blocks.logit(_joint_features(branches, spec, blocks), "joint_head")
+        joint = _joint_features(branches, spec, blocks, mask)
+        logits["joint"] = blocks.logit(joint, "joint_head")
+    if optional:
+        choose = JointWithoutImage(name="image_vote", dtype="float32")
+        logits["image"] = choose([logits["image"], logits["joint"], *mask])
     heads, logits_M = list(logits), list(logits.values())
     logits_BM = layers.Concatenate(name="heads")(logits_M) if len(heads) > 1 else logits_M[0]
     # A single head is the output itself, which has the main loss already.
@@ -326,12 +342,12 @@ def load_model(path: str | Path) -> FusionModel:
 
 
 def _joint_features(
-    branches: dict[str, dict], spec: ModelSpec, blocks: BlockBuilder
+    branches: dict[str, dict], spec: ModelSpec, blocks: BlockBuilder, mask: list[KerasTensor]
 ) -> KerasTensor:
     image, numeric = dict(branches["image"]), dict(branches["numeric"])
     if spec.fusion.modality_dropout:
         hide = ModalityDropout(spec.fusion.modality_dropout, name="modality_dropout")
-        image["pooled"], numeric["pooled"] = hide([image["pooled"], numeric["pooled"]])
+        image["pooled"], numeric["pooled"] = hide([image["pooled"], numeric["pooled"], *mask])
     return load_builder(FUSIONS[spec.fusion.kind])(image, numeric, spec.fusion, blocks)
 
 

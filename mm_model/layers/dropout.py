@@ -40,9 +40,11 @@ class ModalityDropout(layers.Layer):
     """Hides one branch from the joint network in a random fraction of the training rows.
 
     Draws one number from [0, 1) per row. Below `rate` / 2, the first branch is set to zero; from
-    1 - `rate` / 2, the second; never both (ModDrop: Neverova et al. 2016, arXiv 1501.00102).
+    1 - `rate` / 2, the second; never both (ModDrop: Neverova et al. 2016, arXiv 1501.00102). With a
+    mask, rows whose first branch has no input never lose the second.
 
-    Input: two tensors (B, F1), (B, F2).  Output: the same shapes.
+    Input: two tensors (B, F1), (B, F2), optionally a mask (B, N) of the first branch's inputs.
+    Output: (B, F1), (B, F2).
     """
 
     def __init__(self, rate: float, seed: int | None = None, **kwargs) -> None:
@@ -52,12 +54,15 @@ class ModalityDropout(layers.Layer):
 
     def call(self, features: Any, training: bool = False) -> Any:
         """Hide branches in training."""
-        first_BF, second_BF = features
+        first_BF, second_BF, *mask = features
         if not training or not self.rate:
             return first_BF, second_BF
         shape: Any = ops.shape(first_BF)
         draw_B1: Any = per_row_random.uniform((shape[0], 1), self.seed_generator)
         half = current_value(self.rate) / 2
         keep_first_B1 = ops.cast(draw_B1 >= half, first_BF.dtype)
-        keep_second_B1 = ops.cast(draw_B1 < 1 - half, second_BF.dtype)
-        return first_BF * keep_first_B1, second_BF * keep_second_B1
+        keep_second_B1: Any = draw_B1 < 1 - half
+        for mask_BN in mask:
+            is_alone_B1 = ops.logical_not(ops.any(mask_BN > 0, axis=1, keepdims=True))
+            keep_second_B1 = ops.logical_or(keep_second_B1, is_alone_B1)
+        return first_BF * keep_first_B1, second_BF * ops.cast(keep_second_B1, second_BF.dtype)

@@ -16,6 +16,7 @@ class FoldImages(layers.Layer):
     """Turns several images per row into one batch, so that one branch processes all of them.
 
     Replaces a missing image by the first present image of its row; `UnfoldImages` ignores it later.
+    In a row without images, the placeholders stay.
     The placeholder of a missing image (usually black) resembles no photo and would distort the
     batch-norm statistics in training. Also folds precomputed features (V, F) per image.
 
@@ -63,6 +64,22 @@ class UnfoldImages(layers.Layer):
         tokens_BNX: Any = ops.reshape(tokens, (-1, num_images, num_tokens * width))
         tokens_BNX = tokens_BNX * ops.cast(present_BN1, tokens.dtype)
         return pooled_BF, ops.reshape(tokens_BNX, (-1, num_images * num_tokens, width))
+
+
+@keras.saving.register_keras_serializable("mm_model")
+class JointWithoutImage(layers.Layer):
+    """Replaces the image head's logit by that of the joint head in rows without an image.
+
+    The image head then has no vote in the blend, and learns nothing from these rows.
+
+    Input: image logit (B, 1), joint logit (B, 1), mask (B, N).  Output: (B, 1).
+    """
+
+    def call(self, logits_and_mask: Any) -> Any:
+        """Choose the logit of each row."""
+        image_B1, joint_B1, mask_BN = logits_and_mask
+        has_image_B1 = ops.any(mask_BN > 0, axis=1, keepdims=True)
+        return ops.where(has_image_B1, image_B1, ops.stop_gradient(joint_B1))
 
 
 @keras.saving.register_keras_serializable("mm_model")

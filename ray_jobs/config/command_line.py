@@ -190,6 +190,8 @@ def _yaml_flags(
                 f"{', '.join(known)})"
             )
         section, text = field.annotation, written.get(name)
+        if _loader(field.annotation) is yaml.BaseLoader and value is not None:
+            value = text
         if not _is_spec(section):
             is_text = isinstance(text, str) and value is not None
             yield f"--{path}={text if is_text else _flow_text(value)}"
@@ -305,7 +307,9 @@ def _value(field: FieldInfo, positional: str | None) -> Any:
                 "AWS_SECRET_ACCESS_KEY, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
             )
         try:
-            return adapter.validate_python(_split(words[0], field.annotation))
+            # An empty word is an empty list, or a list of one empty text if the default is empty.
+            value = ("",) if (words[0], field.default) == ("", ()) else None
+            return adapter.validate_python(value or _split(words[0], field.annotation))
         except ValidationError as error:
             raise ValueError(f"{words[0]!r} is invalid: {_problem(error, field)}") from None
         except yaml.YAMLError as error:
@@ -338,11 +342,22 @@ def _split(text: str, annotation: Any) -> Any:
     if text in ("none", "null") and _NONE in members:
         return None
     if (tuple in origins or dict in origins) and text.startswith(("[", "{")):
-        return yaml.safe_load(text)
+        return yaml.load(text, _loader(annotation))
     accepts_scalar = any(m is not _NONE and typing.get_origin(m) is not tuple for m in members)
     if tuple in origins and ("," in text or not accepts_scalar):
         return [part.strip() for part in text.split(",") if part.strip()]
     return text
+
+
+def _loader(annotation: Any) -> Any:
+    """Return the YAML loader for a value: `no` and `1` stay texts where only texts are accepted."""
+    args = typing.get_args(annotation)
+    if typing.get_origin(annotation) is Annotated:
+        args = args[:1]
+    is_text = annotation in (str, _NONE, ...) or typing.get_origin(annotation) is Literal
+    if is_text or (args and all(_loader(arg) is yaml.BaseLoader for arg in args)):
+        return yaml.BaseLoader
+    return yaml.SafeLoader
 
 
 def _is_list(annotation: Any) -> bool:

@@ -8,6 +8,7 @@ Input: a prepared folder.  Output: NumPy batches for each training or evaluation
     reader     reads row groups of the shards
     cache      keeps decoded row groups across epochs
     images     decodes user images and stored JPEGs
+    dicom      reads DICOM files for `images`
     decoder    turns stored rows into the arrays of a batch
     prefetch   runs work ahead of its consumer in threads
     loader     combines these into the feeds of one worker

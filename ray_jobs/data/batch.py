@@ -1,13 +1,14 @@
 """Defines the arrays of a batch: names, types and shapes.
 
-    image       uint8    (B, H, W, 3), or (B, N, H, W, 3) with several images per row
+    image       uint8    (B, H, W, 3), or (B, N, H, W, 3) with several or optional images per row
     features    float32  (B, V, F) or (B, N, V, F); replaces `image` if the shards contain features
                          of a frozen backbone: V views of the image, F features each
-    image_mask  float32  (B, N), 0 for a missing image; only with several images per row
+    image_mask  float32  (B, N), 0 for a missing image; only with several or optional images per row
     numeric     float32  (B, F), NaN for a missing number; columns in the manifest's order
     category    int32    (B, C), codes of the manifest's vocabularies; only with categories
     label       float32  (B, 1)
-    weight      float32  (B, 1), 0 for rows that only fill the last batch
+    weight      float32  (B, 1), from `prepare.weight_column`, else 1; 0 for rows that only fill the
+                         last batch
 
 Imports only NumPy.
 """
@@ -21,6 +22,8 @@ IMAGE_MASK = "image_mask"
 NUMERIC = "numeric"
 CATEGORY = "category"
 LABEL = "label"
+FOLD = "fold"
+"""Column of the shards with the fold of each row, if `prepare.fold_column` is set."""
 WEIGHT = "weight"
 
 INPUT_TYPES = {

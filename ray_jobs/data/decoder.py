@@ -32,6 +32,9 @@ ALIGNMENT_BYTES = 64
 """TensorFlow copies arrays whose address is not a multiple of this."""
 
 
+_GREY = 128
+
+
 class RowDecoder:
     """Turns stored rows into batches.
 
@@ -50,13 +53,17 @@ class RowDecoder:
         self.features_shape = info.features
         self.image_input = FEATURES if info.features else IMAGE
         """Model input that is read from the image columns."""
-        self.multi_image = with_image and bool(info.names)
+        self.multi_image = with_image and info.has_nulls
+        # Only rows without any image use it; close to photos' mean, it hardly moves batch norms.
+        self.placeholder = _GREY if info.optional and not info.features else 0
 
     @property
     def columns(self) -> list[str]:
         """Columns of the shards to read."""
         categories = [vocabulary.column for vocabulary in self.manifest.vocabularies]
-        return [KEY, *self.image_columns, *self.manifest.numeric_columns, *categories, LABEL]
+        weight = [WEIGHT] if self.manifest.is_weighted else []
+        numeric = self.manifest.numeric_columns
+        return [KEY, *self.image_columns, *numeric, *categories, LABEL, *weight]
 
     @property
     def row_shape(self) -> tuple[int, ...]:
@@ -78,7 +85,7 @@ class RowDecoder:
         return batch
 
     def make_batch(self, stored: StoredRows, rows: np.ndarray) -> Batch:
-        """Return the batch of some stored rows with weight 1 and uninitialized images."""
+        """Return the batch of some stored rows with uninitialized images."""
         names = [n for n in self.columns if n not in (KEY, *self.image_columns)]
         table = stored.take(names, rows)
         count = len(rows)
@@ -88,6 +95,8 @@ class RowDecoder:
             LABEL: _floats(table[LABEL])[:, None],
             WEIGHT: np.ones((count, 1), np.float32),
         }
+        if self.manifest.is_weighted:
+            batch[WEIGHT] = _floats(table[WEIGHT])[:, None]
         if self.manifest.vocabularies:
             codes = [v.codes(table[v.column].to_pylist()) for v in self.manifest.vocabularies]
             batch[CATEGORY] = np.stack(codes, axis=1)
@@ -151,7 +160,7 @@ class RowDecoder:
         images = batch[self.image_input]
         target = images[row, n] if self.multi_image else images[row]
         if self.multi_image and not cell.is_valid:
-            target[:] = 0
+            target[:] = self.placeholder
             batch[IMAGE_MASK][row, n] = 0
             return
         target[:] = self._features(cell) if self.features_shape else self._pixels(cell)

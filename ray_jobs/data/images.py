@@ -8,7 +8,9 @@ import io
 import struct
 import threading
 import warnings
-from typing import Literal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -18,6 +20,10 @@ from PIL import Image, ImageOps
 from ray_jobs.config.spec import PrepareSpec
 
 Aspect = Literal["stretch", "crop", "pad"]
+PixelRange = tuple[float, float]
+"""Values of black and white in images with more than 8 bits."""
+EIGHT_BITS: PixelRange = (0.0, 255.0)
+"""Found in a sample whose images have at most 8 bits, or 16 bits with such values."""
 
 # Excludes formats for which Pillow runs programs or opens further files (EPS, WMF, …).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
@@ -31,6 +37,10 @@ _REDUCED = {
     8: _RGB | cv2.IMREAD_REDUCED_GRAYSCALE_8,
 }
 _WHITE = (255, 255, 255, 255)
+_BITS, _PHOTOMETRIC, _ORIENTATION, _EXTRA, _SAMPLE_FORMAT = 258, 262, 274, 338, 339
+_WHITE_IS_ZERO, _PREMULTIPLIED, _SIGNED = 0, 1, 2
+# Fraction of the pixels that may be far outside a range that other images use.
+_MAX_FAR_OUTSIDE = 0.01
 # Start of the data of a JPEG 2000 image; its size follows.
 _CODESTREAM = b"\xff\x4f\xff\x51"
 # Start of frame markers of a JPEG; its size follows.
@@ -53,57 +63,91 @@ class BadImage(Exception):
         return f"{self.reason}: {self.detail}"
 
 
-def prepare_image(content: bytes, spec: PrepareSpec) -> bytes:
+def prepare_image(
+    content: bytes, spec: PrepareSpec, found_range: PixelRange | None = None
+) -> bytes:
     """Return a user's image as a square of `prepare.image_size`: a JPEG or, by `store`, raw pixels.
+
+    Args:
+        content: The file.
+        spec: The `prepare` section.
+        found_range: Range that a sample of the images uses; `prepare.pixel_range` overrides it.
 
     Raises:
         BadImage: If the image cannot be used.
     """
     # Resampling from at least twice the size keeps the quality.
-    image = decode(content, spec.max_image_pixels, at_least=2 * spec.image_size)
+    image = decode(
+        content, spec.max_image_pixels, 2 * spec.image_size, spec.pixel_range, found_range
+    )
     square = to_square(image, spec.image_size, spec.aspect)
     return square.tobytes() if spec.store == "raw" else encode_jpeg(square, spec.jpeg_quality)
 
 
-def decode(content: bytes, max_pixels: int, at_least: int | None = None) -> Image.Image:
+def decode(
+    content: bytes,
+    max_pixels: int,
+    at_least: int | None = None,
+    pixel_range: PixelRange | None = None,
+    found_range: PixelRange | None = None,
+) -> Image.Image:
     """Return an image file as upright RGB without metadata.
 
-    Scales 16-bit greys to 8 bits and replaces transparency by white.
+    Scales images with more than 8 bits, clips them to their range, and replaces transparency by
+    white.
 
     Args:
         content: The file.
         max_pixels: Larger images are rejected before they are decoded.
         at_least: Allows decoding a JPEG at 1/2, 1/4 or 1/8 of its size, as long as neither side
             becomes shorter than this number of pixels.
+        pixel_range: Range that the user set.
+        found_range: Range that a sample of the images uses; images far outside it are rejected.
+            Without either, 16-bit images are scaled by 65,535.
 
     Raises:
         BadImage: `unreadable_image`, `animated_image` (more than one frame) or `too_large_image`.
     """
-    if not content:
-        raise BadImage("unreadable_image", "the file is empty")
-    # Pillow's own limit differs from `max_pixels`, which is checked below.
-    Image.MAX_IMAGE_PIXELS = None
-    try:
-        with _suppress_warnings, Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            _require_usable(image, max_pixels)
-            if image.format == "JPEG2000":
-                _require_consistent_size(image, content)
+    with _translate_errors(content):
+        if _is_dicom(content):
+            values, own_range, inverted = _read_dicom(content, max_pixels, pixel_range)
+            return _to_rgb(_from_values(values, own_range, inverted))
+        with _open(content, max_pixels) as image:
+            is_deep, tags = _is_deep(image), getattr(image, "tag_v2", {})
             if at_least:
                 image.draft(None, (at_least, at_least))
             image.load()
-            upright = ImageOps.exif_transpose(image)
-            rgb = _to_rgb(upright)
-    except BadImage:
-        raise
-    except Image.UnidentifiedImageError:
-        raise BadImage(
-            "unreadable_image", f"no image of a known format ({', '.join(FORMATS)})"
-        ) from None
-    # Pillow's decoders raise any exception on damaged data.
-    except Exception as error:
-        raise BadImage("unreadable_image", str(error) or type(error).__name__) from error
+            if is_deep:
+                values = _deep_values(image, content)
+                known = pixel_range or _require_inside(values, found_range)
+                inverted = tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
+                scaled = _from_values(values, known, inverted)
+                turned = Image.Exif()
+                turned[_ORIENTATION] = image.getexif().get(_ORIENTATION, 1)
+                scaled.info["exif"] = turned.tobytes()
+                image = scaled
+            rgb = _to_rgb(ImageOps.exif_transpose(image))
     rgb.info = {}
     return rgb
+
+
+def deep_values(content: bytes, max_pixels: int) -> np.ndarray | None:
+    """Return the values of an image with more than 8 bits, without alpha; None for other images.
+
+    DICOM files contain their own range, so they also give None.
+
+    Raises:
+        BadImage: If the image cannot be used.
+    """
+    with _translate_errors(content):
+        if _is_dicom(content):
+            return None
+        with _open(content, max_pixels) as image:
+            if not _is_deep(image):
+                return None
+            image.load()
+            values = _deep_values(image, content)
+            return values if values.ndim == 2 else values[..., :3]
 
 
 def to_square(image: Image.Image, size: int, aspect: Aspect) -> Image.Image:
@@ -192,8 +236,60 @@ def resize(pixels: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
     return cv2.resize(pixels, (shape[1], shape[0]), interpolation=method)
 
 
-def _require_usable(image: Image.Image, max_pixels: int) -> None:
-    width, height = image.size
+@contextmanager
+def _translate_errors(content: bytes) -> Iterator[None]:
+    """Raise every error of a decoder as BadImage, and suppress warnings."""
+    if not content:
+        raise BadImage("unreadable_image", "the file is empty")
+    try:
+        with _suppress_warnings:
+            yield
+    except BadImage:
+        raise
+    except Image.UnidentifiedImageError:
+        detail = f"no image of a known format ({', '.join(FORMATS)}, DICOM)"
+        if content[:4] in (b"II*\0", b"MM\0*"):
+            detail = (
+                "a TIFF with unsupported values; store it as 8 or 16 bits, or grey 32-bit floats"
+            )
+        raise BadImage("unreadable_image", detail) from None
+    # Decoders raise any exception on damaged data.
+    except Exception as error:
+        raise BadImage("unreadable_image", str(error) or type(error).__name__) from error
+
+
+@contextmanager
+def _open(content: bytes, max_pixels: int) -> Iterator[Image.Image]:
+    # Pillow's own limit differs from `max_pixels`, which is checked below.
+    Image.MAX_IMAGE_PIXELS = None
+    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        # Phones append a preview or a depth map to the photo (MPO); the photo is the first frame.
+        frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+        _require_usable(image.size, frames, max_pixels)
+        if image.format == "JPEG2000":
+            _require_consistent_size(image, content)
+        yield image
+
+
+def _is_dicom(content: bytes) -> bool:
+    return content[128:132] == b"DICM"
+
+
+def _read_dicom(
+    content: bytes, max_pixels: int, pixel_range: PixelRange | None
+) -> tuple[np.ndarray, PixelRange, bool]:
+    try:
+        from ray_jobs.data import dicom
+    except ImportError:
+        detail = "reading DICOM files needs `pip install 'multimodal-ray[dicom]'`"
+        raise BadImage("unreadable_image", detail) from None
+    dataset, size, frames = dicom.open_file(content)
+    _require_usable(size, frames, max_pixels)
+    return dicom.read_pixels(dataset, pixel_range)
+
+
+def _require_usable(size: tuple[int, int], frames: int, max_pixels: int) -> None:
+    width, height = size
     if not width or not height:
         raise BadImage("unreadable_image", f"it has {width} × {height} pixels")
     if width * height > max_pixels:
@@ -201,9 +297,7 @@ def _require_usable(image: Image.Image, max_pixels: int) -> None:
             "too_large_image",
             f"it has {width} × {height} pixels, more than prepare.max_image_pixels={max_pixels}",
         )
-    # Phones append a preview or a depth map to the photo (MPO); the photo is the first frame.
-    frames = getattr(image, "n_frames", 1)
-    if frames > 1 and image.format != "MPO":
+    if frames > 1:
         raise BadImage("animated_image", f"it has {frames} frames; extract one of them")
 
 
@@ -253,22 +347,68 @@ _suppress_warnings = _SuppressWarnings()
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        image = _to_8_bit(image)
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, _WHITE)
         image = Image.alpha_composite(white, image.convert("RGBA"))
     return image.convert("RGB")
 
 
-def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Scale a 16-bit grey image to 8 bits; Pillow's conversion would clip it."""
-    values = np.asarray(image)
-    # Older files store 16-bit greys as 32-bit integers; wider values have no known range.
-    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-        raise BadImage(
-            "unreadable_image",
-            f"its values, {values.min():g} to {values.max():g}, have no known range; "
-            "store it with 8 or 16 bits",
-        )
-    return Image.fromarray(np.rint(values.astype(np.float32) / 257.0).astype(np.uint8))
+def _is_deep(image: Image.Image) -> bool:
+    """Return whether an image that has not been loaded has values other than 0 to 255."""
+    tags: Any = getattr(image, "tag_v2", {})
+    if image.mode in ("RGB", "RGBA"):
+        # Pillow keeps the upper 8 of 16 bits; the other formats scale by the range in the file.
+        if image.format == "TIFF":
+            return 16 in tags.get(_BITS, ()) and tags.get(_EXTRA) != (_PREMULTIPLIED,)
+        tile: Any = getattr(image, "tile", None)
+        return image.format == "PNG" and bool(tile) and ";16" in str(tile[0][3])
+    is_signed = image.mode == "L" and _SIGNED in tags.get(_SAMPLE_FORMAT, ())
+    return image.mode in ("I", "F") or image.mode.startswith("I;16") or is_signed
+
+
+def _deep_values(image: Image.Image, content: bytes) -> np.ndarray:
+    """Return the values of a loaded image for which `_is_deep`: (H, W), or (H, W, RGB or RGBA)."""
+    if image.mode == "L":
+        return np.asarray(image).view(np.int8)
+    if image.mode not in ("RGB", "RGBA"):
+        return np.asarray(image)
+    bgra = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
+    if bgra is None or bgra.dtype != np.uint16 or bgra.shape[:2] != image.size[::-1]:
+        raise BadImage("unreadable_image", "its 16-bit colours cannot be read; store it as 8 bits")
+    has_alpha = image.mode == "RGBA" or "transparency" in image.info
+    return bgra[..., [2, 1, 0, 3][: 4 if has_alpha else 3]]
+
+
+def _require_inside(values: np.ndarray, found_range: PixelRange | None) -> PixelRange:
+    """Return the range by which to scale values.
+
+    Raises:
+        BadImage: If over 1% of the values are outside the range by more than its width, or any
+            where no range was found.
+    """
+    if found_range:
+        low, high = found_range
+        far = np.mean((values < 2 * low - high) | (values > 2 * high - low))
+        if far <= _MAX_FAR_OUTSIDE:
+            return found_range
+        problem = f"are far outside {low:g} to {high:g}, the range of the sampled images"
+    else:
+        if values.dtype.kind != "f" and values.min() >= 0 and values.max() <= 65535:
+            return 0.0, 65535.0
+        problem = "have no known range"
+    raise BadImage(
+        "unreadable_image",
+        f"its values, {np.nanmin(values):g} to {np.nanmax(values):g}, {problem}; store it as 8 "
+        "bits, or set prepare.pixel_range for all images",
+    )
+
+
+def _from_values(values: np.ndarray, pixel_range: PixelRange, inverted: bool) -> Image.Image:
+    """Scale values from a range to 8 bits; clip values outside, and make NaN black."""
+    low, high = pixel_range
+    scaled = values.astype(np.float32)
+    scaled -= low
+    scaled /= (high - low) / 255
+    np.nan_to_num(scaled, copy=False)
+    pixels = np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+    return Image.fromarray(255 - pixels if inverted else pixels)

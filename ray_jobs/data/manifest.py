@@ -18,7 +18,23 @@ from ray_jobs.data.batch import IMAGE
 from ray_jobs.storage.folder import Folder
 
 MANIFEST = "manifest.json"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+Role = Literal[
+    "key", "label", "group", "split", "fold", "weight", "image", "number", "category", "left_out"
+]
+
+
+class Column(Spec):
+    """What a column of the table is, as `prepare` understood it."""
+
+    name: str
+    role: Role
+    reason: str = ""
+    """Why the column is left out."""
+    rule: str = ""
+    """Rule that its cells are read by, of `prepare.number_rules` or `prepare.text_rules`."""
+    proposed: Role | None = None
+    """What a column that is left out could be."""
 
 
 class Shard(Spec):
@@ -31,6 +47,11 @@ class Shard(Spec):
     """Rows of each row group, in order."""
     num_bytes: int
     sha256: str
+    num_without_image: int = 0
+    """Rows without any image, kept by `prepare.missing_image`."""
+    missing_files: str = ""
+    """A bit per row in hexadecimal, 1 if it has no image because no such file existed; a rerun
+    writes the shard again once one of these files exists. Empty if there are none."""
     rows_sha256: str = ""
     """Hash of the inputs of the shard's rows; a rerun skips a shard whose hash is unchanged."""
 
@@ -41,7 +62,14 @@ class SplitInfo(Spec):
     num_rows: int
     class_counts: tuple[int, int]
     """Rows with label 0 and rows with label 1."""
+    class_weights: tuple[float, float] | None = None
+    """Sums of the weights of these rows; None without `prepare.weight_column`."""
     shards: tuple[Shard, ...]
+
+    @property
+    def num_without_image(self) -> int:
+        """Rows without any image."""
+        return sum(shard.num_without_image for shard in self.shards)
 
     @property
     def row_bytes(self) -> float:
@@ -50,8 +78,10 @@ class SplitInfo(Spec):
 
 
 class Cut(Spec):
-    """Upper hash limits of the test and validation rows of one class; all other rows train."""
+    """Upper hash limits of the test and validation groups of one stratum; all others train."""
 
+    max_share: float
+    """Largest fraction of positive rows of a group in the stratum."""
     test: str
     validation: str
 
@@ -65,20 +95,36 @@ class ImageInfo(Spec):
     width: int
     names: tuple[str, ...] = ()
     """Names of the images of a row, in order; empty if each row has one image."""
+    pixel_range: tuple[float, float] | None = None
+    """Values of black and white in images with more than 8 bits, as set or found in a sample; 0 to
+    255 if the sample had none. None: an earlier version of the program used 0 to 65,535."""
+    optional: bool = False
+    """Whether rows may lack all images, by `prepare.missing_image=keep`."""
     features: tuple[int, int] | None = None
     """Views and width of backbone features, if the columns contain these instead of images: views ×
     width float32 numbers per image as fixed-size binary."""
 
     @classmethod
-    def of(cls, spec: PrepareSpec) -> "ImageInfo":
+    def of(cls, spec: PrepareSpec, pixel_range: tuple[float, float] | None = None) -> "ImageInfo":
         """Return the content that `prepare` stores for its settings."""
-        size = spec.image_size
-        return cls(encoding=spec.store, height=size, width=size, names=spec.image_columns)
+        return cls(
+            encoding=spec.store,
+            height=spec.image_size,
+            width=spec.image_size,
+            names=spec.image_columns,
+            optional=spec.missing_image == "keep",
+            pixel_range=pixel_range,
+        )
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Image or feature columns of the shards; if there are several, some may be null."""
+        """Image or feature columns of the shards."""
         return tuple(f"{IMAGE}_{name}" for name in self.names) or (IMAGE,)
+
+    @property
+    def has_nulls(self) -> bool:
+        """Whether the columns may have nulls, so that the model needs a mask."""
+        return bool(self.names) or self.optional
 
     @property
     def row_bytes(self) -> int:
@@ -89,24 +135,31 @@ class ImageInfo(Spec):
 class Manifest(Spec):
     """The manifest of a prepared folder."""
 
-    schema_version: Literal[2] = SCHEMA_VERSION
+    schema_version: Literal[3] = SCHEMA_VERSION
     prepare: PrepareSpec
     """Settings that the rows were read with; `predict` reads raw rows with the same settings."""
     seed: int
     """Seed of the split by hash."""
     image: ImageInfo
+    columns: tuple[Column, ...] = ()
+    """What each column of the table is."""
     numeric_columns: tuple[str, ...]
     vocabularies: tuple[Vocabulary, ...] = ()
     """Vocabularies of the categorical columns in the training split; shards contain the texts."""
     negative_label: str
     positive_label: str
     splits: dict[Split, SplitInfo]
-    cuts: tuple[Cut, Cut] | None
-    """Hash limits of class 0 and class 1; None if the table has a split column."""
+    cuts: tuple[Cut, ...] | None
+    """Hash limits of each stratum, by share of positive rows; None if all splits were given."""
     statistics: NumericStatistics | None
     """Statistics of the training split; None without numeric columns."""
     quarantine: dict[str, int]
     """Number of excluded rows by reason."""
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether the shards have a column of row weights."""
+        return self.prepare.weight_column is not None
 
     def write(self, folder: Folder) -> None:
         """Write the manifest into a prepared folder."""

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import chain, groupby
 from operator import itemgetter
 from typing import Any
 
@@ -10,7 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ray_jobs.data.manifest import Shard
+from ray_jobs.config.spec import Split
+from ray_jobs.data.batch import WEIGHT
+from ray_jobs.data.manifest import Manifest, Shard
 from ray_jobs.data.sampler import RowRange
 from ray_jobs.storage.folder import Folder
 
@@ -50,6 +52,16 @@ class ShardReader:
             self._footers[shard] = footer
             if len(self._footers) > _MAX_FOOTERS:
                 del self._footers[next(iter(self._footers))]
+
+
+def read_weights(folder: Folder, manifest: Manifest, split: Split) -> np.ndarray | None:
+    """Return the weights of a split's rows in stored order, (N,), or None if they have none."""
+    if not manifest.is_weighted:
+        return None
+    shards = manifest.splits[split].shards
+    reader = ShardReader(folder, shards, [WEIGHT])
+    groups = [reader.read_groups(i, range(len(s.row_groups))) for i, s in enumerate(shards)]
+    return pa.concat_tables(chain.from_iterable(groups))[WEIGHT].to_numpy()
 
 
 def groups_by_shard(keys: Sequence[tuple[int, int]]) -> dict[int, list[int]]:

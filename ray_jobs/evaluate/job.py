@@ -17,6 +17,7 @@ from ray_jobs.config.spec import EvaluateSpec
 from ray_jobs.config.text import count_text
 from ray_jobs.data.batch import KEY, LABEL
 from ray_jobs.data.manifest import Manifest, read_manifest
+from ray_jobs.data.reader import read_weights
 from ray_jobs.predict.predictor import PROBABILITY, connected, predict_rows
 from ray_jobs.predict.row_sources import ERROR, PreparedRows
 from ray_jobs.predict.trained_run import open_run
@@ -35,6 +36,8 @@ class Evaluation:
     """0 or 1, (N,)."""
     probability: np.ndarray
     """Probability of 1, (N,)."""
+    weight: np.ndarray | None = None
+    """Weights, (N,); None if the data has none."""
 
 
 def evaluate(spec: EvaluateSpec) -> dict[str, Any]:
@@ -68,12 +71,16 @@ def evaluate_split(spec: EvaluateSpec) -> Evaluation:
         rows = pa.concat_tables(predict_rows(run, source, spec))
     _require_no_errors(rows, spec, data)
     label, probability = rows[LABEL].to_numpy(), rows[PROBABILITY].to_numpy()
-    metrics = binary_metrics(label, probability, run.threshold)
+    weight = read_weights(data, manifest, spec.split)
+    metrics = binary_metrics(label, probability, run.threshold, weight)
+    if weight is not None:
+        metrics["weight_column"] = manifest.prepare.weight_column
     class_names = (manifest.negative_label, manifest.positive_label)
-    for name, content in evaluation_plots(label, probability, metrics, class_names).items():
+    plots = evaluation_plots(label, probability, metrics, class_names, weight)
+    for name, content in plots.items():
         output.write_bytes(name, content)
     output.write_json(METRICS, metrics)
-    return Evaluation(metrics, label, probability)
+    return Evaluation(metrics, label, probability, weight)
 
 
 def _require_no_errors(rows: pa.Table, spec: EvaluateSpec, data: Folder) -> None:
@@ -101,9 +108,11 @@ def _print(metrics: dict[str, Any], manifest: Manifest, spec: EvaluateSpec) -> N
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in metrics.items():
-        if name not in ("confusion", "num_rows", "class_counts"):
+        if name not in ("confusion", "num_rows", "class_counts", "weight_column"):
             table.add_row(name, "undefined" if value is None else f"{value:.4f}")
     console.print(table)
+    if column := metrics.get("weight_column"):
+        console.print(f"  weighted by {escape(column)}, except for the numbers of rows")
     (negatives, positives) = metrics["confusion"]
     console.print(
         f"  negatives: {negatives[0]:,} correct, {negatives[1]:,} wrong; "

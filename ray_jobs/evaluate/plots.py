@@ -15,7 +15,7 @@ from sklearn.calibration import CalibrationDisplay
 from sklearn.metrics import ConfusionMatrixDisplay, PrecisionRecallDisplay, RocCurveDisplay
 
 from ray_jobs.config.text import count_text
-from ray_jobs.train.metrics import ECE_BINS
+from ray_jobs.train.metrics import ECE_BINS, reliability
 
 INK, MUTED, GRID = "#22303c", "#75828e", "#e6eaee"
 BLUE, ORANGE = "#2a6fbb", "#e07b39"
@@ -60,6 +60,7 @@ def evaluation_plots(
     probability: np.ndarray,
     metrics: dict[str, Any],
     class_names: tuple[str, str] = ("0", "1"),
+    weight: np.ndarray | None = None,
 ) -> dict[str, bytes]:
     """Return the four plots by file name; a text replaces a curve that is undefined.
 
@@ -68,40 +69,45 @@ def evaluation_plots(
         probability: Probability of 1, (N,).
         metrics: Metrics of these rows from `binary_metrics`.
         class_names: Names of the classes 0 and 1.
+        weight: Weights of the rows, (N,), for the curves; by default, 1.
     """
     label = np.ravel(label).astype(np.int64)
     probability = np.ravel(probability).astype(np.float64)
     with rc_context(_STYLE):
         return {
-            "roc.png": _roc(label, probability, metrics),
-            "pr.png": _precision_recall(label, probability, metrics),
-            "calibration.png": _calibration(label, probability, metrics),
+            "roc.png": _roc(label, probability, metrics, weight),
+            "pr.png": _precision_recall(label, probability, metrics, weight),
+            "calibration.png": _calibration(label, probability, metrics, weight),
             "confusion.png": _confusion(metrics, class_names),
         }
 
 
-def _roc(label: np.ndarray, probability: np.ndarray, metrics: dict[str, Any]) -> bytes:
+def _roc(
+    label: np.ndarray, probability: np.ndarray, metrics: dict[str, Any], weight: np.ndarray | None
+) -> bytes:
     figure, axes = _figure()
     if metrics["roc_auc"] is None:
         _undefined(axes, "All rows are of one class")
     else:
         RocCurveDisplay.from_predictions(
-            label, probability, ax=axes, curve_kwargs=_CURVE,
+            label, probability, sample_weight=weight, ax=axes, curve_kwargs=_CURVE,
             plot_chance_level=True, chance_level_kw={**_REFERENCE_LINE, "label": "chance"},
         )  # fmt: skip
-        ((tn, fp), (fn, tp)) = metrics["confusion"]
-        _mark(axes, fp / (fp + tn), tp / (tp + fn), metrics["threshold"])
+        false_positives = 1 + metrics["recall"] - 2 * metrics["balanced_accuracy"]
+        _mark(axes, false_positives, metrics["recall"], metrics["threshold"])
     axes.set(xlabel="False positive rate", ylabel="True positive rate")
     return _png(figure, axes, "ROC curve", f"AUC {_number(metrics['roc_auc'])}", metrics)
 
 
-def _precision_recall(label: np.ndarray, probability: np.ndarray, metrics: dict[str, Any]) -> bytes:
+def _precision_recall(
+    label: np.ndarray, probability: np.ndarray, metrics: dict[str, Any], weight: np.ndarray | None
+) -> bytes:
     figure, axes = _figure()
     if metrics["pr_auc"] is None:
         _undefined(axes, "No row is positive")
     else:
         PrecisionRecallDisplay.from_predictions(
-            label, probability, ax=axes, curve_kwargs=_CURVE,
+            label, probability, sample_weight=weight, ax=axes, curve_kwargs=_CURVE,
             plot_chance_level=True, chance_level_kw={**_REFERENCE_LINE, "label": "chance"},
         )  # fmt: skip
         if metrics["confusion"][0][1] + metrics["confusion"][1][1]:
@@ -111,11 +117,15 @@ def _precision_recall(label: np.ndarray, probability: np.ndarray, metrics: dict[
     return _png(figure, axes, "Precision–recall curve", score, metrics)
 
 
-def _calibration(label: np.ndarray, probability: np.ndarray, metrics: dict[str, Any]) -> bytes:
+def _calibration(
+    label: np.ndarray, probability: np.ndarray, metrics: dict[str, Any], weight: np.ndarray | None
+) -> bytes:
     figure = Figure(figsize=(5.8, 7.1), layout="constrained")
     axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(4.4, 1))
-    CalibrationDisplay.from_predictions(
-        label, probability, n_bins=ECE_BINS, pos_label=1, ax=axes, **_CURVE
+    # scikit-learn's calibration curve has no weights.
+    rows, mean, fraction = reliability(label, probability, weight)
+    CalibrationDisplay(fraction[rows > 0], mean[rows > 0], probability, pos_label=1).plot(
+        ax=axes, **_CURVE
     )
     axes.set(xlabel="", ylabel="Fraction of positives")
     below.hist(probability, bins=ECE_BINS, range=(0, 1), color=BLUE, edgecolor="white")

@@ -23,9 +23,9 @@ import pyarrow.parquet as pq
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import SPLITS, PredictSpec
 from ray_jobs.config.text import count_text, number_text
-from ray_jobs.data.batch import KEY
+from ray_jobs.data.batch import IMAGE_MASK, KEY
 from ray_jobs.data.manifest import MANIFEST, read_manifest
-from ray_jobs.predict.predictor import PROBABILITY, connected, predict_rows
+from ray_jobs.predict.predictor import HAS_IMAGE, PROBABILITY, connected, predict_rows
 from ray_jobs.predict.row_sources import ERROR, PreparedRows, RawRows, RowSource
 from ray_jobs.predict.trained_run import TrainedRun, open_run
 from ray_jobs.storage.folder import Folder
@@ -48,6 +48,8 @@ _MAX_PRINTED = 5
 def predict(spec: PredictSpec) -> dict[str, int]:
     """Write the predictions and return their counts: num_rows, num_positive, num_errors.
 
+    If rows may lack an image, also returns num_without_image.
+
     Raises:
         JobError: If the run is not finished, or the data as a whole does not match the run.
     """
@@ -62,19 +64,21 @@ def predict(spec: PredictSpec) -> dict[str, int]:
     tally = _Tally()
     with tempfile.TemporaryDirectory() as local:
         with connected(spec):
-            tables = (_predictions(rows, run.threshold) for rows in predict_rows(run, source, spec))
-            _write_parts(tally.count(tables), local)
+            _write_parts(tally.count(predict_rows(run, source, spec), run.threshold), local)
         # Last, so that a failed prediction leaves the folder unchanged.
         for name in earlier:
             output.delete(name)
         for part in sorted(Path(local).iterdir()):
             output.upload(part, part.name)
-    tally.print(run, output)
-    return {
+    tally.print(run, output, source.notes)
+    counts = {
         "num_rows": tally.num_rows,
         "num_positive": tally.num_positive,
         "num_errors": tally.reasons.total(),
     }
+    if IMAGE_MASK in run.input_shapes and run.manifest.image.optional:
+        counts["num_without_image"] = tally.num_without_image
+    return counts
 
 
 def _open_rows(run: TrainedRun, spec: PredictSpec) -> RowSource:
@@ -131,14 +135,16 @@ class _Tally:
     """Counts rows and errors, and keeps the first predictions to print."""
 
     def __init__(self) -> None:
-        self.num_rows = self.num_positive = 0
+        self.num_rows = self.num_positive = self.num_without_image = 0
         self.reasons: Counter[str] = Counter()
         self.examples: dict[str, str] = {}
         self.first: list[str] = []
 
-    def count(self, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-        """Count the rows of tables while passing them on."""
-        for table in tables:
+    def count(self, tables: Iterable[pa.Table], threshold: float) -> Iterator[pa.Table]:
+        """Convert tables to predictions, and count their rows."""
+        for result in tables:
+            self.num_without_image += result[HAS_IMAGE].to_pylist().count(False)
+            table = _predictions(result, threshold)
             self.num_rows += table.num_rows
             for row in table.slice(0, _MAX_PRINTED - len(self.first)).to_pylist():
                 self.first.append(f"{row[KEY]}  {number_text(row[PROBABILITY], 4)}")
@@ -149,7 +155,7 @@ class _Tally:
                 self.examples.setdefault(reason, detail)
             yield table
 
-    def print(self, run: TrainedRun, output: Folder) -> None:
+    def print(self, run: TrainedRun, output: Folder, notes: Iterable[str]) -> None:
         from rich.console import Console
         from rich.markup import escape
 
@@ -160,11 +166,20 @@ class _Tally:
             f"{self.num_positive:,} of them as {escape(repr(run.manifest.positive_label))} "
             f"(probability ≥ {run.threshold:.4g})"
         )
+        if self.num_without_image:
+            console.print(
+                f"  [yellow]{count_text(self.num_without_image, 'row')} without an image[/yellow], "
+                "predicted from numbers and words alone"
+            )
         for line in self.first:
             console.print(f"  {escape(line)}")
         if self.num_rows > len(self.first):
             console.print("  …")
+        for note in notes:
+            console.print(f"  {escape(note)}")
         for reason, count in self.reasons.most_common():
             example = f", such as {self.examples[reason]}" if self.examples[reason] else ""
             console.print(f"  [yellow]{count:,} × {escape(reason)}[/yellow]{escape(example)}")
+        for note in notes:
+            console.print(f"  [yellow]{escape(note)}[/yellow]")
         console.print(f"  [green]done[/green] → {escape(str(output))}")

@@ -27,16 +27,24 @@ from ray_jobs.cluster.connection import first_line, root_cause
 from ray_jobs.cluster.stderr_filter import ACTOR_ARGUMENTS, drop_stderr_lines
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import InferenceSpec
-from ray_jobs.data.batch import INPUT_TYPES, KEY, LABEL
+from ray_jobs.data.batch import IMAGE_MASK, INPUT_TYPES, KEY, LABEL
 from ray_jobs.predict.row_sources import ERROR, FAILURE, RowSource, model_rows
 from ray_jobs.predict.trained_run import TrainedRun
 from ray_jobs.train.finalize import MODEL
 
 PROBABILITY = "probability"
+HAS_IMAGE = "has_image"
 RESULT = pa.schema(
-    {KEY: pa.string(), LABEL: pa.int8(), PROBABILITY: pa.float64(), ERROR: pa.string()}
+    {
+        KEY: pa.string(),
+        LABEL: pa.int8(),
+        PROBABILITY: pa.float64(),
+        ERROR: pa.string(),
+        HAS_IMAGE: pa.bool_(),
+    }
 )
-"""Columns of the predicted rows; a row without a probability has an error."""
+"""Columns of the predicted rows; a row without a probability has an error. `has_image` is null for
+rows with an error, and if the model takes no mask."""
 
 _PREDICTED = RESULT.append(pa.field(FAILURE, pa.string()))
 _MIN_BLOCK_BYTES = 1 << 20
@@ -142,12 +150,17 @@ class Predictor:
         for i in np.flatnonzero(~np.isfinite(probability)):
             errors[i] = errors[i] or "the model's probability is not finite"
         has_error = np.array([error is not None for error in errors], bool)
+        has_image: Any = pa.nulls(rows.num_rows, pa.bool_())
+        if IMAGE_MASK in inputs:
+            any_image = inputs[IMAGE_MASK][: rows.num_rows].any(axis=1)
+            has_image = pa.array(any_image, mask=has_error)
         return pa.table(
             {
                 KEY: rows[KEY],
                 LABEL: rows[LABEL],
                 PROBABILITY: pa.array(probability, pa.float64(), mask=has_error),
                 ERROR: pa.array(errors, pa.string()),
+                HAS_IMAGE: has_image,
                 FAILURE: rows[FAILURE],
             },
             schema=_PREDICTED,

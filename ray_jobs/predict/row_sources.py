@@ -4,6 +4,8 @@ A `RowSource` is created on the driver, which checks the data, and read in tasks
 cluster.
 """
 
+# pyright: reportAttributeAccessIssue=false
+
 import pickle
 import re
 from collections.abc import Iterator, Sequence
@@ -11,11 +13,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ray_jobs.cluster.connection import first_line
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import InferenceSpec, PredictSpec, PrepareSpec, Split
+from ray_jobs.config.text import count_text, number_text
 from ray_jobs.data.batch import KEY, LABEL
 from ray_jobs.data.decoder import bytes_column
 from ray_jobs.data.images import BadImage
@@ -25,7 +29,8 @@ from ray_jobs.prepare.row_validation import Rows, read_rows
 from ray_jobs.prepare.shard_writer import RowConverter, StoredImages
 from ray_jobs.prepare.sources import open_source
 from ray_jobs.prepare.sources.source import Source
-from ray_jobs.prepare.table import read_table, require_columns
+from ray_jobs.prepare.table import require_columns
+from ray_jobs.prepare.table_files import open_table
 from ray_jobs.storage.folder import Folder
 
 ERROR = "error"
@@ -60,6 +65,7 @@ class PreparedRows:
         self.shards = [shard for split in splits for shard in manifest.splits[split].shards]
         self.num_rows = sum(shard.num_rows for shard in self.shards)
         self.task_rows = rows_per_task(self.num_rows, spec)
+        self.notes: tuple[str, ...] = ()
 
     def tasks(self) -> list[pa.Table]:
         """Return the shard and the row groups of each task."""
@@ -106,17 +112,21 @@ class RawRows:
             if run.takes_images or not rules.table:
                 source = open_source(rules, categorical, labelled=False)
             else:
-                source = Source(read_table(rules.table), images={}, readers={})
+                source = Source(open_table(rules.table).table, images={}, readers={})
                 require_columns(source.table, rules, categorical, labelled=False)
         except JobError as error:
             raise JobError(_with_flag_names(str(error), run, spec)) from None
         names = (rules.image_columns or ("",)) if run.takes_images else ()
         readers = tuple(source.readers[name] for name in names)
-        self.converter = RowConverter(readers, manifest.numeric_columns, categorical, rules)
+        pixel_range = manifest.image.pixel_range
+        self.converter = RowConverter(
+            readers, manifest.numeric_columns, categorical, rules, pixel_range=pixel_range
+        )
         rows = read_rows(source, rules, manifest.numeric_columns, None, categorical)
         self.num_rows = len(rows)
         self.task_rows = rows_per_task(self.num_rows, spec)
         self._rows = rows
+        self.notes = (*source.notes, *_unfamiliar(rows, manifest))
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle the source without its rows; each task receives its own."""
@@ -158,7 +168,7 @@ class RawRows:
 
 
 RowSource = PreparedRows | RawRows
-"""Rows to predict: picklable, with `num_rows`, `tasks()` and `read(task)`."""
+"""Rows to predict: picklable, with `num_rows`, `notes`, `tasks()` and `read(task)`."""
 
 
 def rows_per_task(num_rows: int, spec: InferenceSpec) -> int:
@@ -232,6 +242,7 @@ def _raw_rules(run: TrainedRun, spec: PredictSpec, numeric_columns: tuple[str, .
     rules = run.manifest.prepare
     number_rules = {n: rule for n, rule in rules.number_rules.items() if n in numeric_columns}
     changes: dict[str, Any] = {"numeric_columns": numeric_columns, "number_rules": number_rules}
+    changes |= {"fold_column": None, "weight_column": None}
     if rules.images and not rules.table:
         if spec.images:
             raise JobError(
@@ -244,6 +255,7 @@ def _raw_rules(run: TrainedRun, spec: PredictSpec, numeric_columns: tuple[str, .
     if not run.takes_images:
         # The table needs no column with image paths.
         changes |= {"image_column": None, "image_columns": (), "image_pattern": "{key}"}
+        changes |= {"image_separator": None}
     elif not spec.images:
         raise JobError(
             f"the model of {run.folder} takes images; set --images to a pattern such as "
@@ -254,10 +266,32 @@ def _raw_rules(run: TrainedRun, spec: PredictSpec, numeric_columns: tuple[str, .
         fixed = spec.images.partition("{")[0]
         base, slash, _ = fixed.rpartition("/")
         changes |= {"image_column": None, "image_pattern": spec.images[len(base + slash) :]}
+        changes |= {"image_separator": None}
         changes |= {"source": "folder", "images": (base or slash) or "."}
     else:
         changes["images"] = spec.images
     return rules.model_copy(update=changes)
+
+
+def _unfamiliar(rows: Rows, manifest: Manifest) -> Iterator[str]:
+    """Yield what is unlike the training split: unknown words and numbers outside of its range."""
+    for vocabulary in manifest.vocabularies:
+        words = rows.categories[vocabulary.column].drop_null()
+        unknown = words.filter(pc.invert(pc.is_in(words, pa.array(vocabulary.words, words.type))))
+        if len(unknown):
+            counted = count_text(len(unknown), "row")
+            yield f"{vocabulary.column}: {counted} with an unknown word, such as {unknown[0]}"
+    quantiles = manifest.statistics.quantiles if manifest.statistics else ()
+    for name, known, values in zip(
+        manifest.numeric_columns, quantiles, rows.numeric_RF.T, strict=False
+    ):
+        low, *_, high = known or (-np.inf, np.inf)
+        outside = values[(values < np.float32(low)) | (values > np.float32(high))]
+        if len(outside):
+            yield (
+                f"{name}: {count_text(len(outside), 'row')} outside the training range of "
+                f"{number_text(low)} to {number_text(high)}, such as {number_text(outside[0])}"
+            )
 
 
 def _with_flag_names(text: str, run: TrainedRun, spec: PredictSpec) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from ray_jobs.config.errors import JobError
 from ray_jobs.data.batch import CATEGORY, FEATURES, IMAGE, NUMERIC
 from ray_jobs.data.decoder import RowDecoder
+from ray_jobs.data.images import EIGHT_BITS
 from ray_jobs.data.manifest import MANIFEST, Manifest, read_manifest
 from ray_jobs.storage.folder import Folder
 from ray_jobs.train.finalize import MODEL, SUMMARY
@@ -41,7 +42,9 @@ class TrainedRun:
     def decoder(self) -> RowDecoder:
         """Decoder that turns stored rows into the model's inputs."""
         size = self.input_shapes[IMAGE][-2] if IMAGE in self.input_shapes else None
-        manifest = self.manifest
+        # The model takes no weights.
+        prepare = self.manifest.prepare.model_copy(update={"weight_column": None})
+        manifest = self.manifest.model_copy(update={"prepare": prepare})
         if not self.takes_numbers:
             manifest = manifest.model_copy(update={"numeric_columns": (), "vocabularies": ()})
         return RowDecoder(manifest, with_image=self.takes_images, size=size)
@@ -100,6 +103,12 @@ def require_match(run: TrainedRun, manifest: Manifest, data: Folder) -> None:
     )
     if run.takes_images and images != trained_images:
         differences.append(f"its images have {_image_text(manifest)}, not {_image_text(trained)}")
+    found, known = manifest.image.pixel_range, trained.image.pixel_range
+    # 8-bit images are the same in every range.
+    if run.takes_images and found and known and found not in (EIGHT_BITS, known):
+        differences.append("prepare.pixel_range is {:g},{:g}, not {:g},{:g}".format(*found, *known))
+    if run.takes_images and manifest.image.optional and not trained.image.optional:
+        differences.append("its rows may lack an image (prepare.missing_image=keep)")
     categories, trained_categories = (
         {vocabulary.column for vocabulary in m.vocabularies} for m in (manifest, trained)
     )

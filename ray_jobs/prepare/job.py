@@ -33,20 +33,42 @@ from mm_model.statistics import (
 from ray_jobs.cluster import connection
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import SPLITS, PrepareSpec, RunSpec, Split
-from ray_jobs.config.text import count_text, names_text
-from ray_jobs.data.manifest import Manifest, SplitInfo, require_shards
+from ray_jobs.config.text import count_text
+from ray_jobs.data.manifest import Column, Manifest, SplitInfo, require_shards
 from ray_jobs.prepare import journal
 from ray_jobs.prepare.cell_text import TEXT
+from ray_jobs.prepare.columns import describe, find_columns
 from ray_jobs.prepare.labels import find_classes
+from ray_jobs.prepare.pixel_range import find_pixel_range
 from ray_jobs.prepare.row_validation import CheckedRows, read_rows
 from ray_jobs.prepare.shard_plan import NewShard, Plan, make_plan, read_earlier
 from ray_jobs.prepare.shard_writer import ShardFacts, ShardWriter
 from ray_jobs.prepare.sources import open_source
-from ray_jobs.prepare.table import find_numeric_columns
 from ray_jobs.storage.folder import Folder
 
 QUARANTINE = "quarantine/part-00000.parquet"
 
+_MAX_RAISED_FRACTION = 0.2
+"""With a larger fraction of bad rows, a setting is wrong rather than the rows."""
+_REMEDIES = {
+    "missing_key": "set prepare.key_column to a column without empty cells",
+    "duplicate_key": "set prepare.key_column to a column whose values are unique",
+    "missing_label": "set prepare.label_column to another column, or --prepare.unlabelled '' to "
+    "skip these rows",
+    "bad_label": "name the labels of the positive class in prepare.positive_label, and those "
+    "without a meaning in prepare.unlabelled",
+    "missing_image": "check prepare.images, and prepare.image_pattern or prepare.image_column",
+    "ambiguous_image": "give prepare.images or the image paths more precisely",
+    "image_outside_folder": "set prepare.images to a folder that contains all images",
+    "unreadable_image": "replace these files",
+    "animated_image": "extract one frame of each of these files",
+    "too_large_image": "shrink these images, or raise prepare.max_image_pixels",
+    "non_numeric_text": "set prepare.number_rules for these columns, or name them in "
+    "prepare.exclude_columns",
+    "non_finite_number": "correct these cells, or name their columns in prepare.exclude_columns",
+    "bad_split": "correct prepare.split_column",
+    "missing_group": "fill prepare.group_column",
+}
 _TASKS_PER_CPU = 2
 _CANCEL_TIMEOUT_S = 30.0
 
@@ -61,22 +83,47 @@ def prepare(spec: RunSpec) -> Manifest:
     """
     output, categorical = Folder(spec.prepare.output), spec.data.categorical
     earlier = read_earlier(output)
+    if earlier:
+        # A value must have the same text as in the rows that are already prepared.
+        text_rules = earlier.manifest.prepare.text_rules | spec.prepare.text_rules
+        spec = spec.overlay({"prepare.text_rules": text_rules})
     source = open_source(spec.prepare, categorical)
     if source.split_column:
         spec = spec.overlay({"prepare.split_column": source.split_column})
+    if source.image_names:
+        spec = spec.overlay({"prepare.image_columns": source.image_names})
     options = spec.prepare
-    numeric_columns = find_numeric_columns(source.table, options, categorical)
-    classes = find_classes(source.table.column(options.label_column), options)
+    label = source.table.column(options.label_column)
+    classes = find_classes(label, options)
+    columns = find_columns(source.table, options, categorical, classes.codes_of(label))
+    numbers, words = (
+        tuple(column.name for column in columns if column.role == role)
+        for role in ("number", "category")
+    )
+    numeric_columns = numbers if options.numeric_columns is None else options.numeric_columns
+    categorical = tuple(dict.fromkeys((*categorical, *words)))
+    if options.missing_image == "keep" and not (numeric_columns or categorical):
+        raise JobError(
+            "prepare.missing_image=keep predicts rows without an image from numbers and words, but "
+            "there are none; name some in prepare.numeric_columns or data.categorical, or set "
+            "prepare.missing_image=quarantine"
+        )
+    options = options.model_copy(update=_stored_rules(columns, options))
+    spec = spec.model_copy(update={"prepare": options})
     rows = read_rows(source, options, numeric_columns, classes, categorical)
     _check_quarantine(rows, options, output)
+    readers = tuple(source.readers[name] for name in options.image_columns or ("",))
+    pixel_range, pixel_note = find_pixel_range(rows, readers, options, earlier)
     writer = ShardWriter(
-        readers=tuple(source.readers[name] for name in options.image_columns or ("",)),
+        readers=readers,
         output=output,
         numeric_columns=numeric_columns,
         categorical=categorical,
         spec=options,
+        pixel_range=pixel_range,
         seed=spec.run.seed,
     )
+    notes = source.notes
     # Free the table's cells, which may be large.
     del source
     plan = make_plan(rows, spec, classes, writer, earlier)
@@ -87,6 +134,7 @@ def prepare(spec: RunSpec) -> Manifest:
     try:
         _check_quarantine(rows, options, output)
         _require_both_classes(rows, plan)
+        _require_images(facts, plan, options)
     except JobError:
         _delete_unlisted(output, earlier.manifest.splits if earlier else {})
         raise
@@ -94,10 +142,11 @@ def prepare(spec: RunSpec) -> Manifest:
         prepare=options,
         seed=spec.run.seed,
         image=writer.image,
+        columns=columns,
         numeric_columns=numeric_columns,
         vocabularies=_fit_vocabularies(rows, plan),
-        negative_label=classes[0],
-        positive_label=classes[1],
+        negative_label=classes.negative,
+        positive_label=classes.positive,
         splits={split: _split_info(rows, plan, facts, split) for split in SPLITS},
         cuts=plan.cuts,
         statistics=_fit_statistics(rows, plan, numeric_columns),
@@ -106,8 +155,17 @@ def prepare(spec: RunSpec) -> Manifest:
     require_shards(output, manifest)
     manifest.write(output)
     _delete_unlisted(output, manifest.splits)
-    _print_summary(manifest, plan, output)
+    notes = (*notes, *([pixel_note] if pixel_note else ()), classes.note)
+    _print_summary(manifest, notes, plan, output)
     return manifest
+
+
+def _stored_rules(columns: Sequence[Column], options: PrepareSpec) -> dict[str, dict[str, str]]:
+    """Return the rules that later runs and `predict` read the columns by."""
+    used = [column for column in columns if column.rule and column.role != "left_out"]
+    numbers = {column.name: column.rule for column in used if column.role == "number"}
+    texts = {column.name: column.rule for column in used if column.role != "number"}
+    return {"number_rules": options.number_rules | numbers, "text_rules": texts}
 
 
 def _write_new_shards(
@@ -194,20 +252,23 @@ def _check_quarantine(rows: CheckedRows, options: PrepareSpec, output: Folder) -
         JobError: If more than `max_bad_fraction` of the rows are bad.
     """
     _write_quarantine(rows, output)
-    skipped = ("missing_label",) if options.skip_unlabelled else ()
-    bad = [row for row, (reason, _) in rows.quarantined.items() if reason not in skipped]
+    bad = [row for row, (reason, _) in rows.quarantined.items() if reason != "unlabelled"]
     num_rows = len(rows) - len(rows.quarantined) + len(bad)
     if len(bad) <= options.max_bad_fraction * num_rows:
         return
     first = min(bad)
     key, (_, detail) = rows.keys[first].as_py(), rows.quarantined[first]
     counts = Counter(rows.quarantined[row][0] for row in bad)
+    ((reason, most),) = counts.most_common(1)
+    remedy = _REMEDIES.get(reason, "correct these rows")
+    if most < len(bad) or len(bad) < _MAX_RAISED_FRACTION * num_rows:
+        remedy += ", or raise prepare.max_bad_fraction to continue without them"
     raise JobError(
         f"{len(bad):,} of {count_text(num_rows, 'row')} ({len(bad) / num_rows:.1%}) cannot be "
         f"used, more than prepare.max_bad_fraction={options.max_bad_fraction:g} allows: "
         f"{_format_counts(counts)}. The first: "
         f"{detail if key is None else f'{key!r}, {detail}'}. All of them are in "
-        f"{output}/{QUARANTINE}; correct them, or raise prepare.max_bad_fraction"
+        f"{output}/{QUARANTINE}; {remedy}"
     )
 
 
@@ -241,12 +302,28 @@ def _require_both_classes(rows: CheckedRows, plan: Plan) -> None:
     for split in SPLITS:
         counts = _class_counts(rows, plan, split)
         if not all(counts):
+            remedy = (
+                f"mark rows of both classes as {split}"
+                if rows.splits_note
+                else "add such rows, correct those in quarantine, or, if this folder was prepared "
+                "before, set another prepare.output to make new splits"
+            )
             raise JobError(
                 f"the {split} split would have {count_text(counts[0], 'row')} of class 0 and "
-                f"{counts[1]:,} of class 1 (splits {plan.note}), but it needs both classes; add "
-                "rows, change prepare.validation_fraction or prepare.test_fraction, or set another "
-                "run.seed"
+                f"{counts[1]:,} of class 1 (splits {plan.note}), but it needs both classes; "
+                f"{remedy}"
             )
+
+
+def _require_images(facts: Sequence[ShardFacts], plan: Plan, options: PrepareSpec) -> None:
+    """Check that some row has an image: otherwise, a setting must be wrong."""
+    shards = [f.shard for f in facts if f.shard] + [s for kept in plan.kept.values() for s in kept]
+    if shards and all(shard.num_without_image == shard.num_rows for shard in shards):
+        raise JobError(
+            f"no row has an image in prepare.images={options.images!r}; correct it, "
+            "prepare.image_pattern or prepare.image_column (prepare.missing_image=keep keeps rows "
+            "without one)"
+        )
 
 
 def _split_info(
@@ -254,7 +331,17 @@ def _split_info(
 ) -> SplitInfo:
     counts = _class_counts(rows, plan, split)
     new = (f.shard for f in facts if f.split == split and f.shard)
-    return SplitInfo(num_rows=sum(counts), class_counts=counts, shards=(*plan.kept[split], *new))
+    weights = None
+    if rows.weights is not None:
+        good = _good(rows, plan, split)
+        sums = np.bincount(rows.labels[good], rows.weights[good], minlength=2).tolist()
+        weights = (sums[0], sums[1])
+    return SplitInfo(
+        num_rows=sum(counts),
+        class_counts=counts,
+        class_weights=weights,
+        shards=(*plan.kept[split], *new),
+    )
 
 
 def _fit_statistics(
@@ -287,7 +374,7 @@ def _format_counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{reason} {n:,}" for reason, n in sorted(counts.items()))
 
 
-def _print_summary(manifest: Manifest, plan: Plan, output: Folder) -> None:
+def _print_summary(manifest: Manifest, notes: Sequence[str], plan: Plan, output: Folder) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -301,10 +388,17 @@ def _print_summary(manifest: Manifest, plan: Plan, output: Folder) -> None:
         num_shards = len(info.shards)
         counts = (*info.class_counts, info.num_rows, num_shards, num_shards - len(plan.kept[split]))
         table.add_row(split, *map(str, counts), f"{megabytes:.1f}")
-    lines = [f"splits: {plan.note}", f"numeric columns: {names_text(manifest.numeric_columns)}"]
-    for vocabulary in manifest.vocabularies:
-        name, num_words = names_text([vocabulary.column]), len(vocabulary.words)
-        lines.append(f"categorical column {name}: {count_text(num_words, 'word')}")
+    lines = [*notes, f"splits: {plan.note}", *describe(manifest.columns)]
+    if manifest.image.optional:
+        counts = [f"{info.num_without_image:,} in {s}" for s, info in manifest.splits.items()]
+        lines.append(f"rows without an image, kept: {', '.join(counts)}")
+    if (weights := manifest.splits["train"].class_weights) is not None:
+        column, rows = manifest.prepare.weight_column, manifest.splits["train"].num_rows
+        lines.append(
+            f"row weights: column {column}; training weight of {manifest.negative_label} "
+            f"{weights[0]:.6g}, of {manifest.positive_label} {weights[1]:.6g}, mean "
+            f"{sum(weights) / rows:.6g}"
+        )
     if manifest.quarantine:
         lines.append(f"quarantine: {_format_counts(manifest.quarantine)} ({output}/{QUARANTINE})")
     console = Console(highlight=False)

@@ -6,13 +6,23 @@ The row of a cell that is neither a number nor covered by the rule goes to quara
 # pyright: reportAttributeAccessIssue=false
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from ray_jobs.config.spec import NumberRule
-from ray_jobs.prepare.cell_text import MISSING_NUMBERS, TEXT, column_text
+from ray_jobs.prepare.cell_text import (
+    FALSE_WORDS,
+    MISSING_NUMBERS,
+    TEXT,
+    TRUE_WORDS,
+    column_text,
+)
+
+_MAX_PROPOSAL_WORDS = 10_000
+"""Maximum number of different cells of a column with which rules are tried."""
 
 _DECIMAL = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?"
 _NUMBER = f"^{_DECIMAL}$"
@@ -23,6 +33,22 @@ _SPACES = " \u00a0\u2009\u202f"
 _MARKS = (r"\.", f"[{_SPACES}]", "['’]")
 _GROUPED = "|".join(rf"[0-9]{{1,3}}(?:{mark}[0-9]{{3}})+" for mark in _MARKS)
 _COMMA = rf"^[+-]?(?:(?:[0-9]+|{_GROUPED})(?:,[0-9]+)?|,[0-9]+)(?:e[+-]?[0-9]+)?$"
+_THOUSANDS = rf"^[+-]?[0-9]{{1,3}}(?:[,{_SPACES}'’][0-9]{{3}})+(?:\.[0-9]+)?$"
+_SYMBOL = "[$€£¥₹₽₩₺₫฿¢]"
+_CURRENCY = (
+    rf"(?:us|ca|au|nz|hk|r|a|c)?{_SYMBOL}|usd|eur|gbp|jpy|chf|cad|aud|nzd|inr|cny|rmb|sek|nok|dkk|"
+    "pln|czk|huf|brl|mxn|zar|krw|rub|try|ils|sgd|hkd|thb|kr|rs|zł|fr"
+)
+_AMOUNT = rf"[0-9](?:[0-9.,{_SPACES}'’]*[0-9])?|[.,][0-9]+"
+_MULTIPLES = {"k": 1e3, "m": 1e6, "mn": 1e6, "mio": 1e6, "b": 1e9, "bn": 1e9, "mrd": 1e9}
+_MONEY = (
+    rf"^(?P<open>\()?\s*(?P<sign>[+-])?\s*(?P<before>{_CURRENCY})?\.?\s*(?P<minus>-)?"
+    rf"(?P<amount>{_AMOUNT})\s*(?P<multiple>{'|'.join(_MULTIPLES)})?\.?\s*(?P<after>{_CURRENCY})?"
+    r"\.?\s*(?:,?-{1,2}|\))?$"
+)
+_UNIT = (
+    rf"^[~≈]?\s*(?P<sign>[+-])?(?P<amount>{_AMOUNT})\s*(?P<unit>[^0-9\s.,+-][^\s]*(?: [^0-9\s]+)?)$"
+)
 _DAY = "|".join(
     f"(?P<y{i}>[0-9]{{4}}){mark}(?P<m{i}>[0-9]{{2}}){mark}(?P<d{i}>[0-9]{{2}})"
     for i, mark in enumerate(("-", "/", r"\.", ""))
@@ -45,38 +71,68 @@ def parse_numbers(
         rule: How to read text other than plain numbers. `range_low`, `range_mean` and `range_high`
             read ranges such as `91-92` and `10 to 20`, and open ranges such as `50+`, `<5` and
             `>=7` by their one end. `decimal_comma` reads `1.234,5` and `1 234,5`, and therefore
-            `1.234` as 1234. `date` reads ISO 8601 dates and times, also with `/` or `.` as
-            separator, as days since 1970-01-01 UTC. `missing` treats any other text as missing.
+            `1.234` as 1234; `thousands` reads `1,234.5` and `1 234`. `money` also removes
+            currencies, reads `(5)` as -5 and `1.2k` as 1200, and a single comma or point before
+            three digits as a thousands separator. `unit:kg` reads numbers with this unit or
+            without one; in them, a point is always decimal. `boolean` reads yes and no, true and
+            false and the like. `date` reads ISO 8601 dates and times, also with `/` or `.` as
+            separator, as days since 1970-01-01 UTC; `year`, `month` and `weekday` are their
+            parts. `missing` treats any other text as missing.
 
     Raises:
         JobError: If the column holds neither numbers nor text.
     """
     kind = column.type
-    if rule == "date":
-        if pa.types.is_date(kind) or pa.types.is_timestamp(kind):
+    if rule in _DATE_PARTS:
+        if is_date(kind):
             days = (column.to_numpy() - np.datetime64(0, "D")) / np.timedelta64(1, "D")
-            return days, np.zeros(len(column), bool)
-        return _parse(column, _parse_dates)
+            is_invalid = np.zeros(len(column), bool)
+        else:
+            days, is_invalid = _parse(column, _parse_dates)
+        return _DATE_PARTS[rule](days), is_invalid
     if pa.types.is_boolean(kind):
         column = pc.cast(column, pa.int8())
     elif not is_numeric(kind):
-        parser = _PARSERS.get(rule, _parse_plain) if rule else _parse_plain
+        name, _, unit = (rule or "").partition(":")
+        if name == "unit":
+            parser = partial(_parse_units, unit=unit or common_unit(column))
+        else:
+            parser = _PARSERS.get(name, _parse_plain)
         values, is_invalid = _parse(column, parser)
         return values, np.zeros_like(is_invalid) if rule == "missing" else is_invalid
     return _to_float64(pc.cast(column, pa.float64(), safe=False)), np.zeros(len(column), bool)
 
 
-def suggest_rule(text: str) -> NumberRule | None:
-    """Return the rule that would read a text as a number, or None if there is no clear one.
+def propose_rule(column: pa.ChunkedArray) -> tuple[NumberRule, float] | None:
+    """Return the rule that reads most cells of a column, and the fraction of the cells it reads.
 
-    `1,000` may be a thousand or one, so no rule is suggested.
+    Of rules that read equally many, the first is proposed: `1,000` as thousands, `12.5` as it is.
     """
-    cell = pa.chunked_array([[text]], TEXT)
-    lower = pc.utf8_lower(column_text(cell))
-    if pc.any(pc.match_substring_regex(lower, r"^[+-]?[0-9]{1,3}(?:,[0-9]{3})+$")).as_py():
+    if is_date(column.type):
+        return "date", 1.0
+    counts = pc.value_counts(column_text(column).drop_null()).slice(0, _MAX_PROPOSAL_WORDS)
+    words, num_rows = pa.chunked_array([counts.field(0)]), counts.field(1).to_numpy()
+    if not len(words):
         return None
-    rules: tuple[NumberRule, ...] = ("date", "decimal_comma", "range_mean")
-    return next((rule for rule in rules if not np.isnan(parse_numbers(cell, rule)[0][0])), None)
+    unit = common_unit(words)
+    rules: list[NumberRule] = ["date", "boolean", "thousands", "decimal_comma", "money"]
+    rules += ["range_mean", *([f"unit:{unit}"] if unit else [])]
+    read = [float(num_rows[~np.isnan(parse_numbers(words, rule)[0])].sum()) for rule in rules]
+    best = int(np.argmax(read))
+    return (rules[best], read[best] / num_rows.sum()) if read[best] else None
+
+
+def common_unit(column: pa.ChunkedArray) -> str:
+    """Return the most frequent unit of a column's cells, such as `kg`; empty if there is none."""
+    found = pc.extract_regex(pc.utf8_lower(column_text(column)), _UNIT)
+    units = _unit_text(pc.struct_field(found, "unit")).drop_null()
+    counts = pc.value_counts(units).to_pylist()
+    return min(counts, key=lambda c: (-c["counts"], c["values"]))["values"] if counts else ""
+
+
+def is_date(kind: pa.DataType) -> bool:
+    """Return whether a column of this type holds dates or times of a day."""
+    return pa.types.is_date(kind) or pa.types.is_timestamp(kind)
 
 
 def is_numeric(kind: pa.DataType) -> bool:
@@ -149,11 +205,93 @@ def _parse_dates(lower: pa.LargeStringArray) -> np.ndarray:
     return np.where(is_date, date.astype(np.int64) + seconds / _DAY_S, np.nan)
 
 
-_PARSERS: dict[NumberRule, Callable[[pa.LargeStringArray], np.ndarray]] = {
+def _parse_thousands(lower: pa.LargeStringArray) -> np.ndarray:
+    values = _parse_plain(lower)
+    grouped = pc.if_else(_matches(lower, _THOUSANDS), lower, None)
+    grouped = pc.replace_substring_regex(grouped, f"[,{_SPACES}'’]", "")
+    return np.where(np.isnan(values), _text_to_float64(grouped), values)
+
+
+def _parse_money(lower: pa.LargeStringArray) -> np.ndarray:
+    found = pc.extract_regex(lower, _MONEY)
+    values = _parse_amounts(pc.struct_field(found, "amount"), r"[.,]")
+    for name, multiple in _MULTIPLES.items():
+        is_multiple = _to_mask(
+            pc.fill_null(pc.equal(pc.struct_field(found, "multiple"), name), False)
+        )
+        values = np.where(is_multiple, values * multiple, values)
+    is_negative = _to_mask(_matches(lower, r"^\(|^[^0-9]*-|-$")) & ~_to_mask(
+        _matches(lower, ",--?$")
+    )
+    return np.where(is_negative, -values, values)
+
+
+def _parse_units(lower: pa.LargeStringArray, unit: str) -> np.ndarray:
+    found = pc.extract_regex(lower, _UNIT)
+    is_unit = pc.equal(_unit_text(pc.struct_field(found, "unit")), unit)
+    amount = pc.if_else(pc.fill_null(is_unit, False), pc.struct_field(found, "amount"), None)
+    values = _parse_amounts(amount, ",")
+    is_negative = _to_mask(pc.fill_null(pc.equal(pc.struct_field(found, "sign"), "-"), False))
+    values = np.where(is_negative, -values, values)
+    return np.where(np.isnan(values), _parse_thousands(lower), values)
+
+
+def _parse_amounts(amounts: pa.LargeStringArray, groups: str) -> np.ndarray:
+    """Convert amounts with separators to numbers.
+
+    The last of a comma and a point is decimal. A single one that matches `groups` and precedes
+    three digits, or a repeated one, separates thousands.
+    """
+    plain = pc.replace_substring_regex(amounts, f"[{_SPACES}'’]", "")
+    is_grouped = _matches(
+        plain,
+        rf"^[1-9][0-9]{{0,2}}(?:(?:{groups})[0-9]{{3}})$|^[0-9]{{1,3}}(?:,[0-9]{{3}}){{2,}}$|"
+        r"^[0-9]{1,3}(?:\.[0-9]{3}){2,}$",
+    )
+    comma_last = pc.greater(pc.find_substring(plain, ","), pc.find_substring(plain, "."))
+    without_commas = pc.replace_substring(plain, ",", "")
+    without_points = pc.replace_substring(pc.replace_substring(plain, ".", ""), ",", ".")
+    decimal = pc.if_else(comma_last, without_points, without_commas)
+    text = pc.if_else(is_grouped, pc.replace_substring_regex(plain, "[.,]", ""), decimal)
+    return _text_to_float64(pc.if_else(_matches(text, _NUMBER), text, None))
+
+
+def _parse_booleans(lower: pa.LargeStringArray) -> np.ndarray:
+    values = np.full(len(lower), np.nan)
+    for value, words in ((1.0, ("1", *TRUE_WORDS)), (0.0, ("0", *FALSE_WORDS))):
+        values[_to_mask(pc.is_in(lower, pa.array(words, TEXT)))] = value
+    return values
+
+
+def _unit_text(units: pa.LargeStringArray) -> pa.LargeStringArray:
+    """Return units without a final point or plural s."""
+    units = pc.replace_substring_regex(pc.utf8_trim_whitespace(units), r"\.$", "")
+    return pc.replace_substring_regex(units, r"([a-z]{3})s$", r"\1")
+
+
+def _date_part(days: np.ndarray, part: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    present = ~np.isnan(days)
+    values = np.full(len(days), np.nan)
+    values[present] = part(np.floor(days[present]).astype("datetime64[D]"))
+    return values
+
+
+_DATE_PARTS: dict[str | None, Callable[[np.ndarray], np.ndarray]] = {
+    "date": lambda days: days,
+    "year": lambda days: _date_part(days, lambda d: d.astype("datetime64[Y]").astype(int) + 1970),
+    "month": lambda days: _date_part(
+        days, lambda d: d.astype("datetime64[M]").astype(int) % 12 + 1
+    ),
+    "weekday": lambda days: _date_part(days, lambda d: (d.astype(int) + 3) % 7),
+}
+_PARSERS: dict[str, Callable[[pa.LargeStringArray], np.ndarray]] = {
     "range_low": lambda lower: _parse_ranges(lower, "range_low"),
     "range_mean": lambda lower: _parse_ranges(lower, "range_mean"),
     "range_high": lambda lower: _parse_ranges(lower, "range_high"),
     "decimal_comma": _parse_decimal_comma,
+    "thousands": _parse_thousands,
+    "money": _parse_money,
+    "boolean": _parse_booleans,
 }
 
 

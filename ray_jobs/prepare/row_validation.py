@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.spec import SPLITS, PrepareSpec
-from ray_jobs.prepare.cell_text import TEXT, column_text, first_rows, label_text
-from ray_jobs.prepare.number_parsing import parse_numbers, suggest_rule
+from ray_jobs.config.spec import PrepareSpec
+from ray_jobs.prepare.cell_text import column_text, first_rows, role_text
+from ray_jobs.prepare.given_splits import describe_bad_word, read_split_keys, read_split_words
+from ray_jobs.prepare.labels import MISSING, OTHER, UNLABELLED, Classes
+from ray_jobs.prepare.number_parsing import parse_numbers, propose_rule
 from ray_jobs.prepare.sources.source import ImageRefs, Source
 
 # Per column: finding the rule of one cell takes a millisecond, and every cell may need one.
@@ -40,6 +41,10 @@ class Rows:
     """Text of the categorical columns, null where missing."""
     labels: np.ndarray
     """int8, -1 where there is no usable label."""
+    folds: pa.LargeStringArray | None = field(default=None, kw_only=True)
+    """Text of the fold column, null where missing; None without one."""
+    weights: np.ndarray | None = field(default=None, kw_only=True)
+    """float32; None without `prepare.weight_column`."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -52,6 +57,8 @@ class Rows:
             numeric_RF=self.numeric_RF[indices],
             categories={n: texts.take(pa.array(indices)) for n, texts in self.categories.items()},
             labels=self.labels[indices],
+            folds=None if self.folds is None else self.folds.take(pa.array(indices)),
+            weights=None if self.weights is None else self.weights[indices],
         )
 
 
@@ -62,7 +69,9 @@ class CheckedRows(Rows):
     groups: pa.LargeStringArray
     """The key where there is no group column; never null."""
     splits: np.ndarray
-    """int8 index in `SPLITS`, from the split column; -1 without one."""
+    """int8 index in `SPLITS` of the given split; -1 without one."""
+    splits_note: str = ""
+    """Where the given splits come from; empty if none are given."""
     quarantined: dict[int, tuple[str, str]] = field(default_factory=dict)
     """Row → reason (one word) and detail."""
     unmatched: tuple[tuple[str, str, str], ...] = ()
@@ -84,7 +93,7 @@ def read_rows(
     source: Source,
     spec: PrepareSpec,
     numeric_columns: Sequence[str],
-    classes: tuple[str, str] | None,
+    classes: Classes | None,
     categorical: Sequence[str] = (),
 ) -> CheckedRows:
     """Return the rows of a source's table.
@@ -93,22 +102,23 @@ def read_rows(
         source: The source, whose columns have been checked.
         spec: The `prepare` section.
         numeric_columns: Columns of numbers to read.
-        classes: Negative and positive class of the label column. None, as in `predict`, skips
-            labels, groups and splits.
+        classes: Classes of the label column. None, as in `predict`, skips labels, groups, splits
+            and weights.
         categorical: Columns of words to read.
 
     Raises:
         JobError: If a column as a whole cannot be read.
     """
     table = source.table
-    keys = column_text(table.column(spec.key_column))
+    keys = role_text(table, spec.key_column, spec, keep_words=True)
     names = (spec.image_columns or ("",)) if source.images else ()
     rows = CheckedRows(
         keys=keys,
         images=tuple(source.images[name] for name in names),
         numeric_RF=np.empty((len(keys), len(numeric_columns)), np.float32),
-        categories={name: column_text(table.column(name)) for name in categorical},
+        categories={name: role_text(table, name, spec) for name in categorical},
         labels=np.full(len(keys), -1, np.int8),
+        folds=None,
         groups=keys.fill_null(""),
         splits=np.full(len(keys), -1, np.int8),
         unmatched=source.unmatched,
@@ -117,11 +127,15 @@ def read_rows(
     if classes is not None:
         _read_labels(rows, table.column(spec.label_column), spec.label_column, classes)
         _read_groups_and_splits(rows, table, spec)
+        if spec.weight_column:
+            _read_weights(rows, table.column(spec.weight_column), spec.weight_column, spec)
     for position, name in enumerate(numeric_columns):
         _read_numbers(rows, position, table.column(name), name, spec)
+    keep = spec.missing_image == "keep"
     for row, (reason, detail) in source.quarantined.items():
-        rows.quarantine(row, reason, detail)
-    if rows.images:
+        if not (keep and reason == "missing_image"):
+            rows.quarantine(row, reason, detail)
+    if rows.images and not keep:
         has_image = np.any([images.has_image for images in rows.images], axis=0)
         detail = "the row has none of its images" if spec.image_columns else "the row has no image"
         for row in np.flatnonzero(~has_image).tolist():
@@ -138,44 +152,38 @@ def _check_keys(rows: CheckedRows, key_column: str) -> None:
         rows.quarantine(row, "duplicate_key", detail)
 
 
-def _read_labels(
-    rows: CheckedRows, column: pa.ChunkedArray, name: str, classes: tuple[str, str]
-) -> None:
-    negative, positive = classes
-    missing, other = -2, -1
-    encoded = column_text(column).dictionary_encode()
-    spellings = [label_text(text) for text in encoded.dictionary.to_pylist()]
-    class_of = {None: missing, negative: 0, positive: 1}
-    # The last entry is for null cells, whose code is -1.
-    class_of_code = np.array([*(class_of.get(s, other) for s in spellings), missing], np.int8)
-    codes = encoded.indices.fill_null(-1).to_numpy()
-    labels = class_of_code[codes]
-    for row in np.flatnonzero(labels == missing).tolist():
-        rows.quarantine(row, "missing_label", f"{name} is empty")
-    for row in np.flatnonzero(labels == other).tolist():
-        rows.quarantine(
-            row,
-            "bad_label",
-            f"{name} is {spellings[codes[row]]!r}, neither {negative!r} nor {positive!r}",
-        )
+def _read_labels(rows: CheckedRows, column: pa.ChunkedArray, name: str, classes: Classes) -> None:
+    labels, cells = classes.codes_of(column), column_text(column)
+    for reason, code in (("missing_label", MISSING), ("unlabelled", UNLABELLED)):
+        for row in np.flatnonzero(labels == code).tolist():
+            rows.quarantine(row, reason, f"{name} is {cells[row].as_py() or 'empty'}")
+    for row in np.flatnonzero(labels == OTHER).tolist():
+        detail = f"neither {classes.negative!r} nor {classes.positive!r}"
+        rows.quarantine(row, "bad_label", f"{name} is {cells[row].as_py()!r}, {detail}")
     rows.labels = np.maximum(labels, -1)
 
 
 def _read_groups_and_splits(rows: CheckedRows, table: pa.Table, spec: PrepareSpec) -> None:
     if spec.group_column:
-        groups = column_text(table.column(spec.group_column))
+        groups = role_text(table, spec.group_column, spec)
         rows.groups = groups.fill_null("")
         for row in _rows_where(groups.is_null()):
             rows.quarantine(row, "missing_group", f"{spec.group_column} is empty")
-    if spec.split_column:
+    if spec.fold_column:
+        folds = rows.folds = role_text(table, spec.fold_column, spec)
+        for row in _rows_where(folds.is_null()):
+            rows.quarantine(row, "missing_fold", f"{spec.fold_column} is empty")
+    if spec.split_keys:
+        rule = spec.text_rules.get(spec.key_column, "text")
+        found = read_split_keys(spec.split_keys, rows.keys, spec.key_column, rule)
+        rows.splits, rows.splits_note = found
+    elif spec.split_column:
         names = column_text(table.column(spec.split_column))
-        indices = pc.index_in(names, value_set=pa.array(SPLITS, TEXT))
-        rows.splits = indices.fill_null(-1).to_numpy().astype(np.int8)
+        rows.splits = read_split_words(names)
+        rows.splits_note = f"from the column {spec.split_column}"
         for row in np.flatnonzero(rows.splits < 0).tolist():
-            detail = (
-                f"{spec.split_column} is {names[row].as_py()!r}, not one of {', '.join(SPLITS)}"
-            )
-            rows.quarantine(row, "bad_split", detail)
+            detail = describe_bad_word(names[row].as_py())
+            rows.quarantine(row, "bad_split", f"{spec.split_column} is {detail}")
 
 
 def _read_numbers(
@@ -191,15 +199,34 @@ def _read_numbers(
         detail = f"{name} is {cell!r}"
         if rule:
             detail += f", which the rule {rule} cannot read"
-        elif count < _MAX_SUGGESTIONS and (suggested := suggest_rule(str(cell))):
-            detail += f"; prepare.number_rules {{{name}: {suggested}}} would read it"
+        elif count < _MAX_SUGGESTIONS and (proposed := propose_rule(column.slice(row, 1))):
+            detail += f"; prepare.number_rules {{{name}: {proposed[0]}}} would read it"
         rows.quarantine(row, "non_numeric_text", detail)
     with np.errstate(over="ignore"):
-        stored = values.astype(np.float32)
+        # Excel does not store the sign of -0.
+        stored = values.astype(np.float32) + np.float32(0)
     for row in np.flatnonzero(np.isinf(stored)).tolist():
         detail = f"{name} is {column[row].as_py()}, outside the range of float32"
         rows.quarantine(row, "non_finite_number", detail)
     rows.numeric_RF[:, position] = stored
+
+
+def _read_weights(rows: CheckedRows, column: pa.ChunkedArray, name: str, spec: PrepareSpec) -> None:
+    try:
+        values, is_invalid = parse_numbers(column, spec.number_rules.get(name))
+    except JobError as error:
+        raise JobError(f"the weight column {name!r} holds no numbers: {error}") from error
+    with np.errstate(over="ignore", under="ignore"):
+        rows.weights = values.astype(np.float32)
+    is_usable = (rows.weights > 0) & np.isfinite(rows.weights)
+    for count, row in enumerate(np.flatnonzero(~is_usable).tolist()):
+        cell = column[row].as_py()
+        text = "empty" if cell in (None, "") else repr(cell)
+        detail = f"{name} is {text}, but a weight is a positive number"
+        may_suggest = is_invalid[row] and count < _MAX_SUGGESTIONS and name not in spec.number_rules
+        if may_suggest and (proposed := propose_rule(column.slice(row, 1))):
+            detail += f"; prepare.number_rules {{{name}: {proposed[0]}}} would read it"
+        rows.quarantine(row, "bad_weight", detail)
 
 
 def _rows_where(mask: pa.BooleanArray) -> list[int]:

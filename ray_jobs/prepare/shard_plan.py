@@ -9,6 +9,7 @@ go into new shards.
 # pyright: reportAttributeAccessIssue=false
 
 import re
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -24,10 +25,22 @@ from ray_jobs.data.batch import KEY
 from ray_jobs.data.manifest import MANIFEST, Manifest, Shard, read_manifest
 from ray_jobs.prepare.cell_text import TEXT, first_rows
 from ray_jobs.prepare.journal import is_complete
+from ray_jobs.prepare.labels import Classes
 from ray_jobs.prepare.row_validation import CheckedRows
 from ray_jobs.prepare.shard_writer import ShardWriter
 from ray_jobs.prepare.sources.source import ImageRefs
-from ray_jobs.prepare.splits import Cuts, Groups, assign, join_by_image, make_cuts, split_hashes
+from ray_jobs.prepare.splits import (
+    TEST,
+    TRAIN,
+    VALIDATION,
+    Cuts,
+    Groups,
+    assign,
+    cut_splits,
+    join_by_image,
+    make_cuts,
+    split_hashes,
+)
 from ray_jobs.storage.folder import Folder
 
 _NUM_THREADS = 16
@@ -93,7 +106,7 @@ def read_earlier(output: Folder) -> Earlier | None:
 def make_plan(
     rows: CheckedRows,
     spec: RunSpec,
-    classes: tuple[str, str],
+    classes: Classes,
     writer: ShardWriter,
     earlier: Earlier | None,
 ) -> Plan:
@@ -119,7 +132,9 @@ def make_plan(
     for (split, shard, _), chosen in zip(earlier_shards, earlier_rows, strict=True):
         if (chosen < 0).any() or (split_of[chosen] != SPLITS.index(split)).any():
             continue
-        if writer.fingerprint(split, rows.take(chosen)) == shard.rows_sha256:
+        own = rows.take(chosen)
+        is_same = writer.fingerprint(split, own) == shard.rows_sha256
+        if is_same and not (shard.missing_files and writer.finds_missing_files(shard, own)):
             kept[split].append(shard)
             is_kept[chosen] = True
     new: list[NewShard] = []
@@ -138,39 +153,61 @@ def _split(
     rows: CheckedRows,
     good: np.ndarray,
     spec: RunSpec,
-    classes: tuple[str, str],
+    classes: Classes,
     earlier_rows: list[np.ndarray],
     earlier: Earlier | None,
 ) -> tuple[np.ndarray, Cuts | None, str]:
     """Return the split of each good row, the cuts, and a note on how the splits were made."""
     options, seed = spec.prepare, spec.run.seed
-    names = rows.groups.take(pa.array(good))
-    if options.split_column:
-        splits = rows.splits[good]
-        if options.group_column:
-            _require_whole_groups(names, splits, options)
-        return splits, None, f"from the column {options.split_column}"
+    names, splits = rows.groups.take(pa.array(good)), rows.splits[good].copy()
+    if options.group_column:
+        _require_whole_groups(names, splits, SPLITS, rows.splits_note, options)
+        if rows.folds is not None:
+            folds = rows.folds.take(pa.array(good)).dictionary_encode()
+            values, words = folds.indices.to_numpy(), folds.dictionary.to_pylist()
+            source = f"from the column {options.fold_column}"
+            _require_whole_groups(names, values, words, source, options)
+    wanted = [split for split in (VALIDATION, TEST) if not (splits == split).any()]
+    context, noun = "", "usable "
+    if given := rows.splits_note:
+        if not wanted:
+            return splits, None, given
+        if (splits > TRAIN).all():
+            raise JobError(
+                f"there are no training rows (splits {given}); mark some as train, or prepare "
+                "without these splits"
+            )
+        cut = " and ".join(SPLITS[split] for split in wanted)
+        context, noun = f"{given}; {cut} cut from train ", "training "
+    to_cut = np.flatnonzero(splits <= TRAIN)
+    good, names = good[to_cut], names.take(pa.array(to_cut))
     joined = ""
+    noun += f"{options.group_column} group" if options.group_column else "row"
     if not options.group_column:
-        images = [refs.take(good) for refs in rows.images]
-        by_image = join_by_image(names, images)
+        by_image = join_by_image(names, [refs.take(good) for refs in rows.images])
         num_joined = pc.sum(pc.not_equal(by_image, names)).as_py()
         if num_joined:
             joined = f"; {count_text(num_joined, 'row')} grouped by a shared image"
+            noun = noun.replace("row", "image")
         names = by_image
     groups = Groups.of(names, rows.labels[good], seed)
-    if earlier and earlier.manifest.cuts and _splits_alike(earlier.manifest, spec, classes):
+    if earlier and _splits_alike(earlier.manifest, spec, classes, wanted):
         earlier_split = np.full(len(rows), -1, np.int8)
         for (split, _, _), chosen in zip(earlier.shards, earlier_rows, strict=True):
-            earlier_split[chosen[chosen >= 0]] = SPLITS.index(split)
-        cuts = earlier.manifest.cuts
-        note = f"by the cuts of the existing manifest, so no row has moved{joined}"
-        return assign(groups, cuts, earlier_split[good]), cuts, note
-    cuts = make_cuts(groups, options.validation_fraction, options.test_fraction)
-    note = f"by hash of {options.group_column or options.key_column}, seed {seed}{joined}"
+            if SPLITS.index(split) in (TRAIN, *wanted):
+                earlier_split[chosen[chosen >= 0]] = SPLITS.index(split)
+        cuts = earlier.manifest.cuts or ()
+        note = f"{context}by the cuts of the existing manifest, so no row has moved{joined}"
+        splits[to_cut] = assign(groups, cuts, earlier_split[good])
+        return splits, cuts, note
+    validation_fraction = options.validation_fraction if VALIDATION in wanted else 0
+    test_fraction = options.test_fraction if TEST in wanted else 0
+    cuts = make_cuts(groups, validation_fraction, test_fraction, noun)
+    note = f"{context}by hash of {options.group_column or options.key_column}, seed {seed}{joined}"
     if earlier:
         note += "; the existing manifest was split by another rule"
-    return assign(groups, cuts), cuts, note
+    splits[to_cut] = assign(groups, cuts)
+    return splits, cuts, note
 
 
 def _find_earlier_rows(rows: CheckedRows, earlier: Earlier | None) -> list[np.ndarray]:
@@ -183,32 +220,41 @@ def _find_earlier_rows(rows: CheckedRows, earlier: Earlier | None) -> list[np.nd
     return np.split(indices, np.cumsum([len(keys) for _, _, keys in earlier.shards])[:-1])
 
 
-def _splits_alike(earlier: Manifest, spec: RunSpec, classes: tuple[str, str]) -> bool:
-    """Return whether an earlier prepare split by the same rule, so its cuts apply here."""
+def _splits_alike(
+    earlier: Manifest, spec: RunSpec, classes: Classes, wanted: Sequence[int]
+) -> bool:
+    """Return whether an earlier prepare cut the same splits by the same rule, so its cuts apply."""
     same = ("key_column", "label_column", "group_column", "validation_fraction", "test_fraction")
+    same += ("split_column", "split_keys")
     return (
-        earlier.seed == spec.run.seed
-        and (earlier.negative_label, earlier.positive_label) == classes
+        cut_splits(earlier.cuts or ()) == list(wanted)
+        and earlier.seed == spec.run.seed
+        and (earlier.negative_label, earlier.positive_label) == (classes.negative, classes.positive)
         and all(getattr(earlier.prepare, name) == getattr(spec.prepare, name) for name in same)
     )
 
 
 def _require_whole_groups(
-    groups: pa.LargeStringArray, splits: np.ndarray, options: PrepareSpec
+    groups: pa.LargeStringArray,
+    values: np.ndarray,
+    names: Sequence[str],
+    source: str,
+    options: PrepareSpec,
 ) -> None:
-    split_of_group = splits[first_rows(groups, groups)]
-    for row in np.flatnonzero(split_of_group != splits)[:1]:
+    """Check that each group has one split or fold, given as an index in names."""
+    value_of_group = values[first_rows(groups, groups)]
+    for row in np.flatnonzero(value_of_group != values)[:1].tolist():
+        both = f"{names[int(value_of_group[row])]} and {names[int(values[row])]}"
         raise JobError(
-            f"{options.group_column} {groups[row].as_py()!r} has rows in both "
-            f"{SPLITS[split_of_group[row]]} and {SPLITS[splits[row]]} by "
-            f"prepare.split_column={options.split_column}, but a group belongs to one split; "
-            "correct the column, or leave prepare.group_column out"
+            f"{options.group_column} {groups[row].as_py()!r} has rows in both {both} ({source}), "
+            "but a group belongs to one split or fold; correct these rows, or leave "
+            "prepare.group_column out"
         )
 
 
 def _container_order(images: list[ImageRefs]) -> np.ndarray:
     """Return the order of rows that reads the containers of their images sequentially."""
-    paths = pc.coalesce(*(refs.path for refs in images)).dictionary_encode()
+    paths = pc.coalesce(*(refs.path for refs in images), pa.scalar("", TEXT)).dictionary_encode()
     rank = pc.rank(paths.dictionary, tiebreaker="first").to_numpy().astype(np.int64)
     start = np.zeros(len(paths), np.int64)
     for refs in reversed(images):

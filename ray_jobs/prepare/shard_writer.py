@@ -5,11 +5,14 @@ Input: keys, image references, numbers, words and labels. Output: the file, and 
 The columns of a shard, in order (nullable columns are null where a value is missing):
 
     key                  string
-    image                binary (JPEG) or fixed-size binary (pixels); if rows have several images,
-                         there is a nullable column image_NAME for each
+    image                binary (JPEG) or fixed-size binary (pixels), nullable with
+                         `prepare.missing_image=keep`; if rows have several images, there is a
+                         nullable column image_NAME for each
     numeric columns      float32, nullable
     categorical columns  string, nullable
+    fold                 string, if `prepare.fold_column` is set
     label                int8
+    weight               float32, only with `prepare.weight_column`
 
 The content of a file does not depend on when or where it was written.
 """
@@ -19,7 +22,7 @@ The content of a file does not depend on when or where it was written.
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -30,15 +33,15 @@ import pyarrow.parquet as pq
 
 from mm_model.spec import Spec
 from ray_jobs.config.spec import PrepareSpec, Split
-from ray_jobs.data.batch import KEY, LABEL
-from ray_jobs.data.images import BadImage, prepare_image
+from ray_jobs.data.batch import FOLD, KEY, LABEL, WEIGHT
+from ray_jobs.data.images import EIGHT_BITS, BadImage, PixelRange, prepare_image
 from ray_jobs.data.manifest import ImageInfo, Shard
 from ray_jobs.prepare.row_validation import Rows
 from ray_jobs.prepare.sources.source import ImageReader, ImageRefs
 from ray_jobs.storage.folder import Folder
 
 StoredImages = tuple[bytes | None, ...]
-"""The stored images of a row, None for a missing one of several."""
+"""The stored images of a row, None for a missing one."""
 
 # Settings that a shard's bytes and row groups depend on.
 _RULES = (
@@ -86,24 +89,29 @@ class RowConverter:
     numeric_columns: tuple[str, ...]
     categorical: tuple[str, ...]
     spec: PrepareSpec
+    pixel_range: PixelRange | None = field(default=None, kw_only=True)
+    """Values of black and white in images with more than 8 bits, as set or found."""
 
     @cached_property
     def image(self) -> ImageInfo:
         """Format of the stored images."""
-        return ImageInfo.of(self.spec)
+        return ImageInfo.of(self.spec, self.pixel_range)
 
     @cached_property
     def schema(self) -> pa.Schema:
         """Columns of a shard."""
         image = pa.binary(self.spec.image_size**2 * 3 if self.spec.store == "raw" else -1)
-        may_be_missing = bool(self.image.names)
+        folds = [pa.field(FOLD, pa.string(), nullable=False)] if self.spec.fold_column else []
+        weight = [pa.field(WEIGHT, pa.float32(), nullable=False)]
         return pa.schema(
             [
                 pa.field(KEY, pa.string(), nullable=False),
-                *(pa.field(n, image, nullable=may_be_missing) for n in self.image.columns),
+                *(pa.field(n, image, nullable=self.image.has_nulls) for n in self.image.columns),
                 *(pa.field(name, pa.float32()) for name in self.numeric_columns),
                 *(pa.field(name, pa.string()) for name in self.categorical),
+                *folds,
                 pa.field(LABEL, pa.int8(), nullable=False),
+                *(weight if self.spec.weight_column else ()),
             ]
         )
 
@@ -127,7 +135,9 @@ class RowConverter:
             # from_pandas: NaN becomes null.
             *(pa.array(column, from_pandas=True) for column in rows.numeric_RF.T),
             *rows.categories.values(),
+            *([] if rows.folds is None else [rows.folds]),
             pa.array(rows.labels, pa.int8()),
+            *(() if rows.weights is None else (pa.array(rows.weights),)),
         ]
         return pa.Table.from_arrays(columns, schema=self.schema)
 
@@ -139,18 +149,18 @@ class RowConverter:
         for position, content in enumerate(contents):
             if isinstance(content, bytes):
                 try:
-                    content = prepare_image(content, self.spec)
+                    content = prepare_image(content, self.spec, self.pixel_range)
                 except BadImage as error:
                     # A copy without traceback, whose frames would keep the image in memory.
                     content = BadImage(error.reason, error.detail)
             if isinstance(content, BadImage):
-                if not (self.image.names and content.reason == "missing_image"):
+                if not (self.image.has_nulls and content.reason == "missing_image"):
                     prefix = f"{self.image.names[position]}, " if self.image.names else ""
                     detail = f"{prefix}{rows.images[position].name(row)}: {content.detail}"
                     return BadImage(content.reason, detail)
                 content = None
             stored.append(content)
-        if all(content is None for content in stored):
+        if not self.image.optional and all(content is None for content in stored):
             names = [refs.name(row) for refs in rows.images if refs.path[row].is_valid]
             return BadImage("missing_image", f"none of its images exists: {', '.join(names)}")
         return tuple(stored)
@@ -181,8 +191,15 @@ class ShardWriter(RowConverter):
         rules: dict[str, Any] = self.spec.model_dump(mode="json", include=set(_RULES))
         rules["images"] = self.spec.images.removeprefix("file://")
         rules |= {"seed": self.seed, "columns": self.schema.names, "split": split}
+        # Omitted for 8-bit images, so that shards of an earlier version are kept.
+        if self.pixel_range not in (None, EIGHT_BITS):
+            rules["pixel_range"] = (self.pixel_range, self.spec.pixel_range)
+        if self.image.optional:
+            rules["missing_image"] = self.spec.missing_image
         digest = hashlib.sha256(json.dumps(rules, sort_keys=True).encode())
-        for texts in (rows.keys, *rows.categories.values(), *(r.path for r in rows.images)):
+        folds = [] if rows.folds is None else [rows.folds]
+        paths = [refs.path for refs in rows.images]
+        for texts in (rows.keys, *rows.categories.values(), *folds, *paths):
             _hash_text(digest, texts)
         for refs in rows.images:
             for values in (refs.start, refs.size):
@@ -191,6 +208,8 @@ class ShardWriter(RowConverter):
         numbers = np.where(np.isnan(rows.numeric_RF), np.float32(np.nan), rows.numeric_RF)
         digest.update(numbers.astype(np.float32).tobytes())
         digest.update(rows.labels.astype(np.int8).tobytes())
+        if rows.weights is not None:
+            digest.update(rows.weights.tobytes())
         return digest.hexdigest()
 
     def write(self, split: Split, index: int, rows: Rows) -> ShardFacts:
@@ -203,6 +222,7 @@ class ShardWriter(RowConverter):
         good: list[int] = []
         group: list[StoredImages] = []
         row_groups: list[int] = []
+        num_without_image, missing_files = 0, list[bool]()
         file = pa.BufferOutputStream()
         options = parquet_options(self.schema, self.image)
         with pq.ParquetWriter(file, self.schema, **options) as writer:
@@ -221,6 +241,12 @@ class ShardWriter(RowConverter):
                 else:
                     group.append(images)
                     good.append(row)
+                    is_without = all(image is None for image in images)
+                    num_without_image += is_without
+                    missing_files.append(
+                        is_without
+                        and any(r.path[row].is_valid and not r.in_containers for r in rows.images)
+                    )
                 if len(group) == self.rows_per_group:
                     flush()
             flush()
@@ -236,9 +262,28 @@ class ShardWriter(RowConverter):
                 row_groups=tuple(row_groups),
                 num_bytes=len(content),
                 sha256=sha256,
+                num_without_image=num_without_image,
+                missing_files=np.packbits(missing_files).tobytes().hex()
+                if any(missing_files)
+                else "",
                 rows_sha256=self.fingerprint(split, rows.take(np.array(good))),
             )
         return ShardFacts(split=split, index=index, shard=shard, bad_rows=tuple(bad_rows))
+
+    def finds_missing_files(self, shard: Shard, rows: Rows) -> bool:
+        """Return whether a file exists by now that was missing when the shard was written.
+
+        Args:
+            shard: The shard.
+            rows: Its rows, in order.
+        """
+        bits = np.frombuffer(bytes.fromhex(shard.missing_files), np.uint8)
+        missing = rows.take(np.flatnonzero(np.unpackbits(bits)))
+        return any(
+            isinstance(content, bytes)
+            for refs, reader in zip(missing.images, self.readers, strict=True)
+            for content in reader.read(refs.take(np.flatnonzero(refs.has_image)))
+        )
 
     def _limit_rows(self, num_rows: int, max_bytes: int) -> int:
         if self.spec.store == "jpeg":

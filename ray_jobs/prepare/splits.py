@@ -1,12 +1,17 @@
 """Assigns each row to a split, permanently, by the hash of its group.
 
-Groups (a row's key where there is no group column) are ranked by hash within their class and cut at
-the fractions. The cuts are stored, so later rows fall on one side of them and no earlier row moves.
-Without a group column, rows with the same image belong to one group, so that no split contains
-images of another.
+Groups (a row's key where there is no group column) are ranked by hash within their stratum and cut
+at the fractions. The cuts are stored, so later rows fall on one side of them and no earlier row
+moves. Without a group column, rows with the same image belong to one group, so that no split
+contains images of another.
 
-    hash   sha256 of "{seed}:{group}", in hexadecimal
-    class  of a group: the class of most of its rows; 1 on a tie
+    hash     sha256 of "{seed}:{group}", in hexadecimal
+    share    of a group: the fraction of its rows that are positive
+    stratum  groups with similar shares: 0, 1, and one or more strata in between
+
+Every split needs both classes, so K splits need K groups with a positive row and K groups with a
+negative one. That many are also enough: if fewer than K groups are mixed, they go to the splits at
+one end of test, validation, train, and groups of one class, if fewer than K, to those at the other.
 """
 
 # pyright: reportAttributeAccessIssue=false
@@ -21,12 +26,17 @@ import pyarrow.compute as pc
 
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import SPLITS
-from ray_jobs.config.text import count_text
+from ray_jobs.config.text import count_text, names_text
 from ray_jobs.data.manifest import Cut
 from ray_jobs.prepare.sources.source import ImageRefs
 
-Cuts = tuple[Cut, Cut]
+Cuts = tuple[Cut, ...]
 TRAIN, VALIDATION, TEST = range(len(SPLITS))
+
+_LAST = "g"
+"""Greater than any hash."""
+_MIN_STRATUM, _MAX_STRATA = 20, 4
+"""Groups in a stratum, and number of strata, that mixed groups are divided into."""
 
 
 @dataclass(frozen=True)
@@ -37,19 +47,24 @@ class Groups:
     """Index of each row's group."""
     num_rows: np.ndarray
     """Rows of each group."""
-    classes: np.ndarray
-    """Class of most rows of each group, 1 on a tie."""
+    shares: np.ndarray
+    """Fraction of each group's rows that are positive."""
     hashes: np.ndarray
-    """Hash that each group is ranked by."""
+    """Hash that each group is ranked by. A group with more than a quarter of all rows comes last,
+    so it is a training group."""
 
     @classmethod
     def of(cls, names: pa.LargeStringArray, labels: np.ndarray, seed: int) -> "Groups":
         """Build the groups from each row's group name and label."""
         encoded = names.dictionary_encode()
         of_row = encoded.indices.to_numpy()
-        balance = np.bincount(of_row, np.where(labels == 1, 1, -1), len(encoded.dictionary))
         num_rows = np.bincount(of_row, minlength=len(encoded.dictionary))
-        return cls(of_row, num_rows, balance >= 0, split_hashes(seed, encoded.dictionary))
+        shares = np.bincount(of_row, labels == 1, len(num_rows)) / num_rows
+        hashes = split_hashes(seed, encoded.dictionary)
+        if num_rows.max(initial=1) > max(len(names) / 4, 1):
+            largest = np.flatnonzero(num_rows == num_rows.max())
+            hashes[largest[np.argmax(hashes[largest])]] = _LAST
+        return cls(of_row, num_rows, shares, hashes)
 
 
 def split_hashes(seed: int, names: pa.LargeStringArray) -> np.ndarray:
@@ -78,23 +93,52 @@ def join_by_image(keys: pa.LargeStringArray, images: Sequence[ImageRefs]) -> pa.
     return keys.take(pa.array(order[first[group]]))
 
 
-def make_cuts(groups: Groups, validation_fraction: float, test_fraction: float) -> Cuts:
-    """Return the cuts of each class's hash order that best match the fractions of its rows.
+def make_cuts(
+    groups: Groups, validation_fraction: float, test_fraction: float, noun: str = "row"
+) -> Cuts:
+    """Return the cuts of each stratum's hash order that best match the fractions of its rows.
+
+    Args:
+        groups: The groups to split.
+        validation_fraction: Fraction of the validation split; 0 if it is not to be cut.
+        test_fraction: Fraction of the test split; 0 if it is not to be cut.
+        noun: What a group is, for the error.
 
     Raises:
-        JobError: If there are fewer groups than splits.
+        JobError: If no seed gives each split rows of both classes.
     """
-    cuts = []
-    for label in (0, 1):
-        chosen = groups.classes == label
-        # If too few groups are of this class, rank all groups for it.
-        if chosen.sum() < len(SPLITS):
-            chosen[:] = True
-        order = np.flatnonzero(chosen)[np.argsort(groups.hashes[chosen])]
-        cuts.append(
-            _cut(groups.hashes[order], groups.num_rows[order], validation_fraction, test_fraction)
-        )
-    return cuts[0], cuts[1]
+    fractions = {TEST: test_fraction, VALIDATION: validation_fraction, TRAIN: 1}
+    wanted = [split for split, fraction in fractions.items() if fraction]
+    for label, has_label in enumerate((groups.shares < 1, groups.shares > 0)):
+        if has_label.sum() < len(wanted):
+            splits = names_text(SPLITS[split] for split in sorted(wanted))
+            raise JobError(
+                f"class {label} occurs in only {count_text(int(has_label.sum()), noun)}, but each "
+                f"of {splits} needs at least one; add some"
+            )
+    limits = _limit_strata(groups.shares)
+    stratum = np.searchsorted(limits, groups.shares)
+    is_mixed = (groups.shares > 0) & (groups.shares < 1)
+    # The largest group is in the last split, train.
+    mixed_first = not is_mixed[groups.hashes == _LAST.encode()].any()
+    cuts: list[Cut] = []
+    for i, limit in enumerate(limits):
+        order = np.flatnonzero(stratum == i)
+        order = order[np.argsort(groups.hashes[order])]
+        n = len(order)
+        taken = wanted[:n] if is_mixed[order[0]] == mixed_first else wanted[-n:]
+        hashes, num_rows = groups.hashes[order], groups.num_rows[order]
+        cuts.append(_cut(hashes, num_rows, limit, taken, fractions))
+    return tuple(cuts)
+
+
+def cut_splits(cuts: Cuts) -> list[int]:
+    """Return the splits that cuts were made for, besides train."""
+    is_cut = {
+        VALIDATION: any(cut.validation > cut.test for cut in cuts),
+        TEST: any(cut.test for cut in cuts),
+    }
+    return [split for split, value in is_cut.items() if value]
 
 
 def assign(groups: Groups, cuts: Cuts, earlier: np.ndarray | None = None) -> np.ndarray:
@@ -102,16 +146,16 @@ def assign(groups: Groups, cuts: Cuts, earlier: np.ndarray | None = None) -> np.
 
     Args:
         groups: The groups of the rows.
-        cuts: The cuts of the classes.
+        cuts: The cuts of the strata.
         earlier: Earlier split of each row, -1 for a new row. A group stays in its split even if new
-            rows change its class. If its rows come from several splits, the cuts decide, and the
+            rows change its stratum. If its rows come from several splits, the cuts decide, and the
             whole group moves.
     """
     split = np.full(len(groups.hashes), TRAIN, np.int8)
-    for label, cut in enumerate(cuts):
-        of_class = groups.classes == label
-        split[of_class & (groups.hashes < cut.validation.encode())] = VALIDATION
-        split[of_class & (groups.hashes < cut.test.encode())] = TEST
+    stratum = np.searchsorted([cut.max_share for cut in cuts], groups.shares)
+    for i, cut in enumerate(cuts):
+        split[(stratum == i) & (groups.hashes < cut.validation.encode())] = VALIDATION
+        split[(stratum == i) & (groups.hashes < cut.test.encode())] = TEST
     if earlier is not None:
         is_old = earlier >= 0
         first, last = np.full(len(split), len(SPLITS), np.int8), np.full(len(split), -1, np.int8)
@@ -136,19 +180,49 @@ def _pair_rows_and_images(images: Sequence[ImageRefs]) -> tuple[np.ndarray, np.n
     return row[has_image], np.unique(location[has_image], return_inverse=True)[1]
 
 
+def _limit_strata(shares: np.ndarray) -> list[float]:
+    """Return the largest share of each stratum; the last is 1."""
+    mixed = np.sort(shares[(shares > 0) & (shares < 1)])
+    limits: list[float] = [0.0] if (shares == 0).any() else []
+    start = 0
+    for i in range(1, _MAX_STRATA):
+        limit = mixed[i * len(mixed) // _MAX_STRATA] if len(mixed) else 0
+        end = int(np.searchsorted(mixed, limit, side="right"))
+        if min(end - start, len(mixed) - end) >= _MIN_STRATUM:
+            limits.append(float(limit))
+            start = end
+    limits += mixed[-1:].tolist()
+    limits += [1.0] if (shares == 1).any() else []
+    return [*limits[:-1], 1.0]
+
+
 def _cut(
-    hashes: np.ndarray, num_rows: np.ndarray, validation_fraction: float, test_fraction: float
+    hashes: np.ndarray,
+    num_rows: np.ndarray,
+    max_share: float,
+    taken: Sequence[int],
+    fractions: dict[int, float],
 ) -> Cut:
-    """Return the cuts between the splits of one class, given its groups in the order of hashes."""
-    if len(hashes) < len(SPLITS):
-        raise JobError(
-            f"only {count_text(len(hashes), 'usable row')} or groups for three splits; add rows"
-        )
+    """Return the cuts between the splits of one stratum, given its groups in the order of hashes.
+
+    Each split in `taken`, in the order of `fractions`, gets at least one group.
+    """
     ends = np.cumsum(num_rows)
-    test = _nearest(ends, test_fraction * ends[-1], 1, len(ends) - 2)
-    until_validation = (test_fraction + validation_fraction) * ends[-1]
-    validation = _nearest(ends, until_validation, test + 1, len(ends) - 1)
-    return Cut(test=hashes[test].decode(), validation=hashes[validation].decode())
+    is_small = len(taken) < sum(fraction > 0 for fraction in fractions.values())
+    limits: list[str] = []
+    end, fraction = 0, 0.0
+    for split in (TEST, VALIDATION):
+        fraction += fractions[split]
+        if split in taken:
+            most = len(ends) - len(taken) + taken.index(split) + 1
+            end = _nearest(ends, fraction * ends[-1], end + 1, most)
+        low = hashes[end - 1].decode() + "0" if end else ""
+        high = hashes[end].decode() if end < len(hashes) else _LAST
+        if is_small or high == _LAST:
+            # As near as possible to the fraction of all hashes, so new groups reach all splits.
+            high = min(max(f"{int(fraction * 16**8):08x}", low), high)
+        limits.append(high if fraction else "")
+    return Cut(max_share=max_share, test=limits[0], validation=limits[1])
 
 
 def _nearest(ends: np.ndarray, target: float, least: int, most: int) -> int:

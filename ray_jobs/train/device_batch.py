@@ -38,7 +38,7 @@ class DeviceBatcher:
     Args:
         replicas: The replicas of this worker.
         input_names: Names of the model's inputs.
-        class_weight: Multiplier of a row's weight, by label.
+        class_weight: Factor of a row's weight, by label.
         stack: Steps per call; if above 1, the tensors have a leading axis of steps.
     """
 

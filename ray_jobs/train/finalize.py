@@ -36,19 +36,22 @@ def finalize(loop: "Loop", state: "LoopState", folder: Folder, train_s: float) -
 
     best_epoch = int(state.best_epoch or 0)
     spec, best = loop.spec, loop.best[best_epoch]
-    label_N = best.label_N
+    label_N, weight_N = best.label_N, best.weight_N
+    if weight_N is not None:
+        # The strength of the priors is that of a number of rows.
+        weight_N = weight_N.astype("float64") / weight_N.mean(dtype="float64")
     model = float32_copy(loop.model)
     assign(model.variables, best.model, "best weights")
     finalize_normalization(model)
     blend_M, bias = model.blend.weights_M(), -loop.logit_shift
     logits_NM = best.head_logits_NM.astype("float64")
-    before = log_loss(logits_NM @ blend_M + bias, label_N)
+    before = log_loss(logits_NM @ blend_M + bias, label_N, weight_N)
     scale = 1.0
     if spec.train.calibrate:
         if model.blends:
-            blend_M = fit_blend(logits_NM, label_N)
+            blend_M = fit_blend(logits_NM, label_N, weight_N=weight_N)
             model.blend.set(blend_M)
-        scale, bias = fit_calibration(logits_NM @ blend_M, label_N)
+        scale, bias = fit_calibration(logits_NM @ blend_M, label_N, weight_N)
     model.calibration.set([scale], bias)
     probability_N = sigmoid(scale * (logits_NM @ blend_M) + bias)
     with tempfile.TemporaryDirectory() as path:
@@ -63,9 +66,9 @@ def finalize(loop: "Loop", state: "LoopState", folder: Folder, train_s: float) -
         "best_epoch": best_epoch + 1,
         "stopped_early": state.epoch < spec.train.epochs,
         "decision_threshold": choose_threshold(
-            label_N, probability_N, spec.train.decision_threshold
+            label_N, probability_N, spec.train.decision_threshold, weight_N
         ),
-        "validation": validation_metrics(label_N, probability_N),
+        "validation": validation_metrics(label_N, probability_N, weight_N),
         "calibration": {
             "scale": scale,
             "bias": bias,

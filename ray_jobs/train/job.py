@@ -160,6 +160,12 @@ def require_trainable(spec: RunSpec, manifest: Manifest) -> None:
             "the prepared data has no numeric columns and no categories; set "
             "model.numeric.kind=none, or prepare data with such columns"
         )
+    if manifest.image.optional and spec.model.numeric.kind == "none":
+        raise JobError(
+            "model.numeric.kind=none leaves no input for rows without an image, which the data may "
+            "have (prepare.missing_image=keep); set model.numeric.kind, or prepare the data with "
+            "prepare.missing_image=quarantine"
+        )
     columns = [vocabulary.column for vocabulary in manifest.vocabularies]
     if missing := [name for name in spec.data.categorical if name not in columns]:
         raise JobError(

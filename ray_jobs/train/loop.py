@@ -116,14 +116,19 @@ class Loop:
         """Variables that are trained in at least one stage, in the optimizer's order."""
         self.stage = stage_of((), 0)
         class_weight = {0: 1.0, 1: 1.0}
+        sums = split.class_weights or split.class_counts
         if train.class_weight == "balanced":
-            class_weight = balanced_weights(*split.class_counts)
+            # As scikit-learn: from the classes' total weights.
+            class_weight = balanced_weights(*sums)
+        # The training rows' mean weight becomes 1, so its unit affects neither rate nor L2 penalty.
+        unit = split.num_rows / sum(sums)
+        row_factor = {label: unit * weight for label, weight in class_weight.items()}
         self.logit_shift = float(np.log(class_weight[1] / class_weight[0]))
         """Shift of every logit by the class weights; subtracted to compute probabilities."""
         names = self.model.input_names
         stack = train.steps_per_call
-        self.train_batcher = DeviceBatcher(self.replicas, names, class_weight, stack)
-        self.validation_batcher = DeviceBatcher(self.replicas, names, class_weight)
+        self.train_batcher = DeviceBatcher(self.replicas, names, row_factor, stack)
+        self.validation_batcher = DeviceBatcher(self.replicas, names, {0: 1.0, 1: 1.0})
         self.best: dict[int, BestCheckpoint] = {}
         """Models of the best epochs so far, by index; on rank 0 only."""
         self.loss_sum = np.float32(0)
@@ -298,16 +303,18 @@ class Loop:
         }
         started = time.monotonic()
         with self._averaged_weights():
-            logits_NM, label_N = self.validate(validation, passes, callbacks.alive)
+            rows = self.validate(validation, passes, callbacks.alive)
+            logits_NM, label_N, weight_N = rows
             self._require_finite("a validation logit", logits_NM, epoch)
             blended_N = logits_NM.astype(np.float64) @ self.model.blend.weights_M()
-            metrics = validation_metrics(label_N, sigmoid(blended_N - self.logit_shift))
+            probability_N = sigmoid(blended_N - self.logit_shift)
+            metrics = validation_metrics(label_N, probability_N, weight_N)
             record |= {f"val/{name}": value for name, value in metrics.items()}
             record[history_keys.VALIDATION_S] = time.monotonic() - started
             state = state.model_copy(update={"history": (*state.history, record)})
             kept = state.best_epochs(train)
             if epoch in kept and self.context.rank == 0:
-                self.best[epoch] = BestCheckpoint(self.snapshots.copy_model(), logits_NM, label_N)
+                self.best[epoch] = BestCheckpoint(self.snapshots.copy_model(), *rows)
         self.best = {e: best for e, best in self.best.items() if e in kept}
         improved = kept[0] == epoch
         waited = 0 if improved else state.plateau_epochs + 1
@@ -326,27 +333,32 @@ class Loop:
         feed: EvaluationFeed,
         batches: Iterator[DeviceBatch],
         alive: Callable[[], None] = lambda: None,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return head logits (N, M) and labels (N,) of all validation rows, on every rank.
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Return head logits (N, M), labels and weights (N,) of all validation rows, on every rank.
 
+        The weights are None if rows have none.
         `batches` are the feed's, at the start of a pass; `alive` is called after each batch.
         """
         num_rows = self.manifest.splits["validation"].num_rows
         num_heads = len(self.model.heads)
-        rows = np.zeros((num_rows, num_heads + 1), np.float32)
+        is_weighted = self.manifest.is_weighted
+        rows = np.zeros((num_rows, num_heads + 1 + is_weighted), np.float32)
         at = feed.rows.start
         for batch in islice(batches, feed.num_batches):
             logits = self.evaluate_step(batch.inputs).numpy()
-            real = np.concatenate(self.replicas.results(batch.weight_B1))[:, 0] > 0
+            weight = np.concatenate(self.replicas.results(batch.weight_B1))[:, 0]
+            real = weight > 0
             label = np.concatenate(self.replicas.results(batch.label_B1))[:, 0]
             stop = at + int(real.sum())
             rows[at:stop, :num_heads] = logits[real]
             rows[at:stop, num_heads] = label[real]
+            if is_weighted:
+                rows[at:stop, -1] = weight[real]
             at = stop
             alive()
         # Every worker fills its own rows and leaves the others 0, so the sum contains all rows.
         rows = self.replicas.sum(rows)
-        return rows[:, :num_heads], rows[:, num_heads]
+        return rows[:, :num_heads], rows[:, num_heads], rows[:, -1] if is_weighted else None
 
     @contextmanager
     def _averaged_weights(self) -> Iterator[None]:

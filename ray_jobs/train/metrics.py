@@ -14,18 +14,25 @@ from sklearn import metrics
 ECE_BINS = 15
 
 
-def binary_metrics(label: np.ndarray, probability: np.ndarray, threshold: float) -> dict[str, Any]:
+def binary_metrics(
+    label: np.ndarray,
+    probability: np.ndarray,
+    threshold: float,
+    weight: np.ndarray | None = None,
+) -> dict[str, Any]:
     """Return all metrics of `metrics.json`.
 
     A metric is None if the rows lack a class that it needs: `roc_auc` and `balanced_accuracy` need
     both classes; `pr_auc`, `precision`, `recall` and `f1` need positives. `precision` is 0 if no
     row is predicted positive, as in scikit-learn. `pr_auc` is average precision, `confusion` is
-    [[tn, fp], [fn, tp]], and `class_counts` is [rows with 0, rows with 1].
+    [[tn, fp], [fn, tp]], and `class_counts` is [rows with 0, rows with 1]. Both count rows; with
+    weights, all other metrics are weighted as by scikit-learn's `sample_weight`.
 
     Args:
         label: 0 or 1, (N,) or (N, 1).
         probability: Probability of 1, same shape.
         threshold: Lowest probability of a predicted positive.
+        weight: Positive weight of each row, (N,); by default, 1.
 
     Raises:
         ValueError: If there are no rows, lengths differ, a label is not 0 or 1, or a probability
@@ -34,34 +41,45 @@ def binary_metrics(label: np.ndarray, probability: np.ndarray, threshold: float)
     label, probability = _validated(label, probability)
     predicted = (probability >= threshold).astype(np.int64)
     counts = np.bincount(label, minlength=2)
-    ((tn, fp), (fn, tp)) = metrics.confusion_matrix(label, predicted, labels=[0, 1]).tolist()
+    confusion = metrics.confusion_matrix(label, predicted, labels=[0, 1]).tolist()
+    by: dict[str, Any] = {"sample_weight": weight}
+    ((tn, fp), (fn, tp)) = metrics.confusion_matrix(label, predicted, labels=[0, 1], **by).tolist()
     both, positives = bool(counts.all()), bool(counts[1])
+    rows = (label, probability)
     return {
-        "accuracy": (tn + tp) / len(label),
-        "balanced_accuracy": metrics.balanced_accuracy_score(label, predicted) if both else None,
-        "roc_auc": metrics.roc_auc_score(label, probability) if both else None,
-        "pr_auc": metrics.average_precision_score(label, probability) if positives else None,
-        "log_loss": metrics.log_loss(label, probability, labels=[0, 1]),
-        "brier": float(np.mean((probability - label) ** 2)),
-        "ece": expected_calibration_error(label, probability),
-        "precision": tp / max(tp + fp, 1) if positives else None,
+        "accuracy": (tn + tp) / (tn + fp + fn + tp),
+        "balanced_accuracy": (
+            metrics.balanced_accuracy_score(label, predicted, **by) if both else None
+        ),
+        "roc_auc": metrics.roc_auc_score(*rows, **by) if both else None,
+        "pr_auc": metrics.average_precision_score(*rows, **by) if positives else None,
+        "log_loss": metrics.log_loss(*rows, labels=[0, 1], **by),
+        "brier": float(np.average((probability - label) ** 2, weights=weight)),
+        "ece": expected_calibration_error(*rows, weight),
+        "precision": tp / ((tp + fp) or 1) if positives else None,
         "recall": tp / (tp + fn) if positives else None,
         "f1": 2 * tp / (2 * tp + fp + fn) if positives else None,
         "threshold": float(threshold),
-        "confusion": [[tn, fp], [fn, tp]],
+        "confusion": confusion,
         "num_rows": len(label),
         "class_counts": counts.tolist(),
     }
 
 
-def validation_metrics(label: np.ndarray, probability: np.ndarray) -> dict[str, float | None]:
+def validation_metrics(
+    label: np.ndarray, probability: np.ndarray, weight: np.ndarray | None = None
+) -> dict[str, float | None]:
     """Return log_loss, roc_auc, pr_auc and accuracy at 0.5, as in `binary_metrics`."""
-    values = binary_metrics(label, probability, threshold=0.5)
+    values = binary_metrics(label, probability, 0.5, weight)
     return {name: values[name] for name in ("log_loss", "roc_auc", "pr_auc", "accuracy")}
 
 
 def auc_gain(
-    label: np.ndarray, ours: np.ndarray, theirs: np.ndarray, num_draws: int = 10_000
+    label: np.ndarray,
+    ours: np.ndarray,
+    theirs: np.ndarray,
+    num_draws: int = 10_000,
+    weight: np.ndarray | None = None,
 ) -> dict[str, float]:
     """Return the `difference` in ROC AUC of two models, with its 95 % interval `low` to `high`.
 
@@ -73,19 +91,26 @@ def auc_gain(
         ours: Probabilities of 1, (N,).
         theirs: Probabilities of 1 of the model to compare with, (N,).
         num_draws: Number of bootstrap draws, each of which takes about 3 ms.
+        weight: Weights of the rows, (N,); by default, 1.
     """
-    auc, rng, differences = metrics.roc_auc_score, np.random.default_rng(0), []
+
+    def gain(rows: Any = slice(None)) -> float:
+        by: dict[str, Any] = {"sample_weight": None if weight is None else weight[rows]}
+        first, second = (metrics.roc_auc_score(label[rows], p[rows], **by) for p in (ours, theirs))
+        return first - second
+
+    rng, differences = np.random.default_rng(0), []
     while len(differences) < num_draws:
         rows = rng.integers(0, len(label), len(label))
-        drawn = label[rows]
-        if 0 < drawn.sum() < len(drawn):
-            differences.append(auc(drawn, ours[rows]) - auc(drawn, theirs[rows]))
+        if 0 < label[rows].sum() < len(rows):
+            differences.append(gain(rows))
     low, high = np.quantile(differences, [0.025, 0.975])
-    whole = auc(label, ours) - auc(label, theirs)
-    return {"difference": float(whole), "low": float(low), "high": float(high)}
+    return {"difference": float(gain()), "low": float(low), "high": float(high)}
 
 
-def expected_calibration_error(label: np.ndarray, probability: np.ndarray) -> float:
+def expected_calibration_error(
+    label: np.ndarray, probability: np.ndarray, weight: np.ndarray | None = None
+) -> float:
     """Return the expected calibration error (ECE) over 15 bins of equal width.
 
     It is the mean absolute difference between the mean probability and the fraction of positives
@@ -93,26 +118,27 @@ def expected_calibration_error(label: np.ndarray, probability: np.ndarray) -> fl
     Probabilities Using Bayesian Binning", section "Calibration measures"; 15 bins as in Guo et al.
     2017, arXiv 1706.04599, section 4.1).
     """
-    rows, mean_probability, fraction = reliability(label, probability)
+    rows, mean_probability, fraction = reliability(label, probability, weight)
     gaps = np.abs(mean_probability - fraction)[rows > 0]
     return float(np.sum(gaps * rows[rows > 0]) / rows.sum())
 
 
 def reliability(
-    label: np.ndarray, probability: np.ndarray
+    label: np.ndarray, probability: np.ndarray, weight: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the rows, mean probability and fraction of positives of each of 15 bins.
 
-    Empty bins have NaN. Bins include their upper edge, and the first one also 0, as in
-    scikit-learn's `calibration_curve`.
+    With weights, the rows are their total weight. Empty bins have NaN. Bins include their upper
+    edge, and the first one also 0, as in scikit-learn's `calibration_curve`.
     """
     label, probability = _validated(label, probability)
     inner_edges = np.linspace(0.0, 1.0, ECE_BINS + 1)[1:-1]
     bins = np.searchsorted(inner_edges, probability)
-    rows = np.bincount(bins, minlength=ECE_BINS)
+    rows = np.bincount(bins, weight, minlength=ECE_BINS)
     filled = np.where(rows > 0, rows, np.nan)
-    mean_probability = np.bincount(bins, weights=probability, minlength=ECE_BINS) / filled
-    fraction = np.bincount(bins, weights=label, minlength=ECE_BINS) / filled
+    weight = np.ones(len(label)) if weight is None else weight
+    mean_probability = np.bincount(bins, weight * probability, ECE_BINS) / filled
+    fraction = np.bincount(bins, weight * label, ECE_BINS) / filled
     return rows, mean_probability, fraction
 
 
@@ -120,6 +146,7 @@ def choose_threshold(
     label: np.ndarray,
     probability: np.ndarray,
     by: float | Literal["f1", "balanced_accuracy"],
+    weight: np.ndarray | None = None,
 ) -> float:
     """Return the decision threshold: the lowest probability of a predicted positive.
 
@@ -137,14 +164,15 @@ def choose_threshold(
         raise ValueError(f"the threshold metric must be f1 or balanced_accuracy, not {by!r}")
     label, probability = _validated(label, probability)
     candidates, index = np.unique(probability, return_inverse=True)
-    positives = np.bincount(index, weights=label, minlength=len(candidates))
-    negatives = np.bincount(index, weights=1 - label, minlength=len(candidates))
+    weight = np.ones(len(label)) if weight is None else weight
+    positives = np.bincount(index, weight * label, len(candidates))
+    negatives = np.bincount(index, weight * (1 - label), len(candidates))
     # With candidate i as the threshold, all rows at i and above are predicted positive.
     tp, fp = np.cumsum(positives[::-1])[::-1], np.cumsum(negatives[::-1])[::-1]
     if by == "f1":
-        score = 2 * tp / (tp + fp + max(tp[0], 1))
+        score = 2 * tp / (tp + fp + (tp[0] or 1))
     else:
-        score = tp / max(tp[0], 1) - fp / max(fp[0], 1)
+        score = tp / (tp[0] or 1) - fp / (fp[0] or 1)
     below = np.concatenate([[0.0], candidates[:-1]])
     best = ((candidates + below) / 2)[np.isclose(score, score.max(), rtol=0, atol=1e-12)]
     return float(best[np.argmin(np.abs(best - 0.5))])

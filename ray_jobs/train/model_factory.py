@@ -24,6 +24,7 @@ def new_model(spec: RunSpec, manifest: Manifest, precision: str = "float32") -> 
             decoder.row_shape,
             vocabularies=manifest.vocabularies,
             shape_features=decoder.row_shape if manifest.image.features else None,
+            image_optional=manifest.image.optional,
         )
     finally:
         keras.config.set_dtype_policy(before)

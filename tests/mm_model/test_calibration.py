@@ -58,3 +58,19 @@ def test_sigmoid_and_log_loss_do_not_overflow():
     with np.errstate(all="raise", under="ignore"):
         assert sigmoid(x) == pytest.approx([0, 1 / (1 + np.exp(5)), 0.5, 1 / (1 + np.exp(-5)), 1])
         assert np.isfinite(log_loss(x, np.array([0, 1, 1, 0, 1])))
+
+
+@pytest.mark.parametrize("weight", [np.array([1, 2, 3, 1]), np.array([1, 1, 1, 1])])
+def test_a_row_of_weight_two_is_fitted_like_two_rows(weight):
+    rng = np.random.default_rng(5)
+    logits, y, weight = rng.normal(size=(200, 2)), rng.integers(0, 2, 200), np.resize(weight, 200)
+    repeated = (np.repeat(logits, weight, axis=0), np.repeat(y, weight))
+    first, second = logits[:, 0], repeated[0][:, 0]
+    found = fit_blend(logits, y, weight_N=weight)
+    assert found == pytest.approx(fit_blend(*repeated), abs=1e-9)
+    for sign in (1, -9 * (2 * y - 1)):
+        # The second logit contradicts the labels.
+        one, other = sign * np.abs(first), np.repeat(sign * np.abs(first), weight)
+        expected = fit_calibration(other, repeated[1])
+        assert fit_calibration(one, y, weight) == pytest.approx(expected, abs=1e-9)
+    assert log_loss(first, y, weight) == pytest.approx(log_loss(second, repeated[1]))

@@ -32,3 +32,14 @@ def test_default_callbacks_stop_early_with_the_best_weights_and_lower_the_rate()
     assert (stop.mode, stop.patience) == ("max", 6)
     assert isinstance(plateau, keras.callbacks.ReduceLROnPlateau)
     assert plateau.patience == 2
+
+
+@pytest.mark.parametrize("weight", [0.001, 1.0, 70_000.0])
+def test_class_weights_of_weighted_rows_agree_with_scikit_learn(weight):
+    y = np.array([1] * 3 + [0] * 7)
+    weights = weight * np.arange(1, 11)
+    expected = compute_class_weight(
+        "balanced", classes=np.array([0, 1]), y=y, sample_weight=weights
+    )
+    found = balanced_class_weight(y[:, None], weights[:, None])
+    assert found == pytest.approx(dict(enumerate(expected)))

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +28,21 @@ def write_prepared(
     rows_per_group: int = 5,
     rows_per_shard: int = 20,
     seed: int = 0,
+    weights: Sequence[float] = (),
+    repeat: bool = False,
 ) -> Manifest:
-    """Write shards and a manifest; one number and the colour of the image depend on the label."""
+    """Write shards and a manifest; one number and the colour of the image depend on the label.
+
+    Args:
+        folder: Folder to write.
+        num_rows: Rows of each split.
+        size: Side of the images.
+        rows_per_group: Rows of a row group.
+        rows_per_shard: Rows of a shard.
+        seed: Seed of the rows.
+        weights: Weights of the rows of each split, repeated until every row has one.
+        repeat: Whether to repeat each row as many times as its weight says, instead of weighting.
+    """
     rng = np.random.default_rng(seed)
     splits, statistics = {}, None
     for split, count in num_rows.items():
@@ -42,20 +56,32 @@ def write_prepared(
         columns = {n: pa.array(numbers[:, i], from_pandas=True) for i, n in enumerate(COLUMNS)}
         keys, images = [f"{split}-{i}" for i in range(count)], [jpeg(image) for image in pixels]
         table = pa.table({"key": keys, "image": images, **columns, "label": label})
+        weight, sums = np.resize(np.asarray(weights or [1], np.float32), count), None
+        if repeat:
+            table = table.take(np.repeat(np.arange(count), weight.astype(int)))
+        elif weights:
+            table = table.append_column("weight", pa.array(weight))
+            sums = tuple(np.bincount(label, weight, minlength=2).tolist())
+        label = table["label"].to_numpy()
         if split == "train":
             statistics = fit_numeric_statistics(numbers, COLUMNS)
         shards = [
             _write_shard(folder, f"{split}/part-{n:05d}.parquet", part, rows_per_group)
-            for n, start in enumerate(range(0, count, rows_per_shard))
+            for n, start in enumerate(range(0, len(label), rows_per_shard))
             for part in [table.slice(start, rows_per_shard)]
         ]
         splits[split] = SplitInfo(
-            num_rows=count,
+            num_rows=len(label),
+            class_weights=sums,
             class_counts=tuple(np.bincount(label, minlength=2).tolist()),
             shards=tuple(shards),
         )
     manifest = Manifest(
-        prepare=PrepareSpec(image_size=size, output=str(folder)),
+        prepare=PrepareSpec(
+            image_size=size,
+            output=str(folder),
+            weight_column="weight" if weights and not repeat else None,
+        ),
         seed=seed,
         image=ImageInfo(height=size, width=size),
         numeric_columns=COLUMNS,

@@ -51,6 +51,8 @@ FITTED = "fifty"
 FAST: dict[str, dict[str, Any]] = {
     FITTED: {**ALL, "model": RANDOM, "epochs": 10, "keep_best": 10},
     "whole": EXACT,
+    "weighted": {**EXACT, "rows": "weighted"},
+    "weighted_parts": {**EXACT, "rows": "weighted", "replicas": 2, "accumulate_steps": 2},
     "clipped": {**EXACT, "clip_norm": 0.1},
     "parts": {
         **EXACT,
@@ -131,9 +133,9 @@ def train(folder: Path, variant: dict[str, Any], strategy: Any) -> dict[str, Any
     from ray_jobs.cluster.strategy import WorkerContext
     from ray_jobs.train.loop import Loop
 
-    own = ("model", "replicas", "scale", "copies")
+    own = ("model", "replicas", "scale", "copies", "rows")
     settings = {k: v for k, v in variant.items() if k not in own}
-    prepared = folder / "prepared"
+    prepared = folder / variant.get("rows", "prepared")
     spec = RunSpec.model_validate(
         {
             "data": {"prepared": str(prepared)},
@@ -159,7 +161,7 @@ def train(folder: Path, variant: dict[str, Any], strategy: Any) -> dict[str, Any
         "weights": callbacks.weights,
         # Keras' fit ends with the averaged weights, which the loop uses for validation.
         "averaged": None if averaged is None else averaged.model,
-        "fitted": fitted(loop) if variant is FAST[FITTED] else None,
+        "fitted": fitted(loop) if variant in (FAST[FITTED], FAST["weighted"]) else None,
         "losses": [record["train/loss"] for record in state.history],
         "traces": loop.train_step.call.experimental_get_tracing_count(),
         "steps": state.step,
@@ -176,6 +178,7 @@ def fitted(loop: Any) -> dict[str, np.ndarray]:
 
     from mm_model.losses import make_loss
     from mm_model.optimizer import make_optimizer
+    from ray_jobs.train.device_batch import DeviceBatcher
     from ray_jobs.train.model_factory import new_model
 
     train, num_steps = loop.spec.train, loop.sampler.steps_before(loop.spec.train.epochs)
@@ -183,10 +186,11 @@ def fitted(loop: Any) -> dict[str, np.ndarray]:
     model = new_model(loop.spec, loop.manifest)
     model.compile(make_optimizer(train, num_steps), make_loss(train), jit_compile=False)
     feed, _ = loop._feeds()
+    batcher = DeviceBatcher(loop.replicas, model.input_names, loop.train_batcher.class_weight)
 
     def batches() -> Any:
         for batch in feed.batches(0, num_steps):
-            tensors = loop.validation_batcher([batch])
+            tensors = batcher([batch])
             yield tensors.inputs, tensors.label_B1, tensors.weight_B1
 
     model.fit(batches(), steps_per_epoch=num_steps, shuffle=False, verbose=0)

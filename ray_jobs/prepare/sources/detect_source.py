@@ -4,6 +4,7 @@ Detection descends into folders only until it finds a file of a known kind.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Literal
 
@@ -19,8 +20,14 @@ from ray_jobs.prepare.sources import (
     webdataset,
 )
 from ray_jobs.prepare.sources.source import Source
+from ray_jobs.prepare.sources.source_files import (
+    IMAGE_SUFFIXES,
+    Walk,
+    has_underscore,
+    open_location,
+)
 from ray_jobs.prepare.table import require_columns
-from ray_jobs.storage.folder import Folder, expand_braces, split_glob
+from ray_jobs.storage.folder import Folder, split_file
 
 Kind = Literal["folder", "parquet", "webdataset", "tfrecord", "imagefolder"]
 
@@ -50,36 +57,63 @@ def open_source(
     """
     if not spec.images:
         raise JobError("prepare.images is not set; give the folder, glob or URI of the images")
-    kind = detect_kind(spec) if spec.source == "auto" else spec.source
+    notes: tuple[str, ...] = ()
+    if spec.source == "auto":
+        kind, notes = _detect(spec)
+    else:
+        kind = spec.source
+    if spec.image_separator is not None and (kind != "folder" or not spec.image_column):
+        raise JobError(
+            f"prepare.image_separator={spec.image_separator!r} separates paths of image files in "
+            "the cells of prepare.image_column, a column of prepare.table; set both, or leave "
+            "prepare.image_separator out"
+        )
     _, open_kind = _SOURCES[kind]
     source = open_kind(spec)
+    source = replace(source, notes=(*notes, *source.notes))
     require_columns(source.table, spec, categorical, labelled=labelled)
+    if labelled and not source.table.num_rows:
+        raise JobError(f"the table {spec.table or spec.images} has no rows")
     return source
 
 
 def detect_kind(spec: PrepareSpec) -> Kind:
     """Return the kind of the files in `prepare.images`, by their names or by a glob's ending.
 
-    Image files without a table are an ImageFolder.
+    Image files without a table are an ImageFolder. With a table, images win over other files.
 
     Raises:
         JobError: If there are files of several kinds, or of no known kind.
     """
-    base, pattern = split_glob(spec.images)
-    if pattern is not None and (kind := _kind_of(expand_braces(pattern)[0])):
-        return _resolve_images(kind, spec)
-    folder = Folder(base)
+    return _detect(spec)[0]
+
+
+def _detect(spec: PrepareSpec) -> tuple[Kind, tuple[str, ...]]:
+    """Return the kind of the files in `prepare.images`, and notes for the summary."""
+    folder, patterns = open_location(spec.images)
+    if patterns and (kind := _kind_of(patterns[0])):
+        return _resolve_images(kind, spec), ()
     root = folder.filesystem.get_file_info(folder.path)
     if root.type == fs.FileType.NotFound:
         raise JobError(f"prepare.images={spec.images!r}: there is no {folder}")
-    kinds, other = _search(folder, root, spec)
+    if root.type == fs.FileType.Directory:
+        kinds, other = _search(folder, patterns, spec)
+    else:
+        _, name = split_file(spec.images)
+        kind = _kind_of(name)
+        kinds: dict[Kind, str] = {kind: name} if kind else {}
+        other = [name]
     if "imagefolder" in kinds and "folder" in kinds:
         # Metadata next to images describes them.
         del kinds["imagefolder" if spec.table else "folder"]
+    notes: tuple[str, ...] = ()
+    found = " and ".join(f"{_SOURCES[k][0]} ({name})" for k, name in sorted(kinds.items()))
+    if len(kinds) > 1 and spec.table and "folder" in kinds:
+        notes = (f"images read from image files; prepare.images holds {found}",)
+        kinds = {"folder": kinds["folder"]}
     if len(kinds) > 1:
-        names = " and ".join(f"{_SOURCES[k][0]} ({name})" for k, name in sorted(kinds.items()))
         raise JobError(
-            f"prepare.images={spec.images!r} holds {names}; set prepare.source to one of "
+            f"prepare.images={spec.images!r} holds {found}; set prepare.source to one of "
             f"{', '.join(sorted(kinds))}, or give a glob"
         )
     if not kinds:
@@ -88,41 +122,38 @@ def detect_kind(spec: PrepareSpec) -> Kind:
             f"prepare.images={spec.images!r}: there are no images, Parquet, tar or TFRecord files "
             f"({examples}); set prepare.source"
         )
-    return _resolve_images(next(iter(kinds)), spec)
+    return _resolve_images(next(iter(kinds)), spec), notes
 
 
 def _search(
-    folder: Folder, root: fs.FileInfo, spec: PrepareSpec
+    folder: Folder, patterns: Sequence[str], spec: PrepareSpec
 ) -> tuple[dict[Kind, str], list[str]]:
     """Return the kinds on the first level that has any, with a file of each, and other files."""
     table_path = Folder(spec.table).path if spec.table else None
     kinds: dict[Kind, str] = {}
     other: list[str] = []
-    level = [root]
     # Metadata may be in a folder above its images.
-    while level and not kinds:
-        for info in level:
-            if info.type == fs.FileType.Directory:
+    for names in Walk(folder, patterns).levels(_MAX_FOLDERS):
+        for name in names:
+            if folder.locate(name) == table_path:
                 continue
-            if kind := _kind_of(info.base_name):
-                kinds.setdefault(kind, info.base_name)
+            base = PurePosixPath(name).name
+            if kind := _kind_of(name):
+                kinds.setdefault(kind, base)
             else:
-                other.append(info.base_name)
-        folders = sorted(info.path for info in level if info.type == fs.FileType.Directory)
-        level = [
-            info
-            for path in folders[:_MAX_FOLDERS]
-            for info in folder.filesystem.get_file_info(fs.FileSelector(path))
-            if not info.base_name.startswith((".", "_")) and info.path != table_path
-        ]
+                other.append(base)
+        if kinds:
+            break
     return kinds, other
 
 
 def _kind_of(name: str) -> Kind | None:
     if PurePosixPath(name).name in huggingface_imagefolder.METADATA:
         return "imagefolder"
-    if name.lower().endswith(huggingface_imagefolder.IMAGE_SUFFIXES):
+    if name.lower().endswith(IMAGE_SUFFIXES):
         return "folder"
+    if has_underscore(name):
+        return None
     if parquet_files.is_parquet(name):
         return "parquet"
     if webdataset.is_tar(name):

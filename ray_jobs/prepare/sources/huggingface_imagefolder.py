@@ -8,7 +8,6 @@ Format: https://huggingface.co/docs/datasets/image_dataset
 
 # pyright: reportAttributeAccessIssue=false
 
-import json
 import posixpath
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,31 +18,25 @@ import pyarrow.compute as pc
 
 from mm_model.nearest_match import did_you_mean
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.spec import SPLITS, PrepareSpec, Split
+from ray_jobs.config.spec import PrepareSpec
 from ray_jobs.config.text import names_text
 from ray_jobs.prepare.cell_text import TEXT, column_text
+from ray_jobs.prepare.given_splits import split_named
 from ray_jobs.prepare.sources.byte_range_reader import ByteRangeReader
-from ray_jobs.prepare.sources.record_table import RecordTable, stack
+from ray_jobs.prepare.sources.image_resolver import find_images, join_problems
 from ray_jobs.prepare.sources.source import ImageRefs, Source
-from ray_jobs.prepare.sources.source_files import open_folder
-from ray_jobs.prepare.table import read_table
+from ray_jobs.prepare.sources.source_files import (
+    IMAGE_SUFFIXES,
+    Walk,
+    open_location,
+    require_folder,
+)
+from ray_jobs.prepare.table_files import open_table
+from ray_jobs.prepare.table_files.record_table import stack
 from ray_jobs.storage.folder import Folder
 
 FILE_NAME = "file_name"
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-IMAGE_SUFFIXES = (
-    ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".jp2", ".avif", ".ppm"
-)  # fmt: skip
-SPLIT_FOLDERS: dict[str, Split] = {
-    "train": "train",
-    "training": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "test": "test",
-    "testing": "test",
-}
 DEFAULT_SPLIT_COLUMN = "split"
 
 
@@ -51,29 +44,33 @@ def open_source(spec: PrepareSpec) -> Source:
     """Return the rows that the metadata names, or one row per image in the folder of its class.
 
     The key is the image's path below the folder, unless the metadata has the key column. If all
-    folders are named after splits, there is a column `split` (or `prepare.split_column`); if all
-    three splits are present, rows keep their split. Several images per row are named in columns
-    such as `front_file_name` or `front`.
+    folders are named after splits, or one is named train and another after another split, rows keep
+    the split of their folder, in a column `split` (or `prepare.split_column`). Several images per
+    row are named in columns such as `front_file_name` or `front`.
     """
     if spec.table:
         raise JobError(
             "the table of an ImageFolder is its own metadata; leave prepare.table out, or set "
             "prepare.source=folder"
         )
-    folder = open_folder(spec.images)
-    names = [name for name in folder.names() if not PurePosixPath(name).name.startswith(".")]
+    folder, patterns = open_location(spec.images)
+    require_folder(folder, spec.images)
+    walk = Walk(folder, patterns)
+    names = walk.names()
     metadata = [name for name in names if PurePosixPath(name).name in METADATA]
     images = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
     if not images:
         raise JobError(f"prepare.images={spec.images!r}: there are no images in {folder}")
-    splits = [_split_of(name) for name in metadata or images]
+    folders = {_first_folder(name) for name in metadata or images}
+    splits = {split_named(name) for name in folders}
+    has_splits = None not in splits or (len(splits - {None}) > 1 and "train" in splits)
     if metadata:
-        source = _from_metadata(folder, metadata, names, images, all(splits), spec)
+        source = _from_metadata(folder, metadata, names, images, has_splits, spec)
     else:
-        source = _from_folders(folder, images, all(splits), spec)
-    if set(splits) == set(SPLITS):
+        source = _from_folders(folder, images, has_splits, spec)
+    if has_splits and not spec.split_keys:
         source = replace(source, split_column=spec.split_column or DEFAULT_SPLIT_COLUMN)
-    return source
+    return replace(source, notes=(*walk.notes, *source.notes))
 
 
 def _from_metadata(
@@ -87,13 +84,16 @@ def _from_metadata(
     image_names = spec.image_columns or ("",)
     tables: list[pa.Table] = []
     parts: dict[str, list[pa.LargeStringArray]] = {image: [] for image in image_names}
+    notes: list[str] = []
     for name in metadata:
-        table = _read_metadata(folder, name)
+        parent, _, base = name.rpartition("/")
+        table, table_notes = open_table(f"{(folder / parent if parent else folder).uri}/{base}")
+        notes += table_notes
         for image in image_names:
             column = _path_column(table, image, spec, f"{folder}/{name}")
             parts[image].append(_below(posixpath.dirname(name), table.column(column)))
         if has_splits:
-            table = _with_split(table, [_split_of(name)] * table.num_rows, spec)
+            table = _with_split(table, [name] * table.num_rows, spec)
         tables.append(table)
     table = stack(tables)
     paths = {image: pa.concat_arrays(arrays) for image, arrays in parts.items()}
@@ -101,18 +101,17 @@ def _from_metadata(
         # Paths, so that files with the same name in different folders have different keys.
         table = table.append_column(spec.key_column, paths[image_names[0]])
     existing = pa.array(names, TEXT)
-    refs = {
-        image: ImageRefs(pc.if_else(pc.is_in(path, value_set=existing), path, None))
-        for image, path in paths.items()
-    }
+    found = {image: find_images(path, folder, lambda: existing) for image, path in paths.items()}
+    refs = {image: ImageRefs(of_image.files) for image, of_image in found.items()}
     if not any(of_image.has_image.any() for of_image in refs.values()):
         example = next(iter(paths.values())).drop_null().slice(0, 1).to_pylist()
         raise JobError(
             f"{folder}/{metadata[0]} names no existing image: {example[0] if example else ''} is "
             f"not in {folder}, but {images[0]} is; correct the paths in the metadata"
         )
-    named = pa.chunked_array(list(paths.values()))
+    named = pa.chunked_array([of_image.files for of_image in found.values()])
     listed = pa.array(images, TEXT)
+    quarantined, guesses = join_problems(found)
     unmatched = listed.filter(pc.invert(pc.is_in(listed, value_set=named))).to_pylist()
     detail = "the metadata does not name it"
     return Source(
@@ -120,6 +119,8 @@ def _from_metadata(
         refs,
         dict.fromkeys(refs, ByteRangeReader(folder)),
         tuple((path, "no_record", detail) for path in unmatched),
+        quarantined,
+        notes=(*dict.fromkeys(notes), *guesses),
     )
 
 
@@ -141,29 +142,8 @@ def _from_folders(
     paths = pa.array(images, TEXT)
     table = pa.table({spec.key_column: paths, spec.label_column: pa.array(labels, TEXT)})
     if has_splits:
-        table = _with_split(table, [_split_of(path) for path in images], spec)
+        table = _with_split(table, images, spec)
     return Source(table, {"": ImageRefs(paths)}, {"": ByteRangeReader(folder)})
-
-
-def _read_metadata(folder: Folder, name: str) -> pa.Table:
-    if not name.endswith(".jsonl"):
-        parent, _, base = name.rpartition("/")
-        return read_table(f"{(folder / parent if parent else folder).uri}/{base}")
-    records = RecordTable()
-    for number, line in enumerate(folder.read_bytes(name).splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            if not isinstance(record, dict):
-                raise ValueError("not an object")
-        except ValueError as error:
-            raise JobError(f"{folder}/{name}, line {number} cannot be read: {error}") from error
-        records.append(record)
-    table = records.to_table()
-    if not table.num_rows:
-        raise JobError(f"{folder}/{name} has no rows")
-    return table
 
 
 def _path_column(table: pa.Table, image: str, spec: PrepareSpec, file: str) -> str:
@@ -187,14 +167,16 @@ def _below(parent: str, column: pa.ChunkedArray) -> pa.LargeStringArray:
     return pc.binary_join_element_wise(pa.scalar(parent, TEXT), paths, pa.scalar("/", TEXT))
 
 
-def _with_split(table: pa.Table, splits: Sequence[Split | None], spec: PrepareSpec) -> pa.Table:
+def _with_split(table: pa.Table, paths: Sequence[str], spec: PrepareSpec) -> pa.Table:
+    """Append a column with the split of each path, or with its folder if that names none."""
     column = spec.split_column or DEFAULT_SPLIT_COLUMN
-    if column in table.column_names:
+    if column in table.column_names or spec.split_keys:
         return table
-    return table.append_column(column, pa.array(splits, TEXT))
+    folders = map(_first_folder, paths)
+    return table.append_column(column, pa.array([split_named(f) or f for f in folders], TEXT))
 
 
-def _split_of(name: str) -> Split | None:
-    """Return the split named by the first folder of a path, if there is one."""
+def _first_folder(name: str) -> str:
+    """Return the first folder of a path, or an empty text."""
     first, slash, _ = name.partition("/")
-    return SPLIT_FOLDERS.get(first.lower()) if slash else None
+    return first if slash else ""

@@ -1,16 +1,17 @@
 """Joins the records of a table with images in containers, by key."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import PrepareSpec
-from ray_jobs.prepare.cell_text import column_text, first_rows
+from ray_jobs.prepare.cell_text import apply_text_rule, find_text_rule, first_rows, role_text
 from ray_jobs.prepare.sources.source import ImageRefs
-from ray_jobs.prepare.table import read_table, require_column
+from ray_jobs.prepare.table import require_column
+from ray_jobs.prepare.table_files import TableFile, open_table
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,12 @@ class ImageIndex:
     refs: ImageRefs
 
 
-def read_keyed_table(spec: PrepareSpec) -> pa.Table:
+def read_keyed_table(spec: PrepareSpec) -> TableFile:
     """Read `prepare.table`, which must have the key column."""
-    table = read_table(spec.table)
+    opened = open_table(spec.table)
     owner = f"the table {spec.table}"
-    require_column(table.column_names, spec.key_column, "prepare.key_column", owner)
-    return table
+    require_column(opened.table.column_names, spec.key_column, "prepare.key_column", owner)
+    return opened
 
 
 def join_images(
@@ -45,13 +46,19 @@ def join_images(
     Raises:
         JobError: If no record has an image, probably because the keys are spelled differently.
     """
-    keys = column_text(table.column(spec.key_column))
+    keys = role_text(table, spec.key_column, spec, keep_words=True)
+    column = table.column(spec.key_column)
+    rule = spec.text_rules.get(spec.key_column) or find_text_rule(column)
+    indexes = {
+        name: replace(index, keys=apply_text_rule(index.keys, rule))
+        for name, index in indexes.items()
+    }
     images: dict[str, ImageRefs] = {}
     unmatched: list[tuple[str, str, str]] = []
     for name, index in indexes.items():
         images[name] = index.refs.take(first_rows(keys, index.keys))
         unmatched += _unmatched(index, keys)
-    if not any(refs.has_image.any() for refs in images.values()):
+    if len(keys) and not any(refs.has_image.any() for refs in images.values()):
         index = next(iter(indexes.values()))
         raise JobError(
             f"no {spec.key_column} of the table is the key of an image: the table has "

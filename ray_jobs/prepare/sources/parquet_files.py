@@ -20,10 +20,10 @@ from ray_jobs.config.text import names_text
 from ray_jobs.data.images import BadImage
 from ray_jobs.prepare.cell_text import column_text
 from ray_jobs.prepare.sources.key_join import ImageIndex, join_images, read_keyed_table
-from ray_jobs.prepare.sources.record_table import stack
 from ray_jobs.prepare.sources.source import ImageRefs, Source, repeat_paths
 from ray_jobs.prepare.sources.source_files import find_files, map_in_threads
 from ray_jobs.prepare.table import require_column
+from ray_jobs.prepare.table_files.record_table import stack
 from ray_jobs.storage.folder import Folder
 
 DEFAULT_COLUMN = "image"
@@ -40,7 +40,7 @@ def open_source(spec: PrepareSpec) -> Source:
     except bytes, lists and structs. With `prepare.table`, only the key column is read from the
     files, and their rows and the table are joined by key.
     """
-    folder, names = find_files(spec.images, is_parquet, "Parquet files")
+    folder, names, notes = find_files(spec.images, is_parquet, "Parquet files")
     table_path = Folder(spec.table).path if spec.table else None
     names = [name for name in names if folder.locate(name) != table_path]
     if not names:
@@ -58,12 +58,13 @@ def open_source(spec: PrepareSpec) -> Source:
     readers = {name: ParquetReader(folder, column) for name, column in columns.items()}
     own = stack(tables)
     if not spec.table:
-        return Source(own, dict.fromkeys(columns, refs), readers)
-    table = read_keyed_table(spec)
+        return Source(own, dict.fromkeys(columns, refs), readers, notes=notes)
+    table, table_notes = read_keyed_table(spec)
+    notes = (*table_notes, *notes)
     index = ImageIndex(column_text(own.column(spec.key_column)), refs)
     images, unmatched = join_images(table, spec, dict.fromkeys(columns, index))
     # All images of a row are in one row of the files, so report that row once.
-    return Source(table, images, readers, tuple(dict.fromkeys(unmatched)))
+    return Source(table, images, readers, tuple(dict.fromkeys(unmatched)), notes=notes)
 
 
 def is_parquet(name: str) -> bool:

@@ -79,6 +79,10 @@ class Source:
     """Row → reason and detail, where the row's image reference is wrong or ambiguous."""
     split_column: str | None = None
     """Column with the split, if the source itself has all three splits."""
+    image_names: tuple[str, ...] = ()
+    """Names for `prepare.image_columns`, if `prepare.image_separator` determines them."""
+    notes: tuple[str, ...] = ()
+    """What the source has guessed or skipped, for the summary."""
 
 
 def repeat_paths(names: Sequence[str], counts: Sequence[int]) -> pa.LargeStringArray:

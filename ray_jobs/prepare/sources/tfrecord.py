@@ -18,7 +18,6 @@ from ray_jobs.config.text import names_text
 from ray_jobs.prepare.cell_text import column_text
 from ray_jobs.prepare.sources.byte_range_reader import ByteRangeReader
 from ray_jobs.prepare.sources.key_join import ImageIndex, join_images, read_keyed_table
-from ray_jobs.prepare.sources.record_table import RecordTable, stack
 from ray_jobs.prepare.sources.source import ImageRefs, Source, repeat_paths
 from ray_jobs.prepare.sources.source_files import find_files, map_in_threads
 from ray_jobs.prepare.sources.tfrecord_format import (
@@ -31,6 +30,7 @@ from ray_jobs.prepare.sources.tfrecord_format import (
     read_scalar,
 )
 from ray_jobs.prepare.table import require_column
+from ray_jobs.prepare.table_files.record_table import RecordTable, stack
 from ray_jobs.storage.folder import Folder
 
 DEFAULT_FEATURES = ("image/encoded", "image")
@@ -47,7 +47,7 @@ def open_source(spec: PrepareSpec) -> Source:
     table consists of the features with a single number or string per record. With `prepare.table`,
     only the key is read from the records, and records and table are joined by key.
     """
-    folder, names = find_files(spec.images, is_tfrecord, "TFRecord files")
+    folder, names, notes = find_files(spec.images, is_tfrecord, "TFRecord files")
     features = _image_features(spec)
     files = map_in_threads(partial(_read_file, folder, features, spec), names)
     left_out = {feature for file in files for feature in file.left_out}
@@ -70,7 +70,7 @@ def open_source(spec: PrepareSpec) -> Source:
         refs[image] = ImageRefs(paths.take(where), spans[:, 0], spans[:, 1])
     readers = dict.fromkeys(features, ByteRangeReader(folder))
     if not spec.table:
-        return Source(own, refs, readers)
+        return Source(own, refs, readers, notes=notes)
     owner = f"the TFRecord data in {spec.images}"
     require_column(own.column_names, spec.key_column, "prepare.key_column", owner)
     keys = column_text(own.column(spec.key_column))
@@ -78,9 +78,9 @@ def open_source(spec: PrepareSpec) -> Source:
     for image, of_image in refs.items():
         rows = np.flatnonzero(of_image.has_image)
         indexes[image] = ImageIndex(keys.take(pa.array(rows)), of_image.take(rows))
-    table = read_keyed_table(spec)
+    table, table_notes = read_keyed_table(spec)
     images, unmatched = join_images(table, spec, indexes)
-    return Source(table, images, readers, unmatched)
+    return Source(table, images, readers, unmatched, notes=(*table_notes, *notes))
 
 
 def is_tfrecord(name: str) -> bool:

@@ -25,12 +25,12 @@ from ray_jobs.config.text import names_text
 from ray_jobs.prepare.cell_text import TEXT
 from ray_jobs.prepare.sources.byte_range_reader import ByteRangeReader
 from ray_jobs.prepare.sources.key_join import ImageIndex, join_images, read_keyed_table
-from ray_jobs.prepare.sources.record_table import RecordTable, stack
 from ray_jobs.prepare.sources.source import ImageRefs, Source, repeat_paths
 from ray_jobs.prepare.sources.source_files import find_files, map_in_threads
+from ray_jobs.prepare.table_files.record_table import RecordTable, stack
 from ray_jobs.storage.folder import Folder
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "dcm", "dicom")
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _BUFFER_BYTES = {True: 16 << 10, False: 64 << 10}
 """Buffer size, keyed by whether the files are local. Small images are skipped inside the buffer.
@@ -46,7 +46,7 @@ def open_source(spec: PrepareSpec) -> Source:
     The image is the file with an image extension, or with the extension `prepare.image_column`;
     `prepare.image_columns` names several, such as `front` for `.front.jpg` or `.front`.
     """
-    folder, names = find_files(spec.images, is_tar, "tar files")
+    folder, names, notes = find_files(spec.images, is_tar, "tar files")
     extensions = _image_extensions(spec)
     tars = map_in_threads(partial(_read_tar, folder, extensions, spec), names)
     indexes: dict[str, ImageIndex] = {}
@@ -62,9 +62,13 @@ def open_source(spec: PrepareSpec) -> Source:
             )
         paths = repeat_paths(names, [len(tar.keys[image]) for tar in tars])
         indexes[image] = ImageIndex(keys, ImageRefs(paths, spans[:, 0], spans[:, 1]))
-    table = read_keyed_table(spec) if spec.table else stack(tar.records for tar in tars)
+    if spec.table:
+        table, table_notes = read_keyed_table(spec)
+    else:
+        table, table_notes = stack(tar.records for tar in tars), ()
     images, unmatched = join_images(table, spec, indexes)
-    return Source(table, images, dict.fromkeys(indexes, ByteRangeReader(folder)), unmatched)
+    readers = dict.fromkeys(indexes, ByteRangeReader(folder))
+    return Source(table, images, readers, unmatched, notes=(*table_notes, *notes))
 
 
 def is_tar(name: str) -> bool:

@@ -8,7 +8,7 @@
 The weights of a best epoch are in their own folder, because they are written only once:
 
     model.npz       every variable of the model at that epoch
-    validation.npz  logits of every head and labels of the validation rows
+    validation.npz  logits of every head, labels and, if any, weights of the validation rows
 
 Files contain plain arrays and JSON, so reading a checkpoint executes no code.
 """
@@ -78,6 +78,8 @@ class BestCheckpoint:
     model: Arrays
     head_logits_NM: np.ndarray
     label_N: np.ndarray
+    weight_N: np.ndarray | None = None
+    """None without row weights."""
 
 
 @dataclass
@@ -162,6 +164,8 @@ def write_best(folder: str | Path, best: BestCheckpoint) -> None:
     folder = Path(folder)
     _write_arrays(folder / "model.npz", best.model)
     validation = {"head_logits": best.head_logits_NM, "label": best.label_N}
+    if best.weight_N is not None:
+        validation["weight"] = best.weight_N
     _write_arrays(folder / "validation.npz", validation)
 
 
@@ -176,7 +180,8 @@ def read_best(folder: str | Path) -> BestCheckpoint:
     with _detecting_damage("the best epoch", folder):
         validation = _read_arrays(folder / "validation.npz")
         model = _read_arrays(folder / "model.npz")
-        return BestCheckpoint(model, validation["head_logits"], validation["label"])
+        rows = [validation["head_logits"], validation["label"], validation.get("weight")]
+        return BestCheckpoint(model, *rows)
 
 
 @contextmanager

@@ -173,7 +173,8 @@ def _compare(
         return None
     same = run_folder(untuned).uri == run_folder(best).uri
     theirs = ours if same else evaluate(untuned, "untuned")
-    gain = auc_gain(ours.label, ours.probability, theirs.probability, _BOOTSTRAP_DRAWS)
+    predictions = (ours.probability, theirs.probability)
+    gain = auc_gain(ours.label, *predictions, _BOOTSTRAP_DRAWS, ours.weight)
     return Comparison(
         metric="roc_auc",
         untuned=theirs.metrics["roc_auc"],

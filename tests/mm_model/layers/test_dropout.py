@@ -39,3 +39,13 @@ def test_modality_dropout_hides_one_branch_at_its_rate_and_never_both():
     a, b = (np.asarray(x) for x in layer([first, second], training=False))
     np.testing.assert_array_equal(a, first)
     np.testing.assert_array_equal(b, second)
+
+
+def test_modality_dropout_never_hides_the_other_branch_of_rows_without_an_image():
+    first, second = np.ones((20_000, 2), np.float32), np.ones((20_000, 3), np.float32)
+    mask = np.resize([[0.0, 0.0], [0.0, 1.0]], (20_000, 2)).astype(np.float32)
+    layer = ModalityDropout(0.4, seed=1)
+    _, b = layer([first, second, mask], training=True)
+    hidden = (np.asarray(b) == 0).all(axis=1)
+    assert not hidden[::2].any()
+    assert hidden[1::2].mean() == pytest.approx(0.2, abs=0.02)

@@ -89,7 +89,7 @@ def test_settings_that_are_not_given_have_their_defaults(yaml_file, text):
             "run.storage_path": ("s3://bucket/a=b,c", "s3://bucket/a=b,c"),
             "model.numeric.units": ("64, 32", (64, 32)),
             "prepare.numeric_columns": ("none", None),
-            "prepare.exclude_columns": ("", ()),
+            "prepare.exclude_columns": ("", ("",)),
         },
         {
             "train.decision_threshold": ("f1", "f1"),
@@ -129,7 +129,7 @@ def test_yaml_gives_the_same_types_as_flags(yaml_file):
         "train: {learning_rate: 1e-3, use_gpu: yes, resources_per_worker: {a: 2},\n"
         "  stages: [{epochs: 1, backbone: 0}, {epochs: 2}]}\n"
         "prepare: {numeric_columns: [area, 'a, b'], number_rules: {age: date}, label_column: ä,\n"
-        "  positive_label: yes}\n"
+        "  positive_label: yes, unlabelled: [no, 01, ~], exclude_columns: ''}\n"
     )
     spec = parse(RunSpec, [path])
     stages = ({"epochs": 1, "backbone": 0}, {"epochs": 2})
@@ -139,7 +139,13 @@ def test_yaml_gives_the_same_types_as_flags(yaml_file):
         {
             "run": {"name": "010"},
             "train": {**train, "stages": stages},
-            "prepare": {**prepare, "label_column": "ä", "positive_label": "yes"},
+            "prepare": {
+                **prepare,
+                "label_column": "ä",
+                "positive_label": ("yes",),
+                "unlabelled": ("no", "01", "~"),
+                "exclude_columns": ("",),
+            },
         }
     )
 

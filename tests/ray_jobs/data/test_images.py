@@ -13,11 +13,13 @@ from ray_jobs.data.images import (
     BadImage,
     decode,
     decode_stored,
+    deep_values,
     encode_jpeg,
     prepare_image,
     stored_size,
     to_square,
 )
+from tests.ray_jobs.pixels import chunk, png_16, tiff
 
 MAX_PIXELS = 10_000_000
 
@@ -97,6 +99,123 @@ def test_a_16_bit_image_is_scaled_and_not_clipped(kind, dtype):
     values = np.linspace(0, 65535, 60 * 40).reshape(40, 60).astype(dtype)
     pixels = np.asarray(decode(encoded(Image.fromarray(values), kind), MAX_PIXELS))
     np.testing.assert_array_equal(pixels[..., 1], np.rint(values / 257))
+
+
+GREYS = np.linspace(0, 4095, 60 * 40).reshape(40, 60).astype("u2")
+
+
+def pixels_of(content: bytes, **options: object) -> np.ndarray:
+    return np.asarray(decode(content, MAX_PIXELS, **options)).astype(int)
+
+
+@pytest.mark.parametrize(
+    ("content", "low", "high"),
+    [
+        # imageio issue 1049 and python-pillow issue 274: 12-bit cameras write 16-bit files.
+        (png_16(GREYS), 0, 4095),
+        (tiff(GREYS), 0, 4095),
+        # python-pillow issues 3159 and 6786: nothing says what is white.
+        (tiff(GREYS.astype("f4") / 4095), 0, 1),
+        (tiff(GREYS.astype("f4") / 4095 * 255), 0, 255),
+        (tiff(GREYS.astype("f4") - 1024), -1024, 3071),
+        # python-pillow issue 452 and ImageMagick issue 8149: signed values.
+        (tiff(GREYS.astype("i2") - 1024), -1024, 3071),
+        (tiff(GREYS.astype("i4") * 1000), 0, 4_095_000),
+        (tiff((GREYS.astype(int) // 16 - 128).astype("i1")), -128, 127),
+        # xarray-spatial issue 2278 and ITK pull request 6636: WhiteIsZero.
+        (tiff(4095 - GREYS, photometric=0), 0, 4095),
+        (tiff(1 - GREYS.astype("f4") / 4095, photometric=0), 0, 1),
+    ],
+)
+def test_values_over_8_bits_are_scaled_by_their_range(content, low, high):
+    pixels = pixels_of(content, found_range=(low, high))
+    np.testing.assert_array_equal(pixels, pixels_of(content, pixel_range=(low, high)))
+    np.testing.assert_allclose(pixels[..., 0], GREYS / 4095 * 255, atol=1)
+    np.testing.assert_array_equal(pixels[..., 0], pixels[..., 2])
+
+
+def test_12_bits_a_sample_in_a_packed_tiff_are_read():
+    row = np.array([[0, 4095], [2048, 16]], "u2")
+    packed = bytes([0, 0x0F, 0xFF, 0x80, 0x00, 0x10])
+    content = tiff(row).replace(row.astype("<u2").tobytes(), packed + bytes(2))
+    content = content.replace(
+        struct.pack("<HHII", 258, 3, 1, 16), struct.pack("<HHII", 258, 3, 1, 12)
+    )
+    np.testing.assert_array_equal(deep_values(content, MAX_PIXELS), row)
+
+
+@pytest.mark.parametrize("name", ["RGB.png", "RGBA.png", "LA.png", "RGB.tif"])
+def test_16_bit_colours_are_scaled_like_greys(name):
+    """python-pillow issues 880 and 7723: Pillow drops the lower 8 bits."""
+    alpha = np.where(np.arange(60) < 50, 4095, 0) + 0 * GREYS
+    channels = [GREYS] if name[0] == "L" else [GREYS, GREYS[::-1], GREYS[:, ::-1]]
+    values = np.stack(channels + ([alpha] if "A" in name else []), axis=2).astype("u2")
+    content = png_16(values) if "png" in name else tiff(values)
+    measured = deep_values(content, MAX_PIXELS)
+    assert measured.shape == (40, 60, 3)
+    assert measured.max() == 4095
+    pixels = pixels_of(content, found_range=(0, 4095))
+    expected = np.stack((channels * 3)[:3], axis=2) / 4095 * 255
+    if "A" in name:
+        expected[:, 50:] = 255
+    np.testing.assert_allclose(pixels, expected, atol=1)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("dtype", ["u2", "u1"])
+def test_a_16_bit_tiff_is_turned_like_one_of_8_bits(orientation, dtype):
+    colours = np.random.default_rng(0).integers(0, 256, (4, 6, 3))
+    content = tiff((colours * (257 if dtype == "u2" else 1)).astype(dtype), None, orientation)
+    upright = decode(tiff(colours.astype("u1"), None, orientation), MAX_PIXELS)
+    assert difference(decode(content, MAX_PIXELS), upright) == 0
+    assert upright.size == ((6, 4) if orientation < 5 else (4, 6))
+
+
+@pytest.mark.parametrize("colours", [GREYS, np.stack([GREYS] * 3, axis=2)])
+def test_a_16_bit_png_is_turned_by_its_exif(colours):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = png_16(colours)
+    turned = content[:33] + chunk(b"eXIf", exif.tobytes()[6:]) + content[33:]
+    expected = np.rot90(pixels_of(content, found_range=(0, 4095)), -1)
+    np.testing.assert_array_equal(pixels_of(turned, found_range=(0, 4095)), expected)
+
+
+def test_values_outside_a_range_are_clipped_but_another_kind_of_image_is_refused():
+    bright = GREYS.copy()
+    bright[0, :20] = 60_000
+    assert (pixels_of(png_16(bright), found_range=(0, 4095))[0, :20] == 255).all()
+    assert (pixels_of(png_16(GREYS), found_range=(0, 2100)) == 255).any()
+    with pytest.raises(BadImage, match=r"values, 0 to 4095, are far outside 0 to 255.*pixel_range"):
+        decode(png_16(GREYS), MAX_PIXELS, found_range=(0, 255))
+    # A range that the user set clips anything, as a window does, and can swap black and white.
+    swapped = pixels_of(png_16(GREYS), pixel_range=(4095, 0))
+    np.testing.assert_allclose(swapped, 255 - pixels_of(png_16(GREYS), found_range=(0, 4095)))
+    assert (pixels_of(png_16(GREYS), pixel_range=(0, 255))[-1] == 255).all()
+    holes = GREYS.astype("f4") / 4095
+    holes[0], holes[1, :9] = np.nan, np.inf
+    pixels = pixels_of(tiff(holes), found_range=(0, 1))
+    assert (pixels[0] == 0).all()
+    assert (pixels[1, :9] == 255).all()
+
+
+@pytest.mark.parametrize("dtype", ["f8", "f2"])
+def test_a_tiff_of_another_type_has_a_reason(dtype):
+    """imageio issue 707: a TIFF of float64 or colours of float32."""
+    assert "a TIFF with unsupported values" in error_of(tiff(GREYS.astype(dtype))).detail
+
+
+def test_images_of_8_bits_are_the_same_with_any_range():
+    palette = photo().convert("P", palette=Image.Palette.ADAPTIVE)
+    for image in (*map(photo().convert, ("1", "L", "LA", "RGBA", "CMYK")), palette):
+        kind = "TIFF" if image.mode == "CMYK" else "PNG"
+        content = encoded(image, kind)
+        assert deep_values(content, MAX_PIXELS) is None
+        plain = decode(content, MAX_PIXELS)
+        for options in ({"pixel_range": (0, 4095)}, {"found_range": (5, 9)}):
+            assert difference(decode(content, MAX_PIXELS, **options), plain) == 0
+    # Pillow inverts greys of 8 bits itself.
+    assert difference(pixels_of(tiff(np.full((2, 2), 55, "u1"), 0)), np.full((2, 2, 3), 200)) == 0
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA"])
@@ -197,10 +316,6 @@ def with_size(content: bytes, place: int, kind: str, width: int, height: int) ->
     """Return a file with another size written into its header."""
     sides = struct.pack(kind, width, height)
     return content[:place] + sides + content[place + len(sides) :]
-
-
-def chunk(name: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
 def test_a_gif_whose_frame_is_larger_than_its_screen_is_too_large():

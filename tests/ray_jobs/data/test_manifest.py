@@ -12,7 +12,7 @@ from tests.ray_jobs.tiny import write_prepared
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"schema_version": 99}, "has schema version 99, but this version of the program reads 2"),
+        ({"schema_version": 99}, "has schema version 99, but this version of the program reads 3"),
         ({"splits": {"training": {}}}, "is damaged: .*training.*"),
         *((text, "is damaged: .*") for text in ('{"schema_version": 1', "", "[1]", "\x00")),
     ],

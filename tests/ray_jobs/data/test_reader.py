@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mm_model.statistics import Vocabulary
+from ray_jobs.config.spec import PrepareSpec
 from ray_jobs.data import reader as reader_module
 from ray_jobs.data.batch import CATEGORY, FEATURES, IMAGE, IMAGE_MASK, NUMERIC
 from ray_jobs.data.decoder import RowDecoder, bytes_column
@@ -25,7 +26,9 @@ FEATURES_OF = ImageInfo(encoding="raw", height=64, width=64, features=(2, 5))
 
 
 def tiny_manifest(image: ImageInfo, **changes: object) -> Manifest:
-    base = Manifest.model_construct(image=image, numeric_columns=(), vocabularies=())
+    base = Manifest.model_construct(
+        prepare=PrepareSpec(), image=image, numeric_columns=(), vocabularies=()
+    )
     return base.model_copy(update=changes)
 
 

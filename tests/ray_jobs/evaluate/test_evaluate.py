@@ -232,3 +232,22 @@ def test_a_probability_that_is_not_finite_becomes_an_error(prepared_run, rows_of
     (table,) = Predictor(run, 64, 1, False)(rows)
     assert table["probability"].null_count == table.num_rows
     assert set(table["error"].to_pylist()) == {"the model's probability is not finite"}
+
+
+def test_metrics_are_weighted_if_the_data_has_weights(prepared_run, ray_local, tmp_path, capsys):
+    """Weights count in evaluation as in training (autogluon#942, autogluon#5185)."""
+    folder, manifest, model = prepared_run
+    num_rows = {split: info.num_rows for split, info in manifest.splits.items()}
+    weighted = write_prepared(tmp_path / "data", num_rows, weights=(1, 5, 0.5))
+    found = evaluate(spec_of(folder, data=str(tmp_path / "data"), output=str(tmp_path / "out")))
+    rows = stored_rows(tmp_path / "data", weighted, "test")
+    probability = probabilities(model, rows, weighted)
+    by = rows["weight"].to_numpy()
+    expected = binary_metrics(rows["label"].to_numpy(), probability, THRESHOLD, by)
+    assert found.pop("weight_column") == "weight"
+    for name, value in expected.items():
+        assert np.ravel(found[name]) == pytest.approx(np.ravel(value), abs=1e-6), name
+    plain = binary_metrics(rows["label"].to_numpy(), probability, THRESHOLD)
+    assert found["roc_auc"] != pytest.approx(plain["roc_auc"], abs=1e-4)
+    assert found["confusion"] == plain["confusion"]
+    assert "weighted by weight, except for the numbers of rows" in capsys.readouterr().out

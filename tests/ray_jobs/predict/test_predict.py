@@ -1,3 +1,5 @@
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from mm_model.statistics import fit_numeric_statistics
+from mm_model.statistics import Vocabulary, fit_numeric_statistics
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import PredictSpec, PrepareSpec, Split
 from ray_jobs.data.images import prepare_image
@@ -15,13 +17,15 @@ from ray_jobs.data.manifest import Manifest
 from ray_jobs.predict import job as predict_job
 from ray_jobs.predict.job import PREDICTIONS, predict
 from ray_jobs.predict.row_sources import RawRows
-from ray_jobs.predict.trained_run import open_run
+from ray_jobs.predict.trained_run import open_run, require_match
 from ray_jobs.storage.folder import Folder
+from tests.ray_jobs.pixels import png_16
 from tests.ray_jobs.tiny import write_prepared
 from tests.ray_jobs.trained import THRESHOLD, damage_image, probabilities, stored_rows, write_run
 
 COLUMNS = ("error", "rooms")
 """The predictions also have a column `error`."""
+Range = tuple[float, float] | None
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
@@ -115,6 +119,8 @@ def rules(tmp_path_factory) -> Manifest:
     prepare = PrepareSpec(
         key_column="house", label_column="sold", image_pattern="{house}_front.jpg", image_size=16,
         aspect="pad", jpeg_quality=80,
+        # New rows have no such columns.
+        fold_column="fold", weight_column="importance",
     )  # fmt: skip
     changes = {
         "prepare": prepare,
@@ -214,6 +220,58 @@ def test_a_parquet_table_with_a_path_column_is_read_and_no_image_outside_the_fol
     assert outside["error"].startswith("image_outside_folder: ")
 
 
+def test_numbers_and_words_that_training_has_not_seen_are_counted(houses, rules, tmp_path):
+    vocabulary = Vocabulary(column="wall", words=("brick", "wood"))
+    seen = rules.model_copy(update={"vocabularies": (vocabulary,)})
+    write_run(tmp_path, seen, image="none")
+    table = tmp_path / "new.csv"
+    table.write_text("house,error,rooms,wall\nh1,90,3,straw\nh2,900,3,brick\nh3,-900,,\n")
+    source = RawRows(open_run(str(tmp_path)), spec_of(houses, run=str(tmp_path), data=str(table)))
+    word, number = source.notes
+    assert word == "wall: 1 row with an unknown word, such as straw"
+    assert re.fullmatch(
+        r"error: 2 rows outside the training range of .* to .*, such as 900", number
+    )
+
+
+def test_deep_images_are_scaled_by_the_range_of_the_run_and_not_their_own(houses, rules, tmp_path):
+    image = rules.image.model_copy(update={"pixel_range": (0.0, 4095.0)})
+    options = rules.prepare.model_copy(update={"store": "raw"})
+    raw_image = image.model_copy(update={"encoding": "raw"})
+    for name, greys in (("h1", 300), ("h2", 4000), ("h3", 60_000)):
+        (tmp_path / f"{name}_front.jpg").write_bytes(png_16(np.full((20, 20), greys)))
+    table = tmp_path / "table.csv"
+    table.write_text("house,error,rooms\nh1,1,1\nh2,1,1\nh3,1,1\n")
+    changed = rules.model_copy(update={"image": raw_image, "prepare": options})
+    write_run(tmp_path / "run", changed)
+    spec = spec_of(houses, run=str(tmp_path / "run"), data=str(table), images=str(tmp_path))
+    dark, bright, other = raw_rows(spec).to_pylist()
+    for row, grey in ((dark, round(300 / 4095 * 255)), (bright, round(4000 / 4095 * 255))):
+        assert row["error"] is None
+        assert set(np.frombuffer(row["image"], np.uint8)) == {grey}
+    assert "its values, 60000 to 60000, are far outside 0 to 4095" in other["error"]
+
+
+def test_prepared_rows_of_another_pixel_range_are_refused_unless_they_are_of_8_bits(
+    houses, model, rules, tmp_path
+):
+    def require(of_run: Range, of_data: Range) -> None:
+        trained, data = (
+            rules.model_copy(
+                update={"image": rules.image.model_copy(update={"pixel_range": pixel_range})}
+            )
+            for pixel_range in (of_run, of_data)
+        )
+        run = replace(open_run(str(houses / "run")), manifest=trained)
+        require_match(run, data, Folder(tmp_path))
+
+    require((0.0, 4095.0), (0.0, 4095.0))
+    require((0.0, 4095.0), (0.0, 255.0))
+    require(None, (0.0, 65535.0))
+    with pytest.raises(JobError, match=r"prepare\.pixel_range is 0,1023, not 0,4095; prepare it"):
+        require((0.0, 4095.0), (0.0, 1023.0))
+
+
 TABLE = "house,error,rooms\nh1,1,1\n"
 
 
@@ -230,7 +288,6 @@ TABLE = "house,error,rooms\nh1,1,1\n"
         (TABLE, "photos/{id}.jpg", r"^--images: the table has no column 'id' \(it has: house, "),
         (TABLE, "photo", "^--images='photo': there is no "),
         (TABLE, None, r"set --images to a pattern such as 'photos/\{house\}_front\.jpg'"),
-        ("house,error,rooms\n", "photos", "has no rows"),
     ],
 )
 def test_a_table_that_does_not_fit_the_run_is_rejected(

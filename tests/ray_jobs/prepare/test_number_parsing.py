@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from ray_jobs.prepare.number_parsing import parse_numbers, suggest_rule
+from ray_jobs.prepare.number_parsing import parse_numbers, propose_rule
 from tests.ray_jobs.prepare.sources.samples import column
 
 NAN = float("nan")
@@ -125,5 +125,34 @@ def test_a_rule_is_suggested_if_it_is_unambiguous():
     rules = dict.fromkeys(["50+", "91-92", "< 5"], "range_mean")
     rules |= dict.fromkeys(["1,5", "1.234,5"], "decimal_comma")
     rules |= {"2024-03-01": "date"}
-    rules |= dict.fromkeys(["1,000", "unknown", "", "10 cm"])
-    assert {text: suggest_rule(text) for text in rules} == rules
+    rules |= {"1,000": "thousands", "10 cm": "unit:cm", "$5": "money", "No": "boolean"}
+    rules |= dict.fromkeys(["unknown", ""])
+    proposed = {text: propose_rule(column(text)) for text in rules}
+    assert {text: found and found[0] for text, found in proposed.items()} == rules
+
+
+@pytest.mark.parametrize(
+    ("rule", "numbers"),
+    [
+        (
+            "money",
+            {"$1,234": 1234, "1.234,50 €": 1234.5, "(5.00)": -5, "USD 5": 5, "-$3": -3, "$-3": -3}
+            | {"1.2k": 1200, "$1.2M": 1.2e6, "1 234 zł": 1234, "kr. 12": 12, "1,5 EUR": 1.5}
+            | {"£1,234,567.89": 1234567.89, "12.345": 12345, "0.125": 0.125, "5-": -5, "abc": ...},
+        ),
+        (
+            "unit:sqft",
+            {"1,850 sqft": 1850, "12 SqFt.": 12, "13": 13, "1.850 sqft": 1.85, "-3 sqft": -3}
+            | {"~4sqft": 4, "1,5 sqft": 1.5, "3 m": ..., "sqft": ...},
+        ),
+        ("unit:%", {"3%": 3, "3.5 %": 3.5, "n/a": NAN, "3 kg": ...}),
+        ("unit", {"1 kg": 1, "2kg": 2, "3 lb": ...}),
+        ("thousands", {"1,234": 1234, "1 234.5": 1234.5, "1'000": 1000, "12": 12, "1,23": ...}),
+        ("boolean", {"Yes": 1, "n": 0, "TRUE": 1, "off": 0, "1": 1, "": NAN, "maybe": ...}),
+        ("year", {"2020-01-06": 2020, "1969-12-31 23:59": 1969, "x": ...}),
+        ("month", {"2020-01-06": 1, "1969-12-31": 12}),
+        ("weekday", {"2020-01-06": 0, "1969-12-31": 2}),
+    ],
+)
+def test_rules_read_text_as_people_write_it(rule, numbers):
+    check(numbers, rule)

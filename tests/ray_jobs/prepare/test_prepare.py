@@ -1,4 +1,5 @@
 import hashlib
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -18,6 +19,7 @@ from ray_jobs.data.manifest import read_manifest
 from ray_jobs.prepare import job
 from ray_jobs.prepare.job import prepare
 from ray_jobs.prepare.shard_writer import ShardWriter
+from ray_jobs.prepare.sources import open_source
 from ray_jobs.storage.folder import Folder
 from tests.ray_jobs.prepare.sources.samples import spec, write_tar
 from tests.ray_jobs.raw import SIZE, Raw, files, jpeg, quarantine, rows_by_key, shard_rows, split_of
@@ -112,7 +114,7 @@ def test_preparing_again_leaves_only_the_files_of_the_new_manifest_and_foreign_o
 
 def test_a_damaged_earlier_manifest_raises_an_error_with_a_remedy(raw):
     raw.out().mkdir()
-    (raw.out() / "manifest.json").write_text('{"schema_version": 2}')
+    (raw.out() / "manifest.json").write_text('{"schema_version": 3}')
     with pytest.raises(JobError, match=r"(?s)is damaged.*delete this folder to make new splits"):
         raw.prepare()
 
@@ -134,6 +136,72 @@ def test_a_column_can_name_the_splits(raw):
     assert split_of(raw.out(), manifest) == {row["key"]: row["fold"] for row in raw.rows}
     with pytest.raises(JobError, match="rooms '0' has rows in both"):
         raw.prepare("grouped", split_column="fold", group_column="rooms")
+
+
+def test_validation_is_cut_from_the_training_rows_of_given_splits_and_test_stays(raw, capsys):
+    """The cut is stored, so rows keep their splits when rows are added."""
+    for i, row in enumerate(raw.rows):
+        row["part"] = " Tst " if i % 4 == 0 else "Training"
+    options = {"split_column": "part", "validation_fraction": 0.25}
+    before = raw.prepare(**options)
+    assert (
+        "splits: from the column part; validation cut from train by hash" in capsys.readouterr().out
+    )
+    old = split_of(raw.out(), before)
+    assert {key for key, split in old.items() if split == "test"} == {
+        row["key"] for row in raw.rows[::4]
+    }
+    assert before.splits["validation"].class_counts == (6, 3)
+    raw.add(range(48, 96))
+    for row in raw.rows[48:]:
+        row["part"] = "train"
+    after = raw.prepare(**options)
+    new = split_of(raw.out(), after)
+    assert after.cuts == before.cuts
+    assert {key: new[key] for key in old} == old
+    assert {new[f"k{i}"] for i in range(48, 96)} == {"train", "validation"}
+    # Rows that now have given validation rows are no longer cut.
+    raw.rows[50]["part"] = raw.rows[51]["part"] = "Dev"
+    given = raw.prepare(**options)
+    assert given.cuts is None
+    assert given.splits["validation"].class_counts == (1, 1)
+
+
+def test_files_of_keys_name_the_splits(raw, capsys):
+    keys = raw.folder / "test.txt"
+    keys.write_text("\ufeffkey\r\n k3 \r\n\r\nk4\r\nk5\r\ngone\r\n")
+    manifest = raw.prepare(split_keys={"test": keys.as_uri()})
+    splits = split_of(raw.out(), manifest)
+    assert {key for key, split in splits.items() if split == "test"} == {"k3", "k4", "k5"}
+    note = (
+        "splits: from the files in prepare.split_keys; 1 key of test not in the table, such as "
+        "'gone'; validation cut from train by hash of key"
+    )
+    assert note in capsys.readouterr().out
+
+
+def test_folds_are_stored_and_are_no_input(raw):
+    for i, row in enumerate(raw.rows):
+        row["cv"] = i % 5
+        row["home"] = f"h{i % 10}"
+    raw.rows[9]["cv"] = ""
+    options = {"fold_column": "cv", "max_bad_fraction": 0.1}
+    before = raw.prepare(group_column="home", **options)
+    assert before.numeric_columns == ("area", "rooms")
+    table = shard_rows(raw.out(), before)["train"]
+    assert table.schema.names == ["key", "image", "area", "rooms", "fold", "label"]
+    assert table.schema.field("fold").equals(pa.field("fold", pa.string(), nullable=False))
+    for key, row in rows_by_key(raw.out(), before).items():
+        assert row["fold"] == str(int(key[1:]) % 5)
+    assert quarantine(raw.out()) == {"k9": ("missing_fold", "cv is empty")}
+    # Another fold rewrites only the row's shard.
+    raw.rows[10]["cv"] = 3
+    after = raw.prepare(**options)
+    assert rows_by_key(raw.out(), after)["k10"]["fold"] == "3"
+    with pytest.raises(
+        JobError, match=r"home 'h0' has rows in both 0 and 3 \(from the column cv\)"
+    ):
+        raw.prepare("grouped", group_column="home", **options)
 
 
 def test_every_bad_row_is_in_quarantine_with_its_reason(raw):
@@ -162,7 +230,7 @@ def test_every_bad_row_is_in_quarantine_with_its_reason(raw):
         None: "missing_key",
         "../table": "image_outside_folder",
         "/etc/passwd": "image_outside_folder",
-        "folder": "unreadable_file",
+        "folder": "missing_image",
     }
     assert "k1.jpg" in found["k1"][1]
     assert found["k16"][1] == "area is 'many'"
@@ -178,7 +246,8 @@ def test_too_many_bad_images_raise_an_error_and_write_no_manifest(raw):
     (raw.folder / "images" / "k9.jpg").unlink()
     message = (
         r"6 of 48 rows \(12.5%\) cannot be used, more than prepare.max_bad_fraction=0.1 allows: "
-        r"missing_image 1, unreadable_image 5. The first: 'k0', k0.jpg: no image .*correct them"
+        r"missing_image 1, unreadable_image 5. The first: 'k0', k0.jpg: no image "
+        r".*replace these files, or raise"
     )
     with pytest.raises(JobError, match=message):
         raw.prepare(max_bad_fraction=0.1)
@@ -200,10 +269,26 @@ def test_a_failure_leaves_existing_data_unchanged(raw):
 
 
 def test_a_split_without_a_class_raises_an_error_with_a_remedy(raw):
+    for i, row in enumerate(raw.rows):
+        row["fold"] = ("train", "val", "test" if row["label"] else "train")[i % 3]
+    for row in raw.rows[::3]:
+        row["fold"] = ("train", "val", "Testing")[row["rooms"] % 3]
+    message = (
+        r"the test split would have 0 rows of class 0 and \d of class 1 \(splits from the column "
+        r"fold\), but it needs both classes; mark rows of both classes as test"
+    )
+    with pytest.raises(JobError, match=message):
+        raw.prepare(split_column="fold")
     for row in raw.rows:
         row["fold"] = "train" if row["label"] else "test"
-    message = r"would have 0 rows of class 0 and 16 of class 1 \(splits from the column fold\)"
+    message = (
+        "class 0 occurs in only 0 training rows, but each of train, validation needs at least one"
+    )
     with pytest.raises(JobError, match=message):
+        raw.prepare(split_column="fold")
+    for row in raw.rows:
+        row["fold"] = "test"
+    with pytest.raises(JobError, match=r"there are no training rows .* mark some as train"):
         raw.prepare(split_column="fold")
 
 
@@ -219,8 +304,10 @@ def test_the_command_line_prints_a_summary(raw, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert f"Prepared {raw.out('shown')}" in shown
     assert "splits: by hash of key, seed 0" in shown
-    assert "numeric columns: area, rooms, ''\n" in shown
-    assert "categorical column town: 1 word\n" in shown
+    assert "label label: positive '1'; negative '0'\n" in shown
+    assert "numeric columns: area, rooms\n" in shown
+    assert "categorical columns: town\n" in shown
+    assert "left out: '' (a row number)\n" in shown
     assert f"quarantine: unreadable_image 1 ({raw.out('shown')}/quarantine/part" in shown
 
 
@@ -256,8 +343,8 @@ def test_several_images_are_found_by_columns_of_paths_or_by_pattern(homes):
 @pytest.mark.parametrize(
     ("glob", "no_file"),
     [
-        ("", "none of its images exists: bath/k4.jpg, bed/k4.jpg"),
-        ("/**/*.jpg", "the row has none of its images"),
+        ("", r"bath: bath/k4.jpg: no such file in .*; bed: bed/k4.jpg: no such file in .*"),
+        ("/**/*.jpg", r"bath: the glob matches no bath/k4.jpg; .*; bed: the glob .*"),
     ],
 )
 def test_some_of_several_images_may_be_missing_but_none_damaged(homes, glob, no_file):
@@ -276,7 +363,8 @@ def test_some_of_several_images_may_be_missing_but_none_damaged(homes, glob, no_
     assert {k: rooms for k, rooms in missing.items() if rooms} == {"k1": ["bath"], "k2": ["bed"]}
     found = quarantine(homes.out())
     assert found["k3"] == ("missing_image", "the row has none of its images")
-    assert found["k4"] == ("missing_image", no_file)
+    assert found["k4"][0] == "missing_image"
+    assert re.fullmatch(no_file, found["k4"][1])
     assert found["k5"][0] == "unreadable_image"
     assert found["k5"][1].startswith("bed, bed/k5.jpg: no image of a known format")
     assert found["k6"][0] == "image_outside_folder"
@@ -336,7 +424,7 @@ def test_words_are_stored_with_a_vocabulary_of_the_training_rows(raw):
         assert row["zone"] == str(source[key]["zone"])
 
 
-def test_rows_without_a_label_are_bad_unless_they_are_skipped(raw):
+def test_rows_without_a_label_are_bad_unless_they_are_unlabelled(raw):
     for row in raw.rows[::4]:
         row["label"] = ""
     message = r"12 of 48 rows \(25.0%\) cannot be used.*: missing_label 12. The first: 'k0', label"
@@ -345,13 +433,14 @@ def test_rows_without_a_label_are_bad_unless_they_are_skipped(raw):
     assert len(quarantine(raw.out())) == 12
     # The error precedes the work of reading images.
     assert not (raw.out() / "train").exists()
-    manifest = raw.prepare(skip_unlabelled=True, max_bad_fraction=0)
-    assert manifest.quarantine == {"missing_label": 12}
+    manifest = raw.prepare(unlabelled="", max_bad_fraction=0)
+    assert manifest.quarantine == {"unlabelled": 12}
     assert len(split_of(raw.out(), manifest)) == 36
-    assert quarantine(raw.out())["k4"] == ("missing_label", "label is empty")
+    assert quarantine(raw.out())["k4"] == ("unlabelled", "label is empty")
     raw.rows[1]["label"] = "maybe"
     with pytest.raises(JobError, match=r"holds 3 values"):
-        raw.prepare(skip_unlabelled=True, max_bad_fraction=0)
+        raw.prepare(unlabelled="", max_bad_fraction=0)
+    raw.prepare(unlabelled=("", "maybe"), max_bad_fraction=0)
 
 
 def test_tars_are_read_sequentially_and_images_without_a_row_are_reported(raw):
@@ -369,3 +458,23 @@ def test_tars_are_read_sequentially_and_images_without_a_row_are_reported(raw):
         positions = [order.index(int(key[1:])) for key in table["key"].to_pylist()]
         assert positions == sorted(positions)
     assert raw.prepare("tars", **options) == manifest
+
+
+def test_several_paths_in_a_cell_become_several_images_and_guesses_are_printed(raw, capsys):
+    for i, row in enumerate(raw.rows):
+        raw.image(f"b/k{i}", jpeg(1000 + i))
+        row["photos"] = f"k{i}|b/K{i}.JPEG" if i else "k0"
+    manifest = raw.prepare(image_column="photos", image_separator="|")
+    assert manifest.image.columns == ("image_1", "image_2")
+    assert manifest.quarantine == {}
+    stored = rows_by_key(raw.out(), manifest)
+    assert stored["k0"]["image_2"] is None
+    for image, key in (("image_1", "k7"), ("image_2", "b/k7")):
+        assert_has_colour(stored["k7"][image], raw.folder / "images" / f"{key}.jpg")
+    assert "1: 48 of 48 images found by another extension, such as k0 → k0.jpg" in (
+        capsys.readouterr().out
+    )
+    # `predict` reads rows with the settings of the manifest.
+    raw.rows = [row | {"photos": f"{row['photos']}|k1|k2"} for row in raw.rows]
+    raw.spec()
+    assert set(open_source(manifest.prepare).images) == {"1", "2"}

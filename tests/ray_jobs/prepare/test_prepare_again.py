@@ -13,7 +13,7 @@ from ray_jobs.config.spec import SPLITS
 from ray_jobs.data.manifest import Manifest
 from ray_jobs.prepare import job as prepare_job
 from ray_jobs.prepare import journal
-from tests.ray_jobs.raw import Raw, files, jpeg, quarantine, rows_by_key, split_of
+from tests.ray_jobs.raw import Raw, files, jpeg, quarantine, rows_by_key, shard_rows, split_of
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 
@@ -195,3 +195,33 @@ def test_rows_that_share_an_image_stay_in_one_split(raw):
     assert {key: new[key] for key in old} == old
     photos = {(row["photo"].removeprefix("./"), new[row["key"]]) for row in raw.rows}
     assert len(photos) == 32
+
+
+def test_weights_are_stored_and_a_changed_weight_rewrites_only_its_shard(raw, capsys):
+    plain = raw.prepare("plain")
+    assert (
+        "weight" not in pq.read_schema(raw.out("plain") / plain.splits["test"].shards[0].path).names
+    )
+    for i, row in enumerate(raw.rows):
+        row["importance"] = 1 + i % 3
+    raw.rows[7]["importance"] = -1
+    changes: dict[str, Any] = {"weight_column": "importance", "max_bad_fraction": 0.1}
+    manifest = raw.prepare(**changes)
+    assert "row weights: column importance" in capsys.readouterr().out
+    assert quarantine(raw.out()) == {
+        "k7": ("bad_weight", "importance is '-1', but a weight is a positive number")
+    }
+    stored = rows_by_key(raw.out(), manifest)
+    assert {key: row["weight"] for key, row in stored.items()} == {
+        row["key"]: row["importance"] for row in raw.rows if row["key"] != "k7"
+    }
+    assert "importance" not in manifest.numeric_columns
+    for split, table in shard_rows(raw.out(), manifest).items():
+        weights, label = table["weight"].to_numpy(), table["label"].to_numpy()
+        sums = (weights[label == 0].sum(), weights[label == 1].sum())
+        assert manifest.splits[split].class_weights == sums
+    changed = shards_with(raw, manifest, "k3")
+    raw.rows[3]["importance"] = 9
+    again = raw.prepare(**changes)
+    assert shards(manifest).keys() - shards(again).keys() == changed
+    assert rows_by_key(raw.out(), again)["k3"]["weight"] == 9

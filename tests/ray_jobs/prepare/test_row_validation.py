@@ -37,10 +37,11 @@ def reasons(rows: CheckedRows) -> dict[int, str]:
 def test_a_rare_third_label_quarantines_its_rows():
     keys, labels = [str(i) for i in range(200)], ["yes", "no"] * 99 + ["maybe", "n/a"]
     table = {"key": keys, "label": labels}
-    rows = rows_of(table, positive_label="yes", max_bad_fraction=0.05)
+    strict = {"other_labels": "quarantine", "max_bad_fraction": 0.05}
+    rows = rows_of(table, positive_label="yes", **strict)
     assert rows.quarantined == {
         198: ("bad_label", "label is 'maybe', neither 'no' nor 'yes'"),
-        199: ("missing_label", "label is empty"),
+        199: ("missing_label", "label is n/a"),
     }
     assert rows.labels.tolist() == [1, 0] * 99 + [-1, -1]
     assert rows.good.tolist() == [True] * 198 + [False] * 2
@@ -52,7 +53,7 @@ def test_each_bad_cell_quarantines_its_row_with_the_value():
         "area": ["1", "1", "1", "one", "inf", "1e39", "NA", "1", "1"],
         "photo": ["p"] * 7 + ["", "p"],
         "label": ["0", "1", "1", "1", "1", "1", "1", "1", "0"],
-        "split": ["train"] * 8 + ["dev"],
+        "split": ["train"] * 8 + ["extra"],
         "patient": [7, 7, 7, None, 7, 7, 7, 7, 7],
     }
     options = {"key_column": "id", "image_column": "photo", "split_column": "split"}
@@ -63,7 +64,11 @@ def test_each_bad_cell_quarantines_its_row_with_the_value():
         4: ("non_finite_number", "area is inf, outside the range of float32"),
         5: ("non_finite_number", "area is 1e39, outside the range of float32"),
         7: ("missing_image", "the row has no image"),
-        8: ("bad_split", "split is 'dev', not one of train, validation, test"),
+        8: (
+            "bad_split",
+            "split is 'extra', not one of train, training; validation, val, valid, validate, dev, "
+            "eval; test, testing, tst",
+        ),
     }
     rows = rows_of(table, ("area",), **options)
     assert rows.quarantined[3] == ("non_numeric_text", "area is 'one'")
@@ -106,3 +111,37 @@ def test_columns_of_text_may_exceed_2_gib():
     taken = rows.take(np.array([1]))
     for text in (rows.keys, rows.groups, rows.categories["town"], taken.keys):
         assert text.type == pa.large_string()
+
+
+@pytest.mark.parametrize(
+    ("cell", "detail"),
+    [
+        pytest.param("-0.5", "w is '-0.5', but", id="hep_ml#51, vowpal_wabbit#4924: negative"),
+        pytest.param("0", "w is '0', but", id="h2o-3#5604, scikit-learn#14286: zero"),
+        pytest.param("1e-60", "w is '1e-60', but", id="zero as float32"),
+        pytest.param("1e39", "w is '1e39', but", id="infinite as float32"),
+        pytest.param("inf", "w is 'inf', but", id="infinite"),
+        pytest.param("", "w is empty, but", id="empty"),
+        pytest.param("NaN", "w is 'NaN', but", id="missing"),
+        pytest.param("high", "w is 'high', but a weight is a positive number", id="a word"),
+        pytest.param("1,5", "prepare.number_rules {w: decimal_comma} would read it", id="comma"),
+    ],
+)
+def test_a_row_whose_weight_is_not_a_positive_number_is_quarantined(cell, detail):
+    table = {"key": ["a", "b", "c"], "label": [0, 1, 0], "w": ["2.5", "1", cell]}
+    rows = rows_of(table, weight_column="w")
+    assert reasons(rows) == {2: "bad_weight"}
+    assert detail in rows.quarantined[2][1]
+    assert rows.take(np.array([1, 0])).weights.tolist() == [1, 2.5]
+    assert rows_of(table).weights is None
+
+
+def test_weights_are_read_by_the_rule_of_their_column():
+    table = {"key": ["a", "b"], "label": [0, 1], "w": ["1,5", "2"]}
+    rows = rows_of(table, weight_column="w", number_rules={"w": "decimal_comma"})
+    assert rows.weights.tolist() == [1.5, 2]
+    assert not rows.quarantined
+    whole = {"key": ["a", "b"], "label": [0, 1], "w": [3, None]}
+    rows = rows_of(whole, weight_column="w")
+    assert rows.weights[0] == 3
+    assert rows.quarantined[1][1].startswith("w is empty")

@@ -9,7 +9,7 @@ import pytest
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import SPLITS
 from ray_jobs.prepare.sources.source import ImageRefs
-from ray_jobs.prepare.splits import Cuts, Groups, assign, join_by_image
+from ray_jobs.prepare.splits import Cuts, Groups, assign, cut_splits, join_by_image
 from ray_jobs.prepare.splits import make_cuts as cuts_of
 
 KEYS = [f"row-{i}" for i in range(400)]
@@ -61,9 +61,23 @@ def test_stored_cuts_move_no_row_and_distribute_new_rows():
     assert 0.08 < splits[400:].count("test") / 400 < 0.22
 
 
-def test_a_group_has_the_class_of_most_of_its_rows_and_1_on_a_tie():
-    found = groups_of(["a", "a", "a", "b", "b", "c"], [0, 0, 1, 0, 1, 0], 0)
-    assert found.classes.tolist() == [0, 1, 0]
+def test_groups_are_stratified_by_their_share_of_positive_rows():
+    groups = [f"g{i}" for i in range(200) for _ in range(10)]
+    positives = np.random.default_rng(0).integers(0, 11, 200)
+    labels = [int(j < n) for n in positives for j in range(10)]
+    cuts = make_cuts(groups, labels, 0, 0.15, 0.15)
+    assert [cut.max_share for cut in cuts[:1] + cuts[-1:]] == [0, 1]
+    assert len(cuts) == 6
+    for seed in range(20):
+        splits = np.array(
+            splits_of(groups, labels, seed, make_cuts(groups, labels, seed, 0.2, 0.2))
+        )
+        for split in ("validation", "test"):
+            assert np.mean(splits == split) == pytest.approx(0.2, abs=0.02)
+            share = np.mean(np.array(labels)[splits == split])
+            assert share == pytest.approx(np.mean(labels), abs=0.06)
+    # Any new group has a stratum, also if its share is new.
+    assert len(splits_of(["x"] * 100, [1] * 99 + [0], 0, cuts)) == 100
 
 
 def test_a_group_is_in_one_split_and_fractions_count_rows():
@@ -131,6 +145,95 @@ def test_a_class_without_groups_of_its_own_is_cut_with_the_other_class():
     assert counts["test", 0] == counts["validation", 0] == 45
 
 
-def test_fewer_rows_than_splits_raise_an_error():
-    with pytest.raises(JobError, match="only 2 usable rows or groups for three splits"):
-        make_cuts(["a", "b"], [0, 1], 0, 0.15, 0.15)
+# -- every split has both classes, for any seed, if the groups allow it ----------------------------
+
+Structure = list[tuple[int, int]]
+"""Negative and positive rows of each group."""
+
+STRUCTURES: dict[str, Structure] = {
+    "24 patients, 5 with one positive photo": [(4, 0)] * 19 + [(4, 1)] * 5,
+    "many small": [(1, 0)] * 300 + [(0, 1)] * 40 + [(2, 1)] * 60,
+    "few large": [(40, 20), (90, 10), (50, 60)],
+    "1:100, one positive group of 3 per split": [(10, 0)] * 100 + [(9, 1)] * 3,
+    "one giant group": [(900, 100)] + [(5, 0)] * 10 + [(0, 5)] * 2 + [(3, 2)],
+    "a giant group of one class": [(0, 900), (5, 5), (0, 4), (4, 0), (3, 0)],
+    "a giant mixed group among few": [(900, 900), (3, 0), (3, 0), (0, 2), (0, 2)],
+    "too few groups of either kind alone": [(3, 3), (2, 0), (2, 0), (0, 2), (0, 2)],
+    "two mixed, one of each class": [(3, 3), (1, 5), (7, 0), (0, 7)],
+    "scikit-learn#24656, 31 subjects of one class": [(3, 0)] * 17 + [(0, 3)] * 14,
+    "scikit-learn#28218, groups that overlap classes": [(1, 0), (1, 1), (1, 1), (0, 1)],
+    "scikit-learn#33085, few groups": [(20, 2), (1, 30), (12, 1), (25, 0)],
+    "scikit-learn#13619, sizes 5, 4, 3": [(3, 2), (2, 2), (2, 1)],
+    "origami#58, unequal clusters": [(2**i, 1) for i in range(9)],
+    "autogluon#5806, a rare value": [(7, 0)] * 7 + [(6, 1)] * 2 + [(0, 1)],
+}
+
+
+def rows_in(structure: Structure) -> tuple[list[str], list[int]]:
+    groups = [f"g{i}" for i, counts in enumerate(structure) for _ in range(sum(counts))]
+    return groups, [label for counts in structure for label in (0, 1) for _ in range(counts[label])]
+
+
+@pytest.mark.parametrize("structure", STRUCTURES.values(), ids=STRUCTURES)
+def test_every_seed_gives_each_split_both_classes(structure):
+    names, labels = rows_in(structure)
+    giant = max(structure, key=sum)
+    for seed in range(200):
+        cuts = make_cuts(names, labels, seed, 0.15, 0.15)
+        splits = splits_of(names, labels, seed, cuts)
+        found = set(zip(splits, labels, strict=True))
+        assert found == {(split, label) for split in SPLITS for label in (0, 1)}, seed
+        assert len(set(zip(names, splits, strict=True))) == len(structure)
+        if sum(giant) > len(names) / 4 and structure.count(giant) == 1:
+            assert splits[names.index(f"g{structure.index(giant)}")] == "train"
+        # The order of the rows has no influence.
+        assert splits_of(names[::-1], labels[::-1], seed, cuts) == splits[::-1]
+        assert make_cuts(names[::-1], labels[::-1], seed, 0.15, 0.15) == cuts
+
+
+def test_each_split_has_its_part_of_a_rare_class_of_groups():
+    names, labels = rows_in([(10, 0)] * 1000 + [(9, 1)] * 10)
+    for seed in range(200):
+        splits = splits_of(names, labels, seed, make_cuts(names, labels, seed, 0.2, 0.2))
+        counts = Counter(split for split, label in zip(splits, labels, strict=True) if label)
+        assert counts == {"train": 6, "validation": 2, "test": 2}
+        assert splits.count("test") == 2020
+
+
+@pytest.mark.parametrize("fractions", [(0.15, 0), (0, 0.15)])
+def test_only_validation_or_only_test_can_be_cut(fractions):
+    for structure in ([(3, 0)] * 20 + [(0, 3)] * 20, [(2, 2), (1, 0), (0, 1)], [(2, 1), (1, 2)]):
+        names, labels = rows_in(structure)
+        for seed in range(50):
+            cuts = make_cuts(names, labels, seed, *fractions)
+            splits = splits_of(names, labels, seed, cuts)
+            wanted = ["train", "validation" if fractions[0] else "test"]
+            found = set(zip(splits, labels, strict=True))
+            assert found == {(split, label) for split in wanted for label in (0, 1)}
+            assert [SPLITS[i] for i in cut_splits(cuts)] == wanted[1:]
+            assert set(splits_of([f"n{i}" for i in range(99)], [0] * 99, seed, cuts)) <= {*wanted}
+
+
+def test_new_groups_of_a_small_stratum_reach_every_split():
+    names, labels = rows_in([(4, 1)] * 30 + [(3, 0)])
+    new = [f"new-{i}" for i in range(400)]
+    for seed in range(10):
+        splits = Counter(
+            splits_of(new, [0] * 400, seed, make_cuts(names, labels, seed, 0.15, 0.15))
+        )
+        assert set(splits) == set(SPLITS)
+
+
+@pytest.mark.parametrize(
+    ("structure", "fractions", "message"),
+    [
+        ([(1, 0), (0, 1)], (0.15, 0.15), "class 0 occurs in only 1 id group, but each of train"),
+        ([(9, 0)] * 20 + [(9, 9)] * 2, (0.15, 0.15), "class 1 occurs in only 2 id groups"),
+        ([(0, 9)] * 20 + [(1, 0)], (0.15, 0), "of train, validation needs at least one; add some"),
+    ],
+    ids=["scikit-learn#6177", "fewer positive groups than splits", "only validation is cut"],
+)
+def test_groups_that_no_seed_can_split_raise_an_error_with_a_remedy(structure, fractions, message):
+    for seed in range(20):
+        with pytest.raises(JobError, match=message):
+            cuts_of(groups_of(*rows_in(structure), seed), *fractions, "id group")

@@ -162,3 +162,36 @@ def test_the_interval_of_a_gain_equals_scipys_paired_bootstrap():
     assert found["high"] == pytest.approx(expected.high, abs=0.02)
     same = auc_gain(label, ours, ours, num_draws=50)
     assert same == {"difference": 0.0, "low": 0.0, "high": 0.0}
+
+
+@pytest.mark.parametrize("by", ["f1", "balanced_accuracy"])
+@pytest.mark.parametrize("unit", [1, 1e-4])
+def test_weighted_metrics_equal_those_of_repeated_rows_and_of_scikit_learn(by, unit):
+    """AutoGluon's weighted metrics took labels for probabilities (autogluon#5052), or failed."""
+    label, probability = rows(101, 3)
+    probability = probability.astype(np.float64)
+    repeats = np.resize([1, 9, 1, 2, 30], 101)
+    found = binary_metrics(label, probability, 0.4, unit * repeats)
+    whole = (np.repeat(label, repeats), np.repeat(probability, repeats))
+    expected = binary_metrics(*whole, 0.4)
+    plain = binary_metrics(label, probability, 0.4)
+    counts = ("confusion", "num_rows", "class_counts")
+    for name, value in expected.items():
+        assert found[name] == (plain[name] if name in counts else pytest.approx(value)), name
+    changed = set(plain) - set(counts) - {"threshold"}
+    assert all(found[name] != pytest.approx(plain[name], abs=1e-4) for name in changed)
+    weight = {"sample_weight": repeats}
+    assert found["roc_auc"] == pytest.approx(metrics.roc_auc_score(label, probability, **weight))
+    brier = metrics.brier_score_loss(label, probability, **weight)
+    assert found["brier"] == pytest.approx(brier)
+    threshold = choose_threshold(label, probability, by, unit * repeats)
+    assert threshold == pytest.approx(choose_threshold(*whole, by))
+    assert threshold != choose_threshold(label, probability, by)
+
+
+def test_the_gain_in_auc_is_weighted():
+    label, ours = rows(101, 3)
+    theirs, weight = ours[::-1].copy(), np.resize([1, 4, 2, 7], 101)
+    gain = auc_gain(label, ours, theirs, 20, weight)
+    aucs = [metrics.roc_auc_score(label, p, sample_weight=weight) for p in (ours, theirs)]
+    assert gain["difference"] == pytest.approx(aucs[0] - aucs[1])

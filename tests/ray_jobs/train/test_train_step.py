@@ -27,7 +27,9 @@ def results_of(folder: Path, speed: str) -> Results:
     """
     import tensorflow as tf
 
-    write_prepared(folder / "prepared", {"train": 100, "validation": 20, "test": 5})
+    num_rows = {"train": 100, "validation": 20, "test": 5}
+    write_prepared(folder / "prepared", num_rows)
+    write_prepared(folder / "weighted", num_rows, weights=(0.1, 5, 2))
     command = [sys.executable, "-m", "tests.ray_jobs.variants", str(folder), speed]
     with subprocess.Popen(command, cwd=ROOT) as other:
         one = train_variants(folder, speed, tf.distribute.get_strategy())
@@ -61,7 +63,16 @@ def test_one_worker_trains_like_model_fit(trained):
     assert arrays.distance(ours, keras) <= 1e-5
 
 
-@pytest.mark.parametrize(("parts", "whole"), [("parts", "whole"), ("clipped_parts", "clipped")])
+def test_weighted_rows_train_like_model_fit_with_sample_weight(trained):
+    ours, keras = trained["weighted"]["weights"][-1], trained["weighted"]["fitted"]
+    assert arrays.distance(ours, {name: keras[name] for name in ours}) <= 1e-5
+    assert distance(trained, "weighted", "whole") > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("parts", "whole"),
+    [("parts", "whole"), ("clipped_parts", "clipped"), ("weighted_parts", "weighted")],
+)
 def test_accumulated_parts_and_exchanges_in_parts_equal_the_whole_step(trained, parts, whole):
     """Two replicas of two parts each; `clip_norm` applies to the gradient of the global batch."""
     assert distance(trained, parts, whole) <= 1e-4

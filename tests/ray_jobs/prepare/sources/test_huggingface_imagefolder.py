@@ -62,6 +62,14 @@ def test_split_folders_become_a_column_and_part_of_the_key(tmp_path):
     [
         (["cat/0.jpg", "dog/0.jpg", "dog/old/1.jpg"], ["cat", "dog", "dog"], None),
         (["dev/cat/0.jpg", "train/dog/0.jpg"], ["cat", "dog"], ["validation", "train"]),
+        (["Testing/cat/0.jpg", "Training/dog/0.jpg"], ["cat", "dog"], ["test", "train"]),
+        (["test/cat/0.jpg", "train/dog/0.jpg"], ["cat", "dog"], ["test", "train"]),
+        (
+            ["VAL/cat/0.jpg", "extra/cat/0.jpg", "stray.jpg", "train/dog/0.jpg"],
+            ["cat", "cat", None, "dog"],
+            ["validation", "extra", "", "train"],
+        ),
+        (["train/0.jpg", "wild/0.jpg"], ["train", "wild"], None),
         (["test/0.jpg", "wild/0.jpg"], ["test", "wild"], None),
         (["cat/0.jpg", "stray.jpg"], ["cat", None], None),
     ],
@@ -72,6 +80,7 @@ def test_without_metadata_the_folders_are_classes(tmp_path, names, labels, split
     source = opened(tmp_path, label_column="kind")
     expected = {"key": names, "kind": labels, **({"split": splits} if splits else {})}
     assert source.table.to_pydict() == expected
+    assert source.split_column == ("split" if splits else None)
     assert read_all(source) == [jpeg(i) for i in range(len(names))]
     assert source.unmatched == ()
 
@@ -101,8 +110,12 @@ def test_a_path_outside_the_folder_names_no_image(tmp_path):
         ({"a.jpg": ""}, {}, r"neither metadata \(metadata.csv, .*\) nor a folder per class"),
         ({"a.jpg": "", "metadata.csv": "file\na.jpg\n"}, {}, "no column 'file_name'"),
         ({"a.jpg": "", "metadata.csv": "file_name\nb.jpg\n"}, {}, "b.jpg is not in .*, but a.jpg"),
-        ({"a.jpg": "", "metadata.jsonl": "{}\n["}, {}, "metadata.jsonl, line 2 cannot be read"),
-        ({"a.jpg": "", "metadata.jsonl": "\n"}, {}, "metadata.jsonl has no rows"),
+        ({"a.jpg": "", "metadata.jsonl": "{}\n["}, {}, "metadata.jsonl could not be read: line 2"),
+        (
+            {"a.jpg": "", "metadata.jsonl": "\n"},
+            {},
+            "metadata.jsonl could not be read: it is",
+        ),
         ({"c/a.jpg": ""}, {"table": "t.csv"}, "leave prepare.table out"),
         ({"c/a.jpg": ""}, {"image_columns": ["a"]}, "needs an ImageFolder with metadata"),
     ],

@@ -49,6 +49,8 @@ def test_numeric_keys_match_keys_of_text_and_others_are_shown_in_an_error():
     joined, unmatched = join_images(table, spec(), {"": index(["1", "2"])})
     assert joined[""].path.to_pylist() == ["f1", None, "f0"]
     assert unmatched == ()
-    message = "the table has '2', '1', …, the images have '001', '002', …; make the keys equal"
+    joined, _ = join_images(table, spec(), {"": index(["001", "002.0"])})
+    assert joined[""].path.to_pylist() == ["f1", None, "f0"]
+    message = "the table has '2', '1', …, the images have 'a1', 'a2', …; make the keys equal"
     with pytest.raises(JobError, match=message):
-        join_images(table, spec(), {"": index(["001", "002"])})
+        join_images(table, spec(), {"": index(["a1", "a2"])})

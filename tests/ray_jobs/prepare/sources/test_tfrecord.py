@@ -19,7 +19,7 @@ def opened(**options: object):
 
 
 def test_features_with_one_value_per_record_are_the_table(tmp_path, monkeypatch):
-    monkeypatch.setattr("ray_jobs.prepare.sources.record_table.CHUNK_RECORDS", 3)
+    monkeypatch.setattr("ray_jobs.prepare.table_files.record_table.CHUNK_RECORDS", 3)
     numbers = [0, 1, -1, 2**63 - 1, -(2**63), 300, 7]
     floats = [0.0, -1.5, float(np.float32(0.1)), 3.4e38, 1e-30, 2.0, float("inf")]
     records = [

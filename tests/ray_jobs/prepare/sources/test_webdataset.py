@@ -85,7 +85,7 @@ def test_names_of_files_are_keys_with_their_folders_and_links_are_no_images(tmp_
 
 
 def test_without_a_table_the_files_of_each_sample_are_its_record(tmp_path, monkeypatch):
-    monkeypatch.setattr("ray_jobs.prepare.sources.record_table.CHUNK_RECORDS", 3)
+    monkeypatch.setattr("ray_jobs.prepare.table_files.record_table.CHUNK_RECORDS", 3)
     cells = [{"x": 1, "s": "a"}, {"x": 1.5}, {"x": None, "s": "b", "big": 2**70}]
     cells += [{"s": 7, "n": [1]}, {"b": True}]
     for shard, rows in enumerate(([0, 1, 2, 3], [4])):

@@ -15,6 +15,8 @@ class RecordTable:
     """Collects JSON records as Arrow tables, so that few of them are Python objects at a time."""
 
     def __init__(self) -> None:
+        self.names: dict[str, None] = {}
+        """Names in the records so far, also of columns that are left out."""
         self._tables: list[pa.Table] = []
         self._records: list[Mapping[str, object]] = []
 
@@ -32,6 +34,7 @@ class RecordTable:
     def _flush(self) -> None:
         columns: dict[str, pa.Array] = {}
         for name in dict.fromkeys(name for record in self._records for name in record):
+            self.names[name] = None
             cells = [record.get(name) for record in self._records]
             if not any(isinstance(cell, list | dict) for cell in cells):
                 columns[name] = _array_of_cells(cells)

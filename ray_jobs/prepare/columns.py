@@ -1,0 +1,291 @@
+"""Decides what each column of the table is: the one place where columns get their roles.
+
+Input: the table, the settings, and the class of each row. Output: a `Column` for each column with
+its role, the reason, and for a column that is left out the flag that would use it. `prepare` prints
+them and stores them in the manifest.
+"""
+
+# pyright: reportAttributeAccessIssue=false
+
+import json
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ray_jobs.config.errors import JobError
+from ray_jobs.config.spec import PrepareSpec
+from ray_jobs.config.text import count_text, names_text
+from ray_jobs.data.manifest import Column, Role
+from ray_jobs.prepare.cell_text import MISSING_WORDS, TEXT, column_text, find_text_rule
+from ray_jobs.prepare.number_parsing import (
+    common_unit,
+    is_date,
+    is_numeric,
+    parse_numbers,
+    propose_rule,
+)
+from ray_jobs.prepare.table import parse_path_pattern, shard_columns
+
+LEAK_AUC = 0.999
+"""A column that separates the classes with at least this AUC is left out as a copy of the label."""
+
+_MIN_CLASS_ROWS = 20
+"""Rows per class below which a real feature may separate the classes by chance."""
+_MIN_COUNTER_ROWS = 10
+_MIN_READ = 0.9
+"""Fraction of a column's cells that a rule must read to be proposed."""
+_MAX_WORDS = 100
+_MIN_ROWS_PER_WORD = 4
+_PLAIN_WORD = re.compile(r"(?!(?:yes|no|on|off|true|false|null|none|y|n)$)[A-Za-z_][A-Za-z0-9_]*")
+_INDEX_NAME = re.compile(r"^(unnamed: ?\d+|__index_level_\d+__|column \d+|index|)$", re.IGNORECASE)
+_ID_NAME = re.compile(r"(^|[_ .-])(id|ids|uuid|guid|key)$|[a-z]ID$|(^|_)id[_ ]", re.IGNORECASE)
+
+
+def find_columns(
+    table: pa.Table,
+    spec: PrepareSpec,
+    categorical: Sequence[str] = (),
+    labels: np.ndarray | None = None,
+) -> tuple[Column, ...]:
+    """Return the role of each column of the table, in order.
+
+    Settings decide first: `numeric_columns`, `number_rules`, `data.categorical` and
+    `exclude_columns`. Of the other columns, numbers are inputs unless they identify rows, have one
+    value or copy the label; text is left out, with a proposal, or used with `prepare.columns=auto`.
+
+    Args:
+        table: The table.
+        spec: The `prepare` section.
+        categorical: Columns of `data.categorical`.
+        labels: Class of each row, negative if unknown; finds copies of the label.
+
+    Raises:
+        JobError: If an input has a reserved name, or no input is left.
+    """
+    fixed, is_automatic = dict(_fixed_roles(spec)), spec.numeric_columns is None
+    columns = []
+    for name in table.column_names:
+        cells = table.column(name)
+        if name in fixed:
+            column = _text_column(name, fixed[name], cells, spec)
+        elif name in spec.exclude_columns:
+            column = Column(name=name, role="left_out", reason="in exclude_columns")
+        elif name in categorical:
+            column = _text_column(name, "category", cells, spec)
+        elif name in (spec.number_rules if is_automatic else spec.numeric_columns):
+            column = Column(name=name, role="number", rule=_resolve_rule(cells, name, spec))
+        elif not is_automatic:
+            column = Column(name=name, role="left_out", reason="not in numeric_columns")
+        else:
+            column = _classify(name, cells, labels)
+            if spec.columns == "auto" and column.proposed:
+                column = column.model_copy(update={"role": column.proposed})
+                if column.role == "category":
+                    column = _text_column(name, "category", cells, spec)
+        columns.append(column)
+    _require_inputs(columns, spec)
+    return tuple(columns)
+
+
+def proposed_flags(columns: Sequence[Column]) -> str:
+    """Return the flags that use the columns with a proposal; empty if there is none."""
+    unused = [column for column in columns if column.role == "left_out"]
+    rules = {c.name: c.rule for c in unused if c.proposed == "number"}
+    words = [c.name for c in unused if c.proposed == "category"]
+    flags = []
+    if rules:
+        pairs = ", ".join(f"{_word(name)}: {_word(rule)}" for name, rule in rules.items())
+        flags.append(f"--prepare.number_rules {shlex.quote(f'{{{pairs}}}')}")
+    if words:
+        listed = ", ".join(map(_word, words))
+        is_plain = all(map(_PLAIN_WORD.fullmatch, words))
+        flags.append(
+            f"--data.categorical {','.join(words) if is_plain else shlex.quote(f'[{listed}]')}"
+        )
+    return " ".join(flags)
+
+
+def describe(columns: Sequence[Column]) -> Iterator[str]:
+    """Yield lines that tell what each column is."""
+    for role, text in (("number", "numeric columns"), ("category", "categorical columns")):
+        names = [
+            names_text([c.name]) + (f" ({c.rule})" if c.rule and role == "number" else "")
+            for c in columns
+            if c.role == role
+        ]
+        yield f"{text}: {', '.join(names) or 'none'}"
+    for column in columns:
+        if column.role == "left_out":
+            yield f"left out: {names_text([column.name])} ({column.reason})"
+    if flags := proposed_flags(columns):
+        yield f"to use them, add {flags}"
+
+
+def _fixed_roles(spec: PrepareSpec) -> Iterator[tuple[str, Role]]:
+    """Yield the columns that a setting gives a role other than input, the main role last."""
+    images = () if spec.image_separator else spec.image_columns
+    paths: list[str | None] = [spec.image_column, *images]
+    if not spec.image_column and (not images or "{image}" in spec.image_pattern):
+        paths += parse_path_pattern(spec, next(iter(images), ""))[0]
+    roles: list[tuple[str | None, Role]] = [
+        *((path, "image") for path in paths),
+        (spec.fold_column, "fold"),
+        (spec.weight_column, "weight"),
+        (spec.split_column, "split"),
+        (spec.group_column, "group"),
+        (spec.label_column, "label"),
+        (spec.key_column, "key"),
+    ]
+    for name, role in roles:
+        if name is not None:
+            yield name, role
+
+
+def _text_column(name: str, role: Role, cells: pa.ChunkedArray, spec: PrepareSpec) -> Column:
+    is_text = role in ("key", "group", "image", "category", "fold")
+    rule = spec.text_rules.get(name) or (find_text_rule(cells) if is_text else "")
+    return Column(name=name, role=role, rule=rule)
+
+
+def _resolve_rule(cells: pa.ChunkedArray, name: str, spec: PrepareSpec) -> str:
+    rule = spec.number_rules.get(name, "")
+    return f"unit:{common_unit(cells)}" if rule == "unit" else rule
+
+
+def _classify(name: str, cells: pa.ChunkedArray, labels: np.ndarray | None) -> Column:
+    """Return the role of a column without a setting."""
+
+    def left_out(reason: str, proposed: Role | None = None, rule: str = "") -> Column:
+        return Column(name=name, role="left_out", reason=reason, proposed=proposed, rule=rule)
+
+    is_number = is_numeric(cells.type) or pa.types.is_boolean(cells.type)
+    if is_number or is_date(cells.type):
+        texts = cells.combine_chunks()
+    else:
+        texts = column_text(cells)
+        texts = pc.if_else(pc.is_in(texts, pa.array(MISSING_WORDS, TEXT)), None, texts)
+    num_filled = len(texts) - texts.null_count
+    if not num_filled:
+        return left_out("empty")
+    num_words = pc.count_distinct(texts, mode="only_valid").as_py()
+    if num_words == 1 and num_filled == len(texts):
+        return left_out(f"always {texts[0].as_py()!r}")
+    is_unique = num_words == num_filled and num_filled >= _MIN_COUNTER_ROWS
+    values, rule = None, ""
+    if is_number or not is_date(cells.type):
+        values, is_invalid = parse_numbers(cells)
+        # A few words among numbers quarantine their rows and do not drop the column.
+        if int((~np.isnan(values)).sum()) <= int(is_invalid.sum()):
+            values = None
+    if values is None:
+        if is_unique and not is_date(cells.type):
+            proposal = propose_rule(cells)
+            if not proposal or proposal[1] < _MIN_READ:
+                return left_out(f"text, different in each row, such as {texts[0].as_py()!r}")
+        return _classify_text(name, cells, texts, num_filled, num_words, labels)
+    if is_unique and _is_counter(values):
+        return left_out("a row number")
+    if is_unique and _INDEX_NAME.search(name):
+        return left_out("the index of a table, different in each row")
+    if is_unique and _ID_NAME.search(name) and (values == np.floor(values)).all():
+        return left_out("an id, different in each row")
+    if auc := _leak(values, labels):
+        return left_out(_leak_text(auc))
+    return Column(name=name, role="number", rule=rule)
+
+
+def _classify_text(
+    name: str,
+    cells: pa.ChunkedArray,
+    texts: pa.LargeStringArray,
+    num_filled: int,
+    num_words: int,
+    labels: np.ndarray | None,
+) -> Column:
+    first = texts.drop_null()[0].as_py()
+    example = f"text such as {str(first)[:40]!r}"
+    proposal = propose_rule(cells)
+    if proposal and proposal[1] >= _MIN_READ:
+        rule, fraction = proposal
+        values, _ = parse_numbers(cells, rule)
+        if auc := _leak(values, labels):
+            reason = f"{example}, which {rule} reads, {_leak_text(auc)}"
+            return Column(name=name, role="left_out", reason=reason)
+        num_read = round(fraction * num_filled)
+        reason = f"{example}; {rule} reads {num_read:,} of {count_text(num_filled, 'cell')}"
+        return Column(name=name, role="left_out", reason=reason, proposed="number", rule=str(rule))
+    if num_words <= _MAX_WORDS and num_words * _MIN_ROWS_PER_WORD <= num_filled:
+        codes = texts.dictionary_encode().indices.to_numpy(zero_copy_only=False)
+        if auc := _leak_of_words(codes, labels):
+            return Column(name=name, role="left_out", reason=_leak_text(auc))
+        reason = f"{count_text(num_words, 'word')} such as {str(first)[:40]!r}"
+        return Column(name=name, role="left_out", reason=reason, proposed="category")
+    reason = f"{example}, {num_words:,} different in {count_text(num_filled, 'row')}"
+    return Column(name=name, role="left_out", reason=reason)
+
+
+def _is_counter(values: np.ndarray) -> bool:
+    """Whether integers are 0 to N - 1 or 1 to N, in any order."""
+    low, high = np.nanmin(values), np.nanmax(values)
+    return low in (0, 1) and high - low == len(values) - 1 and not np.isnan(values).any()
+
+
+def _leak(values: np.ndarray, labels: np.ndarray | None) -> float | None:
+    """Return the AUC of a column, or of its missing values, if it separates the classes."""
+    if labels is None:
+        return None
+    is_labelled = labels >= 0
+    y, x = labels[is_labelled], values[is_labelled]
+    num_positive = int((y == 1).sum())
+    if min(num_positive, len(y) - num_positive) < _MIN_CLASS_ROWS:
+        return None
+    from scipy.stats import rankdata
+
+    for score in (np.where(np.isnan(x), np.nanmedian(x), x), np.isnan(x).astype(float)):
+        ranks = rankdata(score)[y == 1].sum() - num_positive * (num_positive + 1) / 2
+        auc = float(ranks / (num_positive * (len(y) - num_positive)))
+        if max(auc, 1 - auc) >= LEAK_AUC:
+            return max(auc, 1 - auc)
+    return None
+
+
+def _leak_text(auc: float) -> str:
+    return f"separates the classes on its own, AUC {auc:.3f}; a copy of the label?"
+
+
+def _leak_of_words(codes: np.ndarray, labels: np.ndarray | None) -> float | None:
+    """Return the AUC of a column of words, each scored by its positive fraction."""
+    if labels is None:
+        return None
+    codes = np.where(np.isnan(codes.astype(float)), -1, codes).astype(np.int64) + 1
+    is_labelled = labels >= 0
+    rows = np.bincount(codes[is_labelled])
+    positive = np.bincount(codes[is_labelled], labels[is_labelled] == 1, len(rows))
+    return _leak((positive / np.maximum(rows, 1))[np.minimum(codes, len(rows) - 1)], labels)
+
+
+def _require_inputs(columns: Sequence[Column], spec: PrepareSpec) -> None:
+    inputs = [column for column in columns if column.role in ("number", "category")]
+    for column in inputs:
+        if column.name in shard_columns(spec):
+            raise JobError(
+                f"the {column.role} column {column.name!r} has the name of a reserved column of "
+                "the shards; rename it in the table, or add it to prepare.exclude_columns"
+            )
+    if not inputs and spec.numeric_columns is None:
+        flags = proposed_flags(columns)
+        left = [column.name for column in columns if column.role == "left_out"]
+        raise JobError(
+            f"no column is left to learn from (left out: {names_text(left)}); "
+            + (f"add {flags}, or " if flags else "name some in prepare.numeric_columns, or ")
+            + "set prepare.numeric_columns to [] to learn from images alone"
+        )
+
+
+def _word(text: str) -> str:
+    """Return a text as a YAML value."""
+    return text if _PLAIN_WORD.fullmatch(text) else json.dumps(text, ensure_ascii=False)

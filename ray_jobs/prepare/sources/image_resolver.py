@@ -1,0 +1,349 @@
+"""Finds the image file that each path in a table means.
+
+The exact path comes first. Other paths are compared in ever looser spellings until exactly one file
+fits: slashes and escapes, Unicode form, letter case, extension, zeros before the last number. In
+each, a path may also be the end of a file's path. A path outside the folder, such as an absolute
+path of another machine, must end in the file's path below the folder.
+"""
+
+# pyright: reportAttributeAccessIssue=false
+
+import re
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from typing import NamedTuple, TypeAlias
+from urllib.parse import unquote
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow import fs
+
+from ray_jobs.prepare.cell_text import TEXT
+from ray_jobs.prepare.sources.source_files import IMAGE_SUFFIXES, map_in_threads
+from ray_jobs.storage.folder import Folder
+
+Paths: TypeAlias = pa.LargeStringArray
+Quarantined = dict[int, tuple[str, str]]
+
+MAX_CHECKED = 1000
+"""Maximum number of paths to check one by one. For more, the folder is listed: an object store
+lists 1,000 files per request, so that costs less than reading the images."""
+_MAX_NEAREST = 100
+"""Maximum number of paths to search the nearest file for."""
+_NEIGHBOURS = 25
+_SUFFIX = "|".join(re.escape(suffix) for suffix in IMAGE_SUFFIXES)
+_STEM = rf"(?s)^(?P<stem>.*?)(?P<suffix>(?i:{_SUFFIX})*)$"
+_GUESSES = (
+    "the exact path", "another spelling of the path", "another Unicode form", "another letter case",
+    "another extension", "another number of zeros", "the end of the path",
+)  # fmt: skip
+_EXACT, _SPELLING, _FORM, _CASE, _EXTENSION, _ZEROS, _END = _GUESSES
+_LOOSE = (_EXTENSION, _ZEROS)
+
+
+class Found(NamedTuple):
+    """The files of some paths."""
+
+    files: Paths
+    """Path below the folder; null where no file or more than one fits."""
+    problems: Quarantined
+    """Row → reason and detail, for each path without a file: `image_outside_folder`,
+    `missing_image` or `ambiguous_image`."""
+    notes: tuple[str, ...]
+    """How many images were found by which guess."""
+
+
+def find_images(
+    paths: Paths, folder: Folder, list_files: Callable[[], Paths], in_glob: bool = False
+) -> Found:
+    """Return the file of each path.
+
+    Args:
+        paths: Paths relative to the folder, or any spelling of them; null where there is none.
+        folder: Folder of the files.
+        list_files: Returns the files in the folder. Called only if a path does not exist, or if
+            there are more than `MAX_CHECKED` different paths.
+        in_glob: Whether the files are those that a glob matches, so that no other file counts.
+    """
+    encoded = paths.dictionary_encode()
+    # One entry per different path from here on.
+    texts, codes = encoded.dictionary, encoded.indices.fill_null(-1).to_numpy()
+    exact = _plain(_below_folder(texts, folder))
+    if not in_glob and len(texts) <= MAX_CHECKED and _are_files(exact, folder).all():
+        return Found(exact.take(encoded.indices), {}, ())
+    matcher = _Matcher(texts, exact, list_files(), folder, in_glob)
+    matcher.match_spellings()
+    matcher.reject_shared()
+    if not in_glob:
+        matcher.match_unlisted()
+    match = np.where(codes < 0, -1, matcher.match[codes]) if len(texts) else codes
+    problems = matcher.problems()
+    bad = np.flatnonzero((codes >= 0) & (match < 0)).tolist()
+    return Found(
+        matcher.files.take(pa.array(match, mask=match < 0)),
+        {row: problems[codes[row]] for row in bad},
+        matcher.notes(codes),
+    )
+
+
+def join_problems(found: Mapping[str, Found]) -> tuple[Quarantined, tuple[str, ...]]:
+    """Return the problems of rows, given those of their images by name, and notes.
+
+    One of several images of a row may be missing.
+    """
+    quarantined: Quarantined = {}
+    missing: dict[int, list[str]] = {}
+    notes: list[str] = []
+    for name, (_, problems, of_image) in found.items():
+        prefix = f"{name}: " if name else ""
+        notes += [prefix + note for note in of_image]
+        lost = [row for row, (reason, _) in problems.items() if name and reason == "missing_image"]
+        if lost:
+            notes.append(f"{prefix}{len(lost):,} missing, such as {problems[lost[0]][1]}")
+        for row, (reason, detail) in problems.items():
+            if name and reason == "missing_image":
+                missing.setdefault(row, []).append(prefix + detail)
+            else:
+                quarantined.setdefault(row, (reason, prefix + detail))
+    if missing:
+        has_image = np.any([f.files.is_valid().to_numpy(False) for f in found.values()], axis=0)
+        for row in missing.keys() - set(np.flatnonzero(has_image).tolist()):
+            quarantined.setdefault(row, ("missing_image", "; ".join(missing[row])))
+    return quarantined, tuple(notes)
+
+
+class _Matcher:
+    """Matches different paths to files."""
+
+    def __init__(
+        self, texts: Paths, exact: Paths, files: Paths, folder: Folder, in_glob: bool
+    ) -> None:
+        self.texts, self.exact, self.files, self.folder = texts, exact, files, folder
+        self.in_glob = in_glob
+        self.match = pc.index_in(exact, value_set=files).fill_null(-1).to_numpy().astype(np.int64)
+        """Index of each path's file; -1 for none."""
+        self.guess = np.zeros(len(texts), np.int8)
+        """How the file was found: an index in `_GUESSES`."""
+        self.is_loose = np.zeros(len(texts), bool)
+        """Whether the file's name lacks a part of the path."""
+        self.ambiguous: dict[int, str] = {}
+
+    def match_spellings(self) -> None:
+        """Match the paths that are not exactly those of a file, strictest spelling first."""
+        unmatched = np.flatnonzero(self.match < 0)
+        if not len(unmatched) or not len(self.files):
+            return
+        clean = _clean(self.texts.take(pa.array(unmatched)), self.folder, self.files)
+        is_foreign = pc.starts_with(clean, "/").to_numpy(zero_copy_only=False)
+        own_keys, file_keys = _spellings(pc.utf8_ltrim(clean, "/")), _spellings(self.files)
+        for (guess, wanted), (_, files) in zip(own_keys, file_keys, strict=True):
+            is_open = (self.match[unmatched] < 0) & ~np.isin(unmatched, [*self.ambiguous])
+            for foreign, search in ((False, _search_ends), (True, _search_tails)):
+                todo = np.flatnonzero(is_open & (is_foreign == foreign))
+                if not len(todo):
+                    continue
+                first, last = search(wanted.take(pa.array(todo)), files)
+                for i in np.flatnonzero(first != last).tolist():
+                    one, other = self.files[int(first[i])], self.files[int(last[i])]
+                    row = int(unmatched[todo[i]])
+                    self.ambiguous[row] = f"{self.texts[row]} may be {one} or {other}"
+                is_clear = (first >= 0) & (first == last)
+                rows, first = unmatched[todo[is_clear]], first[is_clear]
+                self.match[rows] = first
+                found = wanted.take(pa.array(todo[is_clear]))
+                is_whole = pc.equal(found, files.take(pa.array(first)))
+                is_whole = is_whole.to_numpy(zero_copy_only=False)
+                # Without folders, as documented for globs.
+                end = _EXACT if self.in_glob and not foreign and guess == _SPELLING else _END
+                self.guess[rows] = np.where(is_whole, _GUESSES.index(guess), _GUESSES.index(end))
+                self.is_loose[rows] = foreign & ~is_whole | (guess in _LOOSE)
+
+    def reject_shared(self) -> None:
+        """Undo guesses that give the image of one path to another path."""
+        if not self.is_loose.any():
+            return
+        counts = np.bincount(self.match[self.match >= 0], minlength=len(self.files))
+        rejected = np.flatnonzero(self.is_loose & (counts[self.match] > 1))
+        rows_of: dict[int, list[int]] = {}
+        for row in np.flatnonzero(np.isin(self.match, self.match[rejected])).tolist():
+            rows_of.setdefault(int(self.match[row]), []).append(row)
+        for row in rejected.tolist():
+            file = int(self.match[row])
+            other = next(i for i in rows_of[file] if i != row)
+            self.ambiguous[row] = (
+                f"{self.texts[row]} and {self.texts[other]} may both be {self.files[file]}"
+            )
+        self.match[rejected] = -1
+
+    def match_unlisted(self) -> None:
+        """Match the paths of files that listings skip, such as hidden ones."""
+        rows = np.setdiff1d(np.flatnonzero(self.match < 0), [*self.ambiguous])
+        exists = _are_files(self.exact.take(pa.array(rows[:MAX_CHECKED])), self.folder)
+        if exists.any() and len(rows) > MAX_CHECKED:
+            exists = _are_files(self.exact.take(pa.array(rows)), self.folder)
+        rows = rows[np.flatnonzero(exists)]
+        self.match[rows] = len(self.files) + np.arange(len(rows))
+        self.files = pa.concat_arrays([self.files, self.exact.take(pa.array(rows))])
+
+    def problems(self) -> Quarantined:
+        """Return the reason and detail of each path without a file."""
+        result: Quarantined = {}
+        names: list[tuple[str, str]] | None = None
+        for count, row in enumerate(np.flatnonzero(self.match < 0).tolist()):
+            text, path = self.texts[row].as_py(), self.exact[row].as_py()
+            if row in self.ambiguous:
+                result[row] = "ambiguous_image", self.ambiguous[row]
+                continue
+            if re.match(r"(?i)https?://", text):
+                detail = f"{text} is a URL; download the images into the folder prepare.images"
+                result[row] = "image_outside_folder", detail
+                continue
+            try:
+                self.folder.locate(path)
+            except ValueError as error:
+                result[row] = "image_outside_folder", str(error)
+                continue
+            detail = f"{text}: no such file in {self.folder}"
+            if self.in_glob:
+                detail = f"the glob matches no {text}"
+            if count < _MAX_NEAREST and len(self.files):
+                if names is None:
+                    names = sorted((n.rpartition("/")[2], n) for n in self.files.to_pylist())
+                detail += f"; the nearest is {_nearest(path, names)}"
+            result[row] = "missing_image", detail
+        return result
+
+    def notes(self, codes: np.ndarray) -> tuple[str, ...]:
+        """Return how many rows have images by which guess, with an example each."""
+        num_rows = np.bincount(codes[codes >= 0], minlength=len(self.texts))
+        notes: list[str] = []
+        for index, guess in enumerate(_GUESSES[1:], 1):
+            rows = np.flatnonzero((self.guess == index) & (self.match >= 0))
+            if len(rows):
+                example = f"{self.texts[int(rows[0])]} → {self.files[int(self.match[rows[0]])]}"
+                count = f"{num_rows[rows].sum():,} of {num_rows.sum():,} images"
+                notes.append(f"{count} found by {guess}, such as {example}")
+        return tuple(notes)
+
+
+def _spellings(texts: Paths) -> list[tuple[str, Paths]]:
+    """Return the keys by which paths are compared; equal keys mean paths that may be the same."""
+    form = pc.utf8_normalize(texts, "NFC")
+    parts = pc.extract_regex(form, _STEM)
+    stem, suffix = pc.struct_field(parts, "stem"), pc.utf8_lower(pc.struct_field(parts, "suffix"))
+    lower = pc.utf8_lower(stem)
+    number = pc.replace_substring_regex(lower, r"(^|[^0-9])0+([0-9]+[^0-9/]*)$", r"\1\2")
+
+    def with_suffix(key: Paths) -> Paths:
+        return pc.binary_join_element_wise(key, suffix, pa.scalar("", TEXT))
+
+    return [
+        (_SPELLING, texts),
+        (_FORM, form),
+        (_EXTENSION, with_suffix(stem)),
+        (_CASE, with_suffix(lower)),
+        (_ZEROS, with_suffix(number)),
+        (_EXTENSION, stem),
+        (_EXTENSION, lower),
+        (_ZEROS, number),
+    ]
+
+
+def _clean(texts: Paths, folder: Folder, files: Paths) -> Paths:
+    """Return paths with the usual slashes and without escapes; foreign ones start with a slash."""
+    has_escapes = pc.match_substring_regex(texts, "%[0-9A-Fa-f]{2}")
+    escaped = np.flatnonzero(has_escapes.to_numpy(zero_copy_only=False))
+    if len(escaped):
+        unescaped = [unquote(text) for text in texts.take(pa.array(escaped)).to_pylist()]
+        texts = pc.replace_with_mask(texts, has_escapes, pa.array(unescaped, TEXT))
+    texts = pc.utf8_trim(texts, " \t\r\n\u00a0\"'")
+    texts = pc.replace_substring_regex(texts, r"^((?i:https?)://[^?#]*)[?#].*$", r"\1")
+    texts = _below_folder(_plain(pc.replace_substring(texts, "\\", "/")), folder)
+    # A URI, a Windows drive or a home folder; then another folder next to this one or above.
+    outside = r"^(?:(?i:[a-z][a-z0-9+.-]+):/[^/]*/|/?[A-Za-z]:/*|~[^/]*/)"
+    texts = pc.replace_substring_regex(texts, r"(?:^|/)[^/.][^/]*/\.\.(/|$)", "/")
+    texts = pc.replace_substring_regex(texts, outside, "/")
+    texts = pc.replace_substring_regex(texts, r"^/?(?:\.\./)+([^/.]+/)", r"/\1")
+    parents = folder.path.strip("/").split("/")
+    for first in range(len(parents)):
+        # Such as photos/a.jpg in the folder photos.
+        prefix = "/".join(parents[first:]) + "/"
+        starts = pc.starts_with(texts, prefix)
+        if pc.any(starts).as_py() and not pc.any(pc.starts_with(files, prefix)).as_py():
+            texts = pc.if_else(starts, pc.utf8_slice_codeunits(texts, len(prefix)), texts)
+    return texts
+
+
+def _below_folder(texts: Paths, folder: Folder) -> Paths:
+    """Return paths and URIs inside the folder relative to it, others as they are."""
+    uri = folder.uri.partition("?")[0] if "://" in folder.uri else folder.uri
+    for prefix in (uri, folder.path, f"file://{folder.path}", f"file:{folder.path}"):
+        prefix = f"{prefix.rstrip('/')}/"
+        inside = pc.utf8_slice_codeunits(texts, len(prefix))
+        texts = pc.if_else(pc.starts_with(texts, prefix), inside, texts)
+    return texts
+
+
+def _plain(texts: Paths) -> Paths:
+    """Return paths in their shortest spelling, so that each file has one."""
+    texts = pc.replace_substring_regex(texts, r"/(\.?/)+", "/")
+    return pc.replace_substring_regex(texts, r"^(\./)+|/\.?$", "")
+
+
+def _search_ends(wanted: Paths, files: Paths) -> tuple[np.ndarray, np.ndarray]:
+    """Return the first and last file whose path is or else ends in each path; -1 for none."""
+    first, last = _search(wanted, files)
+    depths = pc.count_substring(wanted, "/").to_numpy()
+    for depth in np.unique(depths[first < 0]).tolist():
+        deeper = np.flatnonzero(pc.greater(pc.count_substring(files, "/"), depth))
+        rows = np.flatnonzero((first < 0) & (depths == depth))
+        if len(deeper):
+            ends = _last_parts(files.take(pa.array(deeper)), depth)
+            one, other = _search(wanted.take(pa.array(rows)), ends)
+            first[rows] = np.where(one < 0, -1, deeper[one])
+            last[rows] = np.where(other < 0, -1, deeper[other])
+    return first, last
+
+
+def _search_tails(wanted: Paths, files: Paths) -> tuple[np.ndarray, np.ndarray]:
+    """Return the first and last file that is the longest end of each path; -1 for none."""
+    first, last = np.full((2, len(wanted)), -1, np.int64)
+    for depth in sorted(pc.unique(pc.count_substring(files, "/")).to_pylist(), reverse=True):
+        rows = np.flatnonzero(first < 0)
+        ends = _last_parts(wanted.take(pa.array(rows)), depth)
+        first[rows], last[rows] = _search(ends, files)
+    return first, last
+
+
+def _search(wanted: Paths, keys: Paths) -> tuple[np.ndarray, np.ndarray]:
+    """Return the first and the last index of each text among keys; -1 for none."""
+    first = pc.index_in(wanted, value_set=keys, skip_nulls=True).fill_null(-1).to_numpy()
+    last = pc.index_in(wanted, value_set=keys[::-1], skip_nulls=True).fill_null(-1).to_numpy()
+    first, last = first.astype(np.int64), last.astype(np.int64)
+    return first, np.where(first < 0, -1, len(keys) - 1 - last)
+
+
+def _last_parts(paths: Paths, depth: int) -> Paths:
+    """Return the last `depth` + 1 parts of paths, null where a path has fewer."""
+    pattern = rf"(?s)^(?:.*/)?(?P<end>(?:[^/]*/){{{depth}}}[^/]*)$"
+    return pc.struct_field(pc.extract_regex(paths, pattern), "end")
+
+
+def _are_files(names: Paths, folder: Folder) -> np.ndarray:
+    def is_file(name: str) -> bool:
+        try:
+            return folder.filesystem.get_file_info(folder.locate(name)).type == fs.FileType.File
+        except (ValueError, OSError):
+            return False
+
+    return np.array(map_in_threads(is_file, names.to_pylist()), bool)
+
+
+def _nearest(path: str, names: list[tuple[str, str]]) -> str:
+    """Return the most similar of the files around a path in the order of file names."""
+    path = re.split(r"[/\\]", path)[-1] if "\\" in path else path
+    at = bisect_left(names, (path.rpartition("/")[2], ""))
+    around = [name for _, name in names[max(at - _NEIGHBOURS, 0) : at + _NEIGHBOURS]]
+    return get_close_matches(path[-200:], around, n=1, cutoff=0.0)[0]

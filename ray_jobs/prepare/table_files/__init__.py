@@ -1,0 +1,10 @@
+"""Reads tables as people have them: a location enters, a table with notes on its reading leaves.
+
+`table_parts` finds the files and joins their rows; `file_format` recognises a file by its first
+bytes and unpacks it; `csv_files` (with `text_encoding`, `csv_dialect`) and `record_files` read the
+rows; `decimal_commas` rewrites numbers; `record_table` builds tables from records.
+"""
+
+from ray_jobs.prepare.table_files.table_parts import TableFile, open_table
+
+__all__ = ["TableFile", "open_table"]

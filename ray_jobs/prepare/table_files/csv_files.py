@@ -1,0 +1,124 @@
+"""Reads CSV files in any common dialect and encoding; cells stay text, since any may be a word."""
+
+import codecs
+import csv as python_csv
+import io
+
+import pyarrow as pa
+from pyarrow import csv
+
+from ray_jobs.config.errors import JobError
+from ray_jobs.config.text import count_text
+from ray_jobs.prepare.table_files.csv_dialect import Dialect, find_dialect
+from ray_jobs.prepare.table_files.file_format import HEAD_BYTES, RawFile
+from ray_jobs.prepare.table_files.text_encoding import detect_encoding, guess_encoding
+
+_BLOCK_BYTES = 1 << 20
+_MAX_BLOCK_BYTES = 1 << 30
+_SHOWN_CHARACTERS = 60
+_BLANK = ' \t;|,"\r\n'
+
+
+def read_csv(file: RawFile) -> tuple[pa.Table, tuple[str, ...]]:
+    """Return the rows of a CSV file, which may be none, and notes on its reading.
+
+    Raises:
+        JobError: If a row has too many or too few cells, a quote is not closed, or bytes are
+            invalid in the encoding of the file. The message has the line.
+    """
+    head = file.head()
+    encoding = detect_encoding(head)
+    note = f"read as {encoding.upper()}" if encoding.startswith(("utf-16", "utf-32")) else ""
+    try:
+        table, notes = _read(file, head, encoding)
+    except UnicodeDecodeError:
+        encoding, note = guess_encoding(file, encoding)
+        table, notes = _read(file, head, encoding)
+    return table, (note, *notes) if note else notes
+
+
+def _read(file: RawFile, head: bytes, encoding: str) -> tuple[pa.Table, tuple[str, ...]]:
+    text = codecs.getincrementaldecoder(encoding)().decode(head).removeprefix("\ufeff")
+    if not text.strip(_BLANK):
+        raise ValueError("it is empty")
+    dialect = find_dialect(text, is_whole=len(head) < HEAD_BYTES)
+    table = _parse(file, dialect, encoding)
+    last = list(table.slice(max(table.num_rows - 1, 0)).to_pydict().values())
+    if any("\n" in cell for cells in last for cell in cells):
+        _require_closed_quote(file, encoding)
+    return table.rename_columns(dialect.names), dialect.notes
+
+
+def _parse(file: RawFile, dialect: Dialect, encoding: str) -> pa.Table:
+    """Return the rows of a file; the columns are named by their positions."""
+    ragged: list[csv.InvalidRow] = []
+
+    def handle(row: csv.InvalidRow) -> str:
+        if not row.text.strip(_BLANK):
+            return "skip"
+        ragged.append(row)
+        return "error"
+
+    names = [str(i) for i in range(len(dialect.names))]
+    parse = csv.ParseOptions(
+        delimiter=dialect.delimiter, newlines_in_values=True, invalid_row_handler=handle
+    )
+    convert = csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()))
+    read = csv.ReadOptions(column_names=names, skip_rows=dialect.num_header_lines)
+    read.block_size = _BLOCK_BYTES
+    while True:
+        try:
+            with file.open() as stream:
+                if encoding not in ("utf-8", "utf-8-sig"):
+                    stream = pa.transcoding_input_stream(stream, encoding, "utf-8")
+                return csv.read_csv(stream, read, parse, convert)
+        except pa.ArrowInvalid as error:
+            if ragged:
+                raise _ragged_error(file, dialect, encoding, ragged[0]) from error
+            if "UTF8" in str(error):
+                raise UnicodeDecodeError("utf-8", b"", 0, 0, str(error)) from error
+            if "Could not skip" in str(error):
+                # The header ends the file, without a line break.
+                return pa.table({name: pa.array([], pa.string()) for name in names})
+            # A row may be longer than a block.
+            if "straddl" not in str(error) or read.block_size >= _MAX_BLOCK_BYTES:
+                raise
+            read.block_size *= 8
+
+
+def _ragged_error(file: RawFile, dialect: Dialect, encoding: str, row: csv.InvalidRow) -> JobError:
+    shown = row.text[:_SHOWN_CHARACTERS] + "…" * (len(row.text) > _SHOWN_CHARACTERS)
+    quotes = " and close its quotes" if "\n" in row.text else ""
+    return JobError(
+        f"the table {file.name} could not be read: {_find_line(file, dialect, encoding)} has "
+        f"{count_text(row.actual_columns, 'cell')}, but the header has "
+        f"{count_text(row.expected_columns, 'name')}: {shown!r}; correct this row{quotes}, put "
+        "cells with delimiters in quotes, or delete lines above the header"
+    )
+
+
+def _find_line(file: RawFile, dialect: Dialect, encoding: str) -> str:
+    """Return the line of the first ragged row, which Arrow does not know."""
+    first = 1
+    with file.open() as stream, io.TextIOWrapper(stream, encoding, newline="") as text:
+        reader = python_csv.reader(text, delimiter=dialect.delimiter)
+        for cells in reader:
+            is_ragged = first > dialect.num_header_lines and len(cells) != len(dialect.names)
+            if is_ragged and any(cell.strip(_BLANK) for cell in cells):
+                break
+            first = reader.line_num + 1
+    return f"line {first:,}"
+
+
+def _require_closed_quote(file: RawFile, encoding: str) -> None:
+    """Check that the last row, which has a line break, is not all the text after an open quote."""
+    tail = b""
+    with file.open() as stream:
+        while block := stream.read(_BLOCK_BYTES):
+            tail = (tail + block)[-1024:]
+    lines = tail.decode(encoding, "ignore").rstrip().splitlines()
+    if lines and lines[-1].count('"') % 2 == 0:
+        raise ValueError(
+            f"a quote is not closed before its end, {lines[-1][-_SHOWN_CHARACTERS:]!r}; close it, "
+            "or double the quotes inside cells"
+        )
