@@ -43,8 +43,8 @@ def find(folder: Path, *paths: str | None):
         # https://github.com/leoxiaobin/deep-high-resolution-net.pytorch/issues/109
         ("COCO_000000000514.jpg", "COCO_514", "another number of zeros"),
         # Other machines: https://github.com/maps-as-data/MapReader/issues/219
-        ("train/x0.jpg", "/home/me/photos/train/x0.jpg", "the end"),
-        ("train/x0.jpg", r"C:\Users\me\photos\train\x0.JPG", "the end"),
+        ("train/x0.jpg", "/data/photos/train/x0.jpg", "the end"),
+        ("train/x0.jpg", r"D:\data\photos\train\x0.JPG", "the end"),
         ("x0.jpg", r"\\server\share\photos\x0.jpg", "the end"),
         ("x0.jpg", "../../photos/x0.jpg", "the end"),
         ("x0.jpg", "~/photos/x0.jpg", "the end"),
