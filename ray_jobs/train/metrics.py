@@ -41,9 +41,10 @@ def binary_metrics(
     label, probability = _validated(label, probability)
     predicted = (probability >= threshold).astype(np.int64)
     counts = np.bincount(label, minlength=2)
-    confusion = metrics.confusion_matrix(label, predicted, labels=[0, 1]).tolist()
+    cells = 2 * label + predicted
+    confusion = np.bincount(cells, minlength=4).reshape(2, 2).tolist()
+    (tn, fp, fn, tp) = np.bincount(cells, weight, 4).tolist()
     by: dict[str, Any] = {"sample_weight": weight}
-    ((tn, fp), (fn, tp)) = metrics.confusion_matrix(label, predicted, labels=[0, 1], **by).tolist()
     both, positives = bool(counts.all()), bool(counts[1])
     rows = (label, probability)
     return {
