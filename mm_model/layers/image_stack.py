@@ -15,10 +15,10 @@ from mm_model import per_row_random
 class FoldImages(layers.Layer):
     """Turns several images per row into one batch, so that one branch processes all of them.
 
-    Replaces a missing image by the first present image of its row; `UnfoldImages` ignores it later.
-    In a row without images, the placeholders stay.
-    The placeholder of a missing image (usually black) resembles no photo and would distort the
-    batch-norm statistics in training. Also folds precomputed features (V, F) per image.
+    Replaces a missing image by the first present image of its row, because its placeholder
+    resembles no photo and would distort the batch-norm statistics in training. In a row without
+    images, the placeholders stay. `UnfoldImages` ignores both later. Also folds precomputed
+    features (V, F) per image.
 
     Input: images (B, N, H, W, 3), mask (B, N), 0 for missing.  Output: (B × N, H, W, 3).
     """

@@ -31,7 +31,6 @@ OnError = Callable[[int, ValueError], None]
 ALIGNMENT_BYTES = 64
 """TensorFlow copies arrays whose address is not a multiple of this."""
 
-
 _GREY = 128
 
 
