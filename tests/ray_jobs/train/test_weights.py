@@ -7,9 +7,15 @@ import numpy as np
 import pytest
 from sklearn import metrics
 
+from mm_model.calibration import fit_calibration, sigmoid
 from ray_jobs.cluster.strategy import WorkerContext
 from ray_jobs.config.spec import RunSpec
+from ray_jobs.data.manifest import read_manifest
+from ray_jobs.storage.folder import Folder
+from ray_jobs.train import finalize as module
+from ray_jobs.train.finalize import finalize
 from ray_jobs.train.loop import Loop
+from ray_jobs.train.metrics import validation_metrics
 from tests.ray_jobs.arrays import arrays_of, distance
 from tests.ray_jobs.tiny import write_prepared
 
@@ -28,9 +34,6 @@ def loop_of(folder: Path, batch_size: int, class_weight: str = "balanced", **tra
     section = {"optimizer": "sgd", "schedule": "constant", "learning_rate": 0.1, "epochs": 3}
     section |= {"global_batch_size": batch_size, "class_weight": class_weight, **train}
     spec = {"data": {"prepared": str(folder)}, "model": model, "train": section}
-    from ray_jobs.data.manifest import read_manifest
-    from ray_jobs.storage.folder import Folder
-
     return Loop(RunSpec.model_validate(spec), read_manifest(Folder(folder)), WorkerContext())
 
 
@@ -55,7 +58,7 @@ def test_a_weight_of_two_trains_like_the_row_twice(tmp_path, class_weight):
         assert distance(weighted, twice) <= 1e-5
 
 
-def test_validation_metrics_class_weights_and_blending_use_the_weights(tmp_path):
+def test_validation_metrics_and_class_weights_use_the_weights(tmp_path):
     weights = np.resize(WEIGHTS, 15)
     write_prepared(tmp_path / "data", NUM_ROWS, weights=WEIGHTS)
     loop = loop_of(tmp_path / "data", 20, calibrate=False, decision_threshold="f1")
@@ -72,3 +75,21 @@ def test_validation_metrics_class_weights_and_blending_use_the_weights(tmp_path)
     assert record["val/roc_auc"] == pytest.approx(
         metrics.roc_auc_score(best.label_N, logit, sample_weight=weights)
     )
+
+
+@pytest.mark.parametrize("unit", [1, 1000])
+def test_calibration_uses_the_weights_in_any_unit(tmp_path, monkeypatch, unit):
+    # The export takes long; `test_train` covers it.
+    monkeypatch.setattr(module, "export_saved_model", lambda model, path: None)
+    write_prepared(tmp_path / "data", NUM_ROWS, weights=tuple(unit * w for w in WEIGHTS))
+    loop = loop_of(tmp_path / "data", 20, decision_threshold="f1")
+    state = loop.run()
+    summary = finalize(loop, state, Folder(tmp_path / "run"), train_s=1.0)
+    best = loop.best[state.best_epoch]
+    logit, label, weight = best.head_logits_NM[:, 0], best.label_N, np.resize(WEIGHTS, 15)
+    scale, bias = fit_calibration(logit, label, weight / weight.mean())
+    found = summary["calibration"]
+    assert (found["scale"], found["bias"]) == pytest.approx((scale, bias), rel=1e-6)
+    assert scale != pytest.approx(fit_calibration(logit, label)[0], rel=1e-2)
+    rows = (label, sigmoid(scale * logit.astype(np.float64) + bias))
+    assert summary["validation"] == pytest.approx(validation_metrics(*rows, weight))
