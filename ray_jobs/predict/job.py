@@ -143,7 +143,7 @@ class _Tally:
     def count(self, tables: Iterable[pa.Table], threshold: float) -> Iterator[pa.Table]:
         """Convert tables to predictions, and count their rows."""
         for result in tables:
-            self.num_without_image += result[HAS_IMAGE].to_pylist().count(False)
+            self.num_without_image += result[HAS_IMAGE].drop_null().to_pylist().count(False)
             table = _predictions(result, threshold)
             self.num_rows += table.num_rows
             for row in table.slice(0, _MAX_PRINTED - len(self.first)).to_pylist():
@@ -175,8 +175,6 @@ class _Tally:
             console.print(f"  {escape(line)}")
         if self.num_rows > len(self.first):
             console.print("  …")
-        for note in notes:
-            console.print(f"  {escape(note)}")
         for reason, count in self.reasons.most_common():
             example = f", such as {self.examples[reason]}" if self.examples[reason] else ""
             console.print(f"  [yellow]{count:,} × {escape(reason)}[/yellow]{escape(example)}")

@@ -112,7 +112,8 @@ class RawRows:
             if run.takes_images or not rules.table:
                 source = open_source(rules, categorical, labelled=False)
             else:
-                source = Source(open_table(rules.table).table, images={}, readers={})
+                table, notes = open_table(rules.table)
+                source = Source(table, images={}, readers={}, notes=notes)
                 require_columns(source.table, rules, categorical, labelled=False)
         except JobError as error:
             raise JobError(_with_flag_names(str(error), run, spec)) from None
@@ -126,7 +127,8 @@ class RawRows:
         self.num_rows = len(rows)
         self.task_rows = rows_per_task(self.num_rows, spec)
         self._rows = rows
-        self.notes = (*source.notes, *_unfamiliar(rows, manifest))
+        usable = rows.take(np.flatnonzero(rows.good))
+        self.notes = (*source.notes, *_unfamiliar(usable, manifest))
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle the source without its rows; each task receives its own."""

@@ -168,7 +168,12 @@ def test_raw_rows_get_the_probabilities_of_equal_prepared_rows_or_a_reason(
     assert found["probability"].null_count == found["predicted_label"].null_count == 6
     assert (counts["num_rows"], counts["num_errors"]) == (len(RAW_ROWS), 6)
     first = found["probability"][0].as_py()
-    assert f"  {RAW_ROWS[0][0]}  {first:.4f}\n" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"  {RAW_ROWS[0][0]}  {first:.4f}\n" in printed
+    # Rows with an error are not among them.
+    for name, value in zip(COLUMNS, ("1,000", "1"), strict=True):
+        note = rf"  {name}: 1 row outside the training range of .*, such as {value}\n"
+        assert len(re.findall(note, printed)) == 1
 
 
 def raw_rows(spec: PredictSpec) -> pa.Table:
@@ -225,9 +230,10 @@ def test_numbers_and_words_that_training_has_not_seen_are_counted(houses, rules,
     seen = rules.model_copy(update={"vocabularies": (vocabulary,)})
     write_run(tmp_path, seen, image="none")
     table = tmp_path / "new.csv"
-    table.write_text("house,error,rooms,wall\nh1,90,3,straw\nh2,900,3,brick\nh3,-900,,\n")
+    table.write_text("house;error;rooms;wall\nh1;90;3;straw\nh2;900;3;brick\nh3;-900;;\n")
     source = RawRows(open_run(str(tmp_path)), spec_of(houses, run=str(tmp_path), data=str(table)))
-    word, number = source.notes
+    of_table, word, number = source.notes
+    assert of_table == "table: ';' between cells"
     assert word == "wall: 1 row with an unknown word, such as straw"
     assert re.fullmatch(
         r"error: 2 rows outside the training range of .* to .*, such as 900", number
