@@ -118,10 +118,12 @@ def decode(
                 image.draft(None, (at_least, at_least))
             image.load()
             if is_deep:
-                values = _deep_values(image, content)
+                values, alpha = _deep_values(image, content)
                 known = pixel_range or _require_inside(values, found_range)
                 inverted = tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
                 scaled = _from_values(values, known, inverted)
+                if alpha is not None:
+                    scaled.putalpha(Image.fromarray((alpha >> 8).astype(np.uint8)))
                 turned = Image.Exif()
                 turned[_ORIENTATION] = image.getexif().get(_ORIENTATION, 1)
                 scaled.info["exif"] = turned.tobytes()
@@ -146,8 +148,7 @@ def deep_values(content: bytes, max_pixels: int) -> np.ndarray | None:
             if not _is_deep(image):
                 return None
             image.load()
-            values = _deep_values(image, content)
-            return values if values.ndim == 2 else values[..., :3]
+            return _deep_values(image, content)[0]
 
 
 def to_square(image: Image.Image, size: int, aspect: Aspect) -> Image.Image:
@@ -366,17 +367,20 @@ def _is_deep(image: Image.Image) -> bool:
     return image.mode in ("I", "F") or image.mode.startswith("I;16") or is_signed
 
 
-def _deep_values(image: Image.Image, content: bytes) -> np.ndarray:
-    """Return the values of a loaded image for which `_is_deep`: (H, W), or (H, W, RGB or RGBA)."""
+def _deep_values(image: Image.Image, content: bytes) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return the values, (H, W) or (H, W, RGB), and alpha of a loaded image that `_is_deep`.
+
+    Alpha is uint16 (H, W), or None; 65,535 is opaque, whatever the range of the values.
+    """
     if image.mode == "L":
-        return np.asarray(image).view(np.int8)
+        return np.asarray(image).view(np.int8), None
     if image.mode not in ("RGB", "RGBA"):
-        return np.asarray(image)
+        return np.asarray(image), None
     bgra = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
     if bgra is None or bgra.dtype != np.uint16 or bgra.shape[:2] != image.size[::-1]:
         raise BadImage("unreadable_image", "its 16-bit colours cannot be read; store it as 8 bits")
     has_alpha = image.mode == "RGBA" or "transparency" in image.info
-    return bgra[..., [2, 1, 0, 3][: 4 if has_alpha else 3]]
+    return bgra[..., 2::-1], bgra[..., 3] if has_alpha else None
 
 
 def _require_inside(values: np.ndarray, found_range: PixelRange | None) -> PixelRange:

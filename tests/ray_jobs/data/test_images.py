@@ -147,7 +147,7 @@ def test_12_bits_a_sample_in_a_packed_tiff_are_read():
 @pytest.mark.parametrize("name", ["RGB.png", "RGBA.png", "LA.png", "RGB.tif"])
 def test_16_bit_colours_are_scaled_like_greys(name):
     """python-pillow issues 880 and 7723: Pillow drops the lower 8 bits."""
-    alpha = np.where(np.arange(60) < 50, 4095, 0) + 0 * GREYS
+    alpha = np.where(np.arange(60) < 50, 65535, 0) + np.zeros_like(GREYS)
     channels = [GREYS] if name[0] == "L" else [GREYS, GREYS[::-1], GREYS[:, ::-1]]
     values = np.stack(channels + ([alpha] if "A" in name else []), axis=2).astype("u2")
     content = png_16(values) if "png" in name else tiff(values)
@@ -159,6 +159,11 @@ def test_16_bit_colours_are_scaled_like_greys(name):
     if "A" in name:
         expected[:, 50:] = 255
     np.testing.assert_allclose(pixels, expected, atol=1)
+    if "A" in name:
+        # The range is that of the colours.
+        swapped = pixels_of(content, pixel_range=(4095, 0))
+        np.testing.assert_allclose(swapped[:, :50], 255 - expected[:, :50], atol=1)
+        assert (swapped[:, 50:] == 255).all()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
