@@ -160,11 +160,18 @@ def _path_column(table: pa.Table, image: str, spec: PrepareSpec, file: str) -> s
 
 
 def _below(parent: str, column: pa.ChunkedArray) -> pa.LargeStringArray:
-    """Return paths below the source's folder, given paths below the metadata's folder."""
+    """Return paths below the source's folder, given paths below the metadata's folder.
+
+    Absolute paths and URIs stay as they are.
+    """
     paths = pc.replace_substring_regex(column_text(column), r"^(?:\./+)+", "")
     if not parent:
         return paths
-    return pc.binary_join_element_wise(pa.scalar(parent, TEXT), paths, pa.scalar("/", TEXT))
+    below = pc.binary_join_element_wise(pa.scalar(parent, TEXT), paths, pa.scalar("/", TEXT))
+    is_absolute = pc.match_substring_regex(
+        paths, r"^(?:~[^/]*/|(?:[A-Za-z][A-Za-z0-9+.-]*:)?[/\\])"
+    )
+    return pc.if_else(is_absolute, paths, below)
 
 
 def _with_split(table: pa.Table, paths: Sequence[str], spec: PrepareSpec) -> pa.Table:

@@ -47,6 +47,17 @@ def test_metadata_names_the_images_and_other_images_are_reported(tmp_path, kind)
     assert not source.images[""].in_containers
 
 
+@pytest.mark.parametrize(
+    "path", ["/data/train/a.jpg", r"D:\data\train\a.jpg", "s3://b/train/a.jpg"]
+)
+def test_absolute_paths_in_the_metadata_of_a_subfolder_are_not_below_it(tmp_path, path):
+    write_images(tmp_path / "train", "a.jpg", "b.jpg")
+    write_metadata(tmp_path / "train", "csv", {"file_name": [path, "b.jpg"], "label": [1, 0]})
+    source = opened(tmp_path)
+    assert source.images[""].path.to_pylist() == ["train/a.jpg", "train/b.jpg"]
+    assert not source.quarantined
+
+
 def test_split_folders_become_a_column_and_part_of_the_key(tmp_path):
     for folder in ("train", "val", "test"):
         write_images(tmp_path / folder, "a.jpg")
