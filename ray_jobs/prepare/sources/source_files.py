@@ -89,8 +89,7 @@ class Walk:
     def levels(self, max_folders: int) -> Iterator[list[str]]:
         """Yield the files of each level of subfolders, in the first `max_folders` folders of it."""
         for level in self._levels(max_folders):
-            is_wanted = (not self._matches or any(m(name) for m in self._matches) for name in level)
-            yield [name for name, wanted in zip(level, is_wanted, strict=True) if wanted]
+            yield [n for n in level if not self._matches or any(m(n) for m in self._matches)]
 
     def _levels(self, max_folders: int | None = None) -> Iterator[list[str]]:
         level, links = [""], []
