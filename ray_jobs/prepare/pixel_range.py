@@ -52,16 +52,15 @@ def find_pixel_range(
     samples = list(_sample(rows, readers, spec))
     if not samples:
         return EIGHT_BITS, ""
-    is_integer = not any(sample.is_float for sample in samples)
-    found = _covering(samples)
-    if not is_integer:
-        _require_one_range(samples)
+    _require_one_range(samples)
+    is_float = any(sample.is_float for sample in samples)
     low, high = min(sample.low for sample in samples), max(sample.high for sample in samples)
+    found = _covering(low, high, is_float)
     if earlier and not earlier.manifest.prepare.pixel_range:
         known = earlier.manifest.image.pixel_range or EIGHT_BITS
         if known[0] <= low and high <= known[1] and high - low > (known[1] - known[0]) / 2:
             found = known
-    bits = f"{int(found[1]).bit_length()} bits" if is_integer and found[0] == 0 else "values"
+    bits = f"{int(found[1]).bit_length()} bits" if found[0] == 0 and not is_float else "values"
     first, last = map(number_text, found)
     return found, (
         f"images: {bits} in use ({first} to {last}), scaled to 8 bits; "
@@ -107,9 +106,7 @@ def _sample(
             yield from (sample for sample in found if sample)
 
 
-def _covering(samples: Sequence[_Sample]) -> PixelRange:
-    low, high = min(sample.low for sample in samples), max(sample.high for sample in samples)
-    is_float = any(sample.is_float for sample in samples)
+def _covering(low: float, high: float, is_float: bool) -> PixelRange:
     if low >= 0 and not is_float and high <= _INTEGERS[-1]:
         return 0.0, float(next(limit for limit in _INTEGERS if high <= limit))
     for limit in (1.0, 255.0):
@@ -122,7 +119,7 @@ def _require_one_range(samples: Sequence[_Sample]) -> None:
     """Check that floats do not have a much smaller range than integers, such as 0 to 1."""
     floats = [sample for sample in samples if sample.is_float]
     integers = [sample for sample in samples if not sample.is_float]
-    if integers and max(s.high for s in floats) <= 1 < max(s.high for s in integers):
+    if floats and integers and max(s.high for s in floats) <= 1 < max(s.high for s in integers):
         raise JobError(
             "some images contain floats, others integers: {0.name} has {0.low:g} to {0.high:g}, "
             "and {1.name} has {1.low:g} to {1.high:g}; store all images alike, or set "
