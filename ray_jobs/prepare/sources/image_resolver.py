@@ -245,7 +245,6 @@ def _spellings(texts: Paths) -> list[tuple[str, Paths]]:
         (_EXTENSION, with_suffix(stem)),
         (_CASE, with_suffix(lower)),
         (_ZEROS, with_suffix(number)),
-        (_EXTENSION, stem),
         (_EXTENSION, lower),
         (_ZEROS, number),
     ]
