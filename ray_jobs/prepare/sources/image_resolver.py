@@ -36,10 +36,10 @@ _NEIGHBOURS = 25
 _SUFFIX = "|".join(re.escape(suffix) for suffix in IMAGE_SUFFIXES)
 _STEM = rf"(?s)^(?P<stem>.*?)(?P<suffix>(?i:{_SUFFIX})*)$"
 _GUESSES = (
-    "the exact path", "another spelling of the path", "another Unicode form", "another letter case",
+    "another spelling of the path", "another Unicode form", "another letter case",
     "another extension", "another number of zeros", "the end of the path",
 )  # fmt: skip
-_EXACT, _SPELLING, _FORM, _CASE, _EXTENSION, _ZEROS, _END = _GUESSES
+_SPELLING, _FORM, _CASE, _EXTENSION, _ZEROS, _END = _GUESSES
 _LOOSE = (_EXTENSION, _ZEROS)
 
 
@@ -124,8 +124,8 @@ class _Matcher:
         self.in_glob = in_glob
         self.match = pc.index_in(exact, value_set=files).fill_null(-1).to_numpy().astype(np.int64)
         """Index of each path's file; -1 for none."""
-        self.guess = np.zeros(len(texts), np.int8)
-        """How the file was found: an index in `_GUESSES`."""
+        self.guess = np.full(len(texts), "", object)
+        """How the file was found: one of `_GUESSES`, or empty if no guess was needed."""
         self.is_loose = np.zeros(len(texts), bool)
         """Whether the file's name lacks a part of the path."""
         self.ambiguous: dict[int, str] = {}
@@ -156,8 +156,8 @@ class _Matcher:
                 is_whole = pc.equal(found, files.take(pa.array(first)))
                 is_whole = is_whole.to_numpy(zero_copy_only=False)
                 # Without folders, as documented for globs.
-                end = _EXACT if self.in_glob and not foreign and guess == _SPELLING else _END
-                self.guess[rows] = np.where(is_whole, _GUESSES.index(guess), _GUESSES.index(end))
+                end = "" if self.in_glob and not foreign and guess == _SPELLING else _END
+                self.guess[rows] = np.where(is_whole, guess, end)
                 self.is_loose[rows] = foreign & ~is_whole | (guess in _LOOSE)
 
     def reject_shared(self) -> None:
@@ -219,8 +219,8 @@ class _Matcher:
         """Return how many rows have images by which guess, with an example each."""
         num_rows = np.bincount(codes[codes >= 0], minlength=len(self.texts))
         notes: list[str] = []
-        for index, guess in enumerate(_GUESSES[1:], 1):
-            rows = np.flatnonzero((self.guess == index) & (self.match >= 0))
+        for guess in _GUESSES:
+            rows = np.flatnonzero((self.guess == guess) & (self.match >= 0))
             if len(rows):
                 example = f"{self.texts[int(rows[0])]} → {self.files[int(self.match[rows[0]])]}"
                 count = f"{num_rows[rows].sum():,} of {num_rows.sum():,} images"
