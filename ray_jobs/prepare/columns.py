@@ -33,8 +33,9 @@ from ray_jobs.prepare.table import parse_path_pattern, shard_columns
 LEAK_AUC = 0.999
 """A column that separates the classes with at least this AUC is left out as a copy of the label."""
 
-_MIN_CLASS_ROWS = 20
-"""Rows per class below which a real feature may separate the classes by chance."""
+_MIN_ARRANGEMENTS = 1e6
+"""Number of ways to distribute the classes over the rows, below which a column may separate them by
+chance."""
 _MIN_COUNTER_ROWS = 10
 _MIN_READ = 0.9
 """Fraction of a column's cells that a rule must read to be proposed."""
@@ -219,7 +220,7 @@ def _classify_text(
         reason = f"{example}; {rule} reads {num_read:,} of {count_text(num_filled, 'cell')}"
         return Column(name=name, role="left_out", reason=reason, proposed="number", rule=str(rule))
     if num_words <= _MAX_WORDS and num_words * _MIN_ROWS_PER_WORD <= num_filled:
-        codes = texts.dictionary_encode().indices.to_numpy(zero_copy_only=False)
+        codes = texts.dictionary_encode().indices.fill_null(-1).to_numpy() + 1
         if auc := _leak_of_words(codes, labels):
             return Column(name=name, role="left_out", reason=_leak_text(auc))
         reason = f"{count_text(num_words, 'word')} such as {str(first)[:40]!r}"
@@ -241,10 +242,11 @@ def _leak(values: np.ndarray, labels: np.ndarray | None) -> float | None:
     is_labelled = labels >= 0
     y, x = labels[is_labelled], values[is_labelled]
     num_positive = int((y == 1).sum())
-    if min(num_positive, len(y) - num_positive) < _MIN_CLASS_ROWS:
-        return None
+    from scipy.special import comb
     from scipy.stats import rankdata
 
+    if comb(len(y), num_positive) < _MIN_ARRANGEMENTS:
+        return None
     for score in (np.where(np.isnan(x), np.nanmedian(x), x), np.isnan(x).astype(float)):
         ranks = rankdata(score)[y == 1].sum() - num_positive * (num_positive + 1) / 2
         auc = float(ranks / (num_positive * (len(y) - num_positive)))
@@ -258,14 +260,17 @@ def _leak_text(auc: float) -> str:
 
 
 def _leak_of_words(codes: np.ndarray, labels: np.ndarray | None) -> float | None:
-    """Return the AUC of a column of words, each scored by its positive fraction."""
+    """Return the AUC of a column of words, each scored by its positive fraction.
+
+    Words of a single row count as one word, since each would separate its row by chance.
+    """
     if labels is None:
         return None
-    codes = np.where(np.isnan(codes.astype(float)), -1, codes).astype(np.int64) + 1
-    is_labelled = labels >= 0
-    rows = np.bincount(codes[is_labelled])
-    positive = np.bincount(codes[is_labelled], labels[is_labelled] == 1, len(rows))
-    return _leak((positive / np.maximum(rows, 1))[np.minimum(codes, len(rows) - 1)], labels)
+    labels, codes = labels[labels >= 0], codes[labels >= 0]
+    codes = np.where(np.bincount(codes)[codes] > 1, codes, 0)
+    num_rows = np.bincount(codes)
+    fractions = np.bincount(codes, labels == 1) / np.maximum(num_rows, 1)
+    return _leak(fractions[codes], labels)
 
 
 def _require_inputs(columns: Sequence[Column], spec: PrepareSpec) -> None:

@@ -92,6 +92,32 @@ def test_columns_that_are_no_features_are_left_out_unless_they_are_named(name, v
     assert roles(table, (name,))[name].startswith("category")
 
 
+@pytest.mark.parametrize(
+    ("num_rows", "num_positive", "is_found"),
+    [(120, 5, True), (24, 12, True), (22, 11, False), (900, 2, False), (60, 0, False)],
+)
+@pytest.mark.parametrize("kind", ["number", "word"])
+def test_a_copy_of_the_label_is_found_unless_chance_may_have_made_it(
+    num_rows, num_positive, is_found, kind
+):
+    labels = shuffled(np.arange(num_rows) < num_positive).astype(int)
+    copy = labels + RNG.random(num_rows) / 2 if kind == "number" else np.array(["n", "p"])[labels]
+    table = pa.table({"key": range(num_rows), "copy": copy, "x": RNG.normal(size=num_rows)})
+    columns = find_columns(table, spec(), labels=labels)
+    copy, other = columns[1:]
+    assert ("separates the classes on its own" in copy.reason) == is_found
+    assert other.role == "number"
+
+
+def test_words_that_occur_once_do_not_separate_the_classes():
+    labels = (np.arange(200) < 3).astype(int)
+    town = np.array([f"t{i}" if i < 40 else "capital" for i in range(200)])
+    columns = find_columns(
+        pa.table({"key": range(200), "town": town}), spec(columns="auto"), (), labels
+    )
+    assert (columns[1].role, columns[1].reason) == ("category", "")
+
+
 # Numbers that look like ids or counters, but are features.
 @pytest.mark.parametrize(
     ("name", "values"),
