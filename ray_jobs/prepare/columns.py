@@ -239,16 +239,16 @@ def _leak(values: np.ndarray, labels: np.ndarray | None) -> float | None:
     """Return the AUC of a column, or of its missing values, if it separates the classes."""
     if labels is None:
         return None
-    is_labelled = labels >= 0
-    y, x = labels[is_labelled], values[is_labelled]
-    num_positive = int((y == 1).sum())
     from scipy.special import comb
     from scipy.stats import rankdata
 
-    if comb(len(y), num_positive) < _MIN_ARRANGEMENTS:
-        return None
-    for score in (np.where(np.isnan(x), np.nanmedian(x), x), np.isnan(x).astype(float)):
-        ranks = rankdata(score)[y == 1].sum() - num_positive * (num_positive + 1) / 2
+    is_labelled, is_missing = labels >= 0, np.isnan(values)
+    for score, is_used in ((values, is_labelled & ~is_missing), (is_missing, is_labelled)):
+        y = labels[is_used] == 1
+        num_positive = int(y.sum())
+        if comb(len(y), num_positive) < _MIN_ARRANGEMENTS:
+            continue
+        ranks = rankdata(score[is_used])[y].sum() - num_positive * (num_positive + 1) / 2
         auc = float(ranks / (num_positive * (len(y) - num_positive)))
         if max(auc, 1 - auc) >= LEAK_AUC:
             return max(auc, 1 - auc)

@@ -78,6 +78,7 @@ def test_numbers_without_another_role_are_inputs():
         ("blank", words("", "NA", "null"), "empty"),
         ("copy", LABEL * 2.0 + RNG.normal(0, 0.01, NUM_ROWS), "separates the classes on its own"),
         ("only_if_sick", np.where(LABEL == 1, RNG.normal(size=NUM_ROWS), np.nan), "separates"),
+        ("late_copy", np.where(np.arange(NUM_ROWS) < 10, np.nan, LABEL), "separates"),
         ("diagnosis", words("benign", "malignant"), "separates the classes on its own, AUC 1.000"),
         ("cured", words("Yes", "No"), "text such as 'Yes', which boolean reads, separates the"),
         ("note", [f"seen on day {i}, again" for i in range(NUM_ROWS)], "text, different in each"),
@@ -90,6 +91,13 @@ def test_columns_that_are_no_features_are_left_out_unless_they_are_named(name, v
     assert found["area"] == "number"
     assert roles(table, numeric_columns=[name])[name] == "number"
     assert roles(table, (name,))[name].startswith("category")
+
+
+def test_a_column_filled_only_in_rows_without_a_label_raises_no_warning():
+    labels = np.where(np.arange(NUM_ROWS) < 30, LABEL, -2)
+    values = np.where(labels < 0, RNG.normal(size=NUM_ROWS), np.nan)
+    columns = find_columns(table_of(later=values), spec(), labels=labels)
+    assert columns[2].role == "number"
 
 
 @pytest.mark.parametrize(
