@@ -176,17 +176,13 @@ def _classify(name: str, cells: pa.ChunkedArray, labels: np.ndarray | None) -> C
     if num_words == 1 and num_filled == len(texts):
         return left_out(f"always {texts[0].as_py()!r}")
     is_unique = num_words == num_filled and num_filled >= _MIN_COUNTER_ROWS
-    values, rule = None, ""
-    if is_number or not is_date(cells.type):
+    values = None
+    if not is_date(cells.type):
         values, is_invalid = parse_numbers(cells)
         # A few words among numbers quarantine their rows and do not drop the column.
         if int((~np.isnan(values)).sum()) <= int(is_invalid.sum()):
             values = None
     if values is None:
-        if is_unique and not is_date(cells.type):
-            proposal = propose_rule(cells)
-            if not proposal or proposal[1] < _MIN_READ:
-                return left_out(f"text, different in each row, such as {texts[0].as_py()!r}")
         return _classify_text(name, cells, texts, num_filled, num_words, labels)
     if is_unique and _is_counter(values):
         return left_out("a row number")
@@ -196,7 +192,7 @@ def _classify(name: str, cells: pa.ChunkedArray, labels: np.ndarray | None) -> C
         return left_out("an id, different in each row")
     if auc := _leak(values, labels):
         return left_out(_leak_text(auc))
-    return Column(name=name, role="number", rule=rule)
+    return Column(name=name, role="number")
 
 
 def _classify_text(
@@ -225,7 +221,8 @@ def _classify_text(
             return Column(name=name, role="left_out", reason=_leak_text(auc))
         reason = f"{count_text(num_words, 'word')} such as {str(first)[:40]!r}"
         return Column(name=name, role="left_out", reason=reason, proposed="category")
-    reason = f"{example}, {num_words:,} different in {count_text(num_filled, 'row')}"
+    num_different = "all" if num_words == num_filled else f"{num_words:,}"
+    reason = f"{example}, {num_different} different in {count_text(num_filled, 'row')}"
     return Column(name=name, role="left_out", reason=reason)
 
 
