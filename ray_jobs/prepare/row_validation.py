@@ -9,22 +9,19 @@ Python objects.
 
 # pyright: reportAttributeAccessIssue=false
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
 
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.spec import PrepareSpec
+from ray_jobs.config.spec import NumberRule, PrepareSpec
 from ray_jobs.prepare.cell_text import column_text, first_rows, role_text
 from ray_jobs.prepare.given_splits import describe_bad_word, read_split_keys, read_split_words
 from ray_jobs.prepare.labels import MISSING, OTHER, UNLABELLED, Classes
 from ray_jobs.prepare.number_parsing import parse_numbers, propose_rule
 from ray_jobs.prepare.sources.source import ImageRefs, Source
-
-# Per column: finding the rule of one cell takes a millisecond, and every cell may need one.
-_MAX_SUGGESTIONS = 100
 
 
 @dataclass
@@ -194,14 +191,8 @@ def _read_numbers(
         values, is_invalid = parse_numbers(column, rule)
     except JobError as error:
         raise JobError(f"the numeric column {name!r} holds no numbers: {error}") from error
-    for count, row in enumerate(np.flatnonzero(is_invalid).tolist()):
-        cell = column[row].as_py()
-        detail = f"{name} is {cell!r}"
-        if rule:
-            detail += f", which the rule {rule} cannot read"
-        elif count < _MAX_SUGGESTIONS and (proposed := propose_rule(column.slice(row, 1))):
-            detail += f"; prepare.number_rules {{{name}: {proposed[0]}}} would read it"
-        rows.quarantine(row, "non_numeric_text", detail)
+    for row, remedy in _invalid_cells(column, is_invalid, name, rule):
+        rows.quarantine(row, "non_numeric_text", f"{name} is {column[row].as_py()!r}{remedy}")
     with np.errstate(over="ignore"):
         # Excel does not store the sign of -0.
         stored = values.astype(np.float32) + np.float32(0)
@@ -212,21 +203,35 @@ def _read_numbers(
 
 
 def _read_weights(rows: CheckedRows, column: pa.ChunkedArray, name: str, spec: PrepareSpec) -> None:
+    rule = spec.number_rules.get(name)
     try:
-        values, is_invalid = parse_numbers(column, spec.number_rules.get(name))
+        values, is_invalid = parse_numbers(column, rule)
     except JobError as error:
         raise JobError(f"the weight column {name!r} holds no numbers: {error}") from error
     with np.errstate(over="ignore", under="ignore"):
         rows.weights = values.astype(np.float32)
     is_usable = (rows.weights > 0) & np.isfinite(rows.weights)
-    for count, row in enumerate(np.flatnonzero(~is_usable).tolist()):
+    remedies = dict(_invalid_cells(column, is_invalid, name, rule))
+    for row in np.flatnonzero(~is_usable).tolist():
         cell = column[row].as_py()
         text = "empty" if cell in (None, "") else repr(cell)
-        detail = f"{name} is {text}, but a weight is a positive number"
-        may_suggest = is_invalid[row] and count < _MAX_SUGGESTIONS and name not in spec.number_rules
-        if may_suggest and (proposed := propose_rule(column.slice(row, 1))):
-            detail += f"; prepare.number_rules {{{name}: {proposed[0]}}} would read it"
+        detail = f"{name} is {text}, but a weight is a positive number{remedies.get(row, '')}"
         rows.quarantine(row, "bad_weight", detail)
+
+
+def _invalid_cells(
+    column: pa.ChunkedArray, is_invalid: np.ndarray, name: str, rule: NumberRule | None
+) -> Iterator[tuple[int, str]]:
+    """Yield the row of each cell that is not a number, and what would read it."""
+    cells = column.filter(pa.array(is_invalid))
+    remedy, is_read = f", which the rule {rule} cannot read", np.ones(len(cells), bool)
+    if not rule:
+        # One rule for all cells: a column has only one, and finding it takes 10 ms.
+        proposed, _ = propose_rule(cells) or (None, 0)
+        remedy = f"; prepare.number_rules {{{name}: {proposed}}} would read it"
+        is_read = ~np.isnan(parse_numbers(cells, proposed)[0])
+    for row, is_remedy in zip(np.flatnonzero(is_invalid).tolist(), is_read, strict=True):
+        yield row, remedy if is_remedy else ""
 
 
 def _rows_where(mask: pa.BooleanArray) -> list[int]:

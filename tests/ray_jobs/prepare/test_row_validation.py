@@ -3,6 +3,7 @@ import pyarrow as pa
 import pytest
 
 from ray_jobs.config.errors import JobError
+from ray_jobs.prepare import row_validation
 from ray_jobs.prepare.cell_text import TEXT, column_text
 from ray_jobs.prepare.labels import find_classes
 from ray_jobs.prepare.row_validation import CheckedRows, read_rows
@@ -84,6 +85,20 @@ def test_a_number_rule_is_applied_or_suggested():
     detail = "age is 'old', which the rule range_mean cannot read"
     assert rows.quarantined == {2: ("non_numeric_text", detail)}
     assert rows.numeric_RF[:2, 0].tolist() == [50, 91.5]
+
+
+def test_one_rule_is_suggested_for_all_cells_that_it_reads(monkeypatch):
+    calls = []
+    propose = row_validation.propose_rule
+    monkeypatch.setattr(
+        row_validation, "propose_rule", lambda cells: (calls.append(len(cells)), propose(cells))[1]
+    )
+    ages = ["50", "91-92", "3 kg"] + ["20-30"] * 200
+    table = {"key": range(203), "label": [0, 1, 0, *[1] * 200], "age": ages}
+    details = [detail for _, detail in rows_of(table, ("age",)).quarantined.values()]
+    assert sum("age: range_mean} would read it" in detail for detail in details) == 201
+    assert "age is '3 kg'" in details
+    assert calls == [202]
 
 
 def test_rows_for_prediction_need_no_label():
