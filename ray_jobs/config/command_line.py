@@ -13,7 +13,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NoReturn, TypeGuard, TypeVar
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -34,6 +34,12 @@ _DEFAULT = "Default: "
 """Starts the last sentence of a docstring; the help shows its text in place of the default value,
 such as `none`."""
 _PASSWORD = re.compile(r"://[^/?#@\s]*:[^/?#@\s]+@")
+
+
+class _TextLoader(yaml.SafeLoader):
+    """Loads scalars as they are written; unlike `yaml.BaseLoader`, supports merge keys."""
+
+    yaml_implicit_resolvers: ClassVar = {"<": yaml.SafeLoader.yaml_implicit_resolvers["<"]}
 
 
 def main(
@@ -107,8 +113,8 @@ def parse(
         if has_sections:
             prog, doc = f"{prog} [SPEC.yaml]", f"{doc}\n{_sections_text(spec_class, shown)}"
     elif has_sections and rest and not rest[0].startswith("-"):
-        file = rest.pop(0)
-        flags = list(_yaml_flags(spec_class, read_yaml(file), read_yaml(file, yaml.BaseLoader)))
+        values, written = _load_yaml(rest.pop(0), yaml.SafeLoader, _TextLoader)
+        flags = list(_yaml_flags(spec_class, values, written))
     _require_each_list_once(rest, fields)
     registry = ConstructorRegistry()
     registry.struct_rule(partial(_section, root=spec_class, shown=shown))
@@ -135,22 +141,13 @@ def validate_spec(spec_class: type[S], tree: Mapping[str, Any]) -> S:
         raise UsageError(_problems(error)) from None
 
 
-def read_yaml(path: str, loader: Any = yaml.SafeLoader) -> dict[str, Any]:
-    """Return the mapping in a YAML file; with `yaml.BaseLoader`, all values as they are written.
+def read_yaml(path: str) -> dict[str, Any]:
+    """Return the mapping in a YAML file.
 
     Raises:
         UsageError: If the file cannot be read or contains no mapping.
     """
-    try:
-        with open(path, encoding="utf-8") as file:
-            tree = yaml.load(file, loader)
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"could not read {path}: {error}") from None
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise UsageError(f"{path} must contain a mapping, not a {type(tree).__name__}")
-    return tree
+    return _load_yaml(path, yaml.SafeLoader)[0]
 
 
 def with_value(tree: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
@@ -177,6 +174,22 @@ def _is_spec(annotation: Any) -> TypeGuard[type[Spec]]:
     return isinstance(annotation, type) and issubclass(annotation, Spec)
 
 
+def _load_yaml(path: str, *loaders: type[yaml.SafeLoader]) -> list[dict[str, Any]]:
+    """Return the mapping in a YAML file by each loader; a file such as a pipe is read once."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = file.read()
+        trees = [yaml.load(content, loader) for loader in loaders]
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        problem = str(error).replace('in "<unicode string>", ', "")
+        raise UsageError(f"could not read {path}: {problem}") from None
+    if trees[0] is None:
+        return [{} for _ in loaders]
+    if not isinstance(trees[0], dict):
+        raise UsageError(f"{path} must contain a mapping, not a {type(trees[0]).__name__}")
+    return trees
+
+
 def _yaml_flags(
     spec_class: type[Spec], tree: Mapping[str, Any], written: Mapping[str, Any], prefix: str = ""
 ) -> Iterator[str]:
@@ -190,7 +203,7 @@ def _yaml_flags(
                 f"{', '.join(known)})"
             )
         section, text = field.annotation, written.get(name)
-        if _loader(field.annotation) is yaml.BaseLoader and value is not None:
+        if _loader(field.annotation) is _TextLoader and value is not None:
             value = text
         if not _is_spec(section):
             is_text = isinstance(text, str) and value is not None
@@ -349,14 +362,14 @@ def _split(text: str, annotation: Any) -> Any:
     return text
 
 
-def _loader(annotation: Any) -> Any:
+def _loader(annotation: Any) -> type[yaml.SafeLoader]:
     """Return the YAML loader for a value: `no` and `1` stay texts where only texts are accepted."""
     args = typing.get_args(annotation)
     if typing.get_origin(annotation) is Annotated:
         args = args[:1]
     is_text = annotation in (str, _NONE, ...) or typing.get_origin(annotation) is Literal
-    if is_text or (args and all(_loader(arg) is yaml.BaseLoader for arg in args)):
-        return yaml.BaseLoader
+    if is_text or (args and all(_loader(arg) is _TextLoader for arg in args)):
+        return _TextLoader
     return yaml.SafeLoader
 
 

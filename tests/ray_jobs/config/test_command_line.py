@@ -1,4 +1,5 @@
 import io
+import os
 from contextlib import redirect_stdout
 from functools import cache, partial
 from pathlib import Path
@@ -123,6 +124,16 @@ def test_a_value_follows_a_space_or_an_equals_sign_or_is_in_yaml(yaml_file, sett
             assert (parsed, type(parsed)) == (value, type(value))
 
 
+def test_a_spec_may_come_from_a_pipe_and_have_merge_keys():
+    reader, writer = os.pipe()
+    os.write(writer, b"prepare: {<<: {table: 010.csv, positive_label: [010]}, key_column: k}")
+    os.close(writer)
+    prepare = parse(RunSpec, [f"/dev/fd/{reader}"]).prepare
+    os.close(reader)
+    assert (prepare.table, prepare.positive_label) == ("010.csv", ("010",))
+    assert prepare.key_column == "k"
+
+
 def test_yaml_gives_the_same_types_as_flags(yaml_file):
     path = yaml_file(
         "run: {name: 010}\n"
@@ -238,6 +249,7 @@ def test_a_password_in_a_setting_is_refused_and_not_repeated(error, flag, uri):
     [
         (b"train: [", "could not read {}: "),
         (b"\xff\xd8\xff\xe0\x00", "could not read {}: "),
+        (b"run: {name: 2020-13-45}", "could not read {}: month must be in 1..12"),
         (None, "could not read {}: "),
         (b"- train\n", "{} must contain a mapping, not a list"),
     ],
