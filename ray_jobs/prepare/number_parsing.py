@@ -154,7 +154,7 @@ def _parse(
 def _parse_plain(lower: pa.LargeStringArray) -> np.ndarray:
     values = _text_to_float64(pc.if_else(_matches(lower, _NUMBER), lower, None))
     for word, value in (("true", 1.0), ("false", 0.0)):
-        values[_to_mask(pc.fill_null(pc.equal(lower, word), False))] = value
+        values[_to_mask(pc.equal(lower, word))] = value
     values[_to_mask(_matches(lower, _INFINITY))] = np.inf
     return values
 
@@ -194,7 +194,7 @@ def _parse_dates(lower: pa.LargeStringArray) -> np.ndarray:
     hour, minute, second = (np.nan_to_num(part(name)) for name in ("hour", "minute", "second"))
     zone_hour, zone_minute = (np.nan_to_num(part(f"zone_{name}")) for name in ("hour", "minute"))
     is_behind = pc.equal(pc.struct_field(found, "sign"), "-")
-    sign = np.where(_to_mask(pc.fill_null(is_behind, False)), -1.0, 1.0)
+    sign = np.where(_to_mask(is_behind), -1.0, 1.0)
     seconds = hour * 3600 + minute * 60 + second - sign * (zone_hour * 3600 + zone_minute * 60)
     is_date = (
         _to_mask(pc.is_valid(found))
@@ -216,13 +216,11 @@ def _parse_money(lower: pa.LargeStringArray) -> np.ndarray:
     found = pc.extract_regex(lower, _MONEY)
     values = _parse_amounts(pc.struct_field(found, "amount"), r"[.,]")
     for name, multiple in _MULTIPLES.items():
-        is_multiple = _to_mask(
-            pc.fill_null(pc.equal(pc.struct_field(found, "multiple"), name), False)
-        )
+        is_multiple = _to_mask(pc.equal(pc.struct_field(found, "multiple"), name))
         values = np.where(is_multiple, values * multiple, values)
-    is_negative = _to_mask(_matches(lower, r"^\(|^[^0-9]*-|-$")) & ~_to_mask(
-        _matches(lower, ",--?$")
-    )
+    # `5,-` and `5,--` are whole amounts.
+    is_whole = _to_mask(_matches(lower, ",--?$"))
+    is_negative = _to_mask(_matches(lower, r"^\(|^[^0-9]*-|-$")) & ~is_whole
     return np.where(is_negative, -values, values)
 
 
@@ -231,7 +229,7 @@ def _parse_units(lower: pa.LargeStringArray, unit: str) -> np.ndarray:
     is_unit = pc.equal(_unit_text(pc.struct_field(found, "unit")), unit)
     amount = pc.if_else(pc.fill_null(is_unit, False), pc.struct_field(found, "amount"), None)
     values = _parse_amounts(amount, ",")
-    is_negative = _to_mask(pc.fill_null(pc.equal(pc.struct_field(found, "sign"), "-"), False))
+    is_negative = _to_mask(pc.equal(pc.struct_field(found, "sign"), "-"))
     values = np.where(is_negative, -values, values)
     return np.where(np.isnan(values), _parse_thousands(lower), values)
 
@@ -310,4 +308,5 @@ def _to_float64(column: pa.DoubleArray | pa.ChunkedArray) -> np.ndarray:
 
 
 def _to_mask(column: pa.BooleanArray) -> np.ndarray:
-    return column.to_numpy(zero_copy_only=False).astype(bool)
+    """Return a mask, False for null."""
+    return pc.fill_null(column, False).to_numpy(zero_copy_only=False).astype(bool)
