@@ -240,7 +240,10 @@ def _leak(values: np.ndarray, labels: np.ndarray | None) -> float | None:
     from scipy.stats import rankdata
 
     is_labelled, is_missing = labels >= 0, np.isnan(values)
-    for score, is_used in ((values, is_labelled & ~is_missing), (is_missing, is_labelled)):
+    scores = [(values, is_labelled & ~is_missing)]
+    if is_missing.any():
+        scores.append((is_missing, is_labelled))
+    for score, is_used in scores:
         y = labels[is_used] == 1
         num_positive = int(y.sum())
         if comb(len(y), num_positive) < _MIN_ARRANGEMENTS:
