@@ -43,8 +43,8 @@ def _read(file: RawFile, head: bytes, encoding: str) -> tuple[pa.Table, tuple[st
         raise ValueError("it is empty")
     dialect = find_dialect(text, is_whole=len(head) < HEAD_BYTES)
     table = _parse(file, dialect, encoding)
-    last = list(table.slice(max(table.num_rows - 1, 0)).to_pydict().values())
-    if any("\n" in cell for cells in last for cell in cells):
+    last = table.slice(max(table.num_rows - 1, 0)).to_pylist()
+    if any("\n" in cell for cell in (last[0].values() if last else dialect.names)):
         _require_closed_quote(file, encoding)
     return table.rename_columns(dialect.names), dialect.notes
 
@@ -111,14 +111,14 @@ def _find_line(file: RawFile, dialect: Dialect, encoding: str) -> str:
 
 
 def _require_closed_quote(file: RawFile, encoding: str) -> None:
-    """Check that the last row, which has a line break, is not all the text after an open quote."""
-    tail = b""
-    with file.open() as stream:
-        while block := stream.read(_BLOCK_BYTES):
+    """Check that the last row or header, which has a line break, does not end in an open quote."""
+    tail = ""
+    with file.open() as stream, io.TextIOWrapper(stream, encoding, newline="") as text:
+        while block := text.read(_BLOCK_BYTES):
             tail = (tail + block)[-1024:]
-    lines = tail.decode(encoding, "ignore").rstrip().splitlines()
-    if lines and lines[-1].count('"') % 2 == 0:
+    line = tail.rstrip().rpartition("\n")[2]
+    if line and line.count('"') % 2 == 0:
         raise ValueError(
-            f"a quote is not closed before its end, {lines[-1][-_SHOWN_CHARACTERS:]!r}; close it, "
-            "or double the quotes inside cells"
+            f"a quote is not closed before its end, {line[-_SHOWN_CHARACTERS:]!r}; close it, or "
+            "double the quotes inside cells"
         )

@@ -175,6 +175,7 @@ def test_invalid_bytes_raise_an_error_with_their_place(tmp_path, content, messag
         ("a,b\n1," + "x" * 99 + ",3,4\n", "x…'"),
         ('a,b\n1,"2\n3,4\n5,6\n', "a quote is not closed"),
         ("a,b\n1,2\n,,\n1\n", "line 4 has 1 cell"),
+        ('a,"b\n1,2\n3,4\n', "a quote is not closed"),
     ],
 )  # fmt: skip
 def test_a_ragged_row_raises_an_error_with_its_line(tmp_path, content, message):
@@ -187,6 +188,9 @@ def test_a_ragged_row_raises_an_error_with_its_line(tmp_path, content, message):
 def test_a_closed_quote_may_end_the_file(tmp_path):
     table = read(tmp_path, 'a,b\n1,"two\nlines, at least"').table
     assert cells(table) == {"a": ["1"], "b": ["two\nlines, at least"]}
+    table = read(tmp_path, "\ufeffa,b\n" + '1,"two\nlines"\n' * 99, "utf-16-be").table
+    assert cells(table)["b"] == ["two\nlines"] * 99
+    assert read(tmp_path, 'a,"b\nc"\n').table.column_names == ["a", "b\nc"]
 
 
 def test_a_cell_may_be_longer_than_a_block_and_columns_may_be_thousands(tmp_path):
