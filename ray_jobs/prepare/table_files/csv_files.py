@@ -3,6 +3,7 @@
 import codecs
 import csv as python_csv
 import io
+import sys
 
 import pyarrow as pa
 from pyarrow import csv
@@ -100,6 +101,7 @@ def _ragged_error(file: RawFile, dialect: Dialect, encoding: str, row: csv.Inval
 def _find_line(file: RawFile, dialect: Dialect, encoding: str) -> str:
     """Return the line of the first ragged row, which Arrow does not know."""
     first = 1
+    python_csv.field_size_limit(sys.maxsize)
     with file.open() as stream, io.TextIOWrapper(stream, encoding, newline="") as text:
         reader = python_csv.reader(text, delimiter=dialect.delimiter)
         for cells in reader:

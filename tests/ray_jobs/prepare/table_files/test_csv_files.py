@@ -175,6 +175,7 @@ def test_invalid_bytes_raise_an_error_with_their_place(tmp_path, content, messag
         ("a,b\n1," + "x" * 99 + ",3,4\n", "x…'"),
         ('a,b\n1,"2\n3,4\n5,6\n', "a quote is not closed"),
         ("a,b\n1,2\n,,\n1\n", "line 4 has 1 cell"),
+        ("a,b\n1," + "x" * 200_000 + "\n2\n", "line 3 has 1 cell"),
         ('a,"b\n1,2\n3,4\n', "a quote is not closed"),
     ],
 )  # fmt: skip
