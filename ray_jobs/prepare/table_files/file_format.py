@@ -30,15 +30,10 @@ _CODECS = {
 }
 _NO_TABLE = {
     rb"\xd0\xcf\x11\xe0": "an old or protected Excel workbook; save it as .xlsx without a password",
-    rb"SQLite format 3\0": "an SQLite database; export the table as CSV",
-    rb"%PDF-": "a PDF document; export its table as CSV",
     rb"version https://git-lfs": "a Git LFS pointer, not the file itself; run `git lfs pull`",
     rb"(?i:\s*<(!doctype|html|head|body|\?xml|!--))": "a web page or XML, perhaps a login or error "
     "page; download the file itself",
-    rb"ARROW1|FEA1|PARE": "an Arrow or encrypted file; save it as Parquet without encryption",
-    rb"\x89HDF|\x93NUMPY|\x80[\2-\5]": "an HDF5, NumPy or pickle file; save it as Parquet or CSV",
-    rb"\x89PNG|\xff\xd8\xff|GIF8": "an image; give the table",
-    rb"Rar!|7z\xbc\xaf|.{257}ustar": "an archive; unpack it, and give the table in it",
+    rb"Rar!|7z\xbc\xaf|.{257}ustar[\0 ]": "an archive; unpack it, and give the table in it",
 }
 _JSON = rb"\{\s*[\"}]|\[\s*[{\]]"
 _JSON_NAME = re.compile(r"\.(jsonl|ndjson|json)\b", re.I)

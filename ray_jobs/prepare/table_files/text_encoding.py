@@ -47,13 +47,14 @@ def guess_encoding(file: RawFile, encoding: str) -> tuple[str, str]:
         JobError: If the file is damaged, or its encoding is unclear. The message has the place.
     """
     place, context = _find_invalid(file, encoding)
-    if context and encoding == "utf-8" and (guess := _guess(context)):
+    is_text = context and b"\0" not in context
+    if is_text and encoding == "utf-8" and (guess := _guess(context)):
         word = _WORD.search(context.decode(guess, "replace"))
         example = f", such as {word[0]!r}; if that is wrong, save it as UTF-8" if word else ""
         return guess, f"read as {guess}{example}"
     raise JobError(
         f"the table {file.name} could not be read: {place}: invalid in {encoding}; correct the "
-        "text, and save it as UTF-8"
+        "text and save it as UTF-8, or export the table as CSV, Parquet, JSON or Excel"
     )
 
 

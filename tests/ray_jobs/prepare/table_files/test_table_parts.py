@@ -97,9 +97,8 @@ def test_a_file_is_recognised_by_its_bytes_whatever_its_name(tmp_path, content, 
         (b"<?xml version='1.0'?><Error>AccessDenied</Error>", "web page or XML"),
         (b'{"error": "Repository not found"}', "one JSON object, perhaps an error.*not found"),
         (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(99), r"Excel workbook; save it as \.xlsx"),
-        (b"SQLite format 3\0" + bytes(99), "SQLite database; export"),
-        (b"%PDF-1.7 ", "PDF document"),
-        (b"\x89PNG\r\n", "an image"),
+        (b"x" * 257 + b"ustar\0", "an archive; unpack it"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(99), "invalid in utf-8; .* or export the table as CSV"),
         (zipped(a__csv=CSV, b__csv=CSV), r"one table, but .* a\.csv, b\.csv"),
         (zipped(mimetype=b"x", content__xml=b"x"), r"document of mimetype, content\.xml"),
         pytest.param(gzip.compress(CSV)[:-9], "could not be read", id="truncated gzip"),
@@ -116,6 +115,14 @@ def test_a_file_is_recognised_by_its_bytes_whatever_its_name(tmp_path, content, 
 def test_a_file_that_is_no_table_raises_an_error_with_a_remedy(tmp_path, content, message):
     with pytest.raises(JobError, match=message):
         read(tmp_path, content)
+
+
+@pytest.mark.parametrize("header", ["PARENT_ID", "FEA1", "x" * 256 + "mustard"])
+def test_a_header_may_begin_or_continue_as_other_formats_do(tmp_path, header):
+    assert read(tmp_path, f"{header},label\na,1\n".encode()).table.to_pydict() == {
+        header: ["a"],
+        "label": ["1"],
+    }
 
 
 def test_empty_names_become_an_empty_name_and_positions(tmp_path):
