@@ -16,10 +16,10 @@ _BOMS = {
     codecs.BOM_UTF16_BE: "utf-16",
 }
 # What Western text in cp1252 rarely has: letters in place of Turkish ones, three special letters in
-# a row, a capital inside a word, a raised digit before a letter, and most signs.
+# a row, a capital or an inverted mark inside a word, a raised sign before a letter, and most signs.
 _NOT_WESTERN = re.compile(
-    r"[ÐÝÞðýþ]|[À-ÿŠŽŒšžœŸ]{3}|[a-zß-ÿ][À-ÞŠŽŒŸ]|[¹²³][a-zß-ÿ]"
-    r"|[^\0-\x7fÀ-ÿŠŽŒšžœ\xa0°±µ€£§²³½–—‘’‚“”„«»…®™·]"
+    r"[ÐÝÞðýþ]|[À-ÿŠŽŒšžœŸ]{3}|[a-zß-ÿ][À-ÞŠŽŒŸ¡¿]|[¹²³ªº][a-zß-ÿ]"
+    r"|[^\0-\x7fÀ-ÿŠŽŒšžœ\xa0°±µ€£§²³¼½×ªº¡¿–—‘’‚“”„«»…©®™·•]"
 )
 _ENCODINGS = (
     "cp1250", "cp1251", "cp1252", "cp1253", "cp1254", "cp1255", "cp1256", "cp1257", "koi8_r",

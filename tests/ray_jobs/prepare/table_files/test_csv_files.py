@@ -122,6 +122,8 @@ ENCODINGS = [
     ("llSourcell/tensorflow_chatbot#17", "cp1252", "12–14 m² “Köln”", "cp1252, such as 'Köln'"),
     ("codeforbirmingham/Open-Disclosure#7", "cp1252", "O’Neill – Größe", "such as 'Größe'"),
     ("Latin-1", "latin-1", "Málaga, señor, 20 µm", "read as cp1252, such as 'Málaga'"),
+    ("Spanish", "cp1252", "¿Dónde? ¡Aquí! 3º", "read as cp1252, such as 'Dónde'"),
+    ("signs", "cp1252", "2×3 m • © Foo", "read as cp1252"),
     ("Cyrillic", "cp1251", "Новосибирск", "read as cp1251, such as 'Новосибирск'"),
     ("Japanese", "cp932", "東京都 大阪", "read as cp932"),
     ("Russian", "koi8_r", "Москва Казань", "read as koi8_r"),
