@@ -76,8 +76,10 @@ def _find_files(location: str) -> list[RawFile]:
         if kind == fs.FileType.File:
             return [_raw_file(folder, name, location)]
         if kind != fs.FileType.Directory:
-            nearby = [n.rpartition("/")[2] for n in folder.names()] if folder.is_local else []
-            raise JobError(f"the table {location} does not exist{did_you_mean(name, nearby)}")
+            selector = fs.FileSelector(folder.path, allow_not_found=True)
+            nearby = folder.filesystem.get_file_info(selector) if folder.is_local else []
+            suggestion = did_you_mean(name, [info.base_name for info in nearby])
+            raise JobError(f"the table {location} does not exist{suggestion}")
         folder = Folder(location)
         matches: list[Callable[[str], object]] = [TABLE_NAME.search]
     else:

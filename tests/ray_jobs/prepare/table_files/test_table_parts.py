@@ -43,7 +43,7 @@ def parquet(table: pa.Table) -> bytes:
 
 def xlsx(sheets: dict[str, list[list]]) -> bytes:
     book = openpyxl.Workbook()
-    book.remove(book.active)
+    del book["Sheet"]
     for name, rows in sheets.items():
         sheet = book.create_sheet(name.strip("-"))
         sheet.sheet_state = "hidden" if name.startswith("-") else "visible"
@@ -189,6 +189,16 @@ def test_the_files_of_a_folder_or_glob_are_one_table(tmp_path, location):
     opened = open_table(f"{tmp_path}{location}")
     assert opened.table.to_pydict() == {"key": ["a", "b", "c"], "size": ["1.234", "2", "0.5"]}
     assert notes_of(opened) == ("2 parts", "';' between cells", "decimal commas in size")
+
+
+def test_a_table_that_does_not_exist_raises_an_error_with_a_name_beside_it(tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "tables.csv").touch()
+    with pytest.raises(JobError, match=r"table\.csv does not exist$"):
+        open_table(f"{tmp_path}/table.csv")
+    (tmp_path / "tabel.csv").touch()
+    with pytest.raises(JobError, match=r"does not exist; did you mean 'tabel\.csv'\?"):
+        open_table(f"{tmp_path}/table.csv")
 
 
 def test_parts_with_other_columns_raise_an_error(tmp_path):
