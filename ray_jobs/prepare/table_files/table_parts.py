@@ -71,7 +71,7 @@ def open_table(location: str) -> TableFile:
 def _find_files(location: str) -> list[RawFile]:
     base, pattern = split_glob(location)
     if pattern is None:
-        folder, name = split_file(location)
+        folder, name = split_file(location.rstrip("/"))
         kind = folder.filesystem.get_file_info(folder.locate(name)).type
         if kind == fs.FileType.File:
             return [_raw_file(folder, name, location)]

@@ -179,7 +179,7 @@ def test_json_columns_of_lists_are_left_out_with_a_note(tmp_path):
     assert read(tmp_path, b'{"a": 1}', "t.jsonl").table.num_rows == 1
 
 
-@pytest.mark.parametrize("location", ["", "/part-*.csv", "/part-{0..1}.csv"])
+@pytest.mark.parametrize("location", ["", "/", "/part-*.csv", "/part-{0..1}.csv"])
 def test_the_files_of_a_folder_or_glob_are_one_table(tmp_path, location):
     (tmp_path / "part-0.csv").write_text("key;size\na;1,234\n")
     (tmp_path / "part-1.csv").write_text('size,key\n2,b\n"0,5",c\n')
