@@ -100,8 +100,8 @@ def _decompress(file: RawFile, codec: str) -> pa.NativeFile:
 
 
 def _open_zip(file: RawFile) -> tuple[RawFile, Format]:
-    with zipfile.ZipFile(file.read()) as archive:
-        names = [info.filename for info in archive.infolist() if not info.is_dir()]
+    archive = zipfile.ZipFile(file.read())
+    names = [info.filename for info in archive.infolist() if not info.is_dir()]
     if "xl/workbook.xml" in names:
         return file, "xlsx"
     # macOS adds hidden files.
@@ -112,11 +112,7 @@ def _open_zip(file: RawFile) -> tuple[RawFile, Format]:
             f"{file.name} must hold one table, but is an archive or document of "
             f"{names_text((tables or names)[:5])}, …; give the table itself"
         )
-
-    def open_member() -> pa.NativeFile:
-        return _native(zipfile.ZipFile(file.read()).open(tables[0]))
-
-    return unpack(RawFile(f"{file.name}/{tables[0]}", open_member))
+    return unpack(RawFile(f"{file.name}/{tables[0]}", lambda: _native(archive.open(tables[0]))))
 
 
 def _native(stream: Any) -> pa.NativeFile:
