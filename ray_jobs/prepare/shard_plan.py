@@ -113,7 +113,8 @@ def make_plan(
     """Plan the split and shard of the good rows; the writer's fingerprints show changed shards.
 
     Raises:
-        JobError: If there are too few rows for three splits, or a group would be in two splits.
+        JobError: If there are no training rows, a split that is cut would lack a class, or a group
+            would be in two splits or folds.
     """
     good = np.flatnonzero(rows.good)
     earlier_rows = _find_earlier_rows(rows, earlier)

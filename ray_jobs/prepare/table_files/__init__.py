@@ -1,4 +1,4 @@
-"""Reads tables as people have them: a location enters, a table with notes on its reading leaves.
+"""Reads the table at a location, in any common file format, with notes on how it was read.
 
 `table_parts` finds the files and joins their rows; `file_format` recognises a file by its first
 bytes and unpacks it; `csv_files` (with `text_encoding`, `csv_dialect`) and `record_files` read the
