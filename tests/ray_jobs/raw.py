@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from ray_jobs.config.spec import SPLITS, RunSpec
+from ray_jobs.data.images import decode_stored
 from ray_jobs.data.manifest import Manifest
 from ray_jobs.prepare.job import prepare
 from tests.ray_jobs.trained import stored_rows
@@ -104,3 +105,11 @@ def files(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != "manifest.json"
     }
+
+
+def assert_has_colour(stored: bytes, file: Path) -> None:
+    """Check that a stored image has the colour of an image file."""
+    pixels = decode_stored(stored)
+    assert pixels.shape == (SIZE, SIZE, 3)
+    colour = np.asarray(Image.open(file).convert("RGB"))[5, 5].astype(int)
+    np.testing.assert_allclose(pixels[12, 12].astype(int), colour, atol=4)
