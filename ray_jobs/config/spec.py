@@ -95,12 +95,12 @@ class PrepareSpec(Spec):
     """What happens to columns without a setting. `confirm` uses those that are clearly numbers and
     prints proposals for the others, as flags to copy; `auto` follows these proposals."""
     label_column: str = "label"
-    """Column with the label: 0/1, booleans, or words."""
+    """Column with the label: 0/1, true/false, yes/no, or other words."""
     positive_label: tuple[str, ...] = ()
-    """Labels of the positive class. Not needed for 0/1 and booleans."""
+    """Labels of the positive class. Default: 1, true, yes and the like."""
     other_labels: Literal["negative", "quarantine"] | None = None
-    """What labels other than the positive ones and the most frequent other one are: negative, or
-    unusable. Default: negative if `positive_label` is set, else unusable."""
+    """Whether rows with further labels, beyond the positive ones and the most frequent other one,
+    are negative or go to quarantine. Default: negative if `positive_label` is set."""
     unlabelled: tuple[str, ...] = ()
     """Labels that mean unlabelled, such as `-1,unknown`; `''` is an empty cell. Their rows are
     skipped, and do not count as bad rows."""
@@ -121,7 +121,8 @@ class PrepareSpec(Spec):
     `image_column`, or a value to insert for `{image}` in `image_pattern`. The model uses all of
     them; some may be missing."""
     numeric_columns: tuple[str, ...] | None = None
-    """Numeric input columns. Default: every numeric column without another role."""
+    """Numeric input columns. Default: every numeric column without another role, except for row
+    numbers, ids, constants and copies of the label."""
     number_rules: dict[str, NumberRule] = Field(default_factory=dict)
     """How to read text in a numeric column, such as {age: range_mean}. The range rules read `91-92`
     as its low end, mean or high end, and an open range such as `50+` as its only bound;
