@@ -292,7 +292,8 @@ def test_the_help_contains_type_default_and_keys_of_each_kind_of_setting():
         "train options The training loop and its workers.",
         # The default is the one that a docstring states.
         "--prepare.numeric_columns TEXT,…|none Numeric input columns. (default: every numeric "
-        "column without another role) --",
+        "column without another role, except for row numbers, ids, constants and copies of the "
+        "label) --",
         "--tune.budget.hours NUMBER|none Maximum wall-clock hours. (default: no limit) --",
         # Values that are mappings have keys.
         "layer_decay: Additional learning-rate multiplier",
