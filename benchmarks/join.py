@@ -30,7 +30,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from benchmarks.memory import resident_bytes
-from ray_jobs.config.spec import PrepareSpec, RunSpec
+from ray_jobs.config.prepare_spec import PrepareSpec
+from ray_jobs.config.spec import RunSpec
 from ray_jobs.prepare.job import prepare
 from ray_jobs.prepare.sources.webdataset import open_source
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mm_model.statistics import fit_numeric_statistics
-from ray_jobs.config.spec import PrepareSpec
+from ray_jobs.config.prepare_spec import PrepareSpec
 from ray_jobs.data.manifest import ImageInfo, Manifest, Shard, SplitInfo
 from ray_jobs.storage.folder import Folder
 

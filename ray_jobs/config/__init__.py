@@ -2,7 +2,8 @@
 
 Input: flags and YAML. Output: a validated `RunSpec`, or the spec of another verb.
 
-    spec.py           settings of all sections but `model` (mm_model/spec.py) and `tune`
+    spec.py           settings of all sections but `model` (mm_model/spec.py), `prepare` and `tune`
+    prepare_spec.py   settings of `prepare`
     tune_spec.py      settings of `tune`
     command_line.py   parses flags and YAML into a spec, prints the help, sets the exit status
     errors.py         errors that a job reports in one line

@@ -20,7 +20,8 @@ from typing import IO, Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from ray_jobs.config.spec import SPLITS, DataSpec, Split
+from ray_jobs.config.prepare_spec import SPLITS, Split
+from ray_jobs.config.spec import DataSpec
 from ray_jobs.data.manifest import Manifest
 from ray_jobs.storage.atomic_write import atomic_write
 

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image, ImageOps
 
-from ray_jobs.config.spec import PrepareSpec
+from ray_jobs.config.prepare_spec import PrepareSpec
 
 Aspect = Literal["stretch", "crop", "pad"]
 PixelRange = tuple[float, float]

@@ -24,7 +24,8 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from ray_jobs.config.spec import DataSpec, RunSpec, Split
+from ray_jobs.config.prepare_spec import Split
+from ray_jobs.config.spec import DataSpec, RunSpec
 from ray_jobs.data.batch import WEIGHT
 from ray_jobs.data.cache import Cache, Group, cacheable_groups, open_cache
 from ray_jobs.data.decoder import Batch, RowDecoder

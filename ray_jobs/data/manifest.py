@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from mm_model.spec import Spec
 from mm_model.statistics import NumericStatistics, Vocabulary
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.spec import SPLITS, PrepareSpec, Split
+from ray_jobs.config.prepare_spec import SPLITS, PrepareSpec, Split
 from ray_jobs.data.batch import IMAGE
 from ray_jobs.storage.folder import Folder
 

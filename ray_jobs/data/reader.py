@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ray_jobs.config.spec import Split
+from ray_jobs.config.prepare_spec import Split
 from ray_jobs.data.batch import WEIGHT
 from ray_jobs.data.manifest import Manifest, Shard
 from ray_jobs.data.sampler import RowRange

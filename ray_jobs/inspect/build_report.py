@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.progress import Progress
 
-from ray_jobs.config.spec import SPLITS, Split
+from ray_jobs.config.prepare_spec import SPLITS, Split
 from ray_jobs.data.manifest import Manifest
 from ray_jobs.inspect import column_statistics
 from ray_jobs.inspect.column_statistics import category_statistics, numeric_statistics

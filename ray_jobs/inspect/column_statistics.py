@@ -8,7 +8,7 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from mm_model.statistics import Vocabulary
-from ray_jobs.config.spec import SPLITS, Split
+from ray_jobs.config.prepare_spec import SPLITS, Split
 from ray_jobs.inspect.report_schema import (
     CategoryColumn,
     CategorySummary,

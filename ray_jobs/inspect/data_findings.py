@@ -6,7 +6,7 @@ the list short. Leaks and unusable images are reported per column.
 
 from collections.abc import Iterable, Iterator
 
-from ray_jobs.config.spec import SPLITS
+from ray_jobs.config.prepare_spec import SPLITS
 from ray_jobs.config.text import count_text
 from ray_jobs.inspect.column_statistics import compare_fractions
 from ray_jobs.inspect.report_schema import Finding, Report

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ray_jobs.config.spec import SPLITS, Split
+from ray_jobs.config.prepare_spec import SPLITS, Split
 from ray_jobs.inspect.report_schema import Duplicates, ImagePair, Overlap, SharedKey, SharedKeys
 from ray_jobs.inspect.shard_scan import ScannedSplit, Scans
 

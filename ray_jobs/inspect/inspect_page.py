@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich import filesize
 
-from ray_jobs.config.spec import SPLITS, Split
+from ray_jobs.config.prepare_spec import SPLITS, Split
 from ray_jobs.config.text import NONE, number_text
 from ray_jobs.inspect.report_schema import ImagePair, ImageRef, Leakage, NumericColumn, Report
 from ray_jobs.pages.page_kit import chart, render

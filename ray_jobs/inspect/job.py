@@ -13,7 +13,8 @@ and the quarantine. Findings do not fail the job: the exit status is 0 once the 
 from typing import TYPE_CHECKING
 
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.spec import SPLITS, InspectSpec
+from ray_jobs.config.prepare_spec import SPLITS
+from ray_jobs.config.spec import InspectSpec
 from ray_jobs.config.text import count_text, number_text, percent_text
 from ray_jobs.data.manifest import read_manifest, require_shards
 from ray_jobs.storage.folder import Folder

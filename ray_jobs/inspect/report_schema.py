@@ -6,7 +6,7 @@ Undefined figures, such as the mean of no values or the AUC of one class, are nu
 from typing import Literal
 
 from mm_model.spec import Spec
-from ray_jobs.config.spec import Split
+from ray_jobs.config.prepare_spec import Split
 
 
 class Finding(Spec):

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from scipy import fft
 
-from ray_jobs.config.spec import Split
+from ray_jobs.config.prepare_spec import Split
 from ray_jobs.data.batch import KEY, LABEL
 from ray_jobs.data.images import decode_stored, stored_size
 from ray_jobs.data.manifest import ImageInfo, Manifest, Shard, SplitInfo

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.spec import SPLITS, RunSpec
+from ray_jobs.config.prepare_spec import SPLITS
+from ray_jobs.config.spec import RunSpec
 from ray_jobs.data.manifest import ImageInfo, Manifest, SplitInfo
 
 if TYPE_CHECKING:

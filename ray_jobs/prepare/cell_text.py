@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.spec import PrepareSpec, TextRule
+from ray_jobs.config.prepare_spec import PrepareSpec, TextRule
 
 TEXT = pa.large_string()
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.spec import PrepareSpec
+from ray_jobs.config.prepare_spec import PrepareSpec
 from ray_jobs.config.text import count_text, names_text
 from ray_jobs.data.manifest import Column, Role
 from ray_jobs.prepare.cell_text import MISSING_WORDS, TEXT, column_text, find_text_rule

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.spec import SPLITS, Split, TextRule
+from ray_jobs.config.prepare_spec import SPLITS, Split, TextRule
 from ray_jobs.config.text import count_text
 from ray_jobs.prepare.cell_text import TEXT, apply_text_rule, column_text
 from ray_jobs.storage.folder import split_file

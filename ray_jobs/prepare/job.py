@@ -32,7 +32,8 @@ from mm_model.statistics import (
 )
 from ray_jobs.cluster import connection
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.spec import SPLITS, PrepareSpec, RunSpec, Split
+from ray_jobs.config.prepare_spec import SPLITS, PrepareSpec, Split
+from ray_jobs.config.spec import RunSpec
 from ray_jobs.config.text import count_text
 from ray_jobs.data.manifest import Column, Manifest, SplitInfo, require_shards
 from ray_jobs.prepare import journal

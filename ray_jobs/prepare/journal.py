@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pyarrow import fs
 from pydantic import ValidationError
 
-from ray_jobs.config.spec import Split
+from ray_jobs.config.prepare_spec import Split
 from ray_jobs.prepare.row_validation import Rows
 from ray_jobs.prepare.shard_writer import ShardFacts, ShardWriter
 from ray_jobs.storage.atomic_write import PARTIAL

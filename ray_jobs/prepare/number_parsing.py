@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ray_jobs.config.spec import NumberRule
+from ray_jobs.config.prepare_spec import NumberRule
 from ray_jobs.prepare.cell_text import (
     FALSE_WORDS,
     MISSING_NUMBERS,

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.spec import PrepareSpec
+from ray_jobs.config.prepare_spec import PrepareSpec
 from ray_jobs.config.text import number_text
 from ray_jobs.data.images import EIGHT_BITS, BadImage, PixelRange, deep_values
 from ray_jobs.data.prefetch import prefetch_map

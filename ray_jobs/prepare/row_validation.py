@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.spec import NumberRule, PrepareSpec
+from ray_jobs.config.prepare_spec import NumberRule, PrepareSpec
 from ray_jobs.prepare.cell_text import column_text, first_rows, role_text
 from ray_jobs.prepare.given_splits import describe_bad_word, read_split_keys, read_split_words
 from ray_jobs.prepare.labels import MISSING, OTHER, UNLABELLED, Classes

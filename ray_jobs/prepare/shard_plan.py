@@ -19,7 +19,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.spec import SPLITS, PrepareSpec, RunSpec, Split
+from ray_jobs.config.prepare_spec import SPLITS, PrepareSpec, Split
+from ray_jobs.config.spec import RunSpec
 from ray_jobs.config.text import count_text
 from ray_jobs.data.batch import KEY
 from ray_jobs.data.manifest import MANIFEST, Manifest, Shard, read_manifest

@@ -32,7 +32,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mm_model.spec import Spec
-from ray_jobs.config.spec import PrepareSpec, Split
+from ray_jobs.config.prepare_spec import PrepareSpec, Split
 from ray_jobs.data.batch import FOLD, KEY, LABEL, WEIGHT
 from ray_jobs.data.images import EIGHT_BITS, BadImage, PixelRange, prepare_image
 from ray_jobs.data.manifest import ImageInfo, Shard

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.spec import SPLITS
+from ray_jobs.config.prepare_spec import SPLITS
 from ray_jobs.config.text import count_text, names_text
 from ray_jobs.data.manifest import Cut
 from ray_jobs.prepare.sources.source import ImageRefs

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from mm_model.nearest_match import did_you_mean
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.spec import PrepareSpec
+from ray_jobs.config.prepare_spec import PrepareSpec
 from ray_jobs.config.text import names_text
 from ray_jobs.data.batch import FOLD, KEY, LABEL, WEIGHT
 from ray_jobs.data.manifest import ImageInfo

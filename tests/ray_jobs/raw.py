@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from ray_jobs.config.spec import SPLITS, RunSpec
+from ray_jobs.config.prepare_spec import SPLITS
+from ray_jobs.config.spec import RunSpec
 from ray_jobs.data.images import decode_stored
 from ray_jobs.data.manifest import Manifest
 from ray_jobs.prepare.job import prepare

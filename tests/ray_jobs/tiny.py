@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from mm_model.statistics import fit_numeric_statistics
-from ray_jobs.config.spec import PrepareSpec
+from ray_jobs.config.prepare_spec import PrepareSpec
 from ray_jobs.data.manifest import ImageInfo, Manifest, Shard, SplitInfo, read_manifest
 from ray_jobs.storage.folder import Folder
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mm_model.spec import ImageSpec, ModelSpec, NumericSpec
-from ray_jobs.config.spec import Split
+from ray_jobs.config.prepare_spec import Split
 from ray_jobs.data.images import decode_stored
 from ray_jobs.data.manifest import Manifest
 from ray_jobs.storage.folder import Folder

@@ -11,7 +11,7 @@ from typing import Literal
 from pyarrow import fs
 
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.spec import PrepareSpec
+from ray_jobs.config.prepare_spec import PrepareSpec
 from ray_jobs.prepare.sources import (
     huggingface_imagefolder,
     loose_files,

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from mm_model.nearest_match import did_you_mean
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.spec import PrepareSpec
+from ray_jobs.config.prepare_spec import PrepareSpec
 from ray_jobs.config.text import names_text
 from ray_jobs.prepare.cell_text import TEXT, column_text
 from ray_jobs.prepare.given_splits import split_named

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.spec import PrepareSpec
+from ray_jobs.config.prepare_spec import PrepareSpec
 from ray_jobs.prepare.cell_text import apply_text_rule, find_text_rule, first_rows, role_text
 from ray_jobs.prepare.sources.source import ImageRefs
 from ray_jobs.prepare.table import require_column

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from mm_model.nearest_match import did_you_mean
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.spec import PrepareSpec
+from ray_jobs.config.prepare_spec import PrepareSpec
 from ray_jobs.config.text import names_text
 from ray_jobs.data.images import BadImage
 from ray_jobs.prepare.cell_text import column_text

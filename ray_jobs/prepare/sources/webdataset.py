@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.spec import PrepareSpec
+from ray_jobs.config.prepare_spec import PrepareSpec
 from ray_jobs.config.text import names_text
 from ray_jobs.prepare.cell_text import TEXT
 from ray_jobs.prepare.sources.byte_range_reader import ByteRangeReader

@@ -25,7 +25,8 @@ import pyarrow.parquet as pq
 from mm_model.branches import KERAS_APPLICATIONS
 from ray_jobs.cluster.connection import root_cause
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.spec import RunSpec, Split
+from ray_jobs.config.prepare_spec import Split
+from ray_jobs.config.spec import RunSpec
 from ray_jobs.data.manifest import (
     MANIFEST,
     Manifest,

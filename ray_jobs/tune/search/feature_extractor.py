@@ -17,7 +17,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ray_jobs.config.spec import RunSpec, Split
+from ray_jobs.config.prepare_spec import Split
+from ray_jobs.config.spec import RunSpec
 from ray_jobs.data.batch import IMAGE
 from ray_jobs.data.decoder import RowDecoder, bytes_column
 from ray_jobs.data.manifest import Manifest, Shard, read_manifest

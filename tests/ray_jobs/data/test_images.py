@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ray_jobs.config.spec import PrepareSpec
+from ray_jobs.config.prepare_spec import PrepareSpec
 from ray_jobs.data.images import (
     BadImage,
     decode,

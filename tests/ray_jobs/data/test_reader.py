@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mm_model.statistics import Vocabulary
-from ray_jobs.config.spec import PrepareSpec
+from ray_jobs.config.prepare_spec import PrepareSpec
 from ray_jobs.data import reader as reader_module
 from ray_jobs.data.batch import CATEGORY, FEATURES, IMAGE, IMAGE_MASK, NUMERIC
 from ray_jobs.data.decoder import RowDecoder, bytes_column

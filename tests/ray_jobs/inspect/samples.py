@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mm_model.statistics import fit_vocabulary
-from ray_jobs.config.spec import InspectSpec, PrepareSpec
+from ray_jobs.config.prepare_spec import PrepareSpec
+from ray_jobs.config.spec import InspectSpec
 from ray_jobs.data.manifest import ImageInfo, Manifest, SplitInfo
 from ray_jobs.inspect.job import inspect
 from ray_jobs.inspect.report_schema import Report

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.spec import PrepareSpec
+from ray_jobs.config.prepare_spec import PrepareSpec
 from ray_jobs.data.images import BadImage, prepare_image
 from ray_jobs.prepare.cell_text import column_text
 from ray_jobs.prepare.table import read_table

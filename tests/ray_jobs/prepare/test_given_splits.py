@@ -2,7 +2,7 @@ import pyarrow as pa
 import pytest
 
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.spec import SPLITS
+from ray_jobs.config.prepare_spec import SPLITS
 from ray_jobs.prepare.cell_text import TEXT, column_text
 from ray_jobs.prepare.given_splits import describe_bad_word, read_split_keys, read_split_words
 

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.spec import PrepareSpec
+from ray_jobs.config.prepare_spec import PrepareSpec
 from ray_jobs.data.images import EIGHT_BITS, BadImage
 from ray_jobs.data.manifest import Manifest
 from ray_jobs.prepare.pixel_range import find_pixel_range

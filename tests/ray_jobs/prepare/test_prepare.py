@@ -11,7 +11,8 @@ from PIL import Image
 from mm_model.statistics import fit_numeric_statistics
 from ray_jobs.config.command_line import main
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.spec import SPLITS, RunSpec
+from ray_jobs.config.prepare_spec import SPLITS
+from ray_jobs.config.spec import RunSpec
 from ray_jobs.data.manifest import read_manifest
 from ray_jobs.prepare import job
 from ray_jobs.prepare.job import prepare

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.spec import SPLITS
+from ray_jobs.config.prepare_spec import SPLITS
 from ray_jobs.data.manifest import Manifest
 from ray_jobs.prepare import job as prepare_job
 from ray_jobs.prepare import journal

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.spec import PrepareSpec
+from ray_jobs.config.prepare_spec import PrepareSpec
 from ray_jobs.prepare.columns import find_columns
 from ray_jobs.prepare.labels import find_classes
 from ray_jobs.prepare.row_validation import read_rows

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.spec import SPLITS
+from ray_jobs.config.prepare_spec import SPLITS
 from ray_jobs.prepare.sources.source import ImageRefs
 from ray_jobs.prepare.splits import Cuts, Groups, assign, cut_splits, join_by_image
 from ray_jobs.prepare.splits import make_cuts as cuts_of

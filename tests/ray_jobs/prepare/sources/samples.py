@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ray_jobs.config.spec import PrepareSpec
+from ray_jobs.config.prepare_spec import PrepareSpec
 from ray_jobs.data.images import BadImage
 from ray_jobs.prepare.sources.source import Source
 from tests.ray_jobs import tiny

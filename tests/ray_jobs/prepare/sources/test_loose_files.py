@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.spec import PrepareSpec
+from ray_jobs.config.prepare_spec import PrepareSpec
 from ray_jobs.prepare.cell_text import TEXT
 from ray_jobs.prepare.sources import open_source
 from ray_jobs.prepare.sources.loose_files import ImageFiles

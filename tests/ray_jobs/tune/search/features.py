@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ray_jobs.config.spec import RunSpec, Split
+from ray_jobs.config.prepare_spec import Split
+from ray_jobs.config.spec import RunSpec
 from ray_jobs.data.batch import FEATURES
 from ray_jobs.data.decoder import RowDecoder
 from ray_jobs.data.manifest import Manifest, read_manifest

@@ -12,7 +12,8 @@ import pytest
 from mm_model.spec import AugmentationSpec
 from ray_jobs.cluster.strategy import WorkerContext
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.spec import InspectSpec, RunSpec, Split
+from ray_jobs.config.prepare_spec import Split
+from ray_jobs.config.spec import InspectSpec, RunSpec
 from ray_jobs.data.batch import FEATURES, IMAGE_MASK
 from ray_jobs.data.decoder import RowDecoder
 from ray_jobs.data.manifest import ImageInfo, read_manifest, require_shards
