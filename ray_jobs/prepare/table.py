@@ -1,4 +1,4 @@
-"""Reads the table, and checks the columns that the settings name.
+"""Checks the columns that the settings name, and parses patterns of image paths.
 
 columns.py decides what the other columns are; labels.py and row_validation.py read the cells.
 """
@@ -14,22 +14,9 @@ from ray_jobs.config.prepare_spec import PrepareSpec
 from ray_jobs.config.text import names_text
 from ray_jobs.data.batch import FOLD, KEY, LABEL, WEIGHT
 from ray_jobs.data.manifest import ImageInfo
-from ray_jobs.prepare.table_files import open_table
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _FORMAT = re.compile(r"(.+):(?:0([0-9]+))?d?")
-
-
-def read_table(location: str) -> pa.Table:
-    """Return the table of `open_table`, which must have rows.
-
-    Raises:
-        JobError: If a file does not exist, cannot be read or has no rows.
-    """
-    table = open_table(location).table
-    if not table.num_rows:
-        raise JobError(f"the table {location} has no rows")
-    return table
 
 
 def require_columns(

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.prepare_spec import PrepareSpec
-from ray_jobs.prepare.cell_text import apply_text_rule, find_text_rule, first_rows, role_text
+from ray_jobs.prepare.cell_text import apply_text_rule, column_text, find_text_rule, first_rows
 from ray_jobs.prepare.sources.source import ImageRefs
 from ray_jobs.prepare.table import require_column
 from ray_jobs.prepare.table_files import TableFile, open_table
@@ -46,9 +46,9 @@ def join_images(
     Raises:
         JobError: If no record has an image, probably because the keys are spelled differently.
     """
-    keys = role_text(table, spec.key_column, spec, keep_words=True)
     column = table.column(spec.key_column)
     rule = spec.text_rules.get(spec.key_column) or find_text_rule(column)
+    keys = apply_text_rule(column_text(column), rule)
     indexes = {
         name: replace(index, keys=apply_text_rule(index.keys, rule))
         for name, index in indexes.items()

@@ -13,7 +13,7 @@ from ray_jobs.config.errors import JobError
 from ray_jobs.config.prepare_spec import PrepareSpec
 from ray_jobs.data.images import BadImage, prepare_image
 from ray_jobs.prepare.cell_text import column_text
-from ray_jobs.prepare.table import read_table
+from ray_jobs.prepare.table_files import open_table
 from ray_jobs.storage.folder import Folder
 from tests.ray_jobs.raw import SIZE, Raw, shard_rows
 
@@ -117,7 +117,7 @@ def check_prepare(folder: Path, seed: int) -> tuple[int, int]:
     assert len(set(stored)) == len(stored)
     assert all(row["reason"] and row["detail"] for row in quarantined)
     # Read the keys like the table, since a mutated cell may start a new line.
-    keys = column_text(read_table(str(folder / "table.csv"))["key"]).to_pylist()
+    keys = column_text(open_table(str(folder / "table.csv")).table["key"]).to_pylist()
     found = [*stored, *(row["key"] for row in quarantined)]
     assert sorted(map(str, found)) == sorted(map(str, keys))
     for row in rows:
@@ -134,7 +134,7 @@ def check_table(path: Path, seed: int) -> bool:
     lines = ["key,area,label", *(f"k{i},{i * 1.5},{i % 2}" for i in range(20))]
     path.write_bytes(mutated("\n".join(lines).encode(), rng))
     try:
-        table = read_table(str(path))
+        table = open_table(str(path)).table
     except JobError:
         return False
     assert table.num_rows > 0

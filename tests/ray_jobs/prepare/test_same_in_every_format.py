@@ -19,7 +19,7 @@ from ray_jobs.prepare.columns import find_columns
 from ray_jobs.prepare.labels import find_classes
 from ray_jobs.prepare.row_validation import read_rows
 from ray_jobs.prepare.sources.source import Source
-from ray_jobs.prepare.table import read_table
+from ray_jobs.prepare.table_files import open_table
 
 NUM_ROWS = 24
 FORMATS = ("comma.csv", "semicolon.csv", "table.parquet", "table.xlsx", "table.jsonl")
@@ -104,7 +104,7 @@ def write(path: Path, columns: Columns) -> None:
 
 def understood(path: Path, spec: PrepareSpec) -> tuple[Any, ...]:
     """Return the columns' roles and rules, and the model's inputs, keys and labels."""
-    table = read_table(str(path))
+    table = open_table(str(path)).table
     label = table.column("label")
     classes = find_classes(label, spec)
     try:

@@ -66,3 +66,12 @@ def test_an_ambiguous_or_unknown_kind_raises_an_error(tmp_path, names, message):
 def test_missing_images_raise_an_error(images, message):
     with pytest.raises(JobError, match=message):
         open_source(spec(images=images))
+
+
+def test_a_table_without_rows_raises_an_error_unless_its_rows_are_to_be_predicted(tmp_path):
+    touch(tmp_path, "photos/a.jpg")
+    (tmp_path / "table.csv").write_text("key,label\n")
+    options = spec(images=str(tmp_path / "photos"), table=str(tmp_path / "table.csv"))
+    with pytest.raises(JobError, match=r"the table .*table\.csv has no rows"):
+        open_source(options)
+    assert open_source(options, labelled=False).table.num_rows == 0
