@@ -24,6 +24,9 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 class PrepareSpec(Spec):
     """Conversion of images and a table into shards with a manifest."""
 
+    dry_run: bool = False
+    """Print what the columns are, how the rows would be split, and the first problems, from the
+    table and a sample of the images, and write nothing."""
     source: Literal["auto", "folder", "parquet", "webdataset", "tfrecord", "imagefolder"] = "auto"
     """Format of `images`: image files, Parquet with an image column, WebDataset tar files, TFRecord
     files of `tf.train.Example`, or a Hugging Face ImageFolder; `auto` detects it."""

@@ -18,7 +18,14 @@ from contextlib import AbstractContextManager, ExitStack
 from pydantic import PositiveInt
 
 from ray_jobs.checks import collective, node_health, resources, storage_access
-from ray_jobs.checks.finding import Finding, from_message, ok, skipped
+from ray_jobs.checks.finding import (
+    Finding,
+    from_message,
+    ok,
+    print_findings,
+    require_no_error,
+    skipped,
+)
 from ray_jobs.checks.local import working_directory
 from ray_jobs.checks.probe import clock, live_nodes, run_on_nodes
 from ray_jobs.cluster import connection
@@ -34,12 +41,6 @@ _CONNECT_REMEDY = (
     "make `ray status` work here: with token authentication, set RAY_AUTH_MODE=token and the "
     "token, and use the Python and Ray versions of the cluster"
 )
-_MARKS = {
-    "ok": "[green]✓[/green]",
-    "warning": "[bold yellow]![/bold yellow]",
-    "error": "[bold red]✗[/bold red]",
-    "skipped": "[dim]–[/dim]",
-}
 
 
 class DoctorSpec(SearchSpec):
@@ -59,19 +60,8 @@ def examine(spec: DoctorSpec) -> list[Finding]:
     Raises:
         JobError: If a finding is an error.
     """
-    from rich.console import Console
-    from rich.markup import escape
-
-    console = Console(highlight=False, soft_wrap=True)
-    found = []
-    for finding in findings(spec):
-        found.append(finding)
-        console.print(f"{_MARKS[finding.status]} {finding.check:<14} {escape(finding.text)}")
-        if finding.remedy:
-            console.print(f"  {'':<14} → {escape(finding.remedy)}")
-    if errors := [finding.sentence for finding in found if finding.status == "error"]:
-        count = f"{len(errors)} errors, the first: " if len(errors) > 1 else ""
-        raise JobError(f"{count}{errors[0]}")
+    found = print_findings(findings(spec))
+    require_no_error(found)
     return found
 
 

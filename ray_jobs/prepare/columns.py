@@ -33,6 +33,9 @@ from ray_jobs.prepare.table import parse_path_pattern, shard_columns
 LEAK_AUC = 0.999
 """A column that separates the classes with at least this AUC is left out as a copy of the label."""
 
+_EXCLUDED, _UNLISTED = "in exclude_columns", "not in numeric_columns"
+BY_SETTING = (_EXCLUDED, _UNLISTED)
+"""Reasons of columns that a setting leaves out."""
 _MIN_ARRANGEMENTS = 1e6
 """Number of ways to distribute the classes over the rows, below which a column may separate them by
 chance."""
@@ -74,13 +77,13 @@ def find_columns(
         if name in fixed:
             column = _text_column(name, fixed[name], cells, spec)
         elif name in spec.exclude_columns:
-            column = Column(name=name, role="left_out", reason="in exclude_columns")
+            column = Column(name=name, role="left_out", reason=_EXCLUDED)
         elif name in categorical:
             column = _text_column(name, "category", cells, spec)
         elif name in (spec.number_rules if is_automatic else spec.numeric_columns):
             column = Column(name=name, role="number", rule=_resolve_rule(cells, name, spec))
         elif not is_automatic:
-            column = Column(name=name, role="left_out", reason="not in numeric_columns")
+            column = Column(name=name, role="left_out", reason=_UNLISTED)
         else:
             column = _classify(name, cells, labels)
             if spec.columns == "auto" and column.proposed:

@@ -25,7 +25,6 @@ from ray_jobs.config.text import count_text
 from ray_jobs.data.batch import KEY
 from ray_jobs.data.manifest import MANIFEST, Manifest, Shard, read_manifest
 from ray_jobs.prepare.cell_text import TEXT, first_rows
-from ray_jobs.prepare.journal import is_complete
 from ray_jobs.prepare.labels import Classes
 from ray_jobs.prepare.row_validation import CheckedRows
 from ray_jobs.prepare.shard_writer import ShardWriter
@@ -93,7 +92,7 @@ def read_earlier(output: Folder) -> Earlier | None:
 
     def read_keys(item: tuple[Split, Shard]) -> tuple[Split, Shard, pa.LargeStringArray] | None:
         split, shard = item
-        if not is_complete(output, shard.path, shard.num_bytes):
+        if not output.has_file(shard.path, shard.num_bytes):
             return None
         with output.filesystem.open_input_file(output.locate(shard.path)) as stream:
             keys = pq.ParquetFile(stream).read(columns=[KEY]).column(KEY)

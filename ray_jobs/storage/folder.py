@@ -70,6 +70,11 @@ class Folder:
         """Whether a file or folder with this name exists."""
         return self.filesystem.get_file_info(self.locate(name)).type != fs.FileType.NotFound
 
+    def has_file(self, name: str, num_bytes: int) -> bool:
+        """Whether a file with this name and size exists."""
+        info = self.filesystem.get_file_info(self.locate(name))
+        return info.type == fs.FileType.File and info.size == num_bytes
+
     def names(self, subfolder: str = "") -> Iterator[str]:
         """Yield the sorted names of all files in this folder or one of its subfolders."""
         base = self.locate(subfolder) if subfolder else self.path

@@ -71,6 +71,7 @@ def open_source(
     _, open_kind = _SOURCES[kind]
     source = open_kind(spec)
     source = replace(source, notes=(*notes, *source.notes))
+    spec = spec.model_copy(update=dict(source.settings))
     require_columns(source.table, spec, categorical, labelled=labelled)
     if labelled and not source.table.num_rows:
         raise JobError(f"the table {spec.table or spec.images} has no rows")

@@ -69,7 +69,8 @@ def open_source(spec: PrepareSpec) -> Source:
     else:
         source = _from_folders(folder, images, has_splits, spec)
     if has_splits and not spec.split_keys:
-        source = replace(source, split_column=spec.split_column or DEFAULT_SPLIT_COLUMN)
+        column = spec.split_column or DEFAULT_SPLIT_COLUMN
+        source = replace(source, settings={"split_column": column})
     return replace(source, notes=(*walk.notes, *source.notes))
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -9,9 +10,10 @@ import pyarrow as pa
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.prepare_spec import PrepareSpec
 from ray_jobs.prepare.cell_text import apply_text_rule, column_text, find_text_rule, first_rows
+from ray_jobs.prepare.sources.find_key import describe_found, find_joined_key
 from ray_jobs.prepare.sources.source import ImageRefs
 from ray_jobs.prepare.table import require_column
-from ray_jobs.prepare.table_files import TableFile, open_table
+from ray_jobs.prepare.table_files import open_table
 
 
 @dataclass(frozen=True)
@@ -23,12 +25,20 @@ class ImageIndex:
     refs: ImageRefs
 
 
-def read_keyed_table(spec: PrepareSpec) -> TableFile:
-    """Read `prepare.table`, which must have the key column."""
-    opened = open_table(spec.table)
-    owner = f"the table {spec.table}"
-    require_column(opened.table.column_names, spec.key_column, "prepare.key_column", owner)
-    return opened
+def read_keyed_table(
+    spec: PrepareSpec, keys: pa.LargeStringArray | None = None
+) -> tuple[pa.Table, tuple[str, ...], dict[str, Any]]:
+    """Read `prepare.table`; return it with notes and, if it was found, the setting of its key.
+
+    Args:
+        spec: The `prepare` section.
+        keys: Keys of the images, by which a key column can be found that is not set.
+    """
+    table, notes = open_table(spec.table)
+    found = {} if keys is None else find_joined_key(table, spec, keys)
+    column = found.get("key_column", spec.key_column)
+    require_column(table.column_names, column, "prepare.key_column", f"the table {spec.table}")
+    return table, (*notes, *describe_found(found)), found
 
 
 def join_images(

@@ -2,6 +2,8 @@
 
 # pyright: reportAttributeAccessIssue=false
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -11,6 +13,12 @@ from ray_jobs.config.prepare_spec import PrepareSpec
 from ray_jobs.config.text import count_text, names_text
 from ray_jobs.prepare.cell_text import TEXT, column_text, role_text
 from ray_jobs.prepare.sources.byte_range_reader import ByteRangeReader
+from ray_jobs.prepare.sources.find_key import (
+    describe_found,
+    find_key,
+    find_pattern,
+    needs_key,
+)
 from ray_jobs.prepare.sources.image_resolver import Found, find_images, join_problems
 from ray_jobs.prepare.sources.source import ImageRefs, Source
 from ray_jobs.prepare.sources.source_files import Walk, open_location, require_folder
@@ -21,11 +29,22 @@ from ray_jobs.prepare.table_files import open_table
 def open_source(spec: PrepareSpec) -> Source:
     """Return the rows of a table, and the files of their images.
 
+    Without a key column or files of the default pattern, both are found by the names of the images.
     With `prepare.image_separator`, the images of a row are named `1`, `2` and so on.
     """
     table, table_notes = open_table(spec.table)
     files = ImageFiles(spec.images)
-    notes = [*table_notes]
+    found = find_key(table, spec, files.names) if needs_key(table, spec) else {}
+    source = _open(table, spec.model_copy(update=found), files)
+    if not found and not any(refs.has_image.any() for refs in source.images.values()):
+        found = find_pattern(table, spec, files.names)
+        source = _open(table, spec.model_copy(update=found), files) if found else source
+    notes = (*files.notes, *table_notes, *describe_found(found), *source.notes)
+    return replace(source, settings=found | dict(source.settings), notes=notes)
+
+
+def _open(table: pa.Table, spec: PrepareSpec, files: "ImageFiles") -> Source:
+    notes: list[str] = []
     cells: dict[str, pa.LargeStringArray] = {}
     if spec.image_column and spec.image_separator is not None:
         require_column(table.column_names, spec.image_column, "prepare.image_column")
@@ -45,8 +64,8 @@ def open_source(spec: PrepareSpec) -> Source:
         {name: ImageRefs(of_image.files) for name, of_image in found.items()},
         dict.fromkeys(found, ByteRangeReader(files.folder)),
         quarantined=quarantined,
-        image_names=tuple(cells),
-        notes=(*files.notes, *notes, *guesses),
+        settings={"image_columns": tuple(cells)} if cells else {},
+        notes=(*notes, *guesses),
     )
 
 
@@ -65,7 +84,7 @@ class ImageFiles:
         require_folder(self.folder, location)
         self._walk = Walk(self.folder, self._patterns)
         self._names: pa.LargeStringArray | None = None
-        if self._patterns and not len(self._list()):
+        if self._patterns and not len(self.names()):
             raise JobError(
                 f"prepare.images={location!r} matches no file; a glob must "
                 "match the images themselves, such as 'photos/*/*.jpg'"
@@ -83,9 +102,10 @@ class ImageFiles:
             paths: Paths relative to the folder, or absolute paths or URIs inside it. With a glob,
                 also file names or the ends of paths.
         """
-        return find_images(paths, self.folder, self._list, in_glob=bool(self._patterns))
+        return find_images(paths, self.folder, self.names, in_glob=bool(self._patterns))
 
-    def _list(self) -> pa.LargeStringArray:
+    def names(self) -> pa.LargeStringArray:
+        """Return the paths of all files below the folder; the folder is listed once."""
         if self._names is None:
             self._names = pa.array(self._walk.names(), TEXT)
         return self._names

@@ -19,6 +19,7 @@ from ray_jobs.config.prepare_spec import PrepareSpec
 from ray_jobs.config.text import names_text
 from ray_jobs.data.images import BadImage
 from ray_jobs.prepare.cell_text import column_text
+from ray_jobs.prepare.sources.find_key import add_key, describe_found
 from ray_jobs.prepare.sources.key_join import ImageIndex, join_images, read_keyed_table
 from ray_jobs.prepare.sources.source import ImageRefs, Source, repeat_paths
 from ray_jobs.prepare.sources.source_files import find_files, map_in_threads
@@ -58,8 +59,10 @@ def open_source(spec: PrepareSpec) -> Source:
     readers = {name: ParquetReader(folder, column) for name, column in columns.items()}
     own = stack(tables)
     if not spec.table:
-        return Source(own, dict.fromkeys(columns, refs), readers, notes=notes)
-    table, table_notes = read_keyed_table(spec)
+        own, found = add_key(own, spec, refs)
+        notes = (*notes, *describe_found(found))
+        return Source(own, dict.fromkeys(columns, refs), readers, settings=found, notes=notes)
+    table, table_notes, _ = read_keyed_table(spec)
     notes = (*table_notes, *notes)
     index = ImageIndex(column_text(own.column(spec.key_column)), refs)
     images, unmatched = join_images(table, spec, dict.fromkeys(columns, index))

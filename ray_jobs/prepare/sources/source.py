@@ -5,7 +5,7 @@ Pixels are read last, row by row, when the usable rows and their shards are know
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -77,10 +77,8 @@ class Source:
     """Key, reason and detail of each image without a record."""
     quarantined: Mapping[int, tuple[str, str]] = field(default_factory=dict)
     """Row → reason and detail, where the row's image reference is wrong or ambiguous."""
-    split_column: str | None = None
-    """Column with the split, if the source itself has all three splits."""
-    image_names: tuple[str, ...] = ()
-    """Names for `prepare.image_columns`, if `prepare.image_separator` determines them."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the `prepare` section that the source has found, such as `split_column`."""
     notes: tuple[str, ...] = ()
     """What the source has guessed or skipped, for the summary."""
 

@@ -17,6 +17,7 @@ from ray_jobs.config.prepare_spec import PrepareSpec
 from ray_jobs.config.text import names_text
 from ray_jobs.prepare.cell_text import column_text
 from ray_jobs.prepare.sources.byte_range_reader import ByteRangeReader
+from ray_jobs.prepare.sources.find_key import add_key, describe_found
 from ray_jobs.prepare.sources.key_join import ImageIndex, join_images, read_keyed_table
 from ray_jobs.prepare.sources.source import ImageRefs, Source, repeat_paths
 from ray_jobs.prepare.sources.source_files import find_files, map_in_threads
@@ -70,7 +71,9 @@ def open_source(spec: PrepareSpec) -> Source:
         refs[image] = ImageRefs(paths.take(where), spans[:, 0], spans[:, 1])
     readers = dict.fromkeys(features, ByteRangeReader(folder))
     if not spec.table:
-        return Source(own, refs, readers, notes=notes)
+        own, found = add_key(own, spec, next(iter(refs.values())))
+        notes = (*notes, *describe_found(found))
+        return Source(own, refs, readers, settings=found, notes=notes)
     owner = f"the TFRecord data in {spec.images}"
     require_column(own.column_names, spec.key_column, "prepare.key_column", owner)
     keys = column_text(own.column(spec.key_column))
@@ -78,7 +81,7 @@ def open_source(spec: PrepareSpec) -> Source:
     for image, of_image in refs.items():
         rows = np.flatnonzero(of_image.has_image)
         indexes[image] = ImageIndex(keys.take(pa.array(rows)), of_image.take(rows))
-    table, table_notes = read_keyed_table(spec)
+    table, table_notes, _ = read_keyed_table(spec)
     images, unmatched = join_images(table, spec, indexes)
     return Source(table, images, readers, unmatched, notes=(*table_notes, *notes))
 

@@ -63,12 +63,15 @@ def open_source(spec: PrepareSpec) -> Source:
         paths = repeat_paths(names, [len(tar.keys[image]) for tar in tars])
         indexes[image] = ImageIndex(keys, ImageRefs(paths, spans[:, 0], spans[:, 1]))
     if spec.table:
-        table, table_notes = read_keyed_table(spec)
+        keys = next(iter(indexes.values())).keys
+        table, table_notes, found = read_keyed_table(spec, keys)
     else:
-        table, table_notes = stack(tar.records for tar in tars), ()
+        table, table_notes, found = stack(tar.records for tar in tars), (), {}
+    spec = spec.model_copy(update=found)
     images, unmatched = join_images(table, spec, indexes)
     readers = dict.fromkeys(indexes, ByteRangeReader(folder))
-    return Source(table, images, readers, unmatched, notes=(*table_notes, *notes))
+    notes = (*table_notes, *notes)
+    return Source(table, images, readers, unmatched, settings=found, notes=notes)
 
 
 def is_tar(name: str) -> bool:

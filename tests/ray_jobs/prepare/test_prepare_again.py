@@ -11,8 +11,8 @@ import pytest
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.prepare_spec import SPLITS
 from ray_jobs.data.manifest import Manifest
-from ray_jobs.prepare import job as prepare_job
-from ray_jobs.prepare import journal
+from ray_jobs.prepare import shard_tasks
+from ray_jobs.storage.folder import Folder
 from tests.ray_jobs.raw import Raw, files, jpeg, quarantine, rows_by_key, shard_rows, split_of
 
 pytestmark = pytest.mark.usefixtures("ray_local")
@@ -41,7 +41,7 @@ def times_of(folder: Path) -> dict[Path, int]:
 def test_preparing_the_same_data_again_does_not_start_ray_and_keeps_every_file(raw, monkeypatch):
     manifest = raw.prepare()
     before, times = all_files(raw.out()), times_of(raw.out())
-    monkeypatch.delattr(prepare_job.connection, "connected")
+    monkeypatch.delattr(shard_tasks.connection, "connected")
     assert raw.prepare() == manifest
     assert all_files(raw.out()) == before
     assert times_of(raw.out()) == times
@@ -123,13 +123,13 @@ class Stopped(Exception):
 
 def prepare_and_stop(raw: Raw, num_shards: int, **options: Any) -> None:
     """Interrupt a prepare after some shards."""
-    write_shards = prepare_job._write_shards
+    run_tasks = shard_tasks._run_tasks
 
     def write_few(*args: Any) -> Any:
-        yield from islice(write_shards(*args), num_shards)
+        yield from islice(run_tasks(*args), num_shards)
         raise Stopped
 
-    with patch.object(prepare_job, "_write_shards", write_few), pytest.raises(Stopped):
+    with patch.object(shard_tasks, "_run_tasks", write_few), pytest.raises(Stopped):
         raw.prepare(**options)
 
 
@@ -138,7 +138,7 @@ def test_a_resumed_prepare_keeps_finished_shards_and_gives_the_same_result(raw):
     raw.prepare("whole", max_bad_fraction=0.1)
     prepare_and_stop(raw, 3, max_bad_fraction=0.1)
     assert not (raw.out() / "manifest.json").exists()
-    finished = journal.read_finished(prepare_job.Folder(raw.out()))
+    finished = shard_tasks.read_finished(Folder(raw.out()))
     assert len(finished) >= 3
     times = times_of(raw.out())
     # A killed writer leaves a partial file.

@@ -91,7 +91,7 @@ def test_without_metadata_the_folders_are_classes(tmp_path, names, labels, split
     source = opened(tmp_path, label_column="kind")
     expected = {"key": names, "kind": labels, **({"split": splits} if splits else {})}
     assert source.table.to_pydict() == expected
-    assert source.split_column == ("split" if splits else None)
+    assert source.settings == ({"split_column": "split"} if splits else {})
     assert read_all(source) == [jpeg(i) for i in range(len(names))]
     assert source.unmatched == ()
 

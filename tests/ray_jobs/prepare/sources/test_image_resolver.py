@@ -165,7 +165,7 @@ def test_a_cell_may_hold_several_paths(tmp_path):
     touch(tmp_path, "p/a.jpg", "p/b.JPG", "p/c.jpg")
     options = {"images": f"{tmp_path}/p", "table": f"{tmp_path}/t.csv", "image_column": "photos"}
     source = open_source(spec(**options, image_separator=";"))
-    assert source.image_names == ("1", "2")
+    assert source.settings == {"image_columns": ("1", "2")}
     assert source.images["1"].path.to_pylist() == ["a.jpg", "c.jpg", None, None, "b.JPG"]
     assert source.images["2"].path.to_pylist() == ["b.JPG", None, None, None, None]
     assert source.quarantined.keys() == {3}

@@ -1,0 +1,109 @@
+"""Findings about rows, columns and images, which `prepare`, `inspect` and `doctor` report."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from ray_jobs.checks.finding import Finding, error, ok, warning
+from ray_jobs.config.text import count_text, names_text
+from ray_jobs.data.images import BadImage
+from ray_jobs.data.manifest import Column, Manifest
+from ray_jobs.prepare.columns import BY_SETTING, proposed_flags
+from ray_jobs.prepare.row_validation import CheckedRows
+from ray_jobs.prepare.shard_writer import ShardWriter
+from ray_jobs.prepare.sources.source_files import map_in_threads
+
+UNLABELLED = "unlabelled"
+_SAMPLE_ROWS = 64
+_ROWS_PER_THREAD = 8
+_REMEDIES = {
+    "missing_key": "set prepare.key_column to a column without empty cells",
+    "duplicate_key": "set prepare.key_column to a column whose values are unique",
+    "missing_label": "set prepare.label_column to another column, or --prepare.unlabelled '' to "
+    "skip these rows",
+    "bad_label": "name the labels of the positive class in prepare.positive_label, and those "
+    "without a meaning in prepare.unlabelled",
+    "missing_image": "check prepare.images, and prepare.image_pattern or prepare.image_column",
+    "ambiguous_image": "give prepare.images or the image paths more precisely",
+    "image_outside_folder": "set prepare.images to a folder that contains all images",
+    "unreadable_image": "replace these files",
+    "animated_image": "extract one frame of each of these files",
+    "too_large_image": "shrink these images, or raise prepare.max_image_pixels",
+    "non_numeric_text": "set prepare.number_rules for these columns, or name them in "
+    "prepare.exclude_columns",
+    "non_finite_number": "correct these cells, or name their columns in prepare.exclude_columns",
+    "bad_split": "correct prepare.split_column",
+    "missing_group": "fill prepare.group_column",
+    "no_record": "add their rows to prepare.table",
+}
+
+
+def remedy_of(reason: str) -> str:
+    """Return what to do about rows that are in quarantine for a reason."""
+    return _REMEDIES.get(reason, "correct these rows")
+
+
+def count_reasons(rows: CheckedRows) -> dict[str, int]:
+    """Return the number of excluded rows, and of images without a row, by reason."""
+    counts = Counter(reason for reason, _ in rows.quarantined.values())
+    counts.update(reason for _, reason, _ in rows.unmatched)
+    return dict(sorted(counts.items()))
+
+
+def row_findings(
+    counts: Mapping[str, int],
+    num_rows: int,
+    examples: Mapping[str, str] | None = None,
+    *,
+    is_error: bool = False,
+) -> Iterator[Finding]:
+    """Yield a finding for each reason of the quarantine, the most frequent first.
+
+    Args:
+        counts: Number of excluded rows by reason.
+        num_rows: Number of all rows.
+        examples: An excluded row by reason.
+        is_error: Whether there are too many such rows.
+    """
+    for reason, count in sorted(counts.items(), key=lambda item: -item[1]):
+        if reason != UNLABELLED:
+            example = (examples or {}).get(reason)
+            text = f"{reason}: {count:,} of {count_text(num_rows, 'row')}"
+            yield (error if is_error else warning)(
+                "rows", f"{text}, such as {example}" if example else text, remedy_of(reason)
+            )
+
+
+def stored_findings(manifest: Manifest) -> Iterator[Finding]:
+    """Yield what `prepare` found out about the columns and rows of a prepared folder."""
+    num_rows = sum(info.num_rows for info in manifest.splits.values())
+    yield from _column_findings(manifest.columns)
+    yield from row_findings(manifest.quarantine, num_rows + sum(manifest.quarantine.values()))
+
+
+def sample_images(rows: CheckedRows, writer: ShardWriter) -> Iterator[Finding]:
+    """Read images of up to 64 rows, evenly spread, and yield a finding for each kind of problem."""
+    good = np.flatnonzero(rows.good)
+    chosen = good[np.linspace(0, len(good) - 1, min(len(good), _SAMPLE_ROWS)).astype(np.int64)]
+    chunks = [chosen[i : i + _ROWS_PER_THREAD] for i in range(0, len(chosen), _ROWS_PER_THREAD)]
+    converted = map_in_threads(lambda chunk: list(writer.convert_images(rows.take(chunk))), chunks)
+    bad: dict[str, list[str]] = {}
+    for image in (image for chunk in converted for image in chunk):
+        if isinstance(image, BadImage):
+            bad.setdefault(image.reason, []).append(image.detail)
+    for reason, details in bad.items():
+        text = f"{reason}: {len(details)} in a sample of {count_text(len(chosen), 'row')}"
+        yield warning("images", f"{text}, such as {details[0]}", remedy_of(reason))
+
+
+def _column_findings(columns: Sequence[Column]) -> Iterator[Finding]:
+    """Yield a finding on the columns that no setting leaves out."""
+    left = [c for c in columns if c.role == "left_out" and c.reason not in BY_SETTING]
+    if left:
+        named = ", ".join(f"{names_text([c.name])} ({c.reason})" for c in left)
+        text = f"{count_text(len(left), 'column')} left out: {named}"
+        flags = proposed_flags(left)
+        yield (
+            warning("columns", text, f"to use them, add {flags}") if flags else ok("columns", text)
+        )

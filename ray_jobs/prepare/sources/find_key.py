@@ -1,0 +1,222 @@
+"""Finds the key column and the pattern of image paths, where no setting names them.
+
+The key is a column of different cells that occur in the names of the images: `17` in
+`17_front.jpg`.
+"""
+
+# pyright: reportAttributeAccessIssue=false
+
+import re
+import shlex
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ray_jobs.config.errors import JobError
+from ray_jobs.config.prepare_spec import PrepareSpec
+from ray_jobs.config.text import names_text
+from ray_jobs.prepare.cell_text import TEXT, apply_text_rule, column_text, find_text_rule
+from ray_jobs.prepare.sources.source import ImageRefs
+from ray_jobs.prepare.sources.source_files import IMAGE_SUFFIXES
+from ray_jobs.prepare.table import parse_path_pattern
+
+DEFAULT_KEY = "key"
+_SAMPLE_NAMES = 2000
+_MIN_MATCHED = 0.5
+"""Fraction of the sampled names that must contain a key."""
+_MAIN_SHARE = 0.9
+"""Fraction of the matched names that the patterns must cover."""
+_MAX_IMAGES = 16
+_SEPARATORS = re.compile(r"([/_\-. ]+)")
+_PARTS = re.compile(rf"(\{{[^{{}}]*\}}|{_SEPARATORS.pattern[1:-1]})")
+_SUFFIX = re.compile(rf"({'|'.join(map(re.escape, IMAGE_SUFFIXES))})$", re.IGNORECASE)
+
+
+def needs_key(table: pa.Table, spec: PrepareSpec) -> bool:
+    """Return whether the key column is not set and has to be found."""
+    return spec.key_column == DEFAULT_KEY and DEFAULT_KEY not in table.column_names
+
+
+def find_key(
+    table: pa.Table, spec: PrepareSpec, list_names: Callable[[], pa.LargeStringArray]
+) -> dict[str, Any]:
+    """Return the key column, and the pattern of the images if it is not the default.
+
+    The key is the column that names the images, else the first one that is different in each row,
+    preferably of those in `prepare.image_pattern`.
+
+    Args:
+        table: A table without the default key column.
+        spec: The `prepare` section.
+        list_names: Returns the paths of the images.
+
+    Raises:
+        JobError: If no column is different in each row, or each row has several images.
+    """
+    if found := find_pattern(table, spec, list_names):
+        return found
+    unique = list(_unique_columns(table, spec))
+    if not unique:
+        raise JobError(
+            f"prepare.key_column: the table has no column {DEFAULT_KEY!r}, and none that is "
+            f"different in each row (it has: {names_text(table.column_names)}); add one"
+        )
+    pattern = () if spec.image_column else parse_path_pattern(spec)[0]
+    return {"key_column": next((column for column in unique if column in pattern), unique[0])}
+
+
+def find_pattern(
+    table: pa.Table, spec: PrepareSpec, list_names: Callable[[], pa.LargeStringArray]
+) -> dict[str, Any]:
+    """Return key column and pattern by the names of the images, empty if they cannot be found.
+
+    Args:
+        table: The table; if it has the key column, no other one is considered.
+        spec: The `prepare` section; without the default pattern, nothing is searched.
+        list_names: Returns the paths of the images.
+
+    Raises:
+        JobError: If each row has several images.
+    """
+    default = type(spec).model_fields["image_pattern"].default
+    if spec.image_column or spec.image_columns or spec.image_pattern != default:
+        return {}
+    names = list_names()
+    at = np.linspace(0, len(names) - 1, min(len(names), _SAMPLE_NAMES)).astype(np.int64)
+    paths = [name for name in names.take(pa.array(at)).to_pylist() if _SUFFIX.search(name)]
+    bases = [path.rpartition("/")[2] for path in paths]
+    has_key = spec.key_column in table.column_names
+    columns = [spec.key_column] if has_key else list(_unique_columns(table, spec))
+    for texts in (bases, paths):
+        counts = {c: _count_patterns(table.column(c), c, texts) for c in columns}
+        column = max(counts, key=lambda column: counts[column].total(), default="")
+        if column and counts[column].total() > _MIN_MATCHED * len(texts):
+            patterns = _main_patterns(counts[column])
+            if len(patterns) > 1:
+                raise _several_images(column, patterns)
+            if patterns:
+                is_default = patterns[0] == default.replace(DEFAULT_KEY, column)
+                pattern = {} if is_default else {"image_pattern": patterns[0]}
+                return {"key_column": column} | pattern
+    return {}
+
+
+def describe_found(settings: Mapping[str, Any]) -> list[str]:
+    """Return a note on settings that were found, if there are any."""
+    found = ", ".join(f"prepare.{name}={value}" for name, value in settings.items())
+    return [f"found by the data: {found}"] if found else []
+
+
+def find_joined_key(
+    table: pa.Table, spec: PrepareSpec, keys: pa.LargeStringArray
+) -> dict[str, Any]:
+    """Return the key column of a table whose cells are the keys of images in containers."""
+    if not needs_key(table, spec):
+        return {}
+
+    def count_common(column: str) -> int:
+        cells = table.column(column)
+        rule = find_text_rule(cells)
+        known = apply_text_rule(column_text(cells), rule)
+        return pc.sum(pc.is_in(apply_text_rule(keys, rule), value_set=known)).as_py() or 0
+
+    counts = {column: count_common(column) for column in _unique_columns(table, spec)}
+    column = max(counts, key=lambda column: counts[column], default="")
+    return {"key_column": column} if column and counts[column] else {}
+
+
+def add_key(table: pa.Table, spec: PrepareSpec, refs: ImageRefs) -> tuple[pa.Table, dict[str, Any]]:
+    """Return the records of containers with a key column, and the setting that names it.
+
+    Without a column that is different in each row, the key is the place of the image.
+    """
+    if not needs_key(table, spec):
+        return table, {}
+    for column in _unique_columns(table, spec):
+        return table, {"key_column": column}
+    places = [refs.name(row) for row in range(len(refs))]
+    return table.append_column(DEFAULT_KEY, pa.array(places, TEXT)), {"key_column": DEFAULT_KEY}
+
+
+def _unique_columns(table: pa.Table, spec: PrepareSpec) -> Iterator[str]:
+    """Yield the columns without a setting that are different in each row."""
+    named = {
+        spec.label_column, spec.group_column, spec.split_column, spec.fold_column,
+        spec.weight_column, *(spec.numeric_columns or ()), *spec.number_rules,
+    }  # fmt: skip
+    for column in table.column_names:
+        cells = table.column(column)
+        if column not in named and not pa.types.is_floating(cells.type):
+            num_different = pc.count_distinct(cells, mode="only_valid").as_py()
+            if num_different >= max((1 - spec.max_bad_fraction) * len(cells), 1):
+                yield column
+
+
+def _several_images(column: str, patterns: Sequence[str]) -> JobError:
+    flags = ""
+    if found := _merge(patterns):
+        pattern, names = found
+        flags = (
+            f"--prepare.image_pattern {shlex.quote(pattern)} --prepare.image_columns "
+            f"{','.join(names)} to use all of them, or "
+        )
+    return JobError(
+        f"each {column} has several images ({', '.join(patterns)}); add --prepare.key_column "
+        f"{shlex.quote(column)} and {flags}--prepare.image_pattern {shlex.quote(patterns[0])} to "
+        "use one"
+    )
+
+
+def _count_patterns(cells: pa.ChunkedArray, column: str, names: Sequence[str]) -> Counter[str]:
+    """Return the number of names by pattern, for the longest part of each name that is a cell."""
+    rule = find_text_rule(cells)
+    owners, spans, parts = [], [], []
+    for owner, name in enumerate(names):
+        tokens = _SEPARATORS.split(name)
+        for first in range(0, len(tokens), 2):
+            for last in range(first, len(tokens), 2):
+                owners.append(owner)
+                spans.append((tokens, first, last))
+                parts.append("".join(tokens[first : last + 1]))
+    keys = apply_text_rule(pa.array(parts, TEXT), rule)
+    is_key = pc.is_in(keys, value_set=apply_text_rule(column_text(cells), rule))
+    longest: dict[int, tuple[int, str]] = {}
+    for at in np.flatnonzero(is_key.to_numpy(zero_copy_only=False)).tolist():
+        tokens, first, last = spans[at]
+        if len(parts[at]) > longest.get(owners[at], (0, ""))[0]:
+            pattern = f"{''.join(tokens[:first])}{{{column}}}{''.join(tokens[last + 1 :])}"
+            longest[owners[at]] = len(parts[at]), pattern
+    return Counter(pattern for _, pattern in longest.values())
+
+
+def _main_patterns(patterns: Counter[str]) -> tuple[str, ...]:
+    """Return the patterns of most names, empty if there are too many; of any extension if mixed."""
+    suffixes = Counter[str]()
+    stems = Counter[str]()
+    for pattern, count in patterns.items():
+        stem = _SUFFIX.sub("", pattern)
+        stems[stem] += count
+        suffixes[pattern[len(stem) :]] += count
+    suffix = next(iter(suffixes)) if len(suffixes) == 1 else ".*"
+    ((_, most),) = stems.most_common(1)
+    main = [(stem, count) for stem, count in stems.most_common(_MAX_IMAGES) if 2 * count >= most]
+    if sum(count for _, count in main) < _MAIN_SHARE * stems.total():
+        return ()
+    return tuple(stem if stem.endswith("}") and not suffix else stem + suffix for stem, _ in main)
+
+
+def _merge(patterns: Sequence[str]) -> tuple[str, list[str]] | None:
+    """Return one pattern with `{image}` and its values, if the patterns differ in one word."""
+    parts = [_PARTS.split(pattern) for pattern in patterns]
+    if len({len(words) for words in parts}) > 1:
+        return None
+    different = [at for at, words in enumerate(zip(*parts, strict=True)) if len(set(words)) > 1]
+    if len(different) != 1:
+        return None
+    names = sorted(words[different[0]] for words in parts)
+    parts[0][different[0]] = "{image}"
+    return ("".join(parts[0]), names) if all(names) else None
