@@ -32,9 +32,14 @@ class Finding:
     remedy: str = ""
 
     @property
+    def advice(self) -> str:
+        """Text and remedy in one line."""
+        return self.text + (f"; {self.remedy}" if self.remedy else "")
+
+    @property
     def sentence(self) -> str:
         """Check, text and remedy in one line."""
-        return f"{self.check}: {self.text}" + (f"; {self.remedy}" if self.remedy else "")
+        return f"{self.check}: {self.advice}"
 
 
 def ok(check: str, text: str) -> Finding:

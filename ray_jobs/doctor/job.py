@@ -1,7 +1,7 @@
 """Find, within seconds, problems that would break a job, and suggest remedies.
 
-Reads prepared data and inspects the cluster. Writes a few bytes into the storage path and deletes
-them.
+Reads prepared data, or if there are none yet, the data that `prepare` would read, and inspects the
+cluster. Writes a few bytes into the storage path and deletes them.
 
 Run:   python -m ray_jobs.doctor ray_jobs/specs/houses.yaml --address auto
        python -m ray_jobs.submit doctor ray_jobs/specs/houses.yaml
@@ -32,7 +32,9 @@ from ray_jobs.cluster import connection
 from ray_jobs.cluster.capacity import cpu_settings
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import RunSpec
-from ray_jobs.data.manifest import Manifest, read_manifest
+from ray_jobs.data.manifest import MANIFEST, Manifest, read_manifest
+from ray_jobs.prepare.findings import stored_findings
+from ray_jobs.prepare.job import dry_run, read_inputs
 from ray_jobs.storage.folder import Folder
 from ray_jobs.train.job import require_trainable, with_absolute_paths
 from ray_jobs.tune.search.space import SearchSpec
@@ -71,8 +73,8 @@ def findings(spec: DoctorSpec) -> Iterator[Finding]:
     if spec.address:
         spec = spec.overlay({"run.address": spec.address})
     yield from working_directory(spec.working_dir)
-    manifest, finding = _check_manifest(spec)
-    yield finding
+    manifest, found = _check_data(spec)
+    yield from found
     with ExitStack() as stack:
         try:
             stack.enter_context(_connection(spec))
@@ -82,16 +84,28 @@ def findings(spec: DoctorSpec) -> Iterator[Finding]:
         yield from _check_cluster(spec, manifest)
 
 
-def _check_manifest(spec: RunSpec) -> tuple[Manifest | None, Finding]:
+def _check_data(spec: RunSpec) -> tuple[Manifest | None, list[Finding]]:
+    """Return the manifest, and what `prepare` found or, without a manifest, would find."""
     folder = Folder(spec.data.prepared)
     try:
         manifest = read_manifest(folder)
         require_trainable(spec, manifest)
     except (JobError, OSError, ValueError) as failure:
         remedy = "run `python -m ray_jobs.prepare`, or correct data.prepared"
-        return None, from_message("manifest", str(failure), remedy)
+        missing = from_message("manifest", str(failure), remedy)
+        return None, [missing, *_check_raw_data(spec, folder)]
     rows = ", ".join(f"{info.num_rows:,} {split}" for split, info in manifest.splits.items())
-    return manifest, ok("manifest", f"{folder}: {rows} rows, all shards exist")
+    summary = ok("manifest", f"{folder}: {rows} rows, all shards exist")
+    return manifest, [summary, *stored_findings(manifest)]
+
+
+def _check_raw_data(spec: RunSpec, folder: Folder) -> list[Finding]:
+    if not spec.prepare.images or folder.exists(MANIFEST):
+        return []
+    try:
+        return dry_run(read_inputs(spec)).findings
+    except JobError as failure:
+        return [from_message("prepare", str(failure))]
 
 
 def _connection(spec: RunSpec) -> AbstractContextManager[None]:

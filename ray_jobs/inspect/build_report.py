@@ -71,7 +71,7 @@ def build_report(folder: Folder, manifest: Manifest, max_rows: int) -> Report:
             "white_brightness": _WHITE,
         },
     )
-    return report.model_copy(update={"findings": find_problems(report)})
+    return report.model_copy(update={"findings": find_problems(report, manifest)})
 
 
 def _scan(folder: Folder, manifest: Manifest, max_rows: int) -> Scans:

@@ -8,15 +8,17 @@ from collections.abc import Iterable, Iterator
 
 from ray_jobs.config.prepare_spec import SPLITS
 from ray_jobs.config.text import count_text
+from ray_jobs.data.manifest import Manifest
 from ray_jobs.inspect.column_statistics import compare_fractions
 from ray_jobs.inspect.report_schema import Finding, Report
+from ray_jobs.prepare.findings import stored_findings
 
 _MOSTLY_MISSING = 0.5
 _MAX_NAMES = 5
 
 
-def find_problems(report: Report) -> tuple[Finding, ...]:
-    """Return the findings of a report: warnings, then notes."""
+def find_problems(report: Report, manifest: Manifest) -> tuple[Finding, ...]:
+    """Return the findings of a report and those of `prepare`: warnings, then notes."""
     findings = [
         *_leaks(report),
         *_shared_rows(report),
@@ -25,6 +27,7 @@ def find_problems(report: Report) -> tuple[Finding, ...]:
         *_label_drift(report),
         *_uninformative_columns(report),
         *_rows(report),
+        *(_note(finding.check, f"{finding.advice}.") for finding in stored_findings(manifest)),
     ]
     return tuple(sorted(findings, key=lambda finding: finding.severity != "warning"))
 
@@ -144,12 +147,6 @@ def _rows(report: Report) -> Iterator[Finding]:
             "repeated_image",
             f"{count_text(total, 'image')} with the same bytes as another image of the same split "
             f"({_nonzero(repeated.items())}).",
-        )
-    if bad := sum(reason.num_rows for reason in report.quarantine):
-        rows = bad + sum(summary.num_rows for summary in report.splits.values())
-        reasons = _join(f"{reason.reason} {reason.num_rows:,}" for reason in report.quarantine)
-        yield _note(
-            "quarantine", f"{bad:,} of {rows:,} rows ({bad / rows:.2%}) in quarantine: {reasons}."
         )
     sampled = [
         f"{summary.rows_inspected:,} of {summary.num_rows:,} rows in {split}"

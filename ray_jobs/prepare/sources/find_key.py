@@ -93,7 +93,8 @@ def find_pattern(
     columns = [spec.key_column] if has_key else list(_unique_columns(table, spec))
     for texts in (bases, paths):
         counts = {c: _count_patterns(table.column(c), c, texts) for c in columns}
-        column = max(counts, key=lambda column: counts[column].total(), default="")
+        # Of two columns with equally many matches, prefer the one that leaves less of the names.
+        column = max(counts, key=lambda c: (counts[c].total(), -_rest(counts[c])), default="")
         if column and counts[column].total() > _MIN_MATCHED * len(texts):
             patterns = _main_patterns(counts[column])
             if len(patterns) > 1:
@@ -191,6 +192,11 @@ def _count_patterns(cells: pa.ChunkedArray, column: str, names: Sequence[str]) -
             pattern = f"{''.join(tokens[:first])}{{{column}}}{''.join(tokens[last + 1 :])}"
             longest[owners[at]] = len(parts[at]), pattern
     return Counter(pattern for _, pattern in longest.values())
+
+
+def _rest(patterns: Counter[str]) -> int:
+    """Return the number of characters around the keys."""
+    return sum(len(re.sub(r"\{[^{}]*\}", "", pattern)) * n for pattern, n in patterns.items())
 
 
 def _main_patterns(patterns: Counter[str]) -> tuple[str, ...]:
