@@ -39,7 +39,8 @@ class PrepareSpec(Spec):
     output: str = "prepared"
     """Folder or URI for the prepared data; every worker must be able to read from it."""
     key_column: str = "key"
-    """Column with the unique key of each row."""
+    """Column with the unique key of each row. Default: `key`, or if there is none, the column that
+    the images are named after."""
     columns: Literal["confirm", "auto"] = "confirm"
     """What happens to columns without a setting. `confirm` uses those that are clearly numbers and
     prints proposals for the others, as flags to copy; `auto` follows these proposals."""
@@ -58,7 +59,8 @@ class PrepareSpec(Spec):
     evaluation; class weights multiply it."""
     image_pattern: str = "{key}.jpg"
     """Image path relative to `images`, with column names in braces; `{key}` is the key column. A
-    column can have a format, such as `{id:05d}.jpg`; the extension `.*` matches any image file."""
+    column can have a format, such as `{id:05d}.jpg`; the extension `.*` matches any image file.
+    Default: `{key}.jpg`, or if no image has such a name, found by the names of the images."""
     image_column: str | None = None
     """Column with the image path relative to `images`, instead of the pattern; for Parquet and
     TFRecord files, the column with the image itself."""

@@ -5,7 +5,6 @@ Detection descends into folders only until it finds a file of a known kind.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import PurePosixPath
 from typing import Literal
 
 from pyarrow import fs
@@ -130,15 +129,15 @@ def _search(
     folder: Folder, patterns: Sequence[str], spec: PrepareSpec
 ) -> tuple[dict[Kind, str], list[str]]:
     """Return the kinds on the first level that has any, with a file of each, and other files."""
-    table_path = Folder(spec.table).path if spec.table else None
+    table = Folder(spec.table).path.removeprefix(f"{folder.path}/") if spec.table else None
     kinds: dict[Kind, str] = {}
     other: list[str] = []
     # Metadata may be in a folder above its images.
     for names in Walk(folder, patterns).levels(_MAX_FOLDERS):
         for name in names:
-            if folder.locate(name) == table_path:
+            if name == table:
                 continue
-            base = PurePosixPath(name).name
+            base = name.rpartition("/")[2]
             if kind := _kind_of(name):
                 kinds.setdefault(kind, base)
             else:
@@ -149,7 +148,7 @@ def _search(
 
 
 def _kind_of(name: str) -> Kind | None:
-    if PurePosixPath(name).name in huggingface_imagefolder.METADATA:
+    if name.rpartition("/")[2] in huggingface_imagefolder.METADATA:
         return "imagefolder"
     if name.lower().endswith(IMAGE_SUFFIXES):
         return "folder"
