@@ -30,7 +30,13 @@ def write_run(folder: Path, manifest: Manifest, image: str = "tiny", numeric: st
     )
     size = manifest.image.height
     keras.utils.set_random_seed(1)
-    model = build_model(spec, manifest.statistics, (size, size, 3))
+    model = build_model(
+        spec,
+        manifest.statistics,
+        (size, size, 3),
+        None if manifest.statistics else (0,),
+        manifest.vocabularies,
+    )
     with_random_heads(model)
     model.calibration.set([2.0], -0.3)
     manifest.write(Folder(folder))
