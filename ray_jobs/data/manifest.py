@@ -49,9 +49,6 @@ class Shard(Spec):
     sha256: str
     num_without_image: int = 0
     """Rows without any image, kept by `prepare.missing_image`."""
-    missing_files: str = ""
-    """A bit per row in hexadecimal, 1 if it has no image because no such file existed; a rerun
-    writes the shard again once one of these files exists. Empty if there are none."""
     rows_sha256: str = ""
     """Hash of the inputs of the shard's rows; a rerun skips a shard whose hash is unchanged."""
 

@@ -133,9 +133,7 @@ def make_plan(
     for (split, shard, _), chosen in zip(earlier_shards, earlier_rows, strict=True):
         if (chosen < 0).any() or (split_of[chosen] != SPLITS.index(split)).any():
             continue
-        own = rows.take(chosen)
-        is_same = writer.fingerprint(split, own) == shard.rows_sha256
-        if is_same and not (shard.missing_files and writer.finds_missing_files(shard, own)):
+        if writer.fingerprint(split, rows.take(chosen)) == shard.rows_sha256:
             kept[split].append(shard)
             is_kept[chosen] = True
     new: list[NewShard] = []

@@ -154,7 +154,9 @@ class RowConverter:
                     # A copy without traceback, whose frames would keep the image in memory.
                     content = BadImage(error.reason, error.detail)
             if isinstance(content, BadImage):
-                if not (self.image.has_nulls and content.reason == "missing_image"):
+                # Sources name only files that exist, so a file that does not was just deleted.
+                is_empty = content.reason == "missing_image" and rows.images[position].in_containers
+                if not (self.image.has_nulls and is_empty):
                     prefix = f"{self.image.names[position]}, " if self.image.names else ""
                     detail = f"{prefix}{rows.images[position].name(row)}: {content.detail}"
                     return BadImage(content.reason, detail)
@@ -222,7 +224,7 @@ class ShardWriter(RowConverter):
         good: list[int] = []
         group: list[StoredImages] = []
         row_groups: list[int] = []
-        num_without_image, missing_files = 0, list[bool]()
+        num_without_image = 0
         file = pa.BufferOutputStream()
         options = parquet_options(self.schema, self.image)
         with pq.ParquetWriter(file, self.schema, **options) as writer:
@@ -241,12 +243,7 @@ class ShardWriter(RowConverter):
                 else:
                     group.append(images)
                     good.append(row)
-                    is_without = all(image is None for image in images)
-                    num_without_image += is_without
-                    missing_files.append(
-                        is_without
-                        and any(r.path[row].is_valid and not r.in_containers for r in rows.images)
-                    )
+                    num_without_image += all(image is None for image in images)
                 if len(group) == self.rows_per_group:
                     flush()
             flush()
@@ -263,27 +260,9 @@ class ShardWriter(RowConverter):
                 num_bytes=len(content),
                 sha256=sha256,
                 num_without_image=num_without_image,
-                missing_files=np.packbits(missing_files).tobytes().hex()
-                if any(missing_files)
-                else "",
                 rows_sha256=self.fingerprint(split, rows.take(np.array(good))),
             )
         return ShardFacts(split=split, index=index, shard=shard, bad_rows=tuple(bad_rows))
-
-    def finds_missing_files(self, shard: Shard, rows: Rows) -> bool:
-        """Return whether a file exists by now that was missing when the shard was written.
-
-        Args:
-            shard: The shard.
-            rows: Its rows, in order.
-        """
-        bits = np.frombuffer(bytes.fromhex(shard.missing_files), np.uint8)
-        missing = rows.take(np.flatnonzero(np.unpackbits(bits)))
-        return any(
-            isinstance(content, bytes)
-            for refs, reader in zip(missing.images, self.readers, strict=True)
-            for content in reader.read(refs.take(np.flatnonzero(refs.has_image)))
-        )
 
     def _limit_rows(self, num_rows: int, max_bytes: int) -> int:
         if self.spec.store == "jpeg":
