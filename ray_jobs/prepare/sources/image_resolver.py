@@ -1,9 +1,9 @@
 """Finds the image file that each path in a table means.
 
 The exact path comes first. Other paths are compared in ever looser spellings until exactly one file
-fits: slashes and escapes, Unicode form, letter case, extension, zeros before the last number. In
-each, a path may also be the end of a file's path. A path outside the folder, such as an absolute
-path of another machine, must end in the file's path below the folder.
+fits: slashes and escapes, Unicode form, letter case, extension. In each, a path may also be the end
+of a file's path. A path outside the folder, such as an absolute path of another machine, must end
+in the file's path below the folder.
 """
 
 # pyright: reportAttributeAccessIssue=false
@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import fs
 
-from ray_jobs.prepare.cell_text import TEXT
+from ray_jobs.prepare.cell_text import TEXT, first_rows
 from ray_jobs.prepare.sources.source_files import IMAGE_SUFFIXES, map_in_threads
 from ray_jobs.storage.folder import Folder
 
@@ -37,10 +37,9 @@ _SUFFIX = "|".join(re.escape(suffix) for suffix in IMAGE_SUFFIXES)
 _STEM = rf"(?s)^(?P<stem>.*?)(?P<suffix>(?i:{_SUFFIX})*)$"
 _GUESSES = (
     "another spelling of the path", "another Unicode form", "another letter case",
-    "another extension", "another number of zeros", "the end of the path",
+    "another extension", "the end of the path",
 )  # fmt: skip
-_SPELLING, _FORM, _CASE, _EXTENSION, _ZEROS, _END = _GUESSES
-_LOOSE = (_EXTENSION, _ZEROS)
+_SPELLING, _FORM, _CASE, _EXTENSION, _END = _GUESSES
 
 
 class Found(NamedTuple):
@@ -140,25 +139,21 @@ class _Matcher:
         own_keys, file_keys = _spellings(pc.utf8_ltrim(clean, "/")), _spellings(self.files)
         for (guess, wanted), (_, files) in zip(own_keys, file_keys, strict=True):
             is_open = (self.match[unmatched] < 0) & ~np.isin(unmatched, [*self.ambiguous])
-            for foreign, search in ((False, _search_ends), (True, _search_tails)):
-                todo = np.flatnonzero(is_open & (is_foreign == foreign))
-                if not len(todo):
-                    continue
-                first, last = search(wanted.take(pa.array(todo)), files)
-                for i in np.flatnonzero(first != last).tolist():
-                    one, other = self.files[int(first[i])], self.files[int(last[i])]
-                    row = int(unmatched[todo[i]])
-                    self.ambiguous[row] = f"{self.texts[row]} may be {one} or {other}"
-                is_clear = (first >= 0) & (first == last)
-                rows, first = unmatched[todo[is_clear]], first[is_clear]
-                self.match[rows] = first
-                found = wanted.take(pa.array(todo[is_clear]))
-                is_whole = pc.equal(found, files.take(pa.array(first)))
-                is_whole = is_whole.to_numpy(zero_copy_only=False)
-                # Without folders, as documented for globs.
-                end = "" if self.in_glob and not foreign and guess == _SPELLING else _END
-                self.guess[rows] = np.where(is_whole, guess, end)
-                self.is_loose[rows] = foreign & ~is_whole | (guess in _LOOSE)
+            todo = np.flatnonzero(is_open)
+            own, foreign = wanted.take(pa.array(todo)), is_foreign[todo]
+            first, last = _search(own, foreign, files)
+            for i in np.flatnonzero(first != last).tolist():
+                one, other = self.files[int(first[i])], self.files[int(last[i])]
+                row = int(unmatched[todo[i]])
+                self.ambiguous[row] = f"{self.texts[row]} may be {one} or {other}"
+            is_clear = (first >= 0) & (first == last)
+            rows, found = unmatched[todo[is_clear]], pa.array(first[is_clear])
+            is_whole = pc.equal(own.filter(pa.array(is_clear)), files.take(found)).to_numpy(False)
+            self.match[rows] = found
+            # Globs are documented to match names without their folders.
+            is_usual = ~foreign[is_clear] & (self.in_glob and guess == _SPELLING)
+            self.guess[rows] = np.where(is_whole, guess, np.where(is_usual, "", _END))
+            self.is_loose[rows] = foreign[is_clear] & ~is_whole | (guess == _EXTENSION)
 
     def reject_shared(self) -> None:
         """Undo guesses that give the image of one path to another path."""
@@ -234,7 +229,6 @@ def _spellings(texts: Paths) -> list[tuple[str, Paths]]:
     parts = pc.extract_regex(form, _STEM)
     stem, suffix = pc.struct_field(parts, "stem"), pc.utf8_lower(pc.struct_field(parts, "suffix"))
     lower = pc.utf8_lower(stem)
-    number = pc.replace_substring_regex(lower, r"(^|[^0-9])0+([0-9]+[^0-9/]*)$", r"\1\2")
 
     def with_suffix(key: Paths) -> Paths:
         return pc.binary_join_element_wise(key, suffix, pa.scalar("", TEXT))
@@ -244,9 +238,7 @@ def _spellings(texts: Paths) -> list[tuple[str, Paths]]:
         (_FORM, form),
         (_EXTENSION, with_suffix(stem)),
         (_CASE, with_suffix(lower)),
-        (_ZEROS, with_suffix(number)),
         (_EXTENSION, lower),
-        (_ZEROS, number),
     ]
 
 
@@ -291,37 +283,30 @@ def _plain(texts: Paths) -> Paths:
     return pc.replace_substring_regex(texts, r"^(\./)+|/\.?$", "")
 
 
-def _search_ends(wanted: Paths, files: Paths) -> tuple[np.ndarray, np.ndarray]:
-    """Return the first and last file whose path is or else ends in each path; -1 for none."""
-    first, last = _search(wanted, files)
-    depths = pc.count_substring(wanted, "/").to_numpy()
-    for depth in np.unique(depths[first < 0]).tolist():
-        deeper = np.flatnonzero(pc.greater(pc.count_substring(files, "/"), depth))
-        rows = np.flatnonzero((first < 0) & (depths == depth))
-        if len(deeper):
-            ends = _last_parts(files.take(pa.array(deeper)), depth)
-            one, other = _search(wanted.take(pa.array(rows)), ends)
-            first[rows] = np.where(one < 0, -1, deeper[one])
-            last[rows] = np.where(other < 0, -1, deeper[other])
-    return first, last
+def _search(wanted: Paths, is_foreign: np.ndarray, files: Paths) -> tuple[np.ndarray, np.ndarray]:
+    """Return the first and last file that fits each path; -1 for none.
 
-
-def _search_tails(wanted: Paths, files: Paths) -> tuple[np.ndarray, np.ndarray]:
-    """Return the first and last file that is the longest end of each path; -1 for none."""
+    A file fits if its path is the path or else ends in it; a foreign path must end in the path of
+    the file, and the longest such path fits.
+    """
     first, last = np.full((2, len(wanted)), -1, np.int64)
-    for depth in sorted(pc.unique(pc.count_substring(files, "/")).to_pylist(), reverse=True):
-        rows = np.flatnonzero(first < 0)
-        ends = _last_parts(wanted.take(pa.array(rows)), depth)
-        first[rows], last[rows] = _search(ends, files)
+    depths, file_depths = (pc.count_substring(p, "/").to_numpy() for p in (wanted, files))
+
+    def match(rows: np.ndarray, depth: int, among: np.ndarray) -> None:
+        """Compare the last parts of paths with those of files."""
+        rows, among = rows[first[rows] < 0], np.flatnonzero(among)
+        ends, keys = (
+            _last_parts(p.take(pa.array(i)), depth) for p, i in ((wanted, rows), (files, among))
+        )
+        if len(keys):
+            first[rows] = np.append(among, -1)[first_rows(ends, keys)]
+            last[rows] = np.append(among[::-1], -1)[first_rows(ends, keys[::-1])]
+
+    for depth in np.unique(file_depths)[::-1].tolist():
+        match(np.flatnonzero(is_foreign | (depths == depth)), depth, file_depths == depth)
+    for depth in np.unique(depths).tolist():
+        match(np.flatnonzero(~is_foreign & (depths == depth)), depth, file_depths > depth)
     return first, last
-
-
-def _search(wanted: Paths, keys: Paths) -> tuple[np.ndarray, np.ndarray]:
-    """Return the first and the last index of each text among keys; -1 for none."""
-    first = pc.index_in(wanted, value_set=keys, skip_nulls=True).fill_null(-1).to_numpy()
-    last = pc.index_in(wanted, value_set=keys[::-1], skip_nulls=True).fill_null(-1).to_numpy()
-    first, last = first.astype(np.int64), last.astype(np.int64)
-    return first, np.where(first < 0, -1, len(keys) - 1 - last)
 
 
 def _last_parts(paths: Paths, depth: int) -> Paths:
