@@ -1,7 +1,6 @@
 """Recognises what a file is by its first bytes, whatever its name says, and unpacks it."""
 
 import io
-import json
 import lzma
 import re
 import zipfile
@@ -36,7 +35,6 @@ _NO_TABLE = {
     rb"Rar!|7z\xbc\xaf|.{257}ustar[\0 ]": "an archive; unpack it, and give the table in it",
 }
 _JSON = rb"\{\s*[\"}]|\[\s*[{\]]"
-_JSON_NAME = re.compile(r"\.(jsonl|ndjson|json)\b", re.I)
 
 
 @dataclass(frozen=True)
@@ -78,19 +76,7 @@ def unpack(file: RawFile) -> tuple[RawFile, Format]:
     # Byte order marks and the zeros of UTF-16.
     if not re.match(_JSON, head.lstrip(b"\xef\xbb\xbf\xff\xfe\0 \t\r\n").replace(b"\0", b"")):
         return file, "csv"
-    if not _JSON_NAME.search(file.name) and _is_json_object(head):
-        raise JobError(
-            f"the table {file.name} is one JSON object, perhaps an error: "
-            f"{head[:60].decode(errors='replace')}; download the table itself"
-        )
     return file, "json"
-
-
-def _is_json_object(content: bytes) -> bool:
-    try:
-        return isinstance(json.loads(content), dict)
-    except ValueError:
-        return False
 
 
 def _decompress(file: RawFile, codec: str) -> pa.NativeFile:

@@ -16,14 +16,19 @@ from pyarrow import fs
 from mm_model.nearest_match import did_you_mean
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.text import count_text, names_text
+from ray_jobs.prepare.cell_text import MISSING_NUMBERS
 from ray_jobs.prepare.table_files.csv_files import read_csv
-from ray_jobs.prepare.table_files.decimal_commas import replace_decimal_commas
 from ray_jobs.prepare.table_files.file_format import TABLE_NAME, Format, RawFile, unpack
 from ray_jobs.prepare.table_files.record_files import left_out_note, read_json, read_xlsx
 from ray_jobs.prepare.table_files.record_table import stack
 from ray_jobs.storage.folder import Folder, expand_braces, glob_regex, split_file, split_glob
 
 _BUFFER_BYTES = 8 << 20
+_COMMA = r"^\s*[+−-]?[0-9]*,[0-9]+(?:[eE][+-]?[0-9]+)?\s*$"
+_THOUSANDS = r"^\s*[+−-]?[1-9][0-9]{0,2},[0-9]{3}\s*$"
+_WHOLE = r"^\s*[+−-]?[0-9]+\s*$"
+_MISSING = rf"(?i)^\s*(?:{'|'.join(MISSING_NUMBERS)})?\s*$"
+_MIN_CLEAR_FRACTION = 0.05
 
 Rows = tuple[pa.Table, tuple[str, ...]]
 
@@ -62,7 +67,7 @@ def open_table(location: str) -> TableFile:
     if len(files) > 1:
         notes.insert(0, f"{len(files)} parts")
     table = stack(tables) if len(tables) > 1 else tables[0]
-    table, converted = replace_decimal_commas(table)
+    table, converted = _replace_decimal_commas(table)
     if converted:
         notes.append(f"decimal commas in {names_text(converted)}")
     return TableFile(table, tuple(f"table: {note}" for note in dict.fromkeys(notes)))
@@ -152,9 +157,54 @@ def _drop_empty(table: pa.Table) -> Rows:
 
 
 def _is_empty(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+    if not _is_text(column):
         return pc.and_(pc.is_null(column), pa.types.is_null(column.type))
     return pc.fill_null(pc.equal(pc.binary_length(column), 0), False)
+
+
+def _replace_decimal_commas(table: pa.Table) -> tuple[pa.Table, list[str]]:
+    """Return the table with decimal points, and the changed columns.
+
+    A column changes if all of its cells with a comma are numbers, and at least 5% of them cannot be
+    thousands: `1,5`, `0,125` and `1,2345` cannot, but `1,234` can. It must have no number with a
+    point, and fewer words than numbers.
+    """
+    changed: list[str] = []
+    for i, name in enumerate(table.column_names):
+        column = table.column(i)
+        if _has_decimal_commas(column):
+            table = table.set_column(i, name, pc.replace_substring(column, ",", "."))
+            changed.append(name)
+    return table, changed
+
+
+def _has_decimal_commas(column: pa.ChunkedArray) -> bool:
+    if not _is_text(column):
+        return False
+    # The first cells are enough to recognise most text.
+    for part in (column[:1000], column):
+        has_comma = pc.fill_null(pc.match_substring(part, ","), False)
+        cells = part.filter(has_comma)
+        if _count(cells, _COMMA) < len(cells):
+            return False
+    if not len(cells):
+        return False
+    num_clear = len(cells) - _count(cells, _THOUSANDS)
+    others = column.filter(pc.invert(has_comma)).drop_null()
+    num_words = len(others) - _count(others, _WHOLE) - _count(others, _MISSING)
+    return (
+        num_clear >= _MIN_CLEAR_FRACTION * len(cells)
+        and _count(others, r"[0-9]\.[0-9]") == 0
+        and num_words < len(cells) + _count(others, _WHOLE)
+    )
+
+
+def _count(cells: pa.ChunkedArray, pattern: str) -> int:
+    return pc.sum(pc.match_substring_regex(cells, pattern)).as_py() or 0
+
+
+def _is_text(column: pa.ChunkedArray) -> bool:
+    return pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
 
 
 def _read_parquet(file: RawFile) -> Rows:
