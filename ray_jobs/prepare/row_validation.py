@@ -9,14 +9,14 @@ Python objects.
 
 # pyright: reportAttributeAccessIssue=false
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
 
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.prepare_spec import NumberRule, PrepareSpec
+from ray_jobs.config.prepare_spec import PrepareSpec
 from ray_jobs.prepare.cell_text import column_text, first_rows, role_text
 from ray_jobs.prepare.given_splits import describe_bad_word, read_split_keys, read_split_words
 from ray_jobs.prepare.labels import MISSING, OTHER, UNLABELLED, Classes
@@ -186,32 +186,19 @@ def _read_groups_and_splits(rows: CheckedRows, table: pa.Table, spec: PrepareSpe
 def _read_numbers(
     rows: CheckedRows, position: int, column: pa.ChunkedArray, name: str, spec: PrepareSpec
 ) -> None:
-    rule = spec.number_rules.get(name)
-    try:
-        values, is_invalid = parse_numbers(column, rule)
-    except JobError as error:
-        raise JobError(f"the numeric column {name!r} holds no numbers: {error}") from error
-    for row, remedy in _invalid_cells(column, is_invalid, name, rule):
+    values, remedies = _parse_float32(column, name, spec, "numeric")
+    for row, remedy in remedies.items():
         rows.quarantine(row, "non_numeric_text", f"{name} is {column[row].as_py()!r}{remedy}")
-    with np.errstate(over="ignore"):
-        # Excel does not store the sign of -0.
-        stored = values.astype(np.float32) + np.float32(0)
-    for row in np.flatnonzero(np.isinf(stored)).tolist():
+    for row in np.flatnonzero(np.isinf(values)).tolist():
         detail = f"{name} is {column[row].as_py()}, outside the range of float32"
         rows.quarantine(row, "non_finite_number", detail)
-    rows.numeric_RF[:, position] = stored
+    # Excel does not store the sign of -0.
+    rows.numeric_RF[:, position] = values + np.float32(0)
 
 
 def _read_weights(rows: CheckedRows, column: pa.ChunkedArray, name: str, spec: PrepareSpec) -> None:
-    rule = spec.number_rules.get(name)
-    try:
-        values, is_invalid = parse_numbers(column, rule)
-    except JobError as error:
-        raise JobError(f"the weight column {name!r} holds no numbers: {error}") from error
-    with np.errstate(over="ignore", under="ignore"):
-        rows.weights = values.astype(np.float32)
+    rows.weights, remedies = _parse_float32(column, name, spec, "weight")
     is_usable = (rows.weights > 0) & np.isfinite(rows.weights)
-    remedies = dict(_invalid_cells(column, is_invalid, name, rule))
     for row in np.flatnonzero(~is_usable).tolist():
         cell = column[row].as_py()
         text = "empty" if cell in (None, "") else repr(cell)
@@ -219,10 +206,15 @@ def _read_weights(rows: CheckedRows, column: pa.ChunkedArray, name: str, spec: P
         rows.quarantine(row, "bad_weight", detail)
 
 
-def _invalid_cells(
-    column: pa.ChunkedArray, is_invalid: np.ndarray, name: str, rule: NumberRule | None
-) -> Iterator[tuple[int, str]]:
-    """Yield the row of each cell that is not a number, and what would read it."""
+def _parse_float32(
+    column: pa.ChunkedArray, name: str, spec: PrepareSpec, kind: str
+) -> tuple[np.ndarray, dict[int, str]]:
+    """Return the cells of a column, and what would read each one that is not a number, by row."""
+    rule = spec.number_rules.get(name)
+    try:
+        values, is_invalid = parse_numbers(column, rule)
+    except JobError as error:
+        raise JobError(f"the {kind} column {name!r} holds no numbers: {error}") from error
     cells = column.filter(pa.array(is_invalid))
     remedy, is_read = f", which the rule {rule} cannot read", np.ones(len(cells), bool)
     if not rule:
@@ -230,8 +222,9 @@ def _invalid_cells(
         proposed, _ = propose_rule(cells) or (None, 0)
         remedy = f"; prepare.number_rules {{{name}: {proposed}}} would read it"
         is_read = ~np.isnan(parse_numbers(cells, proposed)[0])
-    for row, is_remedy in zip(np.flatnonzero(is_invalid).tolist(), is_read, strict=True):
-        yield row, remedy if is_remedy else ""
+    bad = zip(np.flatnonzero(is_invalid).tolist(), is_read, strict=True)
+    with np.errstate(over="ignore", under="ignore"):
+        return values.astype(np.float32), {row: remedy if read else "" for row, read in bad}
 
 
 def _rows_where(mask: pa.BooleanArray) -> list[int]:

@@ -17,6 +17,9 @@ from ray_jobs.data.manifest import ImageInfo
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _FORMAT = re.compile(r"(.+):(?:0([0-9]+))?d?")
+_ROLES = (
+    "key_column", "label_column", "group_column", "split_column", "fold_column", "weight_column",
+)  # fmt: skip
 
 
 def require_columns(
@@ -30,24 +33,19 @@ def require_columns(
         JobError: If a column is missing or has two roles. The message contains the setting, the
             column, and for a missing column the nearest match and the existing columns.
     """
-    features = {
+    inputs = {
         "prepare.numeric_columns": spec.numeric_columns or (),
         "data.categorical": categorical,
     }
+    columns_of = {name: getattr(spec, name) for name in _ROLES}
     named: dict[str, Sequence[str | None]] = {
         "prepare.key_column": [spec.key_column],
-        **features,
+        **inputs,
         "prepare.number_rules": tuple(spec.number_rules),
     }
     if labelled:
-        named |= {
-            "prepare.label_column": [spec.label_column],
-            "prepare.group_column": [spec.group_column],
-            "prepare.split_column": [spec.split_column],
-            "prepare.fold_column": [spec.fold_column],
-            "prepare.weight_column": [spec.weight_column],
-            "prepare.exclude_columns": spec.exclude_columns,
-        }
+        named |= {f"prepare.{name}": [column] for name, column in columns_of.items()}
+        named["prepare.exclude_columns"] = spec.exclude_columns
     missing = [
         f"{setting}: the table has no column {column!r}{did_you_mean(column, table.column_names)}"
         for setting, columns in named.items()
@@ -58,16 +56,13 @@ def require_columns(
         raise JobError(f"{'; '.join(missing)} (it has: {names_text(table.column_names)})")
     if spec.key_column == spec.label_column:
         raise JobError(f"{spec.key_column!r} cannot be both prepare.key_column and label_column")
-    for role in ("key_column", "label_column", "split_column"):
-        if spec.weight_column is not None and spec.weight_column == getattr(spec, role):
-            raise JobError(f"prepare.weight_column names {spec.weight_column!r}, the {role}")
-    for setting, columns in features.items():
+    for setting, columns in (inputs | {"prepare.weight_column": [spec.weight_column]}).items():
         for column in columns:
-            for role in (
-                "key_column", "label_column", "split_column", "fold_column", "weight_column"
-            ):  # fmt: skip
-                if column == getattr(spec, role):
+            for role, other in columns_of.items():
+                if column is not None and column == other and not setting.endswith(role):
                     raise JobError(f"{setting} names {column!r}, the {role}; leave it out")
+    for setting, columns in inputs.items():
+        for column in columns:
             if column in spec.exclude_columns:
                 raise JobError(f"{setting} and prepare.exclude_columns both name {column!r}")
             if list(columns).count(column) > 1:

@@ -78,7 +78,7 @@ class Walk:
     def names(self) -> list[str]:
         """Return the files in order: by pattern, then by name."""
         if self.folder.is_local:
-            names = sorted(name for level in self._levels() for name in level)
+            names = sorted(name for level in self.levels() for name in level)
         else:
             # Object stores list folders with all their subfolders in few requests.
             names = [n for n in self.folder.names() if not any(map(self._skips, n.split("/")))]
@@ -86,27 +86,24 @@ class Walk:
             names = [name for match in self._matches for name in names if match(name)]
         return list(dict.fromkeys(names))
 
-    def levels(self, max_folders: int) -> Iterator[list[str]]:
+    def levels(self, max_folders: int | None = None) -> Iterator[list[str]]:
         """Yield the files of each level of subfolders, in the first `max_folders` folders of it."""
-        for level in self._levels(max_folders):
-            yield [n for n in level if not self._matches or any(m(n) for m in self._matches)]
-
-    def _levels(self, max_folders: int | None = None) -> Iterator[list[str]]:
         level, links = [""], []
         seen: set[tuple[int, int]] = set()
         while level or links:
             if not level:
                 # After all other folders, so that a link to one of them repeats nothing.
                 level, links = links, []
-            files: list[str] = []
-            below: list[str] = []
+            found: dict[str, list[str]] = {"file": [], "folder": [], "link": links}
             for parent in sorted(level)[:max_folders]:
                 is_local = self.folder.is_local
-                entries = self._list_local(parent, seen) if is_local else self._list_remote(parent)
-                for name, kind in entries:
-                    {"file": files, "folder": below, "link": links}[kind].append(name)
-            yield sorted(files)
-            level = below
+                for name, kind in (
+                    self._list_local(parent, seen) if is_local else self._list_remote(parent)
+                ):
+                    found[kind].append(name)
+            files = sorted(found["file"])
+            yield [n for n in files if not self._matches or any(m(n) for m in self._matches)]
+            level = found["folder"]
 
     def _list_local(self, parent: str, seen: set[tuple[int, int]]) -> Iterator[tuple[str, str]]:
         """Yield the names in a folder and their kinds."""
