@@ -141,8 +141,8 @@ def _read_file(
                     positions[image].append(position)
     except DamagedFile as error:
         raise JobError(
-            f"{folder}/{name} is damaged or not a TFRecord file of tf.train.Example: {error}; "
-            "recreate the file"
+            f"{folder}/{name} is damaged, compressed or not a TFRecord file of tf.train.Example: "
+            f"{error}; recreate the file without compression"
         ) from error
     except OSError as error:
         raise JobError(f"{folder}/{name} cannot be read: {error}") from error
