@@ -7,6 +7,7 @@ files, and floats have no fixed range. One range for all images keeps their brig
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -52,15 +53,20 @@ def find_pixel_range(
     samples = list(_sample(rows, readers, spec))
     if not samples:
         return EIGHT_BITS, ""
-    _require_one_range(samples)
-    is_float = any(sample.is_float for sample in samples)
     low, high = min(sample.low for sample in samples), max(sample.high for sample in samples)
-    found = _covering(low, high, is_float)
+    floats = [sample for sample in samples if sample.is_float]
+    if floats and max(sample.high for sample in floats) <= 1 < high:
+        raise JobError(
+            "some images contain floats, others integers: {0.name} has {0.low:g} to {0.high:g}, "
+            "and {1.name} has {1.low:g} to {1.high:g}; store all images alike, or set "
+            "prepare.pixel_range".format(floats[0], max(samples, key=lambda s: s.high))
+        )
+    found = _covering(low, high, bool(floats))
     if earlier and not earlier.manifest.prepare.pixel_range:
         known = earlier.manifest.image.pixel_range or EIGHT_BITS
         if known[0] <= low and high <= known[1] and high - low > (known[1] - known[0]) / 2:
             found = known
-    bits = f"{int(found[1]).bit_length()} bits" if found[0] == 0 and not is_float else "values"
+    bits = f"{int(found[1]).bit_length()} bits" if found[0] == 0 and not floats else "values"
     first, last = map(number_text, found)
     return found, (
         f"images: {bits} in use ({first} to {last}), scaled to 8 bits; "
@@ -83,20 +89,17 @@ def _sample(
     good = np.flatnonzero(rows.good)
     count = min(len(good), max(_SAMPLE_IMAGES // max(len(readers), 1), 1))
     chosen = good[np.linspace(0, len(good) - 1, count).astype(np.int64)]
-    num_threads = len(os.sched_getaffinity(0))
+    num_threads, max_pixels = len(os.sched_getaffinity(0)), spec.max_image_pixels
 
     def measure(image: tuple[str, bytes | BadImage]) -> _Sample | None:
         name, content = image
-        try:
-            if isinstance(content, BadImage):
-                return None
-            values = deep_values(content, spec.max_image_pixels)
-        # Its row is quarantined when the shard is written.
-        except BadImage:
-            return None
-        if values is None or not (finite := values[np.isfinite(values)]).size:
-            return None
-        return _Sample(name, float(finite.min()), float(finite.max()), values.dtype.kind == "f")
+        # The row of an image that cannot be read is quarantined when the shard is written.
+        with suppress(BadImage):
+            values = None if isinstance(content, BadImage) else deep_values(content, max_pixels)
+            if values is not None and (finite := values[np.isfinite(values)]).size:
+                low, high = float(finite.min()), float(finite.max())
+                return _Sample(name, low, high, values.dtype.kind == "f")
+        return None
 
     with ThreadPoolExecutor(num_threads) as threads:
         for refs, reader in zip(rows.images, readers, strict=True):
@@ -113,15 +116,3 @@ def _covering(low: float, high: float, is_float: bool) -> PixelRange:
         if low >= 0 and is_float and limit / 2 <= high <= limit:
             return 0.0, limit
     return low, high if high > low else low + 1.0
-
-
-def _require_one_range(samples: Sequence[_Sample]) -> None:
-    """Check that floats do not have a much smaller range than integers, such as 0 to 1."""
-    floats = [sample for sample in samples if sample.is_float]
-    integers = [sample for sample in samples if not sample.is_float]
-    if floats and integers and max(s.high for s in floats) <= 1 < max(s.high for s in integers):
-        raise JobError(
-            "some images contain floats, others integers: {0.name} has {0.low:g} to {0.high:g}, "
-            "and {1.name} has {1.low:g} to {1.high:g}; store all images alike, or set "
-            "prepare.pixel_range".format(floats[0], max(integers, key=lambda s: s.high))
-        )
