@@ -42,14 +42,8 @@ def read_split_words(texts: pa.LargeStringArray) -> np.ndarray:
 
 def describe_bad_word(word: str | None) -> str:
     """Return why a cell names no split."""
-    if word is None:
-        return "empty; write train, validation or test"
-    if word.isdecimal():
-        return (
-            f"{word!r}, and the meaning of numbers is not guessed; write train, validation or test"
-        )
     accepted = (", ".join(words) for words in _SPELLINGS.values())
-    return f"{word!r}, not one of {'; '.join(accepted)}"
+    return f"{'empty' if word is None else repr(word)}, not one of {'; '.join(accepted)}"
 
 
 def read_split_keys(

@@ -33,7 +33,7 @@ _SPACES = " \u00a0\u2009\u202f"
 _MARKS = (r"\.", f"[{_SPACES}]", "['’]")
 _GROUPED = "|".join(rf"[0-9]{{1,3}}(?:{mark}[0-9]{{3}})+" for mark in _MARKS)
 _COMMA = rf"^[+-]?(?:(?:[0-9]+|{_GROUPED})(?:,[0-9]+)?|,[0-9]+)(?:e[+-]?[0-9]+)?$"
-_THOUSANDS = rf"^[+-]?[0-9]{{1,3}}(?:[,{_SPACES}'’][0-9]{{3}})+(?:\.[0-9]+)?$"
+_THOUSANDS = rf"^[+-]?[1-9][0-9]{{0,2}}(?:[,{_SPACES}'’][0-9]{{3}})+(?:\.[0-9]+)?$"
 _SYMBOL = "[$€£¥₹₽₩₺₫฿¢]"
 _CURRENCY = (
     rf"(?:us|ca|au|nz|hk|r|a|c)?{_SYMBOL}|usd|eur|gbp|jpy|chf|cad|aud|nzd|inr|cny|rmb|sek|nok|dkk|"
@@ -257,9 +257,7 @@ def _date_part(days: np.ndarray, part: str) -> np.ndarray:
 
 
 _PARSERS: dict[str, Callable[[pa.LargeStringArray], np.ndarray]] = {
-    "range_low": lambda lower: _parse_ranges(lower, "range_low"),
-    "range_mean": lambda lower: _parse_ranges(lower, "range_mean"),
-    "range_high": lambda lower: _parse_ranges(lower, "range_high"),
+    **{end: partial(_parse_ranges, end=end) for end in ("range_low", "range_mean", "range_high")},
     "decimal_comma": _parse_decimal_comma,
     "thousands": _parse_thousands,
     "money": _parse_money,

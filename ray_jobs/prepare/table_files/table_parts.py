@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -16,7 +17,7 @@ from pyarrow import fs
 from mm_model.nearest_match import did_you_mean
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.text import count_text, names_text
-from ray_jobs.prepare.cell_text import MISSING_NUMBERS
+from ray_jobs.prepare.number_parsing import parse_numbers
 from ray_jobs.prepare.table_files.csv_files import read_csv
 from ray_jobs.prepare.table_files.file_format import TABLE_NAME, Format, RawFile, unpack
 from ray_jobs.prepare.table_files.record_files import left_out_note, read_json, read_xlsx
@@ -25,9 +26,6 @@ from ray_jobs.storage.folder import Folder, expand_braces, glob_regex, split_fil
 
 _BUFFER_BYTES = 8 << 20
 _COMMA = r"^\s*[+−-]?[0-9]*,[0-9]+(?:[eE][+-]?[0-9]+)?\s*$"
-_THOUSANDS = r"^\s*[+−-]?[1-9][0-9]{0,2},[0-9]{3}\s*$"
-_WHOLE = r"^\s*[+−-]?[0-9]+\s*$"
-_MISSING = rf"(?i)^\s*(?:{'|'.join(MISSING_NUMBERS)})?\s*$"
 _MIN_CLEAR_FRACTION = 0.05
 
 Rows = tuple[pa.Table, tuple[str, ...]]
@@ -185,22 +183,17 @@ def _has_decimal_commas(column: pa.ChunkedArray) -> bool:
     for part in (column[:1000], column):
         has_comma = pc.fill_null(pc.match_substring(part, ","), False)
         cells = part.filter(has_comma)
-        if _count(cells, _COMMA) < len(cells):
+        if pc.all(pc.match_substring_regex(cells, _COMMA)).as_py() is False:
             return False
     if not len(cells):
         return False
-    num_clear = len(cells) - _count(cells, _THOUSANDS)
-    others = column.filter(pc.invert(has_comma)).drop_null()
-    num_words = len(others) - _count(others, _WHOLE) - _count(others, _MISSING)
-    return (
-        num_clear >= _MIN_CLEAR_FRACTION * len(cells)
-        and _count(others, r"[0-9]\.[0-9]") == 0
-        and num_words < len(cells) + _count(others, _WHOLE)
+    others = column.filter(pc.invert(has_comma))
+    numbers, is_word = parse_numbers(others)
+    return bool(
+        np.isnan(parse_numbers(cells, "thousands")[0]).mean() >= _MIN_CLEAR_FRACTION
+        and not pc.any(pc.match_substring_regex(others, r"[0-9]\.[0-9]")).as_py()
+        and is_word.sum() < len(cells) + np.isfinite(numbers).sum()
     )
-
-
-def _count(cells: pa.ChunkedArray, pattern: str) -> int:
-    return pc.sum(pc.match_substring_regex(cells, pattern)).as_py() or 0
 
 
 def _is_text(column: pa.ChunkedArray) -> bool:
