@@ -55,9 +55,5 @@ def read_pixels(
         return values, (0, 2**bits - 1), inverted
     padding = dataset.get("PixelPaddingValue")
     kept = values if padding is None else values[stored != padding]
-    return values, _own_range(kept), inverted
-
-
-def _own_range(values: np.ndarray) -> tuple[float, float]:
-    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 1.0)
-    return low, high if high > low else low + 1
+    low, high = (float(kept.min()), float(kept.max())) if kept.size else (0.0, 1.0)
+    return values, (low, high if high > low else low + 1), inverted

@@ -6,6 +6,7 @@ cell quarantines its row in row_validation.py.
 
 # pyright: reportAttributeAccessIssue=false
 
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -85,9 +86,11 @@ def find_classes(column: pa.ChunkedArray, spec: PrepareSpec) -> Classes:
     pair = next((pair for pair in _PAIRS if set(pair) <= set(labels)), None)
     if not positive:
         if pair is None:
+            rarest = spellings[labels[-1]]
+            flag = rarest if rarest.isalnum() else shlex.quote(f'["{rarest}"]')
             raise JobError(
                 f"{column_name} holds {values}; set which of them are positive, such as "
-                f"--prepare.positive_label {_flag_text(spellings[labels[-1]])}"
+                f"--prepare.positive_label {flag}"
             )
         positive = [pair[1]]
     negative = [pair[0]] if pair and pair[1:] == tuple(positive) else []
@@ -140,8 +143,3 @@ def _format_counts(counts: Counter[str], spellings: Mapping[str, str]) -> str:
 def _names(keys: Iterable[str], spellings: Mapping[str, str]) -> str:
     names = [repr(spellings[key]) for key in keys]
     return ", ".join(names[:6]) + (f" and {len(names) - 6:,} more" if len(names) > 6 else "")
-
-
-def _flag_text(label: str) -> str:
-    """Return a label as it is written after a flag."""
-    return label if label.isalnum() else f"'[\"{label}\"]'"

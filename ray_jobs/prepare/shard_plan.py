@@ -142,7 +142,8 @@ def make_plan(
         chosen = chosen[~is_kept[chosen]]
         if in_containers:
             chosen = chosen[_container_order([refs.take(chosen) for refs in rows.images])]
-        first = max((_index(shard) + 1 for shard in kept[split]), default=0)
+        indices = (_INDEX.search(shard.path) for shard in kept[split])
+        first = max((int(match[1]) + 1 for match in indices if match), default=0)
         for index, start in enumerate(range(0, len(chosen), writer.rows_per_shard), first):
             new.append((split, index, chosen[start : start + writer.rows_per_shard]))
     return Plan(members, cuts, note, kept, new)
@@ -260,8 +261,3 @@ def _container_order(images: list[ImageRefs]) -> np.ndarray:
         if refs.start is not None:
             start = np.where(refs.has_image, refs.start, start)
     return np.lexsort((start, rank[paths.indices.to_numpy()]))
-
-
-def _index(shard: Shard) -> int:
-    match = _INDEX.search(shard.path)
-    return int(match[1]) if match else 0

@@ -215,7 +215,8 @@ def _cut(
         fraction += fractions[split]
         if split in taken:
             most = len(ends) - len(taken) + taken.index(split) + 1
-            end = _nearest(ends, fraction * ends[-1], end + 1, most)
+            # The number of groups that best matches the fraction of the rows.
+            end += 1 + int(np.argmin(np.abs(ends[end:most] - fraction * ends[-1])))
         low = hashes[end - 1].decode() + "0" if end else ""
         high = hashes[end].decode() if end < len(hashes) else _LAST
         if is_small or high == _LAST:
@@ -223,8 +224,3 @@ def _cut(
             high = min(max(f"{int(fraction * 16**8):08x}", low), high)
         limits.append(high if fraction else "")
     return Cut(max_share=max_share, test=limits[0], validation=limits[1])
-
-
-def _nearest(ends: np.ndarray, target: float, least: int, most: int) -> int:
-    """Return the number of groups, from `least` to `most`, that best matches a target in rows."""
-    return least + int(np.argmin(np.abs(ends[least - 1 : most] - target)))

@@ -161,7 +161,9 @@ def _read_columns(
         ):
             schema = file.schema_arrow
             _require_images(schema, columns.values(), f"{folder}/{name}")
-            flat = [f.name for f in schema if not _is_bulky(f.type)]
+            flat = [
+                f.name for f in schema if not (pa.types.is_nested(f.type) or _is_binary(f.type))
+            ]
             if spec.table:
                 require_column(flat, spec.key_column, "prepare.key_column", f"{folder}/{name}")
                 flat = [spec.key_column]
@@ -202,10 +204,6 @@ def _is_binary(kind: pa.DataType) -> bool:
         or types.is_fixed_size_binary(kind)
         or types.is_binary_view(kind)
     )
-
-
-def _is_bulky(kind: pa.DataType) -> bool:
-    return pa.types.is_nested(kind) or _is_binary(kind)
 
 
 def _runs(refs: ImageRefs) -> Iterator[tuple[str | None, np.ndarray]]:

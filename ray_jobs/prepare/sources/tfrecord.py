@@ -49,7 +49,9 @@ def open_source(spec: PrepareSpec) -> Source:
     only the key is read from the records, and records and table are joined by key.
     """
     folder, names, notes = find_files(spec.images, is_tfrecord, "TFRecord files")
-    features = _image_features(spec)
+    # The features that may hold each image, in order of preference.
+    features: dict[str, tuple[str, ...]] = {name: (name,) for name in spec.image_columns}
+    features = features or {"": (spec.image_column,) if spec.image_column else DEFAULT_FEATURES}
     files = map_in_threads(partial(_read_file, folder, features, spec), names)
     left_out = {feature for file in files for feature in file.left_out}
     own = stack(file.records for file in files)
@@ -90,13 +92,6 @@ def is_tfrecord(name: str) -> bool:
     """Return whether a name is that of a TFRecord file, such as `a.tfrecord-00000-of-00010`."""
     base = name.lower().rpartition("/")[2]
     return ".tfrecord" in base or base.startswith("tfrecord") or base.endswith((".tfrec", ".tfr"))
-
-
-def _image_features(spec: PrepareSpec) -> dict[str, tuple[str, ...]]:
-    """Return the features that may hold each image, in order of preference."""
-    if spec.image_columns:
-        return {name: (name,) for name in spec.image_columns}
-    return {"": (spec.image_column,) if spec.image_column else DEFAULT_FEATURES}
 
 
 @dataclass

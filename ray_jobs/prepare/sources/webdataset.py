@@ -47,7 +47,9 @@ def open_source(spec: PrepareSpec) -> Source:
     `prepare.image_columns` names several, such as `front` for `.front.jpg` or `.front`.
     """
     folder, names, notes = find_files(spec.images, is_tar, "tar files")
-    extensions = _image_extensions(spec)
+    # None stands for any extension of images.
+    wanted = {name: name for name in spec.image_columns} or {"": spec.image_column}
+    extensions = {image: e.lower().lstrip(".") if e else None for image, e in wanted.items()}
     tars = map_in_threads(partial(_read_tar, folder, extensions, spec), names)
     indexes: dict[str, ImageIndex] = {}
     for image, extension in extensions.items():
@@ -87,13 +89,6 @@ class _TarIndex:
     """Start and size of the images: int64 (number of images, 2), by image name."""
     records: pa.Table
     extensions: set[str]
-
-
-def _image_extensions(spec: PrepareSpec) -> dict[str, str | None]:
-    """Return the file extension of each image, None for any extension of images."""
-    if spec.image_columns:
-        return {name: name.lower().lstrip(".") for name in spec.image_columns}
-    return {"": spec.image_column.lower().lstrip(".") if spec.image_column else None}
 
 
 def _find_image(extension: str, extensions: dict[str, str | None]) -> str | None:

@@ -52,20 +52,17 @@ def stack(tables: Iterable[pa.Table]) -> pa.Table:
     kinds: dict[str, set[pa.DataType]] = {}
     for field in (field for table in tables for field in table.schema):
         kinds.setdefault(field.name, set()).add(field.type)
-    mixed = {name for name, of_name in kinds.items() if not _have_common_type(of_name)}
+    mixed: set[str] = set()
+    for name, of_name in kinds.items():
+        try:
+            pa.unify_schemas([pa.schema([("", k)]) for k in of_name], promote_options="permissive")
+        except (pa.ArrowTypeError, pa.ArrowInvalid):
+            mixed.add(name)
     as_text = [
         table.cast(pa.schema([(f.name, TEXT if f.name in mixed else f.type) for f in table.schema]))
         for table in tables
     ]
     return pa.concat_tables(as_text, promote_options="permissive")
-
-
-def _have_common_type(kinds: set[pa.DataType]) -> bool:
-    try:
-        pa.unify_schemas([pa.schema([("", k)]) for k in kinds], promote_options="permissive")
-    except (pa.ArrowTypeError, pa.ArrowInvalid):
-        return False
-    return True
 
 
 def _array_of_cells(cells: Sequence[Any]) -> pa.Array:
