@@ -34,12 +34,9 @@ _MAX_NEAREST = 100
 """Maximum number of paths to search the nearest file for."""
 _NEIGHBOURS = 25
 _SUFFIX = "|".join(re.escape(suffix) for suffix in IMAGE_SUFFIXES)
+_LOOSE = (2, 4)
+"""The `_spellings` that differ in the extension."""
 _STEM = rf"(?s)^(?P<stem>.*?)(?P<suffix>(?i:{_SUFFIX})*)$"
-_GUESSES = (
-    "another spelling of the path", "another Unicode form", "another letter case",
-    "another extension", "the end of the path",
-)  # fmt: skip
-_SPELLING, _FORM, _CASE, _EXTENSION, _END = _GUESSES
 
 
 class Found(NamedTuple):
@@ -51,7 +48,7 @@ class Found(NamedTuple):
     """Row → reason and detail, for each path without a file: `image_outside_folder`,
     `missing_image` or `ambiguous_image`."""
     notes: tuple[str, ...]
-    """How many images were found by which guess."""
+    """How many images were found by another spelling of their path."""
 
 
 def find_images(
@@ -123,8 +120,8 @@ class _Matcher:
         self.in_glob = in_glob
         self.match = pc.index_in(exact, value_set=files).fill_null(-1).to_numpy().astype(np.int64)
         """Index of each path's file; -1 for none."""
-        self.guess = np.full(len(texts), "", object)
-        """How the file was found: one of `_GUESSES`, or empty if no guess was needed."""
+        self.is_guess = np.zeros(len(texts), bool)
+        """Whether the file was found by another spelling of the path."""
         self.is_loose = np.zeros(len(texts), bool)
         """Whether the file's name lacks a part of the path."""
         self.ambiguous: dict[int, str] = {}
@@ -137,7 +134,7 @@ class _Matcher:
         clean = _clean(self.texts.take(pa.array(unmatched)), self.folder, self.files)
         is_foreign = pc.starts_with(clean, "/").to_numpy(zero_copy_only=False)
         own_keys, file_keys = _spellings(pc.utf8_ltrim(clean, "/")), _spellings(self.files)
-        for (guess, wanted), (_, files) in zip(own_keys, file_keys, strict=True):
+        for level, (wanted, files) in enumerate(zip(own_keys, file_keys, strict=True)):
             is_open = (self.match[unmatched] < 0) & ~np.isin(unmatched, [*self.ambiguous])
             todo = np.flatnonzero(is_open)
             own, foreign = wanted.take(pa.array(todo)), is_foreign[todo]
@@ -151,9 +148,9 @@ class _Matcher:
             is_whole = pc.equal(own.filter(pa.array(is_clear)), files.take(found)).to_numpy(False)
             self.match[rows] = found
             # Globs are documented to match names without their folders.
-            is_usual = ~foreign[is_clear] & (self.in_glob and guess == _SPELLING)
-            self.guess[rows] = np.where(is_whole, guess, np.where(is_usual, "", _END))
-            self.is_loose[rows] = foreign[is_clear] & ~is_whole | (guess == _EXTENSION)
+            is_usual = ~foreign[is_clear] & ~is_whole & (self.in_glob and level == 0)
+            self.is_guess[rows] = ~is_usual
+            self.is_loose[rows] = foreign[is_clear] & ~is_whole | (level in _LOOSE)
 
     def reject_shared(self) -> None:
         """Undo guesses that give the image of one path to another path."""
@@ -211,35 +208,27 @@ class _Matcher:
         return result
 
     def notes(self, codes: np.ndarray) -> tuple[str, ...]:
-        """Return how many rows have images by which guess, with an example each."""
+        """Return how many rows have images by a guess, with examples."""
         num_rows = np.bincount(codes[codes >= 0], minlength=len(self.texts))
-        notes: list[str] = []
-        for guess in _GUESSES:
-            rows = np.flatnonzero((self.guess == guess) & (self.match >= 0))
-            if len(rows):
-                example = f"{self.texts[int(rows[0])]} → {self.files[int(self.match[rows[0]])]}"
-                count = f"{num_rows[rows].sum():,} of {num_rows.sum():,} images"
-                notes.append(f"{count} found by {guess}, such as {example}")
-        return tuple(notes)
+        rows = np.flatnonzero(self.is_guess & (self.match >= 0))
+        examples = [
+            f"{self.texts[i]} → {self.files[int(self.match[i])]}" for i in rows[:3].tolist()
+        ]
+        count = f"{num_rows[rows].sum():,} of {num_rows.sum():,} images"
+        note = f"{count} found by another spelling of their path, such as {', '.join(examples)}"
+        return (note,) if examples else ()
 
 
-def _spellings(texts: Paths) -> list[tuple[str, Paths]]:
-    """Return the keys by which paths are compared; equal keys mean paths that may be the same."""
+def _spellings(texts: Paths) -> list[Paths]:
+    """Return the keys by which paths are compared, strictest first."""
     form = pc.utf8_normalize(texts, "NFC")
     parts = pc.extract_regex(form, _STEM)
     stem, suffix = pc.struct_field(parts, "stem"), pc.utf8_lower(pc.struct_field(parts, "suffix"))
     lower = pc.utf8_lower(stem)
-
-    def with_suffix(key: Paths) -> Paths:
-        return pc.binary_join_element_wise(key, suffix, pa.scalar("", TEXT))
-
-    return [
-        (_SPELLING, texts),
-        (_FORM, form),
-        (_EXTENSION, with_suffix(stem)),
-        (_CASE, with_suffix(lower)),
-        (_EXTENSION, lower),
+    with_suffix = [
+        pc.binary_join_element_wise(k, suffix, pa.scalar("", TEXT)) for k in (stem, lower)
     ]
+    return [texts, form, *with_suffix, lower]
 
 
 def _clean(texts: Paths, folder: Folder, files: Paths) -> Paths:

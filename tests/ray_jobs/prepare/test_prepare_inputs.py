@@ -187,7 +187,7 @@ def test_several_paths_in_a_cell_become_several_images_and_guesses_are_printed(r
     assert stored["k0"]["image_2"] is None
     for image, key in (("image_1", "k7"), ("image_2", "b/k7")):
         assert_has_colour(stored["k7"][image], raw.folder / "images" / f"{key}.jpg")
-    assert "1: 48 of 48 images found by another extension, such as k0 → k0.jpg" in (
+    assert "1: 48 of 48 images found by another spelling of their path, such as k0 → k0.jpg" in (
         capsys.readouterr().out
     )
     # `predict` reads rows with the settings of the manifest.

@@ -17,49 +17,49 @@ def find(folder: Path, *paths: str | None):
 
 
 @pytest.mark.parametrize(
-    ("file", "path", "guess"),
+    ("file", "path"),
     [
         # Backslashes: https://github.com/abbyy/barcode_detection_benchmark/issues/2
-        ("train/x0.jpg", r"train\x0.jpg", "another spelling"),
+        ("train/x0.jpg", r"train\x0.jpg"),
         # https://github.com/CellProfiler/CellProfiler/issues/1385
-        ("train/x0.jpg", r".\train\\x0.jpg", "another spelling"),
-        ("x 0.jpg", "'x 0.jpg' ", "another spelling"),
+        ("train/x0.jpg", r".\train\\x0.jpg"),
+        ("x 0.jpg", "'x 0.jpg' "),
         # Escapes: https://github.com/HumanSignal/label-studio/issues/2291
-        ("a b+ü.jpg", "a%20b%2B%C3%BC.jpg", "another spelling"),
+        ("a b+ü.jpg", "a%20b%2B%C3%BC.jpg"),
         # https://github.com/sanic-org/sanic/pull/2625
-        ("Straße/ü.jpg", "Straße/u\u0308.jpg", "another Unicode form"),
+        ("Straße/ü.jpg", "Straße/u\u0308.jpg"),
         # https://github.com/droppyjs/droppy/issues/72
-        ("a\u0308.jpg", "ä.jpg", "another Unicode form"),
+        ("a\u0308.jpg", "ä.jpg"),
         # https://github.com/PeterL1n/BackgroundMattingV2/issues/51
-        ("p003.JPG", "p003.jpg", "another extension"),
-        ("p003.jpeg", "p003", "another extension"),
+        ("p003.JPG", "p003.jpg"),
+        ("p003.jpeg", "p003"),
         # https://github.com/keras-team/keras-preprocessing/issues/169
-        ("p003.tif", "p003", "another extension"),
-        ("p003.png", "p003.png.jpg", "another extension"),
+        ("p003.tif", "p003"),
+        ("p003.png", "p003.png.jpg"),
         # https://github.com/kohya-ss/sd-scripts/issues/287
-        ("Photos/IMG_7.Jpg", "photos/img_7.jpg", "another letter case"),
+        ("Photos/IMG_7.Jpg", "photos/img_7.jpg"),
         # Other machines: https://github.com/maps-as-data/MapReader/issues/219
-        ("train/x0.jpg", "/data/photos/train/x0.jpg", "the end"),
-        ("train/x0.jpg", r"D:\data\photos\train\x0.JPG", "the end"),
-        ("x0.jpg", r"\\server\share\photos\x0.jpg", "the end"),
-        ("x0.jpg", "../../photos/x0.jpg", "the end"),
-        ("x0.jpg", "~/photos/x0.jpg", "the end"),
-        ("x0.jpg", "file:///mnt/photos/x0.jpg", "the end"),
+        ("train/x0.jpg", "/data/photos/train/x0.jpg"),
+        ("train/x0.jpg", r"D:\data\photos\train\x0.JPG"),
+        ("x0.jpg", r"\\server\share\photos\x0.jpg"),
+        ("x0.jpg", "../../photos/x0.jpg"),
+        ("x0.jpg", "~/photos/x0.jpg"),
+        ("x0.jpg", "file:///mnt/photos/x0.jpg"),
         # https://github.com/broadinstitute/cellpainting-gallery/issues/69
-        ("x0.jpg", "s3://bucket/photos/x0.jpg", "the end"),
-        ("x0.jpg", "https://host/photos/x0.jpg?size=big", "the end"),
-        ("deep/er/x0.jpg", "x0.jpg", "the end"),
+        ("x0.jpg", "s3://bucket/photos/x0.jpg"),
+        ("x0.jpg", "https://host/photos/x0.jpg?size=big"),
+        ("deep/er/x0.jpg", "x0.jpg"),
     ],
 )
 def test_a_path_is_found_where_exactly_one_file_fits_and_the_guess_is_reported(
-    tmp_path, file, path, guess
+    tmp_path, file, path
 ):
     found = find(touch(tmp_path, file, "other/y1.png"), path, None)
     assert found.files.to_pylist() == [file, None]
     assert found.problems == {}
     (note,) = found.notes
-    assert note.startswith(f"1 of 1 images found by {guess}")
-    assert note.endswith(f", such as {path} → {file}")
+    note_start = "1 of 1 images found by another spelling of their path, such as"
+    assert note == f"{note_start} {path} → {file}"
 
 
 def test_the_name_of_the_folder_may_come_first(tmp_path):
