@@ -104,12 +104,6 @@ def _from_metadata(
     existing = pa.array(names, TEXT)
     found = {image: find_images(path, folder, lambda: existing) for image, path in paths.items()}
     refs = {image: ImageRefs(of_image.files) for image, of_image in found.items()}
-    if not any(of_image.has_image.any() for of_image in refs.values()):
-        example = next(iter(paths.values())).drop_null().slice(0, 1).to_pylist()
-        raise JobError(
-            f"{folder}/{metadata[0]} names no existing image: {example[0] if example else ''} is "
-            f"not in {folder}, but {images[0]} is; correct the paths in the metadata"
-        )
     named = pa.chunked_array([of_image.files for of_image in found.values()])
     listed = pa.array(images, TEXT)
     quarantined, guesses = join_problems(found)
