@@ -154,19 +154,11 @@ class _Matcher:
 
     def reject_shared(self) -> None:
         """Undo guesses that give the image of one path to another path."""
-        if not self.is_loose.any():
-            return
-        counts = np.bincount(self.match[self.match >= 0], minlength=len(self.files))
+        counts = np.bincount(self.match[self.match >= 0], minlength=len(self.files) + 1)
         rejected = np.flatnonzero(self.is_loose & (counts[self.match] > 1))
-        rows_of: dict[int, list[int]] = {}
-        for row in np.flatnonzero(np.isin(self.match, self.match[rejected])).tolist():
-            rows_of.setdefault(int(self.match[row]), []).append(row)
         for row in rejected.tolist():
-            file = int(self.match[row])
-            other = next(i for i in rows_of[file] if i != row)
-            self.ambiguous[row] = (
-                f"{self.texts[row]} and {self.texts[other]} may both be {self.files[file]}"
-            )
+            file = self.files[int(self.match[row])]
+            self.ambiguous[row] = f"{self.texts[row]} may be {file}, as another path of the table"
         self.match[rejected] = -1
 
     def match_unlisted(self) -> None:
@@ -182,8 +174,10 @@ class _Matcher:
     def problems(self) -> Quarantined:
         """Return the reason and detail of each path without a file."""
         result: Quarantined = {}
-        names: list[tuple[str, str]] | None = None
-        for count, row in enumerate(np.flatnonzero(self.match < 0).tolist()):
+        missing = np.flatnonzero(self.match < 0).tolist()
+        files = self.files.to_pylist() if missing else []
+        names = sorted((file.rpartition("/")[2], file) for file in files)
+        for count, row in enumerate(missing):
             text, path = self.texts[row].as_py(), self.exact[row].as_py()
             if row in self.ambiguous:
                 result[row] = "ambiguous_image", self.ambiguous[row]
@@ -200,9 +194,7 @@ class _Matcher:
             detail = f"{text}: no such file in {self.folder}"
             if self.in_glob:
                 detail = f"the glob matches no {text}"
-            if count < _MAX_NEAREST and len(self.files):
-                if names is None:
-                    names = sorted((n.rpartition("/")[2], n) for n in self.files.to_pylist())
+            if count < _MAX_NEAREST and names:
                 detail += f"; the nearest is {_nearest(path, names)}"
             result[row] = "missing_image", detail
         return result
@@ -233,11 +225,8 @@ def _spellings(texts: Paths) -> list[Paths]:
 
 def _clean(texts: Paths, folder: Folder, files: Paths) -> Paths:
     """Return paths with the usual slashes and without escapes; foreign ones start with a slash."""
-    has_escapes = pc.match_substring_regex(texts, "%[0-9A-Fa-f]{2}")
-    escaped = np.flatnonzero(has_escapes.to_numpy(zero_copy_only=False))
-    if len(escaped):
-        unescaped = [unquote(text) for text in texts.take(pa.array(escaped)).to_pylist()]
-        texts = pc.replace_with_mask(texts, has_escapes, pa.array(unescaped, TEXT))
+    if pc.any(pc.match_substring_regex(texts, "%[0-9A-Fa-f]{2}")).as_py():
+        texts = pa.array([unquote(text) for text in texts.to_pylist()], TEXT)
     texts = pc.utf8_trim(texts, " \t\r\n\u00a0\"'")
     texts = pc.replace_substring_regex(texts, r"^((?i:https?)://[^?#]*)[?#].*$", r"\1")
     texts = _below_folder(_plain(pc.replace_substring(texts, "\\", "/")), folder)
