@@ -282,13 +282,15 @@ def _search(wanted: Paths, is_foreign: np.ndarray, files: Paths) -> tuple[np.nda
 
     for depth in np.unique(file_depths)[::-1].tolist():
         match(np.flatnonzero(is_foreign | (depths == depth)), depth, file_depths == depth)
-    for depth in np.unique(depths).tolist():
+    for depth in np.unique(depths[~is_foreign]).tolist():
         match(np.flatnonzero(~is_foreign & (depths == depth)), depth, file_depths > depth)
     return first, last
 
 
 def _last_parts(paths: Paths, depth: int) -> Paths:
-    """Return the last `depth` + 1 parts of paths, null where a path has fewer."""
+    """Return the last `depth` + 1 parts of paths; null or the path where it has fewer."""
+    if pc.max(pc.count_substring(paths, "/")).as_py() == depth:
+        return paths
     pattern = rf"(?s)^(?:.*/)?(?P<end>(?:[^/]*/){{{depth}}}[^/]*)$"
     return pc.struct_field(pc.extract_regex(paths, pattern), "end")
 
