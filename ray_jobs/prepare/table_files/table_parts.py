@@ -26,6 +26,7 @@ from ray_jobs.storage.folder import Folder, expand_braces, glob_regex, split_fil
 
 _BUFFER_BYTES = 8 << 20
 _COMMA = r"^\s*[+−-]?[0-9]*,[0-9]+(?:[eE][+-]?[0-9]+)?\s*$"
+_THOUSANDS = r"^\s*[+−-]?[1-9][0-9]{0,2},[0-9]{3}\s*$"
 _MIN_CLEAR_FRACTION = 0.05
 
 Rows = tuple[pa.Table, tuple[str, ...]]
@@ -190,7 +191,7 @@ def _has_decimal_commas(column: pa.ChunkedArray) -> bool:
     others = column.filter(pc.invert(has_comma))
     numbers, is_word = parse_numbers(others)
     return bool(
-        np.isnan(parse_numbers(cells, "thousands")[0]).mean() >= _MIN_CLEAR_FRACTION
+        1 - pc.mean(pc.match_substring_regex(cells, _THOUSANDS)).as_py() >= _MIN_CLEAR_FRACTION
         and not pc.any(pc.match_substring_regex(others, r"[0-9]\.[0-9]")).as_py()
         and is_word.sum() < len(cells) + np.isfinite(numbers).sum()
     )
