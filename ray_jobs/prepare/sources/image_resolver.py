@@ -1,16 +1,16 @@
 """Finds the image file that each path in a table means.
 
 The exact path comes first. Other paths are compared in ever looser spellings until exactly one file
-fits: slashes and escapes, Unicode form, letter case, extension. In each, a path may also be the end
-of a file's path. A path outside the folder, such as an absolute path of another machine, must end
-in the file's path below the folder.
+fits: slashes and escapes, Unicode form, letter case, extension, zeros before the last number. In
+each, a path may also be the end of a file's path. A path outside the folder, such as an absolute
+path of another machine, must end in the file's path below the folder.
 """
 
 # pyright: reportAttributeAccessIssue=false
 
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import NamedTuple, TypeAlias
 from urllib.parse import unquote
@@ -34,8 +34,8 @@ _MAX_NEAREST = 100
 """Maximum number of paths to search the nearest file for."""
 _NEIGHBOURS = 25
 _SUFFIX = "|".join(re.escape(suffix) for suffix in IMAGE_SUFFIXES)
-_LOOSE = (2, 4)
-"""The `_spellings` that differ in the extension."""
+_LOOSE = (2, 4, 5, 6)
+"""The `_spellings` that differ in the extension or in zeros."""
 _STEM = rf"(?s)^(?P<stem>.*?)(?P<suffix>(?i:{_SUFFIX})*)$"
 
 
@@ -137,6 +137,8 @@ class _Matcher:
         for level, (wanted, files) in enumerate(zip(own_keys, file_keys, strict=True)):
             is_open = (self.match[unmatched] < 0) & ~np.isin(unmatched, [*self.ambiguous])
             todo = np.flatnonzero(is_open)
+            if not len(todo):
+                break
             own, foreign = wanted.take(pa.array(todo)), is_foreign[todo]
             first, last = _search(own, foreign, files)
             for i in np.flatnonzero(first != last).tolist():
@@ -211,16 +213,19 @@ class _Matcher:
         return (note,) if examples else ()
 
 
-def _spellings(texts: Paths) -> list[Paths]:
-    """Return the keys by which paths are compared, strictest first."""
+def _spellings(texts: Paths) -> Iterator[Paths]:
+    """Yield the keys by which paths are compared, strictest first."""
+    yield texts
     form = pc.utf8_normalize(texts, "NFC")
+    yield form
     parts = pc.extract_regex(form, _STEM)
     stem, suffix = pc.struct_field(parts, "stem"), pc.utf8_lower(pc.struct_field(parts, "suffix"))
     lower = pc.utf8_lower(stem)
-    with_suffix = [
-        pc.binary_join_element_wise(k, suffix, pa.scalar("", TEXT)) for k in (stem, lower)
-    ]
-    return [texts, form, *with_suffix, lower]
+    number = pc.replace_substring_regex(lower, r"(^|[^0-9])0+([0-9]+[^0-9/]*)$", r"\1\2")
+    for key in (stem, lower, number):
+        yield pc.binary_join_element_wise(key, suffix, pa.scalar("", TEXT))
+    yield lower
+    yield number
 
 
 def _clean(texts: Paths, folder: Folder, files: Paths) -> Paths:

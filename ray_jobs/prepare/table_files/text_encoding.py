@@ -6,6 +6,7 @@ import re
 from ray_jobs.config.errors import JobError
 from ray_jobs.prepare.table_files.file_format import RawFile
 
+_BLOCK_BYTES = 1 << 20
 _CONTEXT_BYTES = 1 << 15
 _BOMS = {
     codecs.BOM_UTF8: "utf-8-sig",
@@ -45,31 +46,52 @@ def guess_encoding(file: RawFile, encoding: str) -> tuple[str, str]:
     Raises:
         JobError: If the file is damaged, or its encoding is unclear. The message has the place.
     """
-    content = file.read().read()
-    before = content.decode(encoding, "replace").partition("\ufffd")[0]
-    if encoding == "utf-8" and before.isascii():
-        context = content[max(len(before) - _CONTEXT_BYTES, 0) : len(before) + _CONTEXT_BYTES]
-        others = re.sub(r"[\0-\x7f]", "", context.decode(encoding, "replace"))
-        # Of text in another encoding, little is valid.
-        is_text = b"\0" not in context and others.count("\ufffd") >= len(others) / 2
-        if is_text and (guess := _guess(context)):
-            word = _WORD.search(context.decode(guess, "replace"))
-            example = f", such as {word[0]!r}; if that is wrong, save it as UTF-8" if word else ""
-            return guess, f"read as {guess}{example}"
-    line, character = before.count("\n") + 1, len(before) - before.rfind("\n")
+    place, context = _find_invalid(file, encoding)
+    is_text = context and b"\0" not in context
+    if is_text and encoding == "utf-8" and (guess := _guess(context)):
+        word = _WORD.search(context.decode(guess, "replace"))
+        example = f", such as {word[0]!r}; if that is wrong, save it as UTF-8" if word else ""
+        return guess, f"read as {guess}{example}"
     raise JobError(
-        f"the table {file.name} could not be read: line {line:,}, character {character:,}: invalid "
-        f"in {encoding}; correct the text and save it as UTF-8, or export the table as CSV, "
-        "Parquet, JSON or Excel"
+        f"the table {file.name} could not be read: {place}: invalid in {encoding}; correct the "
+        "text and save it as UTF-8, or export the table as CSV, Parquet, JSON or Excel"
     )
 
 
-def _guess(content: bytes) -> str | None:
-    if not _NOT_WESTERN.search(content.decode("cp1252", "replace")):
+def _find_invalid(file: RawFile, encoding: str) -> tuple[str, bytes]:
+    """Return the place of the first invalid bytes, and the bytes around it.
+
+    There are no bytes if other text is valid but not ASCII, so that the encoding is right.
+    """
+    decoder = codecs.getincrementaldecoder(encoding)()
+    line, character, is_ascii, invalid = 1, 1, True, None
+    with file.open() as stream:
+        while invalid is None and (block := stream.read(_BLOCK_BYTES)):
+            try:
+                text = decoder.decode(block)
+            except UnicodeDecodeError as error:
+                invalid = error
+                text = error.object[: error.start].decode(encoding, "replace")
+            is_ascii = is_ascii and text.isascii()
+            line += text.count("\n")
+            newline = text.rfind("\n")
+            character = character + len(text) if newline < 0 else len(text) - newline
+    context = b""
+    if invalid and is_ascii:
+        start = max(invalid.start - _CONTEXT_BYTES, 0)
+        context = invalid.object[start : invalid.start + _CONTEXT_BYTES]
+        text = re.sub(r"[\0-\x7f]", "", context.decode(encoding, "replace"))
+        if text.count("\ufffd") < len(text) / 2:
+            context = b""
+    return f"line {line:,}, character {character:,}", context
+
+
+def _guess(context: bytes) -> str | None:
+    if not _NOT_WESTERN.search(context.decode("cp1252", "replace")):
         return "cp1252"
     from charset_normalizer import from_bytes
 
-    words = b" ".join(dict.fromkeys(_BYTES_WORD.findall(content))) + b" "
+    words = b" ".join(dict.fromkeys(_BYTES_WORD.findall(context))) + b" "
     # Detection is more reliable in longer text, and sometimes finds nothing in it.
     for sample in (words * (1 + 500 // len(words)), words):
         if best := from_bytes(sample, cp_isolation=[*_ENCODINGS]).best():

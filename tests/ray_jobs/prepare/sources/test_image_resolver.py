@@ -38,6 +38,10 @@ def find(folder: Path, *paths: str | None):
         ("p003.png", "p003.png.jpg"),
         # https://github.com/kohya-ss/sd-scripts/issues/287
         ("Photos/IMG_7.Jpg", "photos/img_7.jpg"),
+        # Zeros: https://github.com/fastai/fastai/issues/1008
+        ("0042.jpg", "42.jpg"),
+        # https://github.com/leoxiaobin/deep-high-resolution-net.pytorch/issues/109
+        ("COCO_000000000514.jpg", "COCO_514"),
         # Other machines: https://github.com/maps-as-data/MapReader/issues/219
         ("train/x0.jpg", "/data/photos/train/x0.jpg"),
         ("train/x0.jpg", r"D:\data\photos\train\x0.JPG"),
@@ -74,6 +78,7 @@ def test_the_name_of_the_folder_may_come_first(tmp_path):
     [
         (["a.png", "a.JPEG"], "a", "a may be a.JPEG or a.png"),
         (["x/a.jpg", "y/a.jpg"], "a.jpg", "a.jpg may be x/a.jpg or y/a.jpg"),
+        (["07.jpg", "007.jpg"], "7.jpg", "7.jpg may be 007.jpg or 07.jpg"),
         (["A.jpg", "a.jpg"], "a.JPEG", "a.JPEG may be A.jpg or a.jpg"),
     ],
 )
@@ -89,11 +94,11 @@ def test_the_strictest_fit_wins_such_as_a_photo_over_its_mask(tmp_path):
 
 def test_no_guess_takes_the_image_of_another_row(tmp_path):
     folder = touch(tmp_path, "7.jpg", "8.png", "site1/1.jpg", "9.jpg")
-    paths = ["7.jpg", "7.tif", "8.png", "8.jpg", "/m/site1/1.jpg", "/n/site1/1.jpg", "9.JPG"]
+    paths = ["7.jpg", "007.jpg", "8.png", "8.jpg", "/m/site1/1.jpg", "/n/site1/1.jpg", "9.JPG"]
     found = find(folder, *paths, *paths)
     expected = ["7.jpg", None, "8.png", None, None, None, "9.jpg"]
     assert found.files.to_pylist() == expected * 2
-    detail = "7.tif may be 7.jpg, as another path of the table"
+    detail = "007.jpg may be 7.jpg, as another path of the table"
     assert found.problems[1] == ("ambiguous_image", detail)
     assert found.problems[4][1].startswith("/m/site1/1.jpg may be site1/1.jpg, as another path")
     assert {reason for reason, _ in found.problems.values()} == {"ambiguous_image"}
