@@ -119,6 +119,8 @@ def make_plan(
     good = np.flatnonzero(rows.good)
     earlier_rows = _find_earlier_rows(rows, earlier)
     splits, cuts, note = _split(rows, good, spec, classes, earlier_rows, earlier)
+    if rows.splits_note and (num_shared := _count_shared(rows, good, splits)):
+        note += f"; {count_text(num_shared, 'row')} with an image of another split"
     split_of = np.full(len(rows), -1, np.int8)
     split_of[good] = splits
     hashes = split_hashes(spec.run.seed, rows.keys.take(pa.array(good)))
@@ -208,6 +210,18 @@ def _split(
         note += "; the existing manifest was split by another rule"
     splits[to_cut] = assign(groups, cuts)
     return splits, cuts, note
+
+
+def _count_shared(rows: CheckedRows, good: np.ndarray, splits: np.ndarray) -> int:
+    """Return the number of rows that share an image with a row of another split."""
+    keys = rows.keys.take(pa.array(good))
+    joined = join_by_image(keys, [refs.take(good) for refs in rows.images])
+    group = joined.dictionary_encode().indices.to_numpy()
+    # Rows of each group in each split.
+    counts = np.zeros((group.max(initial=-1) + 1, len(SPLITS)), np.int64)
+    np.add.at(counts, (group, splits), 1)
+    is_shared = (counts > 0).sum(axis=1) > 1
+    return int(counts[is_shared].sum())
 
 
 def _find_earlier_rows(rows: CheckedRows, earlier: Earlier | None) -> list[np.ndarray]:

@@ -51,6 +51,19 @@ def test_a_dry_run_prints_every_kind_of_problem_and_fails(raw, capsys):
     assert re.search(r"✗ splits +class 1 occurs in only 0 training rows, but .* → add some", shown)
 
 
+def test_images_shared_between_given_splits_are_counted(raw, capsys):
+    splits = ("train", "train", "validation", "test")
+    for i, row in enumerate(raw.rows):
+        row |= {"split": splits[i % 4], "photo": f"k{i}.jpg"}
+    raw.rows[4]["photo"] = raw.rows[5]["photo"] = "k0.jpg"
+    options = {"dry_run": True, "image_column": "photo", "split_column": "split"}
+    raw.prepare(**options)
+    assert "splits: from the column split\n" in capsys.readouterr().out
+    raw.rows[6]["photo"] = "k0.jpg"
+    raw.prepare(**options)
+    assert "split; 4 rows with an image of another split\n" in capsys.readouterr().out
+
+
 def test_a_dry_run_shows_at_most_ten_findings(raw, capsys):
     for n in range(20):
         (raw.folder / "images" / f"k{n}.jpg").unlink()
