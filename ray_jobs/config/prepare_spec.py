@@ -15,7 +15,9 @@ NumberRule = (
         "range_low", "range_mean", "range_high", "decimal_comma", "thousands", "money", "unit",
         "boolean", "date", "year", "month", "weekday", "missing",
     ]
-    | Annotated[str, Field(pattern="^unit:.+$")]
+    | Annotated[
+        str, Field(pattern="^(unit:.+|money:[.,]|(date|year|month|weekday):(dmy|mdy))$")
+    ]
 )  # fmt: skip
 TextRule = Annotated[str, Field(pattern=r"^(text|number|boolean|digits_[1-9][0-9]?)$")]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -80,8 +82,9 @@ class PrepareSpec(Spec):
     `decimal_comma` reads `1.234,5`, `thousands` `1,234.5`, `money` `$1,234` and `unit` `12 kg`, in
     the most frequent unit or the one in `unit:kg`; `boolean` reads yes and no as 1 and 0; `date`
     converts dates to days since 1970-01-01, and `year`, `month` and `weekday` (0 is Monday) to
-    these parts; `missing` treats any text that is not a number as missing. Without a rule, rows
-    with such text go to quarantine."""
+    these parts. The decimal mark of money and the order of day and month are found in the column,
+    or set, as in `money:,`, `date:dmy` and `year:mdy`. `missing` treats any text that is not a
+    number as missing. Without a rule, rows with such text go to quarantine."""
     text_rules: dict[str, TextRule] = Field(default_factory=dict)
     """How to read keys, groups and words, so that equal cells of CSV, Parquet and Excel files are
     equal: `number` reads 1.0 and 01 as 1, `digits_5` reads 1234 as 01234, `boolean` reads yes, True

@@ -70,18 +70,20 @@ def find_text_rule(column: pa.ChunkedArray) -> TextRule:
     lower = pc.utf8_lower(cells)
     if not len(lower):
         return "text"
+    booleans = {*TRUE_WORDS, *FALSE_WORDS, "1", "0"}
+    # The first cells are enough to recognise most text.
+    if booleans.issuperset(lower[:1000].unique().to_pylist()):
+        words = set(lower.unique().to_pylist())
+        if words <= booleans and not words <= {"1", "0"}:
+            return "boolean"
     if _all_match(lower[:1], _DECIMAL):
         if _all_match(lower, _PLAIN_NUMBER):
             return "number"
         width = pc.utf8_length(lower[0]).as_py()
         is_padded = _all_match(lower, "^[0-9]+$") and pc.all(pc.equal(pc.utf8_length(lower), width))
-        return f"digits_{width}" if is_padded and pc.is_valid(is_padded) and width < 100 else "text"
-    words = set(lower[:1000].unique().to_pylist())
-    if words <= {*TRUE_WORDS, *FALSE_WORDS} and set(lower.unique().to_pylist()) <= {
-        *TRUE_WORDS,
-        *FALSE_WORDS,
-    }:
-        return "boolean"
+        if is_padded and pc.is_valid(is_padded) and width < 100:
+            return f"digits_{width}"
+        return "number" if _all_match(lower, _INTEGER) else "text"
     return "text"
 
 

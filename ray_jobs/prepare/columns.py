@@ -22,11 +22,11 @@ from ray_jobs.config.text import count_text, names_text
 from ray_jobs.data.manifest import Column, Role
 from ray_jobs.prepare.cell_text import MISSING_WORDS, TEXT, column_text, find_text_rule
 from ray_jobs.prepare.number_parsing import (
-    common_unit,
     is_date,
     is_numeric,
     parse_numbers,
     propose_rule,
+    resolve_rule,
 )
 from ray_jobs.prepare.table import parse_path_pattern, shard_columns
 
@@ -45,8 +45,14 @@ _MIN_READ = 0.9
 _MAX_WORDS = 100
 _MIN_ROWS_PER_WORD = 4
 _PLAIN_WORD = re.compile(r"(?!(?:yes|no|on|off|true|false|null|none|y|n)$)[A-Za-z_][A-Za-z0-9_]*")
-_INDEX_NAME = re.compile(r"^(unnamed: ?\d+|__index_level_\d+__|column \d+|index|)$", re.IGNORECASE)
-_ID_NAME = re.compile(r"(^|[_ .-])(id|ids|uuid|guid|key)$|[a-z]ID$|(^|_)id[_ ]", re.IGNORECASE)
+_INDEX_NAME = re.compile(
+    r"^(unnamed: ?\d+(\.\d+)?|(__index_)?level_\d+(__)?|column \d+|index|)$", re.IGNORECASE
+)
+_ID_NAME = re.compile(
+    r"(?i:(^|[_ .-])(id|ids|uuid|guid|key)$|(^|_)id[_ ])|[a-z]I[Dd]$"
+    r"|(?i:(case|client|customer|image|item|member|patient|person|record|sample|study|subject|user)"
+    r"id$)"
+)
 
 
 def find_columns(
@@ -81,13 +87,16 @@ def find_columns(
         elif name in categorical:
             column = _text_column(name, "category", cells, spec)
         elif name in (spec.number_rules if is_automatic else spec.numeric_columns):
-            column = Column(name=name, role="number", rule=_resolve_rule(cells, name, spec))
+            rule = spec.number_rules.get(name)
+            rule = str(resolve_rule(cells, rule)) if rule else ""
+            column = Column(name=name, role="number", rule=rule)
         elif not is_automatic:
             column = Column(name=name, role="left_out", reason=_UNLISTED)
         else:
             column = _classify(name, cells, labels)
             if spec.columns == "auto" and column.proposed:
-                column = column.model_copy(update={"role": column.proposed})
+                rule = str(resolve_rule(cells, column.rule))
+                column = column.model_copy(update={"role": column.proposed, "rule": rule})
                 if column.role == "category":
                     column = _text_column(name, "category", cells, spec)
         columns.append(column)
@@ -155,11 +164,6 @@ def _text_column(name: str, role: Role, cells: pa.ChunkedArray, spec: PrepareSpe
     return Column(name=name, role=role, rule=rule)
 
 
-def _resolve_rule(cells: pa.ChunkedArray, name: str, spec: PrepareSpec) -> str:
-    rule = spec.number_rules.get(name, "")
-    return f"unit:{common_unit(cells)}" if rule == "unit" else rule
-
-
 def _classify(name: str, cells: pa.ChunkedArray, labels: np.ndarray | None) -> Column:
     """Return the role of a column without a setting."""
 
@@ -191,8 +195,11 @@ def _classify(name: str, cells: pa.ChunkedArray, labels: np.ndarray | None) -> C
         return left_out("a row number")
     if is_unique and _INDEX_NAME.search(name):
         return left_out("the index of a table, different in each row")
-    if is_unique and _ID_NAME.search(name) and (values == np.floor(values)).all():
-        return left_out("an id, different in each row")
+    if _ID_NAME.search(name) and (values == np.floor(values))[~np.isnan(values)].all():
+        if is_unique:
+            return left_out("an id, different in each row")
+        is_word = _are_words(num_words, num_filled)
+        return left_out("an id of several rows", "category" if is_word else None)
     if auc := _leak(values, labels):
         return left_out(_leak_text(auc))
     return Column(name=name, role="number")
@@ -211,14 +218,14 @@ def _classify_text(
     proposal = propose_rule(cells)
     if proposal and proposal[1] >= _MIN_READ:
         rule, fraction = proposal
-        values, _ = parse_numbers(cells, rule)
+        values, _ = parse_numbers(cells, resolve_rule(cells, rule))
         if auc := _leak(values, labels):
             reason = f"{example}, which {rule} reads, {_leak_text(auc)}"
             return Column(name=name, role="left_out", reason=reason)
         num_read = round(fraction * num_filled)
         reason = f"{example}; {rule} reads {num_read:,} of {count_text(num_filled, 'cell')}"
         return Column(name=name, role="left_out", reason=reason, proposed="number", rule=str(rule))
-    if num_words <= _MAX_WORDS and num_words * _MIN_ROWS_PER_WORD <= num_filled:
+    if _are_words(num_words, num_filled):
         codes = texts.dictionary_encode().indices.fill_null(-1).to_numpy() + 1
         if auc := _leak_of_words(codes, labels):
             return Column(name=name, role="left_out", reason=_leak_text(auc))
@@ -227,6 +234,11 @@ def _classify_text(
     num_different = "all" if num_words == num_filled else f"{num_words:,}"
     reason = f"{example}, {num_different} different in {count_text(num_filled, 'row')}"
     return Column(name=name, role="left_out", reason=reason)
+
+
+def _are_words(num_words: int, num_filled: int) -> bool:
+    """Whether a column has so few different cells that they can be categories."""
+    return num_words <= _MAX_WORDS and num_words * _MIN_ROWS_PER_WORD <= num_filled
 
 
 def _is_counter(values: np.ndarray) -> bool:

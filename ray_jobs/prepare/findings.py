@@ -94,7 +94,9 @@ def sample_images(rows: CheckedRows, writer: ShardWriter) -> Iterator[Finding]:
             bad.setdefault(image.reason, []).append(image.detail)
     for reason, details in bad.items():
         text = f"{reason}: {len(details)} in a sample of {count_text(len(chosen), 'row')}"
-        yield warning("images", f"{text}, such as {details[0]}", remedy_of(reason))
+        # A few bad images in a small sample may be fewer than prepare.max_bad_fraction in all.
+        kind = error if 2 * len(details) > len(chosen) else warning
+        yield kind("images", f"{text}, such as {details[0]}", remedy_of(reason))
 
 
 def _column_findings(columns: Sequence[Column]) -> Iterator[Finding]:

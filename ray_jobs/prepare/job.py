@@ -196,6 +196,9 @@ def dry_run(inputs: Inputs) -> DryRun:
         plan = _make_plan(inputs, writer)
     except JobError as failure:
         return DryRun([*findings, from_message(check, str(failure))], notes, failure)
+    if inputs.spec.prepare.missing_image == "keep":
+        has_image = np.any([refs.has_image for refs in rows.images], axis=0)
+        notes = (*notes, f"rows without an image, kept: {(rows.good & ~has_image).sum():,}")
     return DryRun(findings, notes, (plan, _make_manifest(inputs, writer, plan, [])))
 
 

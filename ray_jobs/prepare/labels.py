@@ -30,6 +30,8 @@ _PAIRS = (
     ("0", "1"), ("false", "true"), ("no", "yes"), ("n", "y"), ("f", "t"), ("negative", "positive"),
     ("neg", "pos"),
 )  # fmt: skip
+# Words that often mean unlabelled.
+_MARKS = ("-1", "?", "none", "unknown", "uncertain", "unlabeled", "unlabelled", "missing")
 
 
 @dataclass(frozen=True)
@@ -86,11 +88,14 @@ def find_classes(column: pa.ChunkedArray, spec: PrepareSpec) -> Classes:
     pair = next((pair for pair in _PAIRS if set(pair) <= set(labels)), None)
     if not positive:
         if pair is None:
-            rarest = spellings[labels[-1]]
-            flag = rarest if rarest.isalnum() else shlex.quote(f'["{rarest}"]')
+            usual = [key for key in labels if key not in _MARKS]
+            marks = [key for key in labels if key in _MARKS and len(usual) > 1]
+            rarest = (usual if marks else labels)[-1]
+            flags = f"--prepare.positive_label {_flag_text(spellings[rarest])}"
+            if marks:
+                flags += f" --prepare.unlabelled {_flag_text(spellings[marks[0]])}"
             raise JobError(
-                f"{column_name} holds {values}; set which of them are positive, such as "
-                f"--prepare.positive_label {flag}"
+                f"{column_name} holds {values}; set which of them are positive, such as {flags}"
             )
         positive = [pair[1]]
     negative = [pair[0]] if pair and pair[1:] == tuple(positive) else []
@@ -143,3 +148,8 @@ def _format_counts(counts: Counter[str], spellings: Mapping[str, str]) -> str:
 def _names(keys: Iterable[str], spellings: Mapping[str, str]) -> str:
     names = [repr(spellings[key]) for key in keys]
     return ", ".join(names[:6]) + (f" and {len(names) - 6:,} more" if len(names) > 6 else "")
+
+
+def _flag_text(label: str) -> str:
+    """Return a label as it is written after a flag."""
+    return label if label.isalnum() else shlex.quote(f'["{label}"]')

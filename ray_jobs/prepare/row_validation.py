@@ -20,7 +20,7 @@ from ray_jobs.config.prepare_spec import PrepareSpec
 from ray_jobs.prepare.cell_text import column_text, first_rows, role_text
 from ray_jobs.prepare.given_splits import describe_bad_word, read_split_keys, read_split_words
 from ray_jobs.prepare.labels import MISSING, OTHER, UNLABELLED, Classes
-from ray_jobs.prepare.number_parsing import parse_numbers, propose_rule
+from ray_jobs.prepare.number_parsing import parse_numbers, propose_rule, resolve_rule
 from ray_jobs.prepare.sources.source import ImageRefs, Source
 
 
@@ -219,12 +219,13 @@ def _parse_float32(
     remedy, is_read = f", which the rule {rule} cannot read", np.ones(len(cells), bool)
     if not rule:
         # One rule for all cells: a column has only one, and finding it takes 10 ms.
-        proposed, _ = propose_rule(cells) or (None, 0)
+        proposed, _ = propose_rule(cells) or ("missing", 0)
         remedy = f"; prepare.number_rules {{{name}: {proposed}}} would read it"
-        is_read = ~np.isnan(parse_numbers(cells, proposed)[0])
+        is_read = ~np.isnan(parse_numbers(cells, resolve_rule(cells, proposed))[0])
+    other = f"; prepare.number_rules {{{name}: missing}} would treat it as missing"
     bad = zip(np.flatnonzero(is_invalid).tolist(), is_read, strict=True)
     with np.errstate(over="ignore", under="ignore"):
-        return values.astype(np.float32), {row: remedy if read else "" for row, read in bad}
+        return values.astype(np.float32), {row: remedy if read else other for row, read in bad}
 
 
 def _rows_where(mask: pa.BooleanArray) -> list[int]:

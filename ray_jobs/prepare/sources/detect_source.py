@@ -97,7 +97,9 @@ def _detect(spec: PrepareSpec) -> tuple[Kind, tuple[str, ...]]:
     if root.type == fs.FileType.NotFound:
         raise JobError(f"prepare.images={spec.images!r}: there is no {folder}")
     if root.type == fs.FileType.Directory:
-        kinds, other = _search(folder, patterns, spec)
+        walk = Walk(folder, patterns)
+        kinds, other = _search(walk, spec)
+        other += walk.notes
     else:
         _, name = split_file(spec.images)
         kind = _kind_of(name)
@@ -117,7 +119,7 @@ def _detect(spec: PrepareSpec) -> tuple[Kind, tuple[str, ...]]:
             f"{', '.join(sorted(kinds))}, or give a glob"
         )
     if not kinds:
-        examples = f"found {', '.join(sorted(other)[:3])}" if other else "found nothing"
+        examples = f"found {', '.join(other[:3])}" if other else "found nothing"
         raise JobError(
             f"prepare.images={spec.images!r}: there are no images, Parquet, tar or TFRecord files "
             f"({examples}); set prepare.source"
@@ -125,15 +127,13 @@ def _detect(spec: PrepareSpec) -> tuple[Kind, tuple[str, ...]]:
     return _resolve_images(next(iter(kinds)), spec), notes
 
 
-def _search(
-    folder: Folder, patterns: Sequence[str], spec: PrepareSpec
-) -> tuple[dict[Kind, str], list[str]]:
+def _search(walk: Walk, spec: PrepareSpec) -> tuple[dict[Kind, str], list[str]]:
     """Return the kinds on the first level that has any, with a file of each, and other files."""
-    table = Folder(spec.table).path.removeprefix(f"{folder.path}/") if spec.table else None
+    table = Folder(spec.table).path.removeprefix(f"{walk.folder.path}/") if spec.table else None
     kinds: dict[Kind, str] = {}
     other: list[str] = []
     # Metadata may be in a folder above its images.
-    for names in Walk(folder, patterns).levels(_MAX_FOLDERS):
+    for names in walk.levels(_MAX_FOLDERS):
         for name in names:
             if name == table:
                 continue

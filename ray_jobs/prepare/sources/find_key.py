@@ -60,10 +60,13 @@ def find_key(
     if found := find_pattern(table, spec, list_names):
         return found
     unique = list(_unique_columns(table, spec))
-    if not unique:
+    if not unique or _is_default(spec):
+        suggestion = f", such as {names_text(unique[:3])}" if unique else ""
         raise JobError(
-            f"prepare.key_column: the table has no column {DEFAULT_KEY!r}, and none that is "
-            f"different in each row (it has: {names_text(table.column_names)}); add one"
+            f"prepare.key_column: the table has no column {DEFAULT_KEY!r} (it has: "
+            f"{names_text(table.column_names)}), and the images are named after none that is "
+            f"different in each row; set it to one that is{suggestion}, and prepare.image_column "
+            "or prepare.image_pattern to what names the images"
         )
     pattern = () if spec.image_column else parse_path_pattern(spec)[0]
     return {"key_column": next((column for column in unique if column in pattern), unique[0])}
@@ -82,8 +85,7 @@ def find_pattern(
     Raises:
         JobError: If each row has several images.
     """
-    default = type(spec).model_fields["image_pattern"].default
-    if spec.image_column or spec.image_columns or spec.image_pattern != default:
+    if not _is_default(spec):
         return {}
     names = list_names()
     at = np.linspace(0, len(names) - 1, min(len(names), _SAMPLE_NAMES)).astype(np.int64)
@@ -100,10 +102,16 @@ def find_pattern(
             if len(patterns) > 1:
                 raise _several_images(column, patterns)
             if patterns:
-                is_default = patterns[0] == default.replace(DEFAULT_KEY, column)
+                is_default = patterns[0] == spec.image_pattern.replace(DEFAULT_KEY, column)
                 pattern = {} if is_default else {"image_pattern": patterns[0]}
                 return {"key_column": column} | pattern
     return {}
+
+
+def _is_default(spec: PrepareSpec) -> bool:
+    """Whether no setting says which images belong to a row."""
+    default = type(spec).model_fields["image_pattern"].default
+    return not (spec.image_column or spec.image_columns or spec.image_pattern != default)
 
 
 def describe_found(settings: Mapping[str, Any]) -> list[str]:

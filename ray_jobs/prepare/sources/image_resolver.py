@@ -178,7 +178,9 @@ class _Matcher:
         result: Quarantined = {}
         missing = np.flatnonzero(self.match < 0).tolist()
         files = self.files.to_pylist() if missing else []
+        known = set(files)
         names = sorted((file.rpartition("/")[2], file) for file in files)
+        ends = sorted((name[::-1], file) for name, file in names)
         for count, row in enumerate(missing):
             text, path = self.texts[row].as_py(), self.exact[row].as_py()
             if row in self.ambiguous:
@@ -196,8 +198,10 @@ class _Matcher:
             detail = f"{text}: no such file in {self.folder}"
             if self.in_glob:
                 detail = f"the glob matches no {text}"
-            if count < _MAX_NEAREST and names:
-                detail += f"; the nearest is {_nearest(path, names)}"
+            if (first := re.match(r"(.+?)\s*([;|,])", path)) and first[1] in known:
+                detail += f"; set prepare.image_separator={first[2]!r} if these are several images"
+            elif count < _MAX_NEAREST and names:
+                detail += f"; the nearest is {_nearest(path, names, ends)}"
             result[row] = "missing_image", detail
         return result
 
@@ -310,9 +314,18 @@ def _are_files(names: Paths, folder: Folder) -> np.ndarray:
     return np.array(map_in_threads(is_file, names.to_pylist()), bool)
 
 
-def _nearest(path: str, names: list[tuple[str, str]]) -> str:
-    """Return the most similar of the files around a path in the order of file names."""
+def _nearest(path: str, names: list[tuple[str, str]], ends: list[tuple[str, str]]) -> str:
+    """Return the most similar of the files around a path in the order of names, or of their ends.
+
+    Args:
+        path: The path.
+        names: Name and path of each file, in order.
+        ends: Reversed name and path of each file, in order.
+    """
     path = re.split(r"[/\\]", path)[-1] if "\\" in path else path
-    at = bisect_left(names, (path.rpartition("/")[2], ""))
-    around = [name for _, name in names[max(at - _NEIGHBOURS, 0) : at + _NEIGHBOURS]]
+    name = path.rpartition("/")[2]
+    around: list[str] = []
+    for order, key in ((names, name), (ends, name[::-1])):
+        at = bisect_left(order, (key, ""))
+        around += [file for _, file in order[max(at - _NEIGHBOURS, 0) : at + _NEIGHBOURS]]
     return get_close_matches(path[-200:], around, n=1, cutoff=0.0)[0]

@@ -108,11 +108,14 @@ def _parse(file: RawFile, dialect: _Dialect, encoding: str) -> pa.Table:
 def _ragged_error(file: RawFile, dialect: _Dialect, encoding: str, row: csv.InvalidRow) -> JobError:
     shown = row.text[:_SHOWN_CHARACTERS] + "…" * (len(row.text) > _SHOWN_CHARACTERS)
     quotes = " and close its quotes" if "\n" in row.text else ""
+    advice = "put cells with delimiters in quotes"
+    if re.search(r"[,;|\t] +\"", row.text):
+        advice = "remove blanks before quotes"
     return JobError(
         f"the table {file.name} could not be read: {_find_line(file, dialect, encoding)} has "
         f"{count_text(row.actual_columns, 'cell')}, but the header has "
-        f"{count_text(row.expected_columns, 'name')}: {shown!r}; correct this row{quotes}, put "
-        "cells with delimiters in quotes, or delete lines above the header"
+        f"{count_text(row.expected_columns, 'name')}: {shown!r}; correct this row{quotes}, "
+        f"{advice}, or delete lines above the header"
     )
 
 

@@ -89,11 +89,11 @@ def _find_files(location: str) -> list[RawFile]:
     else:
         folder = Folder(base)
         matches = [re.compile(glob_regex(each)).fullmatch for each in expand_braces(pattern)]
-    names = [
-        name
-        for name in folder.names()
-        if any(match(name) for match in matches) and not re.search(r"(^|/)[._]", name)
-    ]
+    shown = [name for name in folder.names() if not re.search(r"(^|/)[._]", name)]
+    names = [name for name in shown if any(match(name) for match in matches)]
+    if not names and pattern is None:
+        # Spark and Hadoop also write parts without a suffix.
+        names = [name for name in shown if re.search(r"(^|/)part-[^.]*$", name)]
     if not names:
         raise JobError(
             f"the table {location} is a folder or glob without CSV, Parquet, JSON or Excel files; "

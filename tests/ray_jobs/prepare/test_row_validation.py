@@ -72,7 +72,8 @@ def test_each_bad_cell_quarantines_its_row_with_the_value():
         ),
     }
     rows = rows_of(table, ("area",), **options)
-    assert rows.quarantined[3] == ("non_numeric_text", "area is 'one'")
+    detail = "area is 'one'; prepare.number_rules {area: missing} would treat it as missing"
+    assert rows.quarantined[3] == ("non_numeric_text", detail)
     assert np.isnan(rows.numeric_RF[6, 0])
     assert rows.numeric_RF.dtype == np.float32
 
@@ -97,7 +98,7 @@ def test_one_rule_is_suggested_for_all_cells_that_it_reads(monkeypatch):
     table = {"key": range(203), "label": [0, 1, 0, *[1] * 200], "age": ages}
     details = [detail for _, detail in rows_of(table, ("age",)).quarantined.values()]
     assert sum("age: range_mean} would read it" in detail for detail in details) == 201
-    assert "age is '3 kg'" in details
+    assert "age is '3 kg'; prepare.number_rules {age: missing} would treat it as missing" in details
     assert calls == [202]
 
 

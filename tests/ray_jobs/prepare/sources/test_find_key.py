@@ -67,7 +67,7 @@ def test_without_a_column_that_names_the_images_the_first_unique_one_is_the_key(
     table = {"file": ["a.jpg", "a.jpg"] * 10, "label": IDS, "age": AGES, "id": IDS}
     assert found(table, [], image_column="file") == {"key_column": "age"}
     assert found(table, [], image_pattern="{id}/{file}") == {"key_column": "id"}
-    with pytest.raises(JobError, match=r"no column 'key', and none that is different in each row"):
+    with pytest.raises(JobError, match="after none that is different in each row; set it to one"):
         found({"file": ["a.jpg", "a.jpg"] * 10}, [], image_column="file")
 
 
