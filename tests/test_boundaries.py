@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import ray_jobs
 from ray_jobs.__main__ import VERBS
 
@@ -60,9 +58,19 @@ def test_the_installed_script_lists_the_verbs_and_suggests_the_nearest_one():
         assert text.startswith("usage: python -m ray_jobs.train ")
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_help_loads_nothing_heavy(verb):
-    as_main = f"runpy.run_module('ray_jobs.{verb}', run_name='__main__', alter_sys=True)"
-    output, loaded = run(f"import sys, runpy; sys.argv = ['x', '--help']; {as_main}")
+def test_help_loads_nothing_heavy():
+    code = f"""
+import contextlib, runpy
+for verb in {VERBS!r}:
+    sys.argv = ["x", "--help"]
+    print("# verb", verb)
+    with contextlib.suppress(SystemExit):
+        runpy.run_module(f"ray_jobs.{{verb}}", run_name="__main__", alter_sys=True)
+    print("# heavy", *[name for name in {HEAVY!r} if name in sys.modules])
+"""
+    output, loaded = run(code)
+    texts = output.split("# verb ")[1:]
+    for verb, text in zip(VERBS, texts, strict=True):
+        assert text.startswith(f"{verb}\nusage: python -m ray_jobs.{verb}")
+        assert text.endswith("# heavy\n"), f"{verb} loads{text.rpartition('# heavy')[2]}"
     assert loaded == set()
-    assert output.startswith(f"usage: python -m ray_jobs.{verb}")
