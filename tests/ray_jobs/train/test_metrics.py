@@ -150,14 +150,19 @@ def test_the_interval_of_a_gain_equals_scipys_paired_bootstrap():
     label = label.astype(int)
     found = auc_gain(label, ours, theirs, num_draws=400)
 
+    def auc(y, score):
+        """The share of pairs in order; `roc_auc_score` takes seconds for this many samples."""
+        return np.mean(score[y == 1][:, None] > score[y == 0])
+
     def gain(y, a, b):
-        return metrics.roc_auc_score(y, a) - metrics.roc_auc_score(y, b)
+        return auc(y, a) - auc(y, b)
 
     expected = bootstrap(
         (label, ours, theirs), gain, paired=True, vectorized=False, n_resamples=400,
         method="percentile", rng=1,
     ).confidence_interval  # fmt: skip
-    assert found["difference"] == pytest.approx(gain(label, ours, theirs))
+    scores = [metrics.roc_auc_score(label, by) for by in (ours, theirs)]
+    assert found["difference"] == pytest.approx(scores[0] - scores[1])
     assert found["low"] == pytest.approx(expected.low, abs=0.02)
     assert found["high"] == pytest.approx(expected.high, abs=0.02)
     same = auc_gain(label, ours, ours, num_draws=50)
