@@ -184,7 +184,10 @@ def fitted(loop: Any) -> dict[str, np.ndarray]:
     train, num_steps = loop.spec.train, loop.sampler.steps_before(loop.spec.train.epochs)
     keras.utils.set_random_seed(loop.spec.run.seed)
     model = new_model(loop.spec, loop.manifest)
-    model.compile(make_optimizer(train, num_steps), make_loss(train), jit_compile=False)
+    optimizer = make_optimizer(train, num_steps)
+    # Otherwise the first step creates its variables, and Keras traces the step twice.
+    optimizer.build(model.trainable_variables)
+    model.compile(optimizer, make_loss(train), jit_compile=False)
     feed, _ = loop._feeds()
     batcher = DeviceBatcher(loop.replicas, model.input_names, loop.train_batcher.class_weight)
 
