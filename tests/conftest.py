@@ -35,6 +35,22 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def predict_here(ray_local: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reads and predicts rows in this process, because an actor needs seconds for TensorFlow."""
+    from ray_jobs.predict import predictor
+
+    def blocks(run: Any, source: Any, spec: Any) -> Iterator[Any]:
+        predict = predictor.Predictor(run, spec.batch_size, spec.cpus_per_worker, spec.use_gpu)
+        for task in source.tasks():
+            for rows in source.read(task):
+                yield from predict(rows)
+
+    # TensorFlow is already initialized in this process, so its threads cannot be set.
+    monkeypatch.setattr("ray_jobs.cluster.strategy.set_devices", lambda num_cpus, use_gpu: None)
+    monkeypatch.setattr(predictor, "_predicted_blocks", blocks)
+
+
+@pytest.fixture
 def coordinator(ray_local: None) -> Iterator[Any]:
     """The mailbox between the driver and the workers of a run."""
     import ray

@@ -69,7 +69,9 @@ def test_each_row_counts_once_with_several_workers(prepared_run, ray_local, tmp_
     require_nothing_left()
 
 
-def test_the_error_for_a_damaged_image_names_its_shard_and_row(prepared_run, ray_local, tmp_path):
+def test_the_error_for_a_damaged_image_names_its_shard_and_row(
+    prepared_run, predict_here, tmp_path
+):
     folder, manifest, _ = prepared_run
     shutil.copytree(folder / "prepared", tmp_path / "prepared")
     damage_image(tmp_path / "prepared", manifest, "test", shard=1, row=3)
@@ -234,7 +236,7 @@ def test_a_probability_that_is_not_finite_becomes_an_error(prepared_run, rows_of
     assert set(table["error"].to_pylist()) == {"the model's probability is not finite"}
 
 
-def test_metrics_are_weighted_if_the_data_has_weights(prepared_run, ray_local, tmp_path, capsys):
+def test_metrics_are_weighted_if_the_data_has_weights(prepared_run, predict_here, tmp_path, capsys):
     """Weights count in evaluation as in training (autogluon#942, autogluon#5185)."""
     folder, manifest, model = prepared_run
     num_rows = {split: info.num_rows for split, info in manifest.splits.items()}

@@ -148,7 +148,7 @@ def prepared_rows(houses: Path, rules: Manifest) -> pa.Table:
 
 
 def test_raw_rows_get_the_probabilities_of_equal_prepared_rows_or_a_reason(
-    houses, rules, model, ray_local, monkeypatch, tmp_path, capsys
+    houses, rules, model, predict_here, monkeypatch, tmp_path, capsys
 ):
     monkeypatch.chdir(houses)
     spec = spec_of(houses, images="photos/{key}_front.jpg", output=str(tmp_path))
