@@ -11,6 +11,8 @@ import pytest
 from tests.ray_jobs.heads import running_head
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# The OpenMP threads of one test process would spin while they wait for the cores of the other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Ray runs workers at a lower priority than drivers. Beside the second test process, those that wait
 # for each other would starve.
 os.environ.setdefault("RAY_worker_niceness", "0")
