@@ -158,6 +158,9 @@ def read_inputs(spec: RunSpec) -> Inputs:
             "prepare.missing_image=quarantine"
         )
     options = options.model_copy(update=_stored_rules(columns, options))
+    has_images = any(refs.has_image.any() for refs in source.images.values())
+    if options.missing_image == "keep" and not has_images:
+        raise _no_images(options)
     return Inputs(
         spec=spec.model_copy(update={"prepare": options}),
         rows=read_rows(source, options, numeric_columns, classes, categorical),
@@ -351,11 +354,15 @@ def _require_images(facts: Sequence[ShardFacts], plan: Plan, options: PrepareSpe
     """Check that some row has an image: otherwise, a setting must be wrong."""
     shards = [f.shard for f in facts if f.shard] + [s for kept in plan.kept.values() for s in kept]
     if shards and all(shard.num_without_image == shard.num_rows for shard in shards):
-        raise JobError(
-            f"no row has an image in prepare.images={options.images!r}; correct it, "
-            "prepare.image_pattern or prepare.image_column (prepare.missing_image=keep keeps rows "
-            "without one)"
-        )
+        raise _no_images(options)
+
+
+def _no_images(options: PrepareSpec) -> JobError:
+    return JobError(
+        f"no row has an image in prepare.images={options.images!r}; correct it, "
+        "prepare.image_pattern or prepare.image_column (prepare.missing_image=keep keeps rows "
+        "without one)"
+    )
 
 
 def _split_info(

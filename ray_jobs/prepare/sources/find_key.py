@@ -61,12 +61,15 @@ def find_key(
         return found
     unique = list(_unique_columns(table, spec))
     if not unique or _is_default(spec):
+        column, patterns = _find_named(table, table.column_names, list_names())
+        pattern = shlex.quote(patterns[0]) if patterns else "'{COLUMN}.jpg'"
         suggestion = f", such as {names_text(unique[:3])}" if unique else ""
+        named = f"{column!r}, which repeats cells" if column else "none of its columns"
         raise JobError(
             f"prepare.key_column: the table has no column {DEFAULT_KEY!r} (it has: "
-            f"{names_text(table.column_names)}), and the images are named after none that is "
-            f"different in each row; set it to one that is{suggestion}, and prepare.image_column "
-            "or prepare.image_pattern to what names the images"
+            f"{names_text(table.column_names)}), and the images are named after {named}; set "
+            f"prepare.key_column to a column that is different in each row{suggestion}, and add "
+            f"--prepare.image_pattern {pattern}"
         )
     pattern = () if spec.image_column else parse_path_pattern(spec)[0]
     return {"key_column": next((column for column in unique if column in pattern), unique[0])}
@@ -87,25 +90,15 @@ def find_pattern(
     """
     if not _is_default(spec):
         return {}
-    names = list_names()
-    at = np.linspace(0, len(names) - 1, min(len(names), _SAMPLE_NAMES)).astype(np.int64)
-    paths = [name for name in names.take(pa.array(at)).to_pylist() if _SUFFIX.search(name)]
-    bases = [path.rpartition("/")[2] for path in paths]
     has_key = spec.key_column in table.column_names
     columns = [spec.key_column] if has_key else list(_unique_columns(table, spec))
-    for texts in (bases, paths):
-        counts = {c: _count_patterns(table.column(c), c, texts) for c in columns}
-        # Of two columns with equally many matches, prefer the one that leaves less of the names.
-        column = max(counts, key=lambda c: (counts[c].total(), -_rest(counts[c])), default="")
-        if column and counts[column].total() > _MIN_MATCHED * len(texts):
-            patterns = _main_patterns(counts[column])
-            if len(patterns) > 1:
-                raise _several_images(column, patterns)
-            if patterns:
-                is_default = patterns[0] == spec.image_pattern.replace(DEFAULT_KEY, column)
-                pattern = {} if is_default else {"image_pattern": patterns[0]}
-                return {"key_column": column} | pattern
-    return {}
+    column, patterns = _find_named(table, columns, list_names())
+    if len(patterns) > 1:
+        raise _several_images(column, patterns)
+    if not patterns:
+        return {}
+    is_default = patterns[0] == spec.image_pattern.replace(DEFAULT_KEY, column)
+    return {"key_column": column} | ({} if is_default else {"image_pattern": patterns[0]})
 
 
 def _is_default(spec: PrepareSpec) -> bool:
@@ -180,6 +173,26 @@ def _several_images(column: str, patterns: Sequence[str]) -> JobError:
     )
 
 
+def _find_named(
+    table: pa.Table, columns: Sequence[str], names: pa.LargeStringArray
+) -> tuple[str, tuple[str, ...]]:
+    """Return the column whose cells occur in most names, and the patterns of the names.
+
+    The column is empty and there are no patterns if no column fits.
+    """
+    at = np.linspace(0, len(names) - 1, min(len(names), _SAMPLE_NAMES)).astype(np.int64)
+    paths = [name for name in names.take(pa.array(at)).to_pylist() if _SUFFIX.search(name)]
+    bases = [path.rpartition("/")[2] for path in paths]
+    for texts in (bases, paths):
+        counts = {c: _count_patterns(table.column(c), c, texts) for c in columns}
+        # Of two columns with equally many matches, prefer the one that leaves less of the names.
+        column = max(counts, key=lambda c: (counts[c].total(), -_rest(counts[c])), default="")
+        is_named = column and counts[column].total() > _MIN_MATCHED * len(texts)
+        if is_named and (patterns := _main_patterns(counts[column])):
+            return column, patterns
+    return "", ()
+
+
 def _count_patterns(cells: pa.ChunkedArray, column: str, names: Sequence[str]) -> Counter[str]:
     """Return the number of names by pattern, for the longest part of each name that is a cell."""
     rule = find_text_rule(cells)
@@ -192,7 +205,10 @@ def _count_patterns(cells: pa.ChunkedArray, column: str, names: Sequence[str]) -
                 spans.append((tokens, first, last))
                 parts.append("".join(tokens[first : last + 1]))
     keys = apply_text_rule(pa.array(parts, TEXT), rule)
-    is_key = pc.is_in(keys, value_set=apply_text_rule(column_text(cells), rule))
+    known = apply_text_rule(column_text(cells), rule)
+    # Cells may be paths with other folders.
+    known = pa.concat_arrays([known, pc.replace_substring_regex(known, r"^.*[/\\]", "")])
+    is_key = pc.is_in(keys, value_set=known)
     longest: dict[int, tuple[int, str]] = {}
     for at in np.flatnonzero(is_key.to_numpy(zero_copy_only=False)).tolist():
         tokens, first, last = spans[at]

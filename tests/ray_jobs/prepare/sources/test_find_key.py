@@ -67,8 +67,24 @@ def test_without_a_column_that_names_the_images_the_first_unique_one_is_the_key(
     table = {"file": ["a.jpg", "a.jpg"] * 10, "label": IDS, "age": AGES, "id": IDS}
     assert found(table, [], image_column="file") == {"key_column": "age"}
     assert found(table, [], image_pattern="{id}/{file}") == {"key_column": "id"}
-    with pytest.raises(JobError, match="after none that is different in each row; set it to one"):
+    with pytest.raises(JobError, match="after none of its columns; set prepare"):
         found({"file": ["a.jpg", "a.jpg"] * 10}, [], image_column="file")
+
+
+def test_images_named_after_a_column_with_equal_cells_need_another_key():
+    table = {"id": AGES, "patient": [f"p{n // 2}" for n in range(20)], "row": [1.5] * 20}
+    with pytest.raises(JobError) as error:
+        found(table, [f"p{n}.png" for n in range(10)])
+    assert str(error.value).endswith(
+        "named after 'patient', which repeats cells; set prepare.key_column to a column that is "
+        "different in each row, such as id, and add --prepare.image_pattern '{patient}.png'"
+    )
+
+
+def test_cells_may_be_paths_with_other_folders():
+    table = {"path": [f"train/{i}.jpg" for i in IDS], "age": [float(a) for a in AGES]}
+    expected = {"key_column": "path", "image_pattern": "{path}"}
+    assert found(table, [f"{i}.jpg" for i in IDS]) == expected
 
 
 def test_a_pattern_is_found_for_a_key_column_that_is_set_and_for_no_other():
