@@ -118,12 +118,12 @@ def make_plan(
     """
     good = np.flatnonzero(rows.good)
     earlier_rows = _find_earlier_rows(rows, earlier)
-    splits, cuts, note = _split(rows, good, spec, classes, earlier_rows, earlier)
+    hashes = split_hashes(spec.run.seed, rows.keys.take(pa.array(good)))
+    splits, cuts, note = _split(rows, good, hashes, spec, classes, earlier_rows, earlier)
     if rows.splits_note and (num_shared := _count_shared(rows, good, splits)):
         note += f"; {count_text(num_shared, 'row')} with an image of another split"
     split_of = np.full(len(rows), -1, np.int8)
     split_of[good] = splits
-    hashes = split_hashes(spec.run.seed, rows.keys.take(pa.array(good)))
     good = good[np.argsort(hashes, kind="stable")]
     del hashes
     members: dict[Split, np.ndarray] = {
@@ -154,6 +154,7 @@ def make_plan(
 def _split(
     rows: CheckedRows,
     good: np.ndarray,
+    hashes: np.ndarray,
     spec: RunSpec,
     classes: Classes,
     earlier_rows: list[np.ndarray],
@@ -183,7 +184,7 @@ def _split(
         context, noun = f"{given}; {cut} cut from train ", "training "
     to_cut = np.flatnonzero(splits <= TRAIN)
     good, names = good[to_cut], names.take(pa.array(to_cut))
-    joined = ""
+    joined, name_hashes = "", None
     noun += f"{options.group_column} group" if options.group_column else "row"
     if not options.group_column:
         by_image = join_by_image(names, [refs.take(good) for refs in rows.images])
@@ -191,8 +192,10 @@ def _split(
         if num_joined:
             joined = f"; {count_text(num_joined, 'row')} grouped by a shared image"
             noun = noun.replace("row", "image")
+        # Each name is the key of some row.
+        name_hashes = hashes[to_cut][pc.index_in(by_image, value_set=names).to_numpy()]
         names = by_image
-    groups = Groups.of(names, rows.labels[good], seed)
+    groups = Groups.of(names, rows.labels[good], seed, name_hashes)
     if earlier and _splits_alike(earlier.manifest, spec, classes, wanted):
         earlier_split = np.full(len(rows), -1, np.int8)
         for (split, _, _), chosen in zip(earlier.shards, earlier_rows, strict=True):

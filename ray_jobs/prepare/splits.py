@@ -54,13 +54,30 @@ class Groups:
     so it is a training group."""
 
     @classmethod
-    def of(cls, names: pa.LargeStringArray, labels: np.ndarray, seed: int) -> "Groups":
-        """Build the groups from each row's group name and label."""
+    def of(
+        cls,
+        names: pa.LargeStringArray,
+        labels: np.ndarray,
+        seed: int,
+        name_hashes: np.ndarray | None = None,
+    ) -> "Groups":
+        """Build the groups from each row's group name and label.
+
+        Args:
+            names: Name of each row's group.
+            labels: Label of each row.
+            seed: Seed of the hashes.
+            name_hashes: Hash of each row's group name, if it is known.
+        """
         encoded = names.dictionary_encode()
         of_row = encoded.indices.to_numpy()
         num_rows = np.bincount(of_row, minlength=len(encoded.dictionary))
         shares = np.bincount(of_row, labels == 1, len(num_rows)) / num_rows
-        hashes = split_hashes(seed, encoded.dictionary)
+        if name_hashes is None:
+            hashes = split_hashes(seed, encoded.dictionary)
+        else:
+            hashes = np.empty(len(num_rows), name_hashes.dtype)
+            hashes[of_row] = name_hashes
         if num_rows.max(initial=1) > max(len(names) / 4, 1):
             largest = np.flatnonzero(num_rows == num_rows.max())
             hashes[largest[np.argmax(hashes[largest])]] = _LAST

@@ -219,8 +219,9 @@ def _count_patterns(cells: pa.ChunkedArray, column: str, names: Sequence[str]) -
 
 
 def _rest(patterns: Counter[str]) -> int:
-    """Return the number of characters around the keys."""
-    return sum(len(re.sub(r"\{[^{}]*\}", "", pattern)) * n for pattern, n in patterns.items())
+    """Return the number of characters around the keys, without extensions."""
+    rests = {pattern: re.sub(r"\{[^{}]*\}", "", _SUFFIX.sub("", pattern)) for pattern in patterns}
+    return sum(len(rests[pattern]) * count for pattern, count in patterns.items())
 
 
 def _main_patterns(patterns: Counter[str]) -> tuple[str, ...]:
