@@ -103,3 +103,7 @@ def values(manifest: Manifest) -> dict[str, Any]:
 
 def roles(manifest: Manifest) -> dict[str, str]:
     return {column.name: column.role for column in manifest.columns}
+
+
+def column_of(manifest: Manifest, name: str) -> Any:
+    return next(column for column in manifest.columns if column.name == name)
