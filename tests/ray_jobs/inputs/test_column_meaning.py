@@ -111,7 +111,6 @@ READ: list[Any] = [
         "range_mean",
         id="DataHarmonizer#102-age-bins",
     ),
-    pytest.param(lambda i: str(i % 2 == 0), lambda i: (i + 1) % 2, "boolean", id="cpython#119123"),
     pytest.param(
         lambda i: MONEY[i % 3],
         lambda i: float(MONEY[i % 3].replace(",", "")[1:]),
