@@ -1,7 +1,4 @@
-"""Finding images and keys, walking folders, the values of pixels, and flags to copy.
-
-Each input comes from the public thread in its parameter id.
-"""
+"""Images, keys, folders, pixels and flags to copy; the ids are the threads they come from."""
 
 import io
 import os
@@ -48,6 +45,7 @@ FOUND: dict[str, tuple[Name, Name, str]] = {
     "image-similarity#3-url": (file, lambda i: f"https://x.org/{file(i)}", "end of the path"),
     "isic-2017-names": (lambda i: f"ISIC_{i:07}.jpg", lambda i: f"ISIC_{i}", "number of zeros"),
     "datasets#7733-root": (file, lambda i: f"images/{file(i)}", "another spelling"),
+    "cog-sdxl#7": (lambda i: f"{i}.{['png', 'JPG'][i % 2]}", lambda i: f"{i}.*", "extension"),
 }
 
 
@@ -61,23 +59,11 @@ def test_an_image_is_found_by_another_spelling_that_is_reported(
     assert note in bare.text
 
 
-PATTERNS: dict[str, tuple[Name, str]] = {
-    "local-global#5-format": (lambda i: f"{i:05}.jpg", "{n:05d}.jpg"),
-    "local-global#5-float-ids": (lambda i: f"{i}.1.png", "{n}.1.png"),
-    "cog-sdxl#7": (lambda i: f"k{i:02}.{['png', 'JPG', 'tif'][i % 3]}", "{key}.*"),
-}
-
-
-@pytest.mark.parametrize(("name", "pattern"), cases(PATTERNS))
-def test_patterns_with_formats_and_any_extension(bare: UserData, name: Name, pattern: str) -> None:
-    bare.add_images(map(name, range(36)))
-    rows = plain_rows(n=lambda i: f"{i}.0")
-    assert sum(totals(bare.look(rows, image_pattern=pattern))) == 36
-
-
-def test_several_images_in_a_cell(user: UserData) -> None:
-    """autogluon#3388: paths joined by semicolons, some rows with one."""
-    rows = plain_rows(path=lambda i: f"{file(i)}; {file(i ^ 1)}" if i % 3 else file(i))
+def test_formats_in_patterns_and_several_images_in_a_cell(user: UserData) -> None:
+    """local-global#5: `{id:.0f}.png` for float ids. autogluon#3388: paths joined by semicolons."""
+    user.add_images([f"{i:05}.png" for i in range(36)])
+    rows = plain_rows(n=lambda i: f"{i}.0", path=lambda i: f"{file(i)}; {file(i ^ 1)}")
+    assert sum(totals(user.look(rows, image_pattern="{n:05d}.png"))) == 36
     assert user.look(rows, image_column="path", image_separator=";").image.names == ("1", "2")
 
 
@@ -103,26 +89,21 @@ def test_a_missing_image_is_named_with_the_nearest_file(
     assert remedy in text
 
 
-@pytest.mark.parametrize(
-    "num_missing",
-    cases(
-        {"autogluon#1207-some": (6,), "autogluon#4892-all": (36,)},
-        {
-            "autogluon#1207-some": "a dry run does not print the number of rows without an image",
-            "autogluon#4892-all": "a dry run succeeds although no row has an image",
-        },
-    ),
-)
+KEPT = {"autogluon#1207-some": (6,), "autogluon#4892-all": (36,)}
+SILENT = dict.fromkeys(KEPT, "a dry run does not count the rows without an image")
+
+
+@pytest.mark.parametrize("num_missing", cases(KEPT, SILENT))
 def test_rows_without_an_image_are_kept_on_request(user: UserData, num_missing: int) -> None:
     paths = ["nan", "", "gone.jpg"]
     rows = plain_rows(path=lambda i: paths[i % 3] if i < num_missing else file(i))
     assert f"{num_missing} of 36 rows" in user.refusal(rows, image_column="path")
-    if num_missing == 36:
-        assert "no row has an image" in user.refusal(
-            rows, image_column="path", missing_image="keep"
-        )
-    assert sum(totals(user.look(rows, image_column="path", missing_image="keep"))) == 36
-    assert "rows without an image" in user.text
+    kept = {"image_column": "path", "missing_image": "keep"}
+    if num_missing < 36:
+        assert sum(totals(user.look(rows, **kept))) == 36
+        assert "rows without an image" in user.text
+    else:
+        assert "no row has an image" in user.refusal(rows, **kept)
 
 
 JUNK = {
@@ -157,12 +138,10 @@ NOT_UTF_8 = {
     "internetarchive#284-one": ([b"Mu\xf1oz_sm.jpg", *FILES],),
     "deep-anpr#91-all": ([b"Mu\xf1oz%d.jpg" % i for i in range(36)],),
 }
+HIDDEN = {"deep-anpr#91-all": "finds no images and advises to set prepare.source"}
 
 
-@pytest.mark.parametrize(
-    "names",
-    cases(NOT_UTF_8, {"deep-anpr#91-all": "finds no images and advises to set prepare.source"}),
-)
+@pytest.mark.parametrize("names", cases(NOT_UTF_8, HIDDEN))
 def test_names_that_are_not_utf_8_are_reported(bare: UserData, names: list[Any]) -> None:
     bare.add_images(names)
     try:
@@ -214,10 +193,7 @@ KEYS: dict[str, tuple[str, Name]] = {
     "modelscope#60-folders": ("path", lambda i: f"train/cat/{file(i)}"),
     "COVID-CT#11-several-rows": ("image_id", lambda i: f"k{i // 2:02}"),
 }
-OTHER_KEY = {
-    "modelscope#60-folders": "chooses the row numbers, and then misses 0.jpg",
-    "COVID-CT#11-several-rows": "chooses the row numbers, and then misses 0.jpg",
-}
+OTHER_KEY = dict.fromkeys(list(KEYS)[2:], "chooses the row numbers, and then misses 0.jpg")
 
 
 @pytest.mark.parametrize(("name", "cell"), cases(KEYS, OTHER_KEY))

@@ -4,8 +4,8 @@ import gzip
 import io
 import json
 import zipfile
+from typing import Any
 
-import openpyxl
 import pandas as pd
 import pytest
 
@@ -28,22 +28,11 @@ def zipped(content: bytes) -> bytes:
     return stream.getvalue()
 
 
-def sheet(*rows_above: list[str]) -> bytes:
-    book = openpyxl.Workbook()
-    for row in [*rows_above, ["key", "size", "weight", "label"]]:
-        book.worksheets[0].append(row)
-    for row in plain_rows():
-        numbers = (float(row["size"]), int(row["weight"]))
-        book.worksheets[0].append([row["key"], *numbers, row["label"]])
-    stream = io.BytesIO()
-    book.save(stream)
-    return stream.getvalue()
-
-
-def parquet() -> bytes:
+def written(method: str, **options: Any) -> bytes:
+    """Return what a method of a shuffled data frame writes."""
     frame = pd.DataFrame(plain_rows()).astype({"size": float, "weight": int})
     stream = io.BytesIO()
-    frame.sample(frac=1, random_state=0).to_parquet(stream)
+    getattr(frame.sample(frac=1, random_state=0), method)(stream, **options)
     return stream.getvalue()
 
 
@@ -59,14 +48,14 @@ SAME = {
     "pycytominer#95-gzip-named-csv": ("t.csv", gzip.compress(PLAIN.encode())),
     "duckdb-zipfs#50-zip-with-other-suffix": ("t.wpp", zipped(PLAIN.encode())),
     "pyexcel-io#74-utf-32-in-zip": ("t.zip", zipped(PLAIN.encode("utf-32"))),
-    "pandas#8200-xlsx-named-csv": ("t.csv", sheet()),
+    "pandas#8200-xlsx-named-csv": ("t.csv", written("to_excel")),
     "turicreate#907-newline-in-quotes": ("t.csv", with_text("this is\nnot fine!").encode()),
     "agent-os#1218-unicode-line-ends": ("t.csv", with_text("a\u2028b\x85c\x0bd\x1ce").encode()),
     "cpython#119123-lists": ("t.csv", with_text("['112', '112']", ";").encode()),
     "cpython#88843-blanks": ("t.csv", with_text("to be or not to be", "|").encode()),
     "tabview#150-long-cell": ("t.csv", with_text("x" * 200_000).encode()),
     "pandas#14124-delimiter-after-rows": ("t.csv", TRAILING.encode()),
-    "milvus#33197-pandas-index": ("t.parquet", parquet()),
+    "milvus#33197-pandas-index": ("t.parquet", written("to_parquet")),
     "spectrochempy#1263-blank-lines": ("t.csv", ("\n\n" + PLAIN).encode()),
     "datasets#4895-json-lines": ("t.json", "\n".join(map(json.dumps, plain_rows())).encode()),
 }
@@ -112,7 +101,6 @@ REFUSED = {
     "pandas#53035-one-column": ("t.csv", b"name\nanna\nmary\n", "it has: name"),
     "pandas#4623-comment-between-rows": ("t.csv", COMMENT, "'# more, notes'"),
     "pandas#38830-some-delimiters": ("t.csv", (PLAIN + TRAILING).encode(), "line 39 has 5 cells"),
-    "readxl#383-title": ("t.xlsx", sheet(["Survey"]), "delete the rows above the header"),
     "COW#59-quote-after-blank": ("t.csv", QUOTED, "blank"),
 }
 ADVICE = "advises quotes for cells that are in quotes; the blank before them is the trouble"
