@@ -142,32 +142,17 @@ def test_given_splits_are_used_and_missing_ones_cut(
     assert 36 - manifest.splits["train"].num_rows == pytest.approx(num_held_out, abs=1)
 
 
-BAD_SPLITS = {
-    "fer2013#2": (["Training", "PublicTest", "PrivateTest"], "PublicTest"),
-    "datasets#7529": (["train", "custom", "test"], "custom"),
-    "nprint#40-only-test-marked": (["test", "", ""], "empty; write train, validation or test"),
-    "dmlc-core#679-numbers": ([0, 1, 2], "meaning of numbers is not guessed"),
-}
-
-
-@pytest.mark.parametrize(("words", "message"), cases(BAD_SPLITS))
-def test_unknown_split_words_are_named(user: UserData, words: list[Any], message: str) -> None:
-    rows = plain_rows(part=lambda i: words[i % 3])
-    assert message in user.refusal(rows, split_column="part")
-
-
 def test_keys_in_files_and_folds(user: UserData) -> None:
     """COVID-CT#11: lists of the authors, here as Windows writes them; a fold is no feature."""
-    keys = [f"k{i:02}" for i in range(9)]
     file = user.folder / "testCT.txt"
-    file.write_bytes(("\ufeff" + " \r\n".join(keys) + "\r\n\r\n").encode())
+    file.write_bytes(("\ufeff" + " \r\n".join(f"k{i:02}" for i in range(9)) + "\r\n\r\n").encode())
     rows = plain_rows(fold=lambda i: i % 5)
-    manifest = user.look(rows, split_keys={"test": str(file)}, fold_column="fold")
+    options: dict[str, Any] = {"split_keys": {"test": str(file)}}
+    manifest = user.look(rows, fold_column="fold", **options)
     assert manifest.splits["test"].num_rows == 9
     assert column_of(manifest, "fold").role == "fold"
-    file.write_text("\n".join(f"{key}.png" for key in keys))
-    text = user.refusal(rows, split_keys={"test": str(file)})
-    assert "none of its 9 keys, such as 'k00.png'" in text
+    file.write_text("k00.png\nk01.png")
+    assert "none of its 2 keys, such as 'k00.png'" in user.refusal(rows, **options)
 
 
 GROUPS = {
@@ -188,23 +173,29 @@ def test_every_split_gets_both_classes_for_any_seed(
         assert all(min(split.class_counts) > 0 for split in manifest.splits.values())
 
 
-WEIGHTS = {
-    "autogluon#942-negative": (lambda i: -1 if i == 3 else 1, "'-1'"),
-    "autogluon#942-nan": (lambda i: "" if i == 3 else 1, "empty"),
-    "h2o-3#5604-zero": (lambda i: 0 if i == 3 else 1, "'0'"),
+def one_of(*cells: Any) -> Cell:
+    return lambda i: cells[i % len(cells)]
+
+
+SPLIT, WEIGHT = {"split_column": "x"}, {"weight_column": "x", "exclude_columns": ["weight"]}
+REFUSED: dict[str, tuple[Cell, dict[str, Any], str]] = {
+    "fer2013#2": (one_of("Training", "PublicTest", "PrivateTest"), SPLIT, "x is 'PublicTest'"),
+    "datasets#7529": (one_of("train", "custom", "test"), SPLIT, "x is 'custom'"),
+    "nprint#40": (one_of("test", ""), SPLIT, "x is empty; write train, validation or test"),
+    "dmlc-core#679": (one_of(0, 1, 2), SPLIT, "the meaning of numbers is not guessed"),
+    "autogluon#942-negative": (one_of(1, -1), WEIGHT, "x is '-1', but a weight is a positive"),
+    "autogluon#942-nan": (one_of(1, ""), WEIGHT, "x is empty, but a weight is a positive"),
+    "h2o-3#5604-zero": (one_of(1, 0), WEIGHT, "x is '0', but a weight is a positive"),
+    "prostatex#34-two-patients-with-lesions": (
+        lambda i: f"q{i}" if i % 3 else f"p{i % 2}",
+        {"group_column": "x"},
+        "class 1 occurs in only 2 usable x groups, but each of train, validation, test needs",
+    ),
 }
 
 
-@pytest.mark.parametrize(("cell", "message"), cases(WEIGHTS))
-def test_weights_are_positive_numbers(user: UserData, cell: Cell, message: str) -> None:
-    text = user.refusal(plain_rows(without="weight", w=cell), weight_column="w")
-    assert f"w is {message}, but a weight is a positive number" in text
-
-
-def test_decimal_commas_in_weights_and_too_few_groups(user: UserData) -> None:
-    """pandas#59299; prostatex#34: lesions of two patients cannot fill three splits."""
-    rows = plain_rows(without="weight", w=lambda i: f"{i % 3 + 1},5")
-    assert user.look(rows, weight_column="w").splits["train"].class_weights == (53.5, 12.0)
-    rows = plain_rows(patient=lambda i: f"q{i}" if i % 3 else f"p{i % 2}")
-    text = user.refusal(rows, group_column="patient")
-    assert "class 1 occurs in only 2 usable patient groups" in text
+@pytest.mark.parametrize(("cell", "options", "message"), cases(REFUSED))
+def test_an_error_says_what_is_wrong_with_a_column(
+    user: UserData, cell: Cell, options: dict[str, Any], message: str
+) -> None:
+    assert message in user.refusal(plain_rows(x=cell), **options)
