@@ -142,6 +142,13 @@ def test_given_splits_are_used_and_missing_ones_cut(
     assert 36 - manifest.splits["train"].num_rows == pytest.approx(num_held_out, abs=1)
 
 
+@pytest.mark.xfail(strict=True, reason="proposes the column as a categorical input")
+def test_a_column_of_splits_is_pointed_out(user: UserData) -> None:
+    """fer2013#2: the authors' splits were overlooked."""
+    user.look(plain_rows(split=lambda i: "train" if i % 4 else "test"))
+    assert "--prepare.split_column split" in user.text
+
+
 def test_keys_in_files_and_folds(user: UserData) -> None:
     """COVID-CT#11: lists of the authors, here as Windows writes them; a fold is no feature."""
     file = user.folder / "testCT.txt"
