@@ -6,7 +6,8 @@ from difflib import get_close_matches
 
 def did_you_mean(value: str, accepted: Sequence[str]) -> str:
     """Return `; did you mean 'x'?` with the nearest accepted name, or an empty string."""
-    near = get_close_matches(value, accepted, n=1, cutoff=0.5)
+    near = [name for name in accepted if name.lower() == value.lower()]
+    near = near or get_close_matches(value, accepted, n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 

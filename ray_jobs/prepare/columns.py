@@ -21,6 +21,7 @@ from ray_jobs.config.prepare_spec import PrepareSpec
 from ray_jobs.config.text import count_text, names_text
 from ray_jobs.data.manifest import Column, Role
 from ray_jobs.prepare.cell_text import MISSING_WORDS, TEXT, column_text, find_text_rule
+from ray_jobs.prepare.given_splits import split_named
 from ray_jobs.prepare.number_parsing import (
     is_date,
     is_numeric,
@@ -225,6 +226,11 @@ def _classify_text(
         num_read = round(fraction * num_filled)
         reason = f"{example}; {rule} reads {num_read:,} of {count_text(num_filled, 'cell')}"
         return Column(name=name, role="left_out", reason=reason, proposed="number", rule=str(rule))
+    if {"train", "test"} <= {
+        split_named(word) for word in texts.drop_null().unique()[:10].to_pylist()
+    }:
+        reason = f"words of splits; to use them, add --prepare.split_column {shlex.quote(name)}"
+        return Column(name=name, role="left_out", reason=reason)
     if _are_words(num_words, num_filled):
         codes = texts.dictionary_encode().indices.fill_null(-1).to_numpy() + 1
         if auc := _leak_of_words(codes, labels):

@@ -192,6 +192,8 @@ def dry_run(inputs: Inputs) -> DryRun:
     examples = {rows.quarantined[row][0]: _describe_row(rows, row) for row in reversed(bad)}
     findings = list(row_findings(count_reasons(rows), num_rows, examples, is_error=is_error))
     check, notes = "images", inputs.notes
+    if is_error and len(bad) == num_rows:
+        return DryRun(findings, notes, JobError(findings[0].sentence))
     try:
         writer, notes = _make_writer(inputs)
         findings += sample_images(rows, writer)

@@ -187,7 +187,7 @@ def _find_named(
         counts = {c: _count_patterns(table.column(c), c, texts) for c in columns}
         # Of two columns with equally many matches, prefer the one that leaves less of the names.
         column = max(counts, key=lambda c: (counts[c].total(), -_rest(counts[c])), default="")
-        is_named = column and counts[column].total() > _MIN_MATCHED * len(texts)
+        is_named = column and counts[column].total() >= max(_MIN_MATCHED * len(texts), 1)
         if is_named and (patterns := _main_patterns(counts[column])):
             return column, patterns
     return "", ()

@@ -25,13 +25,9 @@ NO_FEATURES: dict[str, tuple[str, Cell, str]] = {
     "pandas#26446-index-saved-twice": ("Unnamed: 0.1", lambda i: i * 7919 % 100_003, "index"),
     "torchxrayvision#2-shared-id": ("patientid", lambda i: 100 + i // 3, "an id"),
 }
-USED = {
-    "pandas#26446-index-saved-twice": "the name of a second index of pandas makes it a feature",
-    "torchxrayvision#2-shared-id": "an id that several rows share is a feature",
-}
 
 
-@pytest.mark.parametrize(("name", "cell", "why"), cases(NO_FEATURES, USED))
+@pytest.mark.parametrize(("name", "cell", "why"), cases(NO_FEATURES))
 def test_a_column_that_is_no_feature_is_left_out(
     user: UserData, name: str, cell: Any, why: str
 ) -> None:
@@ -62,26 +58,23 @@ READ: dict[str, tuple[Cell, Cell, str]] = {
     "rawgraphs#247": (lambda i: US[i % 4], lambda i: US[i % 4].replace(",", ""), "thousands"),
     "DataHarmonizer#102": (lambda i: AGES[i % 10][0], lambda i: AGES[i % 10][1], "range_mean"),
     "money-rails#268-three-decimals": (
-        lambda i: PRICES[i % 3][0],
-        lambda i: PRICES[i % 3][1],
+        lambda i: PRICES[i // 5 % 3][0],
+        lambda i: PRICES[i // 5 % 3][1],
         "money",
     ),
     "pandas#26304-day-first": (lambda i: f"{i % 28 + 1}.01.2017", lambda i: 17167 + i % 28, "date"),
 }
-MISREAD = {
-    "money-rails#268-three-decimals": "'$3.459' is read as 3459 beside '$1,230.45'",
-    "pandas#26304-day-first": "the rule date reads no dates whose day is first",
-}
 
 
-@pytest.mark.parametrize(("text", "number", "rule"), cases(READ, MISREAD))
+@pytest.mark.parametrize(("text", "number", "rule"), cases(READ))
 def test_text_that_holds_numbers_is_proposed_and_read(
     user: UserData, text: Cell, number: Cell, rule: str
 ) -> None:
     plain = user.look(plain_rows(x=lambda i: number(mixed(i))), numeric_columns=["x"])
     followed = user.look(plain_rows(x=lambda i: text(mixed(i))), columns="auto")
     column = column_of(followed, "x")
-    assert (column.role, column.rule) == ("number", rule)
+    # The decimal mark and the order of dates are added.
+    assert (column.role, column.rule.partition(":")[0]) == ("number", rule.partition(":")[0])
     assert f"{rule} reads 36 of 36 cells" in column.reason
     assert values(followed)["numbers"]["x"] == values(plain)["numbers"]["x"]
 
@@ -95,22 +88,15 @@ NOT_READ: dict[str, tuple[Cell]] = {
     "DataTables#752-no-thousands": (lambda i: f"0{i % 9 + 1} 02",),
     "rawgraphs#247-one-decimal-comma": (lambda i: [*US, "1,23"][i % 5],),
 }
-PROPOSED = {
-    "nflgame#56-feet-and-inches": '5\'11" is proposed as 511 in the unit "',
-    "ruby-measurement#1-fraction": "'2 1/3 oz.' is proposed as 21 in the unit '/3 oz'",
-    "DataTables#752-no-thousands": "'01 02' is proposed as 102, money",
-    "rawgraphs#247-one-decimal-comma": "money reads 2,923 as 2923 and 1,23 as 1.23",
-}
 
 
-@pytest.mark.parametrize("cell", cases(NOT_READ, PROPOSED))
+@pytest.mark.parametrize("cell", cases(NOT_READ))
 def test_text_that_no_rule_reads_rightly_is_no_number(user: UserData, cell: Cell) -> None:
     column = column_of(user.look(plain_rows(x=lambda i: cell(mixed(i)))), "x")
     assert (column.role, column.proposed == "number") == ("left_out", False)
 
 
 @pytest.mark.parametrize("mark", cases({"aikit#78-adult": ("?",), "isic-2017-ages": ("unknown",)}))
-@pytest.mark.xfail(strict=True, reason="the error names no rule, although `missing` reads them")
 def test_marks_for_missing_numbers_are_pointed_out(user: UserData, mark: str) -> None:
     rows = plain_rows(age=lambda i: i % 7 * 5 if i % 9 else mark)
     assert values(user.look(rows, number_rules={"age": "missing"}))["numbers"]["age"][2] > 0

@@ -37,13 +37,13 @@ def nfd(i: int) -> str:
 
 FOUND: dict[str, tuple[Name, Name, str]] = {
     "barcode#2-backslash": (lambda i: f"full/{i}.jpg", lambda i: rf"full\{i}.jpg", "spelling"),
-    "covid-chestxray#96": (file, lambda i: f"k{i:02}", "another extension"),
-    "anomalib#3058-upper-case": (lambda i: f"{i}.JPG", lambda i: f"{i}.jpg", "another extension"),
-    "renpy#2327": (nfd, lambda i: f"Jaim\u00e9 {i}.jpg", "another Unicode form"),
-    "rsna-intracranial#1": (file, lambda i: f"/home/zook/data/{file(i)}", "end of the path"),
-    "CellProfiler#1385": (file, lambda i: rf"C:\Users\me\{file(i)}", "end of the path"),
-    "image-similarity#3-url": (file, lambda i: f"https://x.org/a/{file(i)}", "end of the path"),
-    "isic-2017-names": (lambda i: f"ISIC_{i:07}.jpg", lambda i: f"ISIC_{i}", "number of zeros"),
+    "covid-chestxray#96": (file, lambda i: f"k{i:02}", "another spelling"),
+    "anomalib#3058-upper-case": (lambda i: f"{i}.JPG", lambda i: f"{i}.jpg", "another spelling"),
+    "renpy#2327": (nfd, lambda i: f"Jaim\u00e9 {i}.jpg", "another spelling"),
+    "rsna-intracranial#1": (file, lambda i: f"/home/zook/data/{file(i)}", "another spelling"),
+    "CellProfiler#1385": (file, lambda i: rf"C:\Users\me\{file(i)}", "another spelling"),
+    "image-similarity#3-url": (file, lambda i: f"https://x.org/a/{file(i)}", "another spelling"),
+    "isic-2017-names": (lambda i: f"ISIC_{i:07}.jpg", lambda i: f"ISIC_{i}", "another spelling"),
     "datasets#7733-root": (file, lambda i: f"images/{file(i)}", "another spelling"),
 }
 
@@ -72,13 +72,9 @@ NOT_FOUND: dict[str, tuple[Name, Name, str]] = {
     "rsna-intracranial#1-prefix": (file, lambda i: f"x{i:02}.jpg", "k00.jpg"),
     "autogluon#3388-no-separator": (file, lambda i: f"{file(i)};{file(i ^ 1)}", "image_separator"),
 }
-FAR = {
-    "rsna-intracranial#1-prefix": "names k30.jpg as the nearest to x00.jpg",
-    "autogluon#3388-no-separator": "does not mention prepare.image_separator",
-}
 
 
-@pytest.mark.parametrize(("name", "path", "remedy"), cases(NOT_FOUND, FAR))
+@pytest.mark.parametrize(("name", "path", "remedy"), cases(NOT_FOUND))
 def test_a_missing_image_is_named_with_the_nearest_file(
     bare: UserData, name: Name, path: Name, remedy: str
 ) -> None:
@@ -89,10 +85,9 @@ def test_a_missing_image_is_named_with_the_nearest_file(
 
 
 KEPT = {"autogluon#1207-some": (6,), "autogluon#4892-all": (36,)}
-SILENT = dict.fromkeys(KEPT, "a dry run does not count the rows without an image")
 
 
-@pytest.mark.parametrize("num_missing", cases(KEPT, SILENT))
+@pytest.mark.parametrize("num_missing", cases(KEPT))
 def test_rows_without_an_image_are_kept_on_request(user: UserData, num_missing: int) -> None:
     paths = ["nan", "", "gone.jpg"]
     rows = plain_rows(path=lambda i: paths[i % 3] if i < num_missing else file(i))
@@ -125,10 +120,9 @@ NOT_UTF_8 = {
     "internetarchive#284-one": ([b"Mu\xf1oz_sm.jpg", *FILES],),
     "deep-anpr#91-all": ([b"Mu\xf1oz%d.jpg" % i for i in range(36)],),
 }
-HIDDEN = {"deep-anpr#91-all": "finds no images and advises to set prepare.source"}
 
 
-@pytest.mark.parametrize("names", cases(NOT_UTF_8, HIDDEN))
+@pytest.mark.parametrize("names", cases(NOT_UTF_8))
 def test_names_that_are_not_utf_8_are_reported(bare: UserData, names: list[Any]) -> None:
     bare.add_images(names)
     try:
@@ -167,7 +161,6 @@ def test_the_range_of_deep_images_is_found(bare: UserData, content: Any, expecte
 @pytest.mark.parametrize(
     "content", cases({"rainy#3": (b"version https://git-lfs",), "empty": (b"",)})
 )
-@pytest.mark.xfail(strict=True, reason="a dry run succeeds although no image can be read")
 def test_a_dry_run_fails_if_no_image_can_be_read(bare: UserData, content: bytes) -> None:
     bare.add_images(FILES, lambda i: content)
     assert "k00.jpg" in bare.refusal(plain_rows())
@@ -179,10 +172,9 @@ KEYS: dict[str, tuple[str, Name]] = {
     "modelscope#60-folders": ("path", lambda i: f"train/cat/{file(i)}"),
     "COVID-CT#11-several-rows": ("image_id", lambda i: f"k{i // 2:02}"),
 }
-OTHER_KEY = dict.fromkeys(list(KEYS)[2:], "chooses the row numbers, and then misses 0.jpg")
 
 
-@pytest.mark.parametrize(("name", "cell"), cases(KEYS, OTHER_KEY))
+@pytest.mark.parametrize(("name", "cell"), cases(KEYS))
 def test_the_key_column_is_found_by_the_names_of_the_images(
     user: UserData, name: str, cell: Any
 ) -> None:

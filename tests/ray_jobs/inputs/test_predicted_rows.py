@@ -96,7 +96,6 @@ def test_new_rows_are_read_like_the_rows_of_training(user: UserData) -> None:
         assert note in text
 
 
-@pytest.mark.xfail(strict=True, reason="names 'site', another input, as the nearest to 'size'")
 def test_a_missing_column_is_named_with_the_nearest(user: UserData) -> None:
     """autogluon#3386 and asreview#467: the header has another letter case."""
     rows = [{k.replace("size", "Size"): v for k, v in row.items()} for row in plain_rows(**PRICES)]

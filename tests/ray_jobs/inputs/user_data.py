@@ -5,7 +5,6 @@ import io
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -20,16 +19,9 @@ FILES = [f"k{i:02}.jpg" for i in range(36)]
 Content = list[Row] | str | bytes
 
 
-def cases(
-    table: Mapping[str, tuple[Any, ...]], wrong: Mapping[str, str] = MappingProxyType({})
-) -> list[Any]:
-    """Return parameters, by the source of the input; `wrong` says which fail today, and why."""
-    marks = {name: pytest.mark.xfail(strict=True, reason=why) for name, why in wrong.items()}
-    assert marks.keys() <= table.keys()
-    return [
-        pytest.param(*case, id=name, marks=[marks[name]] if name in marks else [])
-        for name, case in table.items()
-    ]
+def cases(table: Mapping[str, tuple[Any, ...]]) -> list[Any]:
+    """Return parameters, by the source of the input."""
+    return [pytest.param(*case, id=name) for name, case in table.items()]
 
 
 def plain_rows(num_rows: int = 36, without: str | None = None, **columns: Any) -> list[Row]:
