@@ -183,7 +183,7 @@ def test_the_key_column_is_found_by_the_names_of_the_images(
         user.look(rows)
     except JobError as error:
         user.text += str(error)
-    assert f"key_column={name}" in user.text or f"image_column {name}" in user.text
+    assert f"key_column={name}" in user.text or f"'{{{name}}}.jpg'" in user.text
     assert not (user.folder / "prepared").exists()
 
 
