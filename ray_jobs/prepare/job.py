@@ -137,9 +137,14 @@ def read_inputs(spec: RunSpec) -> Inputs:
     """
     earlier = read_earlier(Folder(spec.prepare.output))
     if earlier:
-        # A value must have the same text as in the rows that are already prepared.
-        text_rules = earlier.manifest.prepare.text_rules | spec.prepare.text_rules
-        spec = spec.overlay({"prepare.text_rules": text_rules})
+        # A value must have the same meaning as in the rows that are already prepared.
+        known, own = earlier.manifest.prepare, spec.prepare
+        number_rules = dict(own.number_rules)
+        for name, rule in own.number_rules.items():
+            if (earlier_rule := known.number_rules.get(name, "")).startswith(f"{rule}:"):
+                number_rules[name] = earlier_rule
+        rules = {"text_rules": known.text_rules | own.text_rules, "number_rules": number_rules}
+        spec = spec.overlay({f"prepare.{name}": of_name for name, of_name in rules.items()})
     source = open_source(spec.prepare, spec.data.categorical)
     options = spec.prepare.model_copy(update=dict(source.settings))
     label = source.table.column(options.label_column)

@@ -117,6 +117,18 @@ def test_a_damaged_image_changes_no_file_until_it_is_repaired(raw):
     assert shards(before).items() <= shards(after).items()
 
 
+def test_a_later_prepare_reads_money_by_the_decimal_mark_of_the_first(raw):
+    for i, row in enumerate(raw.rows):
+        row["price"] = f"$1.{200 + i}"
+    raw.rows[0]["price"] = "$0.50"
+    first = raw.prepare(number_rules={"price": "money"})
+    assert first.prepare.number_rules == {"price": "money:."}
+    raw.rows[0]["price"] = "$1.000"
+    again = raw.prepare(number_rules={"price": "money"})
+    assert again.prepare.number_rules == {"price": "money:."}
+    assert rows_by_key(raw.out(), again)["k5"]["price"] == pytest.approx(1.205)
+
+
 class Stopped(Exception):
     """Interrupts a prepare."""
 
