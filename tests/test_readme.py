@@ -5,6 +5,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,23 @@ def test_the_plan_command_prints_a_plan(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", shlex.split(command)[2:])
     runpy.run_module("ray_jobs.plan", run_name="__main__")
     assert "8 × a10g: 8 × AWS g5.xlarge" in capsys.readouterr().out
+
+
+def dry_runs() -> list[tuple[str, str]]:
+    """Return each command that is shown with its output, and the output."""
+    shown = [block for t in TEXTS for block in re.findall(r"```\n\$ (.*?)```", t, re.DOTALL)]
+    return [(block.partition("\n")[0], block.partition("\n")[2]) for block in shown]
+
+
+@pytest.mark.skipif(not HOUSES.exists(), reason="the datasets are missing")
+@pytest.mark.parametrize(("command", "output"), dry_runs(), ids=["ham10000", "houses"])
+def test_a_dry_run_prints_what_the_guide_shows(command, output, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", shlex.split(command)[2:])
+    with suppress(SystemExit):
+        runpy.run_module("ray_jobs.prepare", run_name="__main__")
+    shown = capsys.readouterr()
+    assert shown.out + shown.err == output
 
 
 def test_every_make_target_in_the_readme_exists():
