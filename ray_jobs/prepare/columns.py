@@ -10,7 +10,7 @@ them and stores them in the manifest.
 import json
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -112,8 +112,7 @@ def proposed_flags(columns: Sequence[Column]) -> str:
     words = [c.name for c in unused if c.proposed == "category"]
     flags = []
     if rules:
-        pairs = ", ".join(f"{_word(name)}: {_word(rule)}" for name, rule in rules.items())
-        flags.append(f"--prepare.number_rules {shlex.quote(f'{{{pairs}}}')}")
+        flags.append(number_rules_flag(rules))
     if words:
         listed = ", ".join(map(_word, words))
         is_plain = all(map(_PLAIN_WORD.fullmatch, words))
@@ -121,6 +120,12 @@ def proposed_flags(columns: Sequence[Column]) -> str:
             f"--data.categorical {','.join(words) if is_plain else shlex.quote(f'[{listed}]')}"
         )
     return " ".join(flags)
+
+
+def number_rules_flag(rules: Mapping[str, str]) -> str:
+    """Return the flag that sets the rules of some columns."""
+    pairs = ", ".join(f"{_word(name)}: {_word(rule)}" for name, rule in rules.items())
+    return f"--prepare.number_rules {shlex.quote(f'{{{pairs}}}')}"
 
 
 def describe(columns: Sequence[Column]) -> Iterator[str]:

@@ -30,7 +30,7 @@ _REMEDIES = {
     "unreadable_image": "replace these files",
     "animated_image": "extract one frame of each of these files",
     "too_large_image": "shrink these images, or raise prepare.max_image_pixels",
-    "non_numeric_text": "set prepare.number_rules for these columns, or name them in "
+    "non_numeric_text": "set prepare.number_rules for their columns, or name them in "
     "prepare.exclude_columns",
     "non_finite_number": "correct these cells, or name their columns in prepare.exclude_columns",
     "bad_split": "correct prepare.split_column",

@@ -18,6 +18,7 @@ import pyarrow as pa
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.prepare_spec import PrepareSpec
 from ray_jobs.prepare.cell_text import column_text, first_rows, role_text
+from ray_jobs.prepare.columns import number_rules_flag
 from ray_jobs.prepare.given_splits import describe_bad_word, read_split_keys, read_split_words
 from ray_jobs.prepare.labels import MISSING, OTHER, UNLABELLED, Classes
 from ray_jobs.prepare.number_parsing import parse_numbers, propose_rule, resolve_rule
@@ -220,9 +221,9 @@ def _parse_float32(
     if not rule:
         # One rule for all cells: a column has only one, and finding it takes 10 ms.
         proposed, _ = propose_rule(cells) or ("missing", 0)
-        remedy = f"; prepare.number_rules {{{name}: {proposed}}} would read it"
+        remedy = f"; {number_rules_flag({name: str(proposed)})} would read it"
         is_read = ~np.isnan(parse_numbers(cells, resolve_rule(cells, proposed))[0])
-    other = f"; prepare.number_rules {{{name}: missing}} would treat it as missing"
+    other = f"; {number_rules_flag({name: 'missing'})} would treat it as missing"
     bad = zip(np.flatnonzero(is_invalid).tolist(), is_read, strict=True)
     with np.errstate(over="ignore", under="ignore"):
         return values.astype(np.float32), {row: remedy if read else other for row, read in bad}

@@ -226,7 +226,7 @@ def test_every_bad_row_is_in_quarantine_with_its_reason(raw):
         "folder": "missing_image",
     }
     assert "k1.jpg" in found["k1"][1]
-    assert found["k16"][1].startswith("area is 'many'; prepare.number_rules {area: missing}")
+    assert found["k16"][1].startswith("area is 'many'; --prepare.number_rules '{area: missing}'")
     assert manifest.quarantine == Counter(reason for reason, _ in found.values())
     where = split_of(raw.out(), manifest)
     assert not where.keys() & found.keys()

@@ -72,7 +72,7 @@ def test_each_bad_cell_quarantines_its_row_with_the_value():
         ),
     }
     rows = rows_of(table, ("area",), **options)
-    detail = "area is 'one'; prepare.number_rules {area: missing} would treat it as missing"
+    detail = "area is 'one'; --prepare.number_rules '{area: missing}' would treat it as missing"
     assert rows.quarantined[3] == ("non_numeric_text", detail)
     assert np.isnan(rows.numeric_RF[6, 0])
     assert rows.numeric_RF.dtype == np.float32
@@ -80,7 +80,7 @@ def test_each_bad_cell_quarantines_its_row_with_the_value():
 
 def test_a_number_rule_is_applied_or_suggested():
     table = {"key": ["a", "b", "c"], "label": [0, 1, 0], "age": ["50", "91-92", "old"]}
-    suggestion = "age is '91-92'; prepare.number_rules {age: range_mean} would read it"
+    suggestion = "age is '91-92'; --prepare.number_rules '{age: range_mean}' would read it"
     assert rows_of(table, ("age",)).quarantined[1] == ("non_numeric_text", suggestion)
     rows = rows_of(table, ("age",), number_rules={"age": "range_mean"})
     detail = "age is 'old', which the rule range_mean cannot read"
@@ -98,7 +98,10 @@ def test_one_rule_is_suggested_for_all_cells_that_it_reads(monkeypatch):
     table = {"key": range(203), "label": [0, 1, 0, *[1] * 200], "age": ages}
     details = [detail for _, detail in rows_of(table, ("age",)).quarantined.values()]
     assert sum("age: range_mean} would read it" in detail for detail in details) == 201
-    assert "age is '3 kg'; prepare.number_rules {age: missing} would treat it as missing" in details
+    assert (
+        "age is '3 kg'; --prepare.number_rules '{age: missing}' would treat it as missing"
+        in details
+    )
     assert calls == [202]
 
 
@@ -140,7 +143,9 @@ def test_columns_of_text_may_exceed_2_gib():
         pytest.param("", "w is empty, but", id="empty"),
         pytest.param("NaN", "w is 'NaN', but", id="missing"),
         pytest.param("high", "w is 'high', but a weight is a positive number", id="a word"),
-        pytest.param("1,5", "prepare.number_rules {w: decimal_comma} would read it", id="comma"),
+        pytest.param(
+            "1,5", "--prepare.number_rules '{w: decimal_comma}' would read it", id="comma"
+        ),
     ],
 )
 def test_a_row_whose_weight_is_not_a_positive_number_is_quarantined(cell, detail):
