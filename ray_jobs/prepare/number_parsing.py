@@ -31,7 +31,7 @@ _CLOSED_RANGE = rf"^(?P<low>{_DECIMAL})\s*(?:-|–|—|to)\s*(?P<high>{_DECIMAL}
 _OPEN_RANGE = rf"^(?:(?:<=?|>=?|≤|≥)\s*(?P<end>{_DECIMAL})|(?P<base>{_DECIMAL})\s*\+)$"
 _SPACES = " \u00a0\u2009\u202f"
 _MARKS = (r"\.", f"[{_SPACES}]", "['’]")
-_GROUPED = "|".join(rf"[0-9]{{1,3}}(?:{mark}[0-9]{{3}})+" for mark in _MARKS)
+_GROUPED = "|".join(rf"[1-9][0-9]{{0,2}}(?:{mark}[0-9]{{3}})+" for mark in _MARKS)
 _COMMA = rf"^[+-]?(?:(?:[0-9]+|{_GROUPED})(?:,[0-9]+)?|,[0-9]+)(?:e[+-]?[0-9]+)?$"
 _THOUSANDS = rf"^[+-]?[1-9][0-9]{{0,2}}(?:[,{_SPACES}'’][0-9]{{3}})+(?:\.[0-9]+)?$"
 _SYMBOL = "[$€£¥₹₽₩₺₫฿¢]"
@@ -80,12 +80,11 @@ def parse_numbers(
             `1.234` as 1234; `thousands` reads `1,234.5` and `1 234`. `money` also removes
             currencies, reads `(5)` as -5 and `1.2k` as 1200, and a single comma or point before
             three digits as a thousands separator, unless `money:.` or `money:,` gives the decimal
-            mark. `unit:kg` reads numbers with this unit or
-            without one; in them, a point is always decimal. `boolean` reads yes and no, true and
-            false and the like. `date` reads ISO 8601 dates and times, also with `/` or `.` as
-            separator, as days since 1970-01-01 UTC, and with `date:dmy` or `date:mdy` also those
-            that begin with the day or the month; `year`, `month` and `weekday` are their parts.
-            `missing` treats any other text as missing.
+            mark. `unit:kg` reads numbers with this unit or without one; in them, a point is always
+            decimal. `boolean` reads yes and no, true and false and the like. `date` reads ISO 8601
+            dates and times, also with `/` or `.` as separator, as days since 1970-01-01 UTC, and
+            with `date:dmy` or `date:mdy` also those that begin with the day or the month; `year`,
+            `month` and `weekday` are their parts. `missing` treats any other text as missing.
 
     Raises:
         JobError: If the column holds neither numbers nor text.
@@ -254,9 +253,8 @@ def _parse_money(lower: pa.LargeStringArray, mark: str = "") -> np.ndarray:
     for name, multiple in _MULTIPLES.items():
         is_multiple = _to_mask(pc.equal(pc.struct_field(found, "multiple"), name))
         values = np.where(is_multiple, values * multiple, values)
-    # `5,-` and `5,--` are whole amounts.
-    is_whole = _to_mask(_matches(lower, ",--?$"))
-    is_negative = _to_mask(_matches(lower, r"^\(|^[^0-9]*-|-$")) & ~is_whole
+    # `5-` is negative, but `5,-`, `5.-` and `5.--` are whole amounts.
+    is_negative = _to_mask(_matches(lower, r"^\(|^[^0-9]*-|[^,.-]-$"))
     return np.where(is_negative, -values, values)
 
 
