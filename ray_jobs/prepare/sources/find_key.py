@@ -20,6 +20,7 @@ from ray_jobs.config.errors import JobError
 from ray_jobs.config.prepare_spec import PrepareSpec
 from ray_jobs.config.text import names_text
 from ray_jobs.prepare.cell_text import TEXT, apply_text_rule, column_text, find_text_rule
+from ray_jobs.prepare.number_parsing import is_numeric
 from ray_jobs.prepare.sources.source import ImageRefs
 from ray_jobs.prepare.sources.source_files import IMAGE_SUFFIXES
 from ray_jobs.prepare.table import parse_path_pattern
@@ -47,7 +48,7 @@ def find_key(
     """Return the key column, and the pattern of the images if it is not the default.
 
     The key is the column that names the images, else the first one that is different in each row,
-    preferably of those in `prepare.image_pattern`.
+    preferably `prepare.image_column` or one in `prepare.image_pattern`.
 
     Args:
         table: A table without the default key column.
@@ -71,8 +72,8 @@ def find_key(
             f"prepare.key_column to a column that is different in each row{suggestion}, and add "
             f"--prepare.image_pattern {pattern}"
         )
-    pattern = () if spec.image_column else parse_path_pattern(spec)[0]
-    return {"key_column": next((column for column in unique if column in pattern), unique[0])}
+    named = [spec.image_column] if spec.image_column else parse_path_pattern(spec)[0]
+    return {"key_column": next((column for column in unique if column in named), unique[0])}
 
 
 def find_pattern(
@@ -124,7 +125,8 @@ def find_joined_key(
         cells = table.column(column)
         rule = find_text_rule(cells)
         known = apply_text_rule(column_text(cells), rule)
-        return pc.sum(pc.is_in(apply_text_rule(keys, rule), value_set=known)).as_py() or 0
+        is_common = pc.is_in(apply_text_rule(keys, rule), value_set=known, skip_nulls=True)
+        return pc.sum(is_common).as_py() or 0
 
     counts = {column: count_common(column) for column in _unique_columns(table, spec)}
     column = max(counts, key=lambda column: counts[column], default="")
@@ -153,6 +155,8 @@ def _unique_columns(table: pa.Table, spec: PrepareSpec) -> Iterator[str]:
     for column in table.column_names:
         cells = table.column(column)
         if column not in named and not pa.types.is_floating(cells.type):
+            # Arrow does not count the words of dictionaries.
+            cells = cells if is_numeric(cells.type) else column_text(cells)
             num_different = pc.count_distinct(cells, mode="only_valid").as_py()
             if num_different >= max((1 - spec.max_bad_fraction) * len(cells), 1):
                 yield column

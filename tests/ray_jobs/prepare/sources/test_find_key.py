@@ -67,6 +67,7 @@ def test_without_a_column_that_names_the_images_the_first_unique_one_is_the_key(
     table = {"file": ["a.jpg", "a.jpg"] * 10, "label": IDS, "age": AGES, "id": IDS}
     assert found(table, [], image_column="file") == {"key_column": "age"}
     assert found(table, [], image_pattern="{id}/{file}") == {"key_column": "id"}
+    assert found({"age": AGES, "file": IDS}, [], image_column="file") == {"key_column": "file"}
     with pytest.raises(JobError, match="after none of its columns; set prepare"):
         found({"file": ["a.jpg", "a.jpg"] * 10}, [], image_column="file")
 
@@ -79,6 +80,13 @@ def test_images_named_after_a_column_with_equal_cells_need_another_key():
         "named after 'patient', which repeats cells; set prepare.key_column to a column that is "
         "different in each row, such as id, and add --prepare.image_pattern '{patient}.png'"
     )
+
+
+def test_cells_may_be_words_of_a_dictionary():
+    table = pa.table({"kind": ["a", "b"] * 10, "id": IDS})
+    table = pa.table([column.dictionary_encode() for column in table.columns], table.column_names)
+    names = pa.array([f"{i}.jpg" for i in IDS], TEXT)
+    assert find_key(table, PrepareSpec(), lambda: names) == {"key_column": "id"}
 
 
 def test_cells_may_be_paths_with_other_folders():
