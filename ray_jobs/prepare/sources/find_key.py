@@ -10,7 +10,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -35,6 +35,18 @@ _MAX_IMAGES = 16
 _SEPARATORS = re.compile(r"([/_\-. ]+)")
 _PARTS = re.compile(rf"(\{{[^{{}}]*\}}|{_SEPARATORS.pattern[1:-1]})")
 _SUFFIX = re.compile(rf"({'|'.join(map(re.escape, IMAGE_SUFFIXES))})$", re.IGNORECASE)
+
+
+class _Part(NamedTuple):
+    """A part of a name between separators."""
+
+    text: str
+    name: int
+    """Index of the name."""
+    tokens: list[str]
+    """The name's parts between separators, and the separators."""
+    first: int
+    last: int
 
 
 def needs_key(table: pa.Table, spec: PrepareSpec) -> bool:
@@ -188,7 +200,8 @@ def _find_named(
     paths = [name for name in names.take(pa.array(at)).to_pylist() if _SUFFIX.search(name)]
     bases = [path.rpartition("/")[2] for path in paths]
     for texts in (bases, paths):
-        counts = {c: _count_patterns(table.column(c), c, texts) for c in columns}
+        parts = _split_names(texts)
+        counts = {c: _count_patterns(table.column(c), c, parts) for c in columns}
         # Of two columns with equally many matches, prefer the one that leaves less of the names.
         column = max(counts, key=lambda c: (counts[c].total(), -_rest(counts[c])), default="")
         is_named = column and counts[column].total() >= max(_MIN_MATCHED * len(texts), 1)
@@ -197,28 +210,31 @@ def _find_named(
     return "", ()
 
 
-def _count_patterns(cells: pa.ChunkedArray, column: str, names: Sequence[str]) -> Counter[str]:
-    """Return the number of names by pattern, for the longest part of each name that is a cell."""
-    rule = find_text_rule(cells)
-    owners, spans, parts = [], [], []
-    for owner, name in enumerate(names):
-        tokens = _SEPARATORS.split(name)
+def _split_names(names: Sequence[str]) -> list[_Part]:
+    """Return all parts of names between separators."""
+    parts: list[_Part] = []
+    for name, text in enumerate(names):
+        tokens = _SEPARATORS.split(text)
         for first in range(0, len(tokens), 2):
             for last in range(first, len(tokens), 2):
-                owners.append(owner)
-                spans.append((tokens, first, last))
-                parts.append("".join(tokens[first : last + 1]))
-    keys = apply_text_rule(pa.array(parts, TEXT), rule)
+                parts.append(_Part("".join(tokens[first : last + 1]), name, tokens, first, last))
+    return parts
+
+
+def _count_patterns(cells: pa.ChunkedArray, column: str, parts: Sequence[_Part]) -> Counter[str]:
+    """Return the number of names by pattern, for the longest part of each name that is a cell."""
+    rule = find_text_rule(cells)
+    keys = apply_text_rule(pa.array([part.text for part in parts], TEXT), rule)
     known = apply_text_rule(column_text(cells), rule)
     # Cells may be paths with other folders.
     known = pa.concat_arrays([known, pc.replace_substring_regex(known, r"^.*[/\\]", "")])
     is_key = pc.is_in(keys, value_set=known)
     longest: dict[int, tuple[int, str]] = {}
     for at in np.flatnonzero(is_key.to_numpy(zero_copy_only=False)).tolist():
-        tokens, first, last = spans[at]
-        if len(parts[at]) > longest.get(owners[at], (0, ""))[0]:
+        text, name, tokens, first, last = parts[at]
+        if len(text) > longest.get(name, (0, ""))[0]:
             pattern = f"{''.join(tokens[:first])}{{{column}}}{''.join(tokens[last + 1 :])}"
-            longest[owners[at]] = len(parts[at]), pattern
+            longest[name] = len(text), pattern
     return Counter(pattern for _, pattern in longest.values())
 
 
