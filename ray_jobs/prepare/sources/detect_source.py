@@ -30,9 +30,12 @@ from ray_jobs.storage.folder import Folder, split_file
 
 Kind = Literal["folder", "parquet", "webdataset", "tfrecord", "imagefolder"]
 
-_SOURCES: dict[Kind, tuple[str, Callable[[PrepareSpec], Source]]] = {
+_SOURCES: dict[Kind, tuple[str, Callable[[PrepareSpec, bool], Source]]] = {
     "folder": ("image files", loose_files.open_source),
-    "imagefolder": ("image files with metadata", huggingface_imagefolder.open_source),
+    "imagefolder": (
+        "image files with metadata",
+        lambda spec, _: huggingface_imagefolder.open_source(spec),
+    ),
     "parquet": ("Parquet files", parquet_files.open_source),
     "webdataset": ("tar files", webdataset.open_source),
     "tfrecord": ("TFRecord files", tfrecord.open_source),
@@ -49,7 +52,8 @@ def open_source(
     Args:
         spec: The `prepare` section.
         categorical: Columns of words, which must exist.
-        labelled: Whether the label column must exist.
+        labelled: Whether the label column must exist, and settings may be found by the data.
+            `predict` reads rows by the stored settings alone.
 
     Raises:
         JobError: If a file, folder or column is missing, a file is damaged, or there is no image.
@@ -68,7 +72,7 @@ def open_source(
             "prepare.image_separator out"
         )
     _, open_kind = _SOURCES[kind]
-    source = open_kind(spec)
+    source = open_kind(spec, labelled)
     source = replace(source, notes=(*notes, *source.notes))
     spec = spec.model_copy(update=dict(source.settings))
     require_columns(source.table, spec, categorical, labelled=labelled)

@@ -145,14 +145,17 @@ def find_joined_key(
     return {"key_column": column} if column and counts[column] else {}
 
 
-def add_key(table: pa.Table, spec: PrepareSpec, refs: ImageRefs) -> tuple[pa.Table, dict[str, Any]]:
+def add_key(
+    table: pa.Table, spec: PrepareSpec, refs: ImageRefs, may_find: bool = True
+) -> tuple[pa.Table, dict[str, Any]]:
     """Return the records of containers with a key column, and the setting that names it.
 
-    Without a column that is different in each row, the key is the place of the image.
+    Without a column that is different in each row, or if none may be found, the key is the place of
+    the image.
     """
     if not needs_key(table, spec):
         return table, {}
-    for column in _unique_columns(table, spec):
+    if may_find and (column := next(_unique_columns(table, spec), None)) is not None:
         return table, {"key_column": column}
     places = [refs.name(row) for row in range(len(refs))]
     return table.append_column(DEFAULT_KEY, pa.array(places, TEXT)), {"key_column": DEFAULT_KEY}

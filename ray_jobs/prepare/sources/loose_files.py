@@ -26,17 +26,18 @@ from ray_jobs.prepare.table import parse_path_pattern, require_column
 from ray_jobs.prepare.table_files import open_table
 
 
-def open_source(spec: PrepareSpec) -> Source:
+def open_source(spec: PrepareSpec, may_find: bool = True) -> Source:
     """Return the rows of a table, and the files of their images.
 
-    Without a key column or files of the default pattern, both are found by the names of the images.
-    With `prepare.image_separator`, the images of a row are named `1`, `2` and so on.
+    Without a key column or files of the default pattern, both are found by the names of the images,
+    if `may_find`. With `prepare.image_separator`, the images of a row are named `1`, `2` and so on.
     """
     table, table_notes = open_table(spec.table)
     files = ImageFiles(spec.images)
-    found = find_key(table, spec, files.names) if needs_key(table, spec) else {}
+    found = find_key(table, spec, files.names) if may_find and needs_key(table, spec) else {}
     source = _open(table, spec.model_copy(update=found), files)
-    if not found and not any(refs.has_image.any() for refs in source.images.values()):
+    has_images = any(refs.has_image.any() for refs in source.images.values())
+    if may_find and not found and not has_images:
         found = find_pattern(table, spec, files.names)
         source = _open(table, spec.model_copy(update=found), files) if found else source
     notes = (*files.notes, *table_notes, *describe_found(found), *source.notes)

@@ -33,13 +33,14 @@ _BUFFER_BYTES = {True: 1 << 20, False: 8 << 20}
 """Buffer per column, keyed by whether the files are local; replaces reading whole column chunks."""
 
 
-def open_source(spec: PrepareSpec) -> Source:
+def open_source(spec: PrepareSpec, may_find: bool = True) -> Source:
     """Return the rows of the Parquet files in `prepare.images`.
 
     The image is in the column that `prepare.image_column` names, by default `image`; several images
     per row are in the columns that `prepare.image_columns` names. The table consists of all columns
-    except bytes, lists and structs. With `prepare.table`, only the key column is read from the
-    files, and their rows and the table are joined by key.
+    except bytes, lists and structs; one of them may be found as the key, if `may_find`. With
+    `prepare.table`, only the key column is read from the files, and their rows and the table are
+    joined by key.
     """
     folder, names, notes = find_files(spec.images, is_parquet, "Parquet files")
     table_path = Folder(spec.table).path if spec.table else None
@@ -59,7 +60,7 @@ def open_source(spec: PrepareSpec) -> Source:
     readers = {name: ParquetReader(folder, column) for name, column in columns.items()}
     own = stack(tables)
     if not spec.table:
-        own, found = add_key(own, spec, refs)
+        own, found = add_key(own, spec, refs, may_find)
         notes = (*notes, *describe_found(found))
         return Source(own, dict.fromkeys(columns, refs), readers, settings=found, notes=notes)
     table, table_notes, _ = read_keyed_table(spec)

@@ -40,13 +40,14 @@ _WINDOW_BYTES = {True: 16 << 10, False: 4 << 20}
 image; the rest of the image is skipped."""
 
 
-def open_source(spec: PrepareSpec) -> Source:
+def open_source(spec: PrepareSpec, may_find: bool = True) -> Source:
     """Return the records of the TFRecord files in `prepare.images`.
 
     The image is in the feature that `prepare.image_column` names, by default `image/encoded` or
     `image`; several images per record are in the features that `prepare.image_columns` names. The
-    table consists of the features with a single number or string per record. With `prepare.table`,
-    only the key is read from the records, and records and table are joined by key.
+    table consists of the features with a single number or string per record; one of them may be
+    found as the key, if `may_find`. With `prepare.table`, only the key is read from the records,
+    and records and table are joined by key.
     """
     folder, names, notes = find_files(spec.images, is_tfrecord, "TFRecord files")
     # The features that may hold each image, in order of preference.
@@ -73,7 +74,7 @@ def open_source(spec: PrepareSpec) -> Source:
         refs[image] = ImageRefs(paths.take(where), spans[:, 0], spans[:, 1])
     readers = dict.fromkeys(features, ByteRangeReader(folder))
     if not spec.table:
-        own, found = add_key(own, spec, next(iter(refs.values())))
+        own, found = add_key(own, spec, next(iter(refs.values())), may_find)
         notes = (*notes, *describe_found(found))
         return Source(own, refs, readers, settings=found, notes=notes)
     owner = f"the TFRecord data in {spec.images}"

@@ -40,11 +40,12 @@ _MAX_EXTENSIONS = 20
 """Maximum number of a tar's extensions to list in an error message."""
 
 
-def open_source(spec: PrepareSpec) -> Source:
+def open_source(spec: PrepareSpec, may_find: bool = True) -> Source:
     """Return the samples of the tars in `prepare.images`.
 
     The image is the file with an image extension, or with the extension `prepare.image_column`;
-    `prepare.image_columns` names several, such as `front` for `.front.jpg` or `.front`.
+    `prepare.image_columns` names several, such as `front` for `.front.jpg` or `.front`. If
+    `may_find`, the key column of `prepare.table` is found by the keys of the samples.
     """
     folder, names, notes = find_files(spec.images, is_tar, "tar files")
     # None stands for any extension of images.
@@ -66,7 +67,7 @@ def open_source(spec: PrepareSpec) -> Source:
         indexes[image] = ImageIndex(keys, ImageRefs(paths, spans[:, 0], spans[:, 1]))
     if spec.table:
         keys = next(iter(indexes.values())).keys
-        table, table_notes, found = read_keyed_table(spec, keys)
+        table, table_notes, found = read_keyed_table(spec, keys if may_find else None)
     else:
         table, table_notes, found = stack(tar.records for tar in tars), (), {}
     spec = spec.model_copy(update=found)

@@ -9,6 +9,7 @@ import pytest
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.prepare_spec import PrepareSpec
 from ray_jobs.prepare.cell_text import TEXT
+from ray_jobs.prepare.sources import open_source
 from ray_jobs.prepare.sources.find_key import find_key, find_pattern
 
 IDS = [f"ISIC_{n:04}" for n in range(20)]
@@ -100,3 +101,16 @@ def test_a_pattern_is_found_for_a_key_column_that_is_set_and_for_no_other():
     spec = PrepareSpec(key_column="id")
     assert find_pattern(table, spec, lambda: names)["image_pattern"] == "x_{id}.jpg"
     assert find_pattern(table, PrepareSpec(key_column="other"), lambda: names) == {}
+
+
+def test_predict_finds_no_settings(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for i in IDS:
+        (tmp_path / "photos" / f"x_{i}.jpg").touch()
+    (tmp_path / "table.csv").write_text("\n".join(["id", *IDS]))
+    spec = PrepareSpec(images=f"{tmp_path}/photos", table=f"{tmp_path}/table.csv")
+    with pytest.raises(JobError, match="the table has no column 'key'"):
+        open_source(spec, labelled=False)
+    source = open_source(spec.model_copy(update={"key_column": "id"}), labelled=False)
+    assert not source.settings
+    assert len(source.quarantined) == len(IDS)
