@@ -2,8 +2,9 @@
 
 Modules: `detect_source` opens the source; `loose_files`, `huggingface_imagefolder`,
 `parquet_files`, `webdataset` and `tfrecord` (with `tfrecord_format`) each read one format;
-`source_files`, `key_join` and `byte_range_reader` implement the steps that they share: find files,
-join by key, read images. `source` defines `Source` and `ImageRefs`.
+`source_files`, `find_key`, `image_resolver`, `key_join` and `byte_range_reader` implement the steps
+that they share: list files, find the key column, find the file of each path, join by key, read
+images. `source` defines `Source` and `ImageRefs`.
 """
 
 from ray_jobs.prepare.sources.detect_source import open_source
