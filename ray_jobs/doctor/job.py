@@ -100,11 +100,11 @@ def _check_data(spec: RunSpec) -> tuple[Manifest | None, list[Finding]]:
 
 
 def _check_raw_data(spec: RunSpec, folder: Folder) -> list[Finding]:
-    if not spec.prepare.images or folder.exists(MANIFEST):
-        return []
     try:
+        if not spec.prepare.images or folder.exists(MANIFEST):
+            return []
         return dry_run(read_inputs(spec)).findings
-    except JobError as failure:
+    except (JobError, OSError) as failure:
         return [from_message("prepare", str(failure))]
 
 
