@@ -27,7 +27,8 @@ def find_problems(report: Report, manifest: Manifest) -> tuple[Finding, ...]:
         *_label_drift(report),
         *_uninformative_columns(report),
         *_rows(report),
-        *(_note(finding.check, f"{finding.advice}.") for finding in stored_findings(manifest)),
+        # Without a final point, which would become part of a copied flag.
+        *(_note(finding.check, finding.advice) for finding in stored_findings(manifest)),
     ]
     return tuple(sorted(findings, key=lambda finding: finding.severity != "warning"))
 

@@ -20,8 +20,8 @@ _ROWS_PER_THREAD = 8
 _REMEDIES = {
     "missing_key": "set prepare.key_column to a column without empty cells",
     "duplicate_key": "set prepare.key_column to a column whose values are unique",
-    "missing_label": "set prepare.label_column to another column, or --prepare.unlabelled '' to "
-    "skip these rows",
+    "missing_label": "set prepare.label_column to another column, or add --prepare.unlabelled '' "
+    "to skip these rows",
     "bad_label": "name the labels of the positive class in prepare.positive_label, and those "
     "without a meaning in prepare.unlabelled",
     "missing_image": "check prepare.images, and prepare.image_pattern or prepare.image_column",

@@ -6,6 +6,7 @@ cell quarantines its row in row_validation.py.
 
 # pyright: reportAttributeAccessIssue=false
 
+import json
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -152,4 +153,4 @@ def _names(keys: Iterable[str], spellings: Mapping[str, str]) -> str:
 
 def _flag_text(label: str) -> str:
     """Return a label as it is written after a flag."""
-    return label if label.isalnum() else shlex.quote(f'["{label}"]')
+    return label if label.isalnum() else shlex.quote(json.dumps([label], ensure_ascii=False))

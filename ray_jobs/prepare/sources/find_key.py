@@ -183,7 +183,7 @@ def _several_images(column: str, patterns: Sequence[str]) -> JobError:
         pattern, names = found
         flags = (
             f"--prepare.image_pattern {shlex.quote(pattern)} --prepare.image_columns "
-            f"{','.join(names)} to use all of them, or "
+            f"{shlex.quote(','.join(names))} to use all of them, or "
         )
     return JobError(
         f"each {column} has several images ({', '.join(patterns)}); add --prepare.key_column "
