@@ -42,7 +42,7 @@ class PrepareSpec(Spec):
     """Folder or URI for the prepared data; every worker must be able to read from it."""
     key_column: str = "key"
     """Column with the unique key of each row. Default: `key`, or if there is none, the column that
-    the images are named after."""
+    the images are named after, or the first one that is different in each row."""
     columns: Literal["confirm", "auto"] = "confirm"
     """What happens to columns without a setting. `confirm` uses those that are clearly numbers and
     prints proposals for the others, as flags to copy; `auto` follows these proposals."""
@@ -83,7 +83,7 @@ class PrepareSpec(Spec):
     the most frequent unit or the one in `unit:kg`; `boolean` reads yes and no as 1 and 0; `date`
     converts dates to days since 1970-01-01, and `year`, `month` and `weekday` (0 is Monday) to
     these parts. The decimal mark of money and the order of day and month are found in the column,
-    or set, as in `money:,`, `date:dmy` and `year:mdy`. `missing` treats any text that is not a
+    or set, as in `{price: "money:,", sold: date:dmy}`. `missing` treats any text that is not a
     number as missing. Without a rule, rows with such text go to quarantine."""
     text_rules: dict[str, TextRule] = Field(default_factory=dict)
     """How to read keys, groups and words, so that equal cells of CSV, Parquet and Excel files are
