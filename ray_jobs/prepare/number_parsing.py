@@ -136,8 +136,9 @@ def resolve_rule(column: pa.ChunkedArray, rule: NumberRule) -> NumberRule:
     """Return a rule with what depends on the whole column, so that it reads each cell by itself.
 
     `unit` becomes `unit:kg`, for the most frequent unit. `money` becomes `money:.` or `money:,`, by
-    the amounts whose decimal mark is clear. `date` and its parts become `date:dmy` or `date:mdy` if
-    dates begin with the day or the month: a number over 12 is a day, and points follow days.
+    the amounts whose decimal mark is clear, or if there are none, by the mark before three digits,
+    which is not decimal. `date` and its parts become `date:dmy` or `date:mdy` if dates begin with
+    the day or the month: a number over 12 is a day, and points follow days.
     """
     if is_numeric(column.type) or is_date(column.type) or pa.types.is_boolean(column.type):
         return rule
@@ -148,6 +149,9 @@ def resolve_rule(column: pa.ChunkedArray, rule: NumberRule) -> NumberRule:
     if rule == "money":
         amounts = pc.struct_field(pc.extract_regex(lower, _MONEY), "amount")
         points, commas = (pc.sum(_matches(amounts, p)).as_py() or 0 for p in (_POINTS, _COMMAS))
+        if not points and not commas:
+            groups = (rf"^[1-9][0-9]{{0,2}}{mark}[0-9]{{3}}$" for mark in (",", r"\."))
+            points, commas = (bool(pc.any(_matches(amounts, p)).as_py()) for p in groups)
         return rule if points == commas else f"money:{'.' if points > commas else ','}"
     if rule in _DATES:
         parts = pc.extract_regex(lower, _DAY_FIRST)

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from ray_jobs.prepare.number_parsing import parse_numbers, propose_rule
+from ray_jobs.prepare.number_parsing import parse_numbers, propose_rule, resolve_rule
 from tests.ray_jobs.prepare.sources.samples import column
 
 NAN = float("nan")
@@ -157,3 +157,21 @@ def test_a_rule_is_suggested_if_it_is_unambiguous():
 )
 def test_rules_read_text_as_people_write_it(rule, numbers):
     check(numbers, rule)
+
+
+@pytest.mark.parametrize(
+    ("cells", "rule"),
+    [
+        (["$1,234", "$0.50"], "money:."),
+        (["1.234 €", "0,50 €"], "money:,"),
+        (["$1,234", "$999"], "money:."),
+        (["1.234 €", "999 €"], "money:,"),
+        (["1.234 €", "1,234 €"], "money"),
+        (["1.5 €", "1,5 €"], "money"),
+        (["$5", None], "money"),
+    ],
+)
+def test_a_column_shows_the_decimal_mark_of_its_money(cells, rule):
+    cells = column(*cells)
+    assert resolve_rule(cells, "money") == rule
+    np.testing.assert_array_equal(parse_numbers(cells, rule)[0], parse_numbers(cells, "money")[0])
