@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.prepare_spec import PrepareSpec
+from ray_jobs.config.prepare_spec import NumberRule, PrepareSpec
 from ray_jobs.prepare.cell_text import column_text, first_rows, role_text
 from ray_jobs.prepare.columns import number_rules_flag
 from ray_jobs.prepare.given_splits import describe_bad_word, read_split_keys, read_split_words
@@ -187,7 +187,7 @@ def _read_groups_and_splits(rows: CheckedRows, table: pa.Table, spec: PrepareSpe
 def _read_numbers(
     rows: CheckedRows, position: int, column: pa.ChunkedArray, name: str, spec: PrepareSpec
 ) -> None:
-    values, remedies = _parse_float32(column, name, spec, "numeric")
+    values, remedies = _parse_float32(column, name, spec.number_rules.get(name), "numeric")
     for row, remedy in remedies.items():
         rows.quarantine(row, "non_numeric_text", f"{name} is {column[row].as_py()!r}{remedy}")
     for row in np.flatnonzero(np.isinf(values)).tolist():
@@ -198,7 +198,9 @@ def _read_numbers(
 
 
 def _read_weights(rows: CheckedRows, column: pa.ChunkedArray, name: str, spec: PrepareSpec) -> None:
-    rows.weights, remedies = _parse_float32(column, name, spec, "weight")
+    rule = spec.number_rules.get(name)
+    rule = resolve_rule(column, rule) if rule else None
+    rows.weights, remedies = _parse_float32(column, name, rule, "weight")
     is_usable = (rows.weights > 0) & np.isfinite(rows.weights)
     for row in np.flatnonzero(~is_usable).tolist():
         cell = column[row].as_py()
@@ -208,10 +210,9 @@ def _read_weights(rows: CheckedRows, column: pa.ChunkedArray, name: str, spec: P
 
 
 def _parse_float32(
-    column: pa.ChunkedArray, name: str, spec: PrepareSpec, kind: str
+    column: pa.ChunkedArray, name: str, rule: NumberRule | None, kind: str
 ) -> tuple[np.ndarray, dict[int, str]]:
     """Return the cells of a column, and what would read each one that is not a number, by row."""
-    rule = spec.number_rules.get(name)
     try:
         values, is_invalid = parse_numbers(column, rule)
     except JobError as error:

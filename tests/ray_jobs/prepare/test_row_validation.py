@@ -162,6 +162,9 @@ def test_weights_are_read_by_the_rule_of_their_column():
     rows = rows_of(table, weight_column="w", number_rules={"w": "decimal_comma"})
     assert rows.weights.tolist() == [1.5, 2]
     assert not rows.quarantined
+    table["w"] = ["1.50 €", "1.125 €"]
+    rows = rows_of(table, weight_column="w", number_rules={"w": "money"})
+    assert rows.weights.tolist() == [1.5, 1.125]
     whole = {"key": ["a", "b"], "label": [0, 1], "w": [3, None]}
     rows = rows_of(whole, weight_column="w")
     assert rows.weights[0] == 3
