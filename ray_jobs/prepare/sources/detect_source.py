@@ -52,7 +52,7 @@ def open_source(
     Args:
         spec: The `prepare` section.
         categorical: Columns of words, which must exist.
-        labelled: Whether the label column must exist, and settings may be found by the data.
+        labelled: Whether the label column must exist, and settings may be inferred from the data.
             `predict` reads rows by the stored settings alone.
 
     Raises:

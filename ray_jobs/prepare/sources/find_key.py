@@ -123,7 +123,7 @@ def _is_default(spec: PrepareSpec) -> bool:
 def describe_found(settings: Mapping[str, Any]) -> list[str]:
     """Return a note on settings that were found, if there are any."""
     found = ", ".join(f"prepare.{name}={value}" for name, value in settings.items())
-    return [f"found in the data: {found}"] if found else []
+    return [f"inferred from the data: {found}"] if found else []
 
 
 def find_joined_key(
