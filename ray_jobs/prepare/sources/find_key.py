@@ -68,8 +68,11 @@ def find_key(
         list_names: Returns the paths of the images.
 
     Raises:
-        JobError: If no column is different in each row, or each row has several images.
+        JobError: If the table is empty, no column is different in each row, or each row has several
+            images.
     """
+    if not table.num_rows:
+        raise JobError(f"the table {spec.table} has no rows")
     if found := find_pattern(table, spec, list_names):
         return found
     unique = list(_unique_columns(table, spec))
