@@ -135,17 +135,18 @@ def propose_rule(column: pa.ChunkedArray) -> tuple[NumberRule, float] | None:
 def resolve_rule(column: pa.ChunkedArray, rule: NumberRule) -> NumberRule:
     """Return a rule with what depends on the whole column, so that it reads each cell by itself.
 
-    `unit` becomes `unit:kg`, for the most frequent unit. `money` becomes `money:.` or `money:,`, by
-    the amounts whose decimal mark is clear, or if there are none, by the mark before three digits,
-    which is not decimal. `date` and its parts become `date:dmy` or `date:mdy` if dates begin with
-    the day or the month: a number over 12 is a day, and points follow days.
+    `unit` becomes `unit:kg`, for the most frequent unit, or `thousands` if there is none. `money`
+    becomes `money:.` or `money:,`, by the amounts whose decimal mark is clear, or if there are
+    none, by the mark before three digits, which is not decimal. `date` and its parts become
+    `date:dmy` or `date:mdy` if dates begin with the day or the month: a number over 12 is a day,
+    and points follow days.
     """
+    if rule == "unit":
+        unit = common_unit(column)
+        return f"unit:{unit}" if unit else "thousands"
     if is_numeric(column.type) or is_date(column.type) or pa.types.is_boolean(column.type):
         return rule
     lower = pc.utf8_lower(column_text(column))
-    if rule == "unit":
-        unit = common_unit(column)
-        return f"unit:{unit}" if unit else rule
     if rule == "money":
         amounts = pc.struct_field(pc.extract_regex(lower, _MONEY), "amount")
         points, commas = (pc.sum(_matches(amounts, p)).as_py() or 0 for p in (_POINTS, _COMMAS))

@@ -175,3 +175,9 @@ def test_a_column_shows_the_decimal_mark_of_its_money(cells, rule):
     cells = column(*cells)
     assert resolve_rule(cells, "money") == rule
     np.testing.assert_array_equal(parse_numbers(cells, rule)[0], parse_numbers(cells, "money")[0])
+
+
+def test_a_column_shows_its_unit():
+    assert resolve_rule(column("1 kg", "2 kg", "3 lb"), "unit") == "unit:kg"
+    assert resolve_rule(column("1,234", "5"), "unit") == "thousands"
+    assert resolve_rule(column(1.5, 2), "unit") == "thousands"
