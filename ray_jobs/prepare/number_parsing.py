@@ -126,6 +126,9 @@ def propose_rule(column: pa.ChunkedArray) -> tuple[NumberRule, float] | None:
     unit = common_unit(words)
     rules: list[NumberRule] = ["date", "boolean", "thousands", "decimal_comma", "money"]
     rules += ["range_mean", *([f"unit:{unit}"] if unit else [])]
+    if unit == "m":
+        # Without a currency, metres, minutes or months are more likely than millions.
+        rules.insert(rules.index("money"), rules.pop())
     values = [parse_numbers(words, resolve_rule(words, rule))[0] for rule in rules]
     read = [float(num_rows[~np.isnan(of_rule)].sum()) for of_rule in values]
     best = int(np.argmax(read))

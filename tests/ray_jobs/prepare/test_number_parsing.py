@@ -126,6 +126,7 @@ def test_a_rule_is_suggested_if_it_is_unambiguous():
     rules |= dict.fromkeys(["1,5", "1.234,5"], "decimal_comma")
     rules |= {"2024-03-01": "date"}
     rules |= {"1,000": "thousands", "10 cm": "unit:cm", "$5": "money", "No": "boolean"}
+    rules |= {"1.5 m": "unit:m", "$1.5m": "money"}
     rules |= dict.fromkeys(["unknown", ""])
     proposed = {text: propose_rule(column(text)) for text in rules}
     assert {text: found and found[0] for text, found in proposed.items()} == rules
