@@ -184,5 +184,5 @@ def test_the_submit_commands_work_on_a_running_head(head, tmp_path):
 def test_the_quickstart_runs():
     result = run([sys.executable, "docs/quickstart.py"])
     assert result.returncode == 0, result.stderr
-    probabilities = [float(p) for p in re.findall(r"\[(0\.\d+)\]", result.stdout)]
+    probabilities = [float(p) for p in re.findall(r"\[(0\.\d+) *\]", result.stdout)]
     assert len(probabilities) == 3

@@ -113,7 +113,7 @@ class RawRows:
             if run.takes_images or not rules.table:
                 source = open_source(rules, categorical, labelled=False)
             else:
-                table, notes = open_table(rules.table)
+                table, notes = open_table(rules.table, rules.number_rules)
                 source = Source(table, images={}, readers={}, notes=notes)
                 require_columns(source.table, rules, categorical, labelled=False)
         except JobError as error:

@@ -41,7 +41,7 @@ _MIN_ARRANGEMENTS = 1e6
 """Number of ways to distribute the classes over the rows, below which a column may separate them by
 chance."""
 _MIN_COUNTER_ROWS = 10
-_MIN_READ = 0.9
+MIN_READ = 0.9
 """Fraction of a column's cells that a rule must read to be proposed."""
 _MAX_WORDS = 100
 _MIN_ROWS_PER_WORD = 4
@@ -49,7 +49,7 @@ _PLAIN_WORD = re.compile(r"(?!(?:yes|no|on|off|true|false|null|none|y|n)$)[A-Za-
 _INDEX_NAME = re.compile(
     r"^(unnamed: ?\d+(\.\d+)?|(__index_)?level_\d+(__)?|column \d+|index|)$", re.IGNORECASE
 )
-_ID_NAME = re.compile(
+ID_NAME = re.compile(
     r"(?i:(^|[_ .-])(id|ids|uuid|guid|key)$|(^|_)id[_ ])|[a-z]I[Dd]$"
     r"|(?i:(case|client|customer|image|item|member|patient|person|record|sample|study|subject|user)"
     r"id$)"
@@ -201,7 +201,7 @@ def _classify(name: str, cells: pa.ChunkedArray, labels: np.ndarray | None) -> C
         return left_out("a row number")
     if is_unique and _INDEX_NAME.search(name):
         return left_out("the index of a table, different in each row")
-    if _ID_NAME.search(name) and (values == np.floor(values))[~np.isnan(values)].all():
+    if ID_NAME.search(name) and (values == np.floor(values))[~np.isnan(values)].all():
         if is_unique:
             return left_out("an id, different in each row")
         is_word = _are_words(num_words, num_filled)
@@ -222,7 +222,7 @@ def _classify_text(
     first = texts.drop_null()[0].as_py()
     example = f"text such as {str(first)[:40]!r}"
     proposal = propose_rule(cells)
-    if proposal and proposal[1] >= _MIN_READ:
+    if proposal and proposal[1] >= MIN_READ:
         rule, fraction = proposal
         values, _ = parse_numbers(cells, resolve_rule(cells, rule))
         if auc := _leak(values, labels):

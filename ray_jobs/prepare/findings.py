@@ -15,6 +15,8 @@ from ray_jobs.prepare.shard_writer import ShardWriter
 from ray_jobs.prepare.sources.source_files import map_in_threads
 
 UNLABELLED = "unlabelled"
+_OF_IMAGES = ("no_record", "duplicate_image")
+"""Reasons that count images without a row."""
 _SAMPLE_ROWS = 64
 _ROWS_PER_THREAD = 8
 _REMEDIES = {
@@ -70,6 +72,8 @@ def row_findings(
         if reason != UNLABELLED:
             example = (examples or {}).get(reason)
             text = f"{reason}: {count:,} of {count_text(num_rows, 'row')}"
+            if reason in _OF_IMAGES:
+                text = f"{reason}: {count_text(count, 'image')}"
             yield (error if is_error else warning)(
                 "rows", f"{text}, such as {example}" if example else text, remedy_of(reason)
             )
@@ -78,8 +82,10 @@ def row_findings(
 def stored_findings(manifest: Manifest) -> Iterator[Finding]:
     """Yield what `prepare` found out about the columns and rows of a prepared folder."""
     num_rows = sum(info.num_rows for info in manifest.splits.values())
+    no_rows = (UNLABELLED, *_OF_IMAGES)
+    num_rows += sum(n for reason, n in manifest.quarantine.items() if reason not in no_rows)
     yield from _column_findings(manifest.columns)
-    yield from row_findings(manifest.quarantine, num_rows + sum(manifest.quarantine.values()))
+    yield from row_findings(manifest.quarantine, num_rows)
 
 
 def sample_images(rows: CheckedRows, writer: ShardWriter) -> Iterator[Finding]:

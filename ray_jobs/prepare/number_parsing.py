@@ -161,8 +161,8 @@ def resolve_rule(column: pa.ChunkedArray, rule: NumberRule) -> NumberRule:
         parts = pc.extract_regex(lower, _DAY_FIRST)
         first, second = (_text_to_float64(pc.struct_field(parts, n)) for n in ("first", "second"))
         starts, follows = (first > 12).sum(), (second > 12).sum()
-        has_points = pc.any(pc.equal(pc.struct_field(parts, "mark"), ".")).as_py()
-        if starts > follows or (has_points and not follows):
+        points = pc.mean(pc.equal(pc.struct_field(parts, "mark"), ".")).as_py() or 0
+        if starts > follows or (points > 0.5 and not follows):
             return f"{rule}:dmy"
         return f"{rule}:mdy" if follows > starts else rule
     return rule

@@ -20,7 +20,8 @@ from ray_jobs.config.errors import JobError
 from ray_jobs.config.prepare_spec import PrepareSpec
 from ray_jobs.config.text import names_text
 from ray_jobs.prepare.cell_text import TEXT, apply_text_rule, column_text, find_text_rule
-from ray_jobs.prepare.number_parsing import is_numeric
+from ray_jobs.prepare.columns import ID_NAME, MIN_READ
+from ray_jobs.prepare.number_parsing import is_numeric, propose_rule
 from ray_jobs.prepare.sources.source import ImageRefs
 from ray_jobs.prepare.sources.source_files import IMAGE_SUFFIXES
 from ray_jobs.prepare.table import parse_path_pattern
@@ -28,7 +29,7 @@ from ray_jobs.prepare.table import parse_path_pattern
 DEFAULT_KEY = "key"
 _SAMPLE_NAMES = 2000
 _MIN_MATCHED = 0.5
-"""Fraction of the sampled names that must contain a key."""
+"""Fraction of the sampled names, or of as many as there are rows, that must contain a key."""
 _MAIN_SHARE = 0.9
 """Fraction of the matched names that the patterns must cover."""
 _MAX_IMAGES = 16
@@ -59,8 +60,9 @@ def find_key(
 ) -> dict[str, Any]:
     """Return the key column, and the pattern of the images if it is not the default.
 
-    The key is the column that names the images, else the first one that is different in each row,
-    preferably `prepare.image_column` or one in `prepare.image_pattern`.
+    The key is the column that names the images, else the first one that is different in each row
+    and no number or is named like an id, preferably `prepare.image_column` or one in
+    `prepare.image_pattern`.
 
     Args:
         table: A table without the default key column.
@@ -76,19 +78,23 @@ def find_key(
     if found := find_pattern(table, spec, list_names):
         return found
     unique = list(_unique_columns(table, spec))
-    if not unique or _is_default(spec):
+    named = [spec.image_column] if spec.image_column else parse_path_pattern(spec)[0]
+    keys = [c for c in unique if c in named] or [c for c in unique if _is_id(table, c)]
+    if keys and not _is_default(spec):
+        return {"key_column": keys[0]}
+    problem = (
+        f"prepare.key_column: the table has no column {DEFAULT_KEY!r} (it has: "
+        f"{names_text(table.column_names)})"
+    )
+    suggestion = f", such as {names_text(unique[:3])}" if unique else ""
+    remedy = f"set prepare.key_column to a column that is different in each row{suggestion}"
+    if _is_default(spec):
         column, patterns = _find_named(table, table.column_names, list_names())
         pattern = shlex.quote(patterns[0]) if patterns else "'{COLUMN}.jpg'"
-        suggestion = f", such as {names_text(unique[:3])}" if unique else ""
-        named = f"{column!r}, which repeats cells" if column else "none of its columns"
-        raise JobError(
-            f"prepare.key_column: the table has no column {DEFAULT_KEY!r} (it has: "
-            f"{names_text(table.column_names)}), and the images are named after {named}; set "
-            f"prepare.key_column to a column that is different in each row{suggestion}, and add "
-            f"--prepare.image_pattern {pattern}"
-        )
-    named = [spec.image_column] if spec.image_column else parse_path_pattern(spec)[0]
-    return {"key_column": next((column for column in unique if column in named), unique[0])}
+        repeated = f"{column!r}, which repeats cells" if column else "none of its columns"
+        problem += f", and the images are named after {repeated}"
+        remedy += f", and add --prepare.image_pattern {pattern}"
+    raise JobError(f"{problem}; {remedy}")
 
 
 def find_pattern(
@@ -153,12 +159,13 @@ def add_key(
 ) -> tuple[pa.Table, dict[str, Any]]:
     """Return the records of containers with a key column, and the setting that names it.
 
-    Without a column that is different in each row, or if none may be found, the key is the place of
-    the image.
+    Without an id or text that is different in each row, or if none may be found, the key is the
+    place of the image.
     """
     if not needs_key(table, spec):
         return table, {}
-    if may_find and (column := next(_unique_columns(table, spec), None)) is not None:
+    ids = (column for column in _unique_columns(table, spec) if _is_id(table, column))
+    if may_find and (column := next(ids, None)) is not None:
         return table, {"key_column": column}
     places = [refs.name(row) for row in range(len(refs))]
     return table.append_column(DEFAULT_KEY, pa.array(places, TEXT)), {"key_column": DEFAULT_KEY}
@@ -178,6 +185,17 @@ def _unique_columns(table: pa.Table, spec: PrepareSpec) -> Iterator[str]:
             num_different = pc.count_distinct(cells, mode="only_valid").as_py()
             if num_different >= max((1 - spec.max_bad_fraction) * len(cells), 1):
                 yield column
+
+
+def _is_id(table: pa.Table, column: str) -> bool:
+    """Return whether a column is named like an id, or holds text that is no number."""
+    cells = table.column(column)
+    if ID_NAME.search(column):
+        return True
+    if find_text_rule(cells) in ("number", "boolean"):
+        return False
+    proposal = propose_rule(cells)
+    return not proposal or proposal[1] < MIN_READ
 
 
 def _several_images(column: str, patterns: Sequence[str]) -> JobError:
@@ -210,7 +228,9 @@ def _find_named(
         counts = {c: _count_patterns(table.column(c), c, parts) for c in columns}
         # Of two columns with equally many matches, prefer the one that leaves less of the names.
         column = max(counts, key=lambda c: (counts[c].total(), -_rest(counts[c])), default="")
-        is_named = column and counts[column].total() >= max(_MIN_MATCHED * len(texts), 1)
+        # The images of other rows, such as a test set, may be in the same folder.
+        expected = len(texts) * min(table.num_rows / max(len(names), 1), 1)
+        is_named = column and counts[column].total() >= max(_MIN_MATCHED * expected, 1)
         if is_named and (patterns := _main_patterns(counts[column])):
             return column, patterns
     return "", ()

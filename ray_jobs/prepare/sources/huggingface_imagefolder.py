@@ -88,7 +88,9 @@ def _from_metadata(
     notes: list[str] = []
     for name in metadata:
         parent, _, base = name.rpartition("/")
-        table, table_notes = open_table(f"{(folder / parent if parent else folder).uri}/{base}")
+        table, table_notes = open_table(
+            f"{(folder / parent if parent else folder).uri}/{base}", spec.number_rules
+        )
         notes += table_notes
         for image in image_names:
             column = _path_column(table, image, spec, f"{folder}/{name}")

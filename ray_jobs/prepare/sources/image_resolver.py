@@ -12,6 +12,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
+from functools import cached_property
 from typing import NamedTuple, TypeAlias
 from urllib.parse import unquote
 
@@ -176,12 +177,8 @@ class _Matcher:
     def problems(self) -> Quarantined:
         """Return the reason and detail of each path without a file."""
         result: Quarantined = {}
-        missing = np.flatnonzero(self.match < 0).tolist()
-        files = self.files.to_pylist() if missing else []
-        known = set(files)
-        names = sorted((file.rpartition("/")[2], file) for file in files)
-        ends = sorted((name[::-1], file) for name, file in names)
-        for count, row in enumerate(missing):
+        nearest = _Nearest(self.files)
+        for count, row in enumerate(np.flatnonzero(self.match < 0).tolist()):
             text, path = self.texts[row].as_py(), self.exact[row].as_py()
             if row in self.ambiguous:
                 result[row] = "ambiguous_image", self.ambiguous[row]
@@ -198,10 +195,15 @@ class _Matcher:
             detail = f"{text}: no such file in {self.folder}"
             if self.in_glob:
                 detail = f"the glob matches no {text}"
-            if (first := re.match(r"(.+?)\s*([;|,])", path)) and first[1] in known:
-                detail += f"; set prepare.image_separator={first[2]!r} if these are several images"
-            elif count < _MAX_NEAREST and names:
-                detail += f"; the nearest is {_nearest(path, names, ends)}"
+            if count < _MAX_NEAREST and len(self.files):
+                file = nearest.find(path)
+                mark = re.search(r"[;|,]", path)
+                if mark and file in map(str.strip, path.split(mark[0])):
+                    detail += (
+                        f"; set prepare.image_separator={mark[0]!r} if these are several images"
+                    )
+                else:
+                    detail += f"; the nearest is {file}"
             result[row] = "missing_image", detail
         return result
 
@@ -314,18 +316,24 @@ def _are_files(names: Paths, folder: Folder) -> np.ndarray:
     return np.array(map_in_threads(is_file, names.to_pylist()), bool)
 
 
-def _nearest(path: str, names: list[tuple[str, str]], ends: list[tuple[str, str]]) -> str:
-    """Return the most similar of the files around a path in the order of names, or of their ends.
+class _Nearest:
+    """Finds similar paths; sorts the files only if it is used."""
 
-    Args:
-        path: The path.
-        names: Name and path of each file, in order.
-        ends: Reversed name and path of each file, in order.
-    """
-    path = re.split(r"[/\\]", path)[-1] if "\\" in path else path
-    name = path.rpartition("/")[2]
-    around: list[str] = []
-    for order, key in ((names, name), (ends, name[::-1])):
-        at = bisect_left(order, (key, ""))
-        around += [file for _, file in order[max(at - _NEIGHBOURS, 0) : at + _NEIGHBOURS]]
-    return get_close_matches(path[-200:], around, n=1, cutoff=0.0)[0]
+    def __init__(self, files: Paths) -> None:
+        self._files = files
+
+    @cached_property
+    def _orders(self) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+        """Name and path of each file, in the order of names, and the same for reversed names."""
+        names = [(file.rpartition("/")[2], file) for file in self._files.to_pylist()]
+        return sorted(names), sorted((name[::-1], file) for name, file in names)
+
+    def find(self, path: str) -> str:
+        """Return the most similar of the files around a path in both orders."""
+        path = re.split(r"[/\\]", path)[-1] if "\\" in path else path
+        name = path.rpartition("/")[2]
+        around: list[str] = []
+        for order, key in zip(self._orders, (name, name[::-1]), strict=True):
+            at = bisect_left(order, (key, ""))
+            around += [file for _, file in order[max(at - _NEIGHBOURS, 0) : at + _NEIGHBOURS]]
+        return get_close_matches(path[-200:], around, n=1, cutoff=0.0)[0]

@@ -34,7 +34,7 @@ def read_keyed_table(
         spec: The `prepare` section.
         keys: Keys of the images, by which a key column can be found that is not set.
     """
-    table, notes = open_table(spec.table)
+    table, notes = open_table(spec.table, spec.number_rules)
     found = {} if keys is None else find_joined_key(table, spec, keys)
     column = found.get("key_column", spec.key_column)
     require_column(table.column_names, column, "prepare.key_column", f"the table {spec.table}")

@@ -32,7 +32,7 @@ def open_source(spec: PrepareSpec, may_find: bool = True) -> Source:
     Without a key column or files of the default pattern, both are found by the names of the images,
     if `may_find`. With `prepare.image_separator`, the images of a row are named `1`, `2` and so on.
     """
-    table, table_notes = open_table(spec.table)
+    table, table_notes = open_table(spec.table, spec.number_rules)
     files = ImageFiles(spec.images)
     found = find_key(table, spec, files.names) if may_find and needs_key(table, spec) else {}
     source = _open(table, spec.model_copy(update=found), files)

@@ -4,7 +4,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import NamedTuple
 
@@ -39,12 +39,13 @@ class TableFile(NamedTuple):
     notes: tuple[str, ...]
 
 
-def open_table(location: str) -> TableFile:
+def open_table(location: str, ruled: Collection[str] = ()) -> TableFile:
     """Read a table, which may have no rows.
 
     Args:
         location: Path or URI of a CSV, Parquet, JSON or Excel file, also compressed, or of a folder
             or glob of such files with the same columns.
+        ruled: Columns with a rule in `prepare.number_rules`, whose decimal commas are left to it.
 
     Raises:
         JobError: If there is no file, a file cannot be read, columns have the same name, or files
@@ -66,7 +67,7 @@ def open_table(location: str) -> TableFile:
     if len(files) > 1:
         notes.insert(0, f"{len(files)} parts")
     table = stack(tables) if len(tables) > 1 else tables[0]
-    table, converted = _replace_decimal_commas(table)
+    table, converted = _replace_decimal_commas(table, ruled)
     if converted:
         notes.append(f"decimal commas in {names_text(converted)}")
     return TableFile(table, tuple(f"table: {note}" for note in dict.fromkeys(notes)))
@@ -161,7 +162,7 @@ def _is_empty(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.fill_null(pc.equal(pc.binary_length(column), 0), False)
 
 
-def _replace_decimal_commas(table: pa.Table) -> tuple[pa.Table, list[str]]:
+def _replace_decimal_commas(table: pa.Table, ruled: Collection[str]) -> tuple[pa.Table, list[str]]:
     """Return the table with decimal points, and the changed columns.
 
     A column changes if all of its cells with a comma are numbers, and at least 5% of them cannot be
@@ -171,7 +172,7 @@ def _replace_decimal_commas(table: pa.Table) -> tuple[pa.Table, list[str]]:
     changed: list[str] = []
     for i, name in enumerate(table.column_names):
         column = table.column(i)
-        if _has_decimal_commas(column):
+        if name not in ruled and _has_decimal_commas(column):
             table = table.set_column(i, name, pc.replace_substring(column, ",", "."))
             changed.append(name)
     return table, changed

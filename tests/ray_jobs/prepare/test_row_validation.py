@@ -97,7 +97,7 @@ def test_one_rule_is_suggested_for_all_cells_that_it_reads(monkeypatch):
     ages = ["50", "91-92", "3 kg"] + ["20-30"] * 200
     table = {"key": range(203), "label": [0, 1, 0, *[1] * 200], "age": ages}
     details = [detail for _, detail in rows_of(table, ("age",)).quarantined.values()]
-    assert sum("age: range_mean} would read it" in detail for detail in details) == 201
+    assert sum("{age: range_mean}' would read it" in detail for detail in details) == 201
     assert (
         "age is '3 kg'; --prepare.number_rules '{age: missing}' would treat it as missing"
         in details

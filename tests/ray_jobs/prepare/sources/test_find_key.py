@@ -64,9 +64,9 @@ def test_several_images_per_row_are_an_error_with_the_flags_that_use_them():
     )
 
 
-def test_without_a_column_that_names_the_images_the_first_unique_one_is_the_key():
+def test_without_a_column_that_names_the_images_the_first_unique_id_is_the_key():
     table = {"file": ["a.jpg", "a.jpg"] * 10, "label": IDS, "age": AGES, "id": IDS}
-    assert found(table, [], image_column="file") == {"key_column": "age"}
+    assert found(table, [], image_column="file") == {"key_column": "id"}
     assert found(table, [], image_pattern="{id}/{file}") == {"key_column": "id"}
     assert found({"age": AGES, "file": IDS}, [], image_column="file") == {"key_column": "file"}
     with pytest.raises(JobError, match="after none of its columns; set prepare"):
@@ -88,6 +88,12 @@ def test_cells_may_be_words_of_a_dictionary():
     table = pa.table([column.dictionary_encode() for column in table.columns], table.column_names)
     names = pa.array([f"{i}.jpg" for i in IDS], TEXT)
     assert find_key(table, PrepareSpec(), lambda: names) == {"key_column": "id"}
+
+
+def test_other_images_may_lie_beside_those_of_the_table():
+    table = {"image_id": IDS, "age": [float(a) for a in AGES]}
+    names = [f"ISIC_{n:04}.jpg" for n in range(60)]
+    assert found(table, names) == {"key_column": "image_id"}
 
 
 def test_cells_may_be_paths_with_other_folders():

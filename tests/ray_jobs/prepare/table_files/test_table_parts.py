@@ -207,3 +207,10 @@ def test_parts_with_other_columns_raise_an_error(tmp_path):
         open_table(str(tmp_path))
     with pytest.raises(JobError, match="folder or glob without CSV, Parquet, JSON or Excel files"):
         open_table(f"{tmp_path}/*.txt")
+
+
+def test_decimal_commas_of_a_column_with_a_rule_are_left_to_the_rule(tmp_path):
+    (tmp_path / "t.csv").write_text("key;a;b\nx;1,25;1,25\ny;1,234;1,234\n")
+    table, notes = open_table(str(tmp_path / "t.csv"), ruled=["b"])
+    assert table.to_pydict() == {"key": ["x", "y"], "a": ["1.25", "1.234"], "b": ["1,25", "1,234"]}
+    assert "table: decimal commas in a" in notes
