@@ -69,7 +69,7 @@ def test_without_a_column_that_names_the_images_the_first_unique_id_is_the_key()
     assert found(table, [], image_column="file") == {"key_column": "id"}
     assert found(table, [], image_pattern="{id}/{file}") == {"key_column": "id"}
     assert found({"age": AGES, "file": IDS}, [], image_column="file") == {"key_column": "file"}
-    with pytest.raises(JobError, match="after none of its columns; set prepare"):
+    with pytest.raises(JobError, match="to a column that is different in each row"):
         found({"file": ["a.jpg", "a.jpg"] * 10}, [], image_column="file")
 
 
