@@ -24,7 +24,8 @@ from ray_jobs.storage.folder import Folder
 FOLDER = "_progress"
 _NUM_THREADS = 16
 _TASKS_PER_CPU = 2
-_CANCEL_TIMEOUT_S = 30.0
+_FINISH_TIMEOUT_S = 10.0
+"""Time to wait for running tasks after an error or interrupt."""
 
 
 def write_shards(
@@ -116,11 +117,10 @@ def _run_tasks(rows: Rows, shards: Sequence[NewShard], writer: ShardWriter) -> I
             f"a task failed ({type(error).__name__}); set --run.worker_logs true to see its log"
         ) from error
     finally:
-        for ref in pending:
-            ray.cancel(ref)
         if pending:
-            # Otherwise they would keep writing while shards are deleted.
-            ray.wait(pending, num_returns=len(pending), timeout=_CANCEL_TIMEOUT_S)
+            # Otherwise they would write while a following job deletes or writes shards. Cancelling
+            # a task that just ends or starts aborts this process (ray#54260, ray#54846).
+            ray.wait(pending, num_returns=len(pending), timeout=_FINISH_TIMEOUT_S)
 
 
 def _write_and_record(
