@@ -231,9 +231,8 @@ def _classify_text(
         num_read = round(fraction * num_filled)
         reason = f"{example}; {rule} reads {num_read:,} of {count_text(num_filled, 'cell')}"
         return Column(name=name, role="left_out", reason=reason, proposed="number", rule=str(rule))
-    if {"train", "test"} <= {
-        split_named(word) for word in texts.drop_null().unique()[:10].to_pylist()
-    }:
+    words = texts.drop_null().unique().to_pylist() if num_words <= _MAX_WORDS else []
+    if {"train", "test"} <= {split_named(word) for word in words}:
         reason = f"words of splits; to use them, add --prepare.split_column {shlex.quote(name)}"
         return Column(name=name, role="left_out", reason=reason)
     if _are_words(num_words, num_filled):

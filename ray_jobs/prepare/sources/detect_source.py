@@ -40,7 +40,7 @@ _SOURCES: dict[Kind, tuple[str, Callable[[PrepareSpec, bool], Source]]] = {
     "webdataset": ("tar files", webdataset.open_source),
     "tfrecord": ("TFRecord files", tfrecord.open_source),
 }
-_MAX_FOLDERS = 64
+_MAX_FOLDERS = 16
 """Maximum number of folders to search per level."""
 
 

@@ -129,10 +129,14 @@ class Walk:
             except UnicodeEncodeError:
                 self._skip("not UTF-8", repr(os.fsencode(name))[1:])
                 continue
+            if entry.is_file(follow_symlinks=False):
+                # Most entries are; the checks below take longer.
+                yield name, "file"
+                continue
             is_link = entry.is_symlink()
             if os.path.isdir(entry.path) if is_link else entry.is_dir():
                 yield name, "link" if is_link else "folder"
-            elif os.path.isfile(entry.path) if is_link else entry.is_file():
+            elif is_link and os.path.isfile(entry.path):
                 yield name, "file"
             elif is_link:
                 self._skip("broken link", name)
