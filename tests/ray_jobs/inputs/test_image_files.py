@@ -40,7 +40,7 @@ FOUND: dict[str, tuple[Name, Name, str]] = {
     "covid-chestxray#96": (file, lambda i: f"k{i:02}", "another spelling"),
     "anomalib#3058-upper-case": (lambda i: f"{i}.JPG", lambda i: f"{i}.jpg", "another spelling"),
     "renpy#2327": (nfd, lambda i: f"Jaim\u00e9 {i}.jpg", "another spelling"),
-    "rsna-intracranial#1": (file, lambda i: f"/home/zook/data/{file(i)}", "another spelling"),
+    "rsna-intracranial#1": (file, lambda i: f"/photos/of/others/{file(i)}", "another spelling"),
     "CellProfiler#1385": (file, lambda i: rf"C:\Users\me\{file(i)}", "another spelling"),
     "image-similarity#3-url": (file, lambda i: f"https://x.org/a/{file(i)}", "another spelling"),
     "isic-2017-names": (lambda i: f"ISIC_{i:07}.jpg", lambda i: f"ISIC_{i}", "another spelling"),
