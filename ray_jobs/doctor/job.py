@@ -33,8 +33,9 @@ from ray_jobs.cluster.capacity import cpu_settings
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import RunSpec
 from ray_jobs.data.manifest import MANIFEST, Manifest, read_manifest
+from ray_jobs.prepare.dry_run import examine_inputs
 from ray_jobs.prepare.findings import stored_findings
-from ray_jobs.prepare.job import dry_run, read_inputs
+from ray_jobs.prepare.inputs import read_inputs
 from ray_jobs.storage.folder import Folder
 from ray_jobs.train.job import require_trainable, with_absolute_paths
 from ray_jobs.tune.search.space import SearchSpec
@@ -103,7 +104,7 @@ def _check_raw_data(spec: RunSpec, folder: Folder) -> list[Finding]:
     try:
         if not spec.prepare.images or folder.exists(MANIFEST):
             return []
-        return dry_run(read_inputs(spec)).findings
+        return examine_inputs(read_inputs(spec)).findings
     except (JobError, OSError) as failure:
         return [from_message("prepare", str(failure))]
 

@@ -27,7 +27,7 @@ from ray_jobs.data.images import BadImage
 from ray_jobs.data.manifest import MANIFEST, Manifest, require_shards
 from ray_jobs.predict.trained_run import TrainedRun, require_match
 from ray_jobs.prepare.row_validation import Rows, read_rows
-from ray_jobs.prepare.shard_writer import RowConverter, StoredImages
+from ray_jobs.prepare.shards.shard_writer import RowConverter, StoredImages
 from ray_jobs.prepare.sources import open_source
 from ray_jobs.prepare.sources.source import Source
 from ray_jobs.prepare.table import require_columns

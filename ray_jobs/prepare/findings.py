@@ -1,22 +1,34 @@
-"""Findings about rows, columns and images, which `prepare`, `inspect` and `doctor` report."""
+"""Writes the quarantine, and makes the findings that `prepare`, `inspect` and `doctor` share."""
+
+# pyright: reportAttributeAccessIssue=false
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from ray_jobs.checks.finding import Finding, error, ok, warning
+from ray_jobs.config.errors import JobError
+from ray_jobs.config.prepare_spec import PrepareSpec
 from ray_jobs.config.text import count_text, names_text
 from ray_jobs.data.images import BadImage
 from ray_jobs.data.manifest import Column, Manifest
+from ray_jobs.prepare.cell_text import TEXT
 from ray_jobs.prepare.columns import BY_SETTING, proposed_flags
 from ray_jobs.prepare.row_validation import CheckedRows
-from ray_jobs.prepare.shard_writer import ShardWriter
+from ray_jobs.prepare.shards.shard_writer import ShardFacts, ShardWriter
 from ray_jobs.prepare.sources.source_files import map_in_threads
+from ray_jobs.storage.folder import Folder
 
-UNLABELLED = "unlabelled"
+QUARANTINE = "quarantine/part-00000.parquet"
+_UNLABELLED = "unlabelled"
 _OF_IMAGES = ("no_record", "duplicate_image")
 """Reasons that count images without a row."""
+_MAX_RAISED_FRACTION = 0.2
+"""With a larger fraction of bad rows, a setting is wrong rather than the rows."""
 _SAMPLE_ROWS = 64
 _ROWS_PER_THREAD = 8
 _REMEDIES = {
@@ -41,9 +53,53 @@ _REMEDIES = {
 }
 
 
-def remedy_of(reason: str) -> str:
-    """Return what to do about rows that are in quarantine for a reason."""
-    return _REMEDIES.get(reason, "correct these rows")
+def check_quarantine(rows: CheckedRows, options: PrepareSpec, output: Folder) -> None:
+    """Write the quarantine, and check that not too many rows are bad.
+
+    Raises:
+        JobError: If more than `max_bad_fraction` of the rows are bad.
+    """
+    _write_quarantine(rows, output)
+    bad, num_rows = bad_rows(rows)
+    if len(bad) <= options.max_bad_fraction * num_rows:
+        return
+    counts = Counter(rows.quarantined[row][0] for row in bad)
+    ((reason, most),) = counts.most_common(1)
+    remedy = _remedy_of(reason)
+    if most < len(bad) or len(bad) < _MAX_RAISED_FRACTION * num_rows:
+        remedy += ", or raise prepare.max_bad_fraction to continue without them"
+    raise JobError(
+        f"{len(bad):,} of {count_text(num_rows, 'row')} ({len(bad) / num_rows:.1%}) cannot be "
+        f"used, more than prepare.max_bad_fraction={options.max_bad_fraction:g} allows: "
+        f"{format_counts(counts)}. The first: {describe_row(rows, bad[0])}. All of them are in "
+        f"{output}/{QUARANTINE}; {remedy}"
+    )
+
+
+def quarantine_bad_images(rows: CheckedRows, facts: Sequence[ShardFacts]) -> None:
+    """Quarantine the rows whose images could not be used when their shards were written."""
+    bad_rows = [bad for shard in facts for bad in shard.bad_rows]
+    keys = pa.array([bad.key for bad in bad_rows], TEXT)
+    indices = pc.index_in(keys, value_set=rows.keys).to_pylist()
+    for row, bad in zip(indices, bad_rows, strict=True):
+        rows.quarantine(row, bad.reason, bad.detail)
+
+
+def bad_rows(rows: CheckedRows) -> tuple[list[int], int]:
+    """Return the quarantined rows in order, and the number of all rows, without unlabelled ones."""
+    bad = sorted(row for row, (reason, _) in rows.quarantined.items() if reason != _UNLABELLED)
+    return bad, len(rows) - len(rows.quarantined) + len(bad)
+
+
+def describe_row(rows: CheckedRows, row: int) -> str:
+    """Return the key of a quarantined row, and what is wrong with it."""
+    key, (_, detail) = rows.keys[row].as_py(), rows.quarantined[row]
+    return detail if key is None else f"{key!r}, {detail}"
+
+
+def format_counts(counts: Mapping[str, int]) -> str:
+    """Return the number of rows by reason as text."""
+    return ", ".join(f"{reason} {n:,}" for reason, n in sorted(counts.items()))
 
 
 def count_reasons(rows: CheckedRows) -> dict[str, int]:
@@ -69,20 +125,20 @@ def row_findings(
         is_error: Whether there are too many such rows.
     """
     for reason, count in sorted(counts.items(), key=lambda item: -item[1]):
-        if reason != UNLABELLED:
+        if reason != _UNLABELLED:
             example = (examples or {}).get(reason)
             text = f"{reason}: {count:,} of {count_text(num_rows, 'row')}"
             if reason in _OF_IMAGES:
                 text = f"{reason}: {count_text(count, 'image')}"
             yield (error if is_error else warning)(
-                "rows", f"{text}, such as {example}" if example else text, remedy_of(reason)
+                "rows", f"{text}, such as {example}" if example else text, _remedy_of(reason)
             )
 
 
 def stored_findings(manifest: Manifest) -> Iterator[Finding]:
     """Yield what `prepare` found out about the columns and rows of a prepared folder."""
     num_rows = sum(info.num_rows for info in manifest.splits.values())
-    no_rows = (UNLABELLED, *_OF_IMAGES)
+    no_rows = (_UNLABELLED, *_OF_IMAGES)
     num_rows += sum(n for reason, n in manifest.quarantine.items() if reason not in no_rows)
     yield from _column_findings(manifest.columns)
     yield from row_findings(manifest.quarantine, num_rows)
@@ -102,7 +158,7 @@ def sample_images(rows: CheckedRows, writer: ShardWriter) -> Iterator[Finding]:
         text = f"{reason}: {len(details)} in a sample of {count_text(len(chosen), 'row')}"
         # A few bad images in a small sample may be fewer than prepare.max_bad_fraction in all.
         kind = error if 2 * len(details) > len(chosen) else warning
-        yield kind("images", f"{text}, such as {details[0]}", remedy_of(reason))
+        yield kind("images", f"{text}, such as {details[0]}", _remedy_of(reason))
 
 
 def _column_findings(columns: Sequence[Column]) -> Iterator[Finding]:
@@ -115,3 +171,18 @@ def _column_findings(columns: Sequence[Column]) -> Iterator[Finding]:
         yield (
             warning("columns", text, f"to use them, add {flags}") if flags else ok("columns", text)
         )
+
+
+def _write_quarantine(rows: CheckedRows, output: Folder) -> None:
+    bad = sorted(rows.quarantined)
+    keys = rows.keys.take(pa.array(bad, pa.int64())).to_pylist()
+    quarantined = [(key, *rows.quarantined[row]) for key, row in zip(keys, bad, strict=True)]
+    schema = pa.schema([(name, pa.string()) for name in ("key", "reason", "detail")])
+    entries = [dict(zip(schema.names, e, strict=True)) for e in (*quarantined, *rows.unmatched)]
+    stream = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(entries, schema=schema), stream)
+    output.write_bytes(QUARANTINE, stream.getvalue().to_pybytes())
+
+
+def _remedy_of(reason: str) -> str:
+    return _REMEDIES.get(reason, "correct these rows")

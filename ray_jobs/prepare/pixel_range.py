@@ -18,7 +18,7 @@ from ray_jobs.config.text import number_text
 from ray_jobs.data.images import EIGHT_BITS, BadImage, PixelRange, deep_values
 from ray_jobs.data.prefetch import prefetch_map
 from ray_jobs.prepare.row_validation import CheckedRows
-from ray_jobs.prepare.shard_plan import Earlier
+from ray_jobs.prepare.shards.shard_plan import Earlier
 from ray_jobs.prepare.sources.source import ImageReader
 
 _SAMPLE_IMAGES = 64

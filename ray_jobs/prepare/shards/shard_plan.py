@@ -27,9 +27,8 @@ from ray_jobs.data.manifest import MANIFEST, Manifest, Shard, read_manifest
 from ray_jobs.prepare.cell_text import TEXT, first_rows
 from ray_jobs.prepare.labels import Classes
 from ray_jobs.prepare.row_validation import CheckedRows
-from ray_jobs.prepare.shard_writer import ShardWriter
-from ray_jobs.prepare.sources.source import ImageRefs
-from ray_jobs.prepare.splits import (
+from ray_jobs.prepare.shards.shard_writer import ShardWriter
+from ray_jobs.prepare.shards.splits import (
     TEST,
     TRAIN,
     VALIDATION,
@@ -41,6 +40,7 @@ from ray_jobs.prepare.splits import (
     make_cuts,
     split_hashes,
 )
+from ray_jobs.prepare.sources.source import ImageRefs
 from ray_jobs.storage.folder import Folder
 
 _NUM_THREADS = 16

@@ -16,8 +16,8 @@ from ray_jobs.config.errors import JobError
 from ray_jobs.config.prepare_spec import Split
 from ray_jobs.config.spec import RunSection
 from ray_jobs.prepare.row_validation import Rows
-from ray_jobs.prepare.shard_plan import NewShard
-from ray_jobs.prepare.shard_writer import ShardFacts, ShardWriter
+from ray_jobs.prepare.shards.shard_plan import NewShard
+from ray_jobs.prepare.shards.shard_writer import ShardFacts, ShardWriter
 from ray_jobs.storage.atomic_write import PARTIAL
 from ray_jobs.storage.folder import Folder
 

@@ -24,7 +24,7 @@ from ray_jobs.data.decoder import RowDecoder, bytes_column
 from ray_jobs.data.manifest import Manifest, Shard, read_manifest
 from ray_jobs.data.prefetch import prefetch_map
 from ray_jobs.data.reader import ShardReader, StoredRows
-from ray_jobs.prepare.shard_writer import parquet_options
+from ray_jobs.prepare.shards.shard_writer import parquet_options
 from ray_jobs.storage.folder import Folder
 
 ShardKey = tuple[Split, int]

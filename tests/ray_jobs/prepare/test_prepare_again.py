@@ -11,7 +11,7 @@ import pytest
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.prepare_spec import SPLITS
 from ray_jobs.data.manifest import Manifest
-from ray_jobs.prepare import shard_tasks
+from ray_jobs.prepare.shards import shard_tasks
 from ray_jobs.storage.folder import Folder
 from tests.ray_jobs.raw import Raw, files, jpeg, quarantine, rows_by_key, shard_rows, split_of
 

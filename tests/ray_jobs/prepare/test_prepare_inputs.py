@@ -9,7 +9,7 @@ import pytest
 
 from ray_jobs.config.errors import JobError
 from ray_jobs.data.images import decode_stored
-from ray_jobs.prepare.shard_writer import ShardWriter
+from ray_jobs.prepare.shards.shard_writer import ShardWriter
 from ray_jobs.prepare.sources import open_source
 from ray_jobs.storage.folder import Folder
 from tests.ray_jobs.prepare.sources.samples import spec, write_tar

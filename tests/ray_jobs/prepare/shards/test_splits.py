@@ -8,9 +8,9 @@ import pytest
 
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.prepare_spec import SPLITS
+from ray_jobs.prepare.shards.splits import Cuts, Groups, assign, cut_splits, join_by_image
+from ray_jobs.prepare.shards.splits import make_cuts as cuts_of
 from ray_jobs.prepare.sources.source import ImageRefs
-from ray_jobs.prepare.splits import Cuts, Groups, assign, cut_splits, join_by_image
-from ray_jobs.prepare.splits import make_cuts as cuts_of
 
 KEYS = [f"row-{i}" for i in range(400)]
 LABELS = [int(i % 4 == 0) for i in range(400)]
