@@ -223,14 +223,18 @@ def _classify_text(
     example = f"text such as {str(first)[:40]!r}"
     proposal = propose_rule(cells)
     if proposal and proposal[1] >= MIN_READ:
-        rule, fraction = proposal
+        rule, _ = proposal
         values, _ = parse_numbers(cells, resolve_rule(cells, rule))
         if auc := _leak(values, labels):
             reason = f"{example}, which {rule} reads, {_leak_text(auc)}"
             return Column(name=name, role="left_out", reason=reason)
-        num_read = round(fraction * num_filled)
+        # The proposal is from a sample of the words.
+        num_read = int((~np.isnan(values)).sum())
         reason = f"{example}; {rule} reads {num_read:,} of {count_text(num_filled, 'cell')}"
-        return Column(name=name, role="left_out", reason=reason, proposed="number", rule=str(rule))
+        if num_read >= MIN_READ * num_filled:
+            return Column(
+                name=name, role="left_out", reason=reason, proposed="number", rule=str(rule)
+            )
     words = texts.drop_null().unique().to_pylist() if num_words <= _MAX_WORDS else []
     if {"train", "test"} <= {split_named(word) for word in words}:
         reason = f"words of splits; to use them, add --prepare.split_column {shlex.quote(name)}"

@@ -176,6 +176,16 @@ def test_text_that_a_rule_reads_is_proposed_with_the_number_of_its_cells(cells, 
         assert proposed_flags(again) == ""
 
 
+@pytest.mark.parametrize(("num_other", "role"), [(500, "number"), (10_000, None)])
+def test_the_cells_that_a_rule_reads_are_counted_in_the_whole_column(num_other, role):
+    cells = [f"${i}" for i in range(10_000)] + [f"word {i}" for i in range(num_other)]
+    table = pa.table({"price": cells, "area": RNG.normal(size=len(cells))})
+    found = find_columns(table, spec())[0]
+    assert (found.role, found.proposed) == ("left_out", role)
+    count = f"money reads 10,000 of {len(cells):,} cells"
+    assert (count in found.reason) == (role == "number")
+
+
 def test_words_with_few_values_are_proposed_as_categories():
     table = table_of(colour=words("red", "blue", "green"), area=RNG.normal(size=NUM_ROWS))
     assert roles(table)["colour"] == "3 words such as 'red'"
