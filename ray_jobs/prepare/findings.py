@@ -5,7 +5,6 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -78,10 +77,10 @@ def check_quarantine(rows: CheckedRows, options: PrepareSpec, output: Folder) ->
 
 def quarantine_bad_images(rows: CheckedRows, facts: Sequence[ShardFacts]) -> None:
     """Quarantine the rows whose images could not be used when their shards were written."""
-    bad_rows = [bad for shard in facts for bad in shard.bad_rows]
-    keys = pa.array([bad.key for bad in bad_rows], TEXT)
+    found = [bad for shard in facts for bad in shard.bad_rows]
+    keys = pa.array([bad.key for bad in found], TEXT)
     indices = pc.index_in(keys, value_set=rows.keys).to_pylist()
-    for row, bad in zip(indices, bad_rows, strict=True):
+    for row, bad in zip(indices, found, strict=True):
         rows.quarantine(row, bad.reason, bad.detail)
 
 
@@ -146,8 +145,7 @@ def stored_findings(manifest: Manifest) -> Iterator[Finding]:
 
 def sample_images(rows: CheckedRows, writer: ShardWriter) -> Iterator[Finding]:
     """Read images of up to 64 rows, evenly spread, and yield a finding for each kind of problem."""
-    good = np.flatnonzero(rows.good)
-    chosen = good[np.linspace(0, len(good) - 1, min(len(good), _SAMPLE_ROWS)).astype(np.int64)]
+    chosen = rows.sample(_SAMPLE_ROWS)
     chunks = [chosen[i : i + _ROWS_PER_THREAD] for i in range(0, len(chosen), _ROWS_PER_THREAD)]
     converted = map_in_threads(lambda chunk: list(writer.convert_images(rows.take(chunk))), chunks)
     bad: dict[str, list[str]] = {}

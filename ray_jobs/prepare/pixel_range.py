@@ -86,9 +86,7 @@ class _Sample(NamedTuple):
 def _sample(
     rows: CheckedRows, readers: Sequence[ImageReader], spec: PrepareSpec
 ) -> Iterator[_Sample]:
-    good = np.flatnonzero(rows.good)
-    count = min(len(good), max(_SAMPLE_IMAGES // max(len(readers), 1), 1))
-    chosen = good[np.linspace(0, len(good) - 1, count).astype(np.int64)]
+    chosen = rows.sample(max(_SAMPLE_IMAGES // max(len(readers), 1), 1))
     num_threads, max_pixels = len(os.sched_getaffinity(0)), spec.max_image_pixels
 
     def measure(image: tuple[str, bytes | BadImage]) -> _Sample | None:

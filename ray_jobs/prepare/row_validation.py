@@ -86,6 +86,12 @@ class CheckedRows(Rows):
         good[list(self.quarantined)] = False
         return good
 
+    def sample(self, max_rows: int) -> np.ndarray:
+        """Return up to `max_rows` good rows, evenly spread."""
+        good = np.flatnonzero(self.good)
+        at = np.linspace(0, len(good) - 1, min(len(good), max_rows))
+        return good[at.astype(np.int64)]
+
 
 def read_rows(
     source: Source,
