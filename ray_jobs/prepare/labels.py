@@ -102,7 +102,8 @@ def find_classes(column: pa.ChunkedArray, spec: PrepareSpec) -> Classes:
     negative = [pair[0]] if pair and pair[1:] == tuple(positive) else []
     negative = negative or [next(key for key in labels if key not in positive)]
     others = [key for key in labels if key not in (*positive, *negative)]
-    if others and (spec.other_labels or (spec.positive_label and "negative")) == "negative":
+    default = "negative" if spec.positive_label else "quarantine"
+    if (spec.other_labels or default) == "negative":
         negative += others
         others = []
     num_other = sum(counts[key] for key in others)

@@ -33,8 +33,8 @@ _MIN_MATCHED = 0.5
 _MAIN_SHARE = 0.9
 """Fraction of the matched names that the patterns must cover."""
 _MAX_IMAGES = 16
-_SEPARATORS = re.compile(r"([/_\-. ]+)")
-_PARTS = re.compile(rf"(\{{[^{{}}]*\}}|{_SEPARATORS.pattern[1:-1]})")
+_SEPARATOR = r"[/_\-. ]+"
+_PARTS = re.compile(rf"(\{{[^{{}}]*\}}|{_SEPARATOR})")
 _SUFFIX = re.compile(rf"({'|'.join(map(re.escape, IMAGE_SUFFIXES))})$", re.IGNORECASE)
 
 
@@ -60,9 +60,9 @@ def find_key(
 ) -> dict[str, Any]:
     """Return the key column, and the pattern of the images if it is not the default.
 
-    The key is the column that names the images, else the first one that is different in each row
-    and no number or is named like an id, preferably `prepare.image_column` or one in
-    `prepare.image_pattern`.
+    The key is the column that names the images. If settings such as `prepare.image_column` say
+    which images belong to a row, it is a column in them that is different in each row, else the
+    first such column of text or with a name like an id.
 
     Args:
         table: A table without the default key column.
@@ -70,8 +70,7 @@ def find_key(
         list_names: Returns the paths of the images.
 
     Raises:
-        JobError: If the table is empty, no column is different in each row, or each row has several
-            images.
+        JobError: If the table is empty, no column fits, or each row has several images.
     """
     if not table.num_rows:
         raise JobError(f"the table {spec.table} has no rows")
@@ -240,7 +239,7 @@ def _split_names(names: Sequence[str]) -> list[_Part]:
     """Return all parts of names between separators."""
     parts: list[_Part] = []
     for name, text in enumerate(names):
-        tokens = _SEPARATORS.split(text)
+        tokens = re.split(f"({_SEPARATOR})", text)
         for first in range(0, len(tokens), 2):
             for last in range(first, len(tokens), 2):
                 parts.append(_Part("".join(tokens[first : last + 1]), name, tokens, first, last))
@@ -271,19 +270,22 @@ def _rest(patterns: Counter[str]) -> int:
 
 
 def _main_patterns(patterns: Counter[str]) -> tuple[str, ...]:
-    """Return the patterns of most names, empty if there are too many; of any extension if mixed."""
-    suffixes = Counter[str]()
+    """Return the patterns that cover most names, with `.*` for different extensions.
+
+    There are none if that takes too many patterns.
+    """
+    suffixes: set[str] = set()
     stems = Counter[str]()
     for pattern, count in patterns.items():
         stem = _SUFFIX.sub("", pattern)
         stems[stem] += count
-        suffixes[pattern[len(stem) :]] += count
-    suffix = next(iter(suffixes)) if len(suffixes) == 1 else ".*"
+        suffixes.add(pattern[len(stem) :])
+    suffix = suffixes.pop() if len(suffixes) == 1 else ".*"
     ((_, most),) = stems.most_common(1)
     main = [(stem, count) for stem, count in stems.most_common(_MAX_IMAGES) if 2 * count >= most]
     if sum(count for _, count in main) < _MAIN_SHARE * stems.total():
         return ()
-    return tuple(stem if stem.endswith("}") and not suffix else stem + suffix for stem, _ in main)
+    return tuple(stem + suffix for stem, _ in main)
 
 
 def _merge(patterns: Sequence[str]) -> tuple[str, list[str]] | None:
