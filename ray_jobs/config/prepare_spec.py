@@ -42,7 +42,7 @@ class PrepareSpec(Spec):
     """Folder or URI for the prepared data; every worker must be able to read from it."""
     key_column: str = "key"
     """Column with the unique key of each row. Default: `key`, or if there is none, the column that
-    the images are named after, or the first one that is different in each row."""
+    the images are named after, or the first id or text that is different in each row."""
     columns: Literal["confirm", "auto"] = "confirm"
     """What happens to columns without a setting. `confirm` uses those that are clearly numbers and
     prints proposals for the others, as flags to copy; `auto` follows these proposals."""

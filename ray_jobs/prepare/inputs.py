@@ -1,4 +1,4 @@
-"""Reads the table and finds the images: all that `prepare` knows before it reads an image."""
+"""Reads the table, finds the images, and makes the writer of the shards."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -115,7 +115,7 @@ def parse_numbers(
 def propose_rule(column: pa.ChunkedArray) -> tuple[NumberRule, float] | None:
     """Return the rule that reads most cells of a column, and the fraction of the cells it reads.
 
-    Of rules that read equally many, the first is proposed: `1,000` as thousands, `12.5` as it is.
+    If several rules read equally many cells, the first one is proposed, so `1,000` is a thousand.
     """
     if is_date(column.type):
         return "date", 1.0
@@ -177,7 +177,7 @@ def common_unit(column: pa.ChunkedArray) -> str:
 
 
 def is_date(kind: pa.DataType) -> bool:
-    """Return whether a column of this type holds dates or times of a day."""
+    """Return whether a column of this type holds dates or timestamps."""
     return pa.types.is_date(kind) or pa.types.is_timestamp(kind)
 
 

@@ -60,8 +60,8 @@ def find_images(
     Args:
         paths: Paths relative to the folder, or any spelling of them; null where there is none.
         folder: Folder of the files.
-        list_files: Returns the files in the folder. Called only if a path does not exist, or if
-            there are more than `MAX_CHECKED` different paths.
+        list_files: Returns the files in the folder. Not called if there are at most `MAX_CHECKED`
+            different paths and all of them exist, unless `in_glob`.
         in_glob: Whether the files are those that a glob matches, so that no other file counts.
     """
     encoded = paths.dictionary_encode()

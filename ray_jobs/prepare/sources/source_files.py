@@ -87,7 +87,7 @@ class Walk:
         return list(dict.fromkeys(names))
 
     def levels(self, max_folders: int | None = None) -> Iterator[list[str]]:
-        """Yield the files of each level of subfolders, in the first `max_folders` folders of it."""
+        """Yield the files of each level of subfolders, of up to `max_folders` folders per level."""
         level, links = [""], []
         seen: set[tuple[int, int]] = set()
         while level or links:
