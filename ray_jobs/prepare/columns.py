@@ -11,6 +11,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -84,7 +85,7 @@ def find_columns(
         if name in fixed:
             column = _text_column(name, fixed[name], cells, spec)
         elif name in spec.exclude_columns:
-            column = Column(name=name, role="left_out", reason=_EXCLUDED)
+            column = _left_out(name, _EXCLUDED)
         elif name in categorical:
             column = _text_column(name, "category", cells, spec)
         elif name in (spec.number_rules if is_automatic else spec.numeric_columns):
@@ -92,7 +93,7 @@ def find_columns(
             rule = str(resolve_rule(cells, rule)) if rule else ""
             column = Column(name=name, role="number", rule=rule)
         elif not is_automatic:
-            column = Column(name=name, role="left_out", reason=_UNLISTED)
+            column = _left_out(name, _UNLISTED)
         else:
             column = _classify(name, cells, labels)
             if spec.columns == "auto" and column.proposed:
@@ -172,10 +173,7 @@ def _text_column(name: str, role: Role, cells: pa.ChunkedArray, spec: PrepareSpe
 
 def _classify(name: str, cells: pa.ChunkedArray, labels: np.ndarray | None) -> Column:
     """Return the role of a column without a setting."""
-
-    def left_out(reason: str, proposed: Role | None = None, rule: str = "") -> Column:
-        return Column(name=name, role="left_out", reason=reason, proposed=proposed, rule=rule)
-
+    left_out = partial(_left_out, name)
     is_number = is_numeric(cells.type) or pa.types.is_boolean(cells.type)
     if is_number or is_date(cells.type):
         texts = cells.combine_chunks()
@@ -219,6 +217,7 @@ def _classify_text(
     num_words: int,
     labels: np.ndarray | None,
 ) -> Column:
+    left_out = partial(_left_out, name)
     first = texts.drop_null()[0].as_py()
     example = f"text such as {str(first)[:40]!r}"
     proposal = propose_rule(cells)
@@ -227,27 +226,29 @@ def _classify_text(
         values, _ = parse_numbers(cells, resolve_rule(cells, rule))
         if auc := _leak(values, labels):
             reason = f"{example}, which {rule} reads, {_leak_text(auc)}"
-            return Column(name=name, role="left_out", reason=reason)
+            return left_out(reason)
         # The proposal is from a sample of the words.
         num_read = int((~np.isnan(values)).sum())
         reason = f"{example}; {rule} reads {num_read:,} of {count_text(num_filled, 'cell')}"
         if num_read >= MIN_READ * num_filled:
-            return Column(
-                name=name, role="left_out", reason=reason, proposed="number", rule=str(rule)
-            )
+            return left_out(reason, "number", str(rule))
     words = texts.drop_null().unique().to_pylist() if num_words <= _MAX_WORDS else []
     if {"train", "test"} <= {split_named(word) for word in words}:
         reason = f"words of splits; to use them, add --prepare.split_column {shlex.quote(name)}"
-        return Column(name=name, role="left_out", reason=reason)
+        return left_out(reason)
     if _are_words(num_words, num_filled):
         codes = texts.dictionary_encode().indices.fill_null(-1).to_numpy() + 1
         if auc := _leak_of_words(codes, labels):
-            return Column(name=name, role="left_out", reason=_leak_text(auc))
+            return left_out(_leak_text(auc))
         reason = f"{count_text(num_words, 'word')} such as {str(first)[:40]!r}"
-        return Column(name=name, role="left_out", reason=reason, proposed="category")
+        return left_out(reason, "category")
     num_different = "all" if num_words == num_filled else f"{num_words:,}"
     reason = f"{example}, {num_different} different in {count_text(num_filled, 'row')}"
-    return Column(name=name, role="left_out", reason=reason)
+    return left_out(reason)
+
+
+def _left_out(name: str, reason: str, proposed: Role | None = None, rule: str = "") -> Column:
+    return Column(name=name, role="left_out", reason=reason, proposed=proposed, rule=rule)
 
 
 def _are_words(num_words: int, num_filled: int) -> bool:
