@@ -134,6 +134,7 @@ def test_given_splits_are_used_and_missing_ones_cut(
 ) -> None:
     rows = plain_rows(part=lambda i: words[i * 5 % 36 // 3 % 4])
     manifest = user.look(rows, split_column="part")
+    assert ("cut from train" in user.text) == bool(note)
     assert note in user.text
     assert all(min(split.class_counts) > 0 for split in manifest.splits.values())
     assert 36 - manifest.splits["train"].num_rows == pytest.approx(num_held_out, abs=1)
