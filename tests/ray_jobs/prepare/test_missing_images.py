@@ -4,7 +4,6 @@ Reported for other libraries as autogluon#1207, autogluon#4311, autogluon#4892, 
 FAI-RL#89.
 """
 
-import io
 from typing import Any
 
 import pyarrow as pa
@@ -13,6 +12,7 @@ import pytest
 
 from ray_jobs.config.errors import JobError
 from ray_jobs.data.manifest import Manifest
+from tests.ray_jobs.prepare.sources.samples import write_tar
 from tests.ray_jobs.raw import Raw, files, jpeg, quarantine, rows_by_key
 
 pytestmark = pytest.mark.usefixtures("ray_local")
@@ -56,14 +56,9 @@ def null_bytes(raw: Raw) -> dict[str, Any]:
 
 
 def no_sample(raw: Raw) -> dict[str, Any]:
-    import tarfile
-
-    with tarfile.open(raw.folder / "images.tar", "w") as tar:
-        for i, row in enumerate(raw.rows):
-            if row["key"] not in WITHOUT:
-                info, content = tarfile.TarInfo(f"{row['key']}.jpg"), jpeg(i)
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
+    keys = [row["key"] for row in raw.rows]
+    images = {f"{key}.jpg": jpeg(i) for i, key in enumerate(keys) if key not in WITHOUT}
+    write_tar(raw.folder / "images.tar", images)
     return {"images": str(raw.folder / "images.tar")}
 
 
