@@ -168,8 +168,6 @@ def test_a_dry_run_fails_if_no_image_can_be_read(bare: UserData, content: bytes)
 KEYS: dict[str, tuple[str, Name]] = {
     "isic-2017-image_id": ("image_id", lambda i: f"k{i:02}"),
     "lightning-Covid19#11-extension": ("filename", file),
-    "modelscope#60-folders": ("path", lambda i: f"train/cat/{file(i)}"),
-    "COVID-CT#11-several-rows": ("image_id", lambda i: f"k{i // 2:02}"),
 }
 
 
@@ -177,13 +175,24 @@ KEYS: dict[str, tuple[str, Name]] = {
 def test_the_key_column_is_found_by_the_names_of_the_images(
     user: UserData, name: str, cell: Any
 ) -> None:
-    rows = plain_rows(without="key", row=lambda i: i, **{name: cell})
-    try:
-        user.look(rows)
-    except JobError as error:
-        user.text += str(error)
-    assert f"key_column={name}" in user.text or f"'{{{name}}}.jpg'" in user.text
+    user.look(plain_rows(without="key", row=lambda i: i, **{name: cell}))
+    assert f"inferred from the data: prepare.key_column={name}" in user.text
     assert not (user.folder / "prepared").exists()
+
+
+def test_a_column_of_paths_in_other_folders_is_the_key_but_finds_no_image(user: UserData) -> None:
+    """modelscope#60."""
+    rows = plain_rows(without="key", row=lambda i: i, path=lambda i: f"train/cat/{file(i)}")
+    assert "the nearest is k00.jpg" in user.refusal(rows)
+    assert "inferred from the data: prepare.key_column=path" in user.text
+
+
+def test_a_column_that_names_the_images_of_several_rows_is_no_key(user: UserData) -> None:
+    """COVID-CT#11."""
+    rows = plain_rows(without="key", row=lambda i: i, image_id=lambda i: f"k{i // 2:02}")
+    message = user.refusal(rows)
+    assert "named after 'image_id', which repeats cells; set prepare.key_column" in message
+    assert "--prepare.image_pattern '{image_id}.jpg'" in message
 
 
 ADVICE: dict[str, tuple[str, Callable[[int], str]]] = {
