@@ -25,8 +25,6 @@ MISSING_LABELS = ("nan", "-nan", "na", "n/a", "#n/a", "<na>", "null")
 MISSING_NUMBERS = (*MISSING_LABELS, "none")
 """Numbers, in lower case, that count as missing. `MISSING_LABELS` lacks `none`, since a class may
 have this name."""
-
-
 MISSING_WORDS = (
     "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>",
     "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null",
@@ -151,6 +149,17 @@ def first_rows(texts: pa.LargeStringArray, among: pa.LargeStringArray) -> np.nda
     return rows.fill_null(-1).to_numpy().astype(np.int64)
 
 
+def label_key(text: str | None) -> str:
+    """Return what equal labels have in common: `true` for `True`, `1` for `1.0` and `01`.
+
+    Returns an empty text for a label that counts as missing.
+    """
+    key = " ".join((text or "").casefold().split())
+    if key in MISSING_LABELS:
+        return ""
+    return re.sub(r"^([+-]?)0*([0-9]+)(\.0+)?$", r"\1\2", key)
+
+
 def _float_text(column: pa.ChunkedArray | pa.DoubleArray) -> pa.ChunkedArray | pa.LargeStringArray:
     """Return floats as their shortest text, whole numbers without a point, NaN as null."""
     if pa.types.is_float16(column.type):
@@ -169,14 +178,3 @@ def _is_text(kind: pa.DataType) -> bool:
 
 def _all_match(cells: pa.LargeStringArray, pattern: str) -> bool:
     return bool(pc.all(pc.match_substring_regex(cells, pattern)).as_py())
-
-
-def label_key(text: str | None) -> str:
-    """Return what equal labels have in common: `true` for `True`, `1` for `1.0` and `01`.
-
-    Returns an empty text for a label that counts as missing.
-    """
-    key = " ".join((text or "").casefold().split())
-    if key in MISSING_LABELS:
-        return ""
-    return re.sub(r"^([+-]?)0*([0-9]+)(\.0+)?$", r"\1\2", key)
