@@ -37,6 +37,8 @@ _NEIGHBOURS = 25
 _SUFFIX = "|".join(re.escape(suffix) for suffix in IMAGE_SUFFIXES)
 _LOOSE = (2, 4, 5, 6)
 """The `_spellings` that differ in the extension or in zeros."""
+_UNUSUAL = r"""[\\%"':?#~\s\x{a0}]|\.\.|\./|//|/$"""
+"""What a path contains if `_clean` changes more of it than `_plain`."""
 _STEM = rf"(?s)^(?P<stem>.*?)(?P<suffix>(?i:{_SUFFIX})*)$"
 
 
@@ -132,7 +134,11 @@ class _Matcher:
         unmatched = np.flatnonzero(self.match < 0)
         if not len(unmatched) or not len(self.files):
             return
-        clean = _clean(self.texts.take(pa.array(unmatched)), self.folder, self.files)
+        texts, clean = (p.take(pa.array(unmatched)) for p in (self.texts, self.exact))
+        is_unusual = pc.match_substring_regex(texts, _UNUSUAL)
+        cleaned = _clean(texts.filter(is_unusual), self.folder)
+        clean = pc.replace_with_mask(clean, is_unusual, cleaned)
+        clean = _without_parents(clean, self.folder, self.files)
         is_foreign = pc.starts_with(clean, "/").to_numpy(zero_copy_only=False)
         own_keys, file_keys = _spellings(pc.utf8_ltrim(clean, "/")), _spellings(self.files)
         for level, (wanted, files) in enumerate(zip(own_keys, file_keys, strict=True)):
@@ -234,7 +240,7 @@ def _spellings(texts: Paths) -> Iterator[Paths]:
     yield number
 
 
-def _clean(texts: Paths, folder: Folder, files: Paths) -> Paths:
+def _clean(texts: Paths, folder: Folder) -> Paths:
     """Return paths with the usual slashes and without escapes; foreign ones start with a slash."""
     if pc.any(pc.match_substring_regex(texts, "%[0-9A-Fa-f]{2}")).as_py():
         texts = pa.array([unquote(text) for text in texts.to_pylist()], TEXT)
@@ -245,10 +251,13 @@ def _clean(texts: Paths, folder: Folder, files: Paths) -> Paths:
     outside = r"^(?:(?i:[a-z][a-z0-9+.-]+):/[^/]*/|/?[A-Za-z]:/*|~[^/]*/)"
     texts = pc.replace_substring_regex(texts, r"(?:^|/)[^/.][^/]*/\.\.(/|$)", "/")
     texts = pc.replace_substring_regex(texts, outside, "/")
-    texts = pc.replace_substring_regex(texts, r"^/?(?:\.\./)+([^/.]+/)", r"/\1")
+    return pc.replace_substring_regex(texts, r"^/?(?:\.\./)+([^/.]+/)", r"/\1")
+
+
+def _without_parents(texts: Paths, folder: Folder, files: Paths) -> Paths:
+    """Return paths without the folder's own name, such as `photos/a.jpg` in the folder photos."""
     parents = folder.path.strip("/").split("/")
     for first in range(len(parents)):
-        # Such as photos/a.jpg in the folder photos.
         prefix = "/".join(parents[first:]) + "/"
         starts = pc.starts_with(texts, prefix)
         if pc.any(starts).as_py() and not pc.any(pc.starts_with(files, prefix)).as_py():
@@ -284,12 +293,19 @@ def _search(wanted: Paths, is_foreign: np.ndarray, files: Paths) -> tuple[np.nda
     def match(rows: np.ndarray, depth: int, among: np.ndarray) -> None:
         """Compare the last parts of paths with those of files."""
         rows, among = rows[first[rows] < 0], np.flatnonzero(among)
+        if not len(rows):
+            return
         ends, keys = (
             _last_parts(p.take(pa.array(i)), depth) for p, i in ((wanted, rows), (files, among))
         )
-        if len(keys):
-            first[rows] = np.append(among, -1)[first_rows(ends, keys)]
-            last[rows] = np.append(among[::-1], -1)[first_rows(ends, keys[::-1])]
+        encoded = keys.dictionary_encode()
+        codes, fitting = encoded.indices.to_numpy(), first_rows(ends, encoded.dictionary)
+        rows, fitting = rows[fitting >= 0], fitting[fitting >= 0]
+        file_of = np.empty(len(encoded.dictionary), np.int64)
+        # The last assignment to an index counts.
+        for result, step in ((first, -1), (last, 1)):
+            file_of[codes[::step]] = among[::step]
+            result[rows] = file_of[fitting]
 
     for depth in np.unique(file_depths)[::-1].tolist():
         match(np.flatnonzero(is_foreign | (depths == depth)), depth, file_depths == depth)
@@ -299,11 +315,12 @@ def _search(wanted: Paths, is_foreign: np.ndarray, files: Paths) -> tuple[np.nda
 
 
 def _last_parts(paths: Paths, depth: int) -> Paths:
-    """Return the last `depth` + 1 parts of paths; null or the path where it has fewer."""
+    """Return the last `depth` + 1 parts of paths, the whole path where it has fewer."""
     if pc.max(pc.count_substring(paths, "/")).as_py() == depth:
         return paths
-    pattern = rf"(?s)^(?:.*/)?(?P<end>(?:[^/]*/){{{depth}}}[^/]*)$"
-    return pc.struct_field(pc.extract_regex(paths, pattern), "end")
+    if not depth:
+        return pc.replace_substring_regex(paths, "(?s)^.*/", "")
+    return pc.replace_substring_regex(paths, rf"(?s)^.*/((?:[^/]*/){{{depth}}}[^/]*)$", r"\1")
 
 
 def _are_files(names: Paths, folder: Folder) -> np.ndarray:

@@ -82,9 +82,9 @@ class Walk:
         else:
             # Object stores list folders with all their subfolders in few requests.
             names = [n for n in self.folder.names() if not any(map(self._skips, n.split("/")))]
-        if self._matches:
-            names = [name for match in self._matches for name in names if match(name)]
-        return list(dict.fromkeys(names))
+        if not self._matches:
+            return names
+        return list(dict.fromkeys(n for match in self._matches for n in names if match(n)))
 
     def levels(self, max_folders: int | None = None) -> Iterator[list[str]]:
         """Yield the files of each level of subfolders, of up to `max_folders` folders per level."""
@@ -102,7 +102,7 @@ class Walk:
                 ):
                     found[kind].append(name)
             files = sorted(found["file"])
-            yield [n for n in files if not self._matches or any(m(n) for m in self._matches)]
+            yield [n for n in files if any(m(n) for m in self._matches)] if self._matches else files
             level = found["folder"]
 
     def _list_local(self, parent: str, seen: set[tuple[int, int]]) -> Iterator[tuple[str, str]]:
