@@ -86,8 +86,9 @@ class Groups:
 
 def split_hashes(seed: int, names: pa.LargeStringArray) -> np.ndarray:
     """Return the hashes that rank groups and order the rows of a split."""
-    hashes = (hashlib.sha256(f"{seed}:{name}".encode()).hexdigest() for name in names)
-    return np.fromiter(hashes, "S64", len(names))
+    texts = names.to_pylist()
+    hashes = (hashlib.sha256(f"{seed}:{text}".encode()).hexdigest() for text in texts)
+    return np.fromiter(hashes, "S64", len(texts))
 
 
 def join_by_image(keys: pa.LargeStringArray, images: Sequence[ImageRefs]) -> pa.LargeStringArray:
