@@ -3,6 +3,9 @@
 import contextlib
 import io
 import re
+import runpy
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from ray_jobs.config.spec import PredictSpec
 from ray_jobs.predict import predict
 from ray_jobs.prepare.job import prepare
 from tests.ray_jobs.inputs.user_data import FILES, UserData, csv_text, plain_rows
-from tests.ray_jobs.raw import rows_by_key, split_of
+from tests.ray_jobs.raw import Row, rows_by_key, split_of
 from tests.ray_jobs.trained import write_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_local")]
@@ -101,3 +104,143 @@ def test_a_missing_column_is_named_with_the_nearest(user: UserData) -> None:
     rows = [{k.replace("size", "Size"): v for k, v in row.items()} for row in plain_rows(**PRICES)]
     with pytest.raises(JobError, match="did you mean 'Size'"):
         predicted(user, run_of(user), csv_text(rows).encode(), "e.csv")
+
+
+def numbers_of(rows: list[Row]) -> pd.DataFrame:
+    """The rows with numbers instead of text, and pandas' own types."""
+    frame = pd.DataFrame(rows).replace("", None)
+    prices = [float(re.sub(r"[$,]", "", price)) for price in frame["price"]]
+    return frame.assign(price=prices, size=frame["size"].astype(float)).astype({"weight": int})
+
+
+def parquet(frame: pd.DataFrame, **types: str) -> bytes:
+    frame.astype(types).to_parquet(stream := io.BytesIO(), index=False)
+    return stream.getvalue()
+
+
+def excel(frame: pd.DataFrame) -> bytes:
+    frame.to_excel(stream := io.BytesIO(), index=False)
+    return stream.getvalue()
+
+
+def json_text(frame: pd.DataFrame) -> str:
+    return str(frame.to_json(orient="records"))
+
+
+def csv(rows: list[Row]) -> bytes:
+    return csv_text(rows).encode()
+
+
+NARROW = {"size": "float32", "weight": "int16", "price": "float32", "site": "category"}
+NULLABLE = {"size": "Float64", "weight": "Int64", "site": "string", "key": "category"}
+# The rows, and the ones of them that remain.
+Same = tuple[str, Callable[[list[Row]], bytes], slice]
+ALL, FOURTH, FIFTH = slice(None), slice(4, 5), slice(5, 6)
+SAME: dict[str, Same] = {
+    "LightGBM#5627": ("csv", lambda rows: csv([dict([*r.items()][-1:]) | r for r in rows]), ALL),
+    "pytorch_tabular#152": ("csv", lambda rows: csv([r | {"label": 0} for r in rows]), ALL),
+    "pycaret#1060-more": ("csv", lambda rows: csv([{"E": "?"} | r | {"F": 1} for r in rows]), ALL),
+    "mlflow#12516": ("parquet", lambda rows: parquet(numbers_of(rows), **NARROW), ALL),
+    "mlflow#5207": ("parquet", lambda rows: parquet(numbers_of(rows), **NULLABLE), ALL),
+    "mlflow#4827": ("json", lambda rows: json_text(numbers_of(rows)).encode(), ALL),
+    "evalml#3194-no-value": ("csv", csv, FOURTH),
+    "evalml#3194-nulls": ("parquet", lambda rows: parquet(numbers_of(rows)), FOURTH),
+    "miceforest#60": ("xlsx", lambda rows: excel(numbers_of(rows)), FIFTH),
+}
+
+
+def test_other_tables_of_the_same_rows_give_the_same_probabilities(
+    user: UserData, predict_here: None
+) -> None:
+    run, rows = run_of(user), plain_rows(8, without="label", **PRICES)
+    rows[4]["size"] = rows[5]["site"] = ""
+    expected, _ = predicted(user, run, csv(rows), "all.csv")
+    assert len(set(expected)) == 8
+    for source, (kind, content, kept) in SAME.items():
+        name = f"{source}.{kind}".replace("#", "-")
+        found, _ = predicted(user, run, content(rows[kept]), name)
+        assert (source, found) == (source, pytest.approx(expected[kept], abs=1e-6))
+
+
+NO_ROWS = numbers_of(plain_rows(8, without="label", **PRICES)).head(0)
+EMPTY = {
+    "autogluon#1434.csv": csv_text(plain_rows(1, **PRICES)).splitlines()[0].encode(),
+    "lightwood#810.xlsx": excel(NO_ROWS),
+    "autogluon#1472.parquet": parquet(NO_ROWS),
+    "bigquery-pandas#285.parquet": parquet(NO_ROWS, **dict.fromkeys(NO_ROWS, "float64")),
+}
+
+
+def exit_status(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Any:
+    """Return the exit status of the command."""
+    flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    monkeypatch.setattr(sys, "argv", ["predict", *flags])
+    try:
+        runpy.run_module("ray_jobs.predict", run_name="__main__")
+    except SystemExit as end:
+        return end.code or 0
+    return 0
+
+
+def test_a_table_without_rows_gives_an_empty_result(
+    user: UserData, predict_here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_of(user)
+    predicted(user, run, csv(plain_rows(2, **PRICES)), "full.csv")
+    images, schema = (
+        user.folder / "images/{key}.jpg",
+        pq.read_table(user.folder / "out-full.csv").schema,
+    )
+    for source, content in EMPTY.items():
+        data = user.folder / source.replace("#", "-")
+        data.write_bytes(content)
+        output = user.folder / f"out-{data.name}"
+        status = exit_status(monkeypatch, run=run, data=data, images=images, output=output)
+        assert (source, status) == (source, 0)
+        table = pq.read_table(output)
+        assert (table.num_rows, table.schema) == (0, schema)
+
+
+def test_unknown_words_and_numbers_out_of_range_are_counted(
+    user: UserData, predict_here: None
+) -> None:
+    """healthcareai-r#878: `notInTraining`. GeFs#6: a thousand warnings. pycaret#1060: wrong values
+    were predicted without a word."""
+    rows = plain_rows(8, without="label", **PRICES)
+    odd = [row | ({"site": "notInTraining"} if i < 5 else {}) for i, row in enumerate(rows)]
+    odd[0] |= {"site": "north", "weight": "-900"}
+    odd[5:] = [row | {"size": "1e6", "price": "$1"} for row in odd[5:]]
+    found, text = predicted(user, run_of(user), csv(odd), "odd.csv")
+    assert None not in found
+    for note in ("site: 5 rows with an unknown word", "weight: 1 row outside the training range"):
+        assert text.count(note) == 1
+    for name in ("size", "price"):
+        assert f"{name}: 3 rows outside the training range" in text
+
+
+ABSENT: dict[str, tuple[dict[str, str], list[str], str]] = {
+    "turicreate#933-unrelated": (
+        {"size": "a", "weight": "b", "price": "c", "site": "d"},
+        ["size'", "weight'", "price'", "site'"],
+        "(it has: key, a, b, c, d)",
+    ),
+    "LightGBM#2396-one": ({"weight": ""}, ["weight'"], "(it has: key, size, price, site)"),
+    "machinelearning#4848-digit": ({"size": "size1"}, ["size'; did you mean 'size1'"], ""),
+    "orange3#6005-other-names": (
+        {"size": "SIZE", "price": "unit price"},
+        ["size'; did you mean 'SIZE'", "price'"],
+        "unit price",
+    ),
+}
+
+
+def test_all_missing_columns_are_named_with_their_nearest(user: UserData) -> None:
+    run, rows = run_of(user), plain_rows(8, without="label", **PRICES)
+    for source, (renamed, absent, has) in ABSENT.items():
+        other = [
+            {renamed.get(k, k): v for k, v in row.items() if renamed.get(k, k)} for row in rows
+        ]
+        with pytest.raises(JobError) as error:
+            predicted(user, run, csv(other), "absent.csv")
+        for note in (*(f"the table has no column '{name}" for name in absent), has):
+            assert note in str(error.value), source
