@@ -14,6 +14,7 @@ from PIL import Image
 from sklearn import metrics
 from sklearn.utils.class_weight import compute_class_weight
 
+from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import EvaluateSpec, PredictSpec
 from ray_jobs.evaluate import evaluate
 from ray_jobs.predict import predict
@@ -98,6 +99,22 @@ def test_null_images_of_parquet_are_stored_as_null(
         f"k0{i}" for i in range(6)
     }
     assert len(rows) == 36
+
+
+def test_a_dry_run_counts_null_images_of_parquet(user: UserData) -> None:
+    """datasets#3856."""
+    user.look("", **null_images(user))
+    assert "rows without an image, kept: 6" in user.text
+
+
+def test_lists_of_images_in_json_are_read_or_pointed_out(user: UserData) -> None:
+    """ms-swift#3940 and LlamaFactory#7157: the column holds lists, some of them empty."""
+    rows = plain_rows(path=lambda i: [] if i < 6 else [FILES[i]])
+    try:
+        user.look(json.dumps(rows), "t.json", image_column="path", missing_image="keep")
+    except JobError as error:
+        user.text += str(error)
+    assert "no column 'path'" not in user.text
 
 
 UNITS = {

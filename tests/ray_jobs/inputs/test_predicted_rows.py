@@ -167,6 +167,7 @@ EMPTY = {
     "autogluon#1434.csv": csv_text(plain_rows(1, **PRICES)).splitlines()[0].encode(),
     "lightwood#810.xlsx": excel(NO_ROWS),
     "autogluon#1472.parquet": parquet(NO_ROWS),
+    "clickhouse-connect#118.json": b"[]",
     "bigquery-pandas#285.parquet": parquet(NO_ROWS, **dict.fromkeys(NO_ROWS, "float64")),
 }
 
@@ -226,6 +227,7 @@ ABSENT: dict[str, tuple[dict[str, str], list[str], str]] = {
     ),
     "LightGBM#2396-one": ({"weight": ""}, ["weight'"], "(it has: key, size, price, site)"),
     "machinelearning#4848-digit": ({"size": "size1"}, ["size'; did you mean 'size1'"], ""),
+    "orange3#6005-near-another-input": ({"size": "Sise"}, ["size'; did you mean 'Sise'"], ""),
     "orange3#6005-other-names": (
         {"size": "SIZE", "price": "unit price"},
         ["size'; did you mean 'SIZE'", "price'"],
