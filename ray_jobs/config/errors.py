@@ -9,5 +9,9 @@ class JobError(Exception):
     """The job cannot continue for a reason that the user can fix; the message explains how."""
 
 
+class EmptyTableError(JobError):
+    """A table has neither rows nor columns."""
+
+
 class Interrupted(JobError):
     """The user stopped the job; the message explains how to resume."""

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ray_jobs.config.errors import JobError
+from ray_jobs.config.errors import EmptyTableError, JobError
 from ray_jobs.config.prepare_spec import SPLITS
 from ray_jobs.config.spec import PredictSpec
 from ray_jobs.config.text import count_text, number_text
@@ -102,7 +102,10 @@ def _open_rows(run: TrainedRun, spec: PredictSpec) -> RowSource:
             f"{run.folder} is a tuning trial whose model was trained on backbone features; choose "
             "a run that was trained on images"
         )
-    return RawRows(run, spec)
+    try:
+        return RawRows(run, spec)
+    except EmptyTableError:
+        return PreparedRows(run, run.folder, run.manifest, (), spec)
 
 
 def _predictions(rows: pa.Table, threshold: float) -> pa.Table:

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ray_jobs.cluster.connection import first_line
-from ray_jobs.config.errors import JobError
+from ray_jobs.config.errors import EmptyTableError, JobError
 from ray_jobs.config.prepare_spec import PrepareSpec, Split
 from ray_jobs.config.spec import InferenceSpec, PredictSpec
 from ray_jobs.config.text import count_text, number_text
@@ -101,6 +101,7 @@ class RawRows:
     The driver checks whole columns; the tasks read the images.
 
     Raises:
+        EmptyTableError: If the table has no columns.
         JobError: If the table, its images or a column is missing.
     """
 
@@ -116,6 +117,8 @@ class RawRows:
                 table, notes = open_table(rules.table, rules.number_rules)
                 source = Source(table, images={}, readers={}, notes=notes)
                 require_columns(source.table, rules, categorical, labelled=False)
+        except EmptyTableError:
+            raise
         except JobError as error:
             raise JobError(_with_flag_names(str(error), run, spec)) from None
         names = (rules.image_columns or ("",)) if run.takes_images else ()

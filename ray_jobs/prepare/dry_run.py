@@ -61,13 +61,16 @@ def examine_inputs(inputs: Inputs) -> DryRun:
         return DryRun(findings, notes, JobError(findings[0].sentence))
     try:
         writer, notes = make_writer(inputs)
-        findings += sample_images(rows, writer)
+        found, num_without = sample_images(rows, writer)
+        findings += found
         check = "splits"
         plan = make_plan(rows, inputs.spec, inputs.classes, writer, inputs.earlier)
         require_both_classes(rows, plan)
     except JobError as failure:
         return DryRun([*findings, from_message(check, str(failure))], notes, failure)
     if inputs.spec.prepare.missing_image == "keep":
-        has_image = np.any([refs.has_image for refs in rows.images], axis=0)
-        notes = (*notes, f"rows without an image, kept: {(rows.good & ~has_image).sum():,}")
+        if not any(refs.in_containers for refs in rows.images):
+            has_image = np.any([refs.has_image for refs in rows.images], axis=0)
+            num_without = f"{(rows.good & ~has_image).sum():,}"
+        notes = (*notes, f"rows without an image, kept: {num_without}")
     return DryRun(findings, notes, (plan, make_manifest(inputs, writer, plan, [])))

@@ -143,20 +143,29 @@ def stored_findings(manifest: Manifest) -> Iterator[Finding]:
     yield from row_findings(manifest.quarantine, num_rows)
 
 
-def sample_images(rows: CheckedRows, writer: ShardWriter) -> Iterator[Finding]:
-    """Read images of up to 64 rows, evenly spread, and yield a finding for each kind of problem."""
+def sample_images(rows: CheckedRows, writer: ShardWriter) -> tuple[list[Finding], str]:
+    """Read images of up to 64 rows, evenly spread.
+
+    Returns:
+        A finding for each kind of problem, and how many rows have no image and are kept.
+    """
     chosen = rows.sample(_SAMPLE_ROWS)
     chunks = [chosen[i : i + _ROWS_PER_THREAD] for i in range(0, len(chosen), _ROWS_PER_THREAD)]
     converted = map_in_threads(lambda chunk: list(writer.convert_images(rows.take(chunk))), chunks)
     bad: dict[str, list[str]] = {}
-    for image in (image for chunk in converted for image in chunk):
-        if isinstance(image, BadImage):
-            bad.setdefault(image.reason, []).append(image.detail)
+    num_without = 0
+    for images in (images for chunk in converted for images in chunk):
+        if isinstance(images, BadImage):
+            bad.setdefault(images.reason, []).append(images.detail)
+        else:
+            num_without += not any(images)
+    findings = []
     for reason, details in bad.items():
         text = f"{reason}: {len(details)} in a sample of {count_text(len(chosen), 'row')}"
         # A few bad images in a small sample may be fewer than prepare.max_bad_fraction in all.
         kind = error if 2 * len(details) > len(chosen) else warning
-        yield kind("images", f"{text}, such as {details[0]}", _remedy_of(reason))
+        findings.append(kind("images", f"{text}, such as {details[0]}", _remedy_of(reason)))
+    return findings, f"{num_without:,} in a sample of {count_text(len(chosen), 'row')}"
 
 
 def _column_findings(columns: Sequence[Column]) -> Iterator[Finding]:

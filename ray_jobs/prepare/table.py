@@ -46,8 +46,10 @@ def require_columns(
     if labelled:
         named |= {f"prepare.{name}": [column] for name, column in columns_of.items()}
         named["prepare.exclude_columns"] = spec.exclude_columns
+    used = {column for columns in named.values() for column in columns}
+    unused = [name for name in table.column_names if name not in used]
     missing = [
-        f"{setting}: the table has no column {column!r}{did_you_mean(column, table.column_names)}"
+        f"{setting}: the table has no column {column!r}{did_you_mean(column, unused)}"
         for setting, columns in named.items()
         for column in columns
         if column is not None and column not in table.column_names

@@ -14,7 +14,7 @@ from ray_jobs.prepare.table_files.text_encoding import detect_encoding
 
 
 def read_json(file: RawFile) -> tuple[pa.Table, tuple[str, ...]]:
-    """Return one row per JSON object; columns with lists or objects are left out.
+    """Return one row per JSON object; see `RecordTable` for lists and objects.
 
     Raises:
         ValueError: If a line is not a JSON object; the message has its number.

@@ -9,6 +9,8 @@ from ray_jobs.prepare.cell_text import TEXT
 
 CHUNK_RECORDS = 8192
 """Maximum number of records held as Python objects while a file is indexed."""
+WORD_SEPARATOR = ";"
+"""Separator of words, such as the paths of a row's images, that a file stores as a list."""
 
 
 class RecordTable:
@@ -27,7 +29,7 @@ class RecordTable:
         self._records.append(record)
 
     def to_table(self) -> pa.Table:
-        """Return all records; columns of lists or objects are left out."""
+        """Return all records; lists of words become text, others and objects are left out."""
         self._flush()
         return stack(self._tables)
 
@@ -35,7 +37,7 @@ class RecordTable:
         columns: dict[str, pa.Array] = {}
         for name in dict.fromkeys(name for record in self._records for name in record):
             self.names[name] = None
-            cells = [record.get(name) for record in self._records]
+            cells = [_joined(record.get(name)) for record in self._records]
             if not any(isinstance(cell, list | dict) for cell in cells):
                 columns[name] = _array_of_cells(cells)
         self._tables.append(pa.table(columns))
@@ -63,6 +65,13 @@ def stack(tables: Iterable[pa.Table]) -> pa.Table:
         for table in tables
     ]
     return pa.concat_tables(as_text, promote_options="permissive")
+
+
+def _joined(cell: object) -> object:
+    """Return a list of words as one text, an empty list as a missing cell, others as they are."""
+    if isinstance(cell, list) and all(isinstance(word, str) for word in cell):
+        return WORD_SEPARATOR.join(cell) or None
+    return cell
 
 
 def _array_of_cells(cells: Sequence[Any]) -> pa.Array:

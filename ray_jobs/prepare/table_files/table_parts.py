@@ -15,13 +15,13 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from mm_model.nearest_match import did_you_mean
-from ray_jobs.config.errors import JobError
+from ray_jobs.config.errors import EmptyTableError, JobError
 from ray_jobs.config.text import count_text, names_text
 from ray_jobs.prepare.number_parsing import parse_numbers
 from ray_jobs.prepare.table_files.csv_files import read_csv
 from ray_jobs.prepare.table_files.file_format import TABLE_NAME, Format, RawFile, unpack
 from ray_jobs.prepare.table_files.record_files import left_out_note, read_json, read_xlsx
-from ray_jobs.prepare.table_files.record_table import stack
+from ray_jobs.prepare.table_files.record_table import WORD_SEPARATOR, stack
 from ray_jobs.storage.folder import Folder, expand_braces, glob_regex, split_file, split_glob
 
 _BUFFER_BYTES = 8 << 20
@@ -48,6 +48,7 @@ def open_table(location: str, ruled: Collection[str] = ()) -> TableFile:
         ruled: Columns with a rule in `prepare.number_rules`, whose decimal commas are left to it.
 
     Raises:
+        EmptyTableError: If the table has no columns, such as `[]` in a JSON file.
         JobError: If there is no file, a file cannot be read, columns have the same name, or files
             have different columns.
     """
@@ -67,6 +68,8 @@ def open_table(location: str, ruled: Collection[str] = ()) -> TableFile:
     if len(files) > 1:
         notes.insert(0, f"{len(files)} parts")
     table = stack(tables) if len(tables) > 1 else tables[0]
+    if not table.num_columns:
+        raise EmptyTableError(f"the table {location} has no columns")
     table, converted = _replace_decimal_commas(table, ruled)
     if converted:
         notes.append(f"decimal commas in {names_text(converted)}")
@@ -205,14 +208,26 @@ def _is_text(column: pa.ChunkedArray) -> bool:
 def _read_parquet(file: RawFile) -> Rows:
     parquet = pq.ParquetFile(file.read())
     # Embedded images, embeddings and the like.
+    lists = [f.name for f in parquet.schema_arrow if _is_list_of_words(f.type)]
     left_out = [
         f.name
         for f in parquet.schema_arrow
-        if pa.types.is_nested(f.type) or pa.types.is_binary(f.type)
+        if (pa.types.is_nested(f.type) and f.name not in lists) or pa.types.is_binary(f.type)
         or pa.types.is_large_binary(f.type)
     ]  # fmt: skip
     columns = [name for name in parquet.schema_arrow.names if name not in left_out]
-    return parquet.read(columns=columns), left_out_note(left_out)
+    table = parquet.read(columns=columns)
+    for name in lists:
+        words = pc.binary_join(table.column(name), WORD_SEPARATOR)
+        table = table.set_column(table.column_names.index(name), name, words)
+    return table, left_out_note(left_out)
+
+
+def _is_list_of_words(kind: pa.DataType) -> bool:
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    return is_list and (
+        pa.types.is_string(kind.value_type) or pa.types.is_large_string(kind.value_type)
+    )
 
 
 _READERS: dict[Format, Callable[[RawFile], Rows]] = {

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ray_jobs.config.errors import JobError
+from ray_jobs.prepare.cell_text import column_text
 from ray_jobs.prepare.table_files import TableFile, open_table
 
 CSV = b"key,label\n1,0\n2,1\n"
@@ -169,6 +170,14 @@ def test_parquet_keeps_its_types_and_names_the_columns_that_it_leaves_out(tmp_pa
     assert opened.table.schema.names == ["town", "__index_level_0__", "exact"]
     assert opened.table.schema.types == pq.read_table(tmp_path / "table.csv").schema.types[:3]
     assert notes_of(opened) == ("left out lists, objects and bytes: list, png",)
+
+
+def test_lists_of_words_are_one_text_in_json_and_parquet(tmp_path):
+    rows = {"path": [["a.jpg", "b.jpg"], [], None], "label": [0, 1, 1]}
+    records = [dict(zip(rows, cells, strict=True)) for cells in zip(*rows.values(), strict=True)]
+    for content, name in ((json.dumps(records).encode(), "t.json"), (parquet(pa.table(rows)), "t")):
+        table = read(tmp_path, content, name).table
+        assert column_text(table.column("path")).to_pylist() == ["a.jpg;b.jpg", None, None]
 
 
 def test_json_columns_of_lists_are_left_out_with_a_note(tmp_path):
