@@ -25,6 +25,7 @@ from ray_jobs.cluster import connection
 from ray_jobs.cluster.capacity import cpu_settings
 from ray_jobs.cluster.connection import first_line, root_cause
 from ray_jobs.cluster.stderr_filter import ACTOR_ARGUMENTS, drop_stderr_lines
+from ray_jobs.cluster.worker_group import import_keras
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import InferenceSpec
 from ray_jobs.data.batch import IMAGE_MASK, INPUT_TYPES, KEY, LABEL
@@ -103,6 +104,7 @@ class Predictor:
 
     def __init__(self, run: TrainedRun, batch_size: int, num_cpus: float, use_gpu: bool) -> None:
         os.environ["KERAS_BACKEND"] = "tensorflow"
+        import_keras()
         import tensorflow as tf
 
         from mm_model import load_model

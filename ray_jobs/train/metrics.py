@@ -9,7 +9,6 @@ if probability >= threshold.
 from typing import Any, Literal
 
 import numpy as np
-from sklearn import metrics
 
 ECE_BINS = 15
 
@@ -38,6 +37,9 @@ def binary_metrics(
         ValueError: If there are no rows, lengths differ, a label is not 0 or 1, or a probability
             is not between 0 and 1.
     """
+    # This import takes a second, which the start-up of a worker need not wait for.
+    from sklearn import metrics
+
     label, probability = _validated(label, probability)
     predicted = (probability >= threshold).astype(np.int64)
     counts = np.bincount(label, minlength=2)
@@ -94,10 +96,11 @@ def auc_gain(
         num_draws: Number of bootstrap draws, each of which takes about 3 ms.
         weight: Weights of the rows, (N,); by default, 1.
     """
+    from sklearn.metrics import roc_auc_score
 
     def gain(rows: Any = slice(None)) -> float:
         by: dict[str, Any] = {"sample_weight": None if weight is None else weight[rows]}
-        first, second = (metrics.roc_auc_score(label[rows], p[rows], **by) for p in (ours, theirs))
+        first, second = (roc_auc_score(label[rows], p[rows], **by) for p in (ours, theirs))
         return first - second
 
     rng, differences = np.random.default_rng(0), []
