@@ -8,10 +8,11 @@ timed. The methods take turns for three rounds; medians are reported.
                   prefetch; with the fastest of several degrees of parallelism in each round
     decoder       one process per core: cv2 decodes and resizes JPEGs in memory
     Ray           `read_images` → `map_batches` (resize) → `to_tf`, as in Ray's guides
-    jpeg          ours: stored as JPEG, decoded by the training process, no cache
-    tasks         ours, `data.decode: workers`: decoded by Ray Data tasks
-    cached        ours: the same shards, with decoded rows in Ray's object store
-    raw           ours: stored as pixels at 224 px
+    jpeg          ours: stored as JPEG, read by Ray Data, decoded by the training process, no cache
+    direct        ours, read in place instead, also with an idle Ray in the background
+    tasks         ours, `data.decode: workers`: decoded by Ray Data tasks as well
+    cached        ours: as jpeg, with decoded rows in Ray's object store
+    raw           ours: as jpeg, stored as pixels at 224 px
 
 Run:   python -m benchmarks.feed [--rows 4000] [--rounds 3] [--methods jpeg,tf.data]
 The last line of the output is JSON; the ratios are ours / theirs.
@@ -28,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,7 @@ from ray_jobs.storage.folder import Folder
 STORED, SIZE, BATCH = 320, 224, 32
 CORES = os.cpu_count() or 1
 EPOCHS = 3
+MAX_EPOCHS = 200
 MIN_S = 5.0
 
 
@@ -153,29 +156,36 @@ def ray_documented(folder: Path) -> float:
 # -- ours -----------------------------------------------------------------------------------------
 
 
-def _feed(store: str, data: DataSpec, folder: Path) -> float:
+def _feed(store: str, data: DataSpec, folder: Path, direct: bool = False) -> float:
     """Measure our feed with shards of one kind."""
+    import ray
+
     from ray_jobs.data.cache import choose_cache, make_cache_index, open_cache
-    from ray_jobs.data.loader import FeedOptions, TrainingFeed
+    from ray_jobs.data.loader import FeedOptions, ReadAhead, TrainingFeed
     from ray_jobs.data.prefetch import prefetch
+    from ray_jobs.data.ray_reading import places_dataset
     from ray_jobs.data.sampler import TrainingSampler
     from ray_jobs.train.device_batch import as_tensor
 
     manifest = read_manifest(Folder(folder / store))
+    ray.init("local", num_cpus=CORES + 1, logging_level=logging.ERROR)
     kind = choose_cache(data, manifest, SIZE * SIZE * 3, 0)
-    cache = None
-    if kind == "object_store" or data.decode == "workers":
-        import ray
-
-        ray.init("local", num_cpus=CORES + 1, logging_level=logging.ERROR)
-        cache = open_cache(kind, manifest, SIZE, make_cache_index())
+    index = make_cache_index() if kind == "object_store" else None
+    cache = open_cache(kind, manifest, SIZE, index)
     sampler = TrainingSampler.of(manifest.splits["train"], BATCH, 0, data)
+    last = sampler.steps_before(MAX_EPOCHS)
     decode = "trainer" if data.decode == "auto" else data.decode
     options = FeedOptions(data=data, decode=decode, threads=CORES, cache=cache)
-    feed = TrainingFeed(Folder(folder / store), manifest, sampler, 0, 1, options)
+    worker = (Folder(folder / store), manifest, sampler, 0, 1)
+    feed = TrainingFeed(*worker, options)
+    if not direct:
+        plan = feed.plan(0, last, is_cached=cache is not None)
+        places = places_dataset(list(plan.unread_places()), decode)
+        rows = ReadAhead(feed.iterate(feed.dataset(places, plan).iterator()), 0)
+        feed = TrainingFeed(*worker, replace(options, ahead={"train": rows}))
 
     def tensors() -> Iterator[Any]:
-        for batch in feed.batches(0, 1 << 40):
+        for batch in feed.batches(0, last):
             yield as_tensor(batch["image"])
 
     # One stream through all epochs, as in the training loop.
@@ -191,6 +201,7 @@ METHODS: dict[str, Callable[[Path], float]] = {
     "decoder": decoder,
     "Ray": ray_documented,
     "jpeg": partial(_feed, "jpeg", DataSpec(image_size=SIZE, cache="none")),
+    "direct": partial(_feed, "jpeg", DataSpec(image_size=SIZE, cache="none"), direct=True),
     "tasks": partial(_feed, "jpeg", DataSpec(image_size=SIZE, decode="workers", cache="none")),
     "cached": partial(_feed, "jpeg", DataSpec(image_size=SIZE, cache="object_store")),
     "raw": partial(_feed, "raw", DataSpec(cache="none")),
@@ -242,6 +253,7 @@ def main() -> None:
         "vs_decoder": ("jpeg", "decoder"),
         "raw_vs_tfdata": ("raw", "tf.data"),
         "cached_vs_tfdata": ("cached", "tf.data"),
+        "vs_direct": ("jpeg", "direct"),
         "vs_ray_documented": ("jpeg", "Ray"),
     }
     print(

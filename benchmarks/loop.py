@@ -137,19 +137,22 @@ def two_ours(folder: str, steps: int, ends: str) -> None:
     from ray_jobs.data.manifest import read_manifest
     from ray_jobs.storage.folder import Folder
     from ray_jobs.train.coordinator import make_coordinator
+    from ray_jobs.train.datasets import RunData
     from ray_jobs.train.supervisor import fit_once
 
     spec = make_spec(folder, "two")
     run = Folder(tempfile.mkdtemp(dir=folder))
-    read_manifest(Folder(spec.data.prepared)).write(run)
+    manifest = read_manifest(Folder(spec.data.prepared))
+    manifest.write(run)
     with connection.connected("local", num_cpus=2):
         config = {
             "spec": spec.model_dump(mode="json"), "run": run.uri, "coordinator": make_coordinator(),
             "decode": "trainer", "cache": "none", "index": None, "ray_s": 0.0,
+            "data": RunData(spec, manifest, "trainer", "none", 0),
             "attempt_start": time.time(),
             "timed": {"num_steps": steps, "ends": ends},
         }  # fmt: skip
-        fit_once(spec.train, 2, _train_from_memory, config, run.uri, ())
+        fit_once(spec.train, 2, _train_from_memory, config, run.uri, (), config["data"])
 
 
 def _train_from_memory(config: dict[str, Any]) -> None:

@@ -96,9 +96,9 @@ class DataSpec(Spec):
     """Limit in bytes for cached decoded rows; the remaining rows are decoded in each epoch."""
     object_store_memory: PositiveInt | None = None
     """Size in bytes of the object store if the job starts a local Ray instance. On an existing
-    cluster: maximum number of bytes of the object store that the job's Ray Data tasks
-    (`decode=workers`) may use. Default: Ray's own limits; a local object store gets 30 % of
-    memory."""
+    cluster: maximum number of bytes of the object store that the job's Ray Data tasks may use.
+    Default: Ray's own limits if tasks decode, otherwise `buffer_bytes`; a local object store gets
+    30 % of memory."""
     prefetch_batches: NonNegativeInt = 2
     """Number of device batches that each worker prepares in advance; each has the rows of up to
     `train.steps_per_call` steps. 0 disables prefetching in the trainer."""

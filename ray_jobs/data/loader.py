@@ -1,25 +1,21 @@
 """Feeds one worker with batches from prepared shards.
 
-A read chunk consists of the rows that are read at once, still encoded: a window of the training
-order, or some rows of an evaluation. Only the indices of its rows are shuffled, and rows are
-decoded batch by batch, so few pixels are in memory.
+Rows are read in chunks (see `chunks`), still encoded: either ahead of the worker by Ray Data
+(`ray_reading`), or without it, in place. Only the indices of a chunk's rows are shuffled, and rows
+are decoded batch by batch, so few pixels are in memory.
 
-    trainer   Threads of the training process read the next chunk and decode the next batches. No
-              data is sent between processes; this is the fastest according to `python -m
-              benchmarks.feed`.
-    workers   Ray Data tasks, which can also run on nodes without a GPU, read and decode; pixels are
+    trainer   Threads of the training process decode the next batches.
+    workers   Ray Data tasks, which can also run on nodes without a GPU, decode as well; pixels are
               sent through the object store.
 """
 
 import math
-import pickle
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,38 +24,51 @@ from ray_jobs.config.prepare_spec import Split
 from ray_jobs.config.spec import DataSpec, RunSpec
 from ray_jobs.data.batch import WEIGHT
 from ray_jobs.data.cache import Cache, Group, cacheable_groups, open_cache
+from ray_jobs.data.chunks import (
+    Chunk,
+    Chunks,
+    EvaluationChunks,
+    GroupKey,
+    Place,
+    ReadPlan,
+    TrainingChunks,
+    keys_of,
+)
 from ray_jobs.data.decoder import Batch, RowDecoder
 from ray_jobs.data.manifest import Manifest
 from ray_jobs.data.prefetch import prefetch, prefetch_map
-from ray_jobs.data.reader import ShardReader, StoredRows, groups_by_shard
-from ray_jobs.data.sampler import RowRange, TrainingSampler, evaluation_rows, stored_ranges
+from ray_jobs.data.ray_reading import (
+    Decode,
+    GroupStream,
+    iterate_rows,
+    places_dataset,
+    read_dataset,
+)
+from ray_jobs.data.reader import READ_THREADS, ShardReader, StoredRows, groups_by_shard
+from ray_jobs.data.sampler import TrainingSampler
 from ray_jobs.storage.folder import Folder
 
-Decode = Literal["workers", "trainer"]
-_GroupKey = tuple[int, int]
-"""Shard and row group."""
+if TYPE_CHECKING:
+    from ray.data import DataIterator, Dataset
 
-_BLOCK_BYTES = 8 << 20
-_EVALUATION_CHUNK_ROWS = 512
-_TASKS_PER_EXECUTION = 2000
-"""Maximum, because Ray Data plans all tasks of an execution before it starts the first one."""
-_MAX_TASKS = 8
-_READ_THREADS = 8
-"""Number of shards that are read concurrently, to hide the latency of a remote store."""
 _ROWS_PER_CALL = {"jpeg": 8, "raw": 64}
 """Rows per call of a decoding thread, by image encoding: copying raw pixels is so cheap that it
 needs larger calls."""
 
 
 @dataclass(frozen=True)
-class ReadChunk:
-    """Rows that are read at once and their batches: S steps of B rows."""
+class ReadAhead:
+    """The rows of one worker and split that Ray Data reads ahead.
 
-    ranges: Sequence[RowRange]
-    batches_SB: np.ndarray
-    """Indices into the rows of `ranges`."""
-    num_padding: int = 0
-    """Number of rows with weight 0 that only fill the last batch."""
+    Args:
+        items: What `iterate_rows` returns for the dataset of the rows.
+        start: First step or pass in them.
+        is_shared: Whether all workers use the same cache.
+    """
+
+    items: Iterator[Any]
+    start: int
+    is_shared: bool = True
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,7 @@ class FeedOptions:
         decode: Where images are decoded.
         threads: Number of decoding threads if the trainer decodes.
         cache: Cache of decoded row groups if the trainer decodes.
+        ahead: By split, the rows that Ray Data reads ahead; other rows are read in place.
     """
 
     with_image: bool = True
@@ -79,6 +89,17 @@ class FeedOptions:
     decode: Decode = "trainer"
     threads: int = 1
     cache: Cache | None = None
+    ahead: Mapping[Split, ReadAhead] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, spec: RunSpec, decode: Decode) -> "FeedOptions":
+        """Return the options of a training run without a cache."""
+        return cls(
+            with_image=spec.model.image.kind != "none",
+            data=spec.data,
+            decode=decode,
+            threads=max(math.ceil(spec.train.cpus_per_worker), 1),
+        )
 
 
 def feed_options(spec: RunSpec, manifest: Manifest, feed: Mapping[str, Any]) -> FeedOptions:
@@ -89,106 +110,193 @@ def feed_options(spec: RunSpec, manifest: Manifest, feed: Mapping[str, Any]) -> 
         manifest: The manifest of the prepared data.
         feed: What all workers share: `decode`, `cache` and `index`; other keys are ignored.
     """
-    return FeedOptions(
-        data=spec.data,
-        decode=feed["decode"],
-        threads=max(math.ceil(spec.train.cpus_per_worker), 1),
-        cache=open_cache(feed["cache"], manifest, spec.data.image_size, feed["index"]),
-    )
+    cache = open_cache(feed["cache"], manifest, spec.data.image_size, feed["index"])
+    return replace(FeedOptions.of(spec, feed["decode"]), cache=cache)
 
 
-class _Feed:
-    """Reads and decodes one split for one worker."""
+class Feed:
+    """The batches of one worker and split.
+
+    Args:
+        folder: Folder of the prepared data.
+        manifest: The manifest of the prepared data.
+        chunks: The chunks of the worker.
+        num_workers: Number of workers.
+        options: Options of the feed.
+    """
 
     def __init__(
         self,
         folder: Folder,
         manifest: Manifest,
-        split: Split,
-        batch_size: int,
+        chunks: Chunks,
         num_workers: int,
         options: FeedOptions,
     ) -> None:
-        self.split: Split = split
-        self.batch_size, self.options = batch_size, options
+        self.manifest, self.chunks, self.options = manifest, chunks, options
         self.num_workers = num_workers
         self.decoder = RowDecoder(
             manifest, with_image=options.with_image, size=options.data.image_size
         )
-        self.cacheable: frozenset[Group] = frozenset()
-        if options.cache is not None:
-            self.cacheable = cacheable_groups(options.data, manifest, self.decoder.row_bytes)
-        shards = manifest.splits[split].shards
+        self.cacheable = frozenset() if options.cache is None else self._cacheable()
+        shards = manifest.splits[chunks.split].shards
         self.reader = ShardReader(folder, shards, self.decoder.columns)
-        self.task = partial(_run_task, self.reader, self.decoder)
 
-    def _stream(self, chunks: Iterator[ReadChunk]) -> Generator[Batch]:
-        """Yield the batches of chunks, in order."""
-        if self.options.decode == "workers":
-            while tasks := list(islice(chunks, _TASKS_PER_EXECUTION)):
-                yield from self._by_tasks(tasks)
-        else:
-            yield from self._by_threads(chunks)
+    def batches(self, start: int, stop: int) -> Generator[Batch]:
+        """Yield this worker's batches from step or pass `start` to `stop` (exclusive)."""
+        if self.options.decode == "trainer" or start == stop:
+            yield from self._by_threads(start, stop)
+            return
+        ahead = self.options.ahead.get(self.chunks.split)
+        if ahead is None:
+            plan = self.plan(start, stop)
+            places = places_dataset(list(plan.places()), self.options.decode)
+            ahead = ReadAhead(self.iterate(self.dataset(places, plan).iterator()), start)
+        if start < ahead.start:
+            yield from self._by_threads(start, ahead.start)
+        skipped = self.chunks.num_batches(ahead.start, max(start, ahead.start))
+        yield from islice(ahead.items, skipped, None)
+
+    # -- in Ray Data tasks ------------------------------------------------------------------------
+
+    def plan(
+        self, start: int, stop: int, is_cached: bool = False, is_shared: bool = True
+    ) -> ReadPlan:
+        """Return what Ray Data reads ahead of this worker.
+
+        Args:
+            start: First step or pass.
+            stop: Last step or pass (exclusive).
+            is_cached: Whether the worker has a cache.
+            is_shared: Whether all workers use the same cache.
+        """
+        cacheable = self._cacheable() if is_cached else frozenset()
+        # Each worker validates the same rows in each epoch.
+        return ReadPlan(
+            self.chunks, start, stop, cacheable, is_shared or self.chunks.split != "train"
+        )
+
+    def dataset(self, places: "Dataset", plan: ReadPlan) -> "Dataset":
+        """Return the dataset with which Ray Data reads this worker's rows ahead.
+
+        Args:
+            places: Dataset of the places of the chunks.
+            plan: What is read.
+        """
+        return read_dataset(
+            places,
+            self.reader,
+            plan,
+            self.decoder if self.options.decode == "workers" else None,
+            self.num_workers,
+            self.options.data,
+        )
+
+    def iterate(self, rows: "DataIterator") -> Iterator[Any]:
+        """Start to read the rows of this worker's dataset."""
+        options = self.options
+        return iterate_rows(
+            rows, options.decode, self.chunks.batch_size, options.data.prefetch_batches
+        )
+
+    def _cacheable(self) -> frozenset[GroupKey]:
+        groups = cacheable_groups(self.options.data, self.manifest, self.decoder.row_bytes)
+        return frozenset((shard, g) for split, shard, g in groups if split == self.chunks.split)
 
     # -- in threads of this process ---------------------------------------------------------------
 
-    def _by_threads(self, chunks: Iterator[ReadChunk]) -> Iterator[Batch]:
+    def _by_threads(self, start: int, stop: int) -> Iterator[Batch]:
         import cv2
 
         # Images are decoded in parallel, so one OpenCV thread per image is fastest.
         cv2.setNumThreads(1)
         options = self.options
         with (
-            ThreadPoolExecutor(_READ_THREADS, "feed-read") as readers,
+            ThreadPoolExecutor(READ_THREADS, "feed-read") as readers,
             ThreadPoolExecutor(options.threads, "feed-decode") as decoders,
-            closing(prefetch(self._read(chunks, readers, decoders), 1)) as read,
+            closing(prefetch(self._read(start, stop, readers, decoders), 1)) as read,
         ):
             yield from self._decode(read, decoders)
 
     def _read(
-        self, chunks: Iterator[ReadChunk], readers: ThreadPoolExecutor, decoders: ThreadPoolExecutor
-    ) -> Iterator[tuple[ReadChunk, StoredRows]]:
+        self, start: int, stop: int, readers: ThreadPoolExecutor, decoders: ThreadPoolExecutor
+    ) -> Iterator[tuple[Chunk, StoredRows]]:
         """Yield chunks with their rows; images are encoded, or decoded if they are cached."""
-        previous: dict[_GroupKey, pa.Table] = {}
-        for chunk in chunks:
-            wanted = {(rows.shard, rows.group) for rows in chunk.ranges}
+        previous: dict[GroupKey, pa.Table] = {}
+        delivered = self._delivered(start)
+        for place in self.chunks.places(start, stop):
+            chunk = self.chunks.chunk(place, start, stop)
+            wanted = keys_of(chunk.ranges)
+            new = delivered(place)
             # Consecutive windows share row groups.
-            tables = {key: previous[key] for key in wanted & previous.keys()}
-            tables |= self._read_groups(sorted(wanted - tables.keys()), readers, decoders)
+            tables = {key: previous[key] for key in (wanted & previous.keys()) - new.keys()}
+            tables |= self._groups(sorted(wanted - tables.keys()), new, readers, decoders)
             previous = tables
             yield chunk, StoredRows.of(chunk.ranges, tables)
 
-    def _read_groups(
-        self, keys: Sequence[_GroupKey], readers: ThreadPoolExecutor, decoders: ThreadPoolExecutor
-    ) -> dict[_GroupKey, pa.Table]:
-        cache, tables = self.options.cache, dict[_GroupKey, pa.Table]()
-        if cache is not None:
-            names: list[Group] = [(self.split, *key) for key in keys]
-            cached = cache.get([name for name in names if name in self.cacheable])
-            tables = {(shard, group): table for (_, shard, group), table in cached.items()}
-        missing = [key for key in keys if key not in tables]
+    def _delivered(self, start: int) -> Callable[[Place], dict[GroupKey, pa.Table]]:
+        """Return a function that returns the row groups that Ray Data has read for a chunk.
 
-        def decode_and_cache(item: tuple[_GroupKey, pa.Table]) -> tuple[_GroupKey, pa.Table]:
+        Must be called with the place of each chunk from `start` on, in order.
+        """
+        ahead = self.options.ahead.get(self.chunks.split)
+        if ahead is None or self.options.decode == "workers":
+            return lambda place: {}
+        stream = GroupStream(ahead.items, self.reader)
+        plan = self.plan(ahead.start, 1 << 62, self.options.cache is not None, ahead.is_shared)
+        planned = plan.places()
+        upcoming = next(planned, None)
+
+        def deliver(place: Place) -> dict[GroupKey, pa.Table]:
+            nonlocal upcoming
+            tables: dict[GroupKey, pa.Table] = {}
+            while upcoming is not None and upcoming <= place:
+                if keys := plan.missing(upcoming):
+                    tables = stream.take(keys)
+                if upcoming < place:
+                    tables = {}
+                upcoming = next(planned, None)
+            return tables
+
+        return deliver
+
+    def _groups(
+        self,
+        keys: Sequence[GroupKey],
+        new: Mapping[GroupKey, pa.Table],
+        readers: ThreadPoolExecutor,
+        decoders: ThreadPoolExecutor,
+    ) -> dict[GroupKey, pa.Table]:
+        """Return row groups from the cache, else from `new`, else read in place."""
+        cache, split, tables = self.options.cache, self.chunks.split, dict[GroupKey, pa.Table]()
+        if cache is not None:
+            names: list[Group] = [
+                (split, *key) for key in keys if key in self.cacheable and key not in new
+            ]
+            cached = cache.get(names) if names else {}
+            tables = {(shard, group): table for (_, shard, group), table in cached.items()}
+        missing = [key for key in keys if key not in tables and key not in new]
+
+        def decode_and_cache(item: tuple[GroupKey, pa.Table]) -> tuple[GroupKey, pa.Table]:
             key, table = item
-            name: Group = (self.split, *key)
-            if cache is not None and name in self.cacheable:
+            if cache is not None and key in self.cacheable:
                 table = self.decoder.decode_images(table)
-                cache.put(name, table)
+                cache.put((split, *key), table)
             return key, table
 
         by_shard = groups_by_shard(missing).items()
         read = prefetch_map(
-            lambda item: self.reader.read_groups(*item), by_shard, readers, _READ_THREADS
+            lambda item: self.reader.read_groups(*item), by_shard, readers, READ_THREADS
         )
-        items = zip(missing, chain.from_iterable(read), strict=True)
+        items = chain(new.items(), zip(missing, chain.from_iterable(read), strict=True))
         return tables | dict(prefetch_map(decode_and_cache, items, decoders, self.options.threads))
 
     def _decode(
-        self, read: Iterator[tuple[ReadChunk, StoredRows]], decoders: ThreadPoolExecutor
+        self, read: Iterator[tuple[Chunk, StoredRows]], decoders: ThreadPoolExecutor
     ) -> Iterator[Batch]:
         """Yield batches while threads decode the next ones."""
         size = _ROWS_PER_CALL[self.decoder.manifest.image.encoding]
-        depth = max(self.options.data.prefetch_batches, 1) * -(-self.batch_size // size)
+        depth = max(self.options.data.prefetch_batches, 1) * -(-self.chunks.batch_size // size)
 
         def calls() -> Iterator[tuple[Batch, StoredRows, np.ndarray, int, bool]]:
             for chunk, stored in read:
@@ -207,49 +315,9 @@ class _Feed:
             if batch is not None:
                 yield batch
 
-    # -- in Ray Data tasks ------------------------------------------------------------------------
 
-    def _by_tasks(self, chunks: Sequence[ReadChunk]) -> Iterator[Batch]:
-        """Yield the batches of chunks from one Ray Data execution with a task per chunk.
-
-        An execution spans epochs: it starts only once, and it prefetches rows of the next epoch
-        during validation.
-        """
-        import ray.data
-        from ray.data import ExecutionResources
-
-        count, cpus = len(chunks), ray.cluster_resources().get("CPU", 1)
-        tasks_per_worker = math.floor(cpus / self.num_workers) - 1
-        # Each chunk is one row of the dataset, with its own block and task. If the mapped function
-        # contained the chunks, every task would receive all of them.
-        items = [{"chunk": pickle.dumps(chunk)} for chunk in chunks]
-        dataset = ray.data.from_items(items, override_num_blocks=count).map_batches(
-            self.task,
-            batch_size=None,
-            # Workers wait for each other in each step. A task that waits for its worker must not
-            # hold a CPU that another worker's task needs; `concurrency` limits the tasks instead.
-            num_cpus=0,
-            concurrency=max(1, min(_MAX_TASKS, tasks_per_worker, count)),
-        )
-        context = dataset.context
-        context.execution_options.preserve_order = True
-        if (limit := self.options.data.object_store_memory) is not None:
-            context.execution_options.resource_limits = ExecutionResources(
-                object_store_memory=limit / self.num_workers
-            )
-        # By default, Ray Data collects 128 MiB of pixels before it returns the first row.
-        context.target_max_block_size = _BLOCK_BYTES
-        context.enable_progress_bars = False
-        batches: Any = dataset.iter_batches(
-            batch_size=self.batch_size,
-            batch_format="numpy",
-            prefetch_batches=self.options.data.prefetch_batches,
-        )
-        yield from batches
-
-
-class TrainingFeed(_Feed):
-    """The training batches of one worker."""
+class TrainingFeed(Feed):
+    """The training batches of one worker, by global step."""
 
     def __init__(
         self,
@@ -260,32 +328,13 @@ class TrainingFeed(_Feed):
         num_workers: int,
         options: FeedOptions,
     ) -> None:
-        batch_size = sampler.global_batch_size // num_workers
-        super().__init__(folder, manifest, "train", batch_size, num_workers, options)
         self.sampler = sampler
-        self.streams = sampler.streams_of(rank, num_workers)
-
-    def batches(self, start: int, stop: int) -> Generator[Batch]:
-        """Yield this worker's batches of the global steps `start` to `stop` (exclusive)."""
-        return self._stream(self.chunks(start, stop))
-
-    def chunks(self, start: int, stop: int) -> Iterator[ReadChunk]:
-        """Yield the chunks of these steps; each has all rows of its window."""
-        for window in self.sampler.windows(start, stop):
-            ranges = [
-                r for stream in self.streams for r in self.sampler.stream_rows(window, stream)
-            ]
-            stream_rows = window.num_steps * self.sampler.rows_per_stream_step
-            by_stream = [
-                i * stream_rows + self.sampler.shuffle(window, stream)
-                for i, stream in enumerate(self.streams)
-            ]
-            steps = np.stack(by_stream, axis=1).reshape(window.num_steps, self.batch_size)
-            yield ReadChunk(ranges, steps[window.steps_to_take(start, stop)])
+        chunks = TrainingChunks(sampler, rank, num_workers)
+        super().__init__(folder, manifest, chunks, num_workers, options)
 
 
-class EvaluationFeed(_Feed):
-    """One worker's rows of a split in stored order.
+class EvaluationFeed(Feed):
+    """One worker's rows of a split in stored order, by pass.
 
     The last batch of a pass is padded with rows of weight 0.
     """
@@ -300,26 +349,29 @@ class EvaluationFeed(_Feed):
         num_workers: int,
         options: FeedOptions,
     ) -> None:
-        super().__init__(folder, manifest, split, batch_size, num_workers, options)
         info = manifest.splits[split]
-        self.rows = evaluation_rows(info, rank, num_workers)
+        chunks = EvaluationChunks(split, info, batch_size, rank, num_workers, options.data)
+        super().__init__(folder, manifest, chunks, num_workers, options)
+        self.rows = chunks.rows
         """Indices of the worker's rows in the split."""
-        self.num_batches = -(-len(self.rows) // batch_size)
+        self.num_batches = chunks.num_batches(0, 1)
         """Number of batches of one pass."""
-        chunk_rows = max(1, _EVALUATION_CHUNK_ROWS // batch_size) * batch_size
-        self.chunks = [
-            _padded_chunk(stored_ranges(info, self.rows[start : start + chunk_rows]), batch_size)
-            for start in range(0, len(self.rows), chunk_rows)
-        ]
-        """Chunks of one pass."""
 
-    def batches(self, passes: int = 1) -> Generator[Batch]:
-        """Yield batches with each of the worker's rows once per pass; padding has weight 0."""
-        return self._stream(chunk for _ in range(passes) for chunk in self.chunks)
+
+def make_feeds(
+    spec: RunSpec, manifest: Manifest, options: FeedOptions, rank: int, num_workers: int
+) -> tuple[TrainingFeed, EvaluationFeed]:
+    """Return the feeds of a training worker: training and validation."""
+    data, worker = (Folder(spec.data.prepared), manifest), (rank, num_workers, options)
+    size = spec.train.global_batch_size // num_workers
+    return (
+        TrainingFeed(*data, TrainingSampler.of_run(spec, manifest), *worker),
+        EvaluationFeed(*data, "validation", size, *worker),
+    )
 
 
 def _batches_without_images(
-    chunk: ReadChunk, stored: StoredRows, decoder: RowDecoder
+    chunk: Chunk, stored: StoredRows, decoder: RowDecoder
 ) -> Iterator[tuple[Batch, np.ndarray]]:
     """Yield each batch of a chunk with uninitialized images, and the indices of its rows."""
     last = len(chunk.batches_SB) - 1
@@ -328,24 +380,6 @@ def _batches_without_images(
         if step == last and chunk.num_padding:
             batch[WEIGHT][-chunk.num_padding :] = 0.0
         yield batch, rows
-
-
-def _run_task(reader: ShardReader, decoder: RowDecoder, items: Any) -> Iterator[Batch]:
-    """Yield the batches of the chunks in the block of a Ray Data task."""
-    for item in items["chunk"]:
-        chunk: ReadChunk = pickle.loads(item)
-        stored = reader.read(chunk.ranges)
-        for batch, rows in _batches_without_images(chunk, stored, decoder):
-            decoder.fill_images(batch, stored, rows)
-            yield batch
-
-
-def _padded_chunk(ranges: Sequence[RowRange], batch_size: int) -> ReadChunk:
-    """Return a chunk of rows in order; repeat the last row to fill the last batch."""
-    num_rows = sum(r.num_rows for r in ranges)
-    num_batches = -(-num_rows // batch_size)
-    rows = np.minimum(np.arange(num_batches * batch_size), num_rows - 1)
-    return ReadChunk(ranges, rows.reshape(num_batches, batch_size), len(rows) - num_rows)
 
 
 def choose_decode(spec: DataSpec, use_gpu: bool) -> Decode:

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, groupby
 from operator import itemgetter
 from typing import Any
@@ -16,6 +17,8 @@ from ray_jobs.data.manifest import Manifest, Shard
 from ray_jobs.data.sampler import RowRange
 from ray_jobs.storage.folder import Folder
 
+READ_THREADS = 8
+"""Number of shards that are read concurrently, to hide the latency of a remote store."""
 _MAX_FOOTERS = 256
 
 
@@ -41,11 +44,16 @@ class ShardReader:
             self._remember(shard, file.metadata)
             return [file.read_row_group(g, columns=self.columns, use_threads=False) for g in groups]
 
+    def read_keys(self, keys: Sequence[tuple[int, int]]) -> dict[tuple[int, int], pa.Table]:
+        """Return row groups, given sorted pairs of shard and row group."""
+        by_shard = list(groups_by_shard(keys).items())
+        with ThreadPoolExecutor(READ_THREADS, "feed-read") as threads:
+            read = threads.map(lambda item: self.read_groups(*item), by_shard)
+            return dict(zip(keys, chain.from_iterable(read), strict=True))
+
     def read(self, ranges: Sequence[RowRange]) -> "StoredRows":
         """Return the rows of all ranges in order; reads each row group once."""
-        keys = sorted({(rows.shard, rows.group) for rows in ranges})
-        tables = [t for item in groups_by_shard(keys).items() for t in self.read_groups(*item)]
-        return StoredRows.of(ranges, dict(zip(keys, tables, strict=True)))
+        return StoredRows.of(ranges, self.read_keys(sorted({(r.shard, r.group) for r in ranges})))
 
     def _remember(self, shard: int, footer: Any) -> None:
         with self._lock:
@@ -99,6 +107,12 @@ class StoredRows:
             table = table.cast(pa.schema(zip(columns, types, strict=True)))
             self._combined = table
         return table.take(pa.array(rows))
+
+    def rows(self, rows: np.ndarray) -> pa.Table:
+        """Return some rows without copying them."""
+        positions = np.searchsorted(self.starts, rows, side="right") - 1
+        places = zip(positions.tolist(), (rows - self.starts[positions]).tolist(), strict=True)
+        return pa.concat_tables([self.tables[table].slice(row, 1) for table, row in places])
 
     def cell(self, column: str, row: int) -> Any:
         """Return a cell as an Arrow scalar that references its row group."""

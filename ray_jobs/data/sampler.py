@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ray_jobs.config.spec import DataSpec, num_streams
+from ray_jobs.config.spec import DataSpec, RunSpec, num_streams
 from ray_jobs.config.text import count_text
-from ray_jobs.data.manifest import SplitInfo
+from ray_jobs.data.manifest import Manifest, SplitInfo
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,12 @@ class TrainingSampler:
         row_groups = [shard.row_groups for shard in split.shards]
         return cls(row_groups, global_batch_size, seed, data.window_rows(split.row_bytes))
 
+    @classmethod
+    def of_run(cls, spec: RunSpec, manifest: Manifest) -> "TrainingSampler":
+        """Return the sampler of a training run."""
+        batch_size, seed = spec.train.global_batch_size, spec.run.seed
+        return cls.of(manifest.splits["train"], batch_size, seed, spec.data)
+
     def steps_before(self, epoch: int) -> int:
         """Return the number of steps in all epochs before an epoch."""
         return epoch * self.num_rows // self.global_batch_size
@@ -121,15 +127,24 @@ class TrainingSampler:
         Windows do not depend on `start` and `stop`: a run that resumes within a window reads that
         window again, but nothing before it.
         """
-        step = start
-        while step < stop:
-            epoch = self.epoch_of(step)
-            epoch_step = self.steps_before(epoch)
-            index = (step - epoch_step) // self.steps_per_window
-            first = index * self.steps_per_window
-            num_steps = min(self.steps_per_window, self.num_steps(epoch) - first)
-            yield Window(epoch, index, first, num_steps, epoch_step)
-            step = epoch_step + first + num_steps
+        while start < stop:
+            window = self.window(self.epoch_of(start), self.index_of(start))
+            yield window
+            start = window.epoch_step + window.first_step + window.num_steps
+
+    def window(self, epoch: int, index: int) -> Window:
+        """Return a window of an epoch."""
+        first = index * self.steps_per_window
+        num_steps = min(self.steps_per_window, self.num_steps(epoch) - first)
+        return Window(epoch, index, first, num_steps, self.steps_before(epoch))
+
+    def num_windows(self, epoch: int) -> int:
+        """Return the number of windows in an epoch."""
+        return -(-self.num_steps(epoch) // self.steps_per_window)
+
+    def index_of(self, step: int) -> int:
+        """Return the index of a global step's window within its epoch."""
+        return (step - self.steps_before(self.epoch_of(step))) // self.steps_per_window
 
     def stream_rows(self, window: Window, stream: int) -> list[RowRange]:
         """Return the rows of a stream in a window before the shuffle."""

@@ -1,6 +1,7 @@
 """Trains a model: prepared shards and a spec → a run folder with checkpoints and the best model.
 
 job            the driver: resolves the spec, opens the run folder, connects to Ray
+datasets       the Ray Data datasets of an attempt, and each worker's rows of them
 supervisor     restarts attempts after transient failures
 coordinator    passes events, failures and stop requests between the driver and the workers
 worker         one Ray worker: start-up, checkpoints, reports

@@ -27,6 +27,7 @@ from ray_jobs.config.text import count_text
 from ray_jobs.data.manifest import Manifest, read_manifest, require_shards
 from ray_jobs.data.sampler import TrainingSampler
 from ray_jobs.storage.folder import Folder
+from ray_jobs.train.checkpoints.checkpoint_manager import CheckpointManager
 from ray_jobs.train.coordinator import make_coordinator
 from ray_jobs.train.finalize import SUMMARY
 from ray_jobs.train.supervisor import fit_once, run_attempts
@@ -118,9 +119,14 @@ def _train(run: Run, callbacks: Sequence["UserCallback"]) -> None:
             }
 
             def attempt(num_workers: int) -> None:
-                own = {**config, "attempt_start": time.time()}
+                from ray_jobs.train.datasets import RunData
+
+                steps = CheckpointManager(run.folder).steps()
+                step = steps[-1] if steps else 0
+                data = RunData(spec, run.manifest, feed["decode"], feed["cache"], step)
+                own = {**config, "data": data, "attempt_start": time.time()}
                 config["ray_s"] = 0.0  # Later attempts reuse the connection.
-                fit_once(train, num_workers, train_on_worker, own, run.folder.uri, callbacks)
+                fit_once(train, num_workers, train_on_worker, own, run.folder.uri, callbacks, data)
 
             try:
                 run_attempts(train, attempt, lambda: run.folder.exists(SUMMARY), coordinator)

@@ -34,7 +34,7 @@ from mm_model.optimizer import make_optimizer
 from ray_jobs.cluster.strategy import Replicas, WorkerContext, make_strategy
 from ray_jobs.config.spec import RunSpec
 from ray_jobs.data.batch import FEATURES, IMAGE
-from ray_jobs.data.loader import EvaluationFeed, FeedOptions, TrainingFeed
+from ray_jobs.data.loader import EvaluationFeed, FeedOptions, TrainingFeed, make_feeds
 from ray_jobs.data.manifest import Manifest
 from ray_jobs.data.sampler import TrainingSampler
 from ray_jobs.storage.folder import Folder
@@ -213,7 +213,7 @@ class Loop:
             feed.batches(start, stop), call_sizes(self.sampler, train, start, stop), depth
         )
         passes = self.validation_batcher.stream(
-            validation.batches(train.epochs - state.epoch), repeat(1), depth
+            validation.batches(state.epoch, train.epochs), repeat(1), depth
         )
         with closing(steps), closing(passes):
             stopped = False
@@ -229,10 +229,7 @@ class Loop:
         with_image = not {IMAGE, FEATURES}.isdisjoint(self.model.input_names)
         options = replace(self.feed_options, with_image=with_image)
         rank, num_workers = self.context.rank, self.context.num_workers
-        size = self.spec.train.global_batch_size // num_workers
-        data, worker = (self.folder, self.manifest), (rank, num_workers, options)
-        validation = EvaluationFeed(*data, "validation", size, *worker)
-        return TrainingFeed(*data, self.sampler, *worker), validation
+        return make_feeds(self.spec, self.manifest, options, rank, num_workers)
 
     def _train_epoch(
         self, state: LoopState, steps: Iterator[DeviceBatch], callbacks: Callbacks, clock: _Clock

@@ -37,6 +37,8 @@ from ray_jobs.train.telemetry.console import Event
 if TYPE_CHECKING:
     from ray.train import UserCallback
 
+    from ray_jobs.train.datasets import RunData
+
 _MAX_STARTUPS = 30
 """Attempts in a row to start the workers, a minute each: enough for an autoscaler."""
 _POLL_S = 0.5
@@ -284,6 +286,7 @@ def fit_once(
     config: dict[str, Any],
     storage_path: str,
     callbacks: Sequence["UserCallback"],
+    data: "RunData",
 ) -> None:
     """Run Ray Train once."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -299,6 +302,8 @@ def fit_once(
             use_gpu=train.use_gpu,
             resources_per_worker=worker_resources(train),
         ),
+        datasets=data.datasets(),
+        dataset_config=data,
         run_config=RunConfig(
             name="checkpoints",
             storage_path=storage_path,

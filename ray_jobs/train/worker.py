@@ -7,9 +7,12 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from ray_jobs.cluster.connection import first_line
 from ray_jobs.cluster.hang_watchdog import Watchdog
+from ray_jobs.cluster.worker_group import import_keras
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import RunSpec
 from ray_jobs.data.manifest import read_manifest
@@ -45,18 +48,20 @@ def train_on_worker(config: dict[str, Any]) -> None:
 
     Args:
         config: `spec`; `run`, the URI of the run folder; `coordinator`; `decode`, `cache` and
-            `index` of the feed; `attempt_start`, a timestamp; and `ray_s`, the seconds that it
-            took to connect to Ray.
+            `index` of the feed; `data`, the `RunData` of the attempt; `attempt_start`, a timestamp;
+            and `ray_s`, the seconds that it took to connect to Ray.
     """
     import ray.train
 
     context = ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
-    with _reporting_failures(config["coordinator"], rank), ThreadPoolExecutor(1) as background:
-        # The worker reads the newest checkpoint in the background while this thread imports
-        # TensorFlow and builds the model.
+    with _reporting_failures(config["coordinator"], rank), ThreadPoolExecutor(3) as background:
+        # The worker reads the newest checkpoint and its first rows in the background while this
+        # thread imports TensorFlow and builds the model.
         worker = _Worker(config, rank, background)
+        ahead = background.submit(config["data"].start_reading, background)
         with worker.startup_part(history_keys.STARTUP_IMPORTS_S):
+            import_keras()
             from ray_jobs.cluster.strategy import WorkerContext, set_devices
             from ray_jobs.data.loader import feed_options
             from ray_jobs.train.loop import Loop
@@ -64,7 +69,7 @@ def train_on_worker(config: dict[str, Any]) -> None:
         set_devices(train.cpus_per_worker, train.use_gpu, train.deterministic)
         with worker.startup_part(history_keys.STARTUP_BUILD_S):
             manifest = read_manifest(worker.run)
-            options = feed_options(worker.spec, manifest, config)
+            options = replace(feed_options(worker.spec, manifest, config), ahead=ahead.result())
             context = WorkerContext(rank, num_workers)
             loop = Loop(worker.spec, manifest, context, feed_options=options)
         worker.train(loop)
@@ -250,6 +255,9 @@ def _reporting_failures(coordinator: Any, rank: int) -> Iterator[None]:
         yield
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
+        if (cause := getattr(error, "cause", None)) is not None:
+            # An error in a task of Ray Data, which appends advice.
+            text = f"{type(cause).__name__}: {first_line(cause)}"
         kind = "secondary" if _is_secondary(error) else "error"
         failure = WorkerFailure(rank, text, kind, is_permanent(error))
         answer(coordinator.report_failure.remote(failure))

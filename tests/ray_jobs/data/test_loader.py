@@ -1,4 +1,3 @@
-import pickle
 import threading
 from itertools import pairwise
 from pathlib import Path
@@ -9,12 +8,20 @@ import pyarrow.parquet as pq
 import pytest
 
 from ray_jobs.config.spec import DataSpec
-from ray_jobs.data import loader
+from ray_jobs.data import chunks
 from ray_jobs.data.batch import IMAGE, LABEL, NUMERIC, WEIGHT
+from ray_jobs.data.chunks import keys_of
 from ray_jobs.data.decoder import Batch
 from ray_jobs.data.images import decode_stored
-from ray_jobs.data.loader import EvaluationFeed, FeedOptions, TrainingFeed, choose_decode
+from ray_jobs.data.loader import (
+    EvaluationFeed,
+    FeedOptions,
+    ReadAhead,
+    TrainingFeed,
+    choose_decode,
+)
 from ray_jobs.data.manifest import Manifest
+from ray_jobs.data.ray_reading import places_dataset
 from ray_jobs.storage.folder import Folder
 from tests.ray_jobs.data.steps import all_rows, steps_between
 from tests.ray_jobs.feeds import COUNTS, SIZE, row_ids, sampler_of, training_feed
@@ -94,6 +101,20 @@ def test_a_feed_resumes_at_any_step(folder, manifest, decode, starts):
         assert [row_ids(batch) for batch in feed.batches(start, 13)] == expected[start:]
 
 
+@both_decoders
+@pytest.mark.parametrize(("planned", "start"), [(7, 7), (1, 9), (9, 2)])
+def test_rows_that_ray_data_reads_ahead_are_the_same_from_any_step(
+    folder, manifest, decode, planned, start
+):
+    feed = training_feed(folder, manifest, decode=decode)
+    plan = feed.plan(planned, 26)
+    rows = feed.dataset(places_dataset(list(plan.unread_places()), decode), plan).iterator()
+    ahead = {"train": ReadAhead(feed.iterate(rows), planned)}
+    resumed = training_feed(folder, manifest, decode=decode, ahead=ahead)
+    batches = [row_ids(batch) for batch in resumed.batches(start, 26)]
+    assert batches == expected_rows(feed, start, 26)
+
+
 def test_a_row_group_shared_by_two_windows_is_read_once(folder, manifest, monkeypatch):
     feed = training_feed(folder, manifest)
     read: list[tuple[int, int]] = []
@@ -106,21 +127,11 @@ def test_a_row_group_shared_by_two_windows_is_read_once(folder, manifest, monkey
     monkeypatch.setattr(feed.reader, "read_groups", record_and_read)
     last = feed.sampler.steps_before(1)
     list(feed.batches(0, last))
-    wanted = [{(r.shard, r.group) for r in chunk.ranges} for chunk in feed.chunks(0, last)]
+    wanted = [keys_of(feed.chunks.ranges(place)) for place in feed.chunks.places(0, last)]
     assert len(wanted) > 2
     new = [wanted[0], *(now - before for before, now in pairwise(wanted))]
     assert sorted(read) == sorted(group for groups in new for group in groups)
     assert len(read) < sum(map(len, wanted))
-
-
-def test_a_task_does_not_receive_the_chunks_of_other_tasks(folder, manifest, monkeypatch):
-    sizes = set()
-    for rows in (512, 4):
-        monkeypatch.setattr(loader, "_EVALUATION_CHUNK_ROWS", rows)
-        feed = evaluation_feed(folder, manifest, decode="workers")
-        sizes.add(len(pickle.dumps(feed.task)))
-    assert len(feed.chunks) == 6
-    assert len(sizes) == 1
 
 
 def test_training_without_images_or_steps(folder, manifest):
@@ -163,8 +174,8 @@ def test_evaluation_yields_each_row_once_per_pass_and_pads_with_weight_0(
         feed = evaluation_feed(
             folder, manifest, split, batch_size, rank, num_workers, decode=decode
         )
-        assert list(feed.batches(passes=0)) == []
-        batches = list(feed.batches(passes=2))
+        assert list(feed.batches(0, 0)) == []
+        batches = list(feed.batches(0, 2))
         assert len(batches) == 2 * feed.num_batches
         for n, batch in enumerate(batches):
             assert_equals_stored_rows(batch, stored[split], batch_size)
@@ -178,10 +189,11 @@ def test_evaluation_yields_each_row_once_per_pass_and_pads_with_weight_0(
 
 @both_decoders
 def test_evaluation_in_several_chunks_keeps_the_stored_order(folder, manifest, monkeypatch, decode):
-    monkeypatch.setattr(loader, "_EVALUATION_CHUNK_ROWS", 8)
+    monkeypatch.setattr(chunks, "_EVALUATION_CHUNK_ROWS", 8)
     feed = evaluation_feed(folder, manifest, decode=decode)
-    assert [sum(r.num_rows for r in chunk.ranges) for chunk in feed.chunks] == [8, 8, 6]
-    rows = [row for batch in feed.batches(passes=2) for row in row_ids(batch, real=True)]
+    places = feed.chunks.places(0, 1)
+    assert [sum(r.num_rows for r in feed.chunks.ranges(p)) for p in places] == [8, 8, 6]
+    rows = [row for batch in feed.batches(0, 2) for row in row_ids(batch, real=True)]
     assert rows == [*range(22), *range(22)]
 
 
@@ -215,7 +227,7 @@ def test_an_abandoned_iterator_leaves_no_threads(folder, manifest):
     def feed_threads() -> list[str]:
         return [t.name for t in threading.enumerate() if t.name.startswith("feed")]
 
-    batches = evaluation_feed(folder, manifest, decode="trainer").batches(300)
+    batches = evaluation_feed(folder, manifest, decode="trainer").batches(0, 300)
     for _ in range(3):
         next(batches)
     assert feed_threads()

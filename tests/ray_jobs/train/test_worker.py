@@ -137,6 +137,20 @@ def test_errors_are_reported_as_permanent_or_secondary_by_their_class(coordinato
     assert reported[0].text == "ValueError: row 'a' cannot be used"
 
 
+def test_an_error_of_a_task_is_reported_like_one_of_the_worker(coordinator):
+    import ray
+
+    @ray.remote(num_cpus=0)
+    def read() -> None:
+        raise ValueError("part-00000.parquet is truncated\nadvice of Ray Data")
+
+    with pytest.raises(ValueError, match="truncated"), _reporting_failures(coordinator, 0):
+        ray.get(read.remote())
+    (failure,) = ray.get(coordinator.failures.remote())
+    assert failure.text == "ValueError: part-00000.parquet is truncated"
+    assert failure.permanent
+
+
 _KILLED_WORKER = """
 import os, signal, sys
 from pathlib import Path

@@ -1,0 +1,195 @@
+"""Reads the chunks of a worker in Ray Data tasks.
+
+A dataset has a row for each chunk, its place. `read_dataset` maps it to the rows of one worker:
+
+    trainer   the rows of the row groups that `ReadPlan.missing` returns, still encoded
+    workers   the rows of the batches, read in one stage and decoded in the next
+
+Ray Data may cut the rows into blocks of any size.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from ray_jobs.config.spec import DataSpec
+from ray_jobs.data.batch import WEIGHT
+from ray_jobs.data.chunks import Chunks, GroupKey, Place, ReadPlan
+from ray_jobs.data.decoder import Batch, RowDecoder
+from ray_jobs.data.reader import ShardReader
+
+if TYPE_CHECKING:
+    from ray.data import DataIterator, Dataset
+
+Decode = Literal["workers", "trainer"]
+
+_MAX_TASKS = {"trainer": 32, "workers": 256}
+"""Maximum per dataset: Ray Data takes 2 ms per task before it starts the first one."""
+_MAX_DECODING = 8
+_READING = 1
+"""Tasks that read at the same time for a worker and a split; each reads several shards at once."""
+_BLOCK_BYTES = {"encoded": 32 << 20, "decoded": 8 << 20}
+"""By default, Ray Data collects 128 MiB before it returns the first row."""
+_PADDING = "padding"
+
+
+def places_dataset(places: Sequence[Place], decode: Decode) -> "Dataset":
+    """Return a dataset of places, in order."""
+    import ray.data
+
+    items = [asdict(place) for place in places]
+    dataset = ray.data.from_items(
+        items, override_num_blocks=min(len(items), _MAX_TASKS[decode]) or 1
+    )
+    dataset.context.execution_options.preserve_order = True
+    dataset.context.enable_progress_bars = False
+    return dataset
+
+
+def read_dataset(
+    places: "Dataset",
+    reader: ShardReader,
+    plan: ReadPlan,
+    decoder: RowDecoder | None,
+    num_workers: int,
+    data: DataSpec,
+) -> "Dataset":
+    """Return the dataset of one worker's rows.
+
+    Args:
+        places: Dataset of the places of all chunks.
+        reader: Reader of the split.
+        plan: What is read for each chunk.
+        decoder: Decodes the rows in the dataset; None leaves that to the worker.
+        num_workers: Number of workers that read at the same time.
+        data: The `data` section.
+    """
+    import ray
+    from ray.data import ExecutionOptions, ExecutionResources
+
+    num_cpus = ray.cluster_resources().get("CPU", 1)
+    concurrency = _READING
+    if decoder is not None:
+        concurrency = max(1, min(_MAX_DECODING, math.floor(num_cpus / num_workers) - 1))
+    options: dict[str, Any] = {
+        "batch_size": None,
+        # Workers wait for each other in each step. A task that waits for its worker must not hold a
+        # CPU that another worker's task needs; `concurrency` limits the tasks instead.
+        "num_cpus": 0,
+        "concurrency": min(concurrency, places.count()) or 1,
+    }
+    if decoder is None:
+        read = _ReadGroups(reader, plan)
+        dataset = places.map_batches(read, batch_format="pyarrow", **options)
+        dataset.context.target_max_block_size = _BLOCK_BYTES["encoded"]
+    else:
+        read = _ReadBatches(reader, plan.chunks, plan.start, plan.stop)
+        dataset = places.map_batches(read, batch_format="pyarrow", **options)
+        dataset = dataset.map_batches(_Decode(decoder), batch_format="pyarrow", **options)
+        dataset.context.target_max_block_size = _BLOCK_BYTES["decoded"]
+    limit = data.object_store_memory
+    if limit is None and decoder is None:
+        limit = data.buffer_bytes
+    if limit is not None:
+        dataset.context.execution_options = ExecutionOptions(
+            preserve_order=True,
+            resource_limits=ExecutionResources(object_store_memory=limit / num_workers),
+        )
+    return dataset
+
+
+def iterate_rows(
+    rows: "DataIterator", decode: Decode, batch_size: int, prefetch_batches: int
+) -> Iterator[Any]:
+    """Return an iterator over a dataset of `read_dataset`.
+
+    Returns:
+        Blocks of encoded rows if the trainer decodes, otherwise batches.
+    """
+    whole_block: Any = None
+    batches: Any = rows.iter_batches(
+        batch_size=whole_block if decode == "trainer" else batch_size,
+        batch_format="pyarrow" if decode == "trainer" else "numpy",
+        prefetch_batches=1 if decode == "trainer" else prefetch_batches,
+    )
+    return iter(batches)
+
+
+class GroupStream:
+    """Takes row groups, one after the other, from blocks of encoded rows.
+
+    Args:
+        blocks: The blocks of a dataset, in order.
+        reader: Reader of the split.
+    """
+
+    def __init__(self, blocks: Iterator[pa.Table], reader: ShardReader) -> None:
+        self._blocks, self._shards = blocks, reader.shards
+        self._rest: pa.Table | None = None
+
+    def take(self, keys: Sequence[GroupKey]) -> dict[GroupKey, pa.Table]:
+        """Return the next row groups, which are these, without copying them."""
+        return {(s, g): self._take_rows(self._shards[s].row_groups[g]) for s, g in keys}
+
+    def _take_rows(self, num_rows: int) -> pa.Table:
+        parts = []
+        while num_rows:
+            block = self._rest or next(self._blocks)
+            parts.append(block.slice(0, num_rows))
+            self._rest = block.slice(num_rows)
+            num_rows -= parts[-1].num_rows
+        return pa.concat_tables(parts)
+
+
+@dataclass(frozen=True)
+class _ReadGroups:
+    """Reads the row groups of chunks."""
+
+    reader: ShardReader
+    plan: ReadPlan
+
+    def __call__(self, places: pa.Table) -> Iterator[pa.Table]:
+        for place in _places_in(places):
+            if keys := self.plan.missing(place):
+                tables = self.reader.read_keys(keys)
+                yield pa.concat_tables([tables[key] for key in keys])
+
+
+@dataclass(frozen=True)
+class _ReadBatches:
+    """Reads the batches of chunks in order, still encoded."""
+
+    reader: ShardReader
+    chunks: Chunks
+    start: int
+    stop: int
+
+    def __call__(self, places: pa.Table) -> Iterator[pa.Table]:
+        for place in _places_in(places):
+            chunk = self.chunks.chunk(place, self.start, self.stop)
+            stored = self.reader.read(chunk.ranges)
+            for i, rows in enumerate(chunk.batches_SB):
+                is_padding = np.zeros(len(rows), bool)
+                if i == len(chunk.batches_SB) - 1 and chunk.num_padding:
+                    is_padding[-chunk.num_padding :] = True
+                yield stored.rows(rows).append_column(_PADDING, pa.array(is_padding))
+
+
+@dataclass(frozen=True)
+class _Decode:
+    """Decodes batches."""
+
+    decoder: RowDecoder
+
+    def __call__(self, rows: pa.Table) -> Batch:
+        batch = self.decoder.decode(rows)
+        batch[WEIGHT][rows[_PADDING].to_numpy()] = 0.0
+        return batch
+
+
+def _places_in(places: pa.Table) -> Iterator[Place]:
+    return (Place(**row) for row in places.to_pylist())
