@@ -95,7 +95,7 @@ def set_environment(addresses: Sequence[str], rank: int) -> None:
 def import_keras() -> None:
     """Import TensorFlow and Keras without what only Keras' wrappers and plots use.
 
-    Importing scikit-learn and matplotlib takes as long as a quarter of the rest. Both can still be
+    Without scikit-learn and matplotlib, the import takes a quarter less time. Both can still be
     imported afterwards.
     """
     hidden = [name for name in ("matplotlib", "sklearn") if name not in sys.modules]

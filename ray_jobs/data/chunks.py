@@ -43,6 +43,12 @@ class Chunk:
     num_padding: int = 0
     """Number of rows with weight 0 that only fill the last batch."""
 
+    def is_padding(self, step: int) -> np.ndarray:
+        """Return the mask of the rows of a batch that only fill it."""
+        num_steps, batch_size = self.batches_SB.shape
+        num_real = batch_size - (self.num_padding if step == num_steps - 1 else 0)
+        return np.arange(batch_size) >= num_real
+
 
 class Chunks(ABC):
     """The chunks of one worker and split."""

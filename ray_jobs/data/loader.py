@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from itertools import chain, islice
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,7 +44,7 @@ from ray_jobs.data.ray_reading import (
     places_dataset,
     read_dataset,
 )
-from ray_jobs.data.reader import READ_THREADS, ShardReader, StoredRows, groups_by_shard
+from ray_jobs.data.reader import ShardReader, StoredRows
 from ray_jobs.data.sampler import TrainingSampler
 from ray_jobs.storage.folder import Folder
 
@@ -212,14 +212,13 @@ class Feed:
         cv2.setNumThreads(1)
         options = self.options
         with (
-            ThreadPoolExecutor(READ_THREADS, "feed-read") as readers,
             ThreadPoolExecutor(options.threads, "feed-decode") as decoders,
-            closing(prefetch(self._read(start, stop, readers, decoders), 1)) as read,
+            closing(prefetch(self._read(start, stop, decoders), 1)) as read,
         ):
             yield from self._decode(read, decoders)
 
     def _read(
-        self, start: int, stop: int, readers: ThreadPoolExecutor, decoders: ThreadPoolExecutor
+        self, start: int, stop: int, decoders: ThreadPoolExecutor
     ) -> Iterator[tuple[Chunk, StoredRows]]:
         """Yield chunks with their rows; images are encoded, or decoded if they are cached."""
         previous: dict[GroupKey, pa.Table] = {}
@@ -230,7 +229,7 @@ class Feed:
             new = delivered(place)
             # Consecutive windows share row groups.
             tables = {key: previous[key] for key in (wanted & previous.keys()) - new.keys()}
-            tables |= self._groups(sorted(wanted - tables.keys()), new, readers, decoders)
+            tables |= self._groups(sorted(wanted - tables.keys()), new, decoders)
             previous = tables
             yield chunk, StoredRows.of(chunk.ranges, tables)
 
@@ -264,17 +263,13 @@ class Feed:
         self,
         keys: Sequence[GroupKey],
         new: Mapping[GroupKey, pa.Table],
-        readers: ThreadPoolExecutor,
         decoders: ThreadPoolExecutor,
     ) -> dict[GroupKey, pa.Table]:
-        """Return row groups from the cache, else from `new`, else read in place."""
+        """Return row groups from `new`, else from the cache, else read in place."""
         cache, split, tables = self.options.cache, self.chunks.split, dict[GroupKey, pa.Table]()
-        if cache is not None:
-            names: list[Group] = [
-                (split, *key) for key in keys if key in self.cacheable and key not in new
-            ]
-            cached = cache.get(names) if names else {}
-            tables = {(shard, group): table for (_, shard, group), table in cached.items()}
+        names: list[Group] = [(split, *k) for k in keys if k in self.cacheable and k not in new]
+        if cache is not None and names:
+            tables = {(shard, g): table for (_, shard, g), table in cache.get(names).items()}
         missing = [key for key in keys if key not in tables and key not in new]
 
         def decode_and_cache(item: tuple[GroupKey, pa.Table]) -> tuple[GroupKey, pa.Table]:
@@ -284,11 +279,7 @@ class Feed:
                 cache.put((split, *key), table)
             return key, table
 
-        by_shard = groups_by_shard(missing).items()
-        read = prefetch_map(
-            lambda item: self.reader.read_groups(*item), by_shard, readers, READ_THREADS
-        )
-        items = chain(new.items(), zip(missing, chain.from_iterable(read), strict=True))
+        items = (dict(new) | self.reader.read_keys(missing)).items()
         return tables | dict(prefetch_map(decode_and_cache, items, decoders, self.options.threads))
 
     def _decode(
@@ -374,11 +365,9 @@ def _batches_without_images(
     chunk: Chunk, stored: StoredRows, decoder: RowDecoder
 ) -> Iterator[tuple[Batch, np.ndarray]]:
     """Yield each batch of a chunk with uninitialized images, and the indices of its rows."""
-    last = len(chunk.batches_SB) - 1
     for step, rows in enumerate(chunk.batches_SB):
         batch = decoder.make_batch(stored, rows)
-        if step == last and chunk.num_padding:
-            batch[WEIGHT][-chunk.num_padding :] = 0.0
+        batch[WEIGHT][chunk.is_padding(step)] = 0.0
         yield batch, rows
 
 

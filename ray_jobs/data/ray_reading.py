@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import pyarrow as pa
 
 from ray_jobs.config.spec import DataSpec
@@ -172,11 +171,9 @@ class _ReadBatches:
         for place in _places_in(places):
             chunk = self.chunks.chunk(place, self.start, self.stop)
             stored = self.reader.read(chunk.ranges)
-            for i, rows in enumerate(chunk.batches_SB):
-                is_padding = np.zeros(len(rows), bool)
-                if i == len(chunk.batches_SB) - 1 and chunk.num_padding:
-                    is_padding[-chunk.num_padding :] = True
-                yield stored.rows(rows).append_column(_PADDING, pa.array(is_padding))
+            for step, rows in enumerate(chunk.batches_SB):
+                is_padding = pa.array(chunk.is_padding(step))
+                yield stored.rows(rows).append_column(_PADDING, is_padding)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from ray_jobs.data.manifest import Manifest, Shard
 from ray_jobs.data.sampler import RowRange
 from ray_jobs.storage.folder import Folder
 
-READ_THREADS = 8
+_READ_THREADS = 8
 """Number of shards that are read concurrently, to hide the latency of a remote store."""
 _MAX_FOOTERS = 256
 
@@ -46,8 +46,8 @@ class ShardReader:
 
     def read_keys(self, keys: Sequence[tuple[int, int]]) -> dict[tuple[int, int], pa.Table]:
         """Return row groups, given sorted pairs of shard and row group."""
-        by_shard = list(groups_by_shard(keys).items())
-        with ThreadPoolExecutor(READ_THREADS, "feed-read") as threads:
+        by_shard = list(_groups_by_shard(keys).items())
+        with ThreadPoolExecutor(_READ_THREADS, "feed-read") as threads:
             read = threads.map(lambda item: self.read_groups(*item), by_shard)
             return dict(zip(keys, chain.from_iterable(read), strict=True))
 
@@ -72,7 +72,7 @@ def read_weights(folder: Folder, manifest: Manifest, split: Split) -> np.ndarray
     return pa.concat_tables(chain.from_iterable(groups))[WEIGHT].to_numpy()
 
 
-def groups_by_shard(keys: Sequence[tuple[int, int]]) -> dict[int, list[int]]:
+def _groups_by_shard(keys: Sequence[tuple[int, int]]) -> dict[int, list[int]]:
     """Return row groups by shard, given sorted pairs of shard and row group."""
     return {shard: [g for _, g in pairs] for shard, pairs in groupby(keys, itemgetter(0))}
 

@@ -266,7 +266,6 @@ def _leak(values: np.ndarray, labels: np.ndarray | None) -> float | None:
     """Return the AUC of a column, or of its missing values, if it separates the classes."""
     if labels is None:
         return None
-    # scipy.stats.rankdata would do, but importing scipy.stats takes a second.
     from scipy.special import comb
 
     is_labelled, is_missing = labels >= 0, np.isnan(values)
@@ -278,6 +277,7 @@ def _leak(values: np.ndarray, labels: np.ndarray | None) -> float | None:
         num_positive = int(y.sum())
         if comb(len(y), num_positive) < _MIN_ARRANGEMENTS:
             continue
+        # As scipy.stats.rankdata, which takes a second to import.
         _, place, counts = np.unique(score[is_used], return_inverse=True, return_counts=True)
         ranks = (np.cumsum(counts) - (counts - 1) / 2)[place]
         above = ranks[y].sum() - num_positive * (num_positive + 1) / 2

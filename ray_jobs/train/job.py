@@ -108,6 +108,9 @@ def _train(run: Run, callbacks: Sequence["UserCallback"]) -> None:
         object_store_memory=spec.data.object_store_memory,
     ):
         preflight(spec, run.manifest)
+        # Imports Ray Data, which `connected` has configured.
+        from ray_jobs.train.datasets import RunData
+
         ray_s, coordinator = time.monotonic() - started, make_coordinator()
         with console.show_progress(coordinator, _title(run)), shared_feed(run) as feed:
             config = {
@@ -119,8 +122,6 @@ def _train(run: Run, callbacks: Sequence["UserCallback"]) -> None:
             }
 
             def attempt(num_workers: int) -> None:
-                from ray_jobs.train.datasets import RunData
-
                 steps = CheckpointManager(run.folder).steps()
                 step = steps[-1] if steps else 0
                 data = RunData(spec, run.manifest, feed["decode"], feed["cache"], step)
@@ -178,8 +179,7 @@ def require_trainable(spec: RunSpec, manifest: Manifest) -> None:
             f"the prepared data has no vocabulary for {', '.join(missing)} of data.categorical (it "
             f"has {', '.join(columns) or 'none'}); run `prepare` again with these settings"
         )
-    train = manifest.splits["train"]
-    TrainingSampler.of(train, spec.train.global_batch_size, spec.run.seed, spec.data)
+    TrainingSampler.of_run(spec, manifest)
     require_shards(Folder(spec.data.prepared), manifest)
 
 

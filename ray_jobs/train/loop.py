@@ -97,7 +97,7 @@ class Loop:
         self.folder = Folder(spec.data.prepared)
         train = spec.train
         split = manifest.splits["train"]
-        self.sampler = TrainingSampler.of(split, train.global_batch_size, spec.run.seed, spec.data)
+        self.sampler = TrainingSampler.of_run(spec, manifest)
         self.replicas = Replicas(strategy or make_strategy(context.num_workers), context)
         total_steps = self.sampler.steps_before(train.epochs)
         with self.replicas.strategy.scope():
