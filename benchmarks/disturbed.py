@@ -142,6 +142,11 @@ class Run:
             f"step {step}",
         )
 
+    def num_workers(self) -> int:
+        """Return the number of workers that have taken the last step."""
+        steps = self.steps()
+        return len({rank for rank, _, step in steps[-10:] if step == steps[-1][2]})
+
     def wait_for_checkpoint(self) -> None:
         """Wait for the first complete checkpoint."""
         complete = "checkpoints/steps/*[0-9]/state.json"

@@ -145,10 +145,11 @@ def two_ours(folder: str, steps: int, ends: str) -> None:
     manifest = read_manifest(Folder(spec.data.prepared))
     manifest.write(run)
     with connection.connected("local", num_cpus=2):
+        coordinator = make_coordinator()
         config = {
-            "spec": spec.model_dump(mode="json"), "run": run.uri, "coordinator": make_coordinator(),
+            "spec": spec.model_dump(mode="json"), "run": run.uri, "coordinator": coordinator,
             "decode": "trainer", "cache": "none", "index": None, "ray_s": 0.0,
-            "data": RunData(spec, manifest, "trainer", "none", 0),
+            "data": RunData(spec, manifest, "trainer", "none", 0, 2, coordinator),
             "attempt_start": time.time(),
             "timed": {"num_steps": steps, "ends": ends},
         }  # fmt: skip

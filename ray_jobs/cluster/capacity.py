@@ -25,6 +25,7 @@ _UNITS = 10_000
 _RELEASE_TIMEOUT_S = 10.0
 """Maximum wait; Ray reports the resources of an ended attempt as free after a short delay."""
 _POLL_S = 0.5
+_CPU_FRACTIONS = 0.5, 0.25, 0.1, 0.05, 0.02
 
 
 def worker_resources(train: TrainSpec, gpus_per_worker: float | None = None) -> dict[str, float]:
@@ -78,7 +79,9 @@ def workers_that_fit(nodes: Nodes, train: TrainSpec) -> int:
     return sum(bundles_that_fit(node, bundle) for node in nodes) - min(lost) if lost else 0
 
 
-def workers_to_start(train: TrainSpec, max_workers: int, interrupted: threading.Event) -> int:
+def workers_to_start(
+    train: TrainSpec, max_workers: int, interrupted: threading.Event, wait_s: float = 0.0
+) -> int:
     """Return the largest allowed worker count that fits.
 
     If no allowed count fits, returns the smallest one; Ray then waits for an autoscaler to add
@@ -88,22 +91,50 @@ def workers_to_start(train: TrainSpec, max_workers: int, interrupted: threading.
         train: The `train` section.
         max_workers: Upper limit.
         interrupted: Ends the wait early.
+        wait_s: Seconds to wait for new nodes, until as many workers as possible fit.
     """
     allowed = [n for n in allowed_worker_counts(train) if n <= max_workers]
     if len(allowed) == 1:
         return allowed[0]
-    deadline = time.monotonic() + _RELEASE_TIMEOUT_S
-    expected = min(workers_that_fit(current_nodes(), train), allowed[-1])
-    while (available := workers_that_fit(free_nodes(), train)) < expected:
-        if time.monotonic() > deadline or interrupted.wait(_POLL_S):
+    started = time.monotonic()
+    while (available := workers_that_fit(free_nodes(), train)) < allowed[-1]:
+        is_released = available >= min(workers_that_fit(current_nodes(), train), allowed[-1])
+        timeout_s = wait_s if is_released else max(wait_s, _RELEASE_TIMEOUT_S)
+        if time.monotonic() - started > timeout_s or interrupted.wait(_POLL_S):
             break
     return max([n for n in allowed if n <= available], default=allowed[0])
 
 
-def can_grow(train: TrainSpec, num_workers: int) -> bool:
-    """Whether the free resources allow more workers than the `num_workers` that are running."""
+def can_grow(train: TrainSpec, num_workers: int, held: Mapping[str, Mapping[str, float]]) -> bool:
+    """Whether more than the `num_workers` that are running would fit after a restart.
+
+    Args:
+        train: The `train` section.
+        num_workers: Number of running workers.
+        held: Resources by node ID that the run holds now.
+    """
     larger = [n for n in allowed_worker_counts(train) if n > num_workers]
-    return bool(larger) and num_workers + workers_that_fit(free_nodes(), train) >= larger[0]
+    return bool(larger) and workers_that_fit(free_nodes(held), train) >= larger[0]
+
+
+# -- CPUs for reading -----------------------------------------------------------------------------
+
+
+def reading_cpus(nodes: Nodes, num_workers: int, max_cpus: int) -> float | None:
+    """Return how many CPUs fit for the reading tasks of each worker; None if none do.
+
+    They fit as two bundles: one for each split that the worker reads.
+
+    Args:
+        nodes: Free resources of the nodes.
+        num_workers: Number of workers.
+        max_cpus: Maximum number of CPUs per worker.
+    """
+    for cpus in (*range(max_cpus, 0, -1), *_CPU_FRACTIONS):
+        bundle = {"CPU": cpus / 2}
+        if sum(bundles_that_fit(node, bundle) for node in nodes) >= 2 * num_workers:
+            return float(cpus)
+    return None
 
 
 # -- trials of a search ---------------------------------------------------------------------------

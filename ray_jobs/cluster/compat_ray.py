@@ -20,15 +20,16 @@ if TYPE_CHECKING:
 
 PROGRESS_LOGGERS = ("ray.data", "ray.data._internal.progress", "ray.train")
 """Loggers that report progress; Ray Data itself sets the level of the second one."""
+_COORDINATOR_TIMEOUT_S = 5.0
 SNAPSHOT_LOGGER = "ray.tune.execution.experiment_state"
 """Logger that reports problems with the snapshots of a search."""
 
 
-def free_resources() -> list[dict[str, float]]:
-    """Return the free resources of each node; `ray.available_resources()` returns only the sum."""
+def free_resources() -> dict[str, dict[str, float]]:
+    """Return the free resources by node ID; `ray.available_resources()` returns only the sum."""
     from ray._private.state import available_resources_per_node
 
-    return [dict(node) for node in available_resources_per_node().values()]
+    return {node: dict(resources) for node, resources in available_resources_per_node().items()}
 
 
 def autoscaler_groups() -> list[tuple[dict[str, float], int]]:
@@ -41,6 +42,56 @@ def autoscaler_groups() -> list[tuple[dict[str, float], int]]:
     config = state.get_cluster_config()
     groups = config.node_group_configs if config is not None else ()
     return [(dict(group.resources), group.max_count) for group in groups]
+
+
+def request_capacity(
+    requester: str, bundles: Sequence[dict[str, float]], expire_after_s: float
+) -> None:
+    """Request resources from an autoscaler, in place of this requester's previous request.
+
+    `ray.autoscaler.sdk.request_resources` would also replace the requests of all other jobs; Ray
+    Train and Ray Data use this coordinator instead.
+
+    Raises:
+        RayError: If the coordinator does not answer.
+    """
+    call = _autoscaling_coordinator().request_resources.remote(
+        requester_id=requester, resources=list(bundles), expire_after_s=expire_after_s
+    )
+    _wait_for(call)
+
+
+def withdraw_capacity(requester: str) -> None:
+    """Withdraw a request of `request_capacity`, if there is one.
+
+    Raises:
+        RayError: If the coordinator does not answer.
+    """
+    _wait_for(_autoscaling_coordinator().cancel_request.remote(requester))
+
+
+def start_detached_actors() -> None:
+    """Start the actors of Ray Data that live as long as the cluster, on the node of this process.
+
+    Otherwise, Ray starts them on the node of the first process that needs them, and an autoscaler
+    can never remove that node.
+    """
+    from ray.data._internal.stats import get_or_create_stats_actor
+
+    _autoscaling_coordinator()
+    get_or_create_stats_actor()
+
+
+def _autoscaling_coordinator() -> Any:
+    from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
+
+    return get_or_create_autoscaling_coordinator()
+
+
+def _wait_for(call: Any) -> None:
+    import ray
+
+    ray.get(call, timeout=_COORDINATOR_TIMEOUT_S)
 
 
 def num_cpus() -> int:

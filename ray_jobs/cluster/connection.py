@@ -53,6 +53,7 @@ def connected(
     total_cpus = math.ceil(num_cpus) + data_cpus
     if ray.is_initialized():
         _require_resources(total_cpus, num_gpus, cpu_settings)
+        compat_ray.start_detached_actors()
         yield
         return
     address = address or os.environ.get("RAY_ADDRESS")
@@ -70,6 +71,8 @@ def connected(
     silence_ray_data()
     try:
         _require_resources(total_cpus, num_gpus, cpu_settings)
+        if not owns_ray():
+            compat_ray.start_detached_actors()
         yield
     finally:
         _ray_owners.clear()

@@ -18,14 +18,27 @@ _RAY_UP_CONFIG = "~/ray_bootstrap_config.yaml"
 
 def current_nodes() -> Nodes:
     """Return the total resources of each node that is alive."""
+    return list(resources_by_node().values())
+
+
+def resources_by_node() -> dict[str, dict[str, float]]:
+    """Return the total resources of each node that is alive, by node ID."""
     import ray
 
-    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    return {node["NodeID"]: dict(node["Resources"]) for node in ray.nodes() if node["Alive"]}
 
 
-def free_nodes() -> Nodes:
-    """Return the free resources of each node that is alive."""
-    return compat_ray.free_resources()
+def free_nodes(held: Mapping[str, Mapping[str, float]] | None = None) -> Nodes:
+    """Return the free resources of each node that is alive.
+
+    Args:
+        held: Resources by node ID that count as free, too.
+    """
+    free = compat_ray.free_resources()
+    for node in free.keys() & (held or {}).keys():
+        for name, amount in (held or {})[node].items():
+            free[node][name] = free[node].get(name, 0) + amount
+    return list(free.values())
 
 
 def possible_nodes() -> Nodes:

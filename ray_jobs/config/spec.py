@@ -6,7 +6,14 @@ flag. Imports neither Ray nor TensorFlow.
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from mm_model.spec import LossSpec, ModelSpec, OptimizerSpec, Positive, Spec, StageSpec
 from ray_jobs.config.command_line import validate_spec, with_value
@@ -129,7 +136,10 @@ class TrainSpec(LossSpec, OptimizerSpec):
     num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
     """Number of worker processes. Two numbers such as 2,8 give a minimum and a maximum: the run
     then uses as many workers as the cluster has resources for, and chooses the number again at each
-    start and whenever the cluster grows."""
+    start and whenever the cluster grows. It requests nodes for the maximum from an autoscaler."""
+    wait_for_workers_s: NonNegativeFloat = 60.0
+    """Seconds that a run with a minimum and a maximum of `num_workers` waits at its start for nodes
+    for the maximum; then it starts with the workers that fit."""
     use_gpu: bool = False
     """Whether workers use GPUs."""
     gpus_per_worker: PositiveInt = 1

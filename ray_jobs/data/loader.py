@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from ray_jobs.cluster.node_inventory import current_nodes, possible_nodes
 from ray_jobs.config.prepare_spec import Split
 from ray_jobs.config.spec import DataSpec, RunSpec
 from ray_jobs.data.batch import WEIGHT
@@ -40,6 +41,7 @@ from ray_jobs.data.prefetch import prefetch, prefetch_map
 from ray_jobs.data.ray_reading import (
     Decode,
     GroupStream,
+    ReservedCpus,
     iterate_rows,
     places_dataset,
     read_dataset,
@@ -176,12 +178,15 @@ class Feed:
             self.chunks, start, stop, cacheable, is_shared or self.chunks.split != "train"
         )
 
-    def dataset(self, places: "Dataset", plan: ReadPlan) -> "Dataset":
+    def dataset(
+        self, places: "Dataset", plan: ReadPlan, reserved: ReservedCpus | None = None
+    ) -> "Dataset":
         """Return the dataset with which Ray Data reads this worker's rows ahead.
 
         Args:
             places: Dataset of the places of the chunks.
             plan: What is read.
+            reserved: CPUs for the tasks, or None.
         """
         return read_dataset(
             places,
@@ -190,6 +195,7 @@ class Feed:
             self.decoder if self.options.decode == "workers" else None,
             self.num_workers,
             self.options.data,
+            reserved,
         )
 
     def iterate(self, rows: "DataIterator") -> Iterator[Any]:
@@ -380,8 +386,6 @@ def choose_decode(spec: DataSpec, use_gpu: bool) -> Decode:
         return spec.decode
     if not use_gpu or spec.cache not in ("auto", "none"):
         return "trainer"
-    import ray
-
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    has_cpu_nodes = any("GPU" not in node and node.get("CPU", 0) for node in nodes)
+    nodes = [*current_nodes(), *possible_nodes()]
+    has_cpu_nodes = any(not node.get("GPU") and node.get("CPU") for node in nodes)
     return "workers" if has_cpu_nodes else "trainer"

@@ -23,17 +23,31 @@ from ray_jobs.data.reader import ShardReader
 
 if TYPE_CHECKING:
     from ray.data import DataIterator, Dataset
+    from ray.util.placement_group import PlacementGroup
 
 Decode = Literal["workers", "trainer"]
 
 _MAX_TASKS = {"trainer": 32, "workers": 256}
 """Maximum per dataset: Ray Data takes 2 ms per task before it starts the first one."""
-_MAX_DECODING = 8
-_READING = 1
-"""Tasks that read at the same time for a worker and a split; each reads several shards at once."""
+MAX_CPUS = {"trainer": 1, "workers": 8}
+"""Maximum number of CPUs for the tasks of a worker, by where images are decoded. One task at a time
+reads encoded rows of a split, several shards at once."""
 _BLOCK_BYTES = {"encoded": 32 << 20, "decoded": 8 << 20}
 """By default, Ray Data collects 128 MiB before it returns the first row."""
 _PADDING = "padding"
+
+
+@dataclass(frozen=True)
+class ReservedCpus:
+    """CPUs that are reserved for the tasks of a dataset.
+
+    Args:
+        placement: Placement group with a bundle of `cpus` CPUs for each dataset.
+        cpus: CPUs for the tasks that run at the same time.
+    """
+
+    placement: "PlacementGroup"
+    cpus: float
 
 
 def places_dataset(places: Sequence[Place], decode: Decode) -> "Dataset":
@@ -56,6 +70,7 @@ def read_dataset(
     decoder: RowDecoder | None,
     num_workers: int,
     data: DataSpec,
+    reserved: ReservedCpus | None,
 ) -> "Dataset":
     """Return the dataset of one worker's rows.
 
@@ -66,21 +81,16 @@ def read_dataset(
         decoder: Decodes the rows in the dataset; None leaves that to the worker.
         num_workers: Number of workers that read at the same time.
         data: The `data` section.
+        reserved: CPUs for the tasks; None runs them wherever Ray likes, without CPUs of their own.
     """
-    import ray
     from ray.data import ExecutionOptions, ExecutionResources
 
-    num_cpus = ray.cluster_resources().get("CPU", 1)
-    concurrency = _READING
-    if decoder is not None:
-        concurrency = max(1, min(_MAX_DECODING, math.floor(num_cpus / num_workers) - 1))
-    options: dict[str, Any] = {
-        "batch_size": None,
-        # Workers wait for each other in each step. A task that waits for its worker must not hold a
-        # CPU that another worker's task needs; `concurrency` limits the tasks instead.
-        "num_cpus": 0,
-        "concurrency": min(concurrency, places.count()) or 1,
-    }
+    concurrency = min(_concurrency(decoder is not None, num_workers, reserved), places.count()) or 1
+    # To Ray Data, the tasks need no CPU. Otherwise, it would divide the CPUs of the cluster among
+    # all datasets, and request more nodes, of any kind, from an autoscaler.
+    options: dict[str, Any] = {"batch_size": None, "num_cpus": 0, "concurrency": concurrency}
+    if reserved is not None:
+        options["ray_remote_args_fn"] = _TaskOptions(reserved, concurrency)
     if decoder is None:
         read = _ReadGroups(reader, plan)
         dataset = places.map_batches(read, batch_format="pyarrow", **options)
@@ -142,6 +152,35 @@ class GroupStream:
             self._rest = block.slice(num_rows)
             num_rows -= parts[-1].num_rows
         return pa.concat_tables(parts)
+
+
+def _concurrency(decodes: bool, num_workers: int, reserved: ReservedCpus | None) -> int:
+    """Return how many tasks of a dataset run at the same time."""
+    import ray
+
+    if not decodes:
+        return 1
+    if reserved is not None:
+        # Only one of the worker's two datasets, training or validation, is busy at a time.
+        return max(1, math.floor(2 * reserved.cpus))
+    num_cpus = ray.cluster_resources().get("CPU", 1)
+    return max(1, min(MAX_CPUS["workers"], math.floor(num_cpus / num_workers) - 1))
+
+
+@dataclass(frozen=True)
+class _TaskOptions:
+    """Returns the options with which Ray runs a task."""
+
+    reserved: ReservedCpus
+    concurrency: int
+
+    def __call__(self) -> dict[str, Any]:
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        return {
+            "num_cpus": self.reserved.cpus / self.concurrency,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(self.reserved.placement),
+        }
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,15 @@ Workers post events and failures; the driver reads them and requests stops. Trai
 on the answers.
 """
 
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 from ray_jobs.train.telemetry.console import Event
+
+if TYPE_CHECKING:
+    from ray.util.placement_group import PlacementGroup
 
 _TIMEOUT_S = 10.0
 _STOP_POLL_S = 0.1
@@ -26,11 +30,23 @@ class WorkerFailure:
     """Whether a restart would fail in the same way."""
 
 
+@dataclass(frozen=True)
+class HeldResources:
+    """Resources of the current attempt."""
+
+    by_node: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Resources by node ID."""
+    waits_for: Sequence[Mapping[str, float]] = ()
+    """Bundles for reading tasks that do not fit on the cluster yet."""
+
+
 class _Coordinator:
-    """Holds the unread events, the failures of the current attempt and the request to stop."""
+    """Holds the unread events, and for the current attempt its failures, resources and requests."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
+        self.workers: Sequence[tuple[str, Mapping[str, float]]] = ()
+        self.placement: PlacementGroup | None = None
         self.begin_attempt()
 
     def begin_attempt(self) -> None:
@@ -64,6 +80,54 @@ class _Coordinator:
     def stop_requested(self) -> bool:
         """Whether a stop of the current attempt was requested."""
         return self.stop
+
+    def hold(
+        self,
+        workers: Sequence[tuple[str, Mapping[str, float]]],
+        bundles: Sequence[Mapping[str, float]],
+        selectors: Sequence[Mapping[str, str]] | None,
+    ) -> "PlacementGroup | None":
+        """Note where the workers run, and reserve resources for reading tasks.
+
+        Args:
+            workers: Node ID and resources of each worker.
+            bundles: Bundles for reading tasks, or none.
+            selectors: Label selectors of the bundles.
+        """
+        from ray.util import placement_group
+
+        self.workers = workers
+        if bundles:
+            given: Any = bundles, selectors
+            self.placement = placement_group(given[0], bundle_label_selector=given[1])
+        return self.placement
+
+    def held(self) -> HeldResources:
+        """Return the resources of the current attempt."""
+        from ray.util import placement_group_table
+
+        placed, waits_for = list(self.workers), list[Mapping[str, float]]()
+        if self.placement is not None:
+            table: Any = placement_group_table(self.placement)
+            for index, bundle in table["bundles"].items():
+                if node := table["bundles_to_node_id"].get(index):
+                    placed.append((node, bundle))
+                else:
+                    waits_for.append(bundle)
+        by_node: dict[str, dict[str, float]] = {}
+        for node, bundle in placed:
+            sums = by_node.setdefault(node, {})
+            for name, amount in bundle.items():
+                sums[name] = sums.get(name, 0) + amount
+        return HeldResources(by_node, tuple(waits_for))
+
+    def release(self) -> None:
+        """Release the resources for reading tasks of an ended attempt."""
+        from ray.util import remove_placement_group
+
+        if self.placement is not None:
+            remove_placement_group(self.placement)
+        self.workers, self.placement = (), None
 
     def any_step_finished(self) -> bool:
         """Whether the current attempt has finished a step."""

@@ -20,6 +20,7 @@ from ray_jobs.data.loader import Feed, FeedOptions, ReadAhead, make_feeds
 from ray_jobs.data.manifest import Manifest
 from ray_jobs.data.ray_reading import Decode, places_dataset
 from ray_jobs.data.sampler import TrainingSampler
+from ray_jobs.train.reading_reservation import cpus_with_new_nodes, reserve_cpus
 
 if TYPE_CHECKING:
     from ray.data import DataIterator, Dataset
@@ -36,14 +37,25 @@ class RunData(DataConfig):
         decode: Where images are decoded.
         cache: Kind of the cache.
         step: Completed steps at the start of the attempt.
+        num_workers: Number of workers of the attempt.
+        coordinator: The run's coordinator.
     """
 
     def __init__(
-        self, spec: RunSpec, manifest: Manifest, decode: Decode, cache: Kind, step: int
+        self,
+        spec: RunSpec,
+        manifest: Manifest,
+        decode: Decode,
+        cache: Kind,
+        step: int,
+        num_workers: int,
+        coordinator: Any,
     ) -> None:
         super().__init__()
         self.decode: Decode = decode
         self.cache: Kind = cache
+        self._train, self._coordinator = spec.train, coordinator
+        self._expected_cpus = cpus_with_new_nodes(spec.train, num_workers)
         self._make_feeds = partial(make_feeds, spec, manifest, FeedOptions.of(spec, decode))
         sampler, epochs = TrainingSampler.of_run(spec, manifest), spec.train.epochs
         self._spans: dict[Split, tuple[int, int]] = {
@@ -62,11 +74,17 @@ class RunData(DataConfig):
         worker_node_ids: list[str] | None, **kwargs: Any,
     ) -> list[dict[str, "DataIterator"]]:  # fmt: skip
         """Return, for each worker, an iterator over its rows of each dataset; called by Ray."""
-        is_shared = self._is_shared(len(set(worker_node_ids or [])) == 1)
+        nodes = worker_node_ids or []
+        is_shared = self._is_shared(len(set(nodes)) == 1)
+        reserved = reserve_cpus(
+            self._train, self.decode, nodes, self._expected_cpus, self._coordinator
+        )
         workers = [self._feeds(rank, world_size) for rank in range(world_size)]
         return [
             {
-                split: feed.dataset(datasets[split], self._plan(feed, is_shared)).iterator()
+                split: feed.dataset(
+                    datasets[split], self._plan(feed, is_shared), reserved
+                ).iterator()
                 for split, feed in feeds.items()
                 if split in datasets
             }

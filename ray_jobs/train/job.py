@@ -48,9 +48,9 @@ _SAME_RUN = (
 )  # fmt: skip
 """Settings that must not change when a run resumes."""
 _CHANGEABLE = (
-    "num_workers", "use_gpu", "gpus_per_worker", "cpus_per_worker", "resources_per_worker",
-    "checkpoint_every_steps", "keep_checkpoints", "keep_best", "max_failures", "max_preemptions",
-    "hang_timeout_s",
+    "num_workers", "wait_for_workers_s", "use_gpu", "gpus_per_worker", "cpus_per_worker",
+    "resources_per_worker", "checkpoint_every_steps", "keep_checkpoints", "keep_best",
+    "max_failures", "max_preemptions", "hang_timeout_s",
 )  # fmt: skip
 """Settings of `train` that may change anyway, since they do not change the rows of any step. The
 weights then differ by rounding, or by more if they depend on the number of replicas, as they do
@@ -124,7 +124,10 @@ def _train(run: Run, callbacks: Sequence["UserCallback"]) -> None:
             def attempt(num_workers: int) -> None:
                 steps = CheckpointManager(run.folder).steps()
                 step = steps[-1] if steps else 0
-                data = RunData(spec, run.manifest, feed["decode"], feed["cache"], step)
+                data = RunData(
+                    spec, run.manifest, feed["decode"], feed["cache"], step, num_workers,
+                    coordinator,
+                )  # fmt: skip
                 own = {**config, "data": data, "attempt_start": time.time()}
                 config["ray_s"] = 0.0  # Later attempts reuse the connection.
                 fit_once(train, num_workers, train_on_worker, own, run.folder.uri, callbacks, data)

@@ -27,11 +27,13 @@ from ray_jobs.cluster.capacity import (
     worker_resources,
     workers_to_start,
 )
-from ray_jobs.cluster.connection import first_line, root_cause
+from ray_jobs.cluster.connection import first_line, owns_ray, root_cause
+from ray_jobs.cluster.node_inventory import describe_nodes
+from ray_jobs.cluster.worker_request import WorkerRequest
 from ray_jobs.config.errors import Interrupted, JobError
 from ray_jobs.config.spec import TrainSpec
 from ray_jobs.config.text import count_text
-from ray_jobs.train.coordinator import WorkerFailure, answer
+from ray_jobs.train.coordinator import HeldResources, WorkerFailure, answer
 from ray_jobs.train.telemetry.console import Event
 
 if TYPE_CHECKING:
@@ -71,13 +73,16 @@ def run_attempts(
         JobError: If the run cannot be finished, with the error of the first failed worker.
         Interrupted: If the user stopped the run.
     """
-    budget = _Budget(train)
-    with _noting_interrupts() as interrupted:
+    budget, wait_s = _Budget(train), 0.0 if owns_ray() else train.wait_for_workers_s
+    with _noting_interrupts() as interrupted, WorkerRequest(train) as request:
         while True:
-            num_workers = workers_to_start(train, budget.max_workers, interrupted)
+            request.update(0)
+            num_workers = workers_to_start(train, budget.max_workers, interrupted, wait_s)
+            wait_s = 0.0
             answer(coordinator.begin_attempt.remote())
             if interrupted.is_set():
                 raise Interrupted(_STOPPED)
+            request.update(num_workers)
             error, grows = _run_attempt(attempt, train, num_workers, coordinator, interrupted)
             failure = _failure(error, grows, finished, coordinator, num_workers)
             if failure is None:
@@ -149,18 +154,29 @@ def _run_attempt(
 
     thread = threading.Thread(target=work, name="attempt", daemon=True)
     thread.start()
-    last_look, stopping, grows = time.monotonic(), False, False
-    while thread.join(_POLL_S) or thread.is_alive():
-        if interrupted.is_set() and not stopping:
-            stopping = True
-            print("\nsaving a checkpoint; interrupt again to stop at once", file=sys.stderr)
-            coordinator.request_stop.remote()
-        if not (stopping or grows) and time.monotonic() - last_look > _CAPACITY_POLL_S:
+    last_look, stopping, grows, waits = time.monotonic(), False, False, False
+    try:
+        while thread.join(_POLL_S) or thread.is_alive():
+            if interrupted.is_set() and not stopping:
+                stopping = True
+                print("\nsaving a checkpoint; interrupt again to stop at once", file=sys.stderr)
+                coordinator.request_stop.remote()
+            if stopping or grows or time.monotonic() - last_look <= _CAPACITY_POLL_S:
+                continue
             last_look = time.monotonic()
+            held = answer(coordinator.held.remote(), HeldResources())
+            if held.waits_for and not waits:
+                waits = True
+                text = f"waiting for {describe_nodes(held.waits_for)} to read the data"
+                coordinator.post.remote({"kind": "note", "text": text})
             # Until the workers have started, their own resources count as free, too.
-            if can_grow(train, num_workers) and answer(coordinator.any_step_finished.remote()):
+            if can_grow(train, num_workers, held.by_node) and answer(
+                coordinator.any_step_finished.remote()
+            ):
                 grows = True
                 coordinator.request_stop.remote()
+    finally:
+        answer(coordinator.release.remote())
     return next(iter(errors), None), grows
 
 

@@ -16,8 +16,14 @@ from tests.ray_jobs.hosts import wait_until
 
 
 @contextmanager
-def autoscaling_cluster(folder: Path, node: dict[str, float], max_nodes: int) -> Iterator[str]:
-    """Start a head without CPUs, which adds nodes with some resources, and yield its address."""
+def autoscaling_cluster(folder: Path, max_nodes: int, **nodes: dict[str, float]) -> Iterator[str]:
+    """Start a head without CPUs, which adds nodes of some types, and yield its address.
+
+    Args:
+        folder: Folder for the configuration and the log.
+        max_nodes: Maximum number of nodes of each type.
+        nodes: Resources of a node by type.
+    """
     port, dashboard, client = free_ports(3)
     from ray.autoscaler._private.fake_multi_node import node_provider
 
@@ -25,7 +31,7 @@ def autoscaling_cluster(folder: Path, node: dict[str, float], max_nodes: int) ->
 
     config = {
         "cluster_name": f"fake-{port}",
-        "max_workers": max_nodes,
+        "max_workers": max_nodes * len(nodes),
         "idle_timeout_minutes": 0.25,
         "upscaling_speed": 10.0,
         "provider": {
@@ -40,8 +46,12 @@ def autoscaling_cluster(folder: Path, node: dict[str, float], max_nodes: int) ->
         },
         "available_node_types": {
             "ray.head.default": {"resources": {}, "node_config": {}, "max_workers": 0},
-            "worker": {
-                "resources": node, "node_config": {}, "min_workers": 0, "max_workers": max_nodes,
+            **{
+                name: {
+                    "resources": node, "node_config": {}, "min_workers": 0,
+                    "max_workers": max_nodes,
+                }
+                for name, node in nodes.items()
             },
         },
         "head_node_type": "ray.head.default",

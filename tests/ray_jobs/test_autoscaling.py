@@ -1,13 +1,14 @@
-"""GPU nodes are added for a training and removed after it; a lost one is replaced.
+"""Nodes are added for a training and removed after it; a lost one is replaced.
 
-The training is paused after its first step, so that it cannot end before the test has looked at the
-nodes, whatever the speed of the machine.
+Where a training could end before the test has looked at the nodes, it is paused after its first
+step or has too many epochs to end.
 """
 
 import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -20,59 +21,106 @@ from tests.ray_jobs.tiny import write_prepared
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiworker, pytest.mark.timeout(900)]
 GPU_NODE = {"CPU": 2, "GPU": 1}
+SMALL_GPU_NODE = {"CPU": 1, "GPU": 1}
+CPU_NODE = {"CPU": 4}
 REMOVAL_TIMEOUT_S = 180
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Iterator[Run]:
-    """A paused training of two workers with a GPU each, on a cluster whose head has none."""
-    write_prepared(tmp_path / "prepared", {"train": 160, "validation": 40, "test": 5}, size=32)
-    # The pause must not count as a hang.
-    sections = settings(
-        tmp_path / "prepared", use_gpu=True, resources_per_worker={}, hang_timeout_s=600
-    )
+def start(tmp_path: Path) -> Iterator[Any]:
+    """A function that starts a training of GPU workers on a cluster whose head has no resources.
+
+    After the test, all nodes must be removed.
+    """
+    write_prepared(tmp_path / "prepared", {"train": 192, "validation": 48, "test": 5}, size=32)
     environment = {"RAY_AUTH_MODE": "token", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
-    with (
-        patch.dict(os.environ, environment),
-        autoscaling_cluster(tmp_path, GPU_NODE, max_nodes=2) as address,
-    ):
-        assert gpu_nodes(address) == []
-        run = Run(tmp_path / "runs", "scaled", address, sections, tmp_path)
-        run.pause()
-        run.start()
-        run.wait_for_step(1)
-        yield run
-        wait_until(lambda: gpu_nodes(address) == [], REMOVAL_TIMEOUT_S, "the nodes are removed")
+    runs: list[Run] = []
+
+    def start_on(address: str, data: dict[str, Any], **train: Any) -> Run:
+        assert nodes(address) == {}
+        # A pause must not count as a hang.
+        options = {"use_gpu": True, "resources_per_worker": {}, "hang_timeout_s": 600, **train}
+        sections = settings(tmp_path / "prepared", **options)
+        sections["data"] |= data
+        runs.append(Run(tmp_path / "runs", "scaled", address, sections, tmp_path))
+        return runs[0]
+
+    with patch.dict(os.environ, environment):
+        yield start_on
 
 
-def gpu_nodes(address: str) -> list[str]:
-    """Return the ids of the nodes with a GPU."""
-    return [node["NodeID"] for node in nodes_of(address) if node["Resources"].get("GPU")]
+def nodes(address: str) -> dict[str, dict[str, float]]:
+    """Return the resources of all nodes but the head, by ID."""
+    return {
+        node["NodeID"]: node["Resources"]
+        for node in nodes_of(address)
+        if node["Resources"].get("CPU")
+    }
 
 
-def raylet_of(node: str) -> int:
-    """Return the process ID of a node's raylet on this machine."""
+def wait_for_removal(address: str) -> None:
+    wait_until(lambda: nodes(address) == {}, REMOVAL_TIMEOUT_S, "the nodes are removed")
+
+
+def kill(node: str) -> None:
+    """Kill a node's raylet on this machine."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         words = path.read_bytes().split(b"\0")
         if words[0].endswith(b"raylet") and f"--node_id={node}".encode() in words:
-            return int(path.parent.name)
+            os.kill(int(path.parent.name), signal.SIGKILL)
+            return
     raise AssertionError(f"node {node} has no raylet")
 
 
-def test_gpu_nodes_are_added_for_a_training_and_removed_after_it(run):
-    assert len(gpu_nodes(run.address)) == 2
-    run.resume()
-    run.wait()
-    assert run.attempts() == 1
+def test_cpu_nodes_are_added_for_decoding_and_all_nodes_are_removed_after_it(start, tmp_path):
+    with autoscaling_cluster(tmp_path, 2, gpu=SMALL_GPU_NODE, cpu=CPU_NODE) as address:
+        run = start(address, {"decode": "workers"})
+        run.pause()
+        run.start()
+        run.wait_for_step(1)
+        added = list(nodes(address).values())
+        assert sorted(node.get("GPU", 0) for node in added) == [0, 1, 1]
+        run.resume()
+        run.wait()
+        assert run.attempts() == 1
+        wait_for_removal(address)
 
 
-def test_a_lost_spot_node_is_replaced_and_the_run_finishes(run):
-    before = set(gpu_nodes(run.address))
-    os.kill(raylet_of(min(before)), signal.SIGKILL)
-    run.wait_until(lambda: run.attempts() == 2, "a second attempt")
-    after = set(gpu_nodes(run.address))
-    assert len(after) == 2
-    assert min(before) not in after
-    run.resume()
-    run.wait()
-    assert run.attempts() == 2
+def test_a_lost_spot_node_is_replaced_and_the_run_finishes(start, tmp_path):
+    with autoscaling_cluster(tmp_path, 2, gpu=GPU_NODE) as address:
+        run = start(address, {})
+        run.pause()
+        run.start()
+        run.wait_for_step(1)
+        before = set(nodes(address))
+        kill(min(before))
+        run.wait_until(lambda: run.attempts() == 2, "a second attempt")
+        after = set(nodes(address))
+        assert len(after) == 2
+        assert min(before) not in after
+        run.resume()
+        run.wait()
+        assert run.attempts() == 2
+        wait_for_removal(address)
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
+def test_a_range_of_workers_starts_small_grows_and_gets_a_lost_node_back(start, tmp_path, end):
+    with autoscaling_cluster(tmp_path, 3, gpu=GPU_NODE) as address:
+        run = start(
+            address, {}, num_workers=[1, 3], global_batch_size=24, wait_for_workers_s=0,
+            epochs=100_000, patience=100_000, checkpoint_every_steps=None,
+        )  # fmt: skip
+        run.start()
+        run.wait_until(lambda: bool(run.steps()), "the first step")
+        assert run.num_workers() == 1
+        run.wait_until(lambda: run.num_workers() == 3, "three workers")
+        before = set(nodes(address))
+        kill(min(before))
+        run.wait_until(
+            lambda: min(before) not in nodes(address) and run.num_workers() == 3, "a replacement"
+        )
+        assert len(nodes(address)) == 3
+        run.driver.send_signal(end)
+        run.driver.wait(120)
+        wait_for_removal(address)

@@ -1,8 +1,10 @@
 import pytest
 
-from ray_jobs.cluster import capacity
+from ray_jobs.cluster import capacity, compat_ray
 from ray_jobs.cluster.capacity import (
     bundles_that_fit,
+    can_grow,
+    reading_cpus,
     trial_slots,
     worker_resources,
     workers_that_fit,
@@ -26,6 +28,25 @@ def test_workers_fill_a_node_except_for_the_cpu_of_ray_data():
     train = TrainSpec(global_batch_size=24, num_workers=3, cpus_per_worker=0.4)
     assert workers_that_fit([{"CPU": 2.2}], train) == 3
     assert workers_that_fit([{"CPU": 2.19}], train) == 2
+
+
+def test_a_run_can_grow_into_what_is_free_and_what_it_holds(monkeypatch):
+    train = TrainSpec(global_batch_size=24, num_workers=(1, 3))
+    monkeypatch.setattr(compat_ray, "free_resources", lambda: {"a": {"CPU": 0.5}, "b": {"CPU": 1}})
+    assert not can_grow(train, 1, {})
+    # The CPUs of its own worker and reading tasks are free after a restart.
+    assert can_grow(train, 1, {"a": {"CPU": 1.5}})
+    assert not can_grow(train, 2, {"a": {"CPU": 1.5}})
+    assert not can_grow(train, 1, {"lost": {"CPU": 4}})
+
+
+def test_reading_tasks_get_the_cpus_that_are_left_as_two_bundles_per_worker():
+    assert reading_cpus([{"CPU": 16}], 2, 8) == 8
+    assert reading_cpus([{"CPU": 7}, {"CPU": 7}], 2, 8) == 7
+    assert reading_cpus([{"CPU": 3}], 2, 8) == 1
+    assert reading_cpus([{"CPU": 1}], 2, 8) == 0.5
+    assert reading_cpus([{"CPU": 2}], 64, 1) == 0.02
+    assert reading_cpus([{"GPU": 1}, {"CPU": 0.01}], 1, 1) is None
 
 
 @pytest.mark.parametrize(

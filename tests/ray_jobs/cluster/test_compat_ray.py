@@ -14,11 +14,41 @@ from ray_jobs.cluster import compat_ray
 
 def test_free_resources_are_listed_per_node(ray_local):
     import ray
-    from ray._private.state import available_resources_per_node
 
-    (node,) = compat_ray.free_resources()
-    assert 0 <= node["CPU"] <= ray.cluster_resources()["CPU"]
-    assert ray.nodes()[0]["NodeID"] in available_resources_per_node()
+    ((node, resources),) = compat_ray.free_resources().items()
+    assert 0 <= resources["CPU"] <= ray.cluster_resources()["CPU"]
+    assert node == ray.nodes()[0]["NodeID"]
+
+
+def test_detached_actors_run_on_the_node_of_the_driver(ray_local):
+    import ray
+    from ray.util.state import list_actors
+
+    compat_ray.start_detached_actors()
+    here = ray.get_runtime_context().get_node_id()
+    actors = {actor.class_name: actor for actor in list_actors(filters=[("state", "=", "ALIVE")])}
+    for name in ("_StatsActor", "_AutoscalingCoordinatorActor"):
+        assert actors[name].node_id == here
+
+
+def test_requests_to_the_autoscaler_add_up_until_they_are_withdrawn_or_expire(ray_local):
+    import ray
+
+    def requested() -> dict[str, list[dict[str, float]]]:
+        coordinator = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
+        requests = ray.get(coordinator.__ray_call__.remote(lambda self: self._ongoing_reqs))
+        return {name: r.requested_resources for name, r in requests.items() if name in ("a", "b")}
+
+    compat_ray.request_capacity("a", [{"CPU": 1.0}], 60)
+    compat_ray.request_capacity("b", [{"CPU": 2.0}] * 2, 60)
+    compat_ray.request_capacity("a", [{"CPU": 1.0}] * 3, 60)
+    assert requested() == {"a": [{"CPU": 1.0}] * 3, "b": [{"CPU": 2.0}] * 2}
+    compat_ray.withdraw_capacity("b")
+    compat_ray.withdraw_capacity("b")
+    compat_ray.request_capacity("a", [{"CPU": 1.0}], 0)
+    # Another request drops what has expired.
+    compat_ray.request_capacity("c", [], 0)
+    assert requested() == {}
 
 
 def test_autoscaler_groups_are_read_from_the_cluster_configuration(ray_local, monkeypatch):

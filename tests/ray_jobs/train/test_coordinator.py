@@ -1,6 +1,6 @@
 import asyncio
 
-from ray_jobs.train.coordinator import StopRequest
+from ray_jobs.train.coordinator import HeldResources, StopRequest
 
 
 def test_a_worker_sees_a_stop_request_until_the_next_attempt(coordinator):
@@ -14,6 +14,30 @@ def test_a_worker_sees_a_stop_request_until_the_next_attempt(coordinator):
     ray.get(coordinator.begin_attempt.remote())
     while stop_requested():
         pass
+
+
+def test_reading_tasks_hold_cpus_until_they_are_released(coordinator):
+    import ray
+
+    node = ray.get_runtime_context().get_node_id()
+    workers = [(node, {"CPU": 1.0}), (node, {"CPU": 1.0})]
+    assert ray.get(coordinator.hold.remote(workers, [], None)) is None
+    assert ray.get(coordinator.held.remote()) == HeldResources({node: {"CPU": 2.0}})
+    placement = ray.get(coordinator.hold.remote(workers, [{"CPU": 0.5}, {"CPU": 0.5}], None))
+    assert placement.wait(30)
+    assert ray.get(coordinator.held.remote()) == HeldResources({node: {"CPU": 3.0}})
+    ray.get(coordinator.release.remote())
+    assert ray.get(coordinator.held.remote()) == HeldResources()
+    assert ray.util.placement_group_table(placement)["state"] == "REMOVED"
+
+
+def test_cpus_that_do_not_fit_are_reported(coordinator):
+    import ray
+
+    too_many = ray.cluster_resources()["CPU"] + 1
+    ray.get(coordinator.hold.remote([], [{"CPU": too_many}], None))
+    assert ray.get(coordinator.held.remote()) == HeldResources({}, ({"CPU": too_many},))
+    ray.get(coordinator.release.remote())
 
 
 def test_a_worker_does_not_wait_for_a_late_answer(ray_local):

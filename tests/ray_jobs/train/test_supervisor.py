@@ -276,6 +276,8 @@ def test_a_run_grows_again_after_a_start_up_timeout(coordinator):
         if len(numbers) == 1:
             raise no_room(num_workers)
         workers = held(num_workers)
+        node = ray.get_runtime_context().get_node_id()
+        ray.get(coordinator.hold.remote([(node, {"CPU": num_workers})], [], None))
         ray.get(coordinator.post.remote({"kind": "startup"}))
         while len(numbers) == 2 and not ray.get(coordinator.stop_requested.remote()):
             pass
