@@ -52,13 +52,14 @@ class _Coordinator:
     def begin_attempt(self) -> None:
         """Clear the failures and requests of the previous attempt."""
         self.reported: list[WorkerFailure] = []
-        self.stop = self.step_finished = False
+        self.stop = self.step_finished = self.preemption = False
 
     def post(self, event: Event) -> None:
         """Store an event until the driver takes it."""
         self.events.append(event)
         # Rank 0 reports its start-up after the first step.
         self.step_finished |= event["kind"] == "startup"
+        self.preemption |= event["kind"] == "preemption"
 
     def take(self) -> list[Event]:
         """Return and remove the stored events."""
@@ -132,6 +133,10 @@ class _Coordinator:
     def any_step_finished(self) -> bool:
         """Whether the current attempt has finished a step."""
         return self.step_finished
+
+    def preemption_announced(self) -> bool:
+        """Whether a preemption of a node was announced in the current attempt."""
+        return self.preemption
 
 
 def make_coordinator() -> Any:

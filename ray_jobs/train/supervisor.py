@@ -27,9 +27,9 @@ from ray_jobs.cluster.capacity import (
     worker_resources,
     workers_to_start,
 )
+from ray_jobs.cluster.capacity_request import CapacityRequest
 from ray_jobs.cluster.connection import first_line, owns_ray, root_cause
 from ray_jobs.cluster.node_inventory import describe_nodes
-from ray_jobs.cluster.worker_request import WorkerRequest
 from ray_jobs.config.errors import Interrupted, JobError
 from ray_jobs.config.spec import TrainSpec
 from ray_jobs.config.text import count_text
@@ -45,6 +45,7 @@ _MAX_STARTUPS = 30
 """Attempts in a row to start the workers, a minute each: enough for an autoscaler."""
 _POLL_S = 0.5
 _CAPACITY_POLL_S = 10.0
+_PREEMPTED = "a node was preempted"
 _STOPPED = "stopped; run the same command again to resume the run"
 
 
@@ -74,15 +75,17 @@ def run_attempts(
         Interrupted: If the user stopped the run.
     """
     budget, wait_s = _Budget(train), 0.0 if owns_ray() else train.wait_for_workers_s
-    with _noting_interrupts() as interrupted, WorkerRequest(train) as request:
+    bundle, max_workers = worker_resources(train), allowed_worker_counts(train)[-1]
+    with noting_interrupts() as interrupted, CapacityRequest() as request:
         while True:
-            request.update(0)
+            request.update([bundle] * max_workers)
             num_workers = workers_to_start(train, budget.max_workers, interrupted, wait_s)
             wait_s = 0.0
             answer(coordinator.begin_attempt.remote())
             if interrupted.is_set():
                 raise Interrupted(_STOPPED)
-            request.update(num_workers)
+            # Ray Train requests the workers of the attempt itself.
+            request.update([bundle] * (max_workers - num_workers))
             error, grows = _run_attempt(attempt, train, num_workers, coordinator, interrupted)
             failure = _failure(error, grows, finished, coordinator, num_workers)
             if failure is None:
@@ -181,8 +184,12 @@ def _run_attempt(
 
 
 @contextmanager
-def _noting_interrupts() -> Iterator[threading.Event]:
-    """Record Ctrl-C and SIGTERM (`ray job stop`); a second signal raises KeyboardInterrupt."""
+def noting_interrupts(on_first: Callable[[], None] | None = None) -> Iterator[threading.Event]:
+    """Record Ctrl-C and SIGTERM (`ray job stop`); a second signal raises KeyboardInterrupt.
+
+    Args:
+        on_first: Called in the main thread at the first signal.
+    """
     noted = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         # Only the main thread can set signal handlers.
@@ -193,6 +200,8 @@ def _noting_interrupts() -> Iterator[threading.Event]:
         if noted.is_set():
             raise KeyboardInterrupt
         noted.set()
+        if on_first is not None:
+            on_first()
 
     before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -223,6 +232,10 @@ def _failure(
     if error is not None:
         reported = answer(coordinator.failures.remote(), default=[])
         failure = _classify(error, reported, num_workers)
+        is_lost = failure.kind == "failure" and all(worker.kind != "error" for worker in reported)
+        if is_lost and answer(coordinator.preemption_announced.remote(), default=False):
+            # The other workers can fail before Ray notices that the node is gone.
+            failure = Failure("preemption", _PREEMPTED)
         # The frames of the error hold handles that would keep Ray's actors alive.
         return replace(failure, cause=error.with_traceback(None))
     if grows:
@@ -238,7 +251,7 @@ def _classify(error: Exception, reported: Sequence[WorkerFailure], num_workers: 
     from ray.train import ControllerError, PreemptionError, TrainingFailedError, WorkerGroupError
 
     if isinstance(error, PreemptionError):
-        return Failure("preemption", "a node was preempted")
+        return Failure("preemption", _PREEMPTED)
     if isinstance(error, WorkerGroupError):
         return _worker_failure(error.worker_failures, reported, num_workers)
     if isinstance(error, ControllerError):
@@ -274,7 +287,7 @@ def _worker_failure(
     causes = {rank: compat_ray.health_check_cause(error) for rank, error in errors.items()}
     deaths = {rank: cause for rank, cause in causes.items() if isinstance(cause, RayActorError)}
     if any(death.preempted for death in deaths.values()):
-        return Failure("preemption", "a node was preempted")
+        return Failure("preemption", _PREEMPTED)
     for kind in ("error", "hang"):
         for first in (failure for failure in reported if failure.kind == kind):
             text = f"worker {first.rank} failed: {first.text}"

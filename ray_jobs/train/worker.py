@@ -197,6 +197,9 @@ class _Worker(Callbacks):
         save = False
         if self._polls % _POLLS_PER_PREEMPTION_CHECK == 0 and not self._saved_for_preemption:
             save = self._saved_for_preemption = ray.train.get_preemption_info() is not None
+            if save:
+                text = "a node will be preempted; saving a checkpoint"
+                self.post({"kind": "preemption", "text": text})
         return ControlRequest(save=save, stop=self.is_rank_zero and self._stop())
 
     def on_checkpoint(self, step: int, copy: CopyCheckpoint) -> None:

@@ -18,18 +18,20 @@ from typing import Any
 
 import numpy as np
 from ray import tune
-from ray.tune import CheckpointConfig
+from ray.tune import Callback, CheckpointConfig
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.search import ConcurrencyLimiter, SearchAlgorithm, SearchGenerator
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from ray_jobs.cluster.capacity import trial_slots, worker_resources
+from ray_jobs.cluster.capacity_request import CapacityRequest
 from ray_jobs.cluster.compat_ray import SNAPSHOT_LOGGER, propagated_env_vars
 from ray_jobs.config.errors import Interrupted, JobError
 from ray_jobs.config.spec import RunSpec
 from ray_jobs.config.text import count_text
 from ray_jobs.config.tune_spec import EXPLOITING, PAUSING
 from ray_jobs.storage.folder import Folder
+from ray_jobs.train.supervisor import noting_interrupts
 from ray_jobs.tune.results.leaderboard import LiveLeaderboard
 from ray_jobs.tune.results.search_state import Search
 from ray_jobs.tune.search.scheduler import make_scheduler, perturbation_epochs
@@ -52,6 +54,8 @@ _ENVIRONMENT = {
     "TUNE_GLOBAL_CHECKPOINT_S": "1",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    # See `_interrupts_end_tune`.
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
     # Ray's new output cannot be silenced.
     "RAY_AIR_NEW_OUTPUT": "0",
 }
@@ -112,7 +116,13 @@ def run_trials(
         algorithm, num_trials = _make_algorithm(spec, space, search)
         callback = SearchCallback(search, context, settings, scheduler, algorithm, leaderboard.show)
         trainable: Any = tune.with_parameters(Trial, context=context)
-        with _tune_configured(search.slots), _sigterm_interrupts():
+        with (
+            _tune_configured(search.slots),
+            _interrupts_end_tune() as interrupted,
+            CapacityRequest() as request,
+        ):
+            workers = [bundle] * context.num_workers
+            requesting = _RequestCallback(request, workers, search.slots, num_trials)
             analysis = tune.run(
                 tune.with_resources(trainable, context.resources_of),
                 name=TRIALS,
@@ -124,7 +134,7 @@ def run_trials(
                 search_alg=algorithm,
                 scheduler=scheduler,
                 stop=BudgetStopper(callback),
-                callbacks=[callback],
+                callbacks=[callback, requesting],
                 checkpoint_config=CheckpointConfig(
                     num_to_keep=num_checkpoints, checkpoint_at_end=True
                 ),
@@ -135,12 +145,11 @@ def run_trials(
                 resume=resume,
                 verbose=0,
             )
-        trials = analysis.trials or ()
-        callback.record_ended(trials)
+        if interrupted.is_set():
+            raise Interrupted("stopped; run the same command again to resume the search")
+        callback.record_ended(analysis.trials or ())
         if part := callback.spent_part():
             leaderboard.note(f"tune.budget.{part} is spent; running trials were stopped")
-    if not all(trial.is_finished() for trial in trials):
-        raise Interrupted("stopped; run the same command again to resume the search")
     if not any(row.scores for row in search.trials):
         errors = [f"the first error: {row.error}" for row in search.trials if row.error]
         reason = errors[0] if errors else "none completed its first epoch"
@@ -160,6 +169,34 @@ def _make_algorithm(spec: RunSpec, space: Space, search: Search) -> tuple[Search
         # Trials wait for each other, so all of them must start.
         return _TrialGenerator(searcher, num_trials), num_trials
     return _TrialGenerator(searcher, num_trials, search.slots), num_trials
+
+
+class _RequestCallback(Callback):
+    """Requests the resources of as many trials as can still run at the same time.
+
+    Their placement groups alone would not suffice: another job's request would be met by the nodes
+    that they use.
+
+    Args:
+        request: The request to update.
+        workers: Resources of each worker of a trial.
+        slots: Maximum number of trials that run at the same time.
+        num_trials: Number of trials of the search.
+    """
+
+    def __init__(
+        self,
+        request: CapacityRequest,
+        workers: Sequence[Mapping[str, float]],
+        slots: int,
+        num_trials: int,
+    ) -> None:
+        self.request, self.workers = request, workers
+        self.slots, self.num_trials = slots, num_trials
+
+    def on_step_begin(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
+        remaining = self.num_trials - sum(trial.is_finished() for trial in trials)
+        self.request.update([*self.workers] * min(self.slots, remaining))
 
 
 class _TrialGenerator(SearchGenerator):
@@ -231,15 +268,18 @@ def _is_relevant(record: logging.LogRecord) -> bool:
 
 
 @contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """Handle SIGTERM, which `ray job stop` sends, like Ctrl-C: Tune then saves its state."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    interrupt = signal.getsignal(signal.SIGINT)
-    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        signal.signal(signal.SIGINT, interrupt)
+def _interrupts_end_tune() -> Iterator[threading.Event]:
+    """Make Tune save its state and end at Ctrl-C or SIGTERM, and record that it did.
+
+    Tune itself ends at Ctrl-C in the same way as at the end of a search.
+    """
+    with noting_interrupts(lambda: signal.raise_signal(signal.SIGUSR1)) as interrupted:
+        if threading.current_thread() is not threading.main_thread():
+            yield interrupted
+            return
+        # Tune replaces this handler by its own, which ends Tune.
+        before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        try:
+            yield interrupted
+        finally:
+            signal.signal(signal.SIGUSR1, before)

@@ -6,17 +6,19 @@ step or has too many epochs to end.
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
+import yaml
 
 from benchmarks.chaos import settings
 from benchmarks.disturbed import Run
 from tests.ray_jobs.autoscaling import autoscaling_cluster
-from tests.ray_jobs.hosts import nodes_of, wait_until
+from tests.ray_jobs.hosts import nodes_of, started, wait_until
 from tests.ray_jobs.tiny import write_prepared
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiworker, pytest.mark.timeout(900)]
@@ -101,6 +103,36 @@ def test_a_lost_spot_node_is_replaced_and_the_run_finishes(start, tmp_path):
         run.resume()
         run.wait()
         assert run.attempts() == 2
+        wait_for_removal(address)
+
+
+def test_a_training_and_a_search_both_get_the_nodes_that_they_request(start, tmp_path):
+    endless = {"epochs": 100_000, "patience": 100_000, "checkpoint_every_steps": None}
+    with autoscaling_cluster(tmp_path, 5, gpu=GPU_NODE) as address:
+        run = start(address, {}, num_workers=[1, 2], wait_for_workers_s=0, **endless)
+        spec = {
+            **run.settings,
+            "run": {"storage_path": str(tmp_path / "searches"), "name": "search"},
+            "tune": {
+                "space": {"train.learning_rate": {"uniform": [1e-4, 1e-3]}},
+                "scheduler": "fifo",
+                "budget": {"trials": 2},
+                "max_concurrent_trials": 2,
+            },
+        }
+        file = tmp_path / "search.yaml"
+        file.write_text(yaml.safe_dump(spec))
+        command = [sys.executable, "-m", "ray_jobs.tune", str(file)]
+        environment = {**os.environ, "RAY_ADDRESS": address}
+        with started(command, tmp_path / "search.log", env=environment) as search:
+            wait_until(lambda: len(nodes(address)) == 2, 180, "nodes for the search")
+            run.start()
+            run.wait_until(lambda: run.num_workers() == 2, "two workers")
+            assert len(nodes(address)) == 4
+            search.send_signal(signal.SIGINT)
+            assert search.wait(120) == 130
+        run.driver.send_signal(signal.SIGINT)
+        assert run.driver.wait(120) == 130
         wait_for_removal(address)
 
 

@@ -115,7 +115,7 @@ class ProgressConsole:
                     self.has_header = True
                     self.console.print(_HEADER, style="bold")
                 self.console.print(_epoch_line(event))
-            case "note" | "stage":
+            case "note" | "stage" | "preemption":
                 self._print(event["text"], "dim")
             case "startup":
                 self._print(_startup_text(event["parts"]), "dim")

@@ -182,6 +182,30 @@ def test_preemptions_are_counted_separately(coordinator):
         attempts.run(max_preemptions=1)
 
 
+def test_a_worker_that_is_lost_after_an_announcement_counts_as_preempted(coordinator):
+    import ray
+
+    attempts = Attempts(coordinator)
+
+    def announced(*reported: WorkerFailure) -> Callable[[], Exception]:
+        fail = attempts.reported(*reported)
+
+        def announce_and_fail() -> Exception:
+            ray.get(coordinator.post.remote({"kind": "preemption", "text": "…"}))
+            return fail()
+
+        return announce_and_fail
+
+    attempts.failures = [announced(SECONDARY), announced(HANG), announced(SECONDARY, ERROR)]
+    # An error of a worker's own is not a preemption, nor is a loss in a later attempt.
+    with pytest.raises(JobError, match="worker 1 failed: OSError: no space left"):
+        attempts.run(num_workers=4, max_failures=0)
+    assert len(attempts.num_workers) == 3
+    attempts.failures = [announced(SECONDARY), attempts.reported(SECONDARY)]
+    with pytest.raises(JobError, match="died or is hung"):
+        attempts.run(num_workers=4, max_failures=0)
+
+
 def test_an_error_that_is_not_from_ray_is_raised_unchanged(coordinator):
     attempts = Attempts(coordinator, ZeroDivisionError("a bug"))
     with pytest.raises(ZeroDivisionError, match="a bug"):

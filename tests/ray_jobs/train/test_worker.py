@@ -70,6 +70,7 @@ def test_a_checkpoint_is_requested_once_before_a_preemption(worker, monkeypatch)
     assert not any(worker.poll_control().save for _ in range(2 * every))
     info[0] = "soon"
     assert [worker.poll_control().save for _ in range(2 * every)].count(True) == 1
+    assert ray.get(worker.coordinator.preemption_announced.remote())
 
 
 def test_all_workers_resume_from_the_checkpoint_that_rank_0_found(

@@ -1,16 +1,20 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import yaml
 
-from ray_jobs.config.errors import JobError
+from ray_jobs.config.errors import Interrupted, JobError
 from ray_jobs.tune.run_trials import TRIALS
 from ray_jobs.tune.trials.trial import ENDED
+from ray_jobs.tune.trials.tune_callback import SearchCallback
 from tests.ray_jobs.autoscaling import autoscaling_cluster
 from tests.ray_jobs.tune.searches import require_nothing_left, run_search, spec_in
 
@@ -146,6 +150,41 @@ def test_a_search_ends_when_its_budget_is_spent(ray_local, data):
     require_nothing_left()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_a_search_which_can_resume(ray_local, data, number):
+    spec = spec_in(
+        data,
+        run__name=f"stopped-{number}",
+        train__epochs=1000,
+        train__patience=1000,
+        tune__scheduler="fifo",
+        tune__max_concurrent_trials=1,
+        tune__budget__trials=1,
+    )
+    signals = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
+    handlers = [signal.getsignal(one) for one in signals]
+    on_trial_result = SearchCallback.on_trial_result
+
+    def interrupt(*arguments: Any, **options: Any) -> None:
+        on_trial_result(*arguments, **options)
+        os.kill(os.getpid(), number)
+
+    with (
+        patch.object(SearchCallback, "on_trial_result", interrupt),
+        pytest.raises(Interrupted, match="run the same command again to resume the search"),
+    ):
+        run_search(spec)
+    assert [
+        signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    ] == handlers
+    require_nothing_left()
+    (trial,) = run_search(spec.overlay({"tune.budget.cpu_hours": 20 / 3600})).trials
+    assert trial.state == "stopped"
+    assert [record["epoch"] for record in trial.history][:2] == [0, 1]
+    require_nothing_left()
+
+
 def test_a_search_that_cannot_fit_on_the_cluster_fails_before_a_trial_starts(ray_local, data):
     spec = spec_in(data, run__name="large", tune__workers_per_trial=2, train__cpus_per_worker=4)
     with pytest.raises(JobError, match=r"a trial needs 2 × \(4 CPU\), each on one node, and the"):
@@ -180,7 +219,7 @@ def test_every_scheduler_finishes_and_releases_everything(ray_local, data, sched
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_autoscaler_adds_nodes_for_a_search_and_removes_them_afterwards(tmp_path):
-    with autoscaling_cluster(tmp_path, {"CPU": 1}, max_nodes=2) as address:
+    with autoscaling_cluster(tmp_path, 2, cpu={"CPU": 1}) as address:
         result = subprocess.run(
             [sys.executable, "-m", "tests.ray_jobs.tune.autoscaled", str(tmp_path), address],
             capture_output=True,
