@@ -19,6 +19,7 @@ from ray_jobs.prepare.job import prepare
 from tests.ray_jobs.trained import stored_rows
 
 SIZE = 24
+ROWS_PER_SHARD = 10
 
 Row = dict[str, Any]
 
@@ -66,7 +67,7 @@ class Raw:
             "table": str(self.folder / "table.csv"),
             "output": str(self.out(name)),
         }
-        sizes = {"image_size": SIZE, "rows_per_shard": 10, "rows_per_group": 4}
+        sizes = {"image_size": SIZE, "rows_per_shard": ROWS_PER_SHARD, "rows_per_group": 4}
         section = paths | sizes | options
         tree = {"prepare": section, "run": {"seed": seed}, "data": {"categorical": categorical}}
         return RunSpec.model_validate(tree)

@@ -3,7 +3,7 @@
 Input: the rows, and the manifest and shards of an earlier prepare. Output: `Plan`.
 
 The current table decides: a shard is kept if all its rows still exist unchanged, and all other rows
-go into new shards.
+go into new shards. Small shards are merged with new rows if this makes fewer shards.
 """
 
 # pyright: reportAttributeAccessIssue=false
@@ -129,18 +129,22 @@ def make_plan(
     members: dict[Split, np.ndarray] = {
         split: good[split_of[good] == i] for i, split in enumerate(SPLITS)
     }
-    kept: dict[Split, list[Shard]] = {split: [] for split in SPLITS}
-    is_kept = np.zeros(len(rows), bool)
+    unchanged: dict[Split, list[tuple[Shard, np.ndarray]]] = {split: [] for split in SPLITS}
     earlier_shards = earlier.shards if earlier else []
     for (split, shard, _), chosen in zip(earlier_shards, earlier_rows, strict=True):
         if (chosen < 0).any() or (split_of[chosen] != SPLITS.index(split)).any():
             continue
         if writer.fingerprint(split, rows.take(chosen)) == shard.rows_sha256:
-            kept[split].append(shard)
-            is_kept[chosen] = True
+            unchanged[split].append((shard, chosen))
+    kept: dict[Split, list[Shard]] = {}
+    is_kept = np.zeros(len(rows), bool)
     new: list[NewShard] = []
     in_containers = any(refs.in_containers for refs in rows.images)
     for split, chosen in members.items():
+        keep = _without_mergeable(unchanged[split], len(chosen), writer.rows_per_shard)
+        kept[split] = [shard for shard, _ in keep]
+        for _, kept_rows in keep:
+            is_kept[kept_rows] = True
         chosen = chosen[~is_kept[chosen]]
         if in_containers:
             chosen = chosen[_container_order([refs.take(chosen) for refs in rows.images])]
@@ -149,6 +153,18 @@ def make_plan(
         for index, start in enumerate(range(0, len(chosen), writer.rows_per_shard), first):
             new.append((split, index, chosen[start : start + writer.rows_per_shard]))
     return Plan(members, cuts, note, kept, new)
+
+
+def _without_mergeable(
+    shards: list[tuple[Shard, np.ndarray]], num_rows: int, rows_per_shard: int
+) -> list[tuple[Shard, np.ndarray]]:
+    """Return the unchanged shards of a split that are kept, given the number of all its rows."""
+    num_new = num_rows - sum(shard.num_rows for shard, _ in shards)
+    large = [item for item in shards if 2 * item[0].num_rows >= rows_per_shard]
+    num_merged = num_rows - sum(shard.num_rows for shard, _ in large)
+    num_small = len(shards) - len(large)
+    fewer = -(-num_merged // rows_per_shard) < -(-num_new // rows_per_shard) + num_small
+    return large if num_new and fewer else shards
 
 
 def _split(
