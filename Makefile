@@ -27,7 +27,7 @@ check: $(READY)
 # Benchmarks of the service, 90 minutes in total. Not included: benchmarks.houses, which takes longer
 # than all of them, and benchmarks.chaos (50 minutes), which mounts a small disk as root.
 bench: $(READY)
-	for name in feed wait memory join interrupted order loop checkpoint startup tuning pbt plan; do \
+	for name in feed wait memory join interrupted order loop checkpoint startup scale tuning pbt plan; do \
 		$(BIN)/python -m benchmarks.$$name || exit 1; done
 
 # After a change of dependencies: pin the newest compatible versions for every Python and platform.

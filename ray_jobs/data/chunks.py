@@ -55,6 +55,8 @@ class Chunks(ABC):
 
     split: Split
     batch_size: int
+    chunk_rows: int
+    """Rows of a chunk, except for the last one of an epoch."""
     all_groups: frozenset[GroupKey]
     """Row groups of the split."""
 
@@ -101,6 +103,7 @@ class TrainingChunks(Chunks):
     def __init__(self, sampler: TrainingSampler, rank: int, num_workers: int) -> None:
         self.sampler = sampler
         self.batch_size = sampler.global_batch_size // num_workers
+        self.chunk_rows = sampler.steps_per_window * self.batch_size
         self.all_groups = keys_of(sampler.groups)
         self.streams = sampler.streams_of(rank, num_workers)
 

@@ -56,6 +56,9 @@ if TYPE_CHECKING:
 _ROWS_PER_CALL = {"jpeg": 8, "raw": 64}
 """Rows per call of a decoding thread, by image encoding: copying raw pixels is so cheap that it
 needs larger calls."""
+_ROWS_READ = 256
+_MAX_READS = 8
+"""Rows of a worker that are read at the same time, in at most as many chunks."""
 
 
 @dataclass(frozen=True)
@@ -195,8 +198,21 @@ class Feed:
             self.decoder if self.options.decode == "workers" else None,
             self.num_workers,
             self.options.data,
+            self._num_reads(),
             reserved,
         )
+
+    def _num_reads(self) -> int:
+        """Return how many chunks are read at the same time.
+
+        Requests to an object store take longer than the transfer of a small chunk, such as that of
+        one of many workers.
+        """
+        data, chunk_rows = self.options.data, self.chunks.chunk_rows
+        row_bytes = self.manifest.splits[self.chunks.split].row_bytes
+        # As in `DataSpec.window_rows`, four chunks of the same size may be in memory.
+        buffer_rows = data.buffer_bytes / (4 * row_bytes * self.num_workers)
+        return max(1, min(_MAX_READS, min(_ROWS_READ, int(buffer_rows)) // chunk_rows))
 
     def iterate(self, rows: "DataIterator") -> Iterator[Any]:
         """Start to read the rows of this worker's dataset."""

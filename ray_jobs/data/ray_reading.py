@@ -9,7 +9,8 @@ Ray Data may cut the rows into blocks of any size.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,6 +20,7 @@ from ray_jobs.config.spec import DataSpec
 from ray_jobs.data.batch import WEIGHT
 from ray_jobs.data.chunks import Chunks, GroupKey, Place, ReadPlan
 from ray_jobs.data.decoder import Batch, RowDecoder
+from ray_jobs.data.prefetch import prefetch_map
 from ray_jobs.data.reader import ShardReader
 
 if TYPE_CHECKING:
@@ -70,6 +72,7 @@ def read_dataset(
     decoder: RowDecoder | None,
     num_workers: int,
     data: DataSpec,
+    num_reads: int,
     reserved: ReservedCpus | None,
 ) -> "Dataset":
     """Return the dataset of one worker's rows.
@@ -81,6 +84,7 @@ def read_dataset(
         decoder: Decodes the rows in the dataset; None leaves that to the worker.
         num_workers: Number of workers that read at the same time.
         data: The `data` section.
+        num_reads: Number of chunks that a task reads at the same time if it does not decode.
         reserved: CPUs for the tasks; None runs them wherever Ray likes, without CPUs of their own.
     """
     from ray.data import ExecutionOptions, ExecutionResources
@@ -92,7 +96,7 @@ def read_dataset(
     if reserved is not None:
         options["ray_remote_args_fn"] = _TaskOptions(reserved, concurrency)
     if decoder is None:
-        read = _ReadGroups(reader, plan)
+        read = _ReadGroups(reader, plan, num_reads)
         dataset = places.map_batches(read, batch_format="pyarrow", **options)
         dataset.context.target_max_block_size = _BLOCK_BYTES["encoded"]
     else:
@@ -109,6 +113,27 @@ def read_dataset(
             resource_limits=ExecutionResources(object_store_memory=limit / num_workers),
         )
     return dataset
+
+
+def read_chunks(
+    reader: ShardReader, plan: ReadPlan, places: Iterable[Place], num_reads: int
+) -> Iterator[pa.Table]:
+    """Yield the row groups that a plan has to read for each chunk, unless there are none.
+
+    Args:
+        reader: Reader of the split.
+        plan: What is read for each chunk.
+        places: The places of the chunks.
+        num_reads: Number of chunks that are read at the same time.
+    """
+
+    def read(keys: Sequence[GroupKey]) -> pa.Table:
+        tables = reader.read_keys(keys)
+        return pa.concat_tables([tables[key] for key in keys])
+
+    to_read = (keys for place in places if (keys := plan.missing(place)))
+    with ThreadPoolExecutor(num_reads, "feed-chunks") as threads:
+        yield from prefetch_map(read, to_read, threads, num_reads - 1)
 
 
 def iterate_rows(
@@ -189,12 +214,10 @@ class _ReadGroups:
 
     reader: ShardReader
     plan: ReadPlan
+    num_reads: int
 
     def __call__(self, places: pa.Table) -> Iterator[pa.Table]:
-        for place in _places_in(places):
-            if keys := self.plan.missing(place):
-                tables = self.reader.read_keys(keys)
-                yield pa.concat_tables([tables[key] for key in keys])
+        return read_chunks(self.reader, self.plan, _places_in(places), self.num_reads)
 
 
 @dataclass(frozen=True)
