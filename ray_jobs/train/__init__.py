@@ -2,6 +2,7 @@
 
 job            the driver: resolves the spec, opens the run folder, connects to Ray
 datasets       the Ray Data datasets of an attempt, and each worker's rows of them
+               (reading_reservation: the CPUs of the tasks that read them)
 supervisor     restarts attempts after transient failures
 coordinator    passes events, failures and stop requests between the driver and the workers
 worker         one Ray worker: start-up, checkpoints, reports

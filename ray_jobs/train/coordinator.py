@@ -85,22 +85,22 @@ class _Coordinator:
     def hold(
         self,
         workers: Sequence[tuple[str, Mapping[str, float]]],
-        bundles: Sequence[Mapping[str, float]],
-        selectors: Sequence[Mapping[str, str]] | None,
+        bundles: list[dict[str, float]],
+        selectors: list[dict[str, str]],
     ) -> "PlacementGroup | None":
-        """Note where the workers run, and reserve resources for reading tasks.
+        """Note where the workers run, and reserve resources for reading tasks once per attempt.
 
         Args:
             workers: Node ID and resources of each worker.
             bundles: Bundles for reading tasks, or none.
-            selectors: Label selectors of the bundles.
+            selectors: Label selectors of the bundles, or none.
         """
         from ray.util import placement_group
 
         self.workers = workers
-        if bundles:
-            given: Any = bundles, selectors
-            self.placement = placement_group(given[0], bundle_label_selector=given[1])
+        if bundles and self.placement is None:
+            given: Any = selectors or None
+            self.placement = placement_group(bundles, bundle_label_selector=given)
         return self.placement
 
     def held(self) -> HeldResources:

@@ -33,7 +33,9 @@ def cpus_with_new_nodes(train: TrainSpec, num_workers: int) -> int:
 def reserve_cpus(
     train: TrainSpec, decode: Decode, worker_nodes: Sequence[str], expected: int, coordinator: Any
 ) -> ReservedCpus | None:
-    """Reserve CPUs for the tasks of an attempt whose workers are placed.
+    """Reserve CPUs for the tasks of an attempt whose workers are placed, or return those reserved.
+
+    Ray Train calls this for each dataset.
 
     Args:
         train: The `train` section.
@@ -49,7 +51,7 @@ def reserve_cpus(
     cpus = reading_cpus(list(free.values()), num_workers, MAX_CPUS[decode])
     if decode == "workers":
         cpus = max(cpus or 1.0, expected)
-    bundles, selectors = [], None
+    bundles, selectors = [], []
     if cpus is not None:
         bundles = [{"CPU": cpus / 2}] * 2 * num_workers
         with_gpu = [node for node in free if total.get(node, {}).get("GPU")]
@@ -58,4 +60,4 @@ def reserve_cpus(
             selectors = [{_NODE_ID: f"!in({','.join(with_gpu)})"}] * len(bundles)
     workers = [(node, worker_resources(train)) for node in worker_nodes]
     placement: Any = ray.get(coordinator.hold.remote(workers, bundles, selectors))
-    return None if placement is None or cpus is None else ReservedCpus(placement, cpus / 2)
+    return None if placement is None else ReservedCpus(placement, placement.bundle_specs[0]["CPU"])

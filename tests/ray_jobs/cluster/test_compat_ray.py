@@ -22,13 +22,16 @@ def test_free_resources_are_listed_per_node(ray_local):
 
 def test_detached_actors_run_on_the_node_of_the_driver(ray_local):
     import ray
-    from ray.util.state import list_actors
 
     compat_ray.start_detached_actors()
-    here = ray.get_runtime_context().get_node_id()
-    actors = {actor.class_name: actor for actor in list_actors(filters=[("state", "=", "ALIVE")])}
-    for name in ("_StatsActor", "_AutoscalingCoordinatorActor"):
-        assert actors[name].node_id == here
+    names = {
+        "datasets_stats_actor": "_dataset_stats_actor",
+        "AutoscalingCoordinator": "AutoscalingCoordinator",
+    }
+    for name, namespace in names.items():
+        actor = ray.get_actor(name, namespace)
+        node = actor.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id())
+        assert ray.get(node) == ray.get_runtime_context().get_node_id()
 
 
 def test_requests_to_the_autoscaler_add_up_until_they_are_withdrawn_or_expire(ray_local):

@@ -21,10 +21,12 @@ def test_reading_tasks_hold_cpus_until_they_are_released(coordinator):
 
     node = ray.get_runtime_context().get_node_id()
     workers = [(node, {"CPU": 1.0}), (node, {"CPU": 1.0})]
-    assert ray.get(coordinator.hold.remote(workers, [], None)) is None
+    assert ray.get(coordinator.hold.remote(workers, [], [])) is None
     assert ray.get(coordinator.held.remote()) == HeldResources({node: {"CPU": 2.0}})
-    placement = ray.get(coordinator.hold.remote(workers, [{"CPU": 0.5}, {"CPU": 0.5}], None))
+    placement = ray.get(coordinator.hold.remote(workers, [{"CPU": 0.5}, {"CPU": 0.5}], []))
     assert placement.wait(30)
+    # Ray Train configures each dataset in a call of its own.
+    assert ray.get(coordinator.hold.remote(workers, [{"CPU": 0.25}], [])).id == placement.id
     assert ray.get(coordinator.held.remote()) == HeldResources({node: {"CPU": 3.0}})
     ray.get(coordinator.release.remote())
     assert ray.get(coordinator.held.remote()) == HeldResources()
@@ -35,7 +37,7 @@ def test_cpus_that_do_not_fit_are_reported(coordinator):
     import ray
 
     too_many = ray.cluster_resources()["CPU"] + 1
-    ray.get(coordinator.hold.remote([], [{"CPU": too_many}], None))
+    ray.get(coordinator.hold.remote([], [{"CPU": too_many}], []))
     assert ray.get(coordinator.held.remote()) == HeldResources({}, ({"CPU": too_many},))
     ray.get(coordinator.release.remote())
 

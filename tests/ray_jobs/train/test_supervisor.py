@@ -301,7 +301,7 @@ def test_a_run_grows_again_after_a_start_up_timeout(coordinator):
             raise no_room(num_workers)
         workers = held(num_workers)
         node = ray.get_runtime_context().get_node_id()
-        ray.get(coordinator.hold.remote([(node, {"CPU": num_workers})], [], None))
+        ray.get(coordinator.hold.remote([(node, {"CPU": num_workers})], [], []))
         ray.get(coordinator.post.remote({"kind": "startup"}))
         while len(numbers) == 2 and not ray.get(coordinator.stop_requested.remote()):
             pass
@@ -309,6 +309,21 @@ def test_a_run_grows_again_after_a_start_up_timeout(coordinator):
 
     run_attempts(TrainSpec(num_workers=(1, 4)), attempt, lambda: len(numbers) == 3, coordinator)
     assert numbers == [4, 2, 4]
+
+
+def test_a_run_that_waits_for_cpus_to_read_its_data_says_so(coordinator):
+    import ray
+
+    posted: list[dict[str, Any]] = []
+
+    def attempt(num_workers: int) -> None:
+        ray.get(coordinator.hold.remote([], [{"CPU": 99.0}] * 2, []))
+        while not posted:
+            posted.extend(events(coordinator))
+
+    run_attempts(TrainSpec(), attempt, lambda: bool(posted), coordinator)
+    assert [event["text"] for event in posted] == ["waiting for 2 × 99 CPU to read the data"]
+    assert ray.get(coordinator.held.remote()).waits_for == ()
 
 
 def test_an_interrupt_between_two_attempts_starts_no_further_attempt(coordinator, monkeypatch):
