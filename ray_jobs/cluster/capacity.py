@@ -68,7 +68,7 @@ def allowed_worker_counts(train: TrainSpec) -> list[int]:
 
 
 def workers_that_fit(nodes: Nodes, train: TrainSpec) -> int:
-    """Return how many workers fit with one CPU left, without which Ray Data would wait forever."""
+    """Return how many workers fit with one CPU left for the tasks that read the data."""
     bundle = worker_resources(train)
     # This CPU is left on the node where it costs the fewest workers.
     lost = [

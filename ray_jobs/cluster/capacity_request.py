@@ -56,7 +56,7 @@ class CapacityRequest:
 
         if owns_ray():
             return  # A local Ray has no autoscaler.
-        # The next renewal repeats a request that was lost.
+        # The next renewal repeats a lost request; after a lost withdrawal, the request expires.
         with suppress(RayError):
             if self._bundles:
                 compat_ray.request_capacity(self._requester, self._bundles, _EXPIRY_S)

@@ -34,8 +34,7 @@ def connected(
         address: Address of a cluster; by default $RAY_ADDRESS, else a local Ray is started.
         num_cpus: Logical CPUs of the job's processes.
         num_gpus: GPUs of the job's processes.
-        data_cpus: Additional CPUs for Ray Data, which would wait forever if the workers used all
-            CPUs; 0 if it is idle while they run.
+        data_cpus: Additional CPUs for the tasks of Ray Data; 0 if it is idle while they run.
         cpu_settings: The settings that determine `num_cpus`, for messages.
         worker_logs: Whether to print the workers' output to this terminal.
         object_store_memory: Bytes of shared memory of a local Ray; by default Ray decides.

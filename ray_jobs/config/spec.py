@@ -93,8 +93,8 @@ class DataSpec(Spec):
     decode: Literal["auto", "workers", "trainer"] = "auto"
     """Where images are decoded: in threads of the training processes (`trainer`), or in Ray Data
     tasks (`workers`), which are separate processes and can also run on nodes without GPUs. `auto`
-    chooses `workers` if `train.use_gpu` is set, some nodes have no GPU, and `cache` is `auto` or
-    `none`."""
+    chooses `workers` if `train.use_gpu` is set, some nodes (or nodes that an autoscaler can add)
+    have no GPU, and `cache` is `auto` or `none`."""
     cache: Literal["auto", "none", "object_store", "disk"] = "auto"
     """Where decoded rows are kept between epochs: in Ray's object store, or on the disks of the
     nodes. `auto` caches only if the training and validation splits fit in `cache_bytes` completely.

@@ -57,8 +57,9 @@ _ROWS_PER_CALL = {"jpeg": 8, "raw": 64}
 """Rows per call of a decoding thread, by image encoding: copying raw pixels is so cheap that it
 needs larger calls."""
 _ROWS_READ = 256
+"""Maximum number of rows that a worker reads at the same time, unless a chunk has more."""
 _MAX_READS = 8
-"""Rows of a worker that are read at the same time, in at most as many chunks."""
+"""Maximum number of chunks that a worker reads at the same time."""
 
 
 @dataclass(frozen=True)

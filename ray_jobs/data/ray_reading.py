@@ -3,7 +3,7 @@
 A dataset has a row for each chunk, its place. `read_dataset` maps it to the rows of one worker:
 
     trainer   the rows of the row groups that `ReadPlan.missing` returns, still encoded
-    workers   the rows of the batches, read in one stage and decoded in the next
+    workers   the rows of the batches, decoded
 
 Ray Data may cut the rows into blocks of any size.
 """
@@ -36,7 +36,6 @@ MAX_CPUS = {"trainer": 1, "workers": 8}
 reads encoded rows of a split, several shards at once."""
 _BLOCK_BYTES = {"encoded": 32 << 20, "decoded": 8 << 20}
 """By default, Ray Data collects 128 MiB before it returns the first row."""
-_PADDING = "padding"
 
 
 @dataclass(frozen=True)
@@ -89,20 +88,24 @@ def read_dataset(
     """
     from ray.data import ExecutionOptions, ExecutionResources
 
-    concurrency = min(_concurrency(decoder is not None, num_workers, reserved), places.count()) or 1
+    concurrency = _concurrency(decoder is not None, num_workers, reserved)
     # To Ray Data, the tasks need no CPU. Otherwise, it would divide the CPUs of the cluster among
     # all datasets, and request more nodes, of any kind, from an autoscaler.
-    options: dict[str, Any] = {"batch_size": None, "num_cpus": 0, "concurrency": concurrency}
+    options: dict[str, Any] = {
+        "batch_size": None,
+        "batch_format": "pyarrow",
+        "num_cpus": 0,
+        "concurrency": min(concurrency, places.count()) or 1,
+    }
     if reserved is not None:
         options["ray_remote_args_fn"] = _TaskOptions(reserved, concurrency)
     if decoder is None:
-        read = _ReadGroups(reader, plan, num_reads)
-        dataset = places.map_batches(read, batch_format="pyarrow", **options)
+        dataset = places.map_batches(_ReadGroups(reader, plan, num_reads), **options)
         dataset.context.target_max_block_size = _BLOCK_BYTES["encoded"]
     else:
-        read = _ReadBatches(reader, plan.chunks, plan.start, plan.stop)
-        dataset = places.map_batches(read, batch_format="pyarrow", **options)
-        dataset = dataset.map_batches(_Decode(decoder), batch_format="pyarrow", **options)
+        # One stage: Ray Data does not fuse stages whose options are a function.
+        read = _ReadBatches(reader, plan.chunks, plan.start, plan.stop, decoder)
+        dataset = places.map_batches(read, **options)
         dataset.context.target_max_block_size = _BLOCK_BYTES["decoded"]
     limit = data.object_store_memory
     if limit is None and decoder is None:
@@ -186,7 +189,7 @@ def _concurrency(decodes: bool, num_workers: int, reserved: ReservedCpus | None)
     if not decodes:
         return 1
     if reserved is not None:
-        # Only one of the worker's two datasets, training or validation, is busy at a time.
+        # Twice as many tasks as CPUs: those of the other split mostly wait for the worker.
         return max(1, math.floor(2 * reserved.cpus))
     num_cpus = ray.cluster_resources().get("CPU", 1)
     return max(1, min(MAX_CPUS["workers"], math.floor(num_cpus / num_workers) - 1))
@@ -222,32 +225,22 @@ class _ReadGroups:
 
 @dataclass(frozen=True)
 class _ReadBatches:
-    """Reads the batches of chunks in order, still encoded."""
+    """Reads and decodes the batches of chunks in order."""
 
     reader: ShardReader
     chunks: Chunks
     start: int
     stop: int
+    decoder: RowDecoder
 
-    def __call__(self, places: pa.Table) -> Iterator[pa.Table]:
+    def __call__(self, places: pa.Table) -> Iterator[Batch]:
         for place in _places_in(places):
             chunk = self.chunks.chunk(place, self.start, self.stop)
             stored = self.reader.read(chunk.ranges)
             for step, rows in enumerate(chunk.batches_SB):
-                is_padding = pa.array(chunk.is_padding(step))
-                yield stored.rows(rows).append_column(_PADDING, is_padding)
-
-
-@dataclass(frozen=True)
-class _Decode:
-    """Decodes batches."""
-
-    decoder: RowDecoder
-
-    def __call__(self, rows: pa.Table) -> Batch:
-        batch = self.decoder.decode(rows)
-        batch[WEIGHT][rows[_PADDING].to_numpy()] = 0.0
-        return batch
+                batch = self.decoder.decode(stored.rows(rows))
+                batch[WEIGHT][chunk.is_padding(step)] = 0.0
+                yield batch
 
 
 def _places_in(places: pa.Table) -> Iterator[Place]:

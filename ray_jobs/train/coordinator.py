@@ -1,7 +1,7 @@
 """Passes messages between the driver and the workers of a run, through an actor without a CPU.
 
 Workers post events and failures; the driver reads them and requests stops. Training never depends
-on the answers.
+on the answers, except that it starts once `hold` has reserved CPUs for reading.
 """
 
 from collections.abc import Mapping, Sequence
@@ -50,7 +50,8 @@ class _Coordinator:
         self.begin_attempt()
 
     def begin_attempt(self) -> None:
-        """Clear the failures and requests of the previous attempt."""
+        """Clear the failures, requests and resources of the previous attempt."""
+        self.release()
         self.reported: list[WorkerFailure] = []
         self.stop = self.step_finished = self.preemption = False
 
@@ -126,9 +127,9 @@ class _Coordinator:
         """Release the resources for reading tasks of an ended attempt."""
         from ray.util import remove_placement_group
 
-        if self.placement is not None:
-            remove_placement_group(self.placement)
-        self.workers, self.placement = (), None
+        placement, self.placement, self.workers = self.placement, None, ()
+        if placement is not None:
+            remove_placement_group(placement)
 
     def any_step_finished(self) -> bool:
         """Whether the current attempt has finished a step."""

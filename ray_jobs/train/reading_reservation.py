@@ -5,13 +5,12 @@ a whole: otherwise, the tasks of one worker could hold the CPUs that those of an
 both workers wait for each other. Until it fits, it is a demand that an autoscaler meets.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import ray
 
-from ray_jobs.cluster.capacity import reading_cpus, worker_resources
+from ray_jobs.cluster.capacity import bundles_that_fit, reading_cpus, worker_resources
 from ray_jobs.cluster.compat_ray import free_resources
 from ray_jobs.cluster.node_inventory import possible_nodes, resources_by_node
 from ray_jobs.config.spec import TrainSpec
@@ -21,17 +20,23 @@ _NODE_ID = "ray.io/node-id"
 """Label that Ray gives each node."""
 
 
-def cpus_with_new_nodes(train: TrainSpec, num_workers: int) -> int:
+def cpus_with_new_nodes(train: TrainSpec, num_workers: int) -> float:
     """Return how many CPUs an autoscaler could provide for the decoding tasks of each worker.
 
     Returns 0 if the limits of the autoscaler are unknown; must run on the head node.
     """
-    cpus = sum(node.get("CPU", 0) for node in possible_nodes())
-    return max(0, min(MAX_CPUS["workers"], math.floor(cpus / num_workers - train.cpus_per_worker)))
+    nodes, bundle = [dict(node) for node in possible_nodes()], worker_resources(train)
+    for _ in range(num_workers):
+        node = next((node for node in nodes if bundles_that_fit(node, bundle)), None)
+        if node is None:
+            return 0.0
+        for name, amount in bundle.items():
+            node[name] -= amount
+    return reading_cpus(nodes, num_workers, MAX_CPUS["workers"]) or 0.0
 
 
 def reserve_cpus(
-    train: TrainSpec, decode: Decode, worker_nodes: Sequence[str], expected: int, coordinator: Any
+    train: TrainSpec, decode: Decode, worker_nodes: Sequence[str], expected: float, coordinator: Any
 ) -> ReservedCpus | None:
     """Reserve CPUs for the tasks of an attempt whose workers are placed, or return those reserved.
 
@@ -50,6 +55,7 @@ def reserve_cpus(
     free, total, num_workers = free_resources(), resources_by_node(), len(worker_nodes)
     cpus = reading_cpus(list(free.values()), num_workers, MAX_CPUS[decode])
     if decode == "workers":
+        # Decoding needs CPUs, so the tasks wait for them even if there are none yet.
         cpus = max(cpus or 1.0, expected)
     bundles, selectors = [], []
     if cpus is not None:

@@ -25,11 +25,17 @@ from ray_jobs.cluster.capacity import (
     allowed_worker_counts,
     can_grow,
     worker_resources,
+    workers_that_fit,
     workers_to_start,
 )
 from ray_jobs.cluster.capacity_request import CapacityRequest
 from ray_jobs.cluster.connection import first_line, owns_ray, root_cause
-from ray_jobs.cluster.node_inventory import describe_nodes
+from ray_jobs.cluster.node_inventory import (
+    current_nodes,
+    describe_nodes,
+    free_nodes,
+    possible_nodes,
+)
 from ray_jobs.config.errors import Interrupted, JobError
 from ray_jobs.config.spec import TrainSpec
 from ray_jobs.config.text import count_text
@@ -74,18 +80,20 @@ def run_attempts(
         JobError: If the run cannot be finished, with the error of the first failed worker.
         Interrupted: If the user stopped the run.
     """
-    budget, wait_s = _Budget(train), 0.0 if owns_ray() else train.wait_for_workers_s
-    bundle, max_workers = worker_resources(train), allowed_worker_counts(train)[-1]
+    budget, wait_s = _Budget(train), _wait_for_nodes_s(train)
+    max_workers = allowed_worker_counts(train)[-1]
     with noting_interrupts() as interrupted, CapacityRequest() as request:
         while True:
-            request.update([bundle] * max_workers)
+            request.update(_missing(train, 0))
+            if wait_s and workers_that_fit(free_nodes(), train) < max_workers:
+                text = f"waiting up to {wait_s:.0f} s for nodes for {max_workers} workers"
+                coordinator.post.remote({"kind": "note", "text": text})
             num_workers = workers_to_start(train, budget.max_workers, interrupted, wait_s)
             wait_s = 0.0
             answer(coordinator.begin_attempt.remote())
             if interrupted.is_set():
                 raise Interrupted(_STOPPED)
-            # Ray Train requests the workers of the attempt itself.
-            request.update([bundle] * (max_workers - num_workers))
+            request.update(_missing(train, num_workers))
             error, grows = _run_attempt(attempt, train, num_workers, coordinator, interrupted)
             failure = _failure(error, grows, finished, coordinator, num_workers)
             if failure is None:
@@ -95,6 +103,23 @@ def run_attempts(
                     raise Interrupted(_STOPPED)
                 raise JobError(failure.text) from failure.cause
             coordinator.post.remote(budget.spend(failure, num_workers))
+
+
+def _wait_for_nodes_s(train: TrainSpec) -> float:
+    """Return how long a run waits at its start for nodes that an autoscaler may add."""
+    possible, is_range = possible_nodes(), len(allowed_worker_counts(train)) > 1
+    can_grow_later = workers_that_fit(possible, train) > workers_that_fit(current_nodes(), train)
+    is_fixed = owns_ray() or (possible and not can_grow_later)
+    return train.wait_for_workers_s if is_range and not is_fixed else 0.0
+
+
+def _missing(train: TrainSpec, num_workers: int) -> list[dict[str, float]]:
+    """Return what a run with a range of workers lacks; Ray Train requests all other workers."""
+    allowed = allowed_worker_counts(train)
+    if len(allowed) == 1:
+        return []
+    # `workers_that_fit` leaves a CPU to reading tasks.
+    return [worker_resources(train)] * (allowed[-1] - num_workers) + [{"CPU": 1.0}]
 
 
 class _Budget:
@@ -234,8 +259,8 @@ def _failure(
         failure = _classify(error, reported, num_workers)
         is_lost = failure.kind == "failure" and all(worker.kind != "error" for worker in reported)
         if is_lost and answer(coordinator.preemption_announced.remote(), default=False):
-            # The other workers can fail before Ray notices that the node is gone.
-            failure = Failure("preemption", _PREEMPTED)
+            # The other workers can fail, or hang, before Ray notices that the node is gone.
+            failure = Failure("preemption", f"{_PREEMPTED}; {failure.text}")
         # The frames of the error hold handles that would keep Ray's actors alive.
         return replace(failure, cause=error.with_traceback(None))
     if grows:

@@ -122,7 +122,9 @@ def run_trials(
             CapacityRequest() as request,
         ):
             workers = [bundle] * context.num_workers
-            requesting = _RequestCallback(request, workers, search.slots, num_trials)
+            requesting = _RequestCallback(
+                request, workers, search.slots, num_trials, algorithm, interrupted
+            )
             analysis = tune.run(
                 tune.with_resources(trainable, context.resources_of),
                 name=TRIALS,
@@ -174,14 +176,16 @@ def _make_algorithm(spec: RunSpec, space: Space, search: Search) -> tuple[Search
 class _RequestCallback(Callback):
     """Requests the resources of as many trials as can still run at the same time.
 
-    Their placement groups alone would not suffice: another job's request would be met by the nodes
-    that they use.
+    Without the request, an autoscaler would count the nodes of these trials as meeting the request
+    of another job.
 
     Args:
         request: The request to update.
         workers: Resources of each worker of a trial.
         slots: Maximum number of trials that run at the same time.
         num_trials: Number of trials of the search.
+        algorithm: The search algorithm, which may suggest fewer trials.
+        interrupted: Whether a signal has interrupted the search.
     """
 
     def __init__(
@@ -190,12 +194,19 @@ class _RequestCallback(Callback):
         workers: Sequence[Mapping[str, float]],
         slots: int,
         num_trials: int,
+        algorithm: SearchAlgorithm,
+        interrupted: threading.Event,
     ) -> None:
         self.request, self.workers = request, workers
         self.slots, self.num_trials = slots, num_trials
+        self.algorithm, self.interrupted = algorithm, interrupted
 
     def on_step_begin(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
-        remaining = self.num_trials - sum(trial.is_finished() for trial in trials)
+        if self.interrupted.is_set():
+            # The signal came before Tune handled it.
+            signal.raise_signal(signal.SIGUSR1)
+        to_come = 0 if self.algorithm.is_finished() else self.num_trials - len(trials)
+        remaining = to_come + sum(not trial.is_finished() for trial in trials)
         self.request.update([*self.workers] * min(self.slots, remaining))
 
 
@@ -271,7 +282,8 @@ def _is_relevant(record: logging.LogRecord) -> bool:
 def _interrupts_end_tune() -> Iterator[threading.Event]:
     """Make Tune save its state and end at Ctrl-C or SIGTERM, and record that it did.
 
-    Tune itself ends at Ctrl-C in the same way as at the end of a search.
+    Tune's own handler of SIGINT leaves no record of the interrupt; its handler of SIGUSR1 does the
+    same.
     """
     with noting_interrupts(lambda: signal.raise_signal(signal.SIGUSR1)) as interrupted:
         if threading.current_thread() is not threading.main_thread():
