@@ -75,7 +75,7 @@ def train_bare(folder: str) -> None:
     manifest = read_manifest(Folder(spec.data.prepared))
     model = new_model(spec, manifest)
     off: Any = False
-    model.compile(make_optimizer(spec.train), make_loss(spec.train), jit_compile=off)
+    model.compile(make_optimizer(spec.train, 8), make_loss(spec.train), jit_compile=off)
     batch = make_arrays(spec.train.global_batch_size, SIZE, len(manifest.numeric_columns))
     inputs = {"image": batch["image"], "numeric": batch["numeric"]}
     options: Any = {"batch_size": spec.train.global_batch_size, "verbose": 0}
