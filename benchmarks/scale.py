@@ -124,7 +124,7 @@ def measure_reads(folder: str, num_workers: int) -> tuple[list[float], int]:
     plan = feed.plan(0, stop)
     places = list(plan.places())[:MAX_WINDOWS]
     seconds, last = [], time.perf_counter()
-    for _ in read_chunks(feed.reader, plan, places, feed._num_reads()):
+    for _ in read_chunks(feed.reader, plan, places, feed.num_reads):
         seconds.append(time.perf_counter() - last)
         last = time.perf_counter()
     # The first reads also read the footers of the shards.

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 PROGRESS_LOGGERS = ("ray.data", "ray.data._internal.progress", "ray.train")
 """Loggers that report progress; Ray Data itself sets the level of the second one."""
-_COORDINATOR_TIMEOUT_S = 5.0
 SNAPSHOT_LOGGER = "ray.tune.execution.experiment_state"
 """Logger that reports problems with the snapshots of a search."""
+_COORDINATOR_TIMEOUT_S = 5.0
 
 
 def free_resources() -> dict[str, dict[str, float]]:
@@ -45,7 +45,7 @@ def autoscaler_groups() -> list[tuple[dict[str, float], int]]:
 
 
 def request_capacity(
-    requester: str, bundles: Sequence[dict[str, float]], expire_after_s: float
+    requester: str, bundles: list[dict[str, float]], expire_after_s: float
 ) -> None:
     """Request resources from an autoscaler, in place of this requester's previous request.
 
@@ -56,7 +56,7 @@ def request_capacity(
         RayError: If the coordinator does not answer.
     """
     call = _autoscaling_coordinator().request_resources.remote(
-        requester_id=requester, resources=list(bundles), expire_after_s=expire_after_s
+        requester_id=requester, resources=bundles, expire_after_s=expire_after_s
     )
     _wait_for(call)
 

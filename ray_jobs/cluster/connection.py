@@ -51,8 +51,7 @@ def connected(
 
     total_cpus = math.ceil(num_cpus) + data_cpus
     if ray.is_initialized():
-        _require_resources(total_cpus, num_gpus, cpu_settings)
-        compat_ray.start_detached_actors()
+        _prepare_cluster(total_cpus, num_gpus, cpu_settings)
         yield
         return
     address = address or os.environ.get("RAY_ADDRESS")
@@ -69,9 +68,7 @@ def connected(
         _ray_owners.add(os.getpid())
     silence_ray_data()
     try:
-        _require_resources(total_cpus, num_gpus, cpu_settings)
-        if not owns_ray():
-            compat_ray.start_detached_actors()
+        _prepare_cluster(total_cpus, num_gpus, cpu_settings)
         yield
     finally:
         _ray_owners.clear()
@@ -128,6 +125,13 @@ def _local_cpus(total_cpus: int, data_cpus: int, cpu_settings: str) -> int:
         )
     print(f"warning: {text}; the processes will share them", file=sys.stderr)
     return total_cpus
+
+
+def _prepare_cluster(num_cpus: int, num_gpus: float, cpu_settings: str) -> None:
+    """Check the size of the cluster, and start what must run on the node of this process."""
+    _require_resources(num_cpus, num_gpus, cpu_settings)
+    if not owns_ray():
+        compat_ray.start_detached_actors()
 
 
 def _require_resources(num_cpus: int, num_gpus: float, cpu_settings: str) -> None:

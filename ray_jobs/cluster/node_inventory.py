@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ray_jobs.cluster import compat_ray
@@ -28,15 +29,15 @@ def resources_by_node() -> dict[str, dict[str, float]]:
     return {node["NodeID"]: dict(node["Resources"]) for node in ray.nodes() if node["Alive"]}
 
 
-def free_nodes(held: Mapping[str, Mapping[str, float]] | None = None) -> Nodes:
+def free_nodes(held: Mapping[str, Mapping[str, float]] = MappingProxyType({})) -> Nodes:
     """Return the free resources of each node that is alive.
 
     Args:
         held: Resources by node ID that count as free, too.
     """
     free = compat_ray.free_resources()
-    for node in free.keys() & (held or {}).keys():
-        for name, amount in (held or {})[node].items():
+    for node in free.keys() & held.keys():
+        for name, amount in held[node].items():
             free[node][name] = free[node].get(name, 0) + amount
     return list(free.values())
 

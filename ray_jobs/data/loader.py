@@ -199,12 +199,13 @@ class Feed:
             self.decoder if self.options.decode == "workers" else None,
             self.num_workers,
             self.options.data,
-            self._num_reads(),
+            self.num_reads,
             reserved,
         )
 
-    def _num_reads(self) -> int:
-        """Return how many chunks are read at the same time.
+    @property
+    def num_reads(self) -> int:
+        """Number of chunks that are read at the same time.
 
         Requests to an object store take longer than the transfer of a small chunk, such as that of
         one of many workers.

@@ -20,7 +20,7 @@ def test_free_resources_are_listed_per_node(ray_local):
     assert node == ray.nodes()[0]["NodeID"]
 
 
-def test_detached_actors_run_on_the_node_of_the_driver(ray_local):
+def test_the_detached_actors_start_under_the_names_that_ray_data_uses(ray_local):
     import ray
 
     compat_ray.start_detached_actors()
@@ -29,9 +29,7 @@ def test_detached_actors_run_on_the_node_of_the_driver(ray_local):
         "AutoscalingCoordinator": "AutoscalingCoordinator",
     }
     for name, namespace in names.items():
-        actor = ray.get_actor(name, namespace)
-        node = actor.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id())
-        assert ray.get(node) == ray.get_runtime_context().get_node_id()
+        ray.get(ray.get_actor(name, namespace).__ray_ready__.remote())
 
 
 def test_requests_to_the_autoscaler_add_up_until_they_are_withdrawn_or_expire(ray_local):
