@@ -1,4 +1,4 @@
-"""Writes run folders as `train` does, with a tiny model and random weights."""
+"""Writes run folders as `train` does, with a tiny model."""
 
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 
 from mm_model.spec import ImageSpec, ModelSpec, NumericSpec
 from ray_jobs.config.prepare_spec import Split
+from ray_jobs.config.spec import RunSpec
 from ray_jobs.data.images import decode_stored
 from ray_jobs.data.manifest import Manifest
 from ray_jobs.storage.folder import Folder
@@ -44,6 +45,18 @@ def write_run(folder: Path, manifest: Manifest, image: str = "tiny", numeric: st
     model.save(folder / "model/model.keras")
     Folder(folder).write_json("summary.json", {"decision_threshold": THRESHOLD})
     return model
+
+
+def train_here(spec: RunSpec, manifest: Manifest) -> None:
+    """Train a run in this process, without Ray."""
+    from ray_jobs.cluster.strategy import WorkerContext
+    from ray_jobs.train.finalize import finalize
+    from ray_jobs.train.job import begin_run, run_folder
+    from ray_jobs.train.loop import Loop
+
+    begin_run(spec, manifest, run_folder(spec))
+    loop = Loop(spec, manifest, WorkerContext())
+    finalize(loop, loop.run(), run_folder(spec), train_s=1.0)
 
 
 def stored_rows(folder: Path, manifest: Manifest, split: Split) -> pa.Table:

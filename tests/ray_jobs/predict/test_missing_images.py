@@ -14,7 +14,7 @@ from ray_jobs.data.decoder import RowDecoder
 from ray_jobs.predict.job import predict
 from ray_jobs.train.job import fit
 from tests.ray_jobs.raw import Raw
-from tests.ray_jobs.trained import stored_rows
+from tests.ray_jobs.trained import stored_rows, train_here
 
 pytestmark = [pytest.mark.multiworker, pytest.mark.timeout(600)]
 
@@ -30,7 +30,7 @@ def predictions(folder: Path) -> dict[str, dict[str, Any]]:
     return {row["key"]: row for row in rows.to_pylist()}
 
 
-def test_raw_and_prepared_rows_without_an_image_are_predicted_alike(ray_local, tmp_path, capsys):
+def test_raw_and_prepared_rows_without_an_image_are_predicted_alike(predict_here, tmp_path, capsys):
     raw = Raw(tmp_path / "raw").add(range(48))
     for i in range(0, 48, 4):
         (raw.folder / "images" / f"k{i}.jpg").unlink()
@@ -47,7 +47,7 @@ def test_raw_and_prepared_rows_without_an_image_are_predicted_alike(ray_local, t
     )
     with pytest.raises(JobError, match=r"model\.numeric\.kind=none leaves no input for rows"):
         fit(spec.overlay({"model.numeric.kind": "none"}))
-    fit(spec)
+    train_here(spec, manifest)
     common: dict[str, Any] = {"run": str(tmp_path / "run"), "batch_size": 8}
     counts = predict(PredictSpec(**common, data=str(raw.out()), output=str(tmp_path / "a")))
     assert (counts["num_errors"], counts["num_without_image"]) == (0, 12)

@@ -21,6 +21,7 @@ from ray_jobs.storage.folder import Folder
 from ray_jobs.train.job import fit, require_trainable
 from tests.ray_jobs.scenarios import SCENARIOS
 from tests.ray_jobs.tiny import COLUMNS, write_prepared
+from tests.ray_jobs.train.reading import recorded_reading, rows_read
 from tests.ray_jobs.trained import damage_image, stored_rows
 from tests.ray_jobs.tune.searches import require_nothing_left
 
@@ -29,12 +30,20 @@ RUN_FILES = {
     "run.yaml", "summary.json", "tensorboard",
 }  # fmt: skip
 
+SIZES = {"train": 101, "validation": 37, "test": 23}
+
 
 def spec_in(folder: Path, **changes: Any) -> RunSpec:
     spec = RunSpec.model_validate(
         {
             "run": {"storage_path": str(folder / "runs"), "name": "first"},
-            "data": {"prepared": str(folder / "prepared")},
+            "data": {
+                "prepared": str(folder / "prepared"),
+                # Several windows per epoch, and less memory than they take.
+                "cache": "none",
+                "shuffle_window_rows": 16,
+                "buffer_bytes": 100_000,
+            },
             # With dropout and flips, but without the other operations, which are slow to trace.
             "model": SCENARIOS["random"]["model"],
             "train": {
@@ -50,7 +59,7 @@ def spec_in(folder: Path, **changes: Any) -> RunSpec:
 
 
 def prepared_in(folder: Path) -> Manifest:
-    return write_prepared(folder / "prepared", {"train": 101, "validation": 37, "test": 23})
+    return write_prepared(folder / "prepared", SIZES)
 
 
 def inputs_of(rows: pa.Table) -> dict[str, np.ndarray]:
@@ -92,7 +101,8 @@ def after_the_first_checkpoint(run: Path, act: Callable[[], None]) -> Iterator[N
 def trained(ray_local, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("train")
     prepared_in(folder)
-    return folder, fit(spec_in(folder))
+    with recorded_reading():
+        return folder, fit(spec_in(folder))
 
 
 @pytest.mark.multiworker
@@ -121,6 +131,16 @@ def test_a_run_writes_its_folder_and_leaves_an_empty_cluster(trained, capsys):
     assert (run / "model" / "model.keras").stat().st_mtime_ns == before
     with pytest.raises(JobError, match=r"other settings \(train\); choose another --run.name"):
         fit(spec_in(folder, train__epochs=4))
+
+
+@pytest.mark.multiworker
+def test_each_epoch_takes_its_rows_from_the_datasets(trained):
+    folder, _ = trained
+    read = rows_read(folder / "runs")
+    assert read["in_place"] == 0
+    for split in ("train", "validation"):
+        # A row group of several windows is read several times.
+        assert read[split] >= 3 * SIZES[split]
 
 
 @pytest.mark.multiworker
