@@ -24,6 +24,8 @@ CATEGORY = "category"
 LABEL = "label"
 FOLD = "fold"
 """Column of the shards with the fold of each row, if `prepare.fold_column` is set."""
+GROUP = "group"
+"""Column of the shards with the group of each row, if `prepare.group_column` is set."""
 WEIGHT = "weight"
 
 INPUT_TYPES = {

@@ -248,7 +248,7 @@ def _raw_rules(run: TrainedRun, spec: PredictSpec, numeric_columns: tuple[str, .
     rules = run.manifest.prepare
     number_rules = {n: rule for n, rule in rules.number_rules.items() if n in numeric_columns}
     changes: dict[str, Any] = {"numeric_columns": numeric_columns, "number_rules": number_rules}
-    changes |= {"fold_column": None, "weight_column": None}
+    changes |= {"fold_column": None, "group_column": None, "weight_column": None}
     if rules.images and not rules.table:
         if spec.images:
             raise JobError(

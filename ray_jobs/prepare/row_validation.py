@@ -41,6 +41,8 @@ class Rows:
     """int8, -1 where there is no usable label."""
     folds: pa.LargeStringArray | None = field(default=None, kw_only=True)
     """Text of the fold column, null where missing; None without one."""
+    groups: pa.LargeStringArray | None = field(default=None, kw_only=True)
+    """Text of the group column, null where missing; None without one."""
     weights: np.ndarray | None = field(default=None, kw_only=True)
     """float32; None without `prepare.weight_column`."""
 
@@ -56,6 +58,7 @@ class Rows:
             categories={n: texts.take(pa.array(indices)) for n, texts in self.categories.items()},
             labels=self.labels[indices],
             folds=None if self.folds is None else self.folds.take(pa.array(indices)),
+            groups=None if self.groups is None else self.groups.take(pa.array(indices)),
             weights=None if self.weights is None else self.weights[indices],
         )
 
@@ -64,8 +67,6 @@ class Rows:
 class CheckedRows(Rows):
     """All rows of the table, and why some are quarantined."""
 
-    groups: pa.LargeStringArray
-    """The key where there is no group column; never null."""
     splits: np.ndarray
     """int8 index in `SPLITS` of the given split; -1 without one."""
     splits_note: str = ""
@@ -122,8 +123,6 @@ def read_rows(
         numeric_RF=np.empty((len(keys), len(numeric_columns)), np.float32),
         categories={name: role_text(table, name, spec) for name in categorical},
         labels=np.full(len(keys), -1, np.int8),
-        folds=None,
-        groups=keys.fill_null(""),
         splits=np.full(len(keys), -1, np.int8),
         unmatched=source.unmatched,
     )
@@ -169,8 +168,7 @@ def _read_labels(rows: CheckedRows, column: pa.ChunkedArray, name: str, classes:
 
 def _read_groups_and_splits(rows: CheckedRows, table: pa.Table, spec: PrepareSpec) -> None:
     if spec.group_column:
-        groups = role_text(table, spec.group_column, spec)
-        rows.groups = groups.fill_null("")
+        groups = rows.groups = role_text(table, spec.group_column, spec)
         for row in _rows_where(groups.is_null()):
             rows.quarantine(row, "missing_group", f"{spec.group_column} is empty")
     if spec.fold_column:

@@ -178,7 +178,8 @@ def _split(
 ) -> tuple[np.ndarray, Cuts | None, str]:
     """Return the split of each good row, the cuts, and a note on how the splits were made."""
     options, seed = spec.prepare, spec.run.seed
-    names, splits = rows.groups.take(pa.array(good)), rows.splits[good].copy()
+    names = (rows.keys if rows.groups is None else rows.groups).take(pa.array(good))
+    splits = rows.splits[good].copy()
     if options.group_column:
         _require_whole_groups(names, splits, SPLITS, rows.splits_note, options)
         if rows.folds is not None:

@@ -11,6 +11,7 @@ The columns of a shard, in order (nullable columns are null where a value is mis
     numeric columns      float32, nullable
     categorical columns  string, nullable
     fold                 string, if `prepare.fold_column` is set
+    group                string, if `prepare.group_column` is set
     label                int8
     weight               float32, only with `prepare.weight_column`
 
@@ -33,7 +34,7 @@ import pyarrow.parquet as pq
 
 from mm_model.spec import Spec
 from ray_jobs.config.prepare_spec import PrepareSpec, Split
-from ray_jobs.data.batch import FOLD, KEY, LABEL, WEIGHT
+from ray_jobs.data.batch import FOLD, GROUP, KEY, LABEL, WEIGHT
 from ray_jobs.data.images import EIGHT_BITS, BadImage, PixelRange, prepare_image
 from ray_jobs.data.manifest import ImageInfo, Shard
 from ray_jobs.prepare.row_validation import Rows
@@ -101,7 +102,8 @@ class RowConverter:
     def schema(self) -> pa.Schema:
         """Columns of a shard."""
         image = pa.binary(self.spec.image_size**2 * 3 if self.spec.store == "raw" else -1)
-        folds = [pa.field(FOLD, pa.string(), nullable=False)] if self.spec.fold_column else []
+        optional = {FOLD: self.spec.fold_column, GROUP: self.spec.group_column}
+        names = [name for name, column in optional.items() if column]
         weight = [pa.field(WEIGHT, pa.float32(), nullable=False)]
         return pa.schema(
             [
@@ -109,7 +111,7 @@ class RowConverter:
                 *(pa.field(n, image, nullable=self.image.has_nulls) for n in self.image.columns),
                 *(pa.field(name, pa.float32()) for name in self.numeric_columns),
                 *(pa.field(name, pa.string()) for name in self.categorical),
-                *folds,
+                *(pa.field(name, pa.string(), nullable=False) for name in names),
                 pa.field(LABEL, pa.int8(), nullable=False),
                 *(weight if self.spec.weight_column else ()),
             ]
@@ -135,7 +137,7 @@ class RowConverter:
             # from_pandas: NaN becomes null.
             *(pa.array(column, from_pandas=True) for column in rows.numeric_RF.T),
             *rows.categories.values(),
-            *([] if rows.folds is None else [rows.folds]),
+            *_present(rows.folds, rows.groups),
             pa.array(rows.labels, pa.int8()),
             *(() if rows.weights is None else (pa.array(rows.weights),)),
         ]
@@ -199,9 +201,9 @@ class ShardWriter(RowConverter):
         if self.image.optional:
             rules["missing_image"] = self.spec.missing_image
         digest = hashlib.sha256(json.dumps(rules, sort_keys=True).encode())
-        folds = [] if rows.folds is None else [rows.folds]
         paths = [refs.path for refs in rows.images]
-        for texts in (rows.keys, *rows.categories.values(), *folds, *paths):
+        given = _present(rows.folds, rows.groups)
+        for texts in (rows.keys, *rows.categories.values(), *given, *paths):
             _hash_text(digest, texts)
         for refs in rows.images:
             for values in (refs.start, refs.size):
@@ -280,6 +282,10 @@ def parquet_options(schema: pa.Schema, image: ImageInfo) -> dict[str, Any]:
         "use_dictionary": False,
         "write_statistics": others,
     }
+
+
+def _present(*columns: pa.LargeStringArray | None) -> list[pa.LargeStringArray]:
+    return [column for column in columns if column is not None]
 
 
 def _read_present(refs: ImageRefs, reader: ImageReader) -> Iterator[bytes | BadImage | None]:

@@ -173,7 +173,7 @@ def test_files_of_keys_name_the_splits(raw, capsys):
     assert note in capsys.readouterr().out
 
 
-def test_folds_are_stored_and_are_no_input(raw):
+def test_folds_and_groups_are_stored_and_are_no_input(raw):
     for i, row in enumerate(raw.rows):
         row["cv"] = i % 5
         row["home"] = f"h{i % 10}"
@@ -182,12 +182,13 @@ def test_folds_are_stored_and_are_no_input(raw):
     before = raw.prepare(group_column="home", **options)
     assert before.numeric_columns == ("area", "rooms")
     table = shard_rows(raw.out(), before)["train"]
-    assert table.schema.names == ["key", "image", "area", "rooms", "fold", "label"]
+    assert table.schema.names == ["key", "image", "area", "rooms", "fold", "group", "label"]
     assert table.schema.field("fold").equals(pa.field("fold", pa.string(), nullable=False))
     for key, row in rows_by_key(raw.out(), before).items():
         assert row["fold"] == str(int(key[1:]) % 5)
+        assert row["group"] == f"h{int(key[1:]) % 10}"
     assert quarantine(raw.out()) == {"k9": ("missing_fold", "cv is empty")}
-    # Another fold rewrites only the row's shard.
+    # Another fold rewrites the row's shard.
     raw.rows[10]["cv"] = 3
     after = raw.prepare(**options)
     assert rows_by_key(raw.out(), after)["k10"]["fold"] == "3"
