@@ -26,10 +26,11 @@ from pyarrow import csv
 from ray_jobs.cluster import connection
 from ray_jobs.config import command_line
 from ray_jobs.config.spec import PredictSpec, RunSpec
+from ray_jobs.evaluate.bootstrap import auc_gain
 from ray_jobs.predict.job import predict
 from ray_jobs.prepare.job import prepare
 from ray_jobs.train.job import fit
-from ray_jobs.train.metrics import auc_gain, binary_metrics
+from ray_jobs.train.metrics import binary_metrics
 
 NUM_FOLDS = 5
 VARIANTS: dict[str, dict[str, Any]] = {"fusion": {}, "numeric only": {"model.image.kind": "none"}}

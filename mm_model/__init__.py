@@ -4,7 +4,7 @@ Inputs: raw pixels 0-255, raw numbers (NaN for missing), category codes.
 Use:    model = mm_model.create_model((456, 456, 3), (12,)); model.fit([X_image, X_numeric], y)
 
     spec, statistics, nearest_match    settings, column statistics, error texts
-    model                              builds, creates and loads the model
+    model, mean_model, loading         builds, averages and loads models
     branches/, fusion/, layers/        parts of the model
     losses, optimizer, mixup           parts of a training step
     freezing                           trained layers and learning rates per epoch
@@ -23,11 +23,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mm_model.fit_helpers import balanced_class_weight as balanced_class_weight
     from mm_model.fit_helpers import default_callbacks as default_callbacks
+    from mm_model.loading import load_model as load_model
     from mm_model.losses import make_loss as make_loss
+    from mm_model.mean_model import MeanModel as MeanModel
     from mm_model.model import FusionModel as FusionModel
     from mm_model.model import build_model as build_model
     from mm_model.model import create_model as create_model
-    from mm_model.model import load_model as load_model
     from mm_model.optimizer import make_optimizer as make_optimizer
     from mm_model.spec import LossSpec as LossSpec
     from mm_model.spec import ModelSpec as ModelSpec
@@ -40,7 +41,9 @@ if TYPE_CHECKING:
 _NAMES = {
     "fit_helpers": "balanced_class_weight default_callbacks",
     "losses": "make_loss",
-    "model": "FusionModel build_model create_model load_model",
+    "loading": "load_model",
+    "mean_model": "MeanModel",
+    "model": "FusionModel build_model create_model",
     "optimizer": "make_optimizer",
     "spec": "LossSpec ModelSpec OptimizerSpec",
     "statistics": "NumericStatistics Vocabulary fit_numeric_statistics fit_vocabulary",

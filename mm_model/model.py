@@ -22,9 +22,7 @@ Shapes: B rows, N images per row, H × W pixels, V views, F features or columns,
 heads.
 """
 
-import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import keras
@@ -321,24 +319,6 @@ def backbone_model(model: FusionModel) -> keras.Model:
     if "image_mask" in network.input:
         start = network.get_layer(IMAGE_FOLD).output
     return keras.Model(start, pooled[0], name="image_backbone")
-
-
-def load_model(path: str | Path) -> FusionModel:
-    """Load a saved model in Keras' safe mode, which executes no code from the file.
-
-    Raises:
-        ValueError: If the file does not exist or contains no fusion model.
-    """
-    with warnings.catch_warnings():
-        # Keras warns that the file contains no optimizer.
-        warnings.simplefilter("ignore")
-        model = keras.saving.load_model(str(path), compile=False, safe_mode=True)
-    if not isinstance(model, FusionModel):
-        raise ValueError(
-            f"{path} contains a {type(model).__name__}, not a FusionModel; pass the model.keras of "
-            "a run"
-        )
-    return model
 
 
 def _joint_features(

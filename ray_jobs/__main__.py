@@ -10,6 +10,7 @@ VERBS = {
     "inspect": "report on the quality of prepared data",
     "train": "train the fusion model on prepared data",
     "tune": "search for the best hyperparameters",
+    "cross_validate": "estimate how good a model is on few rows",
     "evaluate": "compute metrics and plots of a trained run on one split",
     "predict": "write the probability of each row to Parquet",
     "plan": "estimate memory, time and cost before you rent machines",
@@ -24,7 +25,7 @@ def main() -> None:
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: ray-jobs VERB …, or python -m ray_jobs.VERB …\n")
-        print(*(f"  {verb:<10}{text}" for verb, text in VERBS.items()), sep="\n")
+        print(*(f"  {verb:<16}{text}" for verb, text in VERBS.items()), sep="\n")
         print("\nray-jobs VERB --help lists the settings of a verb.")
         return
     verb = arguments[0]

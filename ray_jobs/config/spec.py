@@ -270,6 +270,18 @@ class TrainSpec(LossSpec, OptimizerSpec):
         ]
 
 
+class CvSpec(Spec):
+    """Cross-validation over the training and validation rows."""
+
+    folds: Annotated[int, Field(ge=2)] | None = None
+    """Number of folds. Default: those of `prepare.fold_column`, else 5."""
+    repeats: PositiveInt = 1
+    """How many times to divide the rows into folds, differently each time."""
+    export: Literal["none", "mean"] = "none"
+    """`mean` also saves a model that averages the calibrated probabilities of all folds' models,
+    and evaluates it on the test split."""
+
+
 class RunSpec(Spec):
     """All settings of a run, from one YAML file or flags."""
 
@@ -279,6 +291,7 @@ class RunSpec(Spec):
     model: ModelSpec = ModelSpec()
     train: TrainSpec = TrainSpec()
     tune: TuneSpec = TuneSpec()
+    cv: CvSpec = CvSpec()
 
     @model_validator(mode="after")
     def _require_compilable_batch_norm(self) -> Self:
@@ -301,6 +314,14 @@ class RunSpec(Spec):
         for path, value in changes.items():
             tree = with_value(tree, path, value)
         return validate_spec(type(self), tree)
+
+
+class CrossValidateSpec(RunSpec):
+    """Settings of `cross_validate`: those of a run, and further specs to compare it with."""
+
+    compare: tuple[str, ...] = ()
+    """YAML files of further specs, such as `a.yaml,b.yaml`: their models are trained on the same
+    folds and compared with those of the first spec."""
 
 
 class InferenceSpec(Spec):

@@ -195,7 +195,8 @@ def open_cache(kind: Kind, manifest: Manifest, size: int | None, index: Any) -> 
         return None
     if kind == "object_store":
         return ObjectStoreCache(index)
-    names = [shard.sha256 for split in SPLITS for shard in manifest.splits[split].shards]
+    shards = [shard for split in SPLITS for shard in manifest.splits[split].shards]
+    names = [f"{shard.sha256}{shard.selection}" for shard in shards]
     digest = hashlib.sha256(" ".join([str(size), *names]).encode()).hexdigest()[:16]
     return DiskCache(Path(tempfile.gettempdir()) / f"multimodal-ray-{os.getuid()}" / digest)
 

@@ -4,10 +4,12 @@
 nor TensorFlow.
 """
 
+from base64 import b64decode, b64encode
 from collections.abc import Sequence
 from json import JSONDecodeError
 from typing import Literal
 
+import numpy as np
 from pydantic import ValidationError
 
 from mm_model.spec import Spec
@@ -38,19 +40,48 @@ class Column(Spec):
 
 
 class Shard(Spec):
-    """One Parquet file of a split."""
+    """One Parquet file, all or some of whose rows belong to a split."""
 
     path: str
     """Path below the prepared folder."""
     num_rows: int
+    """Rows of the split."""
     row_groups: tuple[int, ...]
-    """Rows of each row group, in order."""
+    """Rows of the split in each row group, in order."""
     num_bytes: int
     sha256: str
     num_without_image: int = 0
     """Rows without any image, kept by `prepare.missing_image`."""
     rows_sha256: str = ""
     """Hash of the inputs of the shard's rows; a rerun skips a shard whose hash is unchanged."""
+    selection: str = ""
+    """The rows of the split, if these are not all rows of the file: a bit for each row of the file,
+    as the base64 of `numpy.packbits`."""
+
+    def select(self, is_selected: np.ndarray) -> "Shard":
+        """Return the shard with some of its rows.
+
+        Args:
+            is_selected: Boolean, one for each row of a file that belongs to the split as a whole.
+        """
+        ends = np.cumsum(self.row_groups)
+        counts = [int(part.sum()) for part in np.split(is_selected, ends[:-1])]
+        changes = {
+            "num_rows": sum(counts),
+            "row_groups": tuple(counts),
+            "selection": b64encode(np.packbits(is_selected).tobytes()).decode(),
+        }
+        return self.model_copy(update=changes)
+
+    def is_selected(self, start: int, num_rows: int) -> np.ndarray:
+        """Return which rows of the file belong to the split, if there is a selection.
+
+        Args:
+            start: First row.
+            num_rows: Number of rows.
+        """
+        bits = np.frombuffer(b64decode(self.selection), np.uint8)
+        return np.unpackbits(bits, count=start + num_rows)[start:].astype(bool)
 
 
 class SplitInfo(Spec):

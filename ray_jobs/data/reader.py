@@ -23,7 +23,7 @@ _MAX_FOOTERS = 256
 
 
 class ShardReader:
-    """Reads row groups from the shards of one split, in any number of threads."""
+    """Reads the rows of one split in row groups of its shards, in any number of threads."""
 
     def __init__(self, folder: Folder, shards: Sequence[Shard], columns: Sequence[str]) -> None:
         self.folder, self.shards, self.columns = folder, shards, list(columns)
@@ -42,7 +42,13 @@ class ShardReader:
             pq.ParquetFile(stream, metadata=self._footers.get(shard)) as file,
         ):
             self._remember(shard, file.metadata)
-            return [file.read_row_group(g, columns=self.columns, use_threads=False) for g in groups]
+            tables = (file.read_row_group(g, self.columns, use_threads=False) for g in groups)
+            if not self.shards[shard].selection:
+                return list(tables)
+            sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
+            starts = np.cumsum([0, *sizes])
+            selected = (self.shards[shard].is_selected(starts[g], sizes[g]) for g in groups)
+            return [t.filter(pa.array(s)) for t, s in zip(tables, selected, strict=True)]
 
     def read_keys(self, keys: Sequence[tuple[int, int]]) -> dict[tuple[int, int], pa.Table]:
         """Return row groups, given sorted pairs of shard and row group."""

@@ -197,7 +197,8 @@ class TrainingSampler:
             if begin >= stop:
                 break
             first, last = max(start - begin, 0), min(stop - begin, group.num_rows)
-            ranges.append(RowRange(group.shard, group.group, first, last))
+            if first < last:
+                ranges.append(RowRange(group.shard, group.group, first, last))
         return ranges
 
     def _epoch_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:

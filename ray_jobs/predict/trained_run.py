@@ -70,7 +70,9 @@ def open_run(path: str) -> TrainedRun:
             zipfile.ZipFile(file) as archive,
         ):
             config = json.loads(archive.read("config.json"))
-        network = config["config"]["network"]["config"]
+        # The models of a `MeanModel` have the same inputs.
+        first, *_ = config["config"].get("models", [config])
+        network = first["config"]["network"]["config"]
         input_shapes = {
             layer["config"]["name"]: tuple(layer["config"]["batch_shape"][1:])
             for layer in network["layers"]

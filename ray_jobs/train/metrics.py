@@ -16,7 +16,7 @@ ECE_BINS = 15
 def binary_metrics(
     label: np.ndarray,
     probability: np.ndarray,
-    threshold: float,
+    threshold: float | np.ndarray,
     weight: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Return all metrics of `metrics.json`.
@@ -30,7 +30,7 @@ def binary_metrics(
     Args:
         label: 0 or 1, (N,) or (N, 1).
         probability: Probability of 1, same shape.
-        threshold: Lowest probability of a predicted positive.
+        threshold: Lowest probability of a predicted positive; one for all rows, or one for each.
         weight: Positive weight of each row, (N,); by default, 1.
 
     Raises:
@@ -62,7 +62,7 @@ def binary_metrics(
         "precision": tp / ((tp + fp) or 1) if positives else None,
         "recall": tp / (tp + fn) if positives else None,
         "f1": 2 * tp / (2 * tp + fp + fn) if positives else None,
-        "threshold": float(threshold),
+        "threshold": float(threshold) if np.ndim(threshold) == 0 else None,
         "confusion": confusion,
         "num_rows": len(label),
         "class_counts": counts.tolist(),
@@ -75,41 +75,6 @@ def validation_metrics(
     """Return log_loss, roc_auc, pr_auc and accuracy at 0.5, as in `binary_metrics`."""
     values = binary_metrics(label, probability, 0.5, weight)
     return {name: values[name] for name in ("log_loss", "roc_auc", "pr_auc", "accuracy")}
-
-
-def auc_gain(
-    label: np.ndarray,
-    ours: np.ndarray,
-    theirs: np.ndarray,
-    num_draws: int = 10_000,
-    weight: np.ndarray | None = None,
-) -> dict[str, float]:
-    """Return the `difference` in ROC AUC of two models, with its 95 % interval `low` to `high`.
-
-    The interval is from a paired bootstrap, which draws the same rows for both models (Efron and
-    Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13: percentiles).
-
-    Args:
-        label: 0 or 1, (N,), with both classes.
-        ours: Probabilities of 1, (N,).
-        theirs: Probabilities of 1 of the model to compare with, (N,).
-        num_draws: Number of bootstrap draws, each of which takes about 3 ms.
-        weight: Weights of the rows, (N,); by default, 1.
-    """
-    from sklearn.metrics import roc_auc_score
-
-    def gain(rows: Any = slice(None)) -> float:
-        by: dict[str, Any] = {"sample_weight": None if weight is None else weight[rows]}
-        first, second = (roc_auc_score(label[rows], p[rows], **by) for p in (ours, theirs))
-        return first - second
-
-    rng, differences = np.random.default_rng(0), []
-    while len(differences) < num_draws:
-        rows = rng.integers(0, len(label), len(label))
-        if 0 < label[rows].sum() < len(rows):
-            differences.append(gain(rows))
-    low, high = np.quantile(differences, [0.025, 0.975])
-    return {"difference": float(gain()), "low": float(low), "high": float(high)}
 
 
 def expected_calibration_error(

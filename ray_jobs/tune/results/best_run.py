@@ -151,8 +151,8 @@ def _compare(
     Returns:
         The comparison, or None if the test rows have only one class or there is no untuned run.
     """
+    from ray_jobs.evaluate.bootstrap import auc_gain
     from ray_jobs.evaluate.job import Evaluation, evaluate_split
-    from ray_jobs.train.metrics import auc_gain
 
     def evaluate(run: RunSpec, name: str) -> Evaluation:
         job = EvaluateSpec(

@@ -27,6 +27,7 @@ from ray_jobs.data.loader import feed_options
 from ray_jobs.data.manifest import read_manifest
 from ray_jobs.storage.folder import Folder
 from ray_jobs.train.callbacks import Callbacks
+from ray_jobs.train.job import run_folder
 
 if TYPE_CHECKING:
     from ray_jobs.train.checkpoints.checkpoint import Checkpoint, LoopState
@@ -57,13 +58,19 @@ class TrialWorker(GroupWorker):
         self._build_s = self._hang_timeout_s = 0.0
 
     def start_trial(
-        self, spec: RunSpec, feeding: Mapping[str, Any], addresses: Sequence[str], saved: Any
+        self,
+        spec: RunSpec,
+        feeding: Mapping[str, Any],
+        reuse: bool,
+        addresses: Sequence[str],
+        saved: Any,
     ) -> None:
         """Build the model of a trial; the first trial also starts TensorFlow.
 
         Args:
-            spec: The spec of the trial.
+            spec: The spec of the trial, whose folder has the manifest.
             feeding: `decode`, `cache` and `index`, as for a training run.
+            reuse: Whether trials of the same data reuse graphs; such a trial cannot be finalized.
             addresses: Addresses of all workers.
             saved: The checkpoint to continue from, or None.
         """
@@ -75,14 +82,16 @@ class TrialWorker(GroupWorker):
         from ray_jobs.cluster.strategy import WorkerContext
         from ray_jobs.train.loop import Loop
 
-        self._loop = next((loop for loop in self._loops if loop.reuse_for(spec)), None)
+        if reuse:
+            self._loop = next((loop for loop in self._loops if loop.reuse_for(spec)), None)
         if self._loop is None:
             self._evict_loops()
-            manifest = read_manifest(Folder(spec.data.prepared))
+            manifest = read_manifest(run_folder(spec))
             options = feed_options(spec, manifest, feeding)
             context = WorkerContext(self.rank, self.num_workers)
-            self._loop = Loop(spec, manifest, context, self.strategy, options, tunable=True)
-        self._loops = [loop for loop in self._loops if loop is not self._loop] + [self._loop]
+            self._loop = Loop(spec, manifest, context, self.strategy, options, tunable=reuse)
+        if reuse:
+            self._loops = [loop for loop in self._loops if loop is not self._loop] + [self._loop]
         self.callbacks = _TrialCallbacks()
         self._epochs = self._loop.epochs(self.callbacks, saved)
         self._build_s = time.monotonic() - started
@@ -103,6 +112,12 @@ class TrialWorker(GroupWorker):
     def take_checkpoint(self, state: "LoopState") -> "Checkpoint":
         """Return a checkpoint of the last epoch."""
         return self._loop.snapshots.take(state, {}, self._loop.best)
+
+    def finalize(self, state: "LoopState", folder: Folder, train_s: float) -> None:
+        """Write the final model of a finished trial to its run folder."""
+        from ray_jobs.train.finalize import finalize
+
+        finalize(self._loop, state, folder, train_s)
 
     def measure_inference_row_s(self) -> float:
         """Return the seconds of inference per row, in batches of the size of a training step."""
@@ -149,7 +164,11 @@ class TrialWorkerGroup:
         self.addresses: list[str] = []
 
     def start_trial(
-        self, spec: RunSpec, feeding: Mapping[str, Any], saved: "Checkpoint | None"
+        self,
+        spec: RunSpec,
+        feeding: Mapping[str, Any],
+        saved: "Checkpoint | None",
+        reuse: bool = True,
     ) -> None:
         """Build the model of a trial on every worker; see `TrialWorker.start_trial`."""
         if not self.addresses:
@@ -157,7 +176,7 @@ class TrialWorkerGroup:
             self.addresses = [self.local.address(), *others]
         # Only the local worker writes checkpoints, so only it needs the best epochs' models.
         stripped = ray.put(replace(saved, best={})) if saved and self.remote else None
-        arguments = spec, feeding, self.addresses
+        arguments = spec, feeding, reuse, self.addresses
         with self._together([w.start_trial.remote(*arguments, stripped) for w in self.remote]):
             self.local.start_trial(*arguments, saved)
 

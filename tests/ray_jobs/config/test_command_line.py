@@ -317,5 +317,5 @@ def test_help_shows_the_sections_of_the_verb_and_help_all_shows_the_others():
     assert "--train.epochs" in text
     assert "--model.image.kind" in text
     assert "--prepare.images" not in text
-    assert "--help_all also lists the other sections: prepare, data, tune." in text
+    assert "--help_all also lists the other sections: prepare, data, tune, cv." in text
     assert "--prepare.images" in help_text(RunSpec, "train", flag="--help_all")

@@ -4,12 +4,10 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from scipy.stats import bootstrap
 from sklearn import calibration, metrics
 
 from ray_jobs.train.metrics import (
     ECE_BINS,
-    auc_gain,
     binary_metrics,
     choose_threshold,
     validation_metrics,
@@ -142,33 +140,6 @@ def test_invalid_rows_are_rejected_with_their_values(label, probability, message
         binary_metrics(np.array(label), np.array(probability), 0.5)
 
 
-def test_the_interval_of_a_gain_equals_scipys_paired_bootstrap():
-    rng = np.random.default_rng(0)
-    label = np.arange(120) % 3 == 0
-    ours = label + rng.normal(size=120)
-    theirs = label + 2 * rng.normal(size=120)
-    label = label.astype(int)
-    found = auc_gain(label, ours, theirs, num_draws=400)
-
-    def auc(y, score):
-        """The share of pairs in order; `roc_auc_score` takes seconds for this many samples."""
-        return np.mean(score[y == 1][:, None] > score[y == 0])
-
-    def gain(y, a, b):
-        return auc(y, a) - auc(y, b)
-
-    expected = bootstrap(
-        (label, ours, theirs), gain, paired=True, vectorized=False, n_resamples=400,
-        method="percentile", rng=1,
-    ).confidence_interval  # fmt: skip
-    scores = [metrics.roc_auc_score(label, by) for by in (ours, theirs)]
-    assert found["difference"] == pytest.approx(scores[0] - scores[1])
-    assert found["low"] == pytest.approx(expected.low, abs=0.02)
-    assert found["high"] == pytest.approx(expected.high, abs=0.02)
-    same = auc_gain(label, ours, ours, num_draws=50)
-    assert same == {"difference": 0.0, "low": 0.0, "high": 0.0}
-
-
 @pytest.mark.parametrize("by", ["f1", "balanced_accuracy"])
 @pytest.mark.parametrize("unit", [1, 1e-4])
 def test_weighted_metrics_equal_those_of_repeated_rows_and_of_scikit_learn(by, unit):
@@ -192,11 +163,3 @@ def test_weighted_metrics_equal_those_of_repeated_rows_and_of_scikit_learn(by, u
     threshold = choose_threshold(label, probability, by, unit * repeats)
     assert threshold == pytest.approx(choose_threshold(*whole, by))
     assert threshold != choose_threshold(label, probability, by)
-
-
-def test_the_gain_in_auc_is_weighted():
-    label, ours = rows(101, 3)
-    theirs, weight = ours[::-1].copy(), np.resize([1, 4, 2, 7], 101)
-    gain = auc_gain(label, ours, theirs, 20, weight)
-    aucs = [metrics.roc_auc_score(label, p, sample_weight=weight) for p in (ours, theirs)]
-    assert gain["difference"] == pytest.approx(aucs[0] - aucs[1])

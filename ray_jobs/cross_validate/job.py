@@ -1,0 +1,237 @@
+"""Estimate how good a model is on few rows: train and score it on several divisions of the data.
+
+Reads: shards and manifest.json from `prepare`; the training and validation rows are divided into
+folds, and the test split is not used. Writes: rows.parquet with the prediction of each row by a
+model that was not trained on it, metrics.json with intervals, a run folder for each fold, and with
+`cv.export=mean` the run folder of the mean of all models. Running the same command again continues
+an interrupted cross-validation.
+
+Run:   python -m ray_jobs.cross_validate ray_jobs/specs/houses.yaml --run.name houses-cv
+       python -m ray_jobs.cross_validate ray_jobs/specs/houses.yaml --compare other.yaml
+"""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ray_jobs.checks.preflight import preflight
+from ray_jobs.cluster import connection
+from ray_jobs.cluster.capacity import cpu_settings
+from ray_jobs.config.command_line import read_yaml, validate_spec
+from ray_jobs.config.spec import CrossValidateSpec, EvaluateSpec, RunSpec
+from ray_jobs.config.text import count_text
+from ray_jobs.cross_validate.cv_results import (
+    METRICS,
+    OutOfFold,
+    compare,
+    read_rows,
+    summarize,
+    write_rows,
+)
+from ray_jobs.data.folds import Fold, FoldRows, fold_manifest, make_folds, read_fold_rows
+from ray_jobs.storage.folder import Folder
+from ray_jobs.train.finalize import SUMMARY
+from ray_jobs.train.job import (
+    SPEC,
+    Run,
+    begin_run,
+    open_run,
+    require_same,
+    require_trainable,
+    run_folder,
+)
+
+CV_SPEC = "cross_validate.yaml"
+FOLDS = "folds"
+MEAN = "mean"
+METRICS_FILE = "metrics.json"
+_SHARED = ("run.storage_path", "run.address", "run.seed", "data.prepared")
+"""Settings that all compared specs take from the first one, besides `cv`."""
+_SAME = ("run.seed", "data.image_size", "data.shuffle_window_rows", "data.buffer_bytes", "model",
+         "train", "cv.folds", "cv.repeats")  # fmt: skip
+"""Settings that must not change when a cross-validation continues."""
+_CHANGEABLE = ("num_workers", "cpus_per_worker", "resources_per_worker", "max_failures")
+
+
+def cross_validate(spec: CrossValidateSpec) -> dict[str, Any]:
+    """Cross-validate a spec, and compare it with others; return the content of metrics.json.
+
+    Raises:
+        JobError: If the data, the cluster or the folder is unsuitable, or folds failed.
+        Interrupted: If the user stopped the job.
+    """
+    runs = [open_run(each) for each in (spec, *_compared_specs(spec))]
+    first, train = runs[0], runs[0].spec.train
+    for run in runs:
+        if run.folder.exists(CV_SPEC):
+            require_same("cross-validation", run, CV_SPEC, _SAME, {"train": _CHANGEABLE})
+    rows = read_fold_rows(Folder(first.spec.data.prepared), first.manifest)
+    cv = first.spec.cv
+    folds = make_folds(rows, cv.folds, cv.repeats, first.spec.run.seed)
+    workers = train.workers_range[0]
+    with connection.connected(
+        spec.run.address,
+        num_cpus=workers * train.cpus_per_worker,
+        cpu_settings=cpu_settings(train),
+        num_gpus=workers * train.gpus_per_worker if train.use_gpu else 0,
+        data_cpus=0,
+        worker_logs=spec.run.worker_logs,
+        object_store_memory=spec.data.object_store_memory,
+    ):
+        preflight(first.spec, first.manifest)
+        results = [_train_and_score(run, rows, folds) for run in runs]
+        metrics = summarize(results[0], folds)
+        metrics["comparisons"] = {
+            str(run.spec.run.name): compare(results[0], other)
+            for run, other in zip(runs[1:], results[1:], strict=True)
+        }
+        if cv.export == "mean":
+            metrics["mean"] = _export_mean(first, rows, folds, results[0])
+    first.folder.write_json(METRICS_FILE, metrics)
+    _print(first, metrics)
+    return metrics
+
+
+def _compared_specs(spec: CrossValidateSpec) -> list[RunSpec]:
+    """Return the specs to compare with, on the same data and folds."""
+    specs: list[RunSpec] = []
+    tree = spec.model_dump(mode="json")
+    for path in spec.compare:
+        other = validate_spec(RunSpec, read_yaml(path))
+        shared = {name: tree[(parts := name.split("."))[0]][parts[1]] for name in _SHARED}
+        name = {"run.name": f"{spec.run.name or 'cross-validation'}-{Path(path).stem}"}
+        cv = {f"cv.{setting}": value for setting, value in tree["cv"].items()}
+        specs.append(other.overlay({**shared, **name, **cv}))
+    return specs
+
+
+def _train_and_score(run: Run, rows: FoldRows, folds: list[Fold]) -> OutOfFold:
+    """Train the models of all folds that are not complete, and return the predictions."""
+    from ray_jobs.cross_validate.run_folds import run_folds
+
+    spec, folder = run.spec, run.folder
+    folder.write_text(CV_SPEC, yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False))
+    run.manifest.write(folder)
+    own = [_fold_spec(run, fold) for fold in folds]
+    for each, fold in zip(own, folds, strict=True):
+        if not run_folder(each).exists(SPEC):
+            manifest = fold_manifest(rows, fold)
+            require_trainable(each, manifest)
+            begin_run(each, manifest, run_folder(each))
+    print(
+        f"{spec.run.name}: {count_text(len(folds), 'fold')} of "
+        f"{count_text(rows.table.num_rows, 'row')} → {folder}"
+    )
+    run_folds(own, lambda index: _print_fold(own[index]))
+    out_of_fold = OutOfFold.of(rows, folds, [read_rows(run_folder(each)) for each in own])
+    write_rows(folder, out_of_fold.table())
+    return out_of_fold
+
+
+def _fold_spec(run: Run, fold: Fold) -> RunSpec:
+    changes = {
+        "run.name": fold.name,
+        "run.storage_path": (run.folder / FOLDS).uri,
+        "run.tracking": "none",
+        "train.num_workers": run.spec.train.workers_range[0],
+    }
+    return RunSpec.model_validate(run.spec.model_dump(exclude={"compare"})).overlay(changes)
+
+
+def _export_mean(
+    run: Run, rows: FoldRows, folds: list[Fold], out_of_fold: OutOfFold
+) -> dict[str, Any]:
+    """Write the run folder of the mean model, and return its metrics on the test split."""
+    import ray
+
+    from ray_jobs.cross_validate.export_mean import export_mean
+    from ray_jobs.evaluate.job import evaluate_split
+    from ray_jobs.train.metrics import choose_threshold
+
+    spec, train, folder = run.spec, run.spec.train, run.folder / MEAN
+    threshold = choose_threshold(
+        out_of_fold.label_N,
+        out_of_fold.probability_RN.mean(axis=0),
+        train.decision_threshold,
+        out_of_fold.weight_N,
+    )
+    summary = {"run": MEAN, "num_models": len(folds), "decision_threshold": threshold}
+    if not folder.exists(SUMMARY):
+        export = ray.remote(export_mean).options(num_cpus=train.cpus_per_worker)
+        models = [run_folder(_fold_spec(run, fold)) for fold in folds]
+        ray.get(export.remote(rows, models, folder, summary))
+    if not run.manifest.splits["test"].num_rows:
+        return summary
+    job = EvaluateSpec(
+        run=str(folder),
+        data=spec.data.prepared,
+        output=str(folder / "evaluation"),
+        use_gpu=train.use_gpu,
+        cpus_per_worker=train.cpus_per_worker,
+        address=spec.run.address,
+    )
+    return evaluate_split(job).metrics
+
+
+def _print_fold(spec: RunSpec) -> None:
+    folder = run_folder(spec)
+    summary = folder.read_json(SUMMARY)
+    print(
+        f"  fold {spec.run.name}: {count_text(summary['epochs'], 'epoch')}, validation log loss "
+        f"{summary['validation']['log_loss']:.4f}, {summary['train_s']:.0f} s",
+        flush=True,
+    )
+
+
+def _print(run: Run, metrics: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console(highlight=False, soft_wrap=True)
+    counts = metrics["class_counts"]
+    console.print(
+        f"[bold]{escape(str(run.spec.run.name))}[/bold]: {count_text(metrics['num_rows'], 'row')}, "
+        f"{counts[1]:,} of them {escape(repr(run.manifest.positive_label))}, each predicted by "
+        "models that were not trained on it"
+    )
+    table = Table()
+    table.add_column("metric")
+    for column in ("value", "95 % interval", "mean of folds", "deviation"):
+        table.add_column(column, justify="right")
+    for name in METRICS:
+        values = metrics["metrics"][name]
+        interval = "undefined" if values["low"] is None else _interval(values, "{:.4f}")
+        table.add_row(
+            name,
+            _number(values["value"]),
+            interval,
+            _number(values["mean_of_folds"]),
+            _number(values["std_of_folds"]),
+        )
+    console.print(table)
+    for other, compared in metrics["comparisons"].items():
+        console.print(f"  compared with [bold]{escape(other)}[/bold]:")
+        for name, values in compared.items():
+            if values["low"] is not None:
+                console.print(
+                    f"    {name} {values['difference']:+.4f} (95 % interval "
+                    f"{_interval(values, '{:+.4f}')}): {values['verdict']}"
+                )
+    if "mean" in metrics and "roc_auc" in metrics["mean"]:
+        mean = metrics["mean"]
+        console.print(
+            f"  mean of {count_text(len(metrics['folds']), 'model')} on "
+            f"{count_text(mean['num_rows'], 'test row')}: AUC {_number(mean['roc_auc'])}, log loss "
+            f"{_number(mean['log_loss'])} → {escape(str(run.folder / MEAN))}"
+        )
+    console.print(f"  [green]done[/green] → {escape(str(run.folder))}")
+
+
+def _interval(values: dict[str, Any], form: str) -> str:
+    return f"{form.format(values['low'])} to {form.format(values['high'])}"
+
+
+def _number(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.4f}"
