@@ -143,7 +143,7 @@ def main() -> None:
         gain, intervals = gains(slice(None)), bootstrap_intervals(gains, label, row)
         result[f"{MEAN} vs {other}"] = {m: [gain[m], *(intervals[m] or ())] for m in gain}
         cells = [
-            "{:+.4f} ({:+.4f} to {:+.4f})".format(gain[m], *(intervals[m] or (0, 0))) for m in gain
+            "{:+.4f} ({:+.4f} to {:+.4f})".format(gain[m], *(intervals[m] or ())) for m in gain
         ]
         print(f"| {other} | " + " | ".join(cells) + " |")
     seconds = [seconds for _, _, seconds in splits]

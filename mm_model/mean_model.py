@@ -9,7 +9,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from mm_model.model import FusionModel
+from mm_model.model import FusionModel, inputs_by_name
 
 
 @keras.saving.register_keras_serializable("mm_model")
@@ -45,8 +45,9 @@ class MeanModel(keras.Model):
 
     def call(self, inputs: Any, training: bool = False) -> Any:
         """Return the mean of the calibrated probabilities (B, 1)."""
+        named = inputs_by_name(inputs, self.input_names)
         probabilities = [
-            model(self._inputs_of(inputs, codes), training=training)
+            model(self._inputs_of(named, codes), training=training)
             for model, codes in zip(self.models, self.codes, strict=True)
         ]
         return ops.mean(ops.stack(probabilities), axis=0)

@@ -118,7 +118,7 @@ class FusionModel(keras.Model):
 
     def head_logits(self, inputs: Any, training: bool = False) -> Any:
         """Return the logits (B, M) of all heads, before blending and calibration."""
-        return self.network(_inputs_by_name(inputs, self.input_names), training=training)
+        return self.network(inputs_by_name(inputs, self.input_names), training=training)
 
     def call(self, inputs: Any, training: bool = False) -> Any:
         """Return the calibrated probability (B, 1)."""
@@ -331,7 +331,7 @@ def _joint_features(
     return load_builder(FUSIONS[spec.fusion.kind])(image, numeric, spec.fusion, blocks)
 
 
-def _inputs_by_name(inputs: Any, names: list[str]) -> dict[str, Any]:
+def inputs_by_name(inputs: Any, names: list[str]) -> dict[str, Any]:
     """Return the network's inputs by name, cast to their dtypes, given a dict or a list."""
     image = "features" if "features" in names else "image"
     given = inputs if isinstance(inputs, Mapping) else _name_inputs(inputs, names, image)

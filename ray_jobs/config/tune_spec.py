@@ -164,6 +164,11 @@ class TuneSpec(Spec):
     third."""
     perturbation_epochs: PositiveInt | None = None
     """Epochs between two decisions of `pbt` and `pb2`. Default: a tenth of `train.epochs`."""
+    folds: Annotated[int, Field(ge=2)] | None = None
+    """Number of folds of the training and validation rows. Each trial then trains a model per fold,
+    all of them epoch by epoch, and its score is the mean over the folds; the best trial is
+    afterwards trained on the training split. Default: one model, scored on the validation
+    split."""
     seed: NonNegativeInt = 0
     """Seed for the searcher."""
     workers_per_trial: PositiveInt | None = None

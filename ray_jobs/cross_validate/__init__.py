@@ -9,3 +9,7 @@ metrics.json, a run folder for each fold, and optionally one for the mean of the
     cv_results.py       metrics of the out-of-fold predictions, with intervals, and comparisons
     export_mean.py      writes the run folder of the mean model
 """
+
+from ray_jobs.cross_validate.job import cross_validate
+
+__all__ = ["cross_validate"]

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ray_jobs.config.errors import JobError
 from ray_jobs.data.batch import KEY, LABEL, WEIGHT
 from ray_jobs.data.folds import Fold, FoldRows
 from ray_jobs.evaluate.bootstrap import bootstrap_intervals
@@ -52,8 +53,12 @@ class OutOfFold:
         fold_RN = np.zeros(shape, np.int64)
         probability_RN, threshold_RN = np.zeros(shape), np.zeros(shape)
         for fold, table in zip(folds, tables, strict=True):
-            # Predicted rows are in stored order, too.
             is_scored = fold.is_scored_N
+            if table[KEY].to_pylist() != rows.table[KEY].filter(pa.array(is_scored)).to_pylist():
+                raise JobError(
+                    f"the predicted rows of fold {fold.name} are not those that it scores; choose "
+                    "another --run.name"
+                )
             fold_RN[fold.repeat, is_scored] = fold.index
             probability_RN[fold.repeat, is_scored] = table[PROBABILITY].to_numpy()
             threshold_RN[fold.repeat, is_scored] = table[THRESHOLD].to_numpy()

@@ -1,5 +1,6 @@
 """Writes the run folder of the mean of the folds' models, which `evaluate` and `predict` accept."""
 
+import os
 import tempfile
 from collections.abc import Sequence
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from mm_model.statistics import Vocabulary
+from ray_jobs.cluster.worker_group import import_keras
 from ray_jobs.data.folds import FoldRows, select_rows
 from ray_jobs.data.manifest import Manifest, read_manifest
 from ray_jobs.storage.folder import Folder
@@ -14,7 +16,11 @@ from ray_jobs.train.finalize import MODEL, SUMMARY, export_saved_model
 
 
 def export_mean(
-    rows: FoldRows, runs: Sequence[Folder], folder: Folder, summary: dict[str, Any]
+    rows: FoldRows,
+    runs: Sequence[Folder],
+    folder: Folder,
+    summary: dict[str, Any],
+    num_cpus: float,
 ) -> None:
     """Write manifest, model and summary of the mean model.
 
@@ -23,10 +29,15 @@ def export_mean(
         runs: Run folders of the folds.
         folder: Run folder of the mean model.
         summary: Content of its summary.json.
+        num_cpus: CPUs for this process.
     """
+    os.environ["KERAS_BACKEND"] = "tensorflow"
+    import_keras()
     from mm_model import load_model
     from mm_model.mean_model import MeanModel
+    from ray_jobs.cluster.strategy import set_devices
 
+    set_devices(num_cpus, use_gpu=False)
     manifests = [read_manifest(run) for run in runs]
     vocabularies = _join_vocabularies(manifests)
     manifest = select_rows(rows, np.ones(rows.table.num_rows, bool))

@@ -1,9 +1,10 @@
-"""Trains one fold after the other in a process, and predicts the scored rows of each.
+"""Trains one fold after another in a process, and predicts the scored rows of each.
 
 Input: the run folder of a fold, with its spec and manifest. Output: the rest of the run folder, and
 rows.parquet with the predictions. A fold that was interrupted continues from its newest checkpoint.
 """
 
+import gc
 import sys
 import tempfile
 import time
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from ray_jobs.cluster.connection import first_line
 from ray_jobs.config.spec import RunSpec
 from ray_jobs.cross_validate.cv_results import THRESHOLD, write_rows
 from ray_jobs.data.batch import KEY, LABEL
@@ -21,35 +23,45 @@ from ray_jobs.predict.predictor import PROBABILITY
 from ray_jobs.predict.trained_run import open_run
 from ray_jobs.storage.folder import Folder
 from ray_jobs.train.checkpoints.checkpoint_manager import CheckpointManager
-from ray_jobs.train.finalize import MODEL, SUMMARY
+from ray_jobs.train.finalize import MODEL
 from ray_jobs.train.job import Run, run_folder, shared_feed
 from ray_jobs.train.telemetry.history import history_text
 from ray_jobs.train.telemetry.history_keys import HISTORY
+from ray_jobs.train.worker import is_permanent
 from ray_jobs.tune.trials.trial_workers import TrialWorkerGroup
 
-_CHECKPOINTS = "checkpoints"
+CHECKPOINTS = "checkpoints"
+ERROR = "error.txt"
+"""File with the permanent error that ended all workers of a fold."""
 
 
 class FoldWorker:
     """An actor in the placement group of a fold; it starts the fold's other workers."""
 
     def __init__(self) -> None:
-        self.group = TrialWorkerGroup(on_abort=lambda error: None)
+        self.group = TrialWorkerGroup(self._record_error)
+        self.folder: Folder | None = None
 
     def train(self, spec: RunSpec) -> None:
-        """Train the model of a fold, unless it is trained already, and predict the scored rows."""
-        folder = run_folder(spec)
+        """Train the model of a fold from its newest checkpoint, and predict the scored rows."""
+        folder = self.folder = run_folder(spec)
+        folder.delete(ERROR)
         run = Run(spec, read_manifest(folder), folder)
-        if not folder.exists(SUMMARY):
-            with shared_feed(run) as feed:
-                self._train(run, feed)
+        with shared_feed(run) as feed:
+            self._train(run, feed)
+        gc.collect()
         _predict_scored_rows(run)
-        folder.delete(_CHECKPOINTS)
+
+    def _record_error(self, error: Exception) -> None:
+        # An error in another process arrives wrapped in a Ray error.
+        cause = getattr(error, "cause", None) or error
+        if self.folder is not None and is_permanent(cause):
+            self.folder.write_text(ERROR, f"{type(cause).__name__}: {first_line(cause)}")
 
     def _train(self, run: Run, feed: dict[str, Any]) -> None:
         started, train = time.monotonic(), run.spec.train
         checkpoints = CheckpointManager(run.folder, train.keep_checkpoints, _warn)
-        self.group.start_trial(run.spec, feed, checkpoints.newest(), reuse=False)
+        self.group.start_trial([run.spec], feed, [checkpoints.newest()], reuse=False)
         while not (state := self.group.train_epoch()).is_finished(train):
             run.folder.write_text(HISTORY, history_text(state.history))
             checkpoints.save(self.group.local.take_checkpoint(state))

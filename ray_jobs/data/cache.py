@@ -20,13 +20,13 @@ from typing import IO, Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from ray_jobs.config.prepare_spec import SPLITS, Split
+from ray_jobs.config.prepare_spec import SPLITS
 from ray_jobs.config.spec import DataSpec
 from ray_jobs.data.manifest import Manifest
 from ray_jobs.storage.atomic_write import atomic_write
 
-Group = tuple[Split, int, int]
-"""Split, shard and row group."""
+Group = tuple[str, int, int]
+"""Split or, for selected rows, split and hash of the selection; shard and row group."""
 Kind = Literal["none", "object_store", "disk"]
 
 

@@ -113,7 +113,9 @@ def read_fold_rows(folder: Folder, manifest: Manifest) -> FoldRows:
     return FoldRows(manifest, pa.concat_tables(tables), _join(names))
 
 
-def make_folds(rows: FoldRows, num_folds: int | None, num_repeats: int, seed: int) -> list[Fold]:
+def make_folds(
+    rows: FoldRows, num_folds: int | None, num_repeats: int, seed: int, section: str = "cv"
+) -> list[Fold]:
     """Return the folds of all repeats.
 
     Args:
@@ -121,31 +123,43 @@ def make_folds(rows: FoldRows, num_folds: int | None, num_repeats: int, seed: in
         num_folds: Number of folds; by default, those of the fold column, else 5.
         num_repeats: How many times to divide the rows, differently each time.
         seed: Seed of the divisions.
+        section: Section of the settings, for messages.
 
     Raises:
         JobError: If the settings do not fit the fold column, or a fold would lack a class.
     """
     given_N = None
     if FOLD in rows.table.column_names:
-        words, given_N = np.unique(rows.table[FOLD].to_numpy(), return_inverse=True)
+        given = rows.table[FOLD].to_pylist()
+        are_numbers = all(word.isdecimal() for word in given)
+        words = sorted(set(given), key=int if are_numbers else str)
+        given_N = np.array([words.index(word) for word in given])
         column = rows.manifest.prepare.fold_column
         if num_folds not in (None, len(words)) or num_repeats > 1:
-            setting = "cv.repeats" if num_repeats > 1 else "cv.folds"
+            setting = f"{section}.repeats" if num_repeats > 1 else f"{section}.folds"
             raise JobError(
                 f"{setting} does not fit the {len(words)} folds of the column {column}; leave it "
                 "out, or prepare the data without prepare.fold_column"
             )
         num_folds = len(words)
     num_folds = num_folds or DEFAULT_FOLDS
+    all_N = np.ones(len(rows.label_N), bool)
+    if given_N is None and (rarest := _rarest(rows, all_N)) < num_folds:
+        raise JobError(
+            f"{section}.folds={num_folds} needs as many rows, or groups, of each class, but one "
+            f"class has {rarest}; lower {section}.folds"
+        )
     fraction = rows.manifest.prepare.validation_fraction
     folds: list[Fold] = []
     for repeat in range(num_repeats):
         fold_N = given_N
         if fold_N is None:
-            fold_N = _divide(rows, np.ones(len(rows.label_N), bool), num_folds, (seed, repeat))
+            fold_N = _divide(rows, all_N, num_folds, (seed, repeat))
         for index in range(num_folds):
             is_scored_N = fold_N == index
-            part_N = _divide(rows, ~is_scored_N, round(1 / fraction), (seed, repeat, index))
+            # With few rows of a class, a larger part has one of each class.
+            num_parts = max(2, min(round(1 / fraction), _rarest(rows, ~is_scored_N)))
+            part_N = _divide(rows, ~is_scored_N, num_parts, (seed, repeat, index))
             fold = Fold(repeat, index, part_N > 0, part_N == 0, is_scored_N)
             _require_both_classes(rows, fold, num_folds)
             folds.append(fold)
@@ -167,8 +181,7 @@ def select_rows(rows: FoldRows, train_N: np.ndarray, *others_N: np.ndarray) -> M
     """
     manifest, train = rows.manifest, rows.table.filter(pa.array(train_N))
     empty_N = np.zeros(len(train_N), bool)
-    parts = zip_longest(SPLITS, (train_N, *others_N), fillvalue=empty_N)
-    selections = dict(parts)
+    selections = dict(zip_longest(SPLITS, (train_N, *others_N), fillvalue=empty_N))
     changes: dict[str, Any] = {
         "splits": {split: _select(rows, selected) for split, selected in selections.items()},
         "vocabularies": tuple(
@@ -190,12 +203,6 @@ def _divide(
 
     label, group = rows.label_N[is_used_N], rows.group_N[is_used_N]
     is_grouped = len(np.unique(group)) < len(group)
-    smallest = min(len(np.unique(group[label == value])) for value in (0, 1))
-    if smallest < num_parts:
-        raise JobError(
-            f"a division into {num_parts} parts needs as many rows or groups of each class, but "
-            f"one class has only {smallest}; lower cv.folds or collect more rows"
-        )
     random_state = int(np.random.SeedSequence(seed).generate_state(1)[0])
     splitter = (StratifiedGroupKFold if is_grouped else StratifiedKFold)(
         num_parts, shuffle=True, random_state=random_state
@@ -206,6 +213,12 @@ def _divide(
         part[chosen] = index
     part_N[is_used_N] = part
     return part_N
+
+
+def _rarest(rows: FoldRows, is_used_N: np.ndarray) -> int:
+    """Return the number of rows, or groups, with the rarer label."""
+    label, group = rows.label_N[is_used_N], rows.group_N[is_used_N]
+    return min(len(np.unique(group[label == value])) for value in (0, 1))
 
 
 def _require_both_classes(rows: FoldRows, fold: Fold, num_folds: int) -> None:

@@ -145,6 +145,8 @@ class Feed:
             manifest, with_image=options.with_image, size=options.data.image_size
         )
         self.cacheable = frozenset() if options.cache is None else self._cacheable()
+        # Folds have different rows of the same row groups.
+        self._cache_name = chunks.split + manifest.splits[chunks.split].selection
         shards = manifest.splits[chunks.split].shards
         self.reader = ShardReader(folder, shards, self.decoder.columns)
 
@@ -290,7 +292,8 @@ class Feed:
         decoders: ThreadPoolExecutor,
     ) -> dict[GroupKey, pa.Table]:
         """Return row groups from `new`, else from the cache, else read in place."""
-        cache, split, tables = self.options.cache, self.chunks.split, dict[GroupKey, pa.Table]()
+        cache, tables = self.options.cache, dict[GroupKey, pa.Table]()
+        split = self._cache_name
         names: list[Group] = [(split, *k) for k in keys if k in self.cacheable and k not in new]
         if cache is not None and names:
             tables = {(shard, g): table for (_, shard, g), table in cache.get(names).items()}

@@ -4,6 +4,7 @@
 nor TensorFlow.
 """
 
+import hashlib
 from base64 import b64decode, b64encode
 from collections.abc import Sequence
 from json import JSONDecodeError
@@ -51,7 +52,7 @@ class Shard(Spec):
     num_bytes: int
     sha256: str
     num_without_image: int = 0
-    """Rows without any image, kept by `prepare.missing_image`."""
+    """Rows without any image, kept by `prepare.missing_image`; not counted in a selection."""
     rows_sha256: str = ""
     """Hash of the inputs of the shard's rows; a rerun skips a shard whose hash is unchanged."""
     selection: str = ""
@@ -69,9 +70,15 @@ class Shard(Spec):
         changes = {
             "num_rows": sum(counts),
             "row_groups": tuple(counts),
+            "num_without_image": 0,
             "selection": b64encode(np.packbits(is_selected).tobytes()).decode(),
         }
         return self.model_copy(update=changes)
+
+    @property
+    def num_stored(self) -> int:
+        """Rows of the file; up to seven more if it has a selection."""
+        return 8 * len(b64decode(self.selection)) or self.num_rows
 
     def is_selected(self, start: int, num_rows: int) -> np.ndarray:
         """Return which rows of the file belong to the split, if there is a selection.
@@ -100,9 +107,16 @@ class SplitInfo(Spec):
         return sum(shard.num_without_image for shard in self.shards)
 
     @property
+    def selection(self) -> str:
+        """A hash of which rows of the shards belong to the split; empty if all do."""
+        selections = "".join(shard.selection for shard in self.shards)
+        return hashlib.sha256(selections.encode()).hexdigest()[:16] if selections else ""
+
+    @property
     def row_bytes(self) -> float:
         """Average bytes of a stored row."""
-        return max(sum(shard.num_bytes for shard in self.shards) / max(self.num_rows, 1), 1)
+        num_stored = sum(shard.num_stored for shard in self.shards)
+        return max(sum(shard.num_bytes for shard in self.shards) / max(num_stored, 1), 1)
 
 
 class Cut(Spec):

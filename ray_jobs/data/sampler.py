@@ -79,6 +79,7 @@ class TrainingSampler:
             RowRange(shard, group, 0, rows)
             for shard, sizes in enumerate(row_groups)
             for group, rows in enumerate(sizes)
+            if rows  # A fold may have no row of a row group.
         ]
         self.num_rows = sum(group.num_rows for group in self.groups)
         self.global_batch_size = global_batch_size
@@ -197,8 +198,7 @@ class TrainingSampler:
             if begin >= stop:
                 break
             first, last = max(start - begin, 0), min(stop - begin, group.num_rows)
-            if first < last:
-                ranges.append(RowRange(group.shard, group.group, first, last))
+            ranges.append(RowRange(group.shard, group.group, first, last))
         return ranges
 
     def _epoch_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:

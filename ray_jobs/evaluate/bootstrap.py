@@ -77,14 +77,13 @@ def auc_gain(
     """
     from sklearn.metrics import roc_auc_score
 
-    def gain(rows: np.ndarray) -> Statistics:
+    def gain(rows: np.ndarray) -> dict[str, float]:
         own = None if weight is None else weight[rows]
         first, second = (
             roc_auc_score(label[rows], p[rows], sample_weight=own) for p in (ours, theirs)
         )
         return {"difference": float(first - second)}
 
-    interval = bootstrap_intervals(gain, label, num_draws=num_draws)["difference"]
-    low, high = interval or (float("nan"),) * 2
-    difference = gain(np.arange(len(label)))["difference"] or 0.0
-    return {"difference": difference, "low": low, "high": high}
+    intervals = bootstrap_intervals(gain, label, num_draws=num_draws)
+    low, high = intervals["difference"] or (np.nan, np.nan)
+    return {**gain(np.arange(len(label))), "low": low, "high": high}

@@ -35,7 +35,13 @@ from mm_model.spec import Spec
 from ray_jobs.cluster.packaging import require_uploadable, resolve_working_dir, runtime_env
 from ray_jobs.config import command_line
 from ray_jobs.config.errors import JobError, UsageError
-from ray_jobs.config.spec import EvaluateSpec, InspectSpec, PredictSpec, RunSpec
+from ray_jobs.config.spec import (
+    CrossValidateSpec,
+    EvaluateSpec,
+    InspectSpec,
+    PredictSpec,
+    RunSpec,
+)
 from ray_jobs.doctor.job import DoctorSpec
 from ray_jobs.evaluate.job import METRICS
 from ray_jobs.submit.client import PROG, Server, connect, enable_token, request_errors
@@ -63,6 +69,7 @@ JOBS = {
     "inspect": _Verb(InspectSpec, "output"),
     "train": _Verb(RunSpec, "run.storage_path", SUMMARY),
     "tune": _Verb(SearchSpec, "run.storage_path", SUMMARY),
+    "cross_validate": _Verb(CrossValidateSpec, "run.storage_path", METRICS),
     "evaluate": _Verb(EvaluateSpec, "output", METRICS),
     "predict": _Verb(PredictSpec, "output"),
     "doctor": _Verb(DoctorSpec, "run.storage_path"),

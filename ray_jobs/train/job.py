@@ -47,7 +47,7 @@ _SAME_RUN = (
     "model", "train",
 )  # fmt: skip
 """Settings that must not change when a run resumes."""
-_CHANGEABLE = (
+CHANGEABLE = (
     "num_workers", "wait_for_workers_s", "use_gpu", "gpus_per_worker", "cpus_per_worker",
     "resources_per_worker", "checkpoint_every_steps", "keep_checkpoints", "keep_best",
     "max_failures", "max_preemptions", "hang_timeout_s",
@@ -80,7 +80,7 @@ def fit(spec: RunSpec, callbacks: Sequence["UserCallback"] = ()) -> dict[str, An
     run = open_run(spec)
     resumes, finished = run.folder.exists(SPEC), run.folder.exists(SUMMARY)
     if resumes:
-        require_same("run", run, SPEC, _SAME_RUN, {"train": _CHANGEABLE})
+        require_same("run", run, SPEC, _SAME_RUN, {"train": CHANGEABLE})
     if finished:
         print(f"run {run.spec.run.name} is already finished: {run.folder}")
     else:

@@ -9,6 +9,7 @@ Run:   python -m ray_jobs.tune ray_jobs/specs/houses_tune.yaml --run.name search
        python -m ray_jobs.submit tune ray_jobs/specs/houses_tune.yaml
 """
 
+from dataclasses import replace
 from typing import Any
 
 import yaml
@@ -18,6 +19,8 @@ from ray_jobs.cluster import connection
 from ray_jobs.cluster.capacity import cpu_settings
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import RunSpec
+from ray_jobs.data.folds import make_folds, read_fold_rows
+from ray_jobs.storage.folder import Folder
 from ray_jobs.train.finalize import SUMMARY
 from ray_jobs.train.job import Run, open_run, require_same, shared_feed
 from ray_jobs.tune.results.search_state import Search
@@ -97,14 +100,21 @@ def run_search(run: Run, space: Space) -> Search:
         trials=[],
         budget=spec.tune.budget.model_dump(exclude_none=True),
     )
+    rows, folds = None, []
+    if spec.tune.folds is not None:
+        rows = read_fold_rows(Folder(spec.data.prepared), run.manifest)
+        folds = make_folds(rows, spec.tune.folds, 1, spec.run.seed, "tune")
+        # Each fold has a cache of its own.
+        cache_bytes = spec.data.cache_bytes // len(folds)
+        run = replace(run, spec=spec.overlay({"data.cache_bytes": cache_bytes}))
     try:
         if should_use_features(spec, space):
             print("computing the missing features of the frozen backbone")
             features = compute_feature_sets(spec, space)
-            run_trials(spec, space, folder, results, _NO_DECODING, features)
+            run_trials(spec, space, folder, results, _NO_DECODING, features, rows, folds)
         else:
             with shared_feed(run) as feed:
-                run_trials(spec, space, folder, results, feed)
+                run_trials(spec, space, folder, results, feed, None, rows, folds)
     finally:
         if results.trials:
             write_results(results, folder)

@@ -30,6 +30,7 @@ from ray_jobs.config.errors import Interrupted, JobError
 from ray_jobs.config.spec import RunSpec
 from ray_jobs.config.text import count_text
 from ray_jobs.config.tune_spec import EXPLOITING, PAUSING
+from ray_jobs.data.folds import Fold, FoldRows
 from ray_jobs.storage.folder import Folder
 from ray_jobs.train.supervisor import noting_interrupts
 from ray_jobs.tune.results.leaderboard import LiveLeaderboard
@@ -68,6 +69,8 @@ def run_trials(
     search: Search,
     feeding: Mapping[str, Any],
     features: Mapping[str, Folder] | None = None,
+    rows: FoldRows | None = None,
+    folds: Sequence[Fold] = (),
 ) -> None:
     """Run the trials of a search until it is done.
 
@@ -78,6 +81,8 @@ def run_trials(
         search: The state of the search; updated while trials run.
         feeding: `decode`, `cache` and `index`, as for a training run.
         features: Folders of features by `features_key`, if trials train on features.
+        rows: The rows that are divided into folds, if trials are scored by folds.
+        folds: The folds.
 
     Raises:
         JobError: If the cluster is too small for a trial, or no trial has a score.
@@ -93,6 +98,8 @@ def run_trials(
         checkpoint_every_s=settings.checkpoint_every_s,
         feeding=feeding,
         features=features or {},
+        rows=rows,
+        folds=folds,
     )
     bundle = worker_resources(spec.train, settings.gpus_per_worker)
     max_concurrent = settings.max_concurrent_trials

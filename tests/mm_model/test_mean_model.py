@@ -29,6 +29,8 @@ def test_the_mean_model_averages_models_with_their_own_vocabularies_and_reloads(
     mean = mm_model.MeanModel(models, codes)
     inputs = {"image": image, "numeric": numbers, "category": joined.codes(texts)[:, None]}
     np.testing.assert_allclose(np.asarray(mean(inputs)), np.mean(expected, axis=0), atol=1e-6)
+    in_a_list = [inputs[name] for name in ("image", "numeric", "category")]
+    np.testing.assert_array_equal(np.asarray(mean(in_a_list)), np.asarray(mean(inputs)))
     mean.save(tmp_path / "mean.keras")
     loaded = mm_model.load_model(tmp_path / "mean.keras")
     assert isinstance(loaded, mm_model.MeanModel)

@@ -44,9 +44,9 @@ def finalize_search(
         space: Search space.
         folder: Search folder.
         search: Search whose trials have ended.
-        on_features: Whether trials trained on features. If so, the best trials are trained on
-            images from the start, with the whole spec; otherwise they continue from their
-            checkpoints.
+        on_features: Whether trials trained on features. If so, or if they trained on folds, the
+            best trials are trained from the start, on images and the training split; otherwise
+            they continue from their checkpoints.
 
     Raises:
         JobError: If a training run or an evaluation fails.
@@ -55,12 +55,13 @@ def finalize_search(
 
     from ray_jobs.train.job import fit
 
+    from_start = on_features or spec.tune.folds is not None
     untuned = search.trials[0]
     ranked = [row for row in search.ranked() if row.scores]
     chosen = ranked[: spec.tune.promote if on_features else 1]
     runs = {}
     for row in [*chosen, *([untuned] if untuned.scores and untuned not in chosen else [])]:
-        runs[row.name] = _train_in_full(spec, space, folder, row, on_features)
+        runs[row.name] = _train_in_full(spec, space, folder, row, from_start)
         if on_features:
             row.scores_in_full = _best_scores(runs[row.name], search)
     best = chosen[0]
@@ -110,7 +111,7 @@ def write_results(search: Search, folder: Folder) -> None:
 
 
 def _train_in_full(
-    spec: RunSpec, space: Space, folder: Folder, row: TrialRow, on_features: bool
+    spec: RunSpec, space: Space, folder: Folder, row: TrialRow, from_start: bool
 ) -> RunSpec:
     """Train a trial in full and return the spec of the run."""
     from ray_jobs.train.job import begin_run, fit
@@ -119,11 +120,11 @@ def _train_in_full(
     run = space.spec_of(row.values).overlay(
         {
             "run.name": row.name,
-            "run.storage_path": (folder / (IN_FULL if on_features else TRIALS)).uri,
+            "run.storage_path": (folder / (IN_FULL if from_start else TRIALS)).uri,
             "train.num_workers": spec.train.num_workers,
         }
     )
-    if not on_features and not CheckpointManager(trial).steps():
+    if not from_start and not CheckpointManager(trial).steps():
         # PBT may have changed the values since the trial started.
         begin_run(run, read_manifest(Folder(run.data.prepared)), trial)
         checkpoint = newest_checkpoint(trial)

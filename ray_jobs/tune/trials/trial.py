@@ -9,19 +9,20 @@ trial runs in the trial's placement group, which Tune owns, so no process outliv
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
+from statistics import fmean
 from typing import Any
 
 from ray import tune
 
 from ray_jobs.cluster.capacity import worker_resources
 from ray_jobs.config.spec import RunSpec
+from ray_jobs.data.folds import Fold, FoldRows, select_rows
 from ray_jobs.data.manifest import read_manifest
 from ray_jobs.storage.folder import Folder
-from ray_jobs.train.checkpoints.checkpoint import LoopState
-from ray_jobs.train.checkpoints.checkpoint_manager import CheckpointManager
-from ray_jobs.train.job import SPEC, begin_run
+from ray_jobs.train.checkpoints.checkpoint import Checkpoint, LoopState
+from ray_jobs.train.job import SPEC, begin_run, run_folder
 from ray_jobs.train.telemetry import history_keys
 from ray_jobs.train.telemetry.history import history_text
 from ray_jobs.train.worker import is_permanent
@@ -30,7 +31,11 @@ from ray_jobs.tune.search.feature_trials import feature_trial_spec, features_key
 from ray_jobs.tune.search.scheduler import EPOCHS
 from ray_jobs.tune.search.searcher import result_key
 from ray_jobs.tune.search.space import Space, Values
-from ray_jobs.tune.trials.trial_checkpoints import newest_checkpoint
+from ray_jobs.tune.trials.trial_checkpoints import (
+    newest_checkpoint,
+    read_checkpoints,
+    write_checkpoints,
+)
 from ray_jobs.tune.trials.trial_workers import TrialWorkerGroup
 
 ENDED = "ended.json"
@@ -44,6 +49,8 @@ FINISHED = "finished"
 """Key in results: whether the trial ran to completion instead of being stopped early."""
 WRITTEN = "written"
 """Key in results: present if the result was read from `ended.json` instead of computed."""
+FOLDS = "folds"
+"""Folder in a trial's folder with the run folders of its folds."""
 _SECONDS = "seconds/"
 
 
@@ -64,6 +71,9 @@ class SearchContext:
     """`decode`, `cache` and `index`, as for a training run."""
     features: Mapping[str, Folder] = field(default_factory=dict)
     """Folders of features by `features_key`, if trials train on features."""
+    rows: FoldRows | None = None
+    """The rows that are divided into folds, if trials are scored by folds."""
+    folds: Sequence[Fold] = ()
 
     def spec_of(self, values: Values, name: str = "trial") -> RunSpec:
         """Return the spec for a trial's run folder."""
@@ -77,6 +87,32 @@ class SearchContext:
         if not self.features:
             return spec
         return feature_trial_spec(spec, self.features[features_key(values, self.space)])
+
+    @property
+    def num_models(self) -> int:
+        """Models of each trial."""
+        return len(self.folds) or 1
+
+    def begin_trial(self, spec: RunSpec) -> list[RunSpec]:
+        """Write the first files of a trial's folder; return the spec of each of its models."""
+        folder, manifest = run_folder(spec), read_manifest(Folder(spec.data.prepared))
+        if not folder.exists(SPEC):
+            begin_run(spec, manifest, folder)
+        if self.rows is None:
+            return [spec]
+        specs: list[RunSpec] = []
+        for fold in self.folds:
+            changes = {
+                "run.name": fold.name,
+                "run.storage_path": (folder / FOLDS).uri,
+                "data.cache_bytes": spec.data.cache_bytes // len(self.folds),
+            }
+            specs.append(spec.overlay(changes))
+            if not run_folder(specs[-1]).exists(SPEC):
+                rows = replace(self.rows, manifest=manifest)
+                selected = select_rows(rows, ~fold.is_scored_N, fold.is_scored_N)
+                begin_run(specs[-1], selected, run_folder(specs[-1]))
+        return specs
 
     def resources_of(self, values: Values) -> "tune.PlacementGroupFactory":
         """Return the resources of a trial: a bundle per worker, on as few nodes as possible."""
@@ -102,9 +138,10 @@ class Trial(tune.Trainable):
         """Prepare the next trial; its first step starts it."""
         self.values = dict(new_config)
         self.folder = self.context.trials / self.trial_id
-        self.state: LoopState | None = None
+        self.states: list[LoopState] = []
+        """The state of each model, once it has trained an epoch."""
         self._running = False
-        self._saved: Any = None
+        self._saved: list[Checkpoint] | None = None
         self._saved_at = time.monotonic()
         self._seconds = dict.fromkeys(PARTS, 0.0)
         self._inference_row_s: float | None = None
@@ -129,17 +166,17 @@ class Trial(tune.Trainable):
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Write a checkpoint in the layout of a run folder."""
         started = time.monotonic()
-        if self._running and self.state is not None:
-            saved = self.group.local.take_checkpoint(self.state)
+        if self._running and self.states:
+            local = self.group.local
+            saved = [local.take_checkpoint(state, i) for i, state in enumerate(self.states)]
         elif self._saved is not None:
             # Nothing has been trained since the checkpoint was loaded; save it as the newest one.
             saved = self._saved
         else:
             return
-        manager = CheckpointManager(Folder(checkpoint_dir), warn=_fail)
-        manager.save(saved)
-        manager.close()
-        self.folder.write_text(history_keys.HISTORY, history_text(saved.state.history))
+        write_checkpoints(Folder(checkpoint_dir), saved)
+        if not self.context.folds:
+            self.folder.write_text(history_keys.HISTORY, history_text(saved[0].state.history))
         self._saved_at = time.monotonic()
         self._seconds["checkpoint"] += self._saved_at - started
 
@@ -150,14 +187,14 @@ class Trial(tune.Trainable):
         """
         path = PurePosixPath(getattr(getattr(checkpoint_path, "checkpoint", None), "path", "/"))
         if path.parent.name == self.trial_id and not self.folder.exists(path.name):
-            newest = newest_checkpoint(self.folder)
+            newest = newest_checkpoint(self.folder, self.context.num_models)
             self._saved = newest and newest[1]
             return
         super().restore(checkpoint_path)
 
     def load_checkpoint(self, checkpoint: str | dict | None) -> None:
         """Read the checkpoint to continue from, which may be another trial's."""
-        self._saved = CheckpointManager(Folder(str(checkpoint)), warn=_fail).newest()
+        self._saved = read_checkpoints(Folder(str(checkpoint)), self.context.num_models)
 
     def cleanup(self) -> None:
         """End the other processes of the trial."""
@@ -170,17 +207,20 @@ class Trial(tune.Trainable):
 
     def _start(self) -> None:
         spec = self._spec = self.context.spec_of(self.values, self.trial_id)
-        if not self.folder.exists(SPEC):
-            begin_run(spec, read_manifest(Folder(spec.data.prepared)), self.folder)
+        specs = self.context.begin_trial(spec)
         saved, self._saved = self._saved, None
-        self.group.start_trial(spec, self.context.feeding, saved)
+        self.group.start_trial(specs, self.context.feeding, saved or [None] * len(specs))
         self._running = True
 
     def _train_epoch(self) -> dict[str, Any]:
-        state = self.state = self.group.train_epoch()
-        finished = state.is_finished(self._spec.train)
-        record, best = state.history[-1], state.history[int(state.best_epoch or 0)]
-        self._add_seconds(record)
+        train, states = self._spec.train, self.states
+        for model in range(self.context.num_models):
+            if not states[model:] or not states[model].is_finished(train):
+                states[model : model + 1] = [self.group.train_epoch(model)]
+                self._add_seconds(states[model].history[-1])
+        finished = all(state.is_finished(train) for state in states)
+        record = _mean([state.history[-1] for state in states])
+        best = _mean([state.history[int(state.best_epoch or 0)] for state in states])
         objectives = self.context.objectives
         scores = {result_key(metric): self._score(metric, best) for metric in objectives}
         # Schedulers ignore an absent metric but fail on None.
@@ -189,8 +229,8 @@ class Trial(tune.Trainable):
         return {
             **metrics,
             **{f"{_SECONDS}{part}": seconds for part, seconds in self._seconds.items()},
-            EPOCHS: state.epoch,
-            BEST_EPOCH: state.best_epoch,
+            EPOCHS: max(state.epoch for state in states),
+            BEST_EPOCH: round(fmean(int(state.best_epoch or 0) for state in states)),
             FINISHED: finished,
             "done": finished,
             "should_checkpoint": due,
@@ -225,5 +265,12 @@ def _failure(error: Exception) -> dict[str, Any]:
     return {"done": True, ERROR: f"{type(error).__name__}: {error}"}
 
 
-def _fail(text: str) -> None:
-    raise OSError(text)
+def _mean(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the means of the numbers in the records of several models; None if any is None."""
+    if len(records) == 1:
+        return dict(records[0])
+    means: dict[str, Any] = {}
+    for key in records[0]:
+        values: list[Any] = [record.get(key) for record in records]
+        means[key] = None if None in values else fmean(values)
+    return {**means, history_keys.EPOCH: max(record[history_keys.EPOCH] for record in records)}

@@ -52,56 +52,63 @@ class TrialWorker(GroupWorker):
         super().__init__(rank, num_workers)
         self._loops: list[Any] = []
         """Loops of recent trials, the latest last, whose graphs later trials can reuse."""
-        self._loop: Any = None
-        self._epochs: Any = None
+        self._active: list[tuple[Any, Any]] = []
+        """Loop and epochs of each model of the current trial."""
         self.callbacks = _TrialCallbacks()
         self._build_s = self._hang_timeout_s = 0.0
 
     def start_trial(
         self,
-        spec: RunSpec,
+        specs: Sequence[RunSpec],
         feeding: Mapping[str, Any],
         reuse: bool,
         addresses: Sequence[str],
-        saved: Any,
+        saved: Sequence["Checkpoint | None"],
     ) -> None:
-        """Build the model of a trial; the first trial also starts TensorFlow.
+        """Build the models of a trial; the first trial also starts TensorFlow.
 
         Args:
-            spec: The spec of the trial, whose folder has the manifest.
+            specs: The spec of each model, whose run folder has its manifest.
             feeding: `decode`, `cache` and `index`, as for a training run.
             reuse: Whether trials of the same data reuse graphs; such a trial cannot be finalized.
             addresses: Addresses of all workers.
-            saved: The checkpoint to continue from, or None.
+            saved: For each model, the checkpoint to continue from, or None.
         """
         self.end_trial()
         started = time.monotonic()
         if self.strategy is None:
             # All trials share one: TensorFlow would mix up the collectives of two strategies.
-            self.start_tensorflow(addresses, spec.train)
+            self.start_tensorflow(addresses, specs[0].train)
+        self.callbacks = _TrialCallbacks()
+        for spec, checkpoint in zip(specs, saved, strict=True):
+            loop = self._loop_of(spec, feeding, reuse)
+            self._active.append((loop, loop.epochs(self.callbacks, checkpoint)))
+        self._build_s = time.monotonic() - started
+        self._hang_timeout_s = specs[0].train.hang_timeout_s
+
+    def _loop_of(self, spec: RunSpec, feeding: Mapping[str, Any], reuse: bool) -> Any:
+        """Return a loop for a model: an earlier one with the same data and graph, or a new one."""
         from ray_jobs.cluster.strategy import WorkerContext
         from ray_jobs.train.loop import Loop
 
-        if reuse:
-            self._loop = next((loop for loop in self._loops if loop.reuse_for(spec)), None)
-        if self._loop is None:
+        manifest = read_manifest(run_folder(spec))
+        active = [loop for loop, _ in self._active]
+        free = [loop for loop in self._loops if loop not in active and loop.manifest == manifest]
+        loop = next((loop for loop in free if loop.reuse_for(spec)), None)
+        if loop is None:
             self._evict_loops()
-            manifest = read_manifest(run_folder(spec))
             options = feed_options(spec, manifest, feeding)
             context = WorkerContext(self.rank, self.num_workers)
-            self._loop = Loop(spec, manifest, context, self.strategy, options, tunable=reuse)
+            loop = Loop(spec, manifest, context, self.strategy, options, tunable=reuse)
         if reuse:
-            self._loops = [loop for loop in self._loops if loop is not self._loop] + [self._loop]
-        self.callbacks = _TrialCallbacks()
-        self._epochs = self._loop.epochs(self.callbacks, saved)
-        self._build_s = time.monotonic() - started
-        self._hang_timeout_s = spec.train.hang_timeout_s
+            self._loops = [other for other in self._loops if other is not loop] + [loop]
+        return loop
 
-    def train_epoch(self) -> "LoopState":
-        """Train an epoch."""
+    def train_epoch(self, model: int = 0) -> "LoopState":
+        """Train an epoch of a model, given its index."""
         with closing(Watchdog(self._hang_timeout_s, _report_hang)) as watchdog:
             self.callbacks.watchdog = watchdog
-            return next(self._epochs)
+            return next(self._active[model][1])
 
     def take_start_seconds(self) -> tuple[float, float]:
         """Return the seconds to build the model and to take the first step; 0 in later calls."""
@@ -109,38 +116,43 @@ class TrialWorker(GroupWorker):
         self._build_s = self.callbacks.first_step_s = 0.0
         return seconds
 
-    def take_checkpoint(self, state: "LoopState") -> "Checkpoint":
-        """Return a checkpoint of the last epoch."""
-        return self._loop.snapshots.take(state, {}, self._loop.best)
+    def take_checkpoint(self, state: "LoopState", model: int = 0) -> "Checkpoint":
+        """Return a checkpoint of the last epoch of a model, given its index."""
+        loop, _ = self._active[model]
+        return loop.snapshots.take(state, {}, loop.best)
 
     def finalize(self, state: "LoopState", folder: Folder, train_s: float) -> None:
         """Write the final model of a finished trial to its run folder."""
         from ray_jobs.train.finalize import finalize
 
-        finalize(self._loop, state, folder, train_s)
+        finalize(self._active[0][0], state, folder, train_s)
 
     def measure_inference_row_s(self) -> float:
         """Return the seconds of inference per row, in batches of the size of a training step."""
-        inputs = self._loop.model.network.input
-        rows = self._loop.spec.train.global_batch_size // self.num_workers
+        loop, _ = self._active[0]
+        inputs = loop.model.network.input
+        rows = loop.spec.train.global_batch_size // self.num_workers
         batch = {n: np.zeros((rows, *t.shape[1:]), INPUT_TYPES[n]) for n, t in inputs.items()}
         seconds = []
         for _ in range(_INFERENCE_CALLS + 1):
             started = time.monotonic()
-            self._loop.evaluate_step(batch).numpy()
+            loop.evaluate_step(batch).numpy()
             seconds.append(time.monotonic() - started)
         # The first call traces the graph.
         return median(seconds[1:]) / rows
 
     def end_trial(self) -> None:
-        """End the trial; keep its graph for later trials."""
-        if self._loop is not None:
-            self._epochs.close()
-            self._epochs = self._loop = None
+        """End the trial; keep its graphs for later trials."""
+        for _, epochs in self._active:
+            epochs.close()
+        self._active = []
 
     def _evict_loops(self) -> None:
-        """Delete the oldest loops while there are too many, or their models are too large."""
-        while self._loops and (
+        """Delete the oldest loops while there are too many, or their models are too large.
+
+        The latest loops are those of the current trial, which are kept.
+        """
+        while len(self._loops) > len(self._active) and (
             len(self._loops) >= _MAX_LOOPS
             or sum(loop.model.count_params() for loop in self._loops) > _MAX_PARAMETERS
         ):
@@ -165,25 +177,27 @@ class TrialWorkerGroup:
 
     def start_trial(
         self,
-        spec: RunSpec,
+        specs: Sequence[RunSpec],
         feeding: Mapping[str, Any],
-        saved: "Checkpoint | None",
+        saved: Sequence["Checkpoint | None"],
         reuse: bool = True,
     ) -> None:
-        """Build the model of a trial on every worker; see `TrialWorker.start_trial`."""
+        """Build the models of a trial on every worker; see `TrialWorker.start_trial`."""
         if not self.addresses:
             others = ray.get([worker.address.remote() for worker in self.remote])
             self.addresses = [self.local.address(), *others]
         # Only the local worker writes checkpoints, so only it needs the best epochs' models.
-        stripped = ray.put(replace(saved, best={})) if saved and self.remote else None
-        arguments = spec, feeding, reuse, self.addresses
+        stripped: Any = [c and replace(c, best={}) for c in saved]
+        if self.remote and any(saved):
+            stripped = ray.put(stripped)
+        arguments = specs, feeding, reuse, self.addresses
         with self._together([w.start_trial.remote(*arguments, stripped) for w in self.remote]):
             self.local.start_trial(*arguments, saved)
 
-    def train_epoch(self) -> "LoopState":
-        """Train an epoch on every worker, and return the state of the local one."""
-        with self._together([worker.train_epoch.remote() for worker in self.remote]):
-            return self.local.train_epoch()
+    def train_epoch(self, model: int = 0) -> "LoopState":
+        """Train an epoch of a model on every worker, and return the state of the local one."""
+        with self._together([worker.train_epoch.remote(model) for worker in self.remote]):
+            return self.local.train_epoch(model)
 
     def end_trial(self) -> None:
         """End the trial on every worker."""

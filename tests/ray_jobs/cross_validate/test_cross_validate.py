@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn import metrics
 
+from mm_model.statistics import fit_vocabulary
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import CrossValidateSpec
 from ray_jobs.cross_validate.job import cross_validate
@@ -22,6 +24,7 @@ from ray_jobs.data.reader import ShardReader
 from ray_jobs.storage.folder import Folder
 from tests.ray_jobs.raw import Raw
 from tests.ray_jobs.scenarios import PLAIN
+from tests.ray_jobs.trained import damage_image
 from tests.ray_jobs.tune.searches import require_nothing_left
 
 pytestmark = [pytest.mark.multiworker, pytest.mark.timeout(600)]
@@ -35,7 +38,6 @@ def prepared(ray_local, tmp_path_factory) -> Path:
     raw = Raw(tmp_path_factory.mktemp("raw")).add(range(90))
     for i, row in enumerate(raw.rows):
         row |= {"home": f"h{i // 2}", "colour": COLOURS[i * i % 5 % 3]}
-    raw.rows[7]["colour"] = raw.rows[8]["colour"] = "rare"
     from ray_jobs.prepare.job import prepare
 
     spec = raw.spec(categorical=("colour",), group_column="home")
@@ -83,7 +85,8 @@ def test_each_row_is_predicted_by_a_model_that_used_neither_it_nor_its_group(cro
         of_fold = pq.read_table(folder / "folds" / name / "rows.parquet")
         assert of_fold["key"].to_pylist() == rows["test"]["key"].to_pylist()
         used |= set(of_fold["key"].to_pylist())
-        assert "rare" not in manifest.vocabularies[0].words
+        colours = stored(prepared, manifest, "train", ["colour"])["colour"].to_pylist()
+        assert manifest.vocabularies == (fit_vocabulary(colours, "colour"),)
     whole = read_manifest(Folder(prepared))
     expected = [
         key
@@ -146,13 +149,27 @@ def test_a_finished_cross_validation_is_not_repeated_and_leaves_an_empty_cluster
     model = folder / "folds" / "1-1" / "model" / "model.keras"
     before = model.stat().st_mtime_ns
     assert not (folder / "folds" / "1-1" / "checkpoints").exists()
-    assert cross_validate(spec_in(folder.parent, prepared)) == {
-        name: value for name, value in result.items() if name != "mean"
-    }
+    assert cross_validate(spec_in(folder.parent, prepared)) == result
     assert model.stat().st_mtime_ns == before
     require_nothing_left()
     with pytest.raises(JobError, match=r"with other settings \(train\); choose another --run"):
         cross_validate(spec_in(folder.parent, prepared, train__epochs=4))
+
+
+def test_unsuitable_folders_and_specs_are_rejected_before_anything_is_trained(
+    prepared, tmp_path, no_ray
+):
+    (tmp_path / "cv").mkdir()
+    (tmp_path / "cv" / "run.yaml").write_text("")
+    with pytest.raises(JobError, match=r"cv contains something else; choose another --run\.name"):
+        cross_validate(spec_in(tmp_path, prepared))
+    files = [tmp_path / name / "same.yaml" for name in ("a", "b")]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text("train: {global_batch_size: 8}")
+    compare = [str(file) for file in files]
+    with pytest.raises(JobError, match=r"--compare names two files same\.yaml; rename one of them"):
+        cross_validate(spec_in(tmp_path, prepared, compare=compare))
 
 
 @pytest.mark.slow
@@ -182,6 +199,17 @@ def test_a_fold_whose_process_is_killed_continues_and_ends_with_the_same_bits(cr
     assert killed
     for name in ("rows.parquet", *(f"folds/{fold}/rows.parquet" for fold in FOLDS)):
         assert pq.read_table(tmp_path / "cv" / name).equals(pq.read_table(folder / name)), name
+    require_nothing_left()
+
+
+@pytest.mark.slow
+def test_two_workers_report_a_damaged_image_without_a_retry(prepared, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(prepared, data)
+    damage_image(data, read_manifest(Folder(data)), "train", shard=0, row=0)
+    with pytest.raises(JobError, match=r"image of row 'k\d+' is damaged.*run the same command"):
+        cross_validate(spec_in(tmp_path, data, train__num_workers=2))
+    assert "restarted" not in capsys.readouterr().out
     require_nothing_left()
 
 

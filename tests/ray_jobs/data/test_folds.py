@@ -88,8 +88,11 @@ def test_a_fold_column_determines_the_folds(rows):
 
 def test_a_class_with_too_few_rows_is_reported(rows):
     few = rows.table.set_column(1, "label", pa.array(np.arange(138) < 3, pa.int8()))
-    with pytest.raises(JobError, match=r"one class has only 3; lower cv\.folds"):
+    with pytest.raises(JobError, match=r"cv\.folds=5 needs .* one class has 3; lower cv\.folds"):
         make_folds(replace(rows, table=few), 5, 1, 0)
+    # Three rows are enough for three folds, with one row of the class in each part.
+    for fold in make_folds(replace(rows, table=few), 3, 1, 0):
+        assert [int((part < 3).sum()) for part in parts_of(fold)] == [1, 1, 1]
 
 
 def test_a_manifest_selects_the_rows_of_its_fold_and_describes_them(manifest, rows):

@@ -115,6 +115,40 @@ def test_the_best_trials_on_features_are_trained_on_images(ray_local, data):
     assert len(list((data / "runs/features").glob("trials/*/run.yaml"))) == 3
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("on_features", [False, True])
+def test_trials_are_scored_by_folds_and_the_best_is_trained_from_the_start(
+    ray_local, data, on_features
+):
+    spec = spec_in(
+        data,
+        run__name=f"folds-{on_features}",
+        model__image__trainable=not on_features,
+        tune__space={"model.dropout": {"uniform": [0.1, 0.5]}},
+        tune__budget__trials=2,
+        tune__folds=2,
+        tune__scheduler="fifo",
+    )
+    summary = search(spec)
+    folder = data / f"runs/folds-{on_features}"
+    best = Path(summary["run"])
+    assert best.parent.name == "full"
+    assert len((best / "history.jsonl").read_text().splitlines()) == 4
+    folds = folder / "trials" / summary["best_trial"] / "folds"
+    splits = [
+        json.loads((folds / name / "manifest.json").read_text())["splits"]
+        for name in ("1-1", "1-2")
+    ]
+    sizes = [
+        [of_fold[split]["num_rows"] for split in ("train", "validation")] for of_fold in splits
+    ]
+    assert sizes == [[48, 48], [48, 48]]
+    # Each fold validates on the rows that the other one trains on.
+    assert splits[0]["train"]["class_counts"] == splits[1]["validation"]["class_counts"]
+    require_nothing_left()
+
+
 class Driver:
     """Runs a search in a process that can be killed."""
 

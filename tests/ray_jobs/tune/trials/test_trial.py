@@ -8,8 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ray_jobs.config.spec import RunSpec
+from ray_jobs.data.folds import make_folds, read_fold_rows
+from ray_jobs.data.manifest import read_manifest
 from ray_jobs.storage.folder import Folder
 from ray_jobs.train.checkpoints.checkpoint import Checkpoint, LoopState
+from ray_jobs.train.job import run_folder
 from ray_jobs.tune.results.search_state import PARTS
 from ray_jobs.tune.search.space import Space
 from ray_jobs.tune.trials.trial import ENDED, ERROR, SearchContext, seconds_of
@@ -39,7 +43,7 @@ def trial_class() -> Any:
             """Return a checkpoint of each worker after an epoch."""
             import ray
 
-            state, group = self.state, self.group
+            (state,), group = self.states, self.group
             others = ray.get([worker.take_checkpoint.remote(state) for worker in group.remote])
             return [group.local.take_checkpoint(state), *others]
 
@@ -67,12 +71,19 @@ def trial_class() -> Any:
 
         def fresh_run(self, **values: float) -> Checkpoint:
             """Return the final checkpoint of a training with some values in this process."""
+            spec = self.context.spec_of(settings(**values))
+            return self.fresh_run_of(spec, Folder(spec.data.prepared))
+
+        def fresh_folds(self, **values: float) -> list[Checkpoint]:
+            """Return the final checkpoint of each fold, trained alone in this process."""
+            specs = self.context.begin_trial(self.context.spec_of(settings(**values), "alone"))
+            return [self.fresh_run_of(spec, run_folder(spec)) for spec in specs]
+
+        def fresh_run_of(self, spec: RunSpec, folder: Folder) -> Checkpoint:
             from ray_jobs.cluster.strategy import WorkerContext
-            from ray_jobs.data.manifest import read_manifest
             from ray_jobs.train.loop import Loop
 
-            spec = self.context.spec_of(settings(**values))
-            loop = Loop(spec, read_manifest(Folder(spec.data.prepared)), WorkerContext())
+            loop = Loop(spec, read_manifest(folder), WorkerContext())
             return loop.snapshots.take(loop.run(), {}, {})
 
     return Local
@@ -83,21 +94,26 @@ def settings(learning_rate: float, dropout: float) -> dict[str, float]:
 
 
 @contextmanager
-def actor(folder: Path, num_workers: int) -> Iterator[Callable[..., Any]]:
+def actor(
+    folder: Path, num_workers: int, num_folds: int | None = None
+) -> Iterator[Callable[..., Any]]:
     """Start a trial with its workers in actors, as Tune does; yields `call(method, …)`."""
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     spec = spec_in(folder, model__activation="silu")
+    rows = read_fold_rows(Folder(spec.data.prepared), read_manifest(Folder(spec.data.prepared)))
     context = SearchContext(
         space=Space(spec),
-        trials=Folder(folder / f"trials-{num_workers}"),
+        trials=Folder(folder / f"trials-{num_workers}-{num_folds}"),
         objectives=(spec.train.monitor,),
         num_workers=num_workers,
         gpus_per_worker=None,
         checkpoint_every_s=1000.0,
         feeding={"decode": "trainer", "cache": "none", "index": None},
+        rows=rows if num_folds else None,
+        folds=make_folds(rows, num_folds, 1, 0) if num_folds else (),
     )
     placement = placement_group([{"CPU": 1}] * num_workers)
     strategy = PlacementGroupSchedulingStrategy(placement, 0)
@@ -173,7 +189,7 @@ def test_a_failed_trial_returns_its_error_and_the_process_continues(call, tmp_pa
 
 
 def test_a_trial_with_a_recorded_end_is_not_run_again(call, data):
-    folder = data / "trials-1/ended"
+    folder = data / "trials-1-None/ended"
     folder.mkdir(parents=True)
     (folder / ENDED).write_text(json.dumps({"epochs": 4, "best/val/log_loss": 0.5}))
     call("start", "ended", learning_rate=1e-3, dropout=0.2)
@@ -182,7 +198,7 @@ def test_a_trial_with_a_recorded_end_is_not_run_again(call, data):
 
 
 def test_a_trial_whose_checkpoint_is_gone_continues_from_its_newest_complete_one(call, data):
-    folder = data / "trials-1/gone"
+    folder = data / "trials-1-None/gone"
     call("start", "gone", learning_rate=2e-3, dropout=0.2)
     for number in (1, 2, 3):
         call("step")
@@ -197,7 +213,38 @@ def test_a_trial_whose_checkpoint_is_gone_continues_from_its_newest_complete_one
     assert call("step")["epochs"] == 3
     # There is no substitute for another trial's checkpoint, which a clone needs.
     with pytest.raises(Exception, match="does not exist on storage"):
-        call("restore_from", str(data / "trials-1/other/checkpoint_000000"))
+        call("restore_from", str(data / "trials-1-None/other/checkpoint_000000"))
+
+
+@pytest.mark.slow
+def test_a_trial_on_folds_has_the_mean_of_their_scores_and_continues(ray_local, data, tmp_path):
+    with actor(data, num_workers=1, num_folds=3) as call:
+        call("step")  # Starts TensorFlow.
+        expected = call("fresh_folds", learning_rate=3e-3, dropout=0.2)
+        histories = [
+            [record["val/log_loss"] for record in checkpoint.state.history]
+            for checkpoint in expected
+        ]
+        assert len(histories) == 3
+        means = np.mean(histories, axis=0)
+        # The second trial reuses the graphs of the first one.
+        for name in ("first", "second"):
+            call("start", name, learning_rate=3e-3, dropout=0.2)
+            results = [call("step") for _ in range(2)]
+            call("save", str(tmp_path / name))
+            results += [call("step") for _ in range(2)]
+            assert [result["val/log_loss"] for result in results] == pytest.approx(means, rel=1e-5)
+            assert [result["done"] for result in results] == [False, False, False, True]
+            best = np.mean([min(history) for history in histories])
+            assert results[-1]["best/val/log_loss"] == pytest.approx(best, rel=1e-5)
+        names = {path.name for path in (tmp_path / "first").iterdir()}
+        assert names >= {"fold-1", "fold-2", "fold-3"}
+        call("start", "continued", learning_rate=3e-3, dropout=0.2)
+        call("restore", str(tmp_path / "first"))
+        again = [call("step") for _ in range(2)]
+        assert [result["val/log_loss"] for result in again] == [
+            result["val/log_loss"] for result in results[2:]
+        ]
 
 
 @pytest.mark.slow
