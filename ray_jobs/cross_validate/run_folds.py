@@ -4,6 +4,7 @@ A process trains one fold after another, so that TensorFlow is imported only onc
 process is lost continues in a new process.
 """
 
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,6 +27,8 @@ from ray_jobs.train.supervisor import noting_interrupts
 from ray_jobs.train.worker import is_permanent
 
 _POLL_S = 0.5
+_PATIENCE_S = 10.0
+"""Seconds without resources after which a message is printed."""
 
 
 def run_folds(specs: Sequence[RunSpec], on_done: Callable[[int], None]) -> None:
@@ -105,13 +108,13 @@ def _run(
 
     max_failures, losses = specs[0].train.max_failures, Counter[int]()
     free, running = list(slots), dict[Any, tuple[int, _Slot]]()
-    is_waiting = False
+    started, is_waiting = time.monotonic(), False
     while pending or running:
         for slot in [slot for slot in free if slot.placement.wait(0)][: len(pending)]:
             free.remove(slot)
             index = pending.popleft()
             running[slot.worker.train.remote(specs[index])] = index, slot
-        if not running and not is_waiting:
+        if not (running or is_waiting) and time.monotonic() - started > _PATIENCE_S:
             is_waiting = True
             print("  waiting for free resources", flush=True)
         for done in ray.wait(list(running), timeout=_POLL_S)[0] if running else ():
