@@ -110,7 +110,7 @@ def _run(
     free, running = list(slots), dict[Any, tuple[int, _Slot]]()
     started, is_waiting = time.monotonic(), False
     while pending or running:
-        for slot in [slot for slot in free if slot.placement.wait(0)][: len(pending)]:
+        for slot in [slot for slot in free if slot.is_ready][: len(pending)]:
             free.remove(slot)
             index = pending.popleft()
             running[slot.worker.train.remote(specs[index])] = index, slot
@@ -153,6 +153,13 @@ class _Slot:
         self.placement = placement_group(self.bundles, strategy="PACK")
         self.worker = self._start()
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether the actor has started, for which its resources must be free."""
+        import ray
+
+        return bool(ray.wait([self._started], timeout=0)[0])
+
     def restart(self) -> None:
         """Replace the actor, which may have ended, by a new one."""
         import ray
@@ -173,7 +180,7 @@ class _Slot:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         first = self.bundles[0]
-        return (
+        worker: Any = (
             ray.remote(FoldWorker)
             .options(
                 num_cpus=first.get("CPU", 0),
@@ -183,3 +190,5 @@ class _Slot:
             )
             .remote()
         )
+        self._started = worker.__ray_ready__.remote()
+        return worker
