@@ -6,7 +6,8 @@ Each verb is a package that `python -m ray_jobs.VERB` runs. The data flows throu
     inspect    shards → data-quality report
     train      shards → run folder with the model: N workers, checkpoints, calibration
     tune       shards + search space → many trials → the best run
-    cross_validate   shards → folds → metrics with intervals, the mean of their models
+    cross_validate
+               shards → folds → metrics with intervals, the mean of the folds' models
     evaluate   run + split → metrics, plots
     predict    run + rows → Parquet with a probability per row
 

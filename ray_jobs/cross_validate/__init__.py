@@ -5,7 +5,7 @@ metrics.json, a run folder for each fold, and optionally one for the mean of the
 
     job.py              divides the rows, trains the folds, and writes the results
     run_folds.py        trains the folds on the cluster, several at a time
-    fold_worker.py      trains one fold after the other in a process, and predicts its scored rows
+    fold_worker.py      trains one fold after another in a process, and predicts its scored rows
     cv_results.py       metrics of the out-of-fold predictions, with intervals, and comparisons
     export_mean.py      writes the run folder of the mean model
 """

@@ -84,20 +84,18 @@ class OutOfFold:
 
     def metrics(self, rows: np.ndarray | slice, names: Sequence[str]) -> dict[str, float | None]:
         """Return the metrics of some rows, as the mean over the repeats."""
-        weight = None if self.weight_N is None else self.weight_N[rows]
-        repeats = [
-            binary_metrics(self.label_N[rows], p[rows], t[rows], weight)
-            for p, t in zip(self.probability_RN, self.threshold_RN, strict=True)
-        ]
+        repeats = [self._metrics_of(repeat, rows) for repeat in range(len(self.fold_RN))]
         return {name: _mean([metrics[name] for metrics in repeats]) for name in names}
 
     def fold_metrics(self, fold: Fold) -> dict[str, float | None]:
         """Return the metrics of the scored rows of one fold."""
-        rows, repeat = fold.is_scored_N, fold.repeat
+        metrics = self._metrics_of(fold.repeat, fold.is_scored_N)
+        return {name: metrics[name] for name in METRICS}
+
+    def _metrics_of(self, repeat: int, rows: np.ndarray | slice) -> dict[str, Any]:
         weight = None if self.weight_N is None else self.weight_N[rows]
         probability, threshold = self.probability_RN[repeat, rows], self.threshold_RN[repeat, rows]
-        metrics = binary_metrics(self.label_N[rows], probability, threshold, weight)
-        return {name: metrics[name] for name in METRICS}
+        return binary_metrics(self.label_N[rows], probability, threshold, weight)
 
 
 def summarize(out_of_fold: OutOfFold, folds: Sequence[Fold]) -> dict[str, Any]:

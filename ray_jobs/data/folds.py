@@ -161,7 +161,7 @@ def make_folds(
             num_parts = max(2, min(round(1 / fraction), _rarest(rows, ~is_scored_N)))
             part_N = _divide(rows, ~is_scored_N, num_parts, (seed, repeat, index))
             fold = Fold(repeat, index, part_N > 0, part_N == 0, is_scored_N)
-            _require_both_classes(rows, fold, num_folds)
+            _require_both_classes(rows, fold, num_folds, section)
             folds.append(fold)
     return folds
 
@@ -221,13 +221,13 @@ def _rarest(rows: FoldRows, is_used_N: np.ndarray) -> int:
     return min(len(np.unique(group[label == value])) for value in (0, 1))
 
 
-def _require_both_classes(rows: FoldRows, fold: Fold, num_folds: int) -> None:
+def _require_both_classes(rows: FoldRows, fold: Fold, num_folds: int, section: str) -> None:
     for name in ("train", "validation", "scored"):
         counts = np.bincount(rows.label_N[getattr(fold, f"is_{name}_N")], minlength=2)
         if not counts.all():
             raise JobError(
                 f"the {name} rows of fold {fold.index + 1} of {num_folds} have only one class; "
-                "lower cv.folds, or change prepare.fold_column"
+                f"lower {section}.folds, or change prepare.fold_column"
             )
 
 

@@ -4,7 +4,7 @@ Source: Efron and Tibshirani 1993, "An Introduction to the Bootstrap", chapter 1
 rows are grouped, whole groups are drawn (Davison and Hinkley 1997, "Bootstrap Methods and their
 Application", section 3.8).
 
-    N rows   D draws   S statistics
+    N rows
 """
 
 from collections.abc import Callable, Mapping
@@ -21,7 +21,6 @@ def bootstrap_intervals(
     label_N: np.ndarray,
     group_N: np.ndarray | None = None,
     num_draws: int = 1000,
-    seed: int = 0,
 ) -> dict[str, tuple[float, float] | None]:
     """Return the 95 % interval of each statistic; None if it is undefined for some draws.
 
@@ -30,9 +29,8 @@ def bootstrap_intervals(
         label_N: Labels, 0 or 1; draws with only one class are repeated.
         group_N: Index of each row's group; by default, rows are drawn one by one.
         num_draws: Number of draws.
-        seed: Seed of the draws.
     """
-    rng, draws = np.random.default_rng(seed), list[Statistics]()
+    rng, draws = np.random.default_rng(0), list[Statistics]()
     members = None
     if group_N is not None and len(np.unique(group_N)) < len(group_N):
         order = np.argsort(group_N, kind="stable")

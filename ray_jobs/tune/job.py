@@ -114,7 +114,7 @@ def run_search(run: Run, space: Space) -> Search:
             run_trials(spec, space, folder, results, _NO_DECODING, features, rows, folds)
         else:
             with shared_feed(run) as feed:
-                run_trials(spec, space, folder, results, feed, None, rows, folds)
+                run_trials(spec, space, folder, results, feed, rows=rows, folds=folds)
     finally:
         if results.trials:
             write_results(results, folder)

@@ -100,7 +100,7 @@ class SearchContext:
             begin_run(spec, manifest, folder)
         if self.rows is None:
             return [spec]
-        specs: list[RunSpec] = []
+        rows, specs = replace(self.rows, manifest=manifest), list[RunSpec]()
         for fold in self.folds:
             changes = {
                 "run.name": fold.name,
@@ -109,7 +109,6 @@ class SearchContext:
             }
             specs.append(spec.overlay(changes))
             if not run_folder(specs[-1]).exists(SPEC):
-                rows = replace(self.rows, manifest=manifest)
                 selected = select_rows(rows, ~fold.is_scored_N, fold.is_scored_N)
                 begin_run(specs[-1], selected, run_folder(specs[-1]))
         return specs

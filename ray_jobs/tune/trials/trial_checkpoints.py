@@ -4,11 +4,15 @@ A checkpoint has the layout of a run folder. That of a trial with several models
 has a folder `fold-N` with that layout for each of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ray_jobs.storage.folder import Folder
 from ray_jobs.train.checkpoints.checkpoint import Checkpoint
 from ray_jobs.train.checkpoints.checkpoint_manager import CheckpointManager
+
+
+def _fail(text: str) -> None:
+    raise OSError(text)
 
 
 def write_checkpoints(folder: Folder, checkpoints: Sequence[Checkpoint]) -> None:
@@ -23,11 +27,22 @@ def write_checkpoints(folder: Folder, checkpoints: Sequence[Checkpoint]) -> None
         manager.close()
 
 
-def read_checkpoints(folder: Folder, num_models: int) -> list[Checkpoint] | None:
-    """Return the checkpoint of each model of a trial, or None if any is absent or damaged."""
+def read_checkpoints(
+    folder: Folder, num_models: int, warn: Callable[[str], None] = _fail
+) -> list[Checkpoint] | None:
+    """Return the checkpoint of each model of a trial, or None if any is absent.
+
+    Args:
+        folder: Folder of the checkpoint.
+        num_models: Number of models.
+        warn: Receives a message about a damaged checkpoint, which counts as absent.
+
+    Raises:
+        OSError: If a checkpoint is damaged, unless there is another `warn`.
+    """
     found: list[Checkpoint] = []
     for place in _places(folder, num_models):
-        checkpoint = CheckpointManager(place, warn=lambda _: None).newest()
+        checkpoint = CheckpointManager(place, warn=warn).newest()
         if checkpoint is None:
             return None
         found.append(checkpoint)
@@ -38,7 +53,7 @@ def newest_checkpoint(trial: Folder, num_models: int = 1) -> tuple[Folder, list[
     """Return the folder and the content of a trial's newest complete checkpoint, or None."""
     for name in sorted(_checkpoint_names(trial), reverse=True):
         # A killed driver leaves an incomplete copy behind.
-        if found := read_checkpoints(trial / name, num_models):
+        if found := read_checkpoints(trial / name, num_models, warn=lambda _: None):
             return trial / name, found
     return None
 
@@ -56,7 +71,3 @@ def _places(folder: Folder, num_models: int) -> list[Folder]:
 def _checkpoint_names(trial: Folder) -> set[str]:
     names = {path.split("/")[0] for path in trial.names()}
     return {name for name in names if name.startswith("checkpoint_")}
-
-
-def _fail(text: str) -> None:
-    raise OSError(text)
