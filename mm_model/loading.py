@@ -5,6 +5,7 @@ from pathlib import Path
 
 import keras
 
+import mm_model.backbones.image_backbone  # noqa: F401  # registers the layers of saved backbones
 from mm_model.mean_model import MeanModel
 from mm_model.model import FusionModel
 

@@ -232,7 +232,7 @@ def build_model(
         name: blocks.logit(branch["pooled"], f"{name}_head") for name, branch in branches.items()
     }
     mask = [inputs["image_mask"]] if optional else []
-    if len(branches) == 2:
+    if len(branches) > 1:
         joint = _joint_features(branches, spec, blocks, mask)
         logits["joint"] = blocks.logit(joint, "joint_head")
     if optional:
@@ -324,11 +324,15 @@ def backbone_model(model: FusionModel) -> keras.Model:
 def _joint_features(
     branches: dict[str, dict], spec: ModelSpec, blocks: BlockBuilder, mask: list[KerasTensor]
 ) -> KerasTensor:
-    image, numeric = dict(branches["image"]), dict(branches["numeric"])
-    if spec.fusion.modality_dropout:
-        hide = ModalityDropout(spec.fusion.modality_dropout, name="modality_dropout")
-        image["pooled"], numeric["pooled"] = hide([image["pooled"], numeric["pooled"], *mask])
-    return load_builder(FUSIONS[spec.fusion.kind])(image, numeric, spec.fusion, blocks)
+    rate = spec.fusion.modality_dropout
+
+    def hide(tensors: list[KerasTensor]) -> list[KerasTensor]:
+        if not rate:
+            return tensors
+        dropout = ModalityDropout(rate, len(tensors), name="modality_dropout")
+        return list(dropout([*tensors, *mask]))
+
+    return load_builder(FUSIONS[spec.fusion.kind])(branches, hide, spec.fusion, blocks)
 
 
 def inputs_by_name(inputs: Any, names: list[str]) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from pydantic import (
     model_validator,
 )
 
-from mm_model.branches import IMAGE_BRANCHES, KERAS_APPLICATIONS, NUMERIC_BRANCHES
+from mm_model.backbones import KERAS_APPLICATIONS, LITE0
+from mm_model.branches import IMAGE_BRANCHES, NUMERIC_BRANCHES
 from mm_model.fusion import FUSIONS
 from mm_model.nearest_match import require_one_of
 
@@ -63,19 +64,21 @@ class ImageSpec(Spec):
     kind: Annotated[str, _key_of(IMAGE_BRANCHES, "image branch", "none")] = "efficientnet_b5"
     """Backbone, a key of `mm_model.branches.IMAGE_BRANCHES`; `none` ignores images."""
     weights: str | None = "imagenet"
-    """Initial weights of the backbone: `imagenet`, the path or URI of a `.weights.h5` file, or
-    `none`."""
+    """Initial weights of the backbone: `imagenet`, `package` (those of `efficientnet_lite0`, which
+    the extra `weights` installs), the path or URI of a `.weights.h5` file, or `none`."""
     trainable: bool = True
     """Whether to train the backbone; a frozen one also keeps its batch-norm statistics."""
     units: PositiveInt = 256
     """Width of the dense layer on top of the pooled backbone features."""
 
     @model_validator(mode="after")
-    def _imagenet_weights_exist(self) -> Self:
-        if self.weights == "imagenet" and self.kind not in ("none", *KERAS_APPLICATIONS):
+    def _require_existing_weights(self) -> Self:
+        kinds = {"imagenet": tuple(KERAS_APPLICATIONS), "package": (LITE0,)}
+        if self.kind != "none" and self.kind not in kinds.get(self.weights or "", (self.kind,)):
+            others = "package, " if self.kind == LITE0 else ""
             raise ValueError(
-                f"image branch {self.kind!r} has no imagenet weights; "
-                "set weights to none or to a file"
+                f"image branch {self.kind!r} has no {self.weights} weights; "
+                f"set weights to {others}none or a file"
             )
         return self
 
@@ -124,18 +127,20 @@ class NumericSpec(Spec):
 
 
 class FusionSpec(Spec):
-    """The fusion of the two branches."""
+    """The fusion of the branches."""
 
     kind: Annotated[str, _key_of(FUSIONS, "fusion")] = "gated"
-    """Joint network on top of both branches, a key of `mm_model.fusion.FUSIONS`."""
+    """Joint network on top of the branches, a key of `mm_model.fusion.FUSIONS`."""
     units: PositiveInt = 128
     """Width of the joint network."""
+    layers: PositiveInt = 2
+    """Number of transformer blocks of `cross_attention`."""
     auxiliary_weight: NonNegative = 1.0
-    """Weight of the additional loss of each head (image, numeric and fusion), which trains each
-    branch to predict on its own."""
+    """Weight of the additional loss of each head (of the branches and the fusion), which trains
+    each branch to predict on its own."""
     modality_dropout: Fraction = 0.1
-    """Probability that one of a training row's two inputs, the image or the numbers (equally
-    likely), is hidden from the joint network."""
+    """Probability that one of a training row's modalities (each equally likely) is hidden from the
+    joint network."""
     blend: bool = True
     """Average the logits of the branch heads and the fusion head, with weights fitted on the
     validation split; if false, use the fusion head alone."""

@@ -59,7 +59,7 @@ def build_image_branch(
     if several:
         unfold = UnfoldImages(name="image_unfold")
         pooled, tokens = unfold([features["pooled"], features["tokens"], inputs["image_mask"]])
-        features = {"pooled": pooled, "tokens": tokens}
+        features = {"pooled": pooled, "tokens": tokens, "mask": inputs["image_mask"]}
     return features, backbone
 
 

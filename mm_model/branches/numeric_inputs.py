@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
-from keras import KerasTensor, layers
+from keras import layers
 
 from mm_model.branches import NUMERIC_BRANCHES, load_builder
 from mm_model.layers.blocks import BlockBuilder
@@ -21,23 +21,33 @@ def build_numeric_branch(
     shape: Sequence[int] | None,
     vocabularies: Sequence[Vocabulary],
     blocks: BlockBuilder,
-) -> dict[str, KerasTensor]:
-    """Return the numeric branch's features, and add the branch's inputs to `inputs`."""
+) -> dict[str, Any]:
+    """Return the numeric branch's features, and add the branch's inputs to `inputs`.
+
+    The features also contain `encoded`, the encoded numbers and categories (B, E), and `columns`,
+    the column of each of the E components.
+    """
     encoded: list[Any] = []
+    columns: list[int] = []
     num_columns = _num_columns(statistics, shape, vocabularies)
     if num_columns:
         inputs["numeric"] = x = keras.Input((num_columns,), name="numeric")
         if statistics is not None:
             bins = spec.numeric.bins if spec.numeric.encoding == "piecewise_linear" else None
-            x = NumericEncoding(statistics, bins, name="numeric_encoding")(x)
+            encode = NumericEncoding(statistics, bins, name="numeric_encoding")
+            x, columns = encode(x), encode.columns
+        else:
+            columns = list(range(num_columns))
         encoded.append(x)
     if vocabularies:
         inputs["category"] = x = keras.Input((len(vocabularies),), dtype="int32", name="category")
         dropout = spec.numeric.category_dropout
         embed = CategoryEmbedding(vocabularies, dropout, spec.l2, name="category_embedding")
         encoded.append(embed(x))
+        columns += [num_columns + column for column in embed.columns]
     x = layers.Concatenate(name="numeric_concat")(encoded) if len(encoded) > 1 else encoded[0]
-    return load_builder(NUMERIC_BRANCHES[spec.numeric.kind])(x, spec.numeric, blocks)
+    features = load_builder(NUMERIC_BRANCHES[spec.numeric.kind])(x, spec.numeric, blocks)
+    return {**features, "encoded": x, "columns": columns}
 
 
 def _num_columns(

@@ -48,6 +48,11 @@ class CategoryEmbedding(layers.Layer):
         self._num_codes_C = np.asarray([v.num_codes for v in self.vocabularies], np.int32)
         self._widths = [embedding_width(v.num_codes) for v in self.vocabularies]
 
+    @property
+    def columns(self) -> list[int]:
+        """Column of each feature of the output."""
+        return [column for column, width in enumerate(self._widths) for _ in range(width)]
+
     def build(self, input_shape):
         """Create the embeddings of each column."""
         self.entries = [

@@ -39,30 +39,45 @@ class RowDropout(layers.Dropout):
 class ModalityDropout(layers.Layer):
     """Hides one branch from the joint network in a random fraction of the training rows.
 
-    Draws one number from [0, 1) per row. Below `rate` / 2, the first branch is set to zero; from
-    1 - `rate` / 2, the second; never both (ModDrop: Neverova et al. 2016, arXiv 1501.00102). With a
-    mask, rows whose first branch has no input never lose the second.
+    Draws one number from [0, 1) per row. With M branches, the last one is set to zero from
+    1 - `rate` / M, and branch i, counted from 0, between i × `rate` / M and (i + 1) × `rate` / M
+    (ModDrop: Neverova et al. 2016, arXiv 1501.00102). With two branches and a mask, rows whose
+    first branch has no input never lose the second.
 
-    Input: two tensors (B, F1), (B, F2), optionally a mask (B, N) of the first branch's inputs.
-    Output: (B, F1), (B, F2).
+    Input: M tensors (B, F), optionally a mask (B, N) of the first branch's inputs.
+    Output: M tensors (B, F).
+
+    Args:
+        rate: Fraction of the rows.
+        num_branches: M.
+        seed: Seed for the draws.
     """
 
-    def __init__(self, rate: float, seed: int | None = None, **kwargs) -> None:
+    def __init__(
+        self, rate: float, num_branches: int = 2, seed: int | None = None, **kwargs
+    ) -> None:
         super().__init__(**kwargs)
-        self.rate = rate
+        self.rate, self.num_branches = rate, num_branches
         self.seed_generator = keras.random.SeedGenerator(seed)
 
     def call(self, features: Any, training: bool = False) -> Any:
         """Hide branches in training."""
-        first_BF, second_BF, *mask = features
+        count = self.num_branches
+        branches, mask = features[:count], features[count:]
         if not training or not self.rate:
-            return first_BF, second_BF
-        shape: Any = ops.shape(first_BF)
+            return tuple(branches)
+        shape: Any = ops.shape(branches[0])
         draw_B1: Any = per_row_random.uniform((shape[0], 1), self.seed_generator)
-        half = current_value(self.rate) / 2
-        keep_first_B1 = ops.cast(draw_B1 >= half, first_BF.dtype)
-        keep_second_B1: Any = draw_B1 < 1 - half
-        for mask_BN in mask:
-            is_alone_B1 = ops.logical_not(ops.any(mask_BN > 0, axis=1, keepdims=True))
-            keep_second_B1 = ops.logical_or(keep_second_B1, is_alone_B1)
-        return first_BF * keep_first_B1, second_BF * ops.cast(keep_second_B1, second_BF.dtype)
+        part = current_value(self.rate) / count
+        keep: list[Any] = [
+            ops.logical_or(draw_B1 < i * part, draw_B1 >= (i + 1) * part) for i in range(count - 1)
+        ]
+        keep.append(draw_B1 < 1 - part)
+        if count == 2:
+            for mask_BN in mask:
+                is_alone_B1 = ops.logical_not(ops.any(mask_BN > 0, axis=1, keepdims=True))
+                keep[1] = ops.logical_or(keep[1], is_alone_B1)
+        return tuple(
+            branch_BF * ops.cast(keep_B1, branch_BF.dtype)
+            for branch_BF, keep_B1 in zip(branches, keep, strict=True)
+        )

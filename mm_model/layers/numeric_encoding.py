@@ -47,6 +47,11 @@ class NumericEncoding(layers.Layer):
         self._lower_K = np.concatenate([e[:-1] for e in edges]).astype(np.float32)
         self._width_K = np.concatenate([np.diff(e) for e in edges]).astype(np.float32)
 
+    @property
+    def columns(self) -> list[int]:
+        """Column of each feature of the output."""
+        return [*range(len(self._mean_F)), *self._column_K.tolist(), *self._flagged]
+
     def call(self, numbers_BF: Any) -> Any:
         """Encode raw numbers."""
         numbers_BF = ops.cast(numbers_BF, "float32")

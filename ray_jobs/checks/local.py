@@ -3,10 +3,12 @@
 import os
 import re
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+from mm_model.backbones import LITE0_PACKAGE
 from ray_jobs.checks.finding import Finding, from_message, ok, skipped
 from ray_jobs.cluster.packaging import require_uploadable, resolve_working_dir, runtime_env
 from ray_jobs.config.errors import JobError, UsageError
@@ -41,6 +43,8 @@ def weights_problem(weights: str, kind: str) -> str:
     if weights == "imagenet":
         problem = "" if _is_downloaded(kind) else _url_problem(_IMAGENET)
         return problem and f"{_IMAGENET}: {problem}"
+    if weights == "package":
+        return "" if find_spec(LITE0_PACKAGE) else "the extra `weights` is not installed"
     if weights.startswith(("http://", "https://")):
         return _url_problem(weights, must_exist=True)
     if "://" not in weights:

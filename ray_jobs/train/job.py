@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
+from mm_model.backbones import is_location
 from ray_jobs.checks.preflight import preflight
 from ray_jobs.cluster import connection
 from ray_jobs.cluster.capacity import cpu_settings
@@ -198,7 +199,7 @@ def with_absolute_paths(spec: S) -> S:
         "run.storage_path": Folder(spec.run.storage_path).uri,
     }
     weights = spec.model.image.weights
-    if weights and weights != "imagenet" and "://" not in weights:
+    if weights is not None and is_location(weights) and "://" not in weights:
         changes["model.image.weights"] = str(Path(weights).expanduser().absolute())
     return spec.overlay(changes)
 

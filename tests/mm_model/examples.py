@@ -19,6 +19,7 @@ SMALLEST_OF_EACH_FAMILY = {
     "mobilenet_v3_small": 32,
     "convnext_tiny": 32,
     "resnet50": 32,
+    "efficientnet_lite0": 32,
 }
 UNTRAINED = {"image": {"kind": "tiny", "weights": None}}
 NO_RANDOMNESS = {

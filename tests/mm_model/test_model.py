@@ -46,9 +46,9 @@ def test_a_custom_branch_and_fusion_need_only_an_entry_in_the_registries(monkeyp
         pooled = keras.layers.GlobalAveragePooling2D()(image)
         return {"pooled": pooled, "tokens": keras.layers.Reshape((1, 3))(pooled)}
 
-    def add(image, numeric, spec, blocks: BlockBuilder):
-        joint = [blocks.linear(b["pooled"], 4, n) for b, n in ((image, "a"), (numeric, "b"))]
-        return keras.layers.Add()(joint)
+    def add(branches, hide, spec, blocks: BlockBuilder):
+        pooled = hide([branch["pooled"] for branch in branches.values()])
+        return keras.layers.Add()([blocks.linear(x, 4, f"add_{i}") for i, x in enumerate(pooled)])
 
     monkeypatch.setitem(IMAGE_BRANCHES, "mean_colour", mean_colour)
     monkeypatch.setitem(FUSIONS, "add", add)

@@ -2,6 +2,7 @@
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 
 import mm_model
@@ -20,18 +21,23 @@ ALL_RANDOM_LAYERS = {
     **UNTRAINED,
     "augmentation": {"flip": "horizontal_and_vertical", "rand_augment": 0.5},
     "numeric": {"category_dropout": 0.3, "units": (8,)},
-    "fusion": {"modality_dropout": 0.5},
     "dropout": 0.4,
 }
 
 
-def model_and_rows() -> tuple[mm_model.FusionModel, dict[str, np.ndarray], np.ndarray]:
+FUSIONS = pytest.mark.parametrize("fusion", ["gated", "cross_attention"])
+
+
+def model_and_rows(
+    fusion: str = "gated",
+) -> tuple[mm_model.FusionModel, dict[str, np.ndarray], np.ndarray]:
     """A model whose batch norms use no batch statistics, which differ between parts."""
     keras.utils.set_random_seed(0)
     inputs, y = rows_with_all_inputs(8, num_images=2)
     inputs["numeric"] = inputs["numeric"].astype(np.float32)
     statistics = mm_model.fit_numeric_statistics(inputs["numeric"])
-    spec = ModelSpec.model_validate(ALL_RANDOM_LAYERS)
+    options = {**ALL_RANDOM_LAYERS, "fusion": {"modality_dropout": 0.5, "kind": fusion}}
+    spec = ModelSpec.model_validate(options)
     model = build_model(spec, statistics, (2, 16, 16, 3), vocabularies=[COLOUR])
     for layer in model._flatten_layers():
         if isinstance(layer, keras.layers.BatchNormalization):
@@ -40,8 +46,9 @@ def model_and_rows() -> tuple[mm_model.FusionModel, dict[str, np.ndarray], np.nd
     return with_random_heads(model), inputs, y[:, None].astype(np.float32)
 
 
-def test_parts_of_a_batch_have_the_logits_of_the_whole_batch():
-    model, inputs, _ = model_and_rows()
+@FUSIONS
+def test_parts_of_a_batch_have_the_logits_of_the_whole_batch(fusion):
+    model, inputs, _ = model_and_rows(fusion)
     states = [np.array(v) for v in per_row_random.random_states(model)]
     assert len(states) > 5
 
@@ -67,8 +74,9 @@ def test_parts_of_a_batch_have_the_logits_of_the_whole_batch():
             np.testing.assert_array_equal(v, state)
 
 
-def test_a_model_with_all_random_layers_loads_in_safe_mode_and_exports(tmp_path):
-    model, inputs, _ = model_and_rows()
+@FUSIONS
+def test_a_model_with_all_random_layers_loads_in_safe_mode_and_exports(fusion, tmp_path):
+    model, inputs, _ = model_and_rows(fusion)
     model(inputs, training=True)
     expected = np.asarray(model(inputs))
     model.save(tmp_path / "model.keras")
@@ -87,8 +95,9 @@ def test_a_model_with_all_random_layers_loads_in_safe_mode_and_exports(tmp_path)
     np.testing.assert_allclose(exported.serve(inputs), expected, atol=1e-6)
 
 
-def test_a_step_with_all_random_layers_compiles_with_xla():
-    model, inputs, y = model_and_rows()
+@FUSIONS
+def test_a_step_with_all_random_layers_compiles_with_xla(fusion):
+    model, inputs, y = model_and_rows(fusion)
 
     @tf.function(jit_compile=True)
     def step(inputs, y):

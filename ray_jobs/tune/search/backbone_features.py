@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from mm_model.branches import KERAS_APPLICATIONS
+from mm_model.backbones import IMAGE_BACKBONES, is_location
 from ray_jobs.cluster.connection import root_cause
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.prepare_spec import Split
@@ -93,8 +93,8 @@ def _key(spec: RunSpec, manifest: Manifest, num_views: int) -> str:
     model = spec.model
     # Augmentation layers draw their seeds before the backbone draws its weights.
     random = num_views > 1 or model.image.weights is None
-    # Backbones of `keras.applications` have a fixed activation.
-    is_fixed = model.image.kind in KERAS_APPLICATIONS
+    # These backbones have a fixed activation.
+    is_fixed = model.image.kind in IMAGE_BACKBONES
     parts: dict[str, Any] = {
         "format": _FORMAT,
         "kind": model.image.kind,
@@ -112,7 +112,7 @@ def _key(spec: RunSpec, manifest: Manifest, num_views: int) -> str:
 
 def _weights_id(weights: str | None) -> str | None:
     """Return the hash of a local weights file, or the name of other weights."""
-    if weights and weights != "imagenet" and (file := Path(weights).expanduser()).is_file():
+    if weights and is_location(weights) and (file := Path(weights).expanduser()).is_file():
         with open(file, "rb") as content:
             return hashlib.file_digest(content, "sha256").hexdigest()
     return weights

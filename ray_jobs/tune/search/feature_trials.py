@@ -8,7 +8,8 @@ import json
 from collections.abc import Iterator
 from itertools import product
 
-from mm_model.branches import IMAGE_TOPS, KERAS_APPLICATIONS
+from mm_model.backbones import IMAGE_BACKBONES
+from mm_model.branches import IMAGE_TOPS
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import RunSpec
 from ray_jobs.data.manifest import read_manifest
@@ -78,8 +79,8 @@ def features_key(values: Values, space: Space) -> str:
 def affects_features(path: str, space: Space) -> bool:
     """Return whether trials that differ in a setting can need different features."""
     if path == "model.activation" and "model.image.kind" not in space.distributions:
-        # Backbones of `keras.applications` have a fixed activation.
-        return space.base.model.image.kind not in KERAS_APPLICATIONS
+        # These backbones have a fixed activation.
+        return space.base.model.image.kind not in IMAGE_BACKBONES
     return path.startswith(_AFFECTING)
 
 

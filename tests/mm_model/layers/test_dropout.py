@@ -41,6 +41,14 @@ def test_modality_dropout_hides_one_branch_at_its_rate_and_never_both():
     np.testing.assert_array_equal(b, second)
 
 
+def test_modality_dropout_hides_one_of_three_branches_equally_often():
+    branches = [np.ones((20_000, 1), np.float32)] * 3
+    layer = ModalityDropout(0.6, num_branches=3, seed=1)
+    hidden = np.concatenate([np.asarray(x) for x in layer(branches, training=True)], axis=1) == 0
+    assert hidden.sum(axis=1).max() == 1
+    np.testing.assert_allclose(hidden.mean(axis=0), 0.2, atol=0.02)
+
+
 def test_modality_dropout_never_hides_the_other_branch_of_rows_without_an_image():
     first, second = np.ones((20_000, 2), np.float32), np.ones((20_000, 3), np.float32)
     mask = np.resize([[0.0, 0.0], [0.0, 1.0]], (20_000, 2)).astype(np.float32)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import mm_model
-from mm_model.branches.image_application import make_backbone
+from mm_model.backbones.image_backbone import make_backbone
 from mm_model.layers.dropout import RowDropout
 from mm_model.model import build_model
 from mm_model.spec import ImageSpec, ModelSpec
@@ -47,6 +47,7 @@ def test_every_backbone_gets_the_pixel_range_of_its_training(kind, built):
     expected = {
         "efficientnet_b0": [[0] * 3, [1] * 3],
         "mobilenet_v3_small": [[-1] * 3, [1] * 3],
+        "efficientnet_lite0": [[-127 / 128] * 3, [1] * 3],
         "resnet50": [[-103.939, -116.779, -123.68], [151.061, 138.221, 131.32]],
     }.get(kind, np.divide(np.subtract([[0], [1]], MEAN), DEVIATION))
     np.testing.assert_allclose(seen[:, 10:20, 10:20].mean((1, 2)), expected, atol=1e-2)
