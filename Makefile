@@ -34,7 +34,8 @@ bench: $(READY)
 lock: $(READY)
 	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --upgrade --no-header \
 		--no-annotate --quiet --output-file requirements-dev.lock
-	$(BIN)/uv pip compile pyproject.toml --constraint requirements-dev.lock --universal --no-header \
+	$(BIN)/uv pip compile pyproject.toml --extra hub --extra weights \
+		--constraint requirements-dev.lock --universal --no-header \
 		--no-annotate --quiet --output-file requirements.lock
 
 # pip compiles bytecode on one core, which takes as long as the rest of the installation.

@@ -1,4 +1,4 @@
-"""A Keras 3 model that fuses the images, numbers and categories of a row into one probability.
+"""A Keras 3 model that fuses images, numbers, categories and texts into one probability.
 
 Inputs: raw pixels 0-255, raw numbers (NaN for missing), category codes.
 Use:    model = mm_model.create_model((456, 456, 3), (12,)); model.fit([X_image, X_numeric], y)
@@ -21,6 +21,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mm_model.backbones.tokenizer import HashedNgrams as HashedNgrams
+    from mm_model.backbones.tokenizer import TextReader as TextReader
+    from mm_model.branches.text_inputs import TextShape as TextShape
     from mm_model.fit_helpers import balanced_class_weight as balanced_class_weight
     from mm_model.fit_helpers import default_callbacks as default_callbacks
     from mm_model.loading import load_model as load_model
@@ -39,6 +42,8 @@ if TYPE_CHECKING:
     from mm_model.statistics import fit_vocabulary as fit_vocabulary
 
 _NAMES = {
+    "backbones.tokenizer": "HashedNgrams TextReader",
+    "branches.text_inputs": "TextShape",
     "fit_helpers": "balanced_class_weight default_callbacks",
     "losses": "make_loss",
     "loading": "load_model",

@@ -58,6 +58,32 @@ def fold_imagenet_scale(backbone: keras.Model) -> None:
         normalization.finalize_state()
 
 
+def all_layers(layer: layers.Layer) -> list[layers.Layer]:
+    """Return the layers inside a model or layer, at any depth.
+
+    The private `_flatten_layers` is the only way to reach layers inside layers.
+    """
+    return layer._flatten_layers(include_self=False)
+
+
+def child_layers(layer: layers.Layer) -> list[layers.Layer]:
+    """Return the layers directly inside a layer, in the order in which it created them."""
+    return layer._flatten_layers(include_self=False, recursive=False)
+
+
+def store_position_embeddings(model: keras.Model) -> None:
+    """Prepare the position embeddings of DINOv2 for saving.
+
+    KerasHub saves the trained ones only if the sum of their changes is positive, and interpolates
+    them back to the shape of `position_embeddings`, which is the same in the models of this
+    package.
+    """
+    for layer in all_layers(model):
+        trained: Any = getattr(layer, "interpolated_position_embeddings", None)
+        if trained is not None:
+            layer.position_embeddings.assign(trained)
+
+
 def finalize_normalization(model: keras.Model) -> None:
     """Make a model's Normalization layers use the statistics that were just assigned to them.
 

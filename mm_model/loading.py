@@ -1,11 +1,13 @@
 """Loads a saved model."""
 
 import warnings
+import zipfile
 from pathlib import Path
 
 import keras
 
 import mm_model.backbones.image_backbone  # noqa: F401  # registers the layers of saved backbones
+from mm_model.backbones.hub import import_keras_hub
 from mm_model.mean_model import MeanModel
 from mm_model.model import FusionModel
 
@@ -14,8 +16,11 @@ def load_model(path: str | Path) -> FusionModel | MeanModel:
     """Load a saved model in Keras' safe mode, which executes no code from the file.
 
     Raises:
-        ValueError: If the file does not exist or contains no model of this package.
+        ValueError: If the file does not exist or contains no model of this package, or its backbone
+            is one of KerasHub, which is not installed.
     """
+    if _contains_keras_hub(path):
+        import_keras_hub()  # Registers its layers.
     with warnings.catch_warnings():
         # Keras warns that the file contains no optimizer.
         warnings.simplefilter("ignore")
@@ -26,3 +31,10 @@ def load_model(path: str | Path) -> FusionModel | MeanModel:
             "a run"
         )
     return model
+
+
+def _contains_keras_hub(path: str | Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return "config.json" in archive.namelist() and b"keras_hub" in archive.read("config.json")

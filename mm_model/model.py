@@ -1,9 +1,10 @@
 """The fusion model: inputs → branches → fusion → heads → blend → calibration → probability.
 
     image    (B, H, W, 3), 0-255 ─ augmentation ─ image branch ──┬─ image head ───┐
-                                                                 ├─ fusion, joint ┼─ blend ─ p
-    numeric  (B, F), NaN missing ─ encoding ──┬── numeric branch ┴─ numeric head ─┘
-    category (B, C), codes ────── embedding ──┘
+    numeric  (B, F), NaN missing ─ encoding ──┬── numeric branch ┼─ numeric head ─┤
+    category (B, C), codes ────── embedding ──┘                  │                ├─ blend ─ p
+    text     (B, C, L), token ids ─────────────── text branch ───┼─ text head ────┤
+                                                                 └─ fusion, joint ┘
 
 Several images per row (B, N, H, W, 3), with image_mask (B, N), become a batch of B × N images
 before augmentation; after the image branch, their features are combined into features of B rows.
@@ -13,15 +14,17 @@ features, as from modality dropout, and the joint head replaces the image head i
 A frozen backbone returns the same features in every epoch. Therefore, a network can also be built
 on precomputed features: the input `features` (B, V, F), or (B, N, V, F), replaces image,
 augmentation and backbone. The layers above have the same names, so weights can be copied by path.
+With a fusion that uses tokens, the features include them (B, V, 1 + T, F).
 
 Each head learns from the label, so each branch can predict alone. `blend` computes a weighted sum
 of the heads' logits (with equal weights in training, with weights fitted on the validation split
 afterwards), `calibration` applies a scale and a bias, and a sigmoid returns p.
 
-Shapes: B rows, N images per row, H × W pixels, V views, F features or columns, C categories, M
-heads.
+Shapes: B rows, N images per row, H × W pixels, V views, F features or columns, C categories or text
+columns, L tokens per text, M heads.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -29,8 +32,10 @@ import keras
 from keras import KerasTensor, layers, ops
 
 from mm_model.branches import load_builder
-from mm_model.branches.image_inputs import IMAGE_FOLD, IMAGE_POOL, build_image_branch
+from mm_model.branches.image_inputs import IMAGE_FOLD, IMAGE_POOL, IMAGE_TOKENS, build_image_branch
 from mm_model.branches.numeric_inputs import build_numeric_branch
+from mm_model.branches.text_inputs import TextShape, build_text_branch
+from mm_model.compat_keras import child_layers, store_position_embeddings
 from mm_model.fusion import FUSIONS
 from mm_model.layers.affine_logit import AffineLogit
 from mm_model.layers.blocks import BlockBuilder
@@ -50,17 +55,20 @@ INPUT_DTYPES = {
     "image_mask": "float32",
     "numeric": "float32",
     "category": "int32",
+    "text": "int32",
+    "text_mask": "float32",
 }
 """Dtypes of all inputs that a network may have, in order."""
 
 
 @keras.saving.register_keras_serializable("mm_model")
 class FusionModel(keras.Model):
-    """Takes images, numbers and categories and returns a probability (B, 1).
+    """Takes images, numbers, categories and texts and returns a probability (B, 1).
 
     The inputs are a dict `{"image": …, "numeric": …, "category": …}` or a list in this order:
-    pixels 0-255 of any dtype, raw numbers with NaN for missing, and codes of the vocabularies.
-    Inputs of a branch that the model lacks are ignored. With several images per row, the dict may
+    pixels 0-255 of any dtype, raw numbers with NaN for missing, and codes of the vocabularies. The
+    dict may also contain `text` and `text_mask`, the token ids of texts and 0 for padding. Inputs
+    of a branch that the model lacks are ignored. With several images per row, the dict may
     contain `image_mask`, 0 for a missing image; by default, all images are present. A network built
     on precomputed features takes `features` in place of `image`.
 
@@ -71,6 +79,8 @@ class FusionModel(keras.Model):
         blend: Whether the output is the blend of all heads; if false, it is the last head alone.
         backbone: Names of the network's layers that form the image backbone, bottom to top; a
             nested model stands for its layers.
+        text_backbone: The same for the text backbone.
+        inference_views: Number of views of each image whose logits are averaged at inference.
     """
 
     def __init__(
@@ -80,6 +90,8 @@ class FusionModel(keras.Model):
         head_weights: Sequence[float],
         blend: bool,
         backbone: Sequence[str] = (),
+        text_backbone: Sequence[str] = (),
+        inference_views: int = 1,
         **kwargs: Any,
     ) -> None:
         # Layers cast their own inputs; the numeric encoding needs the numbers in full precision.
@@ -88,9 +100,12 @@ class FusionModel(keras.Model):
         self.heads = list(heads)
         self.head_weights = list(head_weights)
         self.blends = blend
-        self.backbone = list(backbone)
+        self.backbone, self.text_backbone = list(backbone), list(text_backbone)
+        self.inference_views = inference_views
         self.backbone_trainable = any(layer.trainable for layer in self.backbone_layers())
-        """Whether any layer of the backbone was built trainable."""
+        """Whether any layer of the image backbone was built trainable."""
+        self.text_trainable = any(layer.trainable for layer in self.text_backbone_layers())
+        """Whether any layer of the text backbone was built trainable."""
         count = len(self.heads)
         start = [1.0 / count] * count if blend else [0.0] * (count - 1) + [1.0]
         self.blend = AffineLogit(start, name="blend")
@@ -105,20 +120,35 @@ class FusionModel(keras.Model):
         return [name for name in INPUT_DTYPES if name in self.network.input]
 
     def backbone_layers(self) -> list[layers.Layer]:
-        """Return the layers of the image backbone that can train, bottom to top."""
+        """Return the layers of the image backbone that can train, bottom to top.
 
+        A transformer block counts as one layer.
+        """
+        return self._trainable_parts(self.backbone)
+
+    def text_backbone_layers(self) -> list[layers.Layer]:
+        """Return the layers of the text backbone that can train, bottom to top."""
+        return self._trainable_parts(self.text_backbone)
+
+    def _trainable_parts(self, names: Sequence[str]) -> list[layers.Layer]:
         def flatten(layer: Any) -> list[layers.Layer]:
-            if isinstance(layer, keras.Model):
-                return [leaf for inner in layer.layers for leaf in flatten(inner)]
+            parts = layer.layers if isinstance(layer, keras.Model) else _stacked_blocks(layer)
+            if parts:
+                return [leaf for inner in parts for leaf in flatten(inner)]
             # The statistics of a pixel normalization are constants.
             can_train = layer.weights and not isinstance(layer, layers.Normalization)
             return [layer] if can_train else []
 
-        return [leaf for name in self.backbone for leaf in flatten(self.network.get_layer(name))]
+        return [leaf for name in names for leaf in flatten(self.network.get_layer(name))]
 
     def head_logits(self, inputs: Any, training: bool = False) -> Any:
         """Return the logits (B, M) of all heads, before blending and calibration."""
-        return self.network(inputs_by_name(inputs, self.input_names), training=training)
+        named = inputs_by_name(inputs, self.input_names)
+        if training or self.inference_views == 1 or "image" not in named:
+            return self.network(named, training=training)
+        views = _views(named["image"], self.inference_views)
+        logits = [self.network({**named, "image": view}, training=False) for view in views]
+        return ops.mean(ops.stack(logits), axis=0)
 
     def call(self, inputs: Any, training: bool = False) -> Any:
         """Return the calibrated probability (B, 1)."""
@@ -158,6 +188,11 @@ class FusionModel(keras.Model):
                 loss = loss + current_value(weight) * one
         return loss
 
+    def save_own_variables(self, store: Any) -> None:
+        """Save the variables outside of all layers, before Keras saves the layers."""
+        store_position_embeddings(self.network)
+        super().save_own_variables(store)
+
     def get_config(self) -> dict:
         """Return the network layer by layer, so that loading needs no branch builders."""
         return {
@@ -166,6 +201,8 @@ class FusionModel(keras.Model):
             "head_weights": self.head_weights,
             "blend": self.blends,
             "backbone": self.backbone,
+            "text_backbone": self.text_backbone,
+            "inference_views": self.inference_views,
             "name": self.name,
         }
 
@@ -192,6 +229,7 @@ def build_model(
     vocabularies: Sequence[Vocabulary] = (),
     shape_features: Shape | None = None,
     image_optional: bool = False,
+    text: TextShape | None = None,
 ) -> FusionModel:
     """Return the uncompiled model that a spec describes.
 
@@ -202,13 +240,16 @@ def build_model(
         shape_numeric: (columns,); by default, the number of columns in `statistics`.
         vocabularies: Vocabularies of the categorical columns.
         shape_features: (V, F) of precomputed backbone features, or (N, V, F); the model then takes
-            these in place of images.
+            these in place of images. With a fusion that uses tokens, (V, 1 + T, F) or
+            (N, V, 1 + T, F): the pooled features, then those of each token.
         image_optional: Whether rows may lack all images; requires the shape of several images,
-            such as (1, H, W, 3), and both branches.
+            such as (1, H, W, 3), and another branch.
+        text: Shape of the texts, or None without texts.
 
     Raises:
         ValueError: If the shapes do not match, the backbone does not support them, a branch has no
-            input, or rows may lack their images but there is no other branch.
+            input, rows may lack their images but there is no other branch, or images to rotate are
+            not square.
         OSError: If weights cannot be downloaded or read.
     """
     blocks = BlockBuilder(spec)
@@ -216,6 +257,11 @@ def build_model(
     branches: dict[str, dict] = {}
     backbone: list[str] = []
     if spec.image.kind != "none":
+        if spec.image.inference_views == 8 and shape_image and shape_image[-3] != shape_image[-2]:
+            raise ValueError(
+                f"model.image.inference_views=8 rotates images, but those of shape "
+                f"{tuple(shape_image)} are not square; set it to 4"
+            )
         branches["image"], backbone = build_image_branch(
             inputs, spec, shape_image, shape_features, blocks
         )
@@ -223,10 +269,13 @@ def build_model(
         branches["numeric"] = build_numeric_branch(
             inputs, spec, statistics, shape_numeric, vocabularies, blocks
         )
+    text_backbone: list[str] = []
+    if spec.text.kind != "none" and text is not None:
+        branches["text"], text_backbone = build_text_branch(inputs, spec, text, blocks)
     optional = image_optional and "image" in branches
-    if optional and not ("image_mask" in inputs and "numeric" in branches):
+    if optional and not ("image_mask" in inputs and len(branches) > 1):
         raise ValueError(
-            "rows without an image need a numeric branch and an image shape such as (1, H, W, 3)"
+            "rows without an image need another branch and an image shape such as (1, H, W, 3)"
         )
     logits = {
         name: blocks.logit(branch["pooled"], f"{name}_head") for name, branch in branches.items()
@@ -248,6 +297,8 @@ def build_model(
         head_weights=[auxiliary] * len(heads),
         blend=spec.fusion.blend,
         backbone=backbone,
+        text_backbone=text_backbone,
+        inference_views=spec.image.inference_views,
         name="fusion_model",
     )
 
@@ -258,6 +309,7 @@ def create_model(
     numeric_statistics: NumericStatistics | None = None,
     *,
     vocabularies: Sequence[Vocabulary] = (),
+    text: TextShape | None = None,
     learning_rate: float = OptimizerSpec().learning_rate,
     **options: Any,
 ) -> FusionModel:
@@ -272,6 +324,7 @@ def create_model(
         vocabularies: `fit_vocabulary(texts_of_the_training_rows, column)` of each categorical
             column; the input `category` is `np.stack([v.codes(texts[v.column]) for v in
             vocabularies], axis=1)`.
+        text: Number of text columns, tokens per text, and token ids.
         learning_rate: Learning rate of Adam.
         **options: Fields of `ModelSpec`; nested ones are dicts, such as
             `image={"kind": "resnet50", "weights": None}`, `dropout=0.5`, `l2=0`.
@@ -282,7 +335,12 @@ def create_model(
     """
     spec = ModelSpec.model_validate(options)
     model = build_model(
-        spec, numeric_statistics, input_shape_image, input_shape_numeric, vocabularies
+        spec,
+        numeric_statistics,
+        input_shape_image,
+        input_shape_numeric,
+        vocabularies,
+        text=text,
     )
     model.compile(
         optimizer=make_optimizer(OptimizerSpec(learning_rate=learning_rate, schedule="constant")),
@@ -297,8 +355,10 @@ def create_model(
     return model
 
 
-def backbone_model(model: FusionModel) -> keras.Model:
+def backbone_model(model: FusionModel, with_tokens: bool = False) -> keras.Model:
     """Return the part of a model from images (B, H, W, 3) to pooled backbone features (B, F).
+
+    With tokens, its output is (B, 1 + T, F): the pooled features, then those of each token.
 
     It shares the model's layers. Called with `training=True`, it augments the images; its batch
     norms keep their statistics only if the backbone was built frozen.
@@ -318,7 +378,11 @@ def backbone_model(model: FusionModel) -> keras.Model:
     start = network.input["image"]
     if "image_mask" in network.input:
         start = network.get_layer(IMAGE_FOLD).output
-    return keras.Model(start, pooled[0], name="image_backbone")
+    features: Any = pooled[0]
+    if with_tokens:
+        tokens = network.get_layer(IMAGE_TOKENS).output
+        features = ops.concatenate([ops.expand_dims(features, 1), tokens], axis=1)
+    return keras.Model(start, features, name="image_backbone")
 
 
 def _joint_features(
@@ -333,6 +397,26 @@ def _joint_features(
         return list(dropout([*tensors, *mask]))
 
     return load_builder(FUSIONS[spec.fusion.kind])(branches, hide, spec.fusion, blocks)
+
+
+def _views(images: Any, count: int) -> list[Any]:
+    """Return mirrored and rotated views of images (…, H, W, 3), of which the first is unchanged."""
+    views = [images]
+    for num_views, view in (
+        (2, lambda x: ops.flip(x, axis=-2)),
+        (4, lambda x: ops.flip(x, axis=-3)),
+        (8, lambda x: ops.swapaxes(x, -3, -2)),
+    ):
+        if count >= num_views:
+            views += [view(x) for x in views]
+    return views
+
+
+def _stacked_blocks(layer: layers.Layer) -> list[layers.Layer]:
+    """Return the parts of a layer that is a stack of blocks, such as a transformer encoder."""
+    parts = child_layers(layer)
+    blocks = Counter(type(part) for part in parts if child_layers(part))
+    return parts if max(blocks.values(), default=0) > 1 else []
 
 
 def inputs_by_name(inputs: Any, names: list[str]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ Imports neither Keras nor TensorFlow, so that `--help` and jobs on a cluster's h
 quickly.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
@@ -16,8 +16,8 @@ from pydantic import (
     model_validator,
 )
 
-from mm_model.backbones import KERAS_APPLICATIONS, LITE0
-from mm_model.branches import IMAGE_BRANCHES, NUMERIC_BRANCHES
+from mm_model.backbones import HUB_IMAGES, KERAS_APPLICATIONS, LITE0, is_location
+from mm_model.branches import IMAGE_BRANCHES, NUMERIC_BRANCHES, TEXT_BRANCHES
 from mm_model.fusion import FUSIONS
 from mm_model.nearest_match import require_one_of
 
@@ -64,21 +64,32 @@ class ImageSpec(Spec):
     kind: Annotated[str, _key_of(IMAGE_BRANCHES, "image branch", "none")] = "efficientnet_b5"
     """Backbone, a key of `mm_model.branches.IMAGE_BRANCHES`; `none` ignores images."""
     weights: str | None = "imagenet"
-    """Initial weights of the backbone: `imagenet`, `package` (those of `efficientnet_lite0`, which
-    the extra `weights` installs), the path or URI of a `.weights.h5` file, or `none`."""
+    """Initial weights of the backbone: `imagenet` (of Keras Applications), `package` (those of
+    `efficientnet_lite0`, which the extra `weights` installs), `preset:NAME` (of KerasHub), the path
+    or URI of a folder in the layout of KerasHub or Hugging Face, or of a `.weights.h5` file, or
+    `none`."""
     trainable: bool = True
     """Whether to train the backbone; a frozen one also keeps its batch-norm statistics."""
     units: PositiveInt = 256
     """Width of the dense layer on top of the pooled backbone features."""
+    inference_views: Literal[1, 2, 4, 8] = 1
+    """Views of each image whose logits are averaged at inference: 2 adds the mirror image, 4 also
+    turns both upside down, 8 also rotates all of them by 90 degrees. Choose views that photos can
+    have; inference takes as many times as long."""
 
     @model_validator(mode="after")
     def _require_existing_weights(self) -> Self:
-        kinds = {"imagenet": tuple(KERAS_APPLICATIONS), "package": (LITE0,)}
-        if self.kind != "none" and self.kind not in kinds.get(self.weights or "", (self.kind,)):
-            others = "package, " if self.kind == LITE0 else ""
+        kinds: dict[str, Collection[str]] = {
+            "imagenet": KERAS_APPLICATIONS,
+            "package": (LITE0,),
+            "preset": HUB_IMAGES,
+        }
+        name = "none" if is_location(self.weights) else str(self.weights).partition(":")[0]
+        if self.kind != "none" and name in kinds and self.kind not in kinds[name]:
+            named = [name for name, members in kinds.items() if self.kind in members]
             raise ValueError(
-                f"image branch {self.kind!r} has no {self.weights} weights; "
-                f"set weights to {others}none or a file"
+                f"image branch {self.kind!r} has no {name} weights; set weights to "
+                f"{', '.join([*named, 'none'])} or a file"
             )
         return self
 
@@ -126,6 +137,24 @@ class NumericSpec(Spec):
     """Width of each hidden layer."""
 
 
+class TextSpec(Spec):
+    """The text branch; without text columns, a model has none."""
+
+    kind: Annotated[str, _key_of(TEXT_BRANCHES, "text branch", "none")] = "hashed"
+    """Encoder of the columns of `data.text`, a key of `mm_model.branches.TEXT_BRANCHES`; `none`
+    ignores texts."""
+    weights: str | None = None
+    """Initial weights of the encoder: `preset:NAME` (of KerasHub), the path or URI of a folder in
+    the layout of KerasHub or Hugging Face, or `none`; `hashed` has none."""
+    trainable: bool = True
+    """Whether to train the encoder."""
+    missing_dropout: Fraction = 0.05
+    """Probability that a text in a training row is treated as missing, so that the model can handle
+    missing texts even if the training data contain none."""
+    units: PositiveInt = 128
+    """Width of the dense layer on top of the pooled encoder features."""
+
+
 class FusionSpec(Spec):
     """The fusion of the branches."""
 
@@ -147,11 +176,12 @@ class FusionSpec(Spec):
 
 
 class ModelSpec(Spec):
-    """The fusion model: image branch, numeric branch, fusion, head."""
+    """The fusion model: image, numeric and text branch, fusion, heads."""
 
     image: ImageSpec = ImageSpec()
     augmentation: AugmentationSpec = AugmentationSpec()
     numeric: NumericSpec = NumericSpec()
+    text: TextSpec = TextSpec()
     fusion: FusionSpec = FusionSpec()
     activation: Literal["relu", "silu", "gelu"] = "relu"
     """Activation of every dense block and of the image branch `tiny`. With a smooth activation
@@ -168,8 +198,10 @@ class ModelSpec(Spec):
 
     @model_validator(mode="after")
     def _at_least_one_branch(self) -> "ModelSpec":
-        if self.image.kind == "none" and self.numeric.kind == "none":
-            raise ValueError("image.kind and numeric.kind are both none; set at least one of them")
+        if self.image.kind == self.numeric.kind == self.text.kind == "none":
+            raise ValueError(
+                "image.kind, numeric.kind and text.kind are all none; set at least one of them"
+            )
         return self
 
 
@@ -232,13 +264,16 @@ class LossSpec(Spec):
 
 
 class StageSpec(Spec):
-    """A stage of training in which part of the backbone is frozen."""
+    """A stage of training in which part of the image backbone is frozen.
+
+    It applies to the encoder of a text branch as well, except for `hashed`.
+    """
 
     epochs: PositiveInt
     """Number of epochs of the stage; the last stage lasts until training ends."""
     backbone: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
     """Fraction of the backbone's layers to train, counted from the top; the others are frozen
-    together with their batch norms."""
+    together with their batch norms. A transformer block counts as one layer."""
     backbone_rate: Positive = 1.0
     """Multiplier of the learning rate for the backbone."""
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0

@@ -121,10 +121,13 @@ def test_the_python_example_runs():
         "X_numeric_val": rng.normal(size=(8, 3)),
         "y_val": np.arange(8) % 4 == 0,
     }
-    (example,) = blocks("python")
-    exec(example.replace("epochs=50", "epochs=2, verbose=0"), arrays)
+    first, second = blocks("python")
+    exec(first.replace("epochs=50", "epochs=2, verbose=0"), arrays)
     assert arrays["probability"].shape == (8, 1)
     assert np.isfinite(arrays["probability"]).all()
+    arrays["notes"] = ["no crack", None] * 8
+    exec(second, arrays)
+    assert np.asarray(arrays["model"](arrays["inputs"])).shape == (16, 1)
 
 
 @pytest.mark.slow

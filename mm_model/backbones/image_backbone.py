@@ -1,6 +1,6 @@
 """Builds the backbone of an image branch.
 
-Shapes: B rows, H × W pixels.
+Shapes: B rows, H × W pixels, h × w positions, T tokens, F features.
 """
 
 import tempfile
@@ -10,7 +10,7 @@ from typing import Any
 import keras
 from keras import KerasTensor, layers
 
-from mm_model.backbones import KERAS_APPLICATIONS, is_location
+from mm_model.backbones import HUB_IMAGES, KERAS_APPLICATIONS, is_location
 from mm_model.backbones.applications import CaffePixels, make_application
 from mm_model.backbones.lite0 import make_lite0
 from mm_model.backbones.weight_files import fetch_weights
@@ -22,7 +22,10 @@ from mm_model.layers.dropout import RowDropout
 def make_backbone(
     kind: str, shape: tuple[int, int, int], weights: str | None, synchronized: bool
 ) -> keras.Model:
-    """Return a backbone without its classifier.
+    """Return a backbone without its classifier, from pixels 0-255.
+
+    It returns feature maps (B, h, w, F), or, for those of KerasHub, `pooled` (B, F) and `tokens`
+    (B, T, F).
 
     Args:
         kind: Key of `IMAGE_BACKBONES`.
@@ -34,6 +37,10 @@ def make_backbone(
         ValueError: If the backbone does not support images of this shape.
         OSError: If the weights cannot be downloaded, found or read.
     """
+    if kind in HUB_IMAGES:
+        from mm_model.backbones.hub import make_hub_image
+
+        return make_hub_image(kind, shape, weights)
     named = None if is_location(weights) else weights
     make = partial(make_application, kind) if kind in KERAS_APPLICATIONS else make_lite0
     backbone = make(shape, named)

@@ -93,7 +93,8 @@ def _conv(
 
 
 def _norm(x: Any, name: str, activation: bool = True) -> KerasTensor:
-    x = layers.BatchNormalization(momentum=0.99, epsilon=1e-3, name=f"{name}_bn")(x)
+    # Fine-tuning on small data has few steps, after which a momentum of 0.99 would still lag.
+    x = layers.BatchNormalization(momentum=0.9, epsilon=1e-3, name=f"{name}_bn")(x)
     return layers.ReLU(6.0, name=f"{name}_activation")(x) if activation else x
 
 

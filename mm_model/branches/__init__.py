@@ -1,5 +1,8 @@
 """Registry of branches; each turns one input into `{"pooled": (B, F), "tokens": (B, T, F)}`.
 
+A branch may add `mask` (B, T), 0 for absent tokens. The registered text branches return only their
+tokens.
+
 An entry is a builder or its import path ("module:function"), so that naming a branch in a spec
 imports neither Keras nor TensorFlow. To add a branch, add an entry:
 
@@ -14,13 +17,16 @@ precomputed features of its backbone.
     image_pretrained  image branches with a backbone of `mm_model.backbones`
     numeric_inputs    builds the numeric branch from numbers and categories
     numeric_mlp       the numeric branch
+    text_inputs       builds the text branch from token ids
+    text_hashed       a text branch without pretrained weights
+    text_pretrained   text branches with a backbone of `mm_model.backbones`
 """
 
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-from mm_model.backbones import IMAGE_BACKBONES
+from mm_model.backbones import HUB_TEXTS, IMAGE_BACKBONES
 
 Builder = Callable[..., Any] | str
 
@@ -39,6 +45,13 @@ IMAGE_TOPS: dict[str, Builder] = {
 NUMERIC_BRANCHES: dict[str, Builder] = {
     "mlp": "mm_model.branches.numeric_mlp:build",
 }
+
+
+TEXT_BRANCHES: dict[str, Builder] = {
+    "hashed": "mm_model.branches.text_hashed:build",
+    **dict.fromkeys(HUB_TEXTS, "mm_model.branches.text_pretrained:build"),
+}
+"""Text branches: `my_branch(ids_RL, mask_RL, num_tokens, spec, blocks) -> tokens (R, L, F)`."""
 
 
 def load_builder(builder: Builder) -> Callable[..., Any]:

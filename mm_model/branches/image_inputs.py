@@ -14,13 +14,15 @@ import keras
 from keras import KerasTensor, layers
 
 from mm_model.branches import IMAGE_BRANCHES, IMAGE_TOPS, load_builder
+from mm_model.fusion import TOKEN_FUSIONS
 from mm_model.layers.augmentation import augmentation_layers
 from mm_model.layers.blocks import BlockBuilder
 from mm_model.layers.image_stack import FoldImages, PickView, UnfoldImages
 from mm_model.spec import ModelSpec
 
-IMAGE_FOLD, IMAGE_POOL = "image_fold", "image_pool"
-"""Names of the last layer before augmentation, and of the layer that pools the backbone."""
+IMAGE_FOLD, IMAGE_POOL, IMAGE_TOKENS = "image_fold", "image_pool", "image_tokens"
+"""Names of the last layer before augmentation, of the layer that pools the backbone, and of the one
+that returns its tokens."""
 
 
 def build_image_branch(
@@ -33,11 +35,14 @@ def build_image_branch(
     """Return the image branch's features per row and the names of its backbone's layers.
 
     Adds the branch's inputs to `inputs`. If `shape_features` is given, `shape_image` is ignored.
+    With a fusion that uses tokens, the features are the pooled ones, then those of each token.
     """
+    with_tokens = spec.fusion.kind in TOKEN_FUSIONS
     if shape_features is None:
         name, shape, one_image = "image", _image_shape(shape_image or ()), 3
     else:
-        name, shape, one_image = "features", _features_shape(shape_features, spec.image.kind), 2
+        one_image = 3 if with_tokens else 2
+        name, shape = "features", _features_shape(shape_features, spec.image.kind, one_image)
     several = len(shape) > one_image
     inputs[name] = x = keras.Input(shape, name=name)
     if several:
@@ -52,8 +57,12 @@ def build_image_branch(
         below = keras.Model(list(inputs.values()), features["tokens"], name="image_backbone").layers
         backbone = [layer.name for layer in below if layer.weights]
     else:
-        picked_BF = PickView(name="image_view")(x)
-        tokens_BTF = layers.Reshape((1, shape[-1]), name="image_tokens")(picked_BF)
+        picked: Any = PickView(name="image_view")(x)
+        if with_tokens:
+            picked_BF, tokens_BTF = picked[:, 0], picked[:, 1:]
+        else:
+            picked_BF = picked
+            tokens_BTF = layers.Reshape((1, shape[-1]), name=IMAGE_TOKENS)(picked)
         pooled_BF = load_builder(IMAGE_TOPS[spec.image.kind])(picked_BF, spec.image, blocks)
         features = {"pooled": pooled_BF, "tokens": tokens_BTF}
     if several:
@@ -72,11 +81,12 @@ def _image_shape(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(map(int, shape))
 
 
-def _features_shape(shape: Sequence[int], kind: str) -> tuple[int, ...]:
-    if len(shape) not in (2, 3) or min(shape) < 1:
+def _features_shape(shape: Sequence[int], kind: str, one_image: int) -> tuple[int, ...]:
+    if len(shape) not in (one_image, one_image + 1) or min(shape) < 1:
+        each = "views, width" if one_image == 2 else "views, 1 + tokens, width"
         raise ValueError(
-            f"features shape {tuple(shape)} is invalid; pass (views, width), or (images, views, "
-            "width) for several images per row"
+            f"features shape {tuple(shape)} is invalid; pass ({each}), or (images, {each}) for "
+            "several images per row"
         )
     if kind not in IMAGE_TOPS:
         raise ValueError(

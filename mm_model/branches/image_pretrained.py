@@ -1,5 +1,7 @@
 """Image branches with a backbone that has pretrained weights."""
 
+from typing import Any
+
 from keras import KerasTensor, layers
 
 from mm_model.backbones.image_backbone import make_backbone, preprocess
@@ -18,7 +20,11 @@ def build(image_BHWC: KerasTensor, spec: ImageSpec, blocks: BlockBuilder) -> dic
     synchronized = blocks.spec.batch_norm == "sync"
     backbone = make_backbone(spec.kind, image_BHWC.shape[1:], spec.weights, synchronized)
     backbone.trainable = spec.trainable
-    x = backbone(preprocess(image_BHWC, spec.kind))
+    x: Any = backbone(preprocess(image_BHWC, spec.kind))
+    if isinstance(x, dict):
+        pooled_BF = layers.Identity(name="image_pool")(x["pooled"])
+        tokens_BTF = layers.Identity(name="image_tokens")(x["tokens"])
+        return {"pooled": top(pooled_BF, spec, blocks), "tokens": tokens_BTF}
     pooled_BF = layers.GlobalAveragePooling2D(name="image_pool")(x)
     tokens_BTF = layers.Reshape((-1, x.shape[-1]), name="image_tokens")(x)
     return {"pooled": top(pooled_BF, spec, blocks), "tokens": tokens_BTF}

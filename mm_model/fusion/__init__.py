@@ -17,3 +17,6 @@ FUSIONS: dict[str, Builder] = {
     "gated": "mm_model.fusion.gated:build",
     "cross_attention": "mm_model.fusion.cross_attention:build",
 }
+
+TOKEN_FUSIONS = ("cross_attention",)
+"""Fusions that use the tokens of the branches; precomputed features of images then contain them."""

@@ -84,24 +84,24 @@ class JointWithoutImage(layers.Layer):
 
 @keras.saving.register_keras_serializable("mm_model")
 class PickView(layers.Layer):
-    """Selects one of several precomputed feature views of each image.
+    """Selects one of several precomputed feature views of each image, with or without tokens.
 
     Inference uses the first view, which comes from the original image. Training draws one of the
     others, which come from augmented images. A single view is used in both.
 
-    Input: (B, V, F).  Output: (B, F).
+    Input: (B, V, F) or (B, V, T, F).  Output: (B, F) or (B, T, F).
     """
 
     def __init__(self, seed: int | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.seed_generator = keras.random.SeedGenerator(seed)
 
-    def call(self, features_BVF: Any, training: bool = False) -> Any:
+    def call(self, features: Any, training: bool = False) -> Any:
         """Select a view."""
-        num_views, width = features_BVF.shape[1:]
+        num_views, *of_view = features.shape[1:]
         if not training or num_views == 1:
-            return features_BVF[:, 0]
-        shape: Any = ops.shape(features_BVF)
+            return features[:, 0]
+        shape: Any = ops.shape(features)
         draw_B: Any = per_row_random.uniform(
             (shape[0],), self.seed_generator, 1.0, float(num_views)
         )
@@ -109,4 +109,4 @@ class PickView(layers.Layer):
         # A draw just below the upper bound may be rounded up to it.
         view_B: Any = ops.minimum(drawn_B, num_views - 1)
         start_B: Any = ops.arange(shape[0], dtype="int32") * num_views
-        return ops.take(ops.reshape(features_BVF, (-1, width)), start_B + view_B, axis=0)
+        return ops.take(ops.reshape(features, (-1, *of_view)), start_B + view_B, axis=0)

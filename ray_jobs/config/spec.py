@@ -82,6 +82,10 @@ class DataSpec(Spec):
     categorical: tuple[str, ...] = ()
     """Text columns to use as categorical inputs: `prepare` stores them and builds a vocabulary from
     the training split, and the model embeds them."""
+    text: tuple[str, ...] = ()
+    """Columns of free text, such as notes, to use as inputs; `prepare` stores them."""
+    text_length: PositiveInt = 64
+    """Maximum number of tokens of a text; the rest of longer texts is cut off."""
     image_size: PositiveInt | None = None
     """Side length in pixels of the model's input images. Default: as stored."""
     shuffle_window_rows: PositiveInt = 2048
@@ -389,7 +393,7 @@ class DemoSpec(Spec):
     num_rows: Annotated[int, Field(ge=100)] = 1200
     """Number of rows to generate."""
     epochs: PositiveInt = 15
-    """Maximum number of epochs of each of the three training runs."""
+    """Maximum number of epochs of each of the four training runs."""
     num_workers: PositiveInt = 2
     """Number of workers that train the fusion model."""
     seed: NonNegativeInt = 0

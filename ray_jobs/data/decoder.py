@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from mm_model.backbones.tokenizer import TextReader
 from ray_jobs.data.batch import (
     CATEGORY,
     FEATURES,
@@ -19,6 +20,9 @@ from ray_jobs.data.batch import (
     KEY,
     LABEL,
     NUMERIC,
+    TEXT,
+    TEXT_CUT,
+    TEXT_MASK,
     WEIGHT,
 )
 from ray_jobs.data.images import decode_stored, resize
@@ -41,11 +45,19 @@ class RowDecoder:
         manifest: The manifest of the prepared data.
         with_image: Whether the model uses images or image features.
         size: Side in pixels of the model's images; None for the stored size.
+        text: Reader of the texts that the model uses, or None.
     """
 
-    def __init__(self, manifest: Manifest, *, with_image: bool, size: int | None = None) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        *,
+        with_image: bool,
+        size: int | None = None,
+        text: TextReader | None = None,
+    ) -> None:
         info = manifest.image
-        self.manifest = manifest
+        self.manifest, self.text = manifest, text
         self.image_columns = info.columns if with_image else ()
         self.stored_shape = (info.height, info.width, 3)
         self.pixel_shape = (size, size, 3) if size else self.stored_shape
@@ -62,7 +74,8 @@ class RowDecoder:
         categories = [vocabulary.column for vocabulary in self.manifest.vocabularies]
         weight = [WEIGHT] if self.manifest.is_weighted else []
         numeric = self.manifest.numeric_columns
-        return [KEY, *self.image_columns, *numeric, *categories, LABEL, *weight]
+        texts = () if self.text is None else self.text.columns
+        return [KEY, *self.image_columns, *numeric, *categories, *texts, LABEL, *weight]
 
     @property
     def row_shape(self) -> tuple[int, ...]:
@@ -99,6 +112,9 @@ class RowDecoder:
         if self.manifest.vocabularies:
             codes = [v.codes(table[v.column].to_pylist()) for v in self.manifest.vocabularies]
             batch[CATEGORY] = np.stack(codes, axis=1)
+        if self.text is not None:
+            texts = [table[name].to_pylist() for name in self.text.columns]
+            batch[TEXT], batch[TEXT_MASK], batch[TEXT_CUT] = self.text(texts)
         if self.image_columns:
             batch[self.image_input] = aligned_array(
                 (count, *self.row_shape), INPUT_TYPES[self.image_input]
@@ -166,7 +182,7 @@ class RowDecoder:
 
     def _features(self, cell: Any) -> np.ndarray:
         content = cell.as_buffer() if cell.is_valid else b""
-        features, shape = np.frombuffer(content, np.float32), self.row_shape[-2:]
+        features, shape = np.frombuffer(content, np.float32), self.features_shape or ()
         if features.size != int(np.prod(shape)):
             raise ValueError(f"it has {features.size} features, but the manifest says {shape}")
         return features.reshape(shape)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from mm_model.backbones.tokenizer import TextReader
 from ray_jobs.cluster.node_inventory import current_nodes, possible_nodes
 from ray_jobs.config.prepare_spec import Split
 from ray_jobs.config.spec import DataSpec, RunSpec
@@ -48,6 +49,7 @@ from ray_jobs.data.ray_reading import (
 )
 from ray_jobs.data.reader import ShardReader, StoredRows
 from ray_jobs.data.sampler import TrainingSampler
+from ray_jobs.data.text_input import text_reader
 from ray_jobs.storage.folder import Folder
 
 if TYPE_CHECKING:
@@ -83,6 +85,7 @@ class FeedOptions:
 
     Args:
         with_image: Whether the model uses images or image features.
+        text: Reader of the texts that the model uses, or None.
         data: The `data` section.
         decode: Where images are decoded.
         threads: Number of decoding threads if the trainer decodes.
@@ -91,6 +94,7 @@ class FeedOptions:
     """
 
     with_image: bool = True
+    text: TextReader | None = None
     data: DataSpec = field(default_factory=DataSpec)
     decode: Decode = "trainer"
     threads: int = 1
@@ -98,10 +102,11 @@ class FeedOptions:
     ahead: Mapping[Split, ReadAhead] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, spec: RunSpec, decode: Decode) -> "FeedOptions":
+    def of(cls, spec: RunSpec, manifest: Manifest, decode: Decode) -> "FeedOptions":
         """Return the options of a training run without a cache."""
         return cls(
             with_image=spec.model.image.kind != "none",
+            text=text_reader(spec, manifest),
             data=spec.data,
             decode=decode,
             threads=max(math.ceil(spec.train.cpus_per_worker), 1),
@@ -117,7 +122,7 @@ def feed_options(spec: RunSpec, manifest: Manifest, feed: Mapping[str, Any]) -> 
         feed: What all workers share: `decode`, `cache` and `index`; other keys are ignored.
     """
     cache = open_cache(feed["cache"], manifest, spec.data.image_size, feed["index"])
-    return replace(FeedOptions.of(spec, feed["decode"]), cache=cache)
+    return replace(FeedOptions.of(spec, manifest, feed["decode"]), cache=cache)
 
 
 class Feed:
@@ -142,7 +147,10 @@ class Feed:
         self.manifest, self.chunks, self.options = manifest, chunks, options
         self.num_workers = num_workers
         self.decoder = RowDecoder(
-            manifest, with_image=options.with_image, size=options.data.image_size
+            manifest,
+            with_image=options.with_image,
+            size=options.data.image_size,
+            text=options.text,
         )
         self.cacheable = frozenset() if options.cache is None else self._cacheable()
         # Folds have different rows of the same row groups.

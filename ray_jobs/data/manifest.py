@@ -23,7 +23,17 @@ from ray_jobs.storage.folder import Folder
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 3
 Role = Literal[
-    "key", "label", "group", "split", "fold", "weight", "image", "number", "category", "left_out"
+    "key",
+    "label",
+    "group",
+    "split",
+    "fold",
+    "weight",
+    "image",
+    "number",
+    "category",
+    "text",
+    "left_out",
 ]
 
 
@@ -142,9 +152,9 @@ class ImageInfo(Spec):
     255 if the sample had none. None: an earlier version of the program used 0 to 65,535."""
     optional: bool = False
     """Whether rows may lack all images, by `prepare.missing_image=keep`."""
-    features: tuple[int, int] | None = None
-    """Views and width of backbone features, if the columns contain these instead of images: views ×
-    width float32 numbers per image as fixed-size binary."""
+    features: tuple[int, ...] | None = None
+    """Shape of backbone features, if the columns contain these instead of images: views and width,
+    or views, 1 + tokens and width; float32 numbers as fixed-size binary."""
 
     @classmethod
     def of(cls, spec: PrepareSpec, pixel_range: tuple[float, float] | None = None) -> "ImageInfo":
@@ -188,6 +198,11 @@ class Manifest(Spec):
     numeric_columns: tuple[str, ...]
     vocabularies: tuple[Vocabulary, ...] = ()
     """Vocabularies of the categorical columns in the training split; shards contain the texts."""
+    text_columns: tuple[str, ...] = ()
+    """Columns of free text."""
+    text_words: tuple[str, ...] = ()
+    """Frequent words and characters of these columns in the training split, for text branches that
+    are trained from scratch."""
     negative_label: str
     positive_label: str
     splits: dict[Split, SplitInfo]

@@ -1,7 +1,7 @@
 """Run the whole pipeline on generated data: prepare, train, evaluate, predict.
 
-Output: generated data, shards, three run folders (fusion, image only, numeric only), metrics, plots
-and predictions in the output folder, and a table that compares the three models.
+Output: generated data, shards, four run folders (fusion and one for each kind of input alone),
+metrics, plots and predictions in the output folder, and a table that compares the models.
 
 Run:    python -m ray_jobs.demo
 """
@@ -28,8 +28,9 @@ from ray_jobs.train.job import fit
 _MARK = "made-by-demo"
 _SPEC = Path(__file__).parents[1] / "specs" / "demo.yaml"
 _VARIANTS: dict[str, dict[str, Any]] = {
-    "image only": {"model.numeric.kind": "none", "train.num_workers": 1},
-    "numeric only": {"model.image.kind": "none", "train.num_workers": 1},
+    "image only": {"model.numeric.kind": "none", "model.text.kind": "none"},
+    "numeric only": {"model.image.kind": "none", "model.text.kind": "none"},
+    "text only": {"model.image.kind": "none", "model.numeric.kind": "none"},
     "fusion": {},
 }
 
@@ -67,6 +68,8 @@ def demo(spec: DemoSpec) -> dict[str, float]:
             name = variant.replace(" ", "-")
             run, results = str(output / "runs" / name), str(output / "evaluation" / name)
             with _step(f"train: {variant}"):
+                if variant != "fusion":
+                    changes = {**changes, "train.num_workers": 1}
                 fit(base.overlay({**changes, "run.name": name}))
             with _step(f"evaluate: {variant}"):
                 metrics[variant] = evaluate(EvaluateSpec(run=run, data=prepared, output=results))

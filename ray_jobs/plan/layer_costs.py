@@ -25,6 +25,10 @@ from ray_jobs.data.manifest import ImageInfo, Manifest, SplitInfo
 if TYPE_CHECKING:
     from mm_model.model import FusionModel
 
+_HEAD_WIDTH = 64
+"""Width of an attention head, where a layer does not tell the number of heads."""
+_NUM_WORDS = 8000
+"""Number of words in the texts of data that is not prepared yet."""
 _PROBE_SIZE = 7
 """Size of a variable for which an optimizer is built to count its slots."""
 
@@ -90,6 +94,8 @@ def planned_manifest(spec: RunSpec, num_rows: int, num_columns: int) -> Manifest
         image=ImageInfo.of(options),
         numeric_columns=columns,
         vocabularies=tuple(Vocabulary(column=c, words=("a", "b")) for c in spec.data.categorical),
+        text_columns=spec.data.text,
+        text_words=tuple(map(str, range(_NUM_WORDS if spec.data.text else 0))),
         negative_label="0",
         positive_label="1",
         splits=splits,
@@ -114,7 +120,7 @@ def model_costs(spec: RunSpec, manifest: Manifest) -> list[ModelCosts]:
     from ray_jobs.train.model_factory import new_model
 
     # The weights do not matter here, and loading them could start a download.
-    untrained = spec.overlay({"model.image.weights": None})
+    untrained = spec.overlay({"model.image.weights": None, "model.text.weights": None})
     train = spec.train
     costs, remaining = [], train.epochs
     try:
@@ -151,9 +157,11 @@ def _stage_costs(
         in_backbone = layer.name in backbone
         has_gradient |= in_backbone and bool(layer.trainable_weights)
         times = num_images if in_backbone else 1
-        layers.append(_layer_cost(layer, times, has_gradient or not in_backbone))
+        learns = has_gradient or not in_backbone
+        layers.append(_layer_cost(layer, times, learns, spec.data.text_length))
         sync_norms += isinstance(layer, SynchronizedBatchNormalization)
     columns = len(manifest.numeric_columns) + len(manifest.vocabularies)
+    columns += 2 * len(manifest.text_columns) * spec.data.text_length
     return ModelCosts(
         epochs=epochs,
         layers=tuple(layers),
@@ -177,19 +185,56 @@ def _flat(model: Any) -> Iterator[Any]:
             yield layer
 
 
-def _layer_cost(layer: Any, times: int, learns: bool) -> LayerCost:
-    """Return the cost of a layer that is called `times` times per row."""
-    kernel, multiplications = getattr(layer, "kernel", None), 0
+def _layer_cost(layer: Any, times: int, learns: bool, length: int) -> LayerCost:
+    """Return the cost of a layer that is called `times` times per row.
+
+    Text backbones accept texts of any length; `length` is that of the run.
+    """
+    kernel, multiplications, inner_bytes = getattr(layer, "kernel", None), 0.0, 0.0
     if kernel is not None:
-        multiplications = math.prod(layer.output.shape[1:-1]) * math.prod(kernel.shape)
-    out_bytes = _row_bytes(layer.output)
+        multiplications = _num_positions(layer.output, length) * math.prod(kernel.shape)
+    else:
+        multiplications, inner_bytes = _inner_cost(layer, length)
+    out_bytes = _row_bytes(layer.output, length)
     return LayerCost(
         flops=2.0 * times * multiplications,
-        moved_bytes=times * (_row_bytes(layer.input) + out_bytes),
-        kept_bytes=times * out_bytes,
+        moved_bytes=times * (_row_bytes(layer.input, length) + 2 * inner_bytes + out_bytes),
+        kept_bytes=times * (inner_bytes + out_bytes),
         weight_bytes=4.0 * _count(layer.weights),
         learns=learns,
     )
+
+
+def _inner_cost(layer: Any, length: int) -> tuple[float, float]:
+    """Return multiplications and bytes of the results of the layers inside a layer, per row.
+
+    Layers such as transformer blocks apply each dense layer to each token. Attention also
+    multiplies each pair of tokens, twice.
+    """
+    import keras
+    import tensorflow as tf
+
+    from mm_model.compat_keras import all_layers
+
+    parts = [part for part in all_layers(layer) if getattr(part, "kernel", None) is not None]
+    if not parts:
+        return 0.0, 0.0
+    first = keras.tree.flatten(layer.input)[0]
+    # Images become patches inside the layer.
+    outputs = keras.tree.flatten(layer.output)[0]
+    num_tokens = _num_positions(first if len(first.shape) == 3 else outputs, length)
+    multiplications = numbers = 0.0
+    for part in parts:
+        kernel = tuple(part.kernel.shape)
+        multiplications += num_tokens * math.prod(kernel)
+        width = math.prod(part.bias.shape) if part.bias is not None else kernel[-1]
+        # The result, and that of the activation, dropout or normalization that follows.
+        numbers += 2 * num_tokens * width
+        if "query" in part.name:
+            num_heads = kernel[1] if len(kernel) == 3 else max(width // _HEAD_WIDTH, 1)
+            multiplications += 2 * num_tokens**2 * width
+            numbers += 2 * num_heads * num_tokens**2
+    return multiplications, numbers * tf.as_dtype(layer.compute_dtype).size
 
 
 def _slots_per_weight(spec: RunSpec) -> int:
@@ -203,13 +248,23 @@ def _slots_per_weight(spec: RunSpec) -> int:
     return sum(tuple(v.shape) == (_PROBE_SIZE,) for v in optimizer.variables)
 
 
-def _row_bytes(tensors: Any) -> float:
+def _row_bytes(tensors: Any, length: int) -> float:
     """Return the bytes per row of one or several symbolic tensors."""
     import keras
     import tensorflow as tf
 
-    flat = keras.tree.flatten(tensors)
-    return float(sum(math.prod(x.shape[1:]) * tf.as_dtype(x.dtype).size for x in flat))
+    return float(
+        sum(
+            _num_positions(x, length) * (x.shape[-1] or length) * tf.as_dtype(x.dtype).size
+            for x in keras.tree.flatten(tensors)
+            if len(x.shape) > 1
+        )
+    )
+
+
+def _num_positions(tensor: Any, length: int) -> int:
+    """Return the number of positions per row, such as pixels or tokens."""
+    return math.prod(size or length for size in tensor.shape[1:-1])
 
 
 def _count(variables: Any) -> int:

@@ -109,14 +109,15 @@ class RawRows:
         self.run = run
         manifest = run.decoder.manifest
         categorical = tuple(vocabulary.column for vocabulary in manifest.vocabularies)
+        text = manifest.text_columns
         rules = _raw_rules(run, spec, manifest.numeric_columns)
         try:
             if run.takes_images or not rules.table:
-                source = open_source(rules, categorical, labelled=False)
+                source = open_source(rules, categorical, text, labelled=False)
             else:
                 table, notes = open_table(rules.table, rules.number_rules)
                 source = Source(table, images={}, readers={}, notes=notes)
-                require_columns(source.table, rules, categorical, labelled=False)
+                require_columns(source.table, rules, categorical, text, labelled=False)
         except EmptyTableError:
             raise
         except JobError as error:
@@ -125,9 +126,13 @@ class RawRows:
         readers = tuple(source.readers[name] for name in names)
         pixel_range = manifest.image.pixel_range
         self.converter = RowConverter(
-            readers, manifest.numeric_columns, categorical, rules, pixel_range=pixel_range
+            readers,
+            manifest.numeric_columns,
+            (*categorical, *text),
+            rules,
+            pixel_range=pixel_range,
         )
-        rows = read_rows(source, rules, manifest.numeric_columns, None, categorical)
+        rows = read_rows(source, rules, manifest.numeric_columns, None, (*categorical, *text))
         self.num_rows = len(rows)
         self.task_rows = rows_per_task(self.num_rows, spec)
         self._rows = rows

@@ -8,13 +8,14 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mm_model.backbones.tokenizer import TextReader, Tokenizer, tokenizer_from_json
 from ray_jobs.config.errors import JobError
-from ray_jobs.data.batch import CATEGORY, FEATURES, IMAGE, NUMERIC
+from ray_jobs.data.batch import CATEGORY, FEATURES, IMAGE, NUMERIC, TEXT
 from ray_jobs.data.decoder import RowDecoder
 from ray_jobs.data.images import EIGHT_BITS
 from ray_jobs.data.manifest import MANIFEST, Manifest, read_manifest
 from ray_jobs.storage.folder import Folder
-from ray_jobs.train.finalize import MODEL, SUMMARY
+from ray_jobs.train.finalize import MODEL, SUMMARY, TOKENIZER
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class TrainedRun:
     """Decision threshold: the lowest probability of a predicted positive."""
     input_shapes: dict[str, tuple[int, ...]]
     """Shape of a row by model input; names as in `ray_jobs.data.batch`."""
+    tokenizer: Tokenizer | None = None
+    """Tokenizer of the texts; None if the model takes none."""
 
     @property
     def takes_images(self) -> bool:
@@ -47,7 +50,13 @@ class TrainedRun:
         manifest = self.manifest.model_copy(update={"prepare": prepare})
         if not self.takes_numbers:
             manifest = manifest.model_copy(update={"numeric_columns": (), "vocabularies": ()})
-        return RowDecoder(manifest, with_image=self.takes_images, size=size)
+        if self.tokenizer is None:
+            manifest = manifest.model_copy(update={"text_columns": ()})
+        text = None
+        if self.tokenizer is not None:
+            length = self.input_shapes[TEXT][-1]
+            text = TextReader(manifest.text_columns, self.tokenizer, length)
+        return RowDecoder(manifest, with_image=self.takes_images, size=size, text=text)
 
 
 def open_run(path: str) -> TrainedRun:
@@ -86,7 +95,15 @@ def open_run(path: str) -> TrainedRun:
         threshold = float(folder.read_json(SUMMARY)["decision_threshold"])
     except (ValueError, KeyError, TypeError) as error:
         raise JobError(f"{folder}/{SUMMARY} is damaged: {error}; choose another run") from error
-    return TrainedRun(folder, read_manifest(folder), threshold, input_shapes)
+    tokenizer = None
+    if TEXT in input_shapes:
+        try:
+            tokenizer = tokenizer_from_json(folder.read_bytes(TOKENIZER).decode())
+        except (OSError, ValueError) as error:
+            raise JobError(
+                f"{folder}/{TOKENIZER} is missing or damaged: {error}; choose another run"
+            ) from error
+    return TrainedRun(folder, read_manifest(folder), threshold, input_shapes, tokenizer)
 
 
 def require_match(run: TrainedRun, manifest: Manifest, data: Folder) -> None:
@@ -116,6 +133,10 @@ def require_match(run: TrainedRun, manifest: Manifest, data: Folder) -> None:
     )
     if run.takes_numbers and (missing := sorted(trained_categories - categories)):
         differences.append(f"the categorical columns {missing} are missing")
+    if run.tokenizer is not None and (
+        lost := [name for name in trained.text_columns if name not in manifest.text_columns]
+    ):
+        differences.append(f"the text columns {lost} are missing")
     if manifest.positive_label != trained.positive_label:
         differences.append(
             f"its positive label is {manifest.positive_label!r}, not {trained.positive_label!r}"
@@ -131,7 +152,7 @@ def _image_text(manifest: Manifest) -> str:
     image = manifest.image
     names = f" ({', '.join(image.names)})" if image.names else ""
     if image.features:
-        return "{} × {} features{}".format(*image.features, names)
+        return f"{' × '.join(map(str, image.features))} features{names}"
     return f"{image.width} × {image.height} pixels{names}"
 
 

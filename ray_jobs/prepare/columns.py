@@ -46,6 +46,8 @@ MIN_READ = 0.9
 """Fraction of a column's cells that a rule must read to be proposed."""
 _MAX_WORDS = 100
 _MIN_ROWS_PER_WORD = 4
+_MIN_SPACES = 2
+"""Average number of spaces in a cell, from which on different cells are proposed as free text."""
 _PLAIN_WORD = re.compile(r"(?!(?:yes|no|on|off|true|false|null|none|y|n)$)[A-Za-z_][A-Za-z0-9_]*")
 _INDEX_NAME = re.compile(
     r"^(unnamed: ?\d+(\.\d+)?|(__index_)?level_\d+(__)?|column \d+|index|)$", re.IGNORECASE
@@ -62,10 +64,11 @@ def find_columns(
     spec: PrepareSpec,
     categorical: Sequence[str] = (),
     labels: np.ndarray | None = None,
+    text: Sequence[str] = (),
 ) -> tuple[Column, ...]:
     """Return the role of each column of the table, in order.
 
-    Settings decide first: `numeric_columns`, `number_rules`, `data.categorical` and
+    Settings decide first: `numeric_columns`, `number_rules`, `data.categorical`, `data.text` and
     `exclude_columns`. Of the other columns, numbers are inputs unless they identify rows, have one
     value or copy the label; text is left out, with a proposal, or used with `prepare.columns=auto`.
 
@@ -74,6 +77,7 @@ def find_columns(
         spec: The `prepare` section.
         categorical: Columns of `data.categorical`.
         labels: Class of each row, negative if unknown; finds copies of the label.
+        text: Columns of `data.text`.
 
     Raises:
         JobError: If an input has a reserved name, or no input is left.
@@ -88,6 +92,8 @@ def find_columns(
             column = _left_out(name, _EXCLUDED)
         elif name in categorical:
             column = _text_column(name, "category", cells, spec)
+        elif name in text:
+            column = Column(name=name, role="text")
         elif name in (spec.number_rules if is_automatic else spec.numeric_columns):
             rule = spec.number_rules.get(name)
             rule = str(resolve_rule(cells, rule)) if rule else ""
@@ -110,16 +116,13 @@ def proposed_flags(columns: Sequence[Column]) -> str:
     """Return the flags that use the columns with a proposal; empty if there is none."""
     unused = [column for column in columns if column.role == "left_out"]
     rules = {c.name: c.rule for c in unused if c.proposed == "number"}
-    words = [c.name for c in unused if c.proposed == "category"]
-    flags = []
-    if rules:
-        flags.append(number_rules_flag(rules))
-    if words:
-        listed = ", ".join(map(_word, words))
-        is_plain = all(map(_PLAIN_WORD.fullmatch, words))
-        flags.append(
-            f"--data.categorical {','.join(words) if is_plain else shlex.quote(f'[{listed}]')}"
-        )
+    flags = [number_rules_flag(rules)] if rules else []
+    for role, setting in (("category", "data.categorical"), ("text", "data.text")):
+        if names := [c.name for c in unused if c.proposed == role]:
+            listed = ", ".join(map(_word, names))
+            is_plain = all(map(_PLAIN_WORD.fullmatch, names))
+            value = ",".join(names) if is_plain else shlex.quote(f"[{listed}]")
+            flags.append(f"--{setting} {value}")
     return " ".join(flags)
 
 
@@ -131,13 +134,15 @@ def number_rules_flag(rules: Mapping[str, str]) -> str:
 
 def describe(columns: Sequence[Column]) -> Iterator[str]:
     """Yield lines that tell what each column is."""
-    for role, text in (("number", "numeric columns"), ("category", "categorical columns")):
+    kinds = {"number": "numeric columns", "category": "categorical columns", "text": "text columns"}
+    for role, text in kinds.items():
         names = [
             names_text([c.name]) + (f" ({c.rule})" if c.rule and role == "number" else "")
             for c in columns
             if c.role == role
         ]
-        yield f"{text}: {', '.join(names) or 'none'}"
+        if names or role != "text":
+            yield f"{text}: {', '.join(names) or 'none'}"
     for column in columns:
         if column.role == "left_out":
             yield f"left out: {names_text([column.name])} ({column.reason})"
@@ -244,7 +249,8 @@ def _classify_text(
         return left_out(reason, "category")
     num_different = "all" if num_words == num_filled else f"{num_words:,}"
     reason = f"{example}, {num_different} different in {count_text(num_filled, 'row')}"
-    return left_out(reason)
+    num_spaces = pc.mean(pc.count_substring(texts, " ")).as_py()
+    return left_out(reason, "text" if num_spaces >= _MIN_SPACES else None)
 
 
 def _left_out(name: str, reason: str, proposed: Role | None = None, rule: str = "") -> Column:
@@ -306,7 +312,7 @@ def _leak_of_words(codes: np.ndarray, labels: np.ndarray | None) -> float | None
 
 
 def _require_inputs(columns: Sequence[Column], spec: PrepareSpec) -> None:
-    inputs = [column for column in columns if column.role in ("number", "category")]
+    inputs = [column for column in columns if column.role in ("number", "category", "text")]
     for column in inputs:
         if column.name in shard_columns(spec):
             raise JobError(

@@ -28,6 +28,7 @@ class Inputs:
     classes: Classes
     columns: tuple[Column, ...]
     numeric_columns: tuple[str, ...]
+    text_columns: tuple[str, ...]
     readers: tuple[ImageReader, ...]
     """One reader per image name."""
     notes: tuple[str, ...]
@@ -45,22 +46,25 @@ def read_inputs(spec: RunSpec) -> Inputs:
     if earlier:
         options = _keep_rules(spec.prepare, earlier.manifest)
         spec = spec.model_copy(update={"prepare": options})
-    source = open_source(spec.prepare, spec.data.categorical)
+    data = spec.data
+    source = open_source(spec.prepare, data.categorical, data.text)
     options = spec.prepare.model_copy(update=dict(source.settings))
     label = source.table.column(options.label_column)
     classes = find_classes(label, options)
-    columns = find_columns(source.table, options, spec.data.categorical, classes.codes_of(label))
-    numbers, words = (
+    labels = classes.codes_of(label)
+    columns = find_columns(source.table, options, data.categorical, labels, data.text)
+    numbers, words, found_texts = (
         tuple(column.name for column in columns if column.role == role)
-        for role in ("number", "category")
+        for role in ("number", "category", "text")
     )
     numeric_columns = numbers if options.numeric_columns is None else options.numeric_columns
-    categorical = tuple(dict.fromkeys((*spec.data.categorical, *words)))
-    if options.missing_image == "keep" and not (numeric_columns or categorical):
+    categorical = tuple(dict.fromkeys((*data.categorical, *words)))
+    texts = tuple(dict.fromkeys((*data.text, *found_texts)))
+    if options.missing_image == "keep" and not (numeric_columns or categorical or texts):
         raise JobError(
-            "prepare.missing_image=keep predicts rows without an image from numbers and words, but "
-            "there are none; name some in prepare.numeric_columns or data.categorical, or set "
-            "prepare.missing_image=quarantine"
+            "prepare.missing_image=keep predicts rows without an image from other columns, but "
+            "there are none; name some in prepare.numeric_columns, data.categorical or data.text, "
+            "or set prepare.missing_image=quarantine"
         )
     options = options.model_copy(update=_stored_rules(columns, options))
     has_images = any(refs.has_image.any() for refs in source.images.values())
@@ -68,10 +72,11 @@ def read_inputs(spec: RunSpec) -> Inputs:
         raise no_images(options)
     return Inputs(
         spec=spec.model_copy(update={"prepare": options}),
-        rows=read_rows(source, options, numeric_columns, classes, categorical),
+        rows=read_rows(source, options, numeric_columns, classes, (*categorical, *texts)),
         classes=classes,
         columns=columns,
         numeric_columns=numeric_columns,
+        text_columns=texts,
         readers=tuple(source.readers[name] for name in options.image_columns or ("",)),
         notes=(*source.notes, classes.note),
         earlier=earlier,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
+from mm_model.backbones.tokenizer import fit_words
 from mm_model.statistics import (
     NumericStatistics,
     Vocabulary,
@@ -35,14 +36,16 @@ def make_manifest(
         plan: The plan of splits and shards.
         facts: The written shards; none in a dry run.
     """
-    rows = inputs.rows
+    rows, texts = inputs.rows, inputs.text_columns
     return Manifest(
         prepare=writer.spec,
         seed=writer.seed,
         image=writer.image,
         columns=inputs.columns,
         numeric_columns=writer.numeric_columns,
-        vocabularies=_fit_vocabularies(rows, plan),
+        vocabularies=_fit_vocabularies(rows, plan, texts),
+        text_columns=texts,
+        text_words=_fit_text_words(rows, plan, texts),
         negative_label=inputs.classes.negative,
         positive_label=inputs.classes.positive,
         splits={split: _split_info(rows, plan, facts, split) for split in SPLITS},
@@ -109,9 +112,17 @@ def _fit_statistics(
     return fit_numeric_statistics(rows.numeric_RF[_good(rows, plan, "train")], numeric_columns)
 
 
-def _fit_vocabularies(rows: CheckedRows, plan: Plan) -> tuple[Vocabulary, ...]:
+def _fit_vocabularies(
+    rows: CheckedRows, plan: Plan, texts: Sequence[str]
+) -> tuple[Vocabulary, ...]:
     chosen = pa.array(_good(rows, plan, "train"))
     return tuple(
-        fit_vocabulary((text.as_py() for text in texts.take(chosen)), name)
-        for name, texts in rows.categories.items()
+        fit_vocabulary((word.as_py() for word in words.take(chosen)), name)
+        for name, words in rows.categories.items()
+        if name not in texts
     )
+
+
+def _fit_text_words(rows: CheckedRows, plan: Plan, texts: Sequence[str]) -> tuple[str, ...]:
+    chosen = pa.array(_good(rows, plan, "train"))
+    return fit_words(text.as_py() for name in texts for text in rows.categories[name].take(chosen))

@@ -36,7 +36,7 @@ class Rows:
     numeric_RF: np.ndarray
     """float32, NaN where missing."""
     categories: dict[str, pa.LargeStringArray]
-    """Text of the categorical columns, null where missing."""
+    """Text of the categorical and text columns, null where missing."""
     labels: np.ndarray
     """int8, -1 where there is no usable label."""
     folds: pa.LargeStringArray | None = field(default=None, kw_only=True)
@@ -109,7 +109,7 @@ def read_rows(
         numeric_columns: Columns of numbers to read.
         classes: Classes of the label column. None, as in `predict`, skips labels, groups, splits
             and weights.
-        categorical: Columns of words to read.
+        categorical: Columns of words and texts to read.
 
     Raises:
         JobError: If a column as a whole cannot be read.

@@ -5,6 +5,7 @@ columns.py decides what the other columns are; labels.py and row_validation.py r
 
 import re
 from collections.abc import Sequence
+from itertools import combinations
 
 import pyarrow as pa
 
@@ -23,7 +24,12 @@ _ROLES = (
 
 
 def require_columns(
-    table: pa.Table, spec: PrepareSpec, categorical: Sequence[str] = (), *, labelled: bool = True
+    table: pa.Table,
+    spec: PrepareSpec,
+    categorical: Sequence[str] = (),
+    text: Sequence[str] = (),
+    *,
+    labelled: bool = True,
 ) -> None:
     """Check that every column named in the spec exists, and that none has two roles.
 
@@ -36,6 +42,7 @@ def require_columns(
     inputs = {
         "prepare.numeric_columns": spec.numeric_columns or (),
         "data.categorical": categorical,
+        "data.text": text,
     }
     columns_of = {name: getattr(spec, name) for name in _ROLES}
     named: dict[str, Sequence[str | None]] = {
@@ -79,11 +86,11 @@ def require_columns(
             f"prepare.split_column={spec.split_column!r} and prepare.split_keys both assign the "
             "splits; set only one of them"
         )
-    for column in set(categorical) & set(spec.numeric_columns or ()):
-        raise JobError(
-            f"prepare.numeric_columns and data.categorical both name {column!r}; remove it from "
-            "one of them"
-        )
+    for (setting, columns), (other, others) in combinations(inputs.items(), 2):
+        for column in set(columns) & set(others):
+            raise JobError(
+                f"{setting} and {other} both name {column!r}; remove it from one of them"
+            )
     for name in spec.image_columns:
         if not name or spec.image_columns.count(name) > 1:
             raise JobError(

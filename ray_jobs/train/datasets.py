@@ -56,7 +56,9 @@ class RunData(DataConfig):
         self.cache: Kind = cache
         self._train, self._coordinator = spec.train, coordinator
         self._expected_cpus = cpus_with_new_nodes(spec.train, num_workers)
-        self._make_feeds = partial(make_feeds, spec, manifest, FeedOptions.of(spec, decode))
+        self._make_feeds = partial(
+            make_feeds, spec, manifest, FeedOptions.of(spec, manifest, decode)
+        )
         sampler, epochs = TrainingSampler.of_run(spec, manifest), spec.train.epochs
         self._spans: dict[Split, tuple[int, int]] = {
             "train": (step, sampler.steps_before(epochs)),

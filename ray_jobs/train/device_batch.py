@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from ray_jobs.cluster.strategy import Replicas
 from ray_jobs.config.spec import TrainSpec
-from ray_jobs.data.batch import LABEL, WEIGHT
+from ray_jobs.data.batch import LABEL, TEXT_CUT, WEIGHT
 from ray_jobs.data.decoder import ALIGNMENT_BYTES, Batch
 from ray_jobs.data.prefetch import prefetch
 from ray_jobs.data.sampler import TrainingSampler
@@ -30,6 +30,8 @@ class DeviceBatch:
     weight_B1: Any
     num_steps: int = 1
     """Number of real steps; the stack may be padded with copies of the last step."""
+    num_texts_cut: int = 0
+    """Number of texts that are longer than `data.text_length`."""
 
 
 class DeviceBatcher:
@@ -68,6 +70,7 @@ class DeviceBatcher:
             stacked([step.label_B1 for step in filled]),
             stacked([step.weight_B1 for step in filled]),
             len(steps),
+            sum(step.num_texts_cut for step in steps),
         )
 
     def stream(
@@ -95,6 +98,7 @@ class DeviceBatcher:
             {name: split(batch[name], as_tensor) for name in self.input_names},
             split(batch[LABEL], tf.convert_to_tensor),
             split(weight, tf.convert_to_tensor),
+            num_texts_cut=int(batch[TEXT_CUT].sum()) if TEXT_CUT in batch else 0,
         )
 
 

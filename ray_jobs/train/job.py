@@ -165,13 +165,20 @@ def require_trainable(spec: RunSpec, manifest: Manifest) -> None:
         JobError: If the data lacks columns that the model needs, or a shard.
         ValueError: If the training split has fewer rows than a step.
     """
+    model = spec.model
     numeric = manifest.statistics is not None or bool(manifest.vocabularies)
-    if spec.model.numeric.kind != "none" and not numeric:
+    text = model.text.kind != "none" and bool(manifest.text_columns)
+    if model.numeric.kind != "none" and not numeric:
         raise JobError(
             "the prepared data has no numeric columns and no categories; set "
             "model.numeric.kind=none, or prepare data with such columns"
         )
-    if manifest.image.optional and spec.model.numeric.kind == "none":
+    if model.image.kind == model.numeric.kind == "none" and not text:
+        raise JobError(
+            "model.image.kind and model.numeric.kind are none, and the prepared data has no text "
+            "columns; set one of the kinds, or prepare data with data.text"
+        )
+    if manifest.image.optional and model.numeric.kind == "none" and not text:
         raise JobError(
             "model.numeric.kind=none leaves no input for rows without an image, which the data may "
             "have (prepare.missing_image=keep); set model.numeric.kind, or prepare the data with "
@@ -182,6 +189,12 @@ def require_trainable(spec: RunSpec, manifest: Manifest) -> None:
         raise JobError(
             f"the prepared data has no vocabulary for {', '.join(missing)} of data.categorical (it "
             f"has {', '.join(columns) or 'none'}); run `prepare` again with these settings"
+        )
+    if missing := [name for name in spec.data.text if name not in manifest.text_columns]:
+        raise JobError(
+            f"the prepared data has no text column {', '.join(missing)} of data.text (it has "
+            f"{', '.join(manifest.text_columns) or 'none'}); run `prepare` again with these "
+            "settings"
         )
     TrainingSampler.of_run(spec, manifest)
     require_shards(Folder(spec.data.prepared), manifest)
@@ -290,6 +303,10 @@ def _title(run: Run) -> str:
         inputs.append(count_text(len(manifest.numeric_columns), "numeric column"))
     if model.numeric.kind != "none" and manifest.vocabularies:
         inputs.append(count_text(len(manifest.vocabularies), "categorical column"))
+    if model.text.kind != "none" and manifest.text_columns:
+        inputs.append(
+            f"{count_text(len(manifest.text_columns), 'text column')} ({model.text.kind})"
+        )
     low, high = train.workers_range
     workers = f"{low} to {high} workers" if low < high else count_text(low, "worker")
     rows = {name: f"{info.num_rows:,}" for name, info in manifest.splits.items()}

@@ -33,10 +33,12 @@ from mm_model.losses import make_loss
 from mm_model.optimizer import make_optimizer
 from ray_jobs.cluster.strategy import Replicas, WorkerContext, make_strategy
 from ray_jobs.config.spec import RunSpec
-from ray_jobs.data.batch import FEATURES, IMAGE
+from ray_jobs.config.text import count_text
+from ray_jobs.data.batch import FEATURES, IMAGE, TEXT
 from ray_jobs.data.loader import EvaluationFeed, FeedOptions, TrainingFeed, make_feeds
 from ray_jobs.data.manifest import Manifest
 from ray_jobs.data.sampler import TrainingSampler
+from ray_jobs.data.text_input import text_reader
 from ray_jobs.storage.folder import Folder
 from ray_jobs.train.callbacks import Callbacks, ControlRequest
 from ray_jobs.train.checkpoints.checkpoint import BestCheckpoint, Checkpoint, LoopState, assign
@@ -62,6 +64,7 @@ class _Clock:
     wait_s: float = 0.0
     checkpoint_s: float = 0.0
     steps: int = 0
+    texts_cut: int = 0
 
     @property
     def seconds(self) -> float:
@@ -227,7 +230,8 @@ class Loop:
 
     def _feeds(self) -> tuple[TrainingFeed, EvaluationFeed]:
         with_image = not {IMAGE, FEATURES}.isdisjoint(self.model.input_names)
-        options = replace(self.feed_options, with_image=with_image)
+        text = text_reader(self.spec, self.manifest)
+        options = replace(self.feed_options, with_image=with_image, text=text)
         rank, num_workers = self.context.rank, self.context.num_workers
         return make_feeds(self.spec, self.manifest, options, rank, num_workers)
 
@@ -248,6 +252,7 @@ class Loop:
             total += loss
             step += batch.num_steps
             clock.steps += batch.num_steps
+            clock.texts_cut += batch.num_texts_cut
             callbacks.after_step(step)
             if time.monotonic() - last_event > _STEP_EVENT_S:
                 last_event = time.monotonic()
@@ -295,6 +300,7 @@ class Loop:
             history_keys.EPOCH_S: seconds,
             history_keys.STEP_S: step_s,
             history_keys.CHECKPOINT_S: clock.checkpoint_s,
+            **self._texts_cut(clock, callbacks, epoch),
             **self._collective_s(),
             **callbacks.measures(),
         }
@@ -403,6 +409,17 @@ class Loop:
         return float(self.optimizer.learning_rate.numpy())
 
     # -- measurements -----------------------------------------------------------------------------
+
+    def _texts_cut(self, clock: _Clock, callbacks: Callbacks, epoch: int) -> dict[str, float]:
+        """Return the number of texts of all workers that were cut, and report it once."""
+        if TEXT not in self.model.input_names:
+            return {}
+        count = int(self.replicas.sum(np.asarray(clock.texts_cut, np.float32)))
+        if count and epoch == 0:
+            length = self.spec.data.text_length
+            text = f"{count_text(count, 'text')} cut to data.text_length={length} tokens"
+            callbacks.post({"kind": "note", "text": text})
+        return {history_keys.TEXTS_CUT: count}
 
     def _collective_s(self) -> dict[str, float]:
         """Measure the exchange of as many float32 values as the gradient has."""

@@ -4,10 +4,12 @@ from typing import Any
 
 import keras
 
+from mm_model.branches.text_inputs import TextShape
 from mm_model.model import FusionModel, build_model
 from ray_jobs.config.spec import RunSpec
 from ray_jobs.data.decoder import RowDecoder
 from ray_jobs.data.manifest import Manifest
+from ray_jobs.data.text_input import text_reader
 
 _LESS_PRECISION = ("float16", "bfloat16", "mixed_float16", "mixed_bfloat16")
 
@@ -15,6 +17,7 @@ _LESS_PRECISION = ("float16", "bfloat16", "mixed_float16", "mixed_bfloat16")
 def new_model(spec: RunSpec, manifest: Manifest, precision: str = "float32") -> FusionModel:
     """Return the untrained model of a run, which computes in the given precision."""
     decoder = RowDecoder(manifest, with_image=True, size=spec.data.image_size)
+    reader = text_reader(spec, manifest)
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(precision)
     try:
@@ -25,6 +28,7 @@ def new_model(spec: RunSpec, manifest: Manifest, precision: str = "float32") -> 
             vocabularies=manifest.vocabularies,
             shape_features=decoder.row_shape if manifest.image.features else None,
             image_optional=manifest.image.optional,
+            text=None if reader is None else TextShape.of(reader),
         )
     finally:
         keras.config.set_dtype_policy(before)
@@ -39,6 +43,8 @@ def float32_copy(model: FusionModel) -> FusionModel:
     for layer in copy.backbone_layers():
         # As when the model was built, before a stage froze layers.
         layer.trainable = model.backbone_trainable
+    for layer in copy.text_backbone_layers():
+        layer.trainable = model.text_trainable
     return copy
 
 

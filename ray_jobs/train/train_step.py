@@ -153,7 +153,8 @@ class TrainStep:
         variables = self.model.trainable_variables
         unconnected = tf.UnconnectedGradients.ZERO
         gradients: Any = tape.gradient(scaled, variables, unconnected_gradients=unconnected)
-        return loss, gradients
+        # The gradient of a lookup is sparse, of a size that differs between workers.
+        return loss, [tf.convert_to_tensor(gradient) for gradient in gradients]
 
     def _in_parts(
         self, inputs: dict[str, Any], y_B1: Any, weight_B1: Any, index: int, scale: tf.Tensor

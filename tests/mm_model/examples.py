@@ -9,6 +9,7 @@ import numpy as np
 from scipy import ndimage
 
 import mm_model
+from mm_model.branches.text_inputs import TextShape
 from mm_model.spec import NO_AUGMENTATION
 from mm_model.statistics import Vocabulary
 
@@ -20,7 +21,14 @@ SMALLEST_OF_EACH_FAMILY = {
     "convnext_tiny": 32,
     "resnet50": 32,
     "efficientnet_lite0": 32,
+    "vit_tiny": 32,
+    "deit_tiny": 32,
+    "dinov2_small": 28,
+    "dinov3_small": 32,
+    "swin_tiny": 224,
+    "siglip_base": 32,
 }
+TEXT = TextShape(columns=2, length=6, num_tokens=40)
 UNTRAINED = {"image": {"kind": "tiny", "weights": None}}
 NO_RANDOMNESS = {
     **UNTRAINED,
@@ -45,14 +53,23 @@ def rows(
 def rows_with_all_inputs(
     count: int = 16, num_images: int = 3, size: int = 16
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """All inputs by name, with several images per row, some of them missing, and labels."""
+    """All inputs by name, with several images and texts per row, some missing, and labels."""
     rng = np.random.default_rng(7)
     _, numbers, y = rows(count)
     image = rng.integers(0, 256, (count, num_images, size, size, 3), dtype=np.uint8)
     mask = (rng.random((count, num_images)) < 0.6).astype(np.float32)
     mask[np.arange(count), rng.integers(0, num_images, count)] = 1
     category = rng.integers(0, COLOUR.num_codes, (count, 1)).astype(np.int32)
-    return {"image": image, "image_mask": mask, "numeric": numbers, "category": category}, y
+    num_tokens = rng.integers(0, TEXT.length + 1, (count, TEXT.columns, 1))
+    inputs = {
+        "image": image,
+        "image_mask": mask,
+        "numeric": numbers,
+        "category": category,
+        "text": rng.integers(1, TEXT.num_tokens, (count, TEXT.columns, TEXT.length)),
+        "text_mask": (np.arange(TEXT.length) < num_tokens).astype(np.float32),
+    }
+    return inputs, y
 
 
 def model_with_all_inputs(inputs: dict[str, np.ndarray], **options: Any) -> mm_model.FusionModel:
@@ -60,7 +77,7 @@ def model_with_all_inputs(inputs: dict[str, np.ndarray], **options: Any) -> mm_m
     statistics = mm_model.fit_numeric_statistics(inputs["numeric"])
     shapes = inputs["image"].shape[1:], inputs["numeric"].shape[1:]
     model = mm_model.create_model(
-        *shapes, statistics, vocabularies=[COLOUR], **UNTRAINED, **options
+        *shapes, statistics, vocabularies=[COLOUR], **UNTRAINED, **{"text": TEXT, **options}
     )
     return with_random_heads(model)
 

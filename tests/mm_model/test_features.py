@@ -8,16 +8,17 @@ import pytest
 
 import mm_model
 from mm_model.branches import IMAGE_BRANCHES
+from mm_model.fusion import TOKEN_FUSIONS
 from mm_model.model import backbone_model, build_model
 from mm_model.spec import FusionSpec, ImageSpec, ModelSpec, NumericSpec
 from tests.mm_model.examples import COLOUR, rows_with_all_inputs, with_random_heads
 
 
-def spec_of(kind: str = "tiny") -> ModelSpec:
+def spec_of(kind: str = "tiny", fusion: str = "gated") -> ModelSpec:
     return ModelSpec(
         image=ImageSpec(kind=kind, weights=None, units=8, trainable=False),
         numeric=NumericSpec(units=(8,)),
-        fusion=FusionSpec(units=8),
+        fusion=FusionSpec(kind=fusion, units=8),
     )
 
 
@@ -26,19 +27,20 @@ def weights_by_path(model: keras.Model) -> dict[str, keras.Variable]:
 
 
 def models_of(
-    inputs: dict[str, np.ndarray], kind: str
+    inputs: dict[str, np.ndarray], kind: str, fusion: str
 ) -> tuple[mm_model.FusionModel, mm_model.FusionModel]:
     """A full model and one on features, with equal weights above the backbone."""
     statistics = mm_model.fit_numeric_statistics(inputs["numeric"])
-    full = build_model(spec_of(kind), statistics, inputs["image"].shape[1:], vocabularies=[COLOUR])
-    width = backbone_model(full).output.shape[-1]
+    spec = spec_of(kind, fusion)
+    full = build_model(spec, statistics, inputs["image"].shape[1:], vocabularies=[COLOUR])
+    shape = backbone_model(full, fusion in TOKEN_FUSIONS).output.shape[1:]
     several = inputs["image"].shape[1:-3]
     small = build_model(
-        spec_of(kind),
+        spec,
         statistics,
         None,
         vocabularies=[COLOUR],
-        shape_features=(*several, 1, width),
+        shape_features=(*several, 1, *shape),
     )
     above = weights_by_path(full)
     for layer in full.backbone_layers():
@@ -62,25 +64,33 @@ def fit_batch_norms(model: mm_model.FusionModel, image: np.ndarray) -> None:
         norm.trainable = False
 
 
-def features_of(full: mm_model.FusionModel, image: np.ndarray) -> np.ndarray:
-    """Features (…, 1, F) of unaugmented images (…, H, W, 3)."""
-    shape = image.shape[:-3]
-    pooled = np.array(backbone_model(full)(image.reshape(-1, *image.shape[-3:])))
-    return pooled.reshape(*shape, 1, -1)
+def features_of(full: mm_model.FusionModel, image: np.ndarray, fusion: str) -> np.ndarray:
+    """Features (…, 1, F) or (…, 1, 1 + T, F) of unaugmented images (…, H, W, 3)."""
+    backbone = backbone_model(full, fusion in TOKEN_FUSIONS)
+    features = np.array(backbone(image.reshape(-1, *image.shape[-3:])))
+    return features.reshape(*image.shape[:-3], 1, *features.shape[1:])
 
 
-@pytest.mark.parametrize(("kind", "size"), [("tiny", 16), ("mobilenet_v3_small", 32)])
+@pytest.mark.parametrize(
+    ("kind", "size", "fusion"),
+    [
+        ("tiny", 16, "gated"),
+        ("tiny", 16, "cross_attention"),
+        ("mobilenet_v3_small", 32, "gated"),
+        ("vit_tiny", 32, "cross_attention"),
+    ],
+)
 @pytest.mark.parametrize("num_images", [1, 3])
 def test_a_model_on_features_predicts_what_the_full_model_predicts_for_the_images(
-    kind, size, num_images
+    kind, size, fusion, num_images
 ):
     inputs, _ = rows_with_all_inputs(num_images=num_images, size=size)
     if num_images == 1:
         inputs = {**inputs, "image": inputs["image"][:, 0]}
         del inputs["image_mask"]
-    full, small = models_of(inputs, kind)
+    full, small = models_of(inputs, kind, fusion)
     fit_batch_norms(full, inputs["image"])
-    features = features_of(full, inputs["image"])
+    features = features_of(full, inputs["image"], fusion)
     assert features.std(axis=0).max() > 0.1
     mask = inputs.get("image_mask")
     if mask is not None:

@@ -103,7 +103,7 @@ def test_stages_of_a_model_without_images_are_rejected():
     model = build_model(ModelSpec.model_validate(options), None, (16, 16, 3), (3,))
     apply_stage(model, NO_STAGES)
     assert learning_rate_factors(model, NO_STAGES) == {}
-    with pytest.raises(ValueError, match=r"image backbone, but this model has none"):
+    with pytest.raises(ValueError, match=r"layers of a backbone, but this model has none"):
         apply_stage(model, stage())
 
 

@@ -110,3 +110,28 @@ def test_a_file_that_contains_code_or_another_model_is_rejected(tmp_path):
         keras.Model(inputs, layer(inputs)).save(tmp_path / "other.keras")
         with pytest.raises(ValueError, match=message):
             mm_model.load_model(tmp_path / "other.keras")
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_inference_averages_the_logits_of_different_views(count, tmp_path):
+    options = {"kind": "tiny", "weights": None, "inference_views": count}
+    model = with_random_heads(mm_model.create_model((16, 16, 3), (3,), image=options))
+    image, numbers, _ = rows(4)
+    numbers = np.nan_to_num(numbers)
+    turned = [np.rot90(image, k, axes=(1, 2)) for k in range(0, 4, 1 if count == 8 else 2)]
+    views = [view for x in turned[: max(count // 2, 1)] for view in (x, x[:, :, ::-1])][:count]
+    network = [np.asarray(model.network({"image": x, "numeric": numbers})) for x in views]
+    assert len({x.tobytes() for x in network}) == count
+    expected = np.mean(network, axis=0)
+    np.testing.assert_allclose(model.head_logits([image, numbers]), expected, atol=1e-5)
+    in_training = model.head_logits([image, numbers], training=True)
+    assert np.abs(np.asarray(in_training) - expected).max() > 1e-3
+    model.save(tmp_path / "model.keras")
+    again = mm_model.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(again([image, numbers]), model([image, numbers]))
+
+
+def test_only_square_images_are_rotated():
+    options = {"kind": "tiny", "weights": None, "inference_views": 8}
+    with pytest.raises(ValueError, match=r"inference_views=8 rotates images, .* not square"):
+        mm_model.create_model((16, 24, 3), (3,), image=options)

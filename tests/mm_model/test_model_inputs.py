@@ -6,11 +6,12 @@ import mm_model
 from mm_model.fusion import FUSIONS
 from mm_model.layers.numeric_encoding import NumericEncoding
 from mm_model.model import build_model
-from mm_model.spec import FusionSpec, ImageSpec, ModelSpec, NumericSpec
+from mm_model.spec import FusionSpec, ImageSpec, ModelSpec, NumericSpec, TextSpec
 from mm_model.statistics import Vocabulary
 from tests.mm_model.examples import (
     COLOUR,
     SMALLEST_OF_EACH_FAMILY,
+    TEXT,
     UNTRAINED,
     half_precision,
     model_with_all_inputs,
@@ -20,35 +21,45 @@ from tests.mm_model.examples import (
 FAST = ("tiny", "efficientnet_b0")
 """Of layers in the network, or in a nested model that contains layers of this project."""
 OTHERS = [kind for kind in SMALLEST_OF_EACH_FAMILY if kind not in FAST]
+TEXT_KINDS = ("bert_tiny", "distilbert_base", "roberta_base", "minilm_l6")
 
 
-# Tests all fusions with the tiny branch, and the other families with one fusion.
+# Tests all fusions with the tiny branch, and the other families with every fusion if slow.
+@pytest.mark.filterwarnings("ignore:Layer 'attn':UserWarning")
 @pytest.mark.parametrize(
-    ("kind", "fusion"),
+    ("kind", "text", "fusion"),
     [
-        *(("tiny", fusion) for fusion in FUSIONS),
-        ("efficientnet_b0", "skip_concat"),
-        *(pytest.param(kind, "skip_concat", marks=pytest.mark.slow) for kind in OTHERS),
+        *(("tiny", "hashed", fusion) for fusion in FUSIONS),
+        ("efficientnet_b0", "hashed", "skip_concat"),
+        ("tiny", "bert_tiny", "cross_attention"),
+        *(
+            pytest.param(*kinds, fusion, marks=pytest.mark.slow)
+            for kinds in [*((k, "hashed") for k in OTHERS), *(("tiny", k) for k in TEXT_KINDS)]
+            for fusion in FUSIONS
+        ),
     ],
 )
-def test_every_family_and_fusion_trains_on_all_inputs_saves_and_reloads(kind, fusion, tmp_path):
+def test_every_family_and_fusion_trains_on_all_inputs_saves_and_reloads(
+    kind, text, fusion, tmp_path
+):
     size = SMALLEST_OF_EACH_FAMILY[kind]
     inputs, y = rows_with_all_inputs(4, num_images=2, size=size)
     spec = ModelSpec(
         image=ImageSpec(kind=kind, weights=None, units=8),
         numeric=NumericSpec(units=(8,)),
+        text=TextSpec(kind=text, units=8),
         fusion=FusionSpec(kind=fusion, units=8),
     )
     statistics = mm_model.fit_numeric_statistics(inputs["numeric"])
-    model = build_model(spec, statistics, (2, size, size, 3), vocabularies=[COLOUR])
-    assert model.input_names == ["image", "image_mask", "numeric", "category"]
+    model = build_model(spec, statistics, (2, size, size, 3), vocabularies=[COLOUR], text=TEXT)
+    assert model.input_names == list(inputs)
     # SGD, since the update of Adam takes longer than the rest of an eager step.
     model.compile(keras.optimizers.SGD(1.0), "binary_crossentropy", run_eagerly=True)
     weights = {v.path: np.array(v) for v in model.trainable_variables}
     # The heads start at zero, so only the second step changes the layers below them.
     for _ in range(2):
         assert np.isfinite(model.train_on_batch(inputs, y))
-    for name in ("image_top_dense", "category_embedding", "joint_head"):
+    for name in ("image_top_dense", "category_embedding", "text_top_dense", "joint_head"):
         for v in model.network.get_layer(name).trainable_variables:
             assert np.abs(np.asarray(v) - weights[v.path]).max() > 0, v.path
     expected = np.asarray(model(inputs))
@@ -82,7 +93,7 @@ def test_missing_images_and_the_order_of_images_do_not_change_the_logits(fusion)
 
 def test_without_a_mask_all_images_are_present():
     inputs, y = rows_with_all_inputs()
-    model = model_with_all_inputs(inputs)
+    model = model_with_all_inputs(inputs, text=None)
     as_list = [inputs["image"], inputs["numeric"], inputs["category"]]
     as_dict = {name: inputs[name].astype("float32") for name in ("category", "image", "numeric")}
     model.run_eagerly = True
@@ -97,7 +108,8 @@ def test_without_a_mask_all_images_are_present():
 @pytest.mark.parametrize("absent", ["image", "numeric"])
 def test_a_model_of_one_branch_ignores_the_inputs_of_the_other(absent):
     inputs, y = rows_with_all_inputs(num_images=1)
-    del inputs["image_mask"]
+    for name in ("image_mask", "text", "text_mask"):
+        del inputs[name]
     inputs["image"] = inputs["image"][:, 0]
     none = {"image": {"kind": "none", "weights": None}, "numeric": {"kind": "none"}}[absent]
     model = mm_model.create_model(

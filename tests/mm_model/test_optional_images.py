@@ -113,5 +113,5 @@ def test_rows_without_an_image_need_another_branch_and_a_mask(shape, options):
     spec = ModelSpec.model_validate(
         {"image": {"kind": "tiny", "weights": None}, **options},
     )
-    with pytest.raises(ValueError, match="rows without an image need a numeric branch"):
+    with pytest.raises(ValueError, match="rows without an image need another branch"):
         build_model(spec, None, shape, (3,), image_optional=True)

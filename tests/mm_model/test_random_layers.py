@@ -11,6 +11,7 @@ from mm_model.model import build_model
 from mm_model.spec import ModelSpec
 from tests.mm_model.examples import (
     COLOUR,
+    TEXT,
     UNTRAINED,
     half_precision,
     rows_with_all_inputs,
@@ -21,6 +22,7 @@ ALL_RANDOM_LAYERS = {
     **UNTRAINED,
     "augmentation": {"flip": "horizontal_and_vertical", "rand_augment": 0.5},
     "numeric": {"category_dropout": 0.3, "units": (8,)},
+    "text": {"missing_dropout": 0.3},
     "dropout": 0.4,
 }
 
@@ -38,7 +40,7 @@ def model_and_rows(
     statistics = mm_model.fit_numeric_statistics(inputs["numeric"])
     options = {**ALL_RANDOM_LAYERS, "fusion": {"modality_dropout": 0.5, "kind": fusion}}
     spec = ModelSpec.model_validate(options)
-    model = build_model(spec, statistics, (2, 16, 16, 3), vocabularies=[COLOUR])
+    model = build_model(spec, statistics, (2, 16, 16, 3), vocabularies=[COLOUR], text=TEXT)
     for layer in model._flatten_layers():
         if isinstance(layer, keras.layers.BatchNormalization):
             layer.trainable = False
@@ -104,7 +106,8 @@ def test_a_step_with_all_random_layers_compiles_with_xla(fusion):
         with tf.GradientTape() as tape:
             p = model(inputs, training=True)
             loss = model.compute_loss(inputs, y, p, training=True)
-        return loss, tape.gradient(loss, model.trainable_variables)
+        gradients = tape.gradient(loss, model.trainable_variables)
+        return loss, [tf.convert_to_tensor(g) for g in gradients]
 
     with per_row_random.batch_part(1, 2):
         loss, gradients = step(inputs, y)
@@ -119,6 +122,7 @@ def test_a_step_in_half_precision_has_loss_and_gradients_in_full_precision():
             p = model(inputs, training=True)
             loss = model.compute_loss(inputs, y, p, training=True)
         gradients = tape.gradient(loss, model.trainable_variables)
+        gradients = [tf.convert_to_tensor(g) for g in gradients]
     for tensor in (p, loss, *gradients):
         assert keras.backend.standardize_dtype(tensor.dtype) == "float32"
         assert np.isfinite(tensor).all()

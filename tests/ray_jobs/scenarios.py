@@ -58,6 +58,22 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "random": EVERYTHING_RANDOM,
     # Resumed by new loops.
     "resumed": EVERYTHING_RANDOM,
+    # Resumed by new loops; the lower blocks of both transformers are frozen.
+    "transformers": {
+        "model": {
+            "image": {"kind": "vit_tiny", "weights": None, "units": 8},
+            "numeric": {"units": [8]},
+            "text": {"kind": "bert_tiny", "units": 8},
+            "fusion": {"kind": "cross_attention", "units": 32},
+        },
+        "train": {
+            "epochs": 2,
+            "global_batch_size": 20,
+            "checkpoint_every_steps": 4,
+            "stages": [{"epochs": 2, "backbone": 0.5, "layer_decay": 0.5}],
+        },
+        "prepared": "texts",
+    },
     # Overfits after the first epochs.
     "patience": {
         "model": PLAIN,
@@ -108,7 +124,7 @@ def loop_of(scenario: str, folder: Path, worker: Any, strategy: Any = None) -> "
     train = {"learning_rate": 1e-3, "patience": 100, "num_workers": worker.num_workers}
     spec = RunSpec.model_validate(
         {
-            "data": {"prepared": str(folder / "prepared")},
+            "data": {"prepared": str(folder / sections.get("prepared", "prepared"))},
             "model": sections["model"],
             "train": {**train, **sections["train"]},
         }
@@ -175,7 +191,7 @@ def run_scenario(name: str, loop: "Loop", folder: Path) -> dict[str, Any]:
             end_of_epoch = next(c for c in undisturbed.checkpoints if c.state.epoch == 1)
             starts = (last, end_of_epoch)
             results["resumed_equal"] = [resumed_equal(loop, undisturbed, c) for c in starts]
-    if name == "resumed":
+    if name in ("resumed", "transformers"):
         # Within an epoch and at its end.
         results["resumed_equal"] = [
             resumed_equal(new_loop(loop), undisturbed, c) for c in undisturbed.checkpoints[:2]

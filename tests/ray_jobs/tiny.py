@@ -10,12 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from mm_model.backbones.tokenizer import fit_words
 from mm_model.statistics import fit_numeric_statistics
 from ray_jobs.config.prepare_spec import PrepareSpec
 from ray_jobs.data.manifest import ImageInfo, Manifest, Shard, SplitInfo, read_manifest
 from ray_jobs.storage.folder import Folder
 
 COLUMNS = ("alpha", "beta", "row")
+TEXT_COLUMN = "note"
 ROW = COLUMNS.index("row")
 """Column with each row's index in its split, by which tests identify rows."""
 
@@ -30,6 +32,7 @@ def write_prepared(
     seed: int = 0,
     weights: Sequence[float] = (),
     repeat: bool = False,
+    texts: bool = False,
 ) -> Manifest:
     """Write shards and a manifest; one number and the colour of the image depend on the label.
 
@@ -42,9 +45,10 @@ def write_prepared(
         seed: Seed of the rows.
         weights: Weights of the rows of each split, repeated until every row has one.
         repeat: Whether to repeat each row as many times as its weight says, instead of weighting.
+        texts: Whether the rows have texts, of which some are missing.
     """
     rng = np.random.default_rng(seed)
-    splits, statistics = {}, None
+    splits, statistics, text_words = {}, None, ()
     for split, count in num_rows.items():
         label = (np.arange(count) % 3 == 0).astype(np.int8)
         numbers = rng.normal(size=(count, len(COLUMNS))).astype(np.float32)
@@ -63,6 +67,12 @@ def write_prepared(
             table = table.append_column("weight", pa.array(weight))
             sums = tuple(np.bincount(label, weight, minlength=2).tolist())
         label = table["label"].to_numpy()
+        if texts:
+            words = np.where(label[:, None], ["red", "hot"], ["blue", "cold"])
+            notes = [None if i % 7 == 0 else f"a {rng.choice(w)} part" for i, w in enumerate(words)]
+            table = table.append_column(TEXT_COLUMN, pa.array(notes, pa.string()))
+            if split == "train":
+                text_words = fit_words(notes)
         if split == "train":
             statistics = fit_numeric_statistics(numbers, COLUMNS)
         shards = [
@@ -85,6 +95,8 @@ def write_prepared(
         seed=seed,
         image=ImageInfo(height=size, width=size),
         numeric_columns=COLUMNS,
+        text_columns=(TEXT_COLUMN,) if texts else (),
+        text_words=text_words,
         negative_label="0",
         positive_label="1",
         splits=splits,

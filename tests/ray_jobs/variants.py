@@ -36,6 +36,13 @@ DETERMINISTIC = {
     "fusion": {**SYNC["fusion"], "modality_dropout": 0},
     "augmentation": NO_AUGMENTATION.model_dump(),
 }
+TRANSFORMERS: dict[str, Any] = {
+    "image": {"kind": "vit_tiny", "weights": None, "units": 8},
+    "numeric": {"units": [8]},
+    "text": {"kind": "bert_tiny", "units": 8},
+    "fusion": {"kind": "cross_attention", "units": 32},
+    "batch_norm": "sync",
+}
 # SGD, since Adam ignores the scale of the gradients.
 EXACT = {"model": LINEAR, "optimizer": "sgd", "learning_rate": 0.1}
 OVERFLOWING = {
@@ -90,6 +97,13 @@ SLOW: dict[str, dict[str, Any]] = {
         "copies": 4,
         "accumulate_steps": 2,
         "replicas": 2,
+    },
+    "transformers": {"model": TRANSFORMERS, "rows": "texts"},
+    "transformers_two": {"model": TRANSFORMERS, "rows": "texts", "replicas": 2},
+    "transformers_bfloat16": {
+        "model": TRANSFORMERS,
+        "rows": "texts",
+        "precision": "mixed_bfloat16",
     },
     "one": {**ALL, "model": RANDOM},
     "two": {**ALL, "model": RANDOM, "replicas": 2, "steps_per_call": 4},

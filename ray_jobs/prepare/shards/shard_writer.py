@@ -10,6 +10,7 @@ The columns of a shard, in order (nullable columns are null where a value is mis
                          nullable column image_NAME for each
     numeric columns      float32, nullable
     categorical columns  string, nullable
+    text columns         string, nullable
     fold                 string, if `prepare.fold_column` is set
     group                string, if `prepare.group_column` is set
     label                int8

@@ -45,13 +45,17 @@ _MAX_FOLDERS = 16
 
 
 def open_source(
-    spec: PrepareSpec, categorical: Sequence[str] = (), labelled: bool = True
+    spec: PrepareSpec,
+    categorical: Sequence[str] = (),
+    text: Sequence[str] = (),
+    labelled: bool = True,
 ) -> Source:
     """Return the records and images of the `prepare` section.
 
     Args:
         spec: The `prepare` section.
         categorical: Columns of words, which must exist.
+        text: Columns of free text, which must exist.
         labelled: Whether the label column must exist, and settings may be inferred from the data.
             `predict` reads rows by the stored settings alone.
 
@@ -75,7 +79,7 @@ def open_source(
     source = open_kind(spec, labelled)
     source = replace(source, notes=(*notes, *source.notes))
     spec = spec.model_copy(update=dict(source.settings))
-    require_columns(source.table, spec, categorical, labelled=labelled)
+    require_columns(source.table, spec, categorical, text, labelled=labelled)
     if labelled and not source.table.num_rows:
         raise JobError(f"the table {spec.table or spec.images} has no rows")
     return source

@@ -19,10 +19,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 
 from mm_model.backbones import IMAGE_BACKBONES, is_location
+from mm_model.fusion import TOKEN_FUSIONS
 from ray_jobs.cluster.connection import root_cause
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.prepare_spec import Split
@@ -37,10 +37,16 @@ from ray_jobs.data.manifest import (
 )
 from ray_jobs.storage.folder import Folder
 from ray_jobs.train.job import with_absolute_paths
-from ray_jobs.tune.search.feature_extractor import FEATURE_SPLITS, Extractor, ShardKey, shard_info
+from ray_jobs.tune.search.feature_extractor import (
+    FEATURE_SPLITS,
+    SHAPE,
+    Extractor,
+    ShardKey,
+    shard_info,
+)
 
 FOLDER = "features"
-_FORMAT = 1
+_FORMAT = 2
 """Increase this whenever the same settings produce different features."""
 _READ_THREADS = 8
 _SHARD_NAME = re.compile(r"part-(\d{5,})-([0-9a-f]{8})\.parquet")
@@ -78,7 +84,7 @@ def compute_features(spec: RunSpec, num_views: int = 1) -> Folder:
         missing.extend((split, index) for index in indices if (split, index) not in shards)
     if missing:
         shards |= _compute_shards(spec, missing, num_views, output)
-    _features_manifest(manifest, shards, num_views, output).write(output)
+    _features_manifest(manifest, shards, output).write(output)
     return output
 
 
@@ -103,6 +109,7 @@ def _key(spec: RunSpec, manifest: Manifest, num_views: int) -> str:
         "augmentation": model.augmentation.model_dump() if random else None,
         "seed": spec.run.seed if random else None,
         "num_views": num_views,
+        "tokens": model.fusion.kind in TOKEN_FUSIONS,
         "image": manifest.image.model_dump(),
         "image_size": spec.data.image_size or manifest.image.width,
         "shards": {s: [x.sha256 for x in manifest.splits[s].shards] for s in FEATURE_SPLITS},
@@ -191,7 +198,7 @@ def _run_actors(
 
 
 def _features_manifest(
-    manifest: Manifest, shards: dict[ShardKey, Shard], num_views: int, output: Folder
+    manifest: Manifest, shards: dict[ShardKey, Shard], output: Folder
 ) -> Manifest:
     splits: dict[Split, SplitInfo] = {}
     for split in FEATURE_SPLITS:
@@ -201,9 +208,9 @@ def _features_manifest(
     splits["test"] = SplitInfo(num_rows=0, class_counts=(0, 0), shards=())
     first = splits["train"].shards[0].path
     with output.filesystem.open_input_file(output.locate(first)) as file:
-        cells = pq.read_schema(file).field(manifest.image.columns[0]).type
-    width = cells.byte_width // (num_views * np.dtype(np.float32).itemsize)
-    features = {"encoding": "raw", "features": (num_views, width)}
+        metadata = pq.read_schema(file).field(manifest.image.columns[0]).metadata
+    shape = tuple(map(int, metadata[SHAPE.encode()].decode().split(",")))
+    features = {"encoding": "raw", "features": shape}
     image = manifest.image.model_copy(update=features)
     return manifest.model_copy(update={"image": image, "splits": splits})
 

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mm_model.fusion import TOKEN_FUSIONS
 from ray_jobs.config.prepare_spec import Split
 from ray_jobs.config.spec import RunSpec
 from ray_jobs.data.batch import IMAGE
@@ -31,6 +32,8 @@ ShardKey = tuple[Split, int]
 """Split and index of a shard."""
 
 FEATURE_SPLITS: tuple[Split, ...] = ("train", "validation")
+SHAPE = "shape"
+"""Metadata of the columns of features: V, F, or with tokens V, 1 + T, F."""
 _IMAGES_PER_BATCH = 32
 
 
@@ -62,7 +65,8 @@ class Extractor:
         keras.utils.set_random_seed(self.seed)
         # Batch norm that is not trainable keeps its statistics even with `training=True`.
         frozen = spec.overlay({"model.image.trainable": False})
-        backbone: Any = backbone_model(new_model(frozen, self.manifest))
+        with_tokens = spec.model.fusion.kind in TOKEN_FUSIONS
+        backbone: Any = backbone_model(new_model(frozen, self.manifest), with_tokens)
         random = random_states(backbone)
         self.num_states = len(random)
 
@@ -99,7 +103,9 @@ class Extractor:
         for n, name in enumerate(self.decoder.image_columns):
             at = table.schema.get_field_index(name)
             cells = bytes_column(features_RNVF[:, n], table[name].is_null())
-            field = pa.field(name, cells.type, table.schema.field(name).nullable)
+            nullable = table.schema.field(name).nullable
+            shape = ",".join(map(str, features_RNVF.shape[2:]))
+            field = pa.field(name, cells.type, nullable, metadata={SHAPE: shape})
             table = table.set_column(at, field, cells)
         stream, start = pa.BufferOutputStream(), 0
         options = parquet_options(table.schema, self.manifest.image)

@@ -10,6 +10,7 @@ from itertools import product
 
 from mm_model.backbones import IMAGE_BACKBONES
 from mm_model.branches import IMAGE_TOPS
+from mm_model.fusion import TOKEN_FUSIONS
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import RunSpec
 from ray_jobs.data.manifest import read_manifest
@@ -81,6 +82,9 @@ def affects_features(path: str, space: Space) -> bool:
     if path == "model.activation" and "model.image.kind" not in space.distributions:
         # These backbones have a fixed activation.
         return space.base.model.image.kind not in IMAGE_BACKBONES
+    if path == "model.fusion.kind" and path in space.distributions:
+        # Features of fusions that use tokens contain these.
+        return not set(TOKEN_FUSIONS).isdisjoint(space.distributions[path].values())
     return path.startswith(_AFFECTING)
 
 
@@ -140,6 +144,9 @@ def _find_obstacle(spec: RunSpec, space: Space) -> str | None:
         return f"the space needs {num_sets} sets of features, more than {_MAX_FEATURE_SETS}"
     if INFERENCE_ROW_S in spec.tune.metrics:
         return f"{INFERENCE_ROW_S} measures the whole model, but such trials build only part of it"
+    views = "model.image.inference_views"
+    if spec.model.image.inference_views > 1 or views in searched:
+        return f"{views} averages over several images, and features have one view at inference"
     if spec.train.cutmix_alpha or "train.cutmix_alpha" in searched:
         return "train.cutmix_alpha needs images"
     return None

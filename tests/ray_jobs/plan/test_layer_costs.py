@@ -5,7 +5,7 @@ import pytest
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import RunSpec
 from ray_jobs.plan.estimate import Estimator
-from ray_jobs.plan.layer_costs import ModelCosts, model_costs
+from ray_jobs.plan.layer_costs import ModelCosts, model_costs, planned_manifest
 from ray_jobs.plan.plan_spec import TABLE, read_machines
 from tests.ray_jobs.plan.samples import manifest, spec
 
@@ -15,10 +15,12 @@ TINY = {
     "model__augmentation": {"contrast": 0, "brightness": 0},
     "data__image_size": 32,
 }
-# Tan and Le 2019, arXiv 1905.11946, table 2: multiplications, with the classifier.
-PUBLISHED_MACS = {"efficientnet_b0": 0.39e9, "efficientnet_b5": 9.9e9}
-# From keras.io, without the classifier of 1,000 classes.
+# Multiplications, with the classifier: Tan and Le 2019, arXiv 1905.11946, table 2, and for ViT-B/16
+# the documentation of torchvision.
+PUBLISHED_MACS = {"efficientnet_b0": 0.39e9, "efficientnet_b5": 9.9e9, "vit_base": 17.56e9}
+# From keras.io, without the classifier of 1,000 classes; for ViT-B/16, from KerasHub's presets.
 PUBLISHED_WEIGHTS = {
+    "vit_base": 85_798_656,
     "efficientnet_b0": 5_330_571 - 1281 * 1000,
     "efficientnet_b5": 30_562_527 - 2049 * 1000,
 }
@@ -38,7 +40,7 @@ PUBLISHED_ROWS_PER_S = {
         ("v100", "mixed_float16", 64, 211),
     ],
 }
-SIZES = {"efficientnet_b0": 224, "efficientnet_b4": 380, "efficientnet_b5": 456}
+SIZES = {"vit_base": 224, "efficientnet_b0": 224, "efficientnet_b4": 380, "efficientnet_b5": 456}
 WITHIN = 1.35
 MEMORY_GIB = {"a100-80": 80.0, "v100": 31.7}
 """Memory of those GPUs; the table has the smaller V100."""
@@ -86,6 +88,21 @@ def check_against_published(kind: str, costs: ModelCosts) -> None:
     assert flops_of(costs) / 2 == pytest.approx(PUBLISHED_MACS[kind], rel=0.05)
     # Above the backbone: a dense layer, its batch norm, the head, blend and calibration.
     assert costs.num_weights == pytest.approx(PUBLISHED_WEIGHTS[kind], rel=0.005)
+
+
+def test_a_vision_transformer_has_the_published_operations_and_weights():
+    check_against_published("vit_base", of(alone("vit_base")))
+
+
+def test_a_text_backbone_has_the_operations_of_its_formula():
+    """Devlin et al. 2019, BERT-base: 12 layers of 768 features and 3,072 inside, here 64 tokens."""
+    texts = {"data__text": ["note"], "data__text_length": 64, "model__text__kind": "bert_base"}
+    run = spec(model__image__kind="none", **texts)
+    costs = model_costs(run, planned_manifest(run, 1000, 1))[0]
+    tokens, width = 64, 768
+    dense = 12 * (4 * width**2 + 2 * width * 3072) * tokens
+    attention = 12 * 2 * tokens**2 * width
+    assert flops_of(costs) / 2 == pytest.approx(dense + attention, rel=0.01)
 
 
 def check_rows_per_s(kind: str, costs: ModelCosts, half: ModelCosts) -> None:

@@ -122,7 +122,7 @@ def test_complete_data_is_stored_with_the_same_rows_as_by_default(raw):
             {"image_pattern": "none_{key}.jpg"},
             "no row has an image in prepare.images=.*image_pattern",
         ),
-        ({"numeric_columns": []}, "keep predicts rows without an image from numbers and words"),
+        ({"numeric_columns": []}, "keep predicts rows without an image from other columns"),
     ],
 )
 def test_settings_that_leave_nothing_to_learn_from_raise_an_error(raw, options, message):

@@ -27,7 +27,9 @@ Results = dict[str, list[dict[str, Any]]]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("loop")
-    write_prepared(folder / "prepared", {"train": 101, "validation": 37, "test": 5}, size=32)
+    num_rows = {"train": 101, "validation": 37, "test": 5}
+    write_prepared(folder / "prepared", num_rows, size=32)
+    write_prepared(folder / "texts", num_rows, size=32, texts=True)
     return folder
 
 
@@ -50,7 +52,7 @@ def two(ray_local, folder, one) -> Results:
 
 @pytest.fixture(scope="module")
 def two_slowly(ray_local, folder) -> Results:
-    return on_workers(folder, 2, ("patience", "stages", "resumed"))
+    return on_workers(folder, 2, ("patience", "stages", "resumed", "transformers"))
 
 
 @pytest.fixture(scope="module")
@@ -183,9 +185,10 @@ def test_a_stop_at_the_last_step_of_an_epoch_ends_the_epoch(one):
 
 
 @pytest.mark.slow
-def test_a_run_resumed_by_a_new_loop_from_any_checkpoint_is_bitwise_equal(two_slowly):
+@pytest.mark.parametrize("scenario", ["resumed", "transformers"])
+def test_a_run_resumed_by_a_new_loop_from_any_checkpoint_is_bitwise_equal(two_slowly, scenario):
     """Within an epoch and at its end."""
-    assert [results["resumed_equal"] for results in two_slowly["resumed"]] == [[True] * 2] * 2
+    assert [results["resumed_equal"] for results in two_slowly[scenario]] == [[True] * 2] * 2
 
 
 @pytest.mark.slow
