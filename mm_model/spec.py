@@ -13,6 +13,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PositiveInt,
+    field_validator,
     model_validator,
 )
 
@@ -72,10 +73,17 @@ class ImageSpec(Spec):
     """Whether to train the backbone; a frozen one also keeps its batch-norm statistics."""
     units: PositiveInt = 256
     """Width of the dense layer on top of the pooled backbone features."""
-    inference_views: Literal[1, 2, 4, 8] = 1
-    """Views of each image whose logits are averaged at inference: 2 adds the mirror image, 4 also
-    turns both upside down, 8 also rotates all of them by 90 degrees. Choose views that photos can
-    have; inference takes as many times as long."""
+    inference_views: PositiveInt = 1
+    """Views of each image whose logits are averaged at inference: 1, 2 (with the mirror image), 4
+    (also upside down) or 8 (also rotated by 90 degrees). Choose views that photos can have;
+    inference takes as many times as long."""
+
+    @field_validator("inference_views")
+    @classmethod
+    def _require_known_views(cls, value: int) -> int:
+        if value not in (1, 2, 4, 8):
+            raise ValueError("must be 1, 2, 4 or 8")
+        return value
 
     @model_validator(mode="after")
     def _require_existing_weights(self) -> Self:
@@ -153,6 +161,15 @@ class TextSpec(Spec):
     missing texts even if the training data contain none."""
     units: PositiveInt = 128
     """Width of the dense layer on top of the pooled encoder features."""
+
+    @model_validator(mode="after")
+    def _require_possible_weights(self) -> Self:
+        if self.weights in ("imagenet", "package") or (self.weights and self.kind == "hashed"):
+            raise ValueError(
+                f"text branch {self.kind!r} has no {self.weights} weights; set weights to none"
+                + ("" if self.kind == "hashed" else ", preset:NAME or a folder")
+            )
+        return self
 
 
 class FusionSpec(Spec):

@@ -119,7 +119,7 @@ def make_hub_text(kind: str, num_tokens: int, length: int, weights: str | None) 
         kind: Key of `HUB_TEXTS`.
         num_tokens: Number of token ids.
         length: L.
-        weights: As for `make_hub_image`.
+        weights: `preset:NAME`, the path or URI of a folder, or None.
 
     Raises:
         ValueError: If the backbone does not support texts of this length, or KerasHub is missing.
@@ -127,16 +127,11 @@ def make_hub_text(kind: str, num_tokens: int, length: int, weights: str | None) 
     """
     hub_kind = HUB_TEXTS[kind]
     backbone_class = getattr(import_keras_hub().models, hub_kind.backbone)
-    new = {"vocabulary_size": num_tokens, **hub_kind.config}
     if weights is None:
-        backbone = backbone_class(**new)
+        backbone = backbone_class(vocabulary_size=num_tokens, **hub_kind.config)
     else:
         with _source(weights, hub_kind, f"model.text.weights={weights} into {kind}") as source:
-            if _is_file(source):
-                backbone = backbone_class(**new)
-                backbone.load_weights(source)
-            else:
-                backbone = backbone_class.from_preset(str(source))
+            backbone = backbone_class.from_preset(str(source))
     if length > backbone.max_sequence_length:
         raise ValueError(
             f"data.text_length={length} exceeds the {backbone.max_sequence_length} tokens that "

@@ -21,9 +21,4 @@ def build(
     blocks: BlockBuilder,
 ) -> KerasTensor:
     """Return the vectors (R, L, F) of the tokens."""
-    if spec.weights:
-        raise ValueError(
-            f"model.text.weights={spec.weights} does not apply to model.text.kind=hashed, which "
-            "has no pretrained weights; set weights to none"
-        )
     return TokenEmbedding(num_tokens, _WIDTH, name="text_embedding")(ids_RL)

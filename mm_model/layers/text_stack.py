@@ -9,7 +9,6 @@ import keras
 from keras import layers, ops
 
 from mm_model import per_row_random
-from mm_model.tunable import current_value
 
 
 @keras.saving.register_keras_serializable("mm_model")
@@ -66,7 +65,7 @@ class UnfoldTexts(layers.Layer):
         if training and self.dropout:
             shape: Any = ops.shape(present_BC1)
             draw_BC1 = per_row_random.uniform(shape, self.seed_generator)
-            present_BC1 = ops.logical_and(present_BC1, draw_BC1 >= current_value(self.dropout))
+            present_BC1 = ops.logical_and(present_BC1, draw_BC1 >= self.dropout)
         is_first_L: Any = ops.equal(ops.arange(length), 0)
         mask_BCL = ops.where(present_BC1, mask_BCL > 0, is_first_L)
         tokens_BCLF: Any = ops.reshape(tokens, (-1, num_columns, length, width))

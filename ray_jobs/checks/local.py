@@ -14,7 +14,8 @@ from ray_jobs.cluster.packaging import require_uploadable, resolve_working_dir, 
 from ray_jobs.config.errors import JobError, UsageError
 from ray_jobs.storage.folder import split_file
 
-WEIGHTS_REMEDY = "set model.image.weights to a file that exists on every node, to a URI, or to none"
+WEIGHTS_REMEDY = "set it to a path that exists on every node, to a URI, or to none"
+HUB_REMEDY = 'run `pip install "multimodal-ray[hub]"` on every node, or choose another kind'
 _IMAGENET = "https://storage.googleapis.com/tensorflow/keras-applications/"
 _TIMEOUT_S = 5.0
 
@@ -33,13 +34,21 @@ def working_directory(given: str | None) -> Iterator[Finding]:
         yield ok(check, f"{folder} is small enough to upload with a job")
 
 
+def hub_problem() -> str:
+    """Return why this node cannot build the backbones of KerasHub; empty if it can."""
+    missing = [name for name in ("keras_hub", "safetensors", "tokenizers") if not find_spec(name)]
+    return f"not installed: {', '.join(missing)}" if missing else ""
+
+
 def weights_problem(weights: str, kind: str) -> str:
-    """Return why this node cannot read the weights of an image branch; empty if it can.
+    """Return why this node cannot read the weights of a branch; empty if it can.
 
     Args:
-        weights: `model.image.weights`; the file is located, but not read.
-        kind: Kind of the image branch.
+        weights: `model.image.weights` or `model.text.weights`; only located, not read.
+        kind: Kind of the branch.
     """
+    if weights.startswith("preset:"):
+        return ""
     if weights == "imagenet":
         problem = "" if _is_downloaded(kind) else _url_problem(_IMAGENET)
         return problem and f"{_IMAGENET}: {problem}"
@@ -48,7 +57,7 @@ def weights_problem(weights: str, kind: str) -> str:
     if weights.startswith(("http://", "https://")):
         return _url_problem(weights, must_exist=True)
     if "://" not in weights:
-        return "" if Path(weights).expanduser().is_file() else "there is no such file"
+        return "" if Path(weights).expanduser().exists() else "there is no such file"
     try:
         folder, name = split_file(weights)
         return "" if folder.exists(name) else "there is no such object"

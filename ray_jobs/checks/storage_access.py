@@ -1,12 +1,15 @@
 """Checks that every node can use the storage, the prepared data and the weights."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle, islice
+from typing import Any
 from uuid import uuid4
 
+from mm_model.backbones import HUB_IMAGES, HUB_TEXTS
+from mm_model.spec import ImageSpec, TextSpec
 from ray_jobs.checks.finding import Finding, error, ok
-from ray_jobs.checks.local import WEIGHTS_REMEDY, weights_problem
+from ray_jobs.checks.local import HUB_REMEDY, WEIGHTS_REMEDY, hub_problem, weights_problem
 from ray_jobs.checks.probe import (
     TIMEOUT_S,
     Node,
@@ -120,14 +123,24 @@ def sample(manifest: Manifest, num_nodes: int, num_shards: int) -> list[list[Sha
 
 
 def weights(spec: RunSpec, nodes: Sequence[Node]) -> Iterator[Finding]:
-    """Check that every node can read the initial weights of the image branch."""
-    image = spec.model.image
-    if not image.weights or image.kind == "none":
-        return
-    answers, found = run_on_nodes("weights", nodes, weights_problem, image.weights, image.kind)
-    # The query of a URL may contain a signature.
-    setting = f"model.image.weights={image.weights.partition('?')[0]}"
+    """Check that every node can build the backbones and read their initial weights."""
+    branches: dict[str, ImageSpec | TextSpec] = {"image": spec.model.image, "text": spec.model.text}
+    for name, branch in branches.items():
+        if branch.kind in (*HUB_IMAGES, *HUB_TEXTS):
+            setting = f"model.{name}.kind={branch.kind}"
+            yield from _on_every_node(setting, HUB_REMEDY, nodes, hub_problem)
+        if branch.weights and branch.kind != "none":
+            # The query of a URL may contain a signature.
+            setting = f"model.{name}.weights={branch.weights.partition('?')[0]}"
+            arguments = (branch.weights, branch.kind)
+            yield from _on_every_node(setting, WEIGHTS_REMEDY, nodes, weights_problem, *arguments)
+
+
+def _on_every_node(
+    setting: str, remedy: str, nodes: Sequence[Node], check: Callable[..., str], *arguments: Any
+) -> Iterator[Finding]:
+    answers, found = run_on_nodes("weights", nodes, check, *arguments)
     for node, problem in answers.items():
         if problem:
-            found.append(error("weights", f"{setting} on {node.name}: {problem}", WEIGHTS_REMEDY))
+            found.append(error("weights", f"{setting} on {node.name}: {problem}", remedy))
     yield from found or [ok("weights", f"{setting} is available on every node")]

@@ -12,7 +12,7 @@ from ray_jobs.cluster.worker_group import import_keras
 from ray_jobs.data.folds import FoldRows, select_rows
 from ray_jobs.data.manifest import Manifest, read_manifest
 from ray_jobs.storage.folder import Folder
-from ray_jobs.train.finalize import MODEL, SUMMARY, export_saved_model
+from ray_jobs.train.finalize import MODEL, SUMMARY, TOKENIZER, export_saved_model
 
 
 def export_mean(
@@ -54,6 +54,9 @@ def export_mean(
         folder.delete("model")
         folder.upload(f"{local}/model", "model")
     manifest.write(folder)
+    if "text" in models[0].input_names:
+        # The folds have the same tokenizer, since they share the words of the texts.
+        folder.write_bytes(TOKENIZER, runs[0].read_bytes(TOKENIZER))
     folder.write_json(SUMMARY, summary)
 
 

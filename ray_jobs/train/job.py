@@ -211,9 +211,11 @@ def with_absolute_paths(spec: S) -> S:
         "data.prepared": Folder(spec.data.prepared).uri,
         "run.storage_path": Folder(spec.run.storage_path).uri,
     }
-    weights = spec.model.image.weights
-    if weights is not None and is_location(weights) and "://" not in weights:
-        changes["model.image.weights"] = str(Path(weights).expanduser().absolute())
+    for branch in ("image", "text"):
+        weights = getattr(spec.model, branch).weights
+        if weights is not None and is_location(weights) and "://" not in weights:
+            path = str(Path(weights).expanduser().absolute())
+            changes[f"model.{branch}.weights"] = path
     return spec.overlay(changes)
 
 

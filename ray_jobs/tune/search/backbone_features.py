@@ -118,11 +118,15 @@ def _key(spec: RunSpec, manifest: Manifest, num_views: int) -> str:
 
 
 def _weights_id(weights: str | None) -> str | None:
-    """Return the hash of a local weights file, or the name of other weights."""
-    if weights and is_location(weights) and (file := Path(weights).expanduser()).is_file():
+    """Return the hash of local weights, a file or a folder, or the name of other weights."""
+    if weights is None or not is_location(weights):
+        return weights
+    path, digest = Path(weights).expanduser(), hashlib.sha256()
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    for file in files:
         with open(file, "rb") as content:
-            return hashlib.file_digest(content, "sha256").hexdigest()
-    return weights
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest() if files else weights
 
 
 # -- in the driver --------------------------------------------------------------------------------

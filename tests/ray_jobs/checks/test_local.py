@@ -1,7 +1,7 @@
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
-from ray_jobs.checks.local import weights_problem
+from ray_jobs.checks.local import hub_problem, weights_problem
 
 
 def test_imagenet_weights_are_downloaded_or_found_in_the_cache_of_keras(tmp_path, monkeypatch):
@@ -43,3 +43,16 @@ def test_a_signed_url_is_requested_with_get():
         assert weights_problem(f"{file}?key=of-get", "tiny") == ""
         assert weights_problem(f"{file}?key=other", "tiny") == "the server answers 403"
         server.shutdown()
+
+
+def test_weights_of_packages_and_folders(tmp_path, monkeypatch):
+    assert weights_problem(str(tmp_path), "vit_base") == ""
+    assert weights_problem(tmp_path.as_uri(), "bert_base") == ""
+    assert weights_problem("preset:vit_base_patch16_224_imagenet", "vit_base") == ""
+    assert weights_problem("package", "efficientnet_lite0") == ""
+    assert hub_problem() == ""
+    monkeypatch.setattr("ray_jobs.checks.local.find_spec", lambda name: None)
+    assert (
+        weights_problem("package", "efficientnet_lite0") == "the extra `weights` is not installed"
+    )
+    assert hub_problem() == "not installed: keras_hub, safetensors, tokenizers"
