@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
+
 from benchmarks.arrays import make_arrays
+from ray_jobs.data.batch import TEXT, TEXT_MASK
 from ray_jobs.data.decoder import Batch
+from ray_jobs.data.text_input import text_reader
 from ray_jobs.train.callbacks import Callbacks, ControlRequest
 from ray_jobs.train.checkpoints.checkpoint import Checkpoint, LoopState
 from ray_jobs.train.loop import Loop
@@ -55,6 +59,10 @@ class MemoryLoop(Loop):
         pixels = self.spec.data.image_size or self.manifest.image.width
         columns = len(self.manifest.numeric_columns)
         self.arrays = make_arrays(num_batches * size, pixels, columns)
+        if (reader := text_reader(self.spec, self.manifest)) is not None:
+            shape = (num_batches * size, *reader.shape)
+            ids = np.random.default_rng(0).integers(1, reader.tokenizer.num_tokens, shape)
+            self.arrays |= {TEXT: ids.astype(np.int32), TEXT_MASK: np.ones(shape, np.float32)}
 
     def _feeds(self) -> tuple[Any, Any]:
         size = self.spec.train.global_batch_size

@@ -50,6 +50,11 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     },
     GROUPED: {"model.image.kind": "convnext_tiny", "train.global_batch_size": 16},
     "tiny, 128 px": {"model.image.kind": "tiny", "data.image_size": 128},
+    "vit_base, 96 px": {"model.image.kind": "vit_base", "train.global_batch_size": 16},
+    "bert_base, 64 tokens": {
+        "model.image.kind": "none", "model.text.kind": "bert_base", "data.text": ["note"],
+        "train.global_batch_size": 16,
+    },
 }  # fmt: skip
 
 
@@ -66,6 +71,16 @@ def make_spec(folder: str, name: str) -> Any:
     return RunSpec.model_validate(base).overlay(CONFIGURATIONS[name])
 
 
+def make_manifest(spec: Any) -> Any:
+    """Return the manifest of the rows, with texts of 8,000 words if the spec has any."""
+    from ray_jobs.data.manifest import read_manifest
+    from ray_jobs.storage.folder import Folder
+
+    words = tuple(map(str, range(8000))) if spec.data.text else ()
+    manifest = read_manifest(Folder(spec.data.prepared))
+    return manifest.model_copy(update={"text_columns": spec.data.text, "text_words": words})
+
+
 def run(folder: str, name: str, steps: int) -> None:
     """Train a configuration, and write the time and memory of its steps to a file."""
     from ray_jobs.cluster.strategy import WorkerContext, set_devices
@@ -74,10 +89,8 @@ def run(folder: str, name: str, steps: int) -> None:
     set_devices(spec.train.cpus_per_worker, use_gpu=False)
 
     from benchmarks.memory_loop import TimedLoop
-    from ray_jobs.data.manifest import read_manifest
-    from ray_jobs.storage.folder import Folder
 
-    manifest = read_manifest(Folder(spec.data.prepared))
+    manifest = make_manifest(spec)
     before = _memory("VmRSS")
     ends = f"{folder}/ends.json"
     loop = TimedLoop(spec, manifest, WorkerContext(), num_steps=steps, ends=ends)
@@ -106,13 +119,11 @@ def measure(folder: str, name: str, steps: int) -> dict[str, float]:
 
 def estimate(folder: str, name: str, machine: Any) -> dict[str, float]:
     """Return the estimate of `plan` for a configuration."""
-    from ray_jobs.data.manifest import read_manifest
     from ray_jobs.plan.estimate import GIB, Estimator
     from ray_jobs.plan.layer_costs import model_costs
-    from ray_jobs.storage.folder import Folder
 
     spec = make_spec(folder, name)
-    manifest = read_manifest(Folder(spec.data.prepared))
+    manifest = make_manifest(spec)
     plan = Estimator(spec, "cpu", machine, model_costs(spec, manifest), manifest).plan()
     (stage,) = plan.stages
     reserved = machine.reserved_gib * GIB

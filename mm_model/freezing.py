@@ -47,8 +47,8 @@ def apply_stage(model: FusionModel, stage: StageSpec) -> None:
     if stage.backbone and not backbones:
         raise ValueError(
             f"backbone={stage.backbone:g} in train.stages unfreezes the backbone, but "
-            "model.image.trainable=false freezes it for the whole run; set trainable to true or "
-            "backbone to 0"
+            f"model.{'image' if model.backbone else 'text'}.trainable=false freezes it for the "
+            "whole run; set trainable to true or backbone to 0"
         )
     for layers in backbones:
         # Any fraction above 0 unfreezes at least the topmost layer.

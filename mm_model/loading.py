@@ -6,7 +6,9 @@ from pathlib import Path
 
 import keras
 
-import mm_model.backbones.image_backbone  # noqa: F401  # registers the layers of saved backbones
+# These register the layers of saved models.
+import mm_model.backbones.image_backbone
+import mm_model.layers.attention  # noqa: F401
 from mm_model.backbones.hub import import_keras_hub
 from mm_model.mean_model import MeanModel
 from mm_model.model import FusionModel

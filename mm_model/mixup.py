@@ -34,7 +34,8 @@ def mix_rows(
     other inputs. If both are enabled, each step uses either with probability 0.5.
 
     If one of two numbers to mix is missing, the result is the other; with several images per row,
-    the same holds for images. Categories and masks come from the row with the larger fraction.
+    the same holds for images. Categories, texts and masks come from the row with the larger
+    fraction.
     Labels are weighted so that the loss of a mixed row is the mixed loss of both rows.
 
     Precomputed features are mixed like images, view by view; the result differs from the backbone's

@@ -95,6 +95,8 @@ class ImageSpec(Spec):
         name = "none" if is_location(self.weights) else str(self.weights).partition(":")[0]
         if self.kind != "none" and name in kinds and self.kind not in kinds[name]:
             named = [name for name, members in kinds.items() if self.kind in members]
+            if "preset" in named:
+                named = ["preset:NAME", "a folder"]
             raise ValueError(
                 f"image branch {self.kind!r} has no {name} weights; set weights to "
                 f"{', '.join([*named, 'none'])} or a file"
@@ -281,9 +283,9 @@ class LossSpec(Spec):
 
 
 class StageSpec(Spec):
-    """A stage of training in which part of the image backbone is frozen.
+    """A stage of training in which part of the image and text backbones is frozen.
 
-    It applies to the encoder of a text branch as well, except for `hashed`.
+    The text branch `hashed` always trains.
     """
 
     epochs: PositiveInt

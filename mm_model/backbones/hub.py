@@ -51,17 +51,21 @@ _HUGGING_FACE = {
 """Backbone of each `model_type` of Hugging Face that KerasHub converts."""
 
 
-def import_keras_hub() -> Any:
+class UnsupportedError(ValueError):
+    """A folder with weights, or a shape of images, does not fit a kind of backbone."""
+
+
+def import_keras_hub(what: str = "this backbone") -> Any:
     """Return the module `keras_hub`.
 
     Raises:
-        ValueError: If it is not installed.
+        ValueError: If it is not installed; the message says that `what` needs it.
     """
     try:
         import keras_hub
     except ImportError as error:
         raise ValueError(
-            "this backbone is one of KerasHub, which is not installed; run "
+            f"{what} needs KerasHub, which is not installed; run "
             '`pip install "multimodal-ray[hub]"`, or choose another kind'
         ) from error
     return keras_hub
@@ -76,18 +80,15 @@ def make_hub_image(kind: str, shape: tuple[int, int, int], weights: str | None) 
         weights: `preset:NAME`, the path or URI of a folder or a `.weights.h5` file, or None.
 
     Raises:
-        ValueError: If the backbone does not support images of this shape, or KerasHub is missing.
-        OSError: If the weights cannot be fetched or do not match.
+        ValueError: If the backbone does not support images of this shape or these weights, or
+            KerasHub is missing.
+        OSError: If the weights cannot be fetched or read.
     """
+    import_keras_hub(f"model.image.kind={kind}")
     hub_kind = HUB_IMAGES[kind]
     mean, std = _PIXEL_RANGES.get(hub_kind.backbone, _IMAGENET)
     if weights is None:
-        try:
-            backbone = _new_image_backbone(hub_kind, shape)
-        except ValueError as error:
-            raise ValueError(
-                f"model.image.kind={kind} does not support images of shape {shape}: {error}"
-            ) from error
+        backbone = _new_image_backbone(hub_kind, shape)
     else:
         with _source(weights, hub_kind, f"model.image.weights={weights} into {kind}") as source:
             backbone = _load_image_backbone(hub_kind, shape, source)
@@ -122,11 +123,13 @@ def make_hub_text(kind: str, num_tokens: int, length: int, weights: str | None) 
         weights: `preset:NAME`, the path or URI of a folder, or None.
 
     Raises:
-        ValueError: If the backbone does not support texts of this length, or KerasHub is missing.
-        OSError: If the weights cannot be fetched or do not match.
+        ValueError: If the backbone does not support texts of this length or these weights, or
+            KerasHub is missing.
+        OSError: If the weights cannot be fetched or read.
     """
     hub_kind = HUB_TEXTS[kind]
-    backbone_class = getattr(import_keras_hub().models, hub_kind.backbone)
+    models = import_keras_hub(f"model.text.kind={kind}").models
+    backbone_class = getattr(models, hub_kind.backbone)
     if weights is None:
         backbone = backbone_class(vocabulary_size=num_tokens, **hub_kind.config)
     else:
@@ -167,8 +170,12 @@ def hub_tokenizer(weights: str) -> Subwords:
 
 @contextmanager
 def _source(weights: str, kind: HubKind, what: str) -> Iterator[Path | str]:
-    """Yield the file or folder with weights, or the name of a preset; explain any error."""
-    import_keras_hub()
+    """Yield the file or folder with weights, or the name of a preset.
+
+    Raises:
+        UnsupportedError: If the folder contains another backbone.
+        OSError: If anything else fails, also in the body of the `with` statement.
+    """
     try:
         with tempfile.TemporaryDirectory() as temporary:
             if not is_location(weights):
@@ -178,6 +185,8 @@ def _source(weights: str, kind: HubKind, what: str) -> Iterator[Path | str]:
             if path.is_dir():
                 _require_backbone(path, kind)
             yield path
+    except UnsupportedError as error:
+        raise UnsupportedError(f"cannot load {what}: {error}") from error
     except Exception as error:
         # KerasHub and h5py raise errors of many types.
         raise OSError(
@@ -192,12 +201,12 @@ def _require_backbone(folder: Path, kind: HubKind) -> None:
     model_type = config.get("model_type")
     found = config.get("class_name") or _HUGGING_FACE.get(model_type)
     if found is None:
-        raise ValueError(
+        raise UnsupportedError(
             f"its config.json has model_type={model_type}, but Hugging Face folders are supported "
             f"only for {', '.join(_HUGGING_FACE)}"
         )
     if found != kind.backbone:
-        raise ValueError(f"it contains a {found}, but this kind is a {kind.backbone}")
+        raise UnsupportedError(f"it contains a {found}, but this kind is a {kind.backbone}")
 
 
 def _is_file(source: Path | str) -> bool:
@@ -220,13 +229,19 @@ def _new_image_backbone(kind: HubKind, shape: tuple[int, int, int]) -> Any:
         # Smaller images have fewer patches in the last stage than a window.
         min_size = 32 * options["window_size"]
         if min(shape[:2]) < min_size:
-            raise ValueError(f"each side must have at least {min_size} pixels")
+            raise UnsupportedError(
+                f"images of shape {shape} are not supported: each side must have at least "
+                f"{min_size} pixels"
+            )
     models = import_keras_hub().models
     if kind.backbone == "SigLIPBackbone":
         return models.SigLIPVisionEncoder(**options)
     if kind.backbone == "DINOV2Backbone":
         options["position_embedding_shape"] = shape
-    return getattr(models, kind.backbone)(**options)
+    try:
+        return getattr(models, kind.backbone)(**options)
+    except ValueError as error:
+        raise UnsupportedError(f"images of shape {shape} are not supported: {error}") from error
 
 
 def _load_image_backbone(kind: HubKind, shape: tuple[int, int, int], source: Path | str) -> Any:

@@ -43,9 +43,9 @@ class HashedNgrams:
         ids = [1 + zlib.crc32(ngram.encode()) % (self.num_tokens - 1) for ngram in ngrams[:length]]
         return ids, len(ngrams) > length
 
-    def to_json(self) -> str:
-        """Return what `tokenizer_from_json` restores it from."""
-        return json.dumps({"hashed": self.num_tokens})
+    def to_tree(self) -> dict[str, Any]:
+        """Return what `TextReader.from_json` restores it from."""
+        return {"hashed": self.num_tokens}
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,9 @@ class Subwords:
             encoding = self._tokenizer.post_process(encoding)
         return encoding.ids[:length], is_cut
 
-    def to_json(self) -> str:
-        """Return what `tokenizer_from_json` restores it from."""
-        return self.content
+    def to_tree(self) -> dict[str, Any]:
+        """Return what `TextReader.from_json` restores it from."""
+        return json.loads(self.content)
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle the file alone."""
@@ -111,12 +111,6 @@ def import_tokenizers() -> Any:
             '`pip install "multimodal-ray[hub]"`, or set model.text.kind to hashed'
         ) from error
     return tokenizers
-
-
-def tokenizer_from_json(content: str) -> Tokenizer:
-    """Return the tokenizer that `to_json` described."""
-    tree = json.loads(content)
-    return HashedNgrams(tree["hashed"]) if "hashed" in tree else Subwords(content)
 
 
 def fit_words(
@@ -158,7 +152,8 @@ def read_tokenizer(folder: Path) -> Subwords:
     for files in (folder / "assets" / "tokenizer", folder):
         for name in ("vocabulary.txt", "vocab.txt"):
             if (files / name).exists():
-                words = (files / name).read_text().splitlines()
+                # Not `splitlines`, which also splits at characters that can be words.
+                words = (files / name).read_text(encoding="utf-8").rstrip("\n").split("\n")
                 lowercase = settings.get("lowercase", settings.get("do_lower_case", True))
                 strip_accents = settings.get("strip_accents")
                 return _wordpiece(
@@ -210,6 +205,27 @@ class TextReader:
     def shape(self) -> tuple[int, int]:
         """Text columns and tokens per text."""
         return len(self.columns), self.length
+
+    def to_json(self) -> str:
+        """Return the content of the tokenizer.json of a run."""
+        tree = {"columns": self.columns, "length": self.length}
+        return json.dumps({**tree, "tokenizer": self.tokenizer.to_tree()})
+
+    @classmethod
+    def from_json(cls, content: str) -> "TextReader":
+        """Return the reader that `to_json` described.
+
+        Raises:
+            ValueError: If the content is damaged, or `tokenizers` is needed and not installed.
+        """
+        try:
+            tree = json.loads(content)
+            columns, length, own = tuple(tree["columns"]), int(tree["length"]), tree["tokenizer"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{error} is missing") from error
+        is_hashed = "hashed" in own
+        tokenizer = HashedNgrams(own["hashed"]) if is_hashed else Subwords(json.dumps(own))
+        return cls(columns, tokenizer, length)
 
     def __call__(
         self, texts: Sequence[Sequence[str | float | None]]

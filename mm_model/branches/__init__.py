@@ -51,7 +51,8 @@ TEXT_BRANCHES: dict[str, Builder] = {
     "hashed": "mm_model.branches.text_hashed:build",
     **dict.fromkeys(HUB_TEXTS, "mm_model.branches.text_pretrained:build"),
 }
-"""Text branches: `my_branch(ids_RL, mask_RL, num_tokens, spec, blocks) -> tokens (R, L, F)`."""
+"""Text branches: `my_branch(ids_RL, mask_RL, num_tokens, spec, blocks) -> tokens (R, L, F)`. The
+stages of `train.stages` freeze the layers of nested Keras models in them."""
 
 
 def load_builder(builder: Builder) -> Callable[..., Any]:

@@ -21,4 +21,6 @@ def build(
     blocks: BlockBuilder,
 ) -> KerasTensor:
     """Return the vectors (R, L, F) of the tokens."""
-    return TokenEmbedding(num_tokens, _WIDTH, name="text_embedding")(ids_RL)
+    embed = TokenEmbedding(num_tokens, _WIDTH, name="text_embedding")
+    embed.trainable = spec.trainable
+    return embed(ids_RL)

@@ -18,7 +18,7 @@ from mm_model.spec import ModelSpec
 
 @dataclass(frozen=True)
 class TextShape:
-    """What a model needs to know of its texts."""
+    """Shape of a model's text input."""
 
     columns: int
     """Text columns."""

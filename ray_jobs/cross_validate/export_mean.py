@@ -11,8 +11,9 @@ from mm_model.statistics import Vocabulary
 from ray_jobs.cluster.worker_group import import_keras
 from ray_jobs.data.folds import FoldRows, select_rows
 from ray_jobs.data.manifest import Manifest, read_manifest
+from ray_jobs.data.text_input import TOKENIZER
 from ray_jobs.storage.folder import Folder
-from ray_jobs.train.finalize import MODEL, SUMMARY, TOKENIZER, export_saved_model
+from ray_jobs.train.finalize import MODEL, SUMMARY, export_saved_model
 
 
 def export_mean(

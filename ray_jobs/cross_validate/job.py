@@ -53,8 +53,8 @@ MEAN = "mean"
 METRICS_FILE = "metrics.json"
 
 _SAME = (
-    "run.seed", "data.image_size", "data.shuffle_window_rows", "data.buffer_bytes", "model",
-    "train", "cv.folds", "cv.repeats",
+    "run.seed", "data.image_size", "data.text_length", "data.shuffle_window_rows",
+    "data.buffer_bytes", "model", "train", "cv.folds", "cv.repeats",
 )  # fmt: skip
 """Settings that must not change when a cross-validation continues."""
 _SHARED = (

@@ -5,7 +5,8 @@ whose splits are selections of these rows:
 
     test         the scored fold
     validation   rows cut from the other folds, for early stopping, blend, calibration and threshold
-    train        all other rows, which also determine statistics and vocabularies
+    train        all other rows, which also determine statistics and vocabularies (but not the words
+                 of texts, which all folds share)
 
 Rows of a group stay together, as do rows that share an image if there is no group column. Imports
 neither Ray nor TensorFlow.

@@ -255,7 +255,8 @@ class Estimator:
         first_s = self._with_feed(compute_s + exchange_s, first_feed_s)
         seconds = (steps - first_steps) * step_s + first_steps * first_s
         batches = -(-splits["validation"].num_rows // train.global_batch_size)
-        validation_s = batches * self._layers_s(costs, self._rows, training=False)
+        views = self.spec.model.image.inference_views
+        validation_s = batches * views * self._layers_s(costs, self._rows, training=False)
         return StagePlan(
             epochs=costs.epochs,
             steps=steps,

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mm_model.backbones import HUB_TEXTS
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.prepare_spec import SPLITS
 from ray_jobs.config.spec import RunSpec
@@ -26,9 +27,15 @@ if TYPE_CHECKING:
     from mm_model.model import FusionModel
 
 _HEAD_WIDTH = 64
-"""Width of an attention head, where a layer does not tell the number of heads."""
+"""Width of an attention head, used if a layer does not expose its number of heads."""
 _NUM_WORDS = 8000
 """Number of words in the texts of data that is not prepared yet."""
+_PRETRAINED_WORDS = {
+    "BertBackbone": 30_522,
+    "DistilBertBackbone": 30_522,
+    "RobertaBackbone": 50_265,
+}
+"""Number of words that the published weights of a text backbone have."""
 _PROBE_SIZE = 7
 """Size of a variable for which an optimizer is built to count its slots."""
 
@@ -121,6 +128,9 @@ def model_costs(spec: RunSpec, manifest: Manifest) -> list[ModelCosts]:
 
     # The weights do not matter here, and loading them could start a download.
     untrained = spec.overlay({"model.image.weights": None, "model.text.weights": None})
+    if spec.model.text.weights is not None:
+        num_words = _PRETRAINED_WORDS[HUB_TEXTS[spec.model.text.kind].backbone]
+        manifest = manifest.model_copy(update={"text_words": tuple(map(str, range(num_words)))})
     train = spec.train
     costs, remaining = [], train.epochs
     try:
@@ -150,18 +160,22 @@ def _stage_costs(
         backbone = {layer.name for layer in _flat(backbone_model(model))}
     except ValueError:  # The model has no image branch, or takes features instead of images.
         backbone = set()
+    texts = [model.network.get_layer(name) for name in model.text_backbone]
+    encoder = {layer.name for nested in texts for layer in _flat(nested)}
+    num_texts = len(manifest.text_columns)
     layers, sync_norms = [], 0
-    # Bottom to top: the backbone has gradients from its first trainable layer on.
-    has_gradient = False
+    # Bottom to top: a backbone has gradients from its first trainable layer on.
+    has_gradient = {"image": False, "text": False}
     for layer in _flat(model.network):
-        in_backbone = layer.name in backbone
-        has_gradient |= in_backbone and bool(layer.trainable_weights)
-        times = num_images if in_backbone else 1
-        learns = has_gradient or not in_backbone
+        times, learns = 1, True
+        for name, members, count in (("image", backbone, num_images), ("text", encoder, num_texts)):
+            if layer.name in members:
+                has_gradient[name] |= bool(layer.trainable_weights)
+                times, learns = count, has_gradient[name]
         layers.append(_layer_cost(layer, times, learns, spec.data.text_length))
         sync_norms += isinstance(layer, SynchronizedBatchNormalization)
     columns = len(manifest.numeric_columns) + len(manifest.vocabularies)
-    columns += 2 * len(manifest.text_columns) * spec.data.text_length
+    columns += 2 * num_texts * spec.data.text_length
     return ModelCosts(
         epochs=epochs,
         layers=tuple(layers),

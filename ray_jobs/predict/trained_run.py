@@ -8,14 +8,15 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mm_model.backbones.tokenizer import TextReader, Tokenizer, tokenizer_from_json
+from mm_model.backbones.tokenizer import TextReader
 from ray_jobs.config.errors import JobError
 from ray_jobs.data.batch import CATEGORY, FEATURES, IMAGE, NUMERIC, TEXT
 from ray_jobs.data.decoder import RowDecoder
 from ray_jobs.data.images import EIGHT_BITS
 from ray_jobs.data.manifest import MANIFEST, Manifest, read_manifest
+from ray_jobs.data.text_input import TOKENIZER
 from ray_jobs.storage.folder import Folder
-from ray_jobs.train.finalize import MODEL, SUMMARY, TOKENIZER
+from ray_jobs.train.finalize import MODEL, SUMMARY
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class TrainedRun:
     """Decision threshold: the lowest probability of a predicted positive."""
     input_shapes: dict[str, tuple[int, ...]]
     """Shape of a row by model input; names as in `ray_jobs.data.batch`."""
-    tokenizer: Tokenizer | None = None
-    """Tokenizer of the texts; None if the model takes none."""
+    text: TextReader | None = None
+    """Reader of the texts; None if the model takes none."""
 
     @property
     def takes_images(self) -> bool:
@@ -50,13 +51,9 @@ class TrainedRun:
         manifest = self.manifest.model_copy(update={"prepare": prepare})
         if not self.takes_numbers:
             manifest = manifest.model_copy(update={"numeric_columns": (), "vocabularies": ()})
-        if self.tokenizer is None:
+        if self.text is None:
             manifest = manifest.model_copy(update={"text_columns": ()})
-        text = None
-        if self.tokenizer is not None:
-            length = self.input_shapes[TEXT][-1]
-            text = TextReader(manifest.text_columns, self.tokenizer, length)
-        return RowDecoder(manifest, with_image=self.takes_images, size=size, text=text)
+        return RowDecoder(manifest, with_image=self.takes_images, size=size, text=self.text)
 
 
 def open_run(path: str) -> TrainedRun:
@@ -95,15 +92,15 @@ def open_run(path: str) -> TrainedRun:
         threshold = float(folder.read_json(SUMMARY)["decision_threshold"])
     except (ValueError, KeyError, TypeError) as error:
         raise JobError(f"{folder}/{SUMMARY} is damaged: {error}; choose another run") from error
-    tokenizer = None
+    text = None
     if TEXT in input_shapes:
         try:
-            tokenizer = tokenizer_from_json(folder.read_bytes(TOKENIZER).decode())
+            text = TextReader.from_json(folder.read_bytes(TOKENIZER).decode())
         except (OSError, ValueError) as error:
             raise JobError(
                 f"{folder}/{TOKENIZER} is missing or damaged: {error}; choose another run"
             ) from error
-    return TrainedRun(folder, read_manifest(folder), threshold, input_shapes, tokenizer)
+    return TrainedRun(folder, read_manifest(folder), threshold, input_shapes, text)
 
 
 def require_match(run: TrainedRun, manifest: Manifest, data: Folder) -> None:
@@ -133,9 +130,8 @@ def require_match(run: TrainedRun, manifest: Manifest, data: Folder) -> None:
     )
     if run.takes_numbers and (missing := sorted(trained_categories - categories)):
         differences.append(f"the categorical columns {missing} are missing")
-    if run.tokenizer is not None and (
-        lost := [name for name in trained.text_columns if name not in manifest.text_columns]
-    ):
+    texts = () if run.text is None else run.text.columns
+    if lost := [name for name in texts if name not in manifest.text_columns]:
         differences.append(f"the text columns {lost} are missing")
     if manifest.positive_label != trained.positive_label:
         differences.append(

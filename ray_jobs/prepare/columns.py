@@ -47,7 +47,7 @@ MIN_READ = 0.9
 _MAX_WORDS = 100
 _MIN_ROWS_PER_WORD = 4
 _MIN_SPACES = 2
-"""Average number of spaces in a cell, from which on different cells are proposed as free text."""
+"""Minimum average number of spaces per cell for a column to be proposed as free text."""
 _PLAIN_WORD = re.compile(r"(?!(?:yes|no|on|off|true|false|null|none|y|n)$)[A-Za-z_][A-Za-z0-9_]*")
 _INDEX_NAME = re.compile(
     r"^(unnamed: ?\d+(\.\d+)?|(__index_)?level_\d+(__)?|column \d+|index|)$", re.IGNORECASE
@@ -93,7 +93,7 @@ def find_columns(
         elif name in categorical:
             column = _text_column(name, "category", cells, spec)
         elif name in text:
-            column = Column(name=name, role="text")
+            column = _text_column(name, "text", cells, spec)
         elif name in (spec.number_rules if is_automatic else spec.numeric_columns):
             rule = spec.number_rules.get(name)
             rule = str(resolve_rule(cells, rule)) if rule else ""
@@ -105,8 +105,8 @@ def find_columns(
             if spec.columns == "auto" and column.proposed:
                 rule = str(resolve_rule(cells, column.rule))
                 column = column.model_copy(update={"role": column.proposed, "rule": rule})
-                if column.role == "category":
-                    column = _text_column(name, "category", cells, spec)
+                if column.role in ("category", "text"):
+                    column = _text_column(name, column.role, cells, spec)
         columns.append(column)
     _require_inputs(columns, spec)
     return tuple(columns)
@@ -171,6 +171,9 @@ def _fixed_roles(spec: PrepareSpec) -> Iterator[tuple[str, Role]]:
 
 
 def _text_column(name: str, role: Role, cells: pa.ChunkedArray, spec: PrepareSpec) -> Column:
+    if role == "text":
+        # The note "No" of a small table is no boolean.
+        return Column(name=name, role=role, rule=spec.text_rules.get(name) or "text")
     is_text = role in ("key", "group", "image", "category", "fold")
     rule = spec.text_rules.get(name) or (find_text_rule(cells) if is_text else "")
     return Column(name=name, role=role, rule=rule)

@@ -1,14 +1,13 @@
 """Turns the best epoch into the final model: blended, calibrated, saved and summarized.
 
-Inputs: the loop after training, on rank 0.  Outputs: model/model.keras, model/saved_model,
-summary.json and, with texts, tokenizer.json in the run folder.
+Inputs: the loop after training, on rank 0.  Outputs: model/model.keras, model/saved_model and
+summary.json in the run folder.
 """
 
 import tempfile
 from typing import TYPE_CHECKING, Any
 
 from ray_jobs.data.batch import INPUT_TYPES
-from ray_jobs.data.text_input import text_reader
 from ray_jobs.storage.folder import Folder
 
 if TYPE_CHECKING:
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
 SUMMARY = "summary.json"
 """Written last, so a run whose folder has a summary is finished."""
 MODEL = "model/model.keras"
-TOKENIZER = "tokenizer.json"
-"""The tokenizer of the texts, if the model takes texts."""
 
 
 def finalize(loop: "Loop", state: "LoopState", folder: Folder, train_s: float) -> dict[str, Any]:
@@ -57,8 +54,6 @@ def finalize(loop: "Loop", state: "LoopState", folder: Folder, train_s: float) -
         scale, bias = fit_calibration(logits_NM @ blend_M, label_N, weight_N)
     model.calibration.set([scale], bias)
     probability_N = sigmoid(scale * (logits_NM @ blend_M) + bias)
-    if (reader := text_reader(spec, loop.manifest)) is not None:
-        folder.write_text(TOKENIZER, reader.tokenizer.to_json())
     with tempfile.TemporaryDirectory() as path:
         model.save(f"{path}/model.keras")
         export_saved_model(model, f"{path}/saved_model")

@@ -27,6 +27,7 @@ from ray_jobs.config.spec import RunSpec
 from ray_jobs.config.text import count_text
 from ray_jobs.data.manifest import Manifest, read_manifest, require_shards
 from ray_jobs.data.sampler import TrainingSampler
+from ray_jobs.data.text_input import TOKENIZER, text_reader
 from ray_jobs.storage.folder import Folder
 from ray_jobs.train.checkpoints.checkpoint_manager import CheckpointManager
 from ray_jobs.train.coordinator import make_coordinator
@@ -43,9 +44,9 @@ if TYPE_CHECKING:
 
 SPEC = "run.yaml"
 
-_SAME_RUN = (
-    "run.seed", "data.image_size", "data.shuffle_window_rows", "data.buffer_bytes",
-    "model", "train",
+SAME_RUN = (
+    "run.seed", "data.image_size", "data.text_length", "data.shuffle_window_rows",
+    "data.buffer_bytes", "model", "train",
 )  # fmt: skip
 """Settings that must not change when a run resumes."""
 CHANGEABLE = (
@@ -81,7 +82,7 @@ def fit(spec: RunSpec, callbacks: Sequence["UserCallback"] = ()) -> dict[str, An
     run = open_run(spec)
     resumes, finished = run.folder.exists(SPEC), run.folder.exists(SUMMARY)
     if resumes:
-        require_same("run", run, SPEC, _SAME_RUN, {"train": CHANGEABLE})
+        require_same("run", run, SPEC, SAME_RUN, {"train": CHANGEABLE})
     if finished:
         print(f"run {run.spec.run.name} is already finished: {run.folder}")
     else:
@@ -257,7 +258,17 @@ def require_same(
 
 
 def begin_run(spec: RunSpec, manifest: Manifest, folder: Folder) -> None:
-    """Write the first files of a run folder."""
+    """Write the first files of a run folder.
+
+    Raises:
+        JobError: If the tokenizer of the texts cannot be read.
+    """
+    try:
+        reader = text_reader(spec, manifest)
+    except (ValueError, OSError) as error:
+        raise JobError(f"cannot make the tokenizer of the texts: {error}") from error
+    if reader is not None:
+        folder.write_text(TOKENIZER, reader.to_json())
     manifest.write(folder)
     folder.write_json("environment.json", describe_environment(spec))
     folder.write_text(SPEC, yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False))

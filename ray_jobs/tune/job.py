@@ -30,8 +30,8 @@ from ray_jobs.tune.search.space import Space
 SPEC = "tune.yaml"
 
 _SAME_SEARCH = (
-    "run.seed", "data.image_size", "data.shuffle_window_rows", "data.buffer_bytes",
-    "model", "train", "tune",
+    "run.seed", "data.image_size", "data.text_length", "data.shuffle_window_rows",
+    "data.buffer_bytes", "model", "train", "tune",
 )  # fmt: skip
 """Settings that must not change when a search resumes."""
 _CHANGEABLE = ("budget", "max_concurrent_trials", "max_failures", "checkpoint_every_s", "promote")

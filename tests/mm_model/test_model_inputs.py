@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -187,3 +190,18 @@ def test_numbers_reach_their_encoding_in_full_precision():
     assert keras.backend.standardize_dtype(probability.dtype) == "float32"
     np.testing.assert_array_equal(seen[0], NumericEncoding(statistics, 32)(numbers))
     assert np.asarray(seen[0])[:, 0].std() == pytest.approx(1, rel=0.01)
+
+
+def test_a_saved_model_loads_in_another_process(tmp_path):
+    """Which has imported none of the modules that built it."""
+    inputs, _ = rows_with_all_inputs()
+    model = model_with_all_inputs(inputs, fusion={"kind": "cross_attention"})
+    model.save(tmp_path / "model.keras")
+    np.savez(tmp_path / "rows.npz", **inputs)
+    code = (
+        "import sys, numpy as np, mm_model; model = mm_model.load_model(sys.argv[1]); "
+        "np.save(sys.argv[3], model(dict(np.load(sys.argv[2]))))"
+    )
+    paths = [str(tmp_path / name) for name in ("model.keras", "rows.npz", "found.npy")]
+    subprocess.run([sys.executable, "-c", code, *paths], check=True)
+    np.testing.assert_allclose(np.load(paths[2]), model(inputs), atol=1e-6)

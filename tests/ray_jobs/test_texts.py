@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyarrow import csv
 
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import PredictSpec, RunSpec
@@ -17,7 +19,14 @@ from ray_jobs.data.text_input import text_reader
 from ray_jobs.predict.job import predict
 from ray_jobs.prepare.job import prepare
 from ray_jobs.storage.folder import Folder
-from ray_jobs.train.job import require_trainable
+from ray_jobs.train.job import (
+    SAME_RUN,
+    Run,
+    begin_run,
+    require_same,
+    require_trainable,
+    run_folder,
+)
 from tests.ray_jobs.raw import Raw
 from tests.ray_jobs.trained import stored_rows, train_here
 
@@ -103,6 +112,47 @@ def test_a_table_is_predicted_like_the_prepared_rows(prepared, predict_here, kin
     assert from_table.keys() == from_shards.keys()
     for key, probability in from_table.items():
         assert probability == pytest.approx(from_shards[key], abs=1e-6)
+
+
+def test_a_note_of_a_small_table_is_read_as_in_training(prepared, predict_here, tmp_path):
+    """In a table of its own, the note "No" looks like a boolean."""
+    data, manifest = prepared
+    spec = spec_of(data, "hashed", **{"model.image.kind": "none", "run.name": "small"})
+    train_here(spec, manifest)
+    row = {**data.rows[0], "key": "k", "note": "No"}
+    found = []
+    for rows in ([row], [row, {**row, "key": "other", "note": "some rust"}]):
+        columns = {name: [r[name] for r in rows] for name in ("key", "area", "rooms", "note")}
+        table = tmp_path / f"{len(rows)}.csv"
+        csv.write_csv(pa.table({n: pa.array(map(str, v)) for n, v in columns.items()}), table)
+        output, run = tmp_path / f"out{len(rows)}", str(data.folder / "runs" / "small")
+        predict(PredictSpec(run=run, data=str(table), output=str(output)))
+        found.append(pq.read_table(output)["probability"][0].as_py())
+    assert found[0] == pytest.approx(found[1], abs=1e-6)
+
+
+def test_a_run_cannot_resume_with_another_text_length(prepared):
+    data, manifest = prepared
+    spec = spec_of(data, "hashed", **{"run.name": "length", "data.text_length": 9})
+    begin_run(spec, manifest, run_folder(spec))
+    longer = Run(spec.overlay({"data.text_length": 10}), manifest, run_folder(spec))
+    with pytest.raises(JobError, match=r"other settings \(data\.text_length\)"):
+        require_same("run", longer, "run.yaml", SAME_RUN, {})
+
+
+def test_the_tokenizer_of_pretrained_weights_is_read_from_the_run_folder(prepared, tmp_path):
+    """The folder with the weights may be gone when the run ends or resumes."""
+    data, manifest = prepared
+    weights = tmp_path / "bert"
+    weights.mkdir()
+    (weights / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "crack"]))
+    changes = {"model.text.weights": str(weights), "run.name": "pretrained"}
+    spec = spec_of(data, "bert_tiny", **changes)
+    begin_run(spec, manifest, run_folder(spec))
+    shutil.rmtree(weights)
+    reader = text_reader(spec, manifest)
+    assert reader is not None
+    assert reader.tokenizer.encode("crack", 9)[0] == [2, 4, 3]
 
 
 def test_data_without_the_text_columns_of_a_run_is_rejected(prepared, tmp_path):

@@ -64,7 +64,7 @@ class Extractor:
         self.batch_rows = max(_IMAGES_PER_BATCH // self.num_images, 1)
         keras.utils.set_random_seed(self.seed)
         # Batch norm that is not trainable keeps its statistics even with `training=True`.
-        frozen = spec.overlay({"model.image.trainable": False})
+        frozen = spec.overlay({"model.image.trainable": False, "model.text.kind": "none"})
         with_tokens = spec.model.fusion.kind in TOKEN_FUSIONS
         backbone: Any = backbone_model(new_model(frozen, self.manifest), with_tokens)
         random = random_states(backbone)
@@ -96,7 +96,8 @@ class Extractor:
             OSError: If the shard cannot be read, or its features cannot be written.
         """
         source = self.manifest.splits[split].shards[index]
-        reader = ShardReader(self.source, [source], self.decoder.columns)
+        columns = [*self.decoder.columns, *self.manifest.text_columns]
+        reader = ShardReader(self.source, [source], columns)
         tables = reader.read_groups(0, range(len(source.row_groups)))
         features_RNVF = self._features(tables, split, index)
         table = pa.concat_tables(tables)

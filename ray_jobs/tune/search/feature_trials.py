@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator
 from itertools import product
 
-from mm_model.backbones import IMAGE_BACKBONES
+from mm_model.backbones import HUB_TEXTS, IMAGE_BACKBONES
 from mm_model.branches import IMAGE_TOPS
 from mm_model.fusion import TOKEN_FUSIONS
 from ray_jobs.config.errors import JobError
@@ -84,7 +84,8 @@ def affects_features(path: str, space: Space) -> bool:
         return space.base.model.image.kind not in IMAGE_BACKBONES
     if path == "model.fusion.kind" and path in space.distributions:
         # Features of fusions that use tokens contain these.
-        return not set(TOKEN_FUSIONS).isdisjoint(space.distributions[path].values())
+        kinds = {space.base.model.fusion.kind, *space.distributions[path].values()}
+        return not kinds.isdisjoint(TOKEN_FUSIONS)
     return path.startswith(_AFFECTING)
 
 
@@ -110,6 +111,9 @@ def feature_trial_spec(spec: RunSpec, features: Folder) -> RunSpec:
         read_manifest(folder).splits["train"].row_bytes
         for folder in (Folder(spec.data.prepared), features)
     )
+    stages = spec.train.stages
+    # Trials drop the stages; the first one freezes pretrained texts as well as images.
+    is_frozen = bool(stages) and stages[0].backbone == 0 and spec.model.text.kind in HUB_TEXTS
     data, window_rows = spec.data, spec.data.window_rows(image_bytes)
     while data.window_rows(feature_bytes) < window_rows:
         data = data.model_copy(update={"buffer_bytes": 2 * data.buffer_bytes})
@@ -122,6 +126,7 @@ def feature_trial_spec(spec: RunSpec, features: Folder) -> RunSpec:
             "data.decode": "trainer",
             "data.cache": "none",
             "model.image.weights": None,
+            "model.text.trainable": spec.model.text.trainable and not is_frozen,
             "train.stages": (),
         }
     )
@@ -144,6 +149,14 @@ def _find_obstacle(spec: RunSpec, space: Space) -> str | None:
         return f"the space needs {num_sets} sets of features, more than {_MAX_FEATURE_SETS}"
     if INFERENCE_ROW_S in spec.tune.metrics:
         return f"{INFERENCE_ROW_S} measures the whole model, but such trials build only part of it"
+    fusions = {spec.model.fusion.kind}
+    if "model.fusion.kind" in searched:
+        fusions |= set(searched["model.fusion.kind"].values())
+    if spec.tune.feature_cache == "auto" and not fusions.isdisjoint(TOKEN_FUSIONS):
+        return (
+            "model.fusion.kind=cross_attention needs the features of all tokens, which can take "
+            "megabytes per image; tune.feature_cache=always computes them"
+        )
     views = "model.image.inference_views"
     if spec.model.image.inference_views > 1 or views in searched:
         return f"{views} averages over several images, and features have one view at inference"

@@ -9,7 +9,6 @@ from mm_model.backbones.tokenizer import (
     TextReader,
     fit_words,
     read_tokenizer,
-    tokenizer_from_json,
     wordpiece_tokenizer,
 )
 
@@ -32,12 +31,20 @@ def test_words_are_frequent_first_and_any_text_consists_of_words_and_characters(
 @pytest.mark.parametrize(
     "tokenizer", [HashedNgrams(), wordpiece_tokenizer(fit_words(TEXTS))], ids=["hashed", "subwords"]
 )
-def test_a_tokenizer_survives_its_file_and_pickling(tokenizer):
+def test_a_reader_survives_its_file_and_pickling(tokenizer):
+    reader = TextReader(("a", "b"), tokenizer, length=10)
     expected = tokenizer.encode("no crack in the weld", 10)
-    for again in (tokenizer_from_json(tokenizer.to_json()), pickle.loads(pickle.dumps(tokenizer))):
-        assert again.encode("no crack in the weld", 10) == expected
-        assert again.num_tokens == tokenizer.num_tokens
+    for again in (TextReader.from_json(reader.to_json()), pickle.loads(pickle.dumps(reader))):
+        assert (again.columns, again.length) == (reader.columns, reader.length)
+        assert again.tokenizer.encode("no crack in the weld", 10) == expected
+        assert again.tokenizer.num_tokens == tokenizer.num_tokens
     assert all(0 <= i < tokenizer.num_tokens for i in expected[0])
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]"])
+def test_a_damaged_file_is_an_error(content):
+    with pytest.raises(ValueError, match=r"\w"):
+        TextReader.from_json(content)
 
 
 def test_hashed_ngrams_are_words_each_followed_by_its_pair():

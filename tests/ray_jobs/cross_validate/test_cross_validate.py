@@ -37,11 +37,12 @@ FOLDS = ("1-1", "1-2")
 def prepared(ray_local, tmp_path_factory) -> Path:
     raw = Raw(tmp_path_factory.mktemp("raw")).add(range(90))
     for i, row in enumerate(raw.rows):
-        row |= {"home": f"h{i // 2}", "colour": COLOURS[i * i % 5 % 3]}
+        note = "" if i % 6 == 0 else f"a {'worn' if row['label'] else 'new'} part {i}"
+        row |= {"home": f"h{i // 2}", "colour": COLOURS[i * i % 5 % 3], "note": note}
     from ray_jobs.prepare.job import prepare
 
     spec = raw.spec(categorical=("colour",), group_column="home")
-    prepare(spec)
+    prepare(spec.overlay({"data.text": ["note"]}))
     return raw.out()
 
 
@@ -49,7 +50,7 @@ def spec_in(folder: Path, prepared: Path, **changes: Any) -> CrossValidateSpec:
     spec = CrossValidateSpec.model_validate(
         {
             "run": {"storage_path": str(folder), "name": "cv"},
-            "data": {"prepared": str(prepared), "categorical": ["colour"]},
+            "data": {"prepared": str(prepared), "categorical": ["colour"], "text": ["note"]},
             "model": PLAIN,
             "train": {"global_batch_size": 8, "epochs": 3, "decision_threshold": "f1"},
             "cv": {"folds": len(FOLDS)},

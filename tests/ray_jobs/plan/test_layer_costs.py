@@ -103,6 +103,16 @@ def test_a_text_backbone_has_the_operations_of_its_formula():
     dense = 12 * (4 * width**2 + 2 * width * 3072) * tokens
     attention = 12 * 2 * tokens**2 * width
     assert flops_of(costs) / 2 == pytest.approx(dense + attention, rel=0.01)
+    two = spec(model__image__kind="none", **{**texts, "data__text": ["note", "title"]})
+    twice = model_costs(two, planned_manifest(two, 1000, 1))[0]
+    assert flops_of(twice) == pytest.approx(2 * flops_of(costs), rel=0.01)
+    frozen = spec(model__image__kind="none", model__text__trainable=False, **texts)
+    layers = model_costs(frozen, planned_manifest(frozen, 1000, 1))[0].layers
+    assert sum(layer.flops for layer in layers if layer.learns) < 0.01 * flops_of(costs)
+    # The words of the published weights, of which 5 are special.
+    known = spec(model__image__kind="none", model__text__weights="preset:x", **texts)
+    pretrained = model_costs(known, planned_manifest(known, 1000, 1))[0]
+    assert pretrained.num_weights - costs.num_weights == (30_522 - 8000) * width
 
 
 def check_rows_per_s(kind: str, costs: ModelCosts, half: ModelCosts) -> None:

@@ -18,7 +18,7 @@ from tests.ray_jobs.tune.search.features import COUNTS, SIZE, spec_of
 @pytest.fixture(scope="package")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("features")
-    write_prepared(path / "prepared", COUNTS, size=SIZE)
+    write_prepared(path / "prepared", COUNTS, size=SIZE, texts=True)
     return path
 
 

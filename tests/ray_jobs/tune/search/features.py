@@ -27,7 +27,7 @@ def spec_of(folder: Path, **changes: Any) -> RunSpec:
         {
             "run": {"storage_path": str(folder / "runs"), "seed": 3},
             "data": {"prepared": str(folder / "prepared")},
-            "model": {**PLAIN, "image": FROZEN},
+            "model": {**PLAIN, "image": FROZEN, "text": {"missing_dropout": 0}},
             "train": {"global_batch_size": 8, "epochs": 4, "learning_rate": 3e-3},
         }
     )
