@@ -18,9 +18,9 @@ from mm_model.statistics import fit_vocabulary
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import CrossValidateSpec
 from ray_jobs.cross_validate.job import cross_validate
-from ray_jobs.data.decoder import RowDecoder
 from ray_jobs.data.manifest import Manifest, read_manifest
 from ray_jobs.data.reader import ShardReader
+from ray_jobs.predict.trained_run import open_run
 from ray_jobs.storage.folder import Folder
 from tests.ray_jobs.raw import Raw
 from tests.ray_jobs.scenarios import PLAIN
@@ -138,8 +138,7 @@ def test_the_mean_model_averages_the_folds_and_is_evaluated_on_the_test_split(cr
     runs = [folder / "folds" / name for name in FOLDS]
     probabilities = []
     for run in (*runs, folder / "mean"):
-        manifest = read_manifest(Folder(run))
-        decoder = RowDecoder(manifest, with_image=True)
+        decoder = open_run(str(run)).decoder
         rows = stored(prepared, read_manifest(Folder(prepared)), "test", decoder.columns)
         model = load_model(run / "model" / "model.keras")
         probabilities.append(np.asarray(model(decoder.decode(rows)))[:, 0])
