@@ -87,6 +87,8 @@ def make_hub_image(kind: str, shape: tuple[int, int, int], weights: str | None) 
     import_keras_hub(f"model.image.kind={kind}")
     hub_kind = HUB_IMAGES[kind]
     mean, std = _PIXEL_RANGES.get(hub_kind.backbone, _IMAGENET)
+    # Not numbered, unlike names that Keras chooses. Some backbones prefix their layers with it.
+    hub_kind = hub_kind._replace(config={**hub_kind.config, "name": f"{kind}_backbone"})
     if weights is None:
         backbone = _new_image_backbone(hub_kind, shape)
     else:
@@ -96,9 +98,7 @@ def make_hub_image(kind: str, shape: tuple[int, int, int], weights: str | None) 
     _draw_dropout_per_row(backbone)
     if hub_kind.pool == "head":
         outputs = [backbone.output, backbone.post_layer_norm.output]
-        backbone = keras.Model(backbone.input, outputs)
-    # Not numbered, unlike names that Keras chooses.
-    backbone.name = f"{kind}_backbone"
+        backbone = keras.Model(backbone.input, outputs, name=backbone.name)
     pixels = keras.Input(shape, name="pixels")
     scale, offset = 1 / (255 * np.asarray(std)), -np.asarray(mean) / np.asarray(std)
     rescale: Any = layers.Rescaling(scale.tolist(), offset.tolist(), name="range")
@@ -252,7 +252,7 @@ def _load_image_backbone(kind: HubKind, shape: tuple[int, int, int], source: Pat
         return backbone
     loaded = getattr(import_keras_hub().models, kind.backbone).from_preset(str(source))
     loaded = getattr(loaded, "vision_encoder", loaded)
-    config = {k: v for k, v in loaded.get_config().items() if k not in ("image_shape", "name")}
+    config = {**loaded.get_config(), "name": kind.config["name"]}
     backbone = _new_image_backbone(kind._replace(config=config), shape)
     _copy_weights(loaded, backbone, shape, _NUM_PREFIX_TOKENS.get(kind.backbone, 0))
     return backbone
@@ -260,9 +260,13 @@ def _load_image_backbone(kind: HubKind, shape: tuple[int, int, int], source: Pat
 
 def _copy_weights(source: Any, target: Any, shape: tuple[int, int, int], num_prefix: int) -> None:
     """Copy weights to a backbone for images of another shape; interpolate position embeddings."""
-    weights = {weight.path: weight for weight in source.weights}
-    for weight in target.weights:
-        found = weights[weight.path]
+    # The target has no token that is used in pretraining only.
+    weights = [weight for weight in source.weights if weight.name != "mask_token"]
+    names = {weight.name: weight for weight in weights}
+    for found, weight in zip(weights, target.weights, strict=True):
+        if weight.name == "interpolated_position_embeddings":
+            # DINOv2 keeps the original ones as well.
+            found = names["position_embeddings"]
         if found.shape == weight.shape:
             weight.assign(found)
         elif keras.backend.is_float_dtype(weight.dtype):

@@ -48,6 +48,38 @@ def test_an_image_folder_of_keras_hub_gives_the_outputs_of_its_backbone(tmp_path
     np.testing.assert_allclose(outputs["tokens"], expected[:, 1:], atol=1e-5)
 
 
+FAMILIES: dict[str, tuple[str, dict[str, Any], int]] = {
+    "deit_tiny": ("DeiTBackbone", {**SIZE, "intermediate_dim": 16, "patch_size": 8}, 2),
+    "dinov2_small": (
+        "DINOV2Backbone",
+        {**SIZE, "intermediate_dim": 16, "patch_size": 8, "position_embedding_shape": (32, 32)},
+        1,
+    ),
+    "dinov3_small": ("DINOV3Backbone", {**SIZE, "intermediate_dim": 16, "patch_size": 8}, 5),
+}
+"""Class, size and number of tokens before the patches."""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_folders_of_other_families_give_the_outputs_of_their_backbones(family, tmp_path):
+    name, options, num_prefix = FAMILIES[family]
+    backbone = getattr(keras_hub.models, name)(image_shape=(32, 32, 3), **options)
+    randomized(backbone)
+    for layer in backbone.layers:
+        if hasattr(layer, "interpolated_position_embeddings"):
+            layer.position_embeddings.assign(layer.interpolated_position_embeddings)
+    backbone.save_to_preset(str(tmp_path))
+    outputs = make_hub_image(family, (32, 32, 3), str(tmp_path))(pixels())
+    x = (pixels() / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    given = {key: x for key in backbone.input} if isinstance(backbone.input, dict) else x
+    expected = np.asarray(backbone(given))
+    np.testing.assert_allclose(outputs["pooled"], expected[:, 0], atol=1e-4)
+    np.testing.assert_allclose(outputs["tokens"], expected[:, num_prefix:], atol=1e-4)
+    # Other sizes than the folder's.
+    other = make_hub_image(family, (48, 48, 3), str(tmp_path))(pixels(48))
+    assert other["tokens"].shape == (2, 36, 8)
+
+
 def hugging_face_vit(folder: Path, backbone: Any) -> None:
     """Write a backbone as Hugging Face's ViTForImageClassification."""
     embedding, encoder = backbone.layers[1:3]
