@@ -24,8 +24,9 @@ check: $(READY)
 	$(BIN)/lint-imports
 	$(BIN)/pyright
 
-# Benchmarks of the service, 90 minutes in total. Not included: benchmarks.houses, which takes longer
-# than all of them, and benchmarks.chaos (50 minutes), which mounts a small disk as root.
+# Benchmarks of the service, 90 minutes in total. Not included: comparisons of models, which take up to
+# hours (houses, cross_validation, ham10000, text), and benchmarks.chaos (50 minutes), which mounts a
+# small disk as root.
 bench: $(READY)
 	for name in feed wait memory join interrupted order loop checkpoint startup scale tuning pbt plan; do \
 		$(BIN)/python -m benchmarks.$$name || exit 1; done

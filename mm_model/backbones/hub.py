@@ -219,9 +219,6 @@ def _draw_dropout_per_row(backbone: keras.Model) -> None:
             convert_layer(layer, RowDropout)
 
 
-# -- images ---------------------------------------------------------------------------------------
-
-
 def _new_image_backbone(kind: HubKind, shape: tuple[int, int, int]) -> Any:
     """Return an untrained backbone; of SigLIP, its image tower."""
     options = {**kind.config, **_OPTIONS.get(kind.backbone, {}), "image_shape": shape}

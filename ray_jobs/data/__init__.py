@@ -10,6 +10,7 @@ Input: a prepared folder.  Output: NumPy batches for each training or evaluation
     cache         keeps decoded row groups across epochs
     images        decodes user images and stored JPEGs
     dicom         reads DICOM files for `images`
+    text_input    makes the reader that turns texts into token ids
     decoder       turns stored rows into the arrays of a batch
     prefetch      runs work ahead of its consumer in threads
     ray_reading   reads, and optionally decodes, a worker's chunks in Ray Data tasks

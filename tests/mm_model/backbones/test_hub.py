@@ -80,6 +80,46 @@ def test_folders_of_other_families_give_the_outputs_of_their_backbones(family, t
     assert other["tokens"].shape == (2, 36, 8)
 
 
+@pytest.mark.filterwarnings("ignore:Layer 'attn':UserWarning")
+def test_a_folder_of_swin_gives_the_feature_map_of_its_backbone(tmp_path):
+    options = {"embed_dim": 8, "depths": (1, 2, 1, 1), "num_heads": (1, 2, 2, 2), "window_size": 7}
+    backbone = keras_hub.models.SwinTransformerBackbone(image_shape=(224, 224, 3), **options)
+    randomized(backbone).save_to_preset(str(tmp_path))
+    outputs = make_hub_image("swin_tiny", (224, 224, 3), str(tmp_path))(pixels(224))
+    x = (pixels(224) / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    expected = np.reshape(backbone(x), (2, 49, 64))
+    np.testing.assert_allclose(outputs["tokens"], expected, atol=1e-4)
+    np.testing.assert_allclose(outputs["pooled"], expected.mean(axis=1), atol=1e-4)
+
+
+def test_a_folder_of_siglip_gives_the_outputs_of_its_image_tower(tmp_path):
+    size = {**SIZE, "intermediate_dim": 16}
+    tower = keras_hub.models.SigLIPVisionEncoder(patch_size=8, image_shape=(32, 32, 3), **size)
+    text = keras_hub.models.SigLIPTextEncoder(
+        vocabulary_size=30, embedding_dim=8, max_sequence_length=8, **size
+    )
+    randomized(keras_hub.models.SigLIPBackbone(tower, text)).save_to_preset(str(tmp_path))
+    outputs = make_hub_image("siglip_base", (32, 32, 3), str(tmp_path))(pixels())
+    expected = tower({"images": pixels() / 127.5 - 1})
+    np.testing.assert_allclose(outputs["pooled"], expected, atol=1e-5)
+    other = make_hub_image("siglip_base", (48, 48, 3), str(tmp_path))(pixels(48))
+    assert other["tokens"].shape == (2, 36, 8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("distilbert_base", "DistilBertBackbone"), ("roberta_base", "RobertaBackbone")],
+)
+def test_folders_of_other_text_families_give_the_outputs_of_their_backbones(kind, name, tmp_path):
+    options = {**SIZE, "intermediate_dim": 16, "vocabulary_size": 8, "max_sequence_length": 12}
+    backbone = randomized(getattr(keras_hub.models, name)(**options))
+    backbone.save_to_preset(str(tmp_path))
+    ids, mask = np.asarray([[2, 5, 6, 3]]), np.ones((1, 4), np.float32)
+    features = make_hub_text(kind, 99, 4, str(tmp_path))([ids, mask])
+    expected = backbone({"token_ids": ids, "padding_mask": mask})
+    np.testing.assert_allclose(features, expected, atol=1e-5)
+
+
 def hugging_face_vit(folder: Path, backbone: Any) -> None:
     """Write a backbone as Hugging Face's ViTForImageClassification."""
     embedding, encoder = backbone.layers[1:3]
