@@ -16,7 +16,6 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,8 @@ from ray_jobs.config import command_line
 from ray_jobs.config.spec import CrossValidateSpec, PredictSpec, RunSpec
 from ray_jobs.cross_validate.job import cross_validate
 from ray_jobs.data.manifest import Manifest, read_manifest
-from ray_jobs.evaluate.bootstrap import bootstrap_intervals
+from ray_jobs.evaluate.draw_metrics import DrawMetrics
+from ray_jobs.evaluate.model_comparison import compare
 from ray_jobs.predict.job import predict
 from ray_jobs.prepare.job import prepare
 from ray_jobs.storage.folder import Folder
@@ -125,8 +125,8 @@ def main() -> None:
     names = (ONE, MEAN, *ENSEMBLES)
     probability = {name: np.concatenate([p[name] for _, p, _ in splits]) for name in names}
 
-    def metrics(name: str, rows: Any = slice(None)) -> Mapping[str, float]:
-        values = binary_metrics(label[rows], probability[name][rows], 0.5)
+    def metrics(name: str) -> dict[str, float]:
+        values = binary_metrics(label, probability[name], 0.5)
         return {metric: values[metric] for metric in SHOWN}
 
     result: dict[str, Any] = {"predictions": len(label), "models": {n: metrics(n) for n in names}}
@@ -135,15 +135,12 @@ def main() -> None:
         print(f"| {name} | " + " | ".join(f"{value:.3f}" for value in values.values()) + " |")
     print("\n| mean of five models − | ROC AUC | log loss |\n|---|---|---|")
     for other in (ONE, *ENSEMBLES):
-
-        def gains(rows: Any, other: str = other) -> dict[str, float]:
-            first, second = metrics(MEAN, rows), metrics(other, rows)
-            return {metric: first[metric] - second[metric] for metric in ("roc_auc", "log_loss")}
-
-        gain, intervals = gains(slice(None)), bootstrap_intervals(gains, label, row)
-        result[f"{MEAN} vs {other}"] = {m: [gain[m], *(intervals[m] or ())] for m in gain}
+        ours, theirs = (DrawMetrics(label, probability[name], 0.5).of for name in (MEAN, other))
+        found = compare(ours, theirs, label, row)
+        gains = {metric: found[metric] for metric in ("roc_auc", "log_loss")}
+        result[f"{MEAN} vs {other}"] = gains
         cells = [
-            "{:+.4f} ({:+.4f} to {:+.4f})".format(gain[m], *(intervals[m] or ())) for m in gain
+            "{difference:+.4f} ({low:+.4f} to {high:+.4f})".format(**g) for g in gains.values()
         ]
         print(f"| {other} | " + " | ".join(cells) + " |")
     seconds = [seconds for _, _, seconds in splits]

@@ -3,11 +3,11 @@
 Each row is predicted once per repeat, by the model of the fold that scores it. A metric of all rows
 is the mean over the repeats.
 
-    N rows   R repeats
+    N rows   R repeats   D draws
 """
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,9 @@ from ray_jobs.config.errors import JobError
 from ray_jobs.data.batch import KEY, LABEL, WEIGHT
 from ray_jobs.data.folds import Fold, FoldRows
 from ray_jobs.evaluate.bootstrap import bootstrap_intervals
+from ray_jobs.evaluate.draw_metrics import BIASED, DrawMetrics
+from ray_jobs.evaluate.model_comparison import COMPARED, Statistics, values_of
+from ray_jobs.evaluate.model_comparison import compare as compare_statistics
 from ray_jobs.predict.predictor import PROBABILITY
 from ray_jobs.storage.folder import Folder
 from ray_jobs.train.metrics import binary_metrics
@@ -27,9 +30,6 @@ ROWS = "rows.parquet"
 """File with predicted rows; written last, so the folder of a fold that has it is complete."""
 THRESHOLD = "threshold"
 METRICS = ("roc_auc", "pr_auc", "log_loss", "brier", "ece", "accuracy", "balanced_accuracy", "f1")
-COMPARED = ("roc_auc", "pr_auc", "log_loss", "brier", "accuracy")
-
-_LOWER_IS_BETTER = ("log_loss", "brier", "ece")
 
 
 @dataclass(frozen=True)
@@ -82,36 +82,44 @@ class OutOfFold:
             columns[WEIGHT] = np.tile(self.weight_N, num_repeats)
         return pa.table(columns)
 
-    def metrics(self, rows: np.ndarray | slice, names: Sequence[str]) -> dict[str, float | None]:
-        """Return the metrics of some rows, as the mean over the repeats."""
-        repeats = [self._metrics_of(repeat, rows) for repeat in range(len(self.fold_RN))]
-        return {name: _mean([metrics[name] for metrics in repeats]) for name in names}
+    def statistics(self, names: Sequence[str]) -> Statistics:
+        """Return a function that computes metrics of drawn rows, as the mean over the repeats."""
+        repeats = [
+            DrawMetrics(self.label_N, probability_N, threshold_N, self.weight_N, names)
+            for probability_N, threshold_N in zip(
+                self.probability_RN, self.threshold_RN, strict=True
+            )
+        ]
+
+        def mean(counts_DN: np.ndarray) -> dict[str, np.ndarray]:
+            found = [repeat.of(counts_DN) for repeat in repeats]
+            return {name: np.mean([of[name] for of in found], axis=0) for name in names}
+
+        return mean
 
     def fold_metrics(self, fold: Fold) -> dict[str, float | None]:
         """Return the metrics of the scored rows of one fold."""
-        metrics = self._metrics_of(fold.repeat, fold.is_scored_N)
-        return {name: metrics[name] for name in METRICS}
-
-    def _metrics_of(self, repeat: int, rows: np.ndarray | slice) -> dict[str, Any]:
+        rows, repeat = fold.is_scored_N, fold.repeat
         weight = None if self.weight_N is None else self.weight_N[rows]
         probability, threshold = self.probability_RN[repeat, rows], self.threshold_RN[repeat, rows]
-        return binary_metrics(self.label_N[rows], probability, threshold, weight)
+        metrics = binary_metrics(self.label_N[rows], probability, threshold, weight)
+        return {name: metrics[name] for name in METRICS}
 
 
 def summarize(out_of_fold: OutOfFold, folds: Sequence[Fold]) -> dict[str, Any]:
     """Return the content of metrics.json.
 
     `metrics` has, by name, the `value` on all rows with its 95 % interval `low` to `high`, and the
-    mean and standard deviation of the metric over the folds of all repeats.
+    mean and standard deviation of the metric over the folds of all repeats. The calibration error
+    has no interval (see `BIASED`).
     """
-    values = out_of_fold.metrics(slice(None), METRICS)
-    intervals = bootstrap_intervals(
-        lambda rows: out_of_fold.metrics(rows, METRICS), out_of_fold.label_N, out_of_fold.group_N
-    )
+    label_N, statistics = out_of_fold.label_N, out_of_fold.statistics(METRICS)
+    values = values_of(statistics, len(label_N))
+    intervals = bootstrap_intervals(statistics, label_N, out_of_fold.group_N)
     by_fold = [out_of_fold.fold_metrics(fold) for fold in folds]
     metrics = {}
     for name in METRICS:
-        low, high = intervals[name] or (None, None)
+        low, high = (None, None) if name in BIASED else intervals[name] or (None, None)
         of_folds = [value for m in by_fold if (value := m[name]) is not None]
         metrics[name] = {
             "value": values[name],
@@ -121,9 +129,9 @@ def summarize(out_of_fold: OutOfFold, folds: Sequence[Fold]) -> dict[str, Any]:
             "std_of_folds": float(np.std(of_folds, ddof=1)) if len(of_folds) > 1 else None,
         }
     return {
-        "num_rows": len(out_of_fold.label_N),
+        "num_rows": len(label_N),
         "num_groups": len(np.unique(out_of_fold.group_N)),
-        "class_counts": np.bincount(out_of_fold.label_N, minlength=2).tolist(),
+        "class_counts": np.bincount(label_N, minlength=2).tolist(),
         "num_folds": max(fold.index for fold in folds) + 1,
         "num_repeats": len(out_of_fold.fold_RN),
         "metrics": metrics,
@@ -135,27 +143,9 @@ def summarize(out_of_fold: OutOfFold, folds: Sequence[Fold]) -> dict[str, Any]:
 
 
 def compare(ours: OutOfFold, theirs: OutOfFold) -> dict[str, dict[str, Any]]:
-    """Return, by metric, the `difference` of ours from theirs, its 95 % interval and a verdict.
-
-    The bootstrap draws the same rows for both.
-    """
-
-    def differences(rows: Any) -> Mapping[str, float | None]:
-        first, second = (each.metrics(rows, COMPARED) for each in (ours, theirs))
-        return {name: _difference(first[name], second[name]) for name in COMPARED}
-
-    values = differences(slice(None))
-    intervals = bootstrap_intervals(differences, ours.label_N, ours.group_N)
-    compared: dict[str, dict[str, Any]] = {}
-    for name in COMPARED:
-        low, high = intervals[name] or (None, None)
-        verdict = "cannot be told apart"
-        if low is not None and high is not None and not low <= 0 <= high:
-            verdict = "better" if (low > 0) != (name in _LOWER_IS_BETTER) else "worse"
-        compared[name] = {
-            "difference": values[name], "low": low, "high": high, "verdict": verdict,
-        }  # fmt: skip
-    return compared
+    """Return the comparison of two specs on the same folds, by metric."""
+    first, second = (each.statistics(COMPARED) for each in (ours, theirs))
+    return compare_statistics(first, second, ours.label_N, ours.group_N)
 
 
 def write_rows(folder: Folder, rows: pa.Table) -> None:
@@ -168,12 +158,3 @@ def write_rows(folder: Folder, rows: pa.Table) -> None:
 def read_rows(folder: Folder) -> pa.Table:
     """Read predicted rows."""
     return pq.read_table(io.BytesIO(folder.read_bytes(ROWS)))
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if len(known) == len(values) else None
-
-
-def _difference(first: float | None, second: float | None) -> float | None:
-    return None if first is None or second is None else first - second

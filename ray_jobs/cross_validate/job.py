@@ -266,7 +266,7 @@ def _print(run: Run, metrics: dict[str, Any]) -> None:
         table.add_column(column, justify="right")
     for name in METRICS:
         values = metrics["metrics"][name]
-        interval = "undefined" if values["low"] is None else _interval(values, "{:.4f}")
+        interval = "–" if values["low"] is None else _interval(values, "{:.4f}")
         table.add_row(
             name,
             _number(values["value"]),

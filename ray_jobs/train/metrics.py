@@ -97,18 +97,25 @@ def reliability(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the rows, mean probability and fraction of positives of each of 15 bins.
 
-    With weights, the rows are their total weight. Empty bins have NaN. Bins include their upper
-    edge, and the first one also 0, as in scikit-learn's `calibration_curve`.
+    With weights, the rows are their total weight. Empty bins have NaN.
     """
     label, probability = _validated(label, probability)
-    inner_edges = np.linspace(0.0, 1.0, ECE_BINS + 1)[1:-1]
-    bins = np.searchsorted(inner_edges, probability)
+    bins = reliability_bins(probability)
     rows = np.bincount(bins, weight, minlength=ECE_BINS)
     filled = np.where(rows > 0, rows, np.nan)
     weight = np.ones(len(label)) if weight is None else weight
     mean_probability = np.bincount(bins, weight * probability, ECE_BINS) / filled
     fraction = np.bincount(bins, weight * label, ECE_BINS) / filled
     return rows, mean_probability, fraction
+
+
+def reliability_bins(probability: np.ndarray) -> np.ndarray:
+    """Return the index of each probability's bin.
+
+    Bins include their upper edge, and the first one also 0, as in scikit-learn's
+    `calibration_curve`.
+    """
+    return np.searchsorted(np.linspace(0.0, 1.0, ECE_BINS + 1)[1:-1], probability)
 
 
 def choose_threshold(

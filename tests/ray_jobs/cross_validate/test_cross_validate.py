@@ -117,6 +117,8 @@ def test_the_metrics_are_those_of_scikit_learn_for_the_same_predictions(crossed)
         found = result["metrics"][name]
         assert found["value"] == pytest.approx(value), name
         assert found["low"] <= value <= found["high"]
+    assert result["metrics"]["ece"]["value"] is not None
+    assert result["metrics"]["ece"]["low"] is None
     aucs = [
         metrics.roc_auc_score(label[mask], probability[mask])
         for mask in (rows["fold"].to_numpy() == fold for fold in (1, 2))
