@@ -28,8 +28,8 @@ from ray_jobs.config import command_line
 from ray_jobs.config.spec import CrossValidateSpec, PredictSpec, RunSpec
 from ray_jobs.cross_validate.job import cross_validate
 from ray_jobs.data.manifest import Manifest, read_manifest
-from ray_jobs.evaluate.draw_metrics import DrawMetrics
-from ray_jobs.evaluate.model_comparison import compare
+from ray_jobs.evaluate.uncertainty.draw_metrics import DrawMetrics
+from ray_jobs.evaluate.uncertainty.model_comparison import compare
 from ray_jobs.predict.job import predict
 from ray_jobs.prepare.job import prepare
 from ray_jobs.storage.folder import Folder
@@ -136,7 +136,7 @@ def main() -> None:
     print("\n| mean of five models − | ROC AUC | log loss |\n|---|---|---|")
     for other in (ONE, *ENSEMBLES):
         ours, theirs = (DrawMetrics(label, probability[name], 0.5).of for name in (MEAN, other))
-        found = compare(ours, theirs, label, row)
+        found = compare(ours, {other: theirs}, label, row)[other]
         gains = {metric: found[metric] for metric in ("roc_auc", "log_loss")}
         result[f"{MEAN} vs {other}"] = gains
         cells = [

@@ -26,7 +26,8 @@ from pyarrow import csv
 from ray_jobs.cluster import connection
 from ray_jobs.config import command_line
 from ray_jobs.config.spec import PredictSpec, RunSpec
-from ray_jobs.evaluate.bootstrap import auc_gain
+from ray_jobs.evaluate.uncertainty.draw_metrics import DrawMetrics
+from ray_jobs.evaluate.uncertainty.model_comparison import COMPARED, compare
 from ray_jobs.predict.job import predict
 from ray_jobs.prepare.job import prepare
 from ray_jobs.train.job import fit
@@ -123,8 +124,10 @@ def main() -> None:
         shown = {key: metrics[key] for key in ("roc_auc", "accuracy", "log_loss", "ece")}
         print(f"| {name} | " + " | ".join(f"{value:.3f}" for value in shown.values()) + " |")
         result[name] = shown
-    for other in ("numeric only", BOOSTING):
-        gain = auc_gain(label, predicted["fusion"], predicted[other])
+    statistics = {n: DrawMetrics(label, p, 0.5, names=COMPARED).of for n, p in predicted.items()}
+    others = {name: statistics[name] for name in ("numeric only", BOOSTING)}
+    for other, differences in compare(statistics["fusion"], others, label).items():
+        gain = differences["roc_auc"]
         result[f"fusion vs {other}"] = gain
         print(
             f"\nfusion − {other}: {gain['difference']:+.4f} "

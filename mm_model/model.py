@@ -153,11 +153,14 @@ class FusionModel(keras.Model):
     def call(self, inputs: Any, training: bool = False) -> Any:
         """Return the calibrated probability (B, 1)."""
         logits_BM = self.head_logits(inputs, training=training)
-        calibrated_B1 = self.calibration(self.blend(logits_BM))
-        probability_B1: Any = keras.activations.sigmoid(calibrated_B1)
+        probability_B1: Any = self.probability(logits_BM)
         # Keras passes only the output to `compute_loss`, so the heads' logits are attached to it.
         probability_B1._head_logits = logits_BM
         return probability_B1
+
+    def probability(self, logits_BM: Any) -> Any:
+        """Return the calibrated probability (B, 1) of the logits of all heads."""
+        return keras.activations.sigmoid(self.calibration(self.blend(logits_BM)))
 
     def compute_loss(
         self,

@@ -1,4 +1,7 @@
-"""Defines the result of a check, with a remedy if it found a problem."""
+"""Defines a finding: what a check of data, a cluster or a model has found.
+
+docs/findings.md explains the codes.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -6,12 +9,13 @@ from typing import Literal
 
 from ray_jobs.config.errors import JobError
 
-Status = Literal["ok", "warning", "error", "skipped"]
+Severity = Literal["ok", "skipped", "note", "warning", "error"]
 _MARKS = {
     "ok": "[green]✓[/green]",
+    "skipped": "[dim]–[/dim]",
+    "note": "[dim]·[/dim]",
     "warning": "[bold yellow]![/bold yellow]",
     "error": "[bold red]✗[/bold red]",
-    "skipped": "[dim]–[/dim]",
 }
 
 
@@ -20,14 +24,15 @@ class Finding:
     """One line of output, with a second one for the remedy.
 
     Args:
-        check: Name of the check.
-        status: An error stops a job; a warning may stop it or slow it down.
-        text: The result, or the reason why the check was skipped.
+        code: Identifier to filter by, such as `leak`.
+        severity: An error stops a job. A warning may stop or slow down a job, or invalidate a model
+            or its evaluation. A note needs no action.
+        text: What was found, with counts; the reason why the check was skipped.
         remedy: What to do about it.
     """
 
-    check: str
-    status: Status
+    code: str
+    severity: Severity
     text: str
     remedy: str = ""
 
@@ -38,34 +43,39 @@ class Finding:
 
     @property
     def sentence(self) -> str:
-        """Check, text and remedy in one line."""
-        return f"{self.check}: {self.advice}"
+        """Code, text and remedy in one line."""
+        return f"{self.code}: {self.advice}"
 
 
-def ok(check: str, text: str) -> Finding:
+def ok(code: str, text: str) -> Finding:
     """Return a finding without a problem."""
-    return Finding(check, "ok", text)
+    return Finding(code, "ok", text)
 
 
-def error(check: str, text: str, remedy: str) -> Finding:
+def error(code: str, text: str, remedy: str) -> Finding:
     """Return a problem that stops a job."""
-    return Finding(check, "error", text, remedy)
+    return Finding(code, "error", text, remedy)
 
 
-def warning(check: str, text: str, remedy: str) -> Finding:
-    """Return a problem that may stop a job or slow it down."""
-    return Finding(check, "warning", text, remedy)
+def note(code: str, text: str) -> Finding:
+    """Return a fact worth knowing that needs no action."""
+    return Finding(code, "note", text)
 
 
-def skipped(check: str, text: str) -> Finding:
+def warning(code: str, text: str, remedy: str = "") -> Finding:
+    """Return a problem that may stop or slow down a job, or invalidate a model."""
+    return Finding(code, "warning", text, remedy)
+
+
+def skipped(code: str, text: str) -> Finding:
     """Return the reason why a check did not run."""
-    return Finding(check, "skipped", text)
+    return Finding(code, "skipped", text)
 
 
-def from_message(check: str, message: str, remedy: str = "") -> Finding:
+def from_message(code: str, message: str, remedy: str = "") -> Finding:
     """Return an error from a message of the form `problem; remedy`."""
     text, _, own_remedy = message.partition("; ")
-    return error(check, text, own_remedy or remedy)
+    return error(code, text, own_remedy or remedy)
 
 
 def print_findings(findings: Iterable[Finding]) -> list[Finding]:
@@ -77,9 +87,9 @@ def print_findings(findings: Iterable[Finding]) -> list[Finding]:
     found = []
     for finding in findings:
         found.append(finding)
-        console.print(f"{_MARKS[finding.status]} {finding.check:<14} {escape(finding.text)}")
+        console.print(f"{_MARKS[finding.severity]} {finding.code:<19} {escape(finding.text)}")
         if finding.remedy:
-            console.print(f"  {'':<14} → {escape(finding.remedy)}")
+            console.print(f"  {'':<19} → {escape(finding.remedy)}")
     return found
 
 
@@ -89,6 +99,6 @@ def require_no_error(findings: Iterable[Finding]) -> None:
     Raises:
         JobError: With the first error.
     """
-    if errors := [finding.sentence for finding in findings if finding.status == "error"]:
+    if errors := [finding.sentence for finding in findings if finding.severity == "error"]:
         count = f"{len(errors)} errors, the first: " if len(errors) > 1 else ""
         raise JobError(f"{count}{errors[0]}")

@@ -22,16 +22,16 @@ _TIMEOUT_S = 5.0
 
 def working_directory(given: str | None) -> Iterator[Finding]:
     """Check that Ray accepts the folder that is uploaded with a job."""
-    check = "working folder"
+    code = "working_folder"
     try:
         folder = resolve_working_dir(given)
         require_uploadable(runtime_env(folder, ()))
     except UsageError as failure:
-        yield skipped(check, str(failure))
+        yield skipped(code, str(failure))
     except JobError as failure:
-        yield from_message(check, str(failure))
+        yield from_message(code, str(failure))
     else:
-        yield ok(check, f"{folder} is small enough to upload with a job")
+        yield ok(code, f"{folder} is small enough to upload with a job")
 
 
 def hub_problem() -> str:

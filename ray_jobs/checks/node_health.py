@@ -85,13 +85,13 @@ def clock_findings(skews_s: Mapping[str, float]) -> Iterator[Finding]:
 
 def shared_memory(nodes: Sequence[Node]) -> Iterator[Finding]:
     """Check that each node's object store fits into its shared memory."""
-    answers, failed = run_on_nodes("shared memory", nodes, shared_memory_bytes)
+    answers, failed = run_on_nodes("shared_memory", nodes, shared_memory_bytes)
     yield from failed
     stores = {node: int(node.resources.get("object_store_memory", 0)) for node in answers}
     small = {node: size for node, size in answers.items() if size and size < stores[node]}
     for node, size in small.items():
         yield warning(
-            "shared memory",
+            "shared_memory",
             f"the object store of {node.name} has {_gb(stores[node])} but /dev/shm only "
             f"{_gb(size)}, so Ray keeps it on disk, which is slow",
             f"give its container --shm-size={-(-stores[node] // 1_000_000_000)}g, or start Ray "
@@ -99,17 +99,17 @@ def shared_memory(nodes: Sequence[Node]) -> Iterator[Finding]:
         )
     if answers and not small:
         total = _gb(sum(stores.values()))
-        yield ok("shared memory", f"the object stores fit into /dev/shm ({total} in total)")
+        yield ok("shared_memory", f"the object stores fit into /dev/shm ({total} in total)")
 
 
 def gpus(nodes: Sequence[Node]) -> Iterator[Finding]:
     """Check on each node with GPUs that TensorFlow sees one, and that cuDNN and NCCL load."""
     with_gpus = [node for node in nodes if node.resources.get("GPU")]
     if not with_gpus:
-        yield skipped("GPUs", "no node with GPUs is running")
+        yield skipped("gpus", "no node with GPUs is running")
         return
     facts, failed = run_on_each(
-        "GPUs",
+        "gpus",
         dict.fromkeys(with_gpus, ()),
         gpu_facts,
         _GPU_TIMEOUT_S,
@@ -125,14 +125,14 @@ def gpus(nodes: Sequence[Node]) -> Iterator[Finding]:
 def gpu_findings(node: str, facts: Mapping[str, str | int]) -> Iterator[Finding]:
     """Yield findings for a node from the results of `gpu_facts`."""
     if not facts["gpus"]:
-        yield error("GPUs", f"TensorFlow sees no GPU on {node} ({facts['cuda']})", _GPU_REMEDY)
+        yield error("gpus", f"TensorFlow sees no GPU on {node} ({facts['cuda']})", _GPU_REMEDY)
         return
     broken = [name for name in ("cudnn", "nccl") if facts.get(name)]
     for name in broken:
         shown = {"cudnn": "cuDNN", "nccl": "NCCL"}[name]
-        yield error("GPUs", f"{shown} does not load on {node}: {facts[name]}", _GPU_REMEDY)
+        yield error("gpus", f"{shown} does not load on {node}: {facts[name]}", _GPU_REMEDY)
     if not broken:
-        yield ok("GPUs", f"{node}: TensorFlow sees its GPUs, cuDNN and NCCL load ({facts['cuda']})")
+        yield ok("gpus", f"{node}: TensorFlow sees its GPUs, cuDNN and NCCL load ({facts['cuda']})")
 
 
 def _gb(num_bytes: float) -> str:

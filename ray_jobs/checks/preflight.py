@@ -25,13 +25,13 @@ def preflight(spec: RunSpec, manifest: Manifest) -> None:
     answers, unavailable = run_on_nodes("nodes", nodes, clock)
     ready = list(answers)
     # A node that does not answer may only be busy; a job that needs it waits for it.
-    found = [replace(finding, status="warning") for finding in unavailable]
+    found = [replace(finding, severity="warning") for finding in unavailable]
     found += node_health.versions(ready)
     found += storage_access.storage(spec, ready)
     found += storage_access.data(spec, manifest, ready, num_shards=0)
     found += storage_access.weights(spec, ready)
     for finding in found:
-        if finding.status == "warning":
+        if finding.severity == "warning":
             print(f"warning: {finding.sentence}", file=sys.stderr)
-    if errors := [finding.sentence for finding in found if finding.status == "error"]:
+    if errors := [finding.sentence for finding in found if finding.severity == "error"]:
         raise JobError("\n".join(errors))

@@ -51,7 +51,8 @@ def _trials(spec: RunSpec) -> Finding:
 
 def budgets(spec: RunSpec, manifest: Manifest | None, nodes: Sequence[Node]) -> Iterator[Finding]:
     """Check the memory budgets of the `data` section against the nodes."""
-    data, check = spec.data, "budgets"
+    data = spec.data
+    code = "budgets"
     store = sum(node.resources.get("object_store_memory", 0) for node in nodes)
     memory = sum(node.resources.get("memory", 0) for node in nodes)
     # Nodes that an autoscaler adds bring more of both.
@@ -62,7 +63,7 @@ def budgets(spec: RunSpec, manifest: Manifest | None, nodes: Sequence[Node]) -> 
             f"data.object_store_memory={data.object_store_memory} exceeds the {store:.0f} bytes of "
             "the current nodes"
         )
-        found.append(make(check, text, "lower it, or raise --object-store-memory of `ray start`"))
+        found.append(make(code, text, "lower it, or raise --object-store-memory of `ray start`"))
     if data.cache == "object_store" and manifest is not None:
         cached = min(data.cache_bytes, decoded_bytes(spec, manifest))
         # The other half is for blocks in transit.
@@ -72,15 +73,15 @@ def budgets(spec: RunSpec, manifest: Manifest | None, nodes: Sequence[Node]) -> 
                 f"half of the object store ({store:.0f} bytes)"
             )
             remedy = "set data.cache=disk, lower data.cache_bytes, or enlarge the object store"
-            found.append(make(check, text, remedy))
+            found.append(make(code, text, remedy))
     if data.buffer_bytes > memory / 2:
         text = (
             f"data.buffer_bytes={data.buffer_bytes} exceeds half of the workers' memory "
             f"({memory:.0f} bytes)"
         )
-        found.append(warning(check, text, "lower it"))
+        found.append(warning(code, text, "lower it"))
     store_gb, memory_gb = store / 1e9, memory / 1e9
-    yield from found or [ok(check, f"{store_gb:.1f} GB object store, {memory_gb:.1f} GB memory")]
+    yield from found or [ok(code, f"{store_gb:.1f} GB object store, {memory_gb:.1f} GB memory")]
 
 
 def decoded_bytes(spec: RunSpec, manifest: Manifest) -> int:

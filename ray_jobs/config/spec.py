@@ -353,10 +353,17 @@ class InferenceSpec(Spec):
 
 
 class EvaluateSpec(InferenceSpec):
-    """Metrics and plots of a trained run for one split."""
+    """Report of a trained run for one split: metrics, comparisons, slices, thresholds."""
 
     split: Split = "test"
     """Split to evaluate."""
+    compare: tuple[str, ...] = ()
+    """Run folders of other models to compare with on the same rows, such as `runs/a,runs/b`."""
+    cost_false_negative: Positive = 1.0
+    """Cost of a positive row that is predicted negative; the report has the threshold of the least
+    expected cost."""
+    cost_false_positive: Positive = 1.0
+    """Cost of a negative row that is predicted positive."""
 
 
 class PredictSpec(InferenceSpec):

@@ -18,10 +18,10 @@ import pyarrow.parquet as pq
 from ray_jobs.config.errors import JobError
 from ray_jobs.data.batch import KEY, LABEL, WEIGHT
 from ray_jobs.data.folds import Fold, FoldRows
-from ray_jobs.evaluate.bootstrap import bootstrap_intervals
-from ray_jobs.evaluate.draw_metrics import BIASED, DrawMetrics
-from ray_jobs.evaluate.model_comparison import COMPARED, Statistics, values_of
-from ray_jobs.evaluate.model_comparison import compare as compare_statistics
+from ray_jobs.evaluate.uncertainty.bootstrap import bootstrap_intervals
+from ray_jobs.evaluate.uncertainty.draw_metrics import BIASED, DrawMetrics
+from ray_jobs.evaluate.uncertainty.model_comparison import COMPARED, Statistics, values_of
+from ray_jobs.evaluate.uncertainty.model_comparison import compare as compare_statistics
 from ray_jobs.predict.predictor import PROBABILITY
 from ray_jobs.storage.folder import Folder
 from ray_jobs.train.metrics import binary_metrics
@@ -145,7 +145,7 @@ def summarize(out_of_fold: OutOfFold, folds: Sequence[Fold]) -> dict[str, Any]:
 def compare(ours: OutOfFold, theirs: OutOfFold) -> dict[str, dict[str, Any]]:
     """Return the comparison of two specs on the same folds, by metric."""
     first, second = (each.statistics(COMPARED) for each in (ours, theirs))
-    return compare_statistics(first, second, ours.label_N, ours.group_N)
+    return compare_statistics(first, {"": second}, ours.label_N, ours.group_N)[""]
 
 
 def write_rows(folder: Folder, rows: pa.Table) -> None:

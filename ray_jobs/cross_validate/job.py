@@ -35,7 +35,7 @@ from ray_jobs.cross_validate.cv_results import (
 from ray_jobs.data.folds import Fold, FoldRows, fold_manifest, make_folds, read_fold_rows
 from ray_jobs.data.manifest import read_manifest
 from ray_jobs.storage.folder import Folder
-from ray_jobs.train.finalize import SUMMARY
+from ray_jobs.train.finalize import SUMMARY, write_validation
 from ray_jobs.train.job import (
     CHANGEABLE,
     SPEC,
@@ -212,12 +212,10 @@ def _export_mean(
 
     spec, train, folder = run.spec, run.spec.train, run.folder / MEAN
     if not folder.exists(SUMMARY):
-        threshold = choose_threshold(
-            out_of_fold.label_N,
-            out_of_fold.probability_RN.mean(axis=0),
-            train.decision_threshold,
-            out_of_fold.weight_N,
-        )
+        label_N, weight_N = out_of_fold.label_N, out_of_fold.weight_N
+        probability_N = out_of_fold.probability_RN.mean(axis=0)
+        threshold = choose_threshold(label_N, probability_N, train.decision_threshold, weight_N)
+        write_validation(folder, label_N, probability_N, weight_N)
         summary = {"run": MEAN, "num_models": len(folds), "decision_threshold": threshold}
         export = ray.remote(export_mean).options(num_cpus=train.cpus_per_worker)
         models = [run_folder(_fold_spec(run, fold)) for fold in folds]

@@ -143,7 +143,7 @@ def _check_cluster(spec: DoctorSpec, manifest: Manifest | None) -> Iterator[Find
         node_health.gpus(ready) if spec.train.use_gpu else (),
     ):
         for finding in check:
-            failed |= finding.status == "error"
+            failed |= finding.severity == "error"
             yield finding
     if spec.train.workers_range[1] == 1 and (spec.tune.workers_per_trial or 1) == 1:
         yield skipped("collective", "a single worker exchanges nothing")

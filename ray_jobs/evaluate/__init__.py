@@ -1,9 +1,17 @@
 """Evaluates a trained run on a split.
 
-Input: a trained run and prepared data. Output: metrics.json and plots.
+Input: a trained run and prepared data. Output: report.html, metrics.json, rows.parquet and plots.
 
-    job     predicts the split and computes the metrics
-    plots   draws ROC curve, precision-recall curve, calibration and confusion
+    job             predicts the split, runs everything below, writes the results
+    evaluated_rows  joins predictions with stored columns
+    baselines       trains simple models on the same training rows
+    analysis        puts all figures together
+    uncertainty/    intervals, comparisons of models, calibration
+    slices          finds rows in which the model is worse
+    thresholds      chooses thresholds, computes costs and the decision curve
+    model_findings  states what readers should know first
+    plots           draws ROC curve, precision-recall curve, calibration and confusion
+    report_page     renders report.html
 """
 
 from ray_jobs.evaluate.job import evaluate

@@ -1,43 +1,48 @@
 """Evaluate a trained run on one split of prepared data.
 
-Reads: a run folder from `train` and prepared data.  Writes: metrics.json and the plots roc.png,
-pr.png, calibration.png and confusion.png into the output folder.
+Reads: a run folder from `train` and prepared data.  Writes into the output folder:
+
+    report.html     the whole evaluation as one page that works offline
+    metrics.json    its figures
+    rows.parquet    key, label, probability, logits of the heads, and columns of each row
+    roc.png, pr.png, calibration.png, confusion.png
 
 Run:   python -m ray_jobs.evaluate --run runs/first --data prepared --split test --output eval
 """
 
-from dataclasses import dataclass
-from typing import Any
+import io
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
+from ray_jobs.cluster.connection import root_cause
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import EvaluateSpec
-from ray_jobs.config.text import count_text
-from ray_jobs.data.batch import KEY, LABEL
+from ray_jobs.config.text import NONE, count_text
+from ray_jobs.data.batch import KEY
 from ray_jobs.data.manifest import Manifest, read_manifest
-from ray_jobs.data.reader import read_weights
-from ray_jobs.predict.predictor import PROBABILITY, connected, predict_rows
+from ray_jobs.evaluate.evaluated_rows import EvaluatedRows
+from ray_jobs.predict.predictor import connected, predict_rows
 from ray_jobs.predict.row_sources import ERROR, PreparedRows
-from ray_jobs.predict.trained_run import open_run
+from ray_jobs.predict.trained_run import TrainedRun, open_run
 from ray_jobs.storage.folder import Folder
 
-METRICS = "metrics.json"
+if TYPE_CHECKING:
+    from rich.table import Table
+
+METRICS, REPORT, ROWS = "metrics.json", "report.html", "rows.parquet"
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics and predictions of a trained run for the N rows of a split, in stored order."""
+    """Metrics of a trained run for a split, and its rows."""
 
     metrics: dict[str, Any]
     """Content of metrics.json."""
-    label: np.ndarray
-    """0 or 1, (N,)."""
-    probability: np.ndarray
-    """Probability of 1, (N,)."""
-    weight: np.ndarray | None = None
-    """Weights, (N,); None if the data has none."""
+    rows: EvaluatedRows
 
 
 def evaluate(spec: EvaluateSpec) -> dict[str, Any]:
@@ -53,37 +58,60 @@ def evaluate(spec: EvaluateSpec) -> dict[str, Any]:
 
 
 def evaluate_split(spec: EvaluateSpec) -> Evaluation:
-    """Write metrics and plots of a trained run for a split; return the metrics and predictions.
+    """Write the evaluation of a trained run for a split; return its metrics and rows.
 
     Raises:
         JobError: As in `evaluate`.
     """
+    from ray_jobs.evaluate.analysis import BASELINE, RUN, OtherModel, analyse, head_models
+    from ray_jobs.evaluate.evaluated_rows import validation_rows
+    from ray_jobs.evaluate.model_findings import model_findings
     from ray_jobs.evaluate.plots import evaluation_plots
-    from ray_jobs.train.metrics import binary_metrics
+    from ray_jobs.evaluate.report_page import html
 
-    run = open_run(spec.run)
+    run, other_runs = open_run(spec.run), {path: open_run(path) for path in spec.compare}
     data, output = Folder(spec.data), Folder(spec.output)
     manifest = read_manifest(data)
     if not manifest.splits[spec.split].num_rows:
         raise JobError(f"the {spec.split} split of {data} has no rows; choose another --split")
-    source = PreparedRows(run, data, manifest, [spec.split], spec)
+    sources = {
+        path: PreparedRows(each, data, manifest, [spec.split], spec)
+        for path, each in {spec.run: run, **other_runs}.items()
+    }
     with connected(spec):
-        rows = pa.concat_tables(predict_rows(run, source, spec))
-    _require_no_errors(rows, spec, data)
-    label, probability = rows[LABEL].to_numpy(), rows[PROBABILITY].to_numpy()
-    weight = read_weights(data, manifest, spec.split)
-    metrics = binary_metrics(label, probability, run.threshold, weight)
-    if weight is not None:
+        predicted = {
+            path: _predict(source.run, source, spec, data) for path, source in sources.items()
+        }
+        rows = EvaluatedRows.of(predicted[spec.run], data, manifest, spec.split)
+        simple, reason = _baselines(run, rows, data, manifest, spec)
+    validation = validation_rows(run)
+    others = [
+        *head_models(rows, run.heads, validation),
+        *(OtherModel(BASELINE, name, p_N, 0.5) for name, p_N in simple.items()),
+        *(
+            OtherModel(RUN, path, predicted[path]["probability"].to_numpy(), each.threshold)
+            for path, each in other_runs.items()
+        ),
+    ]
+    costs = (spec.cost_false_negative, spec.cost_false_positive)
+    metrics = analyse(rows, run.threshold, others, validation, costs)
+    metrics["baselines_skipped"] = reason or None
+    if rows.weight_N is not None:
         metrics["weight_column"] = manifest.prepare.weight_column
     class_names = (manifest.negative_label, manifest.positive_label)
-    plots = evaluation_plots(label, probability, metrics, class_names, weight)
+    findings = model_findings(metrics, run.blend, class_names)
+    metrics["findings"] = [asdict(finding) for finding in findings]
+    plots = evaluation_plots(rows.label_N, rows.probability_N, metrics, class_names, rows.weight_N)
     for name, content in plots.items():
         output.write_bytes(name, content)
+    output.write_bytes(ROWS, _parquet(rows.table(run.heads)))
+    output.write_text(REPORT, html(metrics, findings, rows, manifest, spec))
     output.write_json(METRICS, metrics)
-    return Evaluation(metrics, label, probability, weight)
+    return Evaluation(metrics, rows)
 
 
-def _require_no_errors(rows: pa.Table, spec: EvaluateSpec, data: Folder) -> None:
+def _predict(run: TrainedRun, source: PreparedRows, spec: EvaluateSpec, data: Folder) -> pa.Table:
+    rows = pa.concat_tables(predict_rows(run, source, spec))
     bad = np.flatnonzero(rows[ERROR].is_valid().to_numpy())
     if len(bad):
         key, error = (rows[name][int(bad[0])].as_py() for name in (KEY, ERROR))
@@ -91,12 +119,57 @@ def _require_no_errors(rows: pa.Table, spec: EvaluateSpec, data: Folder) -> None
             f"{len(bad)} of {count_text(rows.num_rows, 'row')} of the {spec.split} split of {data} "
             f"cannot be evaluated; the first is {key!r}: {error}; prepare the data again"
         )
+    return rows
+
+
+def _baselines(
+    run: TrainedRun, rows: EvaluatedRows, data: Folder, manifest: Manifest, spec: EvaluateSpec
+) -> tuple[dict[str, np.ndarray], str]:
+    """Return the probabilities of the baselines, or none and the reason."""
+    import ray
+    from ray.exceptions import RayError
+
+    from ray_jobs.evaluate.baselines import fit_baselines, training_shards
+
+    shards, reason = training_shards(run, data, manifest)
+    if reason:
+        return {}, reason
+    task = ray.remote(fit_baselines).options(num_cpus=min(spec.cpus_per_worker, 1))
+    try:
+        return ray.get(task.remote(data, shards, manifest, rows.numbers, rows.words)), ""
+    except RayError as error:
+        raise JobError(f"the baselines could not be trained: {root_cause(error)}") from error
+
+
+def _parquet(table: pa.Table) -> bytes:
+    stream = io.BytesIO()
+    pq.write_table(table, stream)
+    return stream.getvalue()
+
+
+def _comparison_table(metrics: dict[str, Any]) -> "Table":
+    from rich.markup import escape
+    from rich.table import Column, Table
+
+    names = ("ROC AUC", "log loss")
+    table = Table("compared with", *(Column(name, justify="right") for name in names), "ROC AUC is")
+    for other in metrics["comparisons"]:
+        found = [other["differences"][name] for name in ("roc_auc", "log_loss")]
+        cells = [
+            f"{each['difference']:+.4f} ({each['low']:+.4f} to {each['high']:+.4f})"
+            for each in found
+        ]
+        name = escape(other["name"]) + (" head" if other["kind"] == "head" else "")
+        table.add_row(name, *cells, found[0]["verdict"])
+    return table
 
 
 def _print(metrics: dict[str, Any], manifest: Manifest, spec: EvaluateSpec) -> None:
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Column, Table
+
+    from ray_jobs.checks.finding import Finding, print_findings
 
     console = Console(highlight=False, soft_wrap=True)
     console.print(
@@ -104,12 +177,15 @@ def _print(metrics: dict[str, Any], manifest: Manifest, spec: EvaluateSpec) -> N
         f"{count_text(metrics['num_rows'], 'row')}, {metrics['class_counts'][1]:,} of them "
         f"{escape(repr(manifest.positive_label))}"
     )
-    table = Table()
-    table.add_column("metric")
-    table.add_column("value", justify="right")
-    for name, value in metrics.items():
-        if name not in ("confusion", "num_rows", "class_counts", "weight_column"):
-            table.add_row(name, "undefined" if value is None else f"{value:.4f}")
+    table = Table("metric", *(Column(name, justify="right") for name in ("value", "95 % interval")))
+    for name, interval in metrics["intervals"].items():
+        value = metrics[name]
+        table.add_row(
+            name,
+            "undefined" if value is None else f"{value:.4f}",
+            NONE if interval is None else "{:.4f} to {:.4f}".format(*interval),
+        )
+    table.add_row("threshold", f"{metrics['threshold']:.4f}", "")
     console.print(table)
     if column := metrics.get("weight_column"):
         console.print(f"  weighted by {escape(column)}, except for the numbers of rows")
@@ -118,4 +194,10 @@ def _print(metrics: dict[str, Any], manifest: Manifest, spec: EvaluateSpec) -> N
         f"  negatives: {negatives[0]:,} correct, {negatives[1]:,} wrong; "
         f"positives: {positives[1]:,} correct, {positives[0]:,} wrong"
     )
-    console.print(f"  [green]done[/green] → {escape(str(Folder(spec.output)))}")
+    if metrics["roc_auc"] is not None:
+        console.print(_comparison_table(metrics))
+    if reason := metrics["baselines_skipped"]:
+        console.print(f"  without baselines: {escape(reason)}")
+    print_findings(Finding(**finding) for finding in metrics["findings"])
+    output = Folder(spec.output)
+    console.print(f"  [green]done[/green] → {escape(str(output))}/{REPORT}")

@@ -6,11 +6,12 @@ the list short. Leaks and unusable images are reported per column.
 
 from collections.abc import Iterable, Iterator
 
+from ray_jobs.checks.finding import Finding, note, warning
 from ray_jobs.config.prepare_spec import SPLITS
 from ray_jobs.config.text import count_text
 from ray_jobs.data.manifest import Manifest
 from ray_jobs.inspect.column_statistics import compare_fractions
-from ray_jobs.inspect.report_schema import Finding, Report
+from ray_jobs.inspect.report_schema import Report
 from ray_jobs.prepare.findings import stored_findings
 
 _MOSTLY_MISSING = 0.5
@@ -28,7 +29,7 @@ def find_problems(report: Report, manifest: Manifest) -> tuple[Finding, ...]:
         *_uninformative_columns(report),
         *_rows(report),
         # Without a final point, which would become part of a copied flag.
-        *(_note(finding.check, finding.advice) for finding in stored_findings(manifest)),
+        *(note(finding.code, finding.advice) for finding in stored_findings(manifest)),
     ]
     return tuple(sorted(findings, key=lambda finding: finding.severity != "warning"))
 
@@ -39,7 +40,7 @@ def _leaks(report: Report) -> Iterator[Finding]:
             aucs = {"its values": column.leak.auc, "its missing values": column.leak.missing_auc}
             defined = {source: auc for source, auc in aucs.items() if auc is not None}
             source = max(defined, key=lambda name: abs(defined[name] - 0.5))
-            yield _warning(
+            yield warning(
                 "leak",
                 f"{column.column} alone predicts the label: {source} reach an AUC of "
                 f"{defined[source]:.4f}. Exclude the column unless it is known at prediction time.",
@@ -50,7 +51,7 @@ def _shared_rows(report: Report) -> Iterator[Finding]:
     """Yield findings on keys and images that occur in several splits or in both classes."""
     if report.keys.num_shared:
         example = report.keys.examples[0]
-        yield _warning(
+        yield warning(
             "shared_key",
             f"{count_text(report.keys.num_shared, 'key')} in more than one split, such as "
             f"{example.key!r} in {' and '.join(example.splits)}.",
@@ -59,26 +60,26 @@ def _shared_rows(report: Report) -> Iterator[Finding]:
         first, second = overlap.first, overlap.second
         if overlap.exact:
             pair = overlap.examples[0]
-            yield _warning(
+            yield warning(
                 "same_image",
                 f"{count_text(overlap.exact, 'image')} in {second} with the same bytes as an image "
                 f"in {first}, such as {pair.second.key!r} and {pair.first.key!r}.",
             )
         if overlap.near:
-            yield _warning(
+            yield warning(
                 "near_image",
                 f"{count_text(overlap.near, 'image')} in {second} nearly identical to an image in "
                 f"{first}; inspect.html shows the pairs. Different photos that look "
                 "alike count as well.",
             )
         if not overlap.complete:
-            yield _note(
+            yield note(
                 "search_cut_short",
                 f"The search for near-duplicates in {first} and {second} stopped early, because "
                 "too many images look alike.",
             )
     if report.duplicates.conflicting:
-        yield _warning(
+        yield warning(
             "conflicting_labels",
             f"{count_text(report.duplicates.conflicting, 'image')} with the same bytes in rows of "
             "both classes.",
@@ -94,7 +95,7 @@ def _images(report: Report) -> Iterator[Finding]:
             counts = {str(split): getattr(s, kind) for split, s in image.splits.items()}
             if total := sum(counts.values()):
                 yield Finding(
-                    kind=f"{kind}_image",
+                    code=f"{kind}_image",
                     severity="warning" if kind == "unreadable" else "note",
                     text=f"{count_text(total, f'{adjective} image')} in column {image.column} "
                     f"({_nonzero(counts.items())}).",
@@ -108,9 +109,9 @@ def _drift(report: Report) -> Iterator[Finding]:
         if psi:
             worst = sorted(psi, key=lambda name, psi=psi: -psi[name])
             named = _join(f"{name} (PSI {psi[name]:.2f})" for name in worst)
-            yield _warning("drift", f"Distribution in {split} differs from train: {named}.")
+            yield warning("drift", f"Distribution in {split} differs from train: {named}.")
         if missing := [name for name, drift in drifts.items() if drift.missing_drifted]:
-            yield _warning(
+            yield warning(
                 "missing_drift",
                 f"Fraction of missing values in {split} differs from train: {_join(missing)}.",
             )
@@ -122,7 +123,7 @@ def _label_drift(report: Report) -> Iterator[Finding]:
         summary = report.splits[split]
         _, differ = compare_fractions([(s.class_counts[1], s.num_rows) for s in (train, summary)])
         if differ:
-            yield _warning(
+            yield warning(
                 "label_drift",
                 f"{summary.positive_share:.1%} of the rows in {split} are "
                 f"{report.class_names[1]!r}, compared with {train.positive_share:.1%} in train.",
@@ -134,17 +135,17 @@ def _uninformative_columns(report: Report) -> Iterator[Finding]:
     shares = {name: summary.missing / max(summary.num_rows, 1) for name, summary in train.items()}
     mostly = [f"{name} ({share:.0%})" for name, share in shares.items() if share > _MOSTLY_MISSING]
     if mostly:
-        yield _note("mostly_missing", f"Mostly missing in train: {_join(mostly)}.")
+        yield note("mostly_missing", f"Mostly missing in train: {_join(mostly)}.")
     numeric = {column.column: column.splits["train"] for column in report.numeric}
     constant = [name for name, s in numeric.items() if s.min is not None and s.min == s.max]
     if constant:
-        yield _note("constant", f"Constant in train: {_join(constant)}.")
+        yield note("constant", f"Constant in train: {_join(constant)}.")
 
 
 def _rows(report: Report) -> Iterator[Finding]:
     repeated = report.duplicates.within
     if total := sum(repeated.values()):
-        yield _note(
+        yield note(
             "repeated_image",
             f"{count_text(total, 'image')} with the same bytes as another image of the same split "
             f"({_nonzero(repeated.items())}).",
@@ -155,19 +156,11 @@ def _rows(report: Report) -> Iterator[Finding]:
         if summary.rows_inspected < summary.num_rows
     ]
     if sampled:
-        yield _note(
+        yield note(
             "sample",
             f"Inspected a sample: {_join(sampled)}. All figures except row counts describe the "
             "sample, and duplicates outside it are not found. Raise --max_rows to inspect more.",
         )
-
-
-def _warning(kind: str, text: str) -> Finding:
-    return Finding(kind=kind, severity="warning", text=text)
-
-
-def _note(kind: str, text: str) -> Finding:
-    return Finding(kind=kind, severity="note", text=text)
 
 
 def _nonzero(counts: Iterable[tuple[str, int]]) -> str:

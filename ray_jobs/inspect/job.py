@@ -12,6 +12,7 @@ and the quarantine. Findings do not fail the job: the exit status is 0 once the 
 
 from typing import TYPE_CHECKING
 
+from ray_jobs.checks.finding import print_findings
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.prepare_spec import SPLITS
 from ray_jobs.config.spec import InspectSpec
@@ -80,9 +81,7 @@ def _print(report: "Report", output: Folder) -> None:
         console.print(f"  {count_text(more, 'more column')} in {HTML}")
     if not report.findings:
         console.print("[green]no findings[/green]")
-    for finding in report.findings:
-        mark = "[bold yellow]![/bold yellow]" if finding.severity == "warning" else "[dim]·[/dim]"
-        console.print(f"{mark} {escape(finding.text)}")
+    print_findings(report.findings)
     console.print(f"[green]done[/green] → {escape(str(output))}/{HTML}")
 
 

@@ -6,17 +6,8 @@ Undefined figures, such as the mean of no values or the AUC of one class, are nu
 from typing import Literal
 
 from mm_model.spec import Spec
+from ray_jobs.checks.finding import Finding
 from ray_jobs.config.prepare_spec import Split
-
-
-class Finding(Spec):
-    """A problem in the data, or a fact worth knowing."""
-
-    kind: str
-    """Identifier to filter by, such as `leak`."""
-    severity: Literal["warning", "note"]
-    """Warnings can invalidate a model or its evaluation; notes need no action."""
-    text: str
 
 
 class SplitSummary(Spec):

@@ -7,7 +7,7 @@ Input: a `TrainedRun`, whose model each process loads, and a `RowSource`. Output
 
 Rows are streamed: no process has more than a few batches in memory.
 
-    B rows of a batch
+    B rows of a batch   M heads
 """
 
 import os
@@ -28,13 +28,15 @@ from ray_jobs.cluster.stderr_filter import ACTOR_ARGUMENTS, drop_stderr_lines
 from ray_jobs.cluster.worker_group import import_keras
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import InferenceSpec
-from ray_jobs.data.batch import IMAGE_MASK, INPUT_TYPES, KEY, LABEL
+from ray_jobs.data.batch import IMAGE, IMAGE_MASK, INPUT_TYPES, KEY, LABEL
 from ray_jobs.predict.row_sources import ERROR, FAILURE, RowSource, model_rows
 from ray_jobs.predict.trained_run import TrainedRun
 from ray_jobs.train.finalize import MODEL
 
 PROBABILITY = "probability"
 HAS_IMAGE = "has_image"
+LOGITS = "logits"
+BRIGHTNESS = "brightness"
 RESULT = pa.schema(
     {
         KEY: pa.string(),
@@ -42,10 +44,13 @@ RESULT = pa.schema(
         PROBABILITY: pa.float64(),
         ERROR: pa.string(),
         HAS_IMAGE: pa.bool_(),
+        LOGITS: pa.list_(pa.float32()),
+        BRIGHTNESS: pa.float32(),
     }
 )
 """Columns of the predicted rows; a row without a probability has an error. `has_image` is null for
-rows with an error, and if the model takes no mask."""
+rows with an error, and if the model takes no mask. `logits` has one number for each of the run's
+heads. `brightness` is the mean of the pixels, 0 to 255; null without an image."""
 
 _PREDICTED = RESULT.append(pa.field(FAILURE, pa.string()))
 _MIN_BLOCK_BYTES = 1 << 20
@@ -126,11 +131,15 @@ class Predictor:
             name: tf.TensorSpec(shape, dtype)  # type: ignore[call-arg]
             for name, (shape, dtype) in self.shapes.items()
         }
-        self.predict = tf.function(
-            lambda inputs: model(inputs, training=False),
-            input_signature=[signature],
-            autograph=False,
-        )
+
+        def predict(inputs: dict[str, Any]) -> tuple[Any, Any]:
+            if not run.heads:
+                probability_B1 = model(inputs, training=False)
+                return probability_B1, tf.zeros((batch_size, 0))
+            logits_BM = model.head_logits(inputs)
+            return model.probability(logits_BM), logits_BM
+
+        self.predict = tf.function(predict, input_signature=[signature], autograph=False)
 
     def __call__(self, rows: pa.Table) -> Iterator[pa.Table]:
         """Predict any number of rows; yield `RESULT` and a failure column, batch by batch."""
@@ -146,7 +155,7 @@ class Predictor:
         for name, (shape, dtype) in self.shapes.items():
             inputs[name] = np.zeros(shape, dtype)
             inputs[name][: rows.num_rows] = _to_array(rows[name], shape[1:], dtype)
-        probability_B1 = self.predict(inputs).numpy()  # type: ignore[union-attr]
+        probability_B1, logits_BM = (output.numpy() for output in self.predict(inputs))
         probability = probability_B1[: rows.num_rows, 0].astype(np.float64)
         errors = rows[ERROR].to_pylist()
         for i in np.flatnonzero(~np.isfinite(probability)):
@@ -163,10 +172,26 @@ class Predictor:
                 PROBABILITY: pa.array(probability, pa.float64(), mask=has_error),
                 ERROR: pa.array(errors, pa.string()),
                 HAS_IMAGE: has_image,
+                LOGITS: pa.array(list(logits_BM[: rows.num_rows]), pa.list_(pa.float32())),
+                BRIGHTNESS: _brightness(inputs, rows.num_rows),
                 FAILURE: rows[FAILURE],
             },
             schema=_PREDICTED,
         )
+
+
+def _brightness(inputs: dict[str, np.ndarray], num_rows: int) -> pa.Array:
+    """Return the mean of each row's pixels, over its images."""
+    if IMAGE not in inputs:
+        return pa.nulls(num_rows, pa.float32())
+    image = inputs[IMAGE][:num_rows]
+    mean = image.mean(axis=(-3, -2, -1), dtype=np.float32)
+    if IMAGE_MASK not in inputs:
+        return pa.array(mean)
+    mask_BN = inputs[IMAGE_MASK][:num_rows]
+    count_B = mask_BN.sum(axis=1)
+    total_B = (mean * mask_BN).sum(axis=1)
+    return pa.array(total_B / np.maximum(count_B, 1), mask=count_B == 0)
 
 
 def _to_array(column: pa.ChunkedArray, shape: tuple[int, ...], dtype: Any) -> np.ndarray:

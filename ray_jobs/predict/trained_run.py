@@ -5,8 +5,8 @@ Reads manifest.json, summary.json and the configuration in model/model.keras, wi
 
 import json
 import zipfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from mm_model.backbones.tokenizer import TextReader
 from ray_jobs.config.errors import JobError
@@ -31,6 +31,10 @@ class TrainedRun:
     """Shape of a row by model input; names as in `ray_jobs.data.batch`."""
     text: TextReader | None = None
     """Reader of the texts; None if the model takes none."""
+    heads: tuple[str, ...] = ()
+    """Names of the heads whose logits are blended; empty for the mean of several models."""
+    blend: Mapping[str, float] = field(default_factory=dict)
+    """Weight of each head in the blend; empty if the summary has none."""
 
     @property
     def takes_images(self) -> bool:
@@ -77,6 +81,7 @@ def open_run(path: str) -> TrainedRun:
         ):
             config = json.loads(archive.read("config.json"))
         # The models of a `MeanModel` have the same inputs.
+        heads = tuple(config["config"].get("heads", ()))
         first, *_ = config["config"].get("models", [config])
         network = first["config"]["network"]["config"]
         input_shapes = {
@@ -89,7 +94,9 @@ def open_run(path: str) -> TrainedRun:
             f"{folder}/{MODEL} is damaged or not a fusion model: {error}; choose another run"
         ) from error
     try:
-        threshold = float(folder.read_json(SUMMARY)["decision_threshold"])
+        summary = folder.read_json(SUMMARY)
+        threshold = float(summary["decision_threshold"])
+        blend = dict(summary.get("calibration", {}).get("blend", {}))
     except (ValueError, KeyError, TypeError) as error:
         raise JobError(f"{folder}/{SUMMARY} is damaged: {error}; choose another run") from error
     text = None
@@ -100,7 +107,7 @@ def open_run(path: str) -> TrainedRun:
             raise JobError(
                 f"{folder}/{TOKENIZER} is missing or damaged: {error}; choose another run"
             ) from error
-    return TrainedRun(folder, read_manifest(folder), threshold, input_shapes, text)
+    return TrainedRun(folder, read_manifest(folder), threshold, input_shapes, text, heads, blend)
 
 
 def require_match(run: TrainedRun, manifest: Manifest, data: Folder) -> None:

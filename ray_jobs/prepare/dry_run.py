@@ -56,18 +56,18 @@ def examine_inputs(inputs: Inputs) -> DryRun:
     is_error = len(bad) > inputs.spec.prepare.max_bad_fraction * num_rows
     examples = {rows.quarantined[row][0]: describe_row(rows, row) for row in reversed(bad)}
     findings = list(row_findings(count_reasons(rows), num_rows, examples, is_error=is_error))
-    check, notes = "images", inputs.notes
+    code, notes = "images", inputs.notes
     if is_error and len(bad) == num_rows:
         return DryRun(findings, notes, JobError(findings[0].sentence))
     try:
         writer, notes = make_writer(inputs)
         found, num_without = sample_images(rows, writer)
         findings += found
-        check = "splits"
+        code = "splits"
         plan = make_plan(rows, inputs.spec, inputs.classes, writer, inputs.earlier)
         require_both_classes(rows, plan)
     except JobError as failure:
-        return DryRun([*findings, from_message(check, str(failure))], notes, failure)
+        return DryRun([*findings, from_message(code, str(failure))], notes, failure)
     if inputs.spec.prepare.missing_image == "keep":
         if not any(refs.in_containers for refs in rows.images):
             has_image = np.any([refs.has_image for refs in rows.images], axis=0)

@@ -1,11 +1,16 @@
 """Turns the best epoch into the final model: blended, calibrated, saved and summarized.
 
-Inputs: the loop after training, on rank 0.  Outputs: model/model.keras, model/saved_model and
-summary.json in the run folder.
+Inputs: the loop after training, on rank 0.  Outputs: model/model.keras, model/saved_model,
+validation.parquet and summary.json in the run folder.
 """
 
+import io
 import tempfile
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from ray_jobs.data.batch import INPUT_TYPES
 from ray_jobs.storage.folder import Folder
@@ -17,6 +22,9 @@ if TYPE_CHECKING:
 SUMMARY = "summary.json"
 """Written last, so a run whose folder has a summary is finished."""
 MODEL = "model/model.keras"
+VALIDATION = "validation.parquet"
+"""The validation rows as the final model predicts them: label, probability, logits of the heads,
+and weight if the data has weights."""
 
 
 def finalize(loop: "Loop", state: "LoopState", folder: Folder, train_s: float) -> dict[str, Any]:
@@ -59,6 +67,7 @@ def finalize(loop: "Loop", state: "LoopState", folder: Folder, train_s: float) -
         export_saved_model(model, f"{path}/saved_model")
         folder.delete("model")
         folder.upload(path, "model")
+    write_validation(folder, label_N, probability_N, best.weight_N, logits_NM)
     summary = {
         "run": spec.run.name,
         "epochs": state.epoch,
@@ -81,6 +90,24 @@ def finalize(loop: "Loop", state: "LoopState", folder: Folder, train_s: float) -
     }
     folder.write_json(SUMMARY, summary)
     return summary
+
+
+def write_validation(
+    folder: Folder,
+    label_N: np.ndarray,
+    probability_N: np.ndarray,
+    weight_N: np.ndarray | None,
+    logits_NM: np.ndarray | None = None,
+) -> None:
+    """Write `VALIDATION`, on which `evaluate` chooses thresholds."""
+    columns: dict[str, Any] = {"label": label_N.astype("int8"), "probability": probability_N}
+    if weight_N is not None:
+        columns["weight"] = weight_N
+    if logits_NM is not None:
+        columns["logits"] = list(logits_NM.astype("float32"))
+    stream = io.BytesIO()
+    pq.write_table(pa.table(columns), stream)
+    folder.write_bytes(VALIDATION, stream.getvalue())
 
 
 def export_saved_model(model: Any, path: str) -> None:

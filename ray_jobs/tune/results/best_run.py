@@ -29,8 +29,6 @@ EVALUATIONS = "evaluation"
 IN_FULL = "full"
 """Folder of the full training runs that follow trials on features."""
 
-_BOOTSTRAP_DRAWS = 2_000
-
 
 def finalize_search(
     spec: RunSpec, space: Space, folder: Folder, search: Search, on_features: bool
@@ -152,8 +150,9 @@ def _compare(
     Returns:
         The comparison, or None if the test rows have only one class or there is no untuned run.
     """
-    from ray_jobs.evaluate.bootstrap import auc_gain
     from ray_jobs.evaluate.job import Evaluation, evaluate_split
+    from ray_jobs.evaluate.uncertainty.draw_metrics import DrawMetrics
+    from ray_jobs.evaluate.uncertainty.model_comparison import COMPARED, Statistics, compare
 
     def evaluate(run: RunSpec, name: str) -> Evaluation:
         job = EvaluateSpec(
@@ -174,8 +173,14 @@ def _compare(
         return None
     same = run_folder(untuned).uri == run_folder(best).uri
     theirs = ours if same else evaluate(untuned, "untuned")
-    predictions = (ours.probability, theirs.probability)
-    gain = auc_gain(ours.label, *predictions, _BOOTSTRAP_DRAWS, ours.weight)
+
+    def statistics(found: Evaluation) -> Statistics:
+        rows, threshold = found.rows, found.metrics["threshold"]
+        return DrawMetrics(rows.label_N, rows.probability_N, threshold, rows.weight_N, COMPARED).of
+
+    rows = ours.rows
+    others = {"untuned": statistics(theirs)}
+    gain = compare(statistics(ours), others, rows.label_N, rows.group_N)["untuned"]["roc_auc"]
     return Comparison(
         metric="roc_auc",
         untuned=theirs.metrics["roc_auc"],

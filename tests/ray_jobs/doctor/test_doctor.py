@@ -41,7 +41,7 @@ def spec(tmp_path: Path) -> DoctorSpec:
 
 
 def errors(found: list[Finding]) -> dict[str, Finding]:
-    return {finding.check: finding for finding in found if finding.status == "error"}
+    return {finding.code: finding for finding in found if finding.severity == "error"}
 
 
 # -- on one node ----------------------------------------------------------------------------------
@@ -49,10 +49,10 @@ def errors(found: list[Finding]) -> dict[str, Finding]:
 
 def test_without_problems_every_check_is_ok_and_no_file_remains(ray_local, spec, capsys):
     found = examine(spec)
-    assert {f.status for f in found} <= {"ok", "skipped"}
-    checks = [f.check for f in found if f.status == "ok"]
+    assert {f.severity for f in found} <= {"ok", "skipped"}
+    checks = [f.code for f in found if f.severity == "ok"]
     assert checks == [
-        "working folder", "manifest", "workers", "budgets", "versions", "clocks", "shared memory",
+        "working_folder", "manifest", "workers", "budgets", "versions", "clocks", "shared_memory",
         "storage", "data",
     ]  # fmt: skip
     assert list(Path(spec.run.storage_path).iterdir()) == []
@@ -70,7 +70,7 @@ def test_without_problems_every_check_is_ok_and_no_file_remains(ray_local, spec,
         ({"model.image.weights": "/no/such.weights.h5"}, "weights", "no such file", "to none"),
         ({"data.object_store_memory": 10**13}, "budgets", "exceeds the", "--object-store-memory"),
         ({"data.prepared": "TMP/elsewhere"}, "manifest", "no manifest.json", "run `python -m"),
-        ({"working_dir": "TMP/large"}, "working folder", "has 120.0 MB to upload", "excludes"),
+        ({"working_dir": "TMP/large"}, "working_folder", "has 120.0 MB to upload", "excludes"),
     ],
 )
 def test_each_problem_is_found_with_its_remedy(

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -55,14 +56,18 @@ def test_each_row_counts_once_with_several_workers(prepared_run, ray_local, tmp_
     probability = probabilities(model, rows, manifest)
     assert len(set(probability)) == NUM_TEST_ROWS
     expected = binary_metrics(rows["label"].to_numpy(), probability, THRESHOLD)
-    assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert np.ravel(found[name]) == pytest.approx(np.ravel(value), abs=1e-6), name
     assert np.sum(found["confusion"]) == found["num_rows"] == NUM_TEST_ROWS
 
     assert json.loads((tmp_path / "metrics.json").read_text()) == found
-    names = ["calibration.png", "confusion.png", "metrics.json", "pr.png", "roc.png"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "calibration.png", "confusion.png", "metrics.json", "pr.png", "report.html", "roc.png",
+        "rows.parquet",
+    ]  # fmt: skip
+    written = pq.read_table(tmp_path / "rows.parquet")
+    assert written["key"].to_pylist() == rows["key"].to_pylist()
+    np.testing.assert_allclose(written["probability"].to_numpy(), probability, atol=1e-6)
     with Image.open(io.BytesIO((tmp_path / "roc.png").read_bytes())) as image:
         assert np.ptp(np.asarray(image)) > 100
 

@@ -96,11 +96,11 @@ def look(folder: Path, **settings: Any) -> Report:
 
 
 def kinds(report: Report) -> list[str]:
-    return [finding.kind for finding in report.findings]
+    return [finding.code for finding in report.findings]
 
 
 def text_of(report: Report, kind: str) -> str:
-    (finding,) = [finding for finding in report.findings if finding.kind == kind]
+    (finding,) = [finding for finding in report.findings if finding.code == kind]
     return finding.text
 
 

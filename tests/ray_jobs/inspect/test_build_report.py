@@ -43,7 +43,7 @@ def test_the_contact_sheet_shows_rows_of_each_class_and_the_quarantine_its_reaso
         ("missing_image", 7, 5), ("missing_key", 1, 1),
     ]  # fmt: skip
     assert report.quarantine[1].examples[0].detail == "row 12"
-    texts = [f.text for f in report.findings if f.kind == "rows"]
+    texts = [f.text for f in report.findings if f.code == "rows"]
     assert texts[0].startswith("missing_image: 7 of 68 rows; check prepare.images, and")
     assert "0.jpg: no such file" in (folder / "inspect.html").read_text()
 

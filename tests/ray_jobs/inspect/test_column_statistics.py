@@ -143,7 +143,7 @@ def test_a_column_that_predicts_the_label_on_its_own_is_suspect_in_either_direct
 
     report = look(write(tmp_path, {s: rows(s, 40, **columns(s)) for s in SPLITS}))
     assert report.numeric[3].leak.auc == 1
-    leaks = [finding.text for finding in report.findings if finding.kind == "leak"]
+    leaks = [finding.text for finding in report.findings if finding.code == "leak"]
     assert len(leaks) == 2
     assert leaks[0].startswith("price alone predicts the label: its values reach an AUC of 0.0000.")
     assert leaks[1].startswith(
@@ -204,7 +204,7 @@ def test_categories_that_encode_the_label_or_have_other_frequencies_are_findings
     data["test"]["wall"] = ["brick", "straw", "straw", "stone"] * 100
     report = look(write(tmp_path, data, categorical=("why", "wall")))
     leaks, drifts = (
-        [finding.text for finding in report.findings if finding.kind == kind]
+        [finding.text for finding in report.findings if finding.code == kind]
         for kind in ("leak", "drift")
     )
     assert [text.partition(":")[0] for text in leaks] == ["why alone predicts the label"]

@@ -23,7 +23,7 @@ def test_a_dry_run_gives_the_manifest_without_shards_and_writes_nothing(raw, ray
     assert set(raw.folder.rglob("*")) - before == {raw.folder / "table.csv"}
     assert "Dry run, nothing was written" in shown
     assert "add --prepare.number_rules '{price: money}'" in shown
-    assert "✓ findings       none" in shown
+    assert "✓ findings            none" in shown
     written = raw.prepare()
     assert dry.columns == written.columns
     assert dry.statistics == written.statistics
@@ -45,9 +45,12 @@ def test_a_dry_run_prints_every_kind_of_problem_and_fails(raw, capsys):
     assert not raw.out().exists()
     shown = re.sub(r"\n +→ ", " → ", capsys.readouterr().out)
     assert (
-        "✗ rows           missing_label: 1 of 60 rows, such as 'k3', label is empty → set" in shown
+        "✗ rows                missing_label: 1 of 60 rows, such as 'k3', label is empty → set"
+        in shown
     )
-    assert "! images         unreadable_image: 1 in a sample of 58 rows, such as k1.jpg" in shown
+    assert (
+        "! images              unreadable_image: 1 in a sample of 58 rows, such as k1.jpg" in shown
+    )
     assert re.search(r"✗ splits +class 1 occurs in only 0 training rows, but .* → add some", shown)
 
 
@@ -83,12 +86,12 @@ def test_the_doctor_examines_raw_data_before_they_are_prepared_and_the_manifest_
     spec = DoctorSpec.model_validate(
         raw.spec(max_bad_fraction=0.1).overlay({"data.prepared": str(raw.out())}).model_dump()
     )
-    found = {(f.check, f.status): f for f in findings(spec)}
+    found = {(f.code, f.severity): f for f in findings(spec)}
     assert "has no manifest.json" in found["manifest", "error"].text
     assert "missing_label: 1 of 60 rows, such as 'k3'" in found["rows", "warning"].text
     raw.prepare(max_bad_fraction=0.1)
-    found = {f.check: f for f in findings(spec)}
-    assert found["manifest"].status == "ok"
+    found = {f.code: f for f in findings(spec)}
+    assert found["manifest"].severity == "ok"
     assert found["rows"].text == "missing_label: 1 of 60 rows"
     assert found["columns"].text == "1 column left out: city (2 words such as 'Lima')"
     assert found["columns"].remedy == "to use them, add --data.categorical city"

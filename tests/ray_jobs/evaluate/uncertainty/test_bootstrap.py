@@ -1,10 +1,8 @@
 import numpy as np
 import pytest
-from scipy.stats import bootstrap
-from sklearn import metrics
 
-from ray_jobs.evaluate.bootstrap import auc_gain, bootstrap_intervals, draw_rows
-from ray_jobs.evaluate.draw_metrics import METRICS, DrawMetrics
+from ray_jobs.evaluate.uncertainty.bootstrap import bootstrap_intervals, draw_rows
+from ray_jobs.evaluate.uncertainty.draw_metrics import METRICS, DrawMetrics
 from ray_jobs.train.metrics import binary_metrics
 
 
@@ -91,39 +89,3 @@ def test_intervals_of_300_rows_cover_the_true_metric_in_95_percent_of_datasets()
             low, high = interval or (0, 0)
             num_covered[name] += low <= true[name] <= high
     assert all(920 <= covered <= 980 for covered in num_covered.values()), num_covered
-
-
-def test_the_interval_of_a_gain_equals_scipys_paired_bootstrap():
-    rng = np.random.default_rng(0)
-    label = np.arange(120) % 3 == 0
-    ours = label + rng.normal(size=120)
-    theirs = label + 2 * rng.normal(size=120)
-    label = label.astype(int)
-    found = auc_gain(label, ours, theirs, num_draws=400)
-
-    def auc(y, score):
-        """The share of pairs in order; `roc_auc_score` takes seconds for this many samples."""
-        return np.mean(score[y == 1][:, None] > score[y == 0])
-
-    def gain(y, a, b):
-        return auc(y, a) - auc(y, b)
-
-    expected = bootstrap(
-        (label, ours, theirs), gain, paired=True, vectorized=False, n_resamples=400,
-        method="percentile", rng=1,
-    ).confidence_interval  # fmt: skip
-    scores = [metrics.roc_auc_score(label, by) for by in (ours, theirs)]
-    assert found["difference"] == pytest.approx(scores[0] - scores[1])
-    assert found["low"] == pytest.approx(expected.low, abs=0.02)
-    assert found["high"] == pytest.approx(expected.high, abs=0.02)
-    same = auc_gain(label, ours, ours, num_draws=50)
-    assert same == {"difference": 0.0, "low": 0.0, "high": 0.0}
-
-
-def test_the_gain_in_auc_is_weighted():
-    rng = np.random.default_rng(3)
-    label, ours = rng.integers(0, 2, 101), rng.random(101)
-    theirs, weight = ours[::-1].copy(), np.resize([1, 4, 2, 7], 101)
-    gain = auc_gain(label, ours, theirs, 20, weight)
-    aucs = [metrics.roc_auc_score(label, p, sample_weight=weight) for p in (ours, theirs)]
-    assert gain["difference"] == pytest.approx(aucs[0] - aucs[1])

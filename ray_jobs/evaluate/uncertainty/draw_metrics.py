@@ -41,17 +41,18 @@ class DrawMetrics:
         names: Iterable[str] = METRICS,
     ) -> None:
         self.names = tuple(names)
-        self._weight_N = None if weight_N is None else np.asarray(weight_N, np.float64)
-        self._sum_columns_NC = _sum_columns(label_N, probability_N, threshold)
-        self._order_N = np.argsort(probability_N, kind="stable")
-        self._is_positive_N = label_N[self._order_N].astype(bool)
-        sorted_N = probability_N[self._order_N]
+        order_N = self._order_N = np.argsort(probability_N, kind="stable")
+        self._weight_N = None if weight_N is None else weight_N[order_N].astype(np.float64)
+        columns_NC = _sum_columns(label_N, probability_N, threshold, with_bins="ece" in self.names)
+        self._sum_columns_NC = columns_NC[order_N]
+        self._is_positive_N = label_N[order_N].astype(np.float64)
+        sorted_N = probability_N[order_N]
         starts_U = np.flatnonzero(np.append(True, sorted_N[1:] != sorted_N[:-1]))
         self._starts_U = starts_U if len(starts_U) < len(sorted_N) else None
 
     def of(self, counts_DN: np.ndarray) -> dict[str, np.ndarray]:
         """Return each metric (D,), given how often each row was drawn; NaN where undefined."""
-        weight_DN = counts_DN.astype(np.float64)
+        weight_DN = counts_DN[:, self._order_N].astype(np.float64)
         if self._weight_N is not None:
             weight_DN *= self._weight_N
         tn, fp, fn, tp, log_loss, brier, *gaps = (weight_DN @ self._sum_columns_NC).T
@@ -74,8 +75,10 @@ class DrawMetrics:
         return {name: found[name] for name in self.names}
 
     def _areas(self, weight_DN: np.ndarray) -> dict[str, np.ndarray]:
-        """Return ROC AUC and average precision, with equal probabilities as one threshold."""
-        weight_DN = weight_DN[:, self._order_N]
+        """Return ROC AUC and average precision, given the weights in order of probability.
+
+        Equal probabilities are one threshold.
+        """
         positive_DU = weight_DN * self._is_positive_N
         negative_DU = weight_DN - positive_DU
         if self._starts_U is not None:
@@ -97,7 +100,10 @@ class DrawMetrics:
 
 
 def _sum_columns(
-    label_N: np.ndarray, probability_N: np.ndarray, threshold: float | np.ndarray
+    label_N: np.ndarray,
+    probability_N: np.ndarray,
+    threshold: float | np.ndarray,
+    with_bins: bool,
 ) -> np.ndarray:
     """Return what each row adds to the sums: four cells, log loss, Brier score, ECE bins (N, C)."""
     probability_N = probability_N.astype(np.float64)
@@ -107,13 +113,16 @@ def _sum_columns(
     clipped_N = np.clip(probability_N, epsilon, 1 - epsilon)
     log_loss_N = -np.log(np.where(is_positive_N, clipped_N, 1 - clipped_N))
     gap_N = probability_N - label_N
-    bins = np.arange(ECE_BINS) == reliability_bins(probability_N)[:, None]
     cells = [
         (is_positive_N == label) & (is_predicted_N == prediction)
         for label in (False, True)
         for prediction in (False, True)
     ]
-    return np.column_stack([*cells, log_loss_N, gap_N**2, gap_N[:, None] * bins])
+    columns = [*cells, log_loss_N, gap_N**2]
+    if with_bins:
+        bins_NK = np.arange(ECE_BINS) == reliability_bins(probability_N)[:, None]
+        columns.append(gap_N[:, None] * bins_NK)
+    return np.column_stack(columns)
 
 
 def _ratio(above: np.ndarray, below: np.ndarray, otherwise: float = np.nan) -> np.ndarray:

@@ -7,27 +7,28 @@ Application", section 3.8).
     N rows   D draws   G groups
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import TypeVar
 
 import numpy as np
 
-from ray_jobs.evaluate.draw_metrics import DrawMetrics
-
 LEVEL = 0.95
+
+K = TypeVar("K", bound=Hashable)
 
 Interval = tuple[float, float] | None
 """Lower and upper end; None if the statistic is undefined for some draws."""
 
-# Bounds the memory: a few arrays of this many numbers.
-_MAX_COUNTS = 1 << 22
+# A few arrays of this many numbers fit in a processor's cache.
+_MAX_COUNTS = 1 << 19
 
 
 def bootstrap_intervals(
-    statistics: Callable[[np.ndarray], Mapping[str, np.ndarray]],
+    statistics: Callable[[np.ndarray], Mapping[K, np.ndarray]],
     label_N: np.ndarray,
     group_N: np.ndarray | None = None,
     num_draws: int = 1000,
-) -> dict[str, Interval]:
+) -> dict[K, Interval]:
     """Return the 95 % interval of each statistic.
 
     Args:
@@ -75,32 +76,3 @@ def _interval(values_D: np.ndarray) -> Interval:
         return None
     low, high = np.quantile(values_D, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
-
-
-def auc_gain(
-    label: np.ndarray,
-    ours: np.ndarray,
-    theirs: np.ndarray,
-    num_draws: int = 10_000,
-    weight: np.ndarray | None = None,
-) -> dict[str, float]:
-    """Return the `difference` in ROC AUC of two models, with its 95 % interval `low` to `high`.
-
-    The bootstrap is paired: it draws the same rows for both models.
-
-    Args:
-        label: 0 or 1, (N,), with both classes.
-        ours: Probabilities of 1, (N,).
-        theirs: Probabilities of 1 of the model to compare with, (N,).
-        num_draws: Number of bootstrap draws.
-        weight: Weights of the rows, (N,); by default, 1.
-    """
-    first, second = (DrawMetrics(label, p, 0.5, weight, ["roc_auc"]) for p in (ours, theirs))
-
-    def gain(counts_DN: np.ndarray) -> dict[str, np.ndarray]:
-        return {"difference": first.of(counts_DN)["roc_auc"] - second.of(counts_DN)["roc_auc"]}
-
-    intervals = bootstrap_intervals(gain, label, num_draws=num_draws)
-    low, high = intervals["difference"] or (np.nan, np.nan)
-    difference = float(gain(np.ones((1, len(label))))["difference"][0])
-    return {"difference": difference, "low": low, "high": high}

@@ -1,0 +1,163 @@
+"""Analyses the predictions of a run: certainty, comparisons, slices, thresholds.
+
+Input: the evaluated rows, and other models' predictions of them. Output: the content of
+metrics.json, as plain numbers.
+
+Shapes: N rows, M heads.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ray_jobs.evaluate.evaluated_rows import EvaluatedRows
+from ray_jobs.evaluate.slices import ScoredRows, cohorts, slice_metrics
+from ray_jobs.evaluate.thresholds import ThresholdCounts, choose_thresholds, threshold_curves
+from ray_jobs.evaluate.uncertainty.bootstrap import Interval, bootstrap_intervals
+from ray_jobs.evaluate.uncertainty.calibration_check import calibration_check, reliability_bins
+from ray_jobs.evaluate.uncertainty.draw_metrics import BIASED, METRICS, DrawMetrics
+from ray_jobs.evaluate.uncertainty.model_comparison import COMPARED, compare, mcnemar, values_of
+from ray_jobs.train.metrics import binary_metrics
+
+HEAD, BASELINE, RUN = "head", "baseline", "run"
+
+
+@dataclass(frozen=True)
+class OtherModel:
+    """A model to compare with."""
+
+    kind: str
+    """`head`, `baseline` or `run`."""
+    name: str
+    probability_N: np.ndarray
+    threshold: float
+
+
+def analyse(
+    rows: EvaluatedRows,
+    threshold: float,
+    others: list[OtherModel],
+    validation: EvaluatedRows | None,
+    costs: tuple[float, float] = (1.0, 1.0),
+) -> dict[str, Any]:
+    """Return the content of metrics.json without findings.
+
+    Args:
+        rows: The evaluated rows.
+        threshold: Decision threshold of the run.
+        others: Models to compare with, with their predictions of the same rows.
+        validation: Rows to choose thresholds on; None if there are none.
+        costs: Cost of a false negative and of a false positive.
+    """
+    label_N, probability_N, weight_N = rows.label_N, rows.probability_N, rows.weight_N
+    metrics = binary_metrics(label_N, probability_N, threshold, weight_N)
+    draws = DrawMetrics(label_N, probability_N, threshold, weight_N, _certain())
+    intervals = bootstrap_intervals(draws.of, label_N, rows.group_N)
+    return {
+        **metrics,
+        "num_groups": None if rows.group_N is None else int(rows.group_N.max()) + 1,
+        "intervals": {name: _as_list(intervals.get(name)) for name in METRICS},
+        "calibration": calibration_check(label_N, probability_N, weight_N),
+        "reliability": reliability_bins(label_N, probability_N, weight_N),
+        "comparisons": _comparisons(rows, threshold, others),
+        "slices": slice_metrics(scored := _scored(rows, threshold)),
+        "cohorts": cohorts(scored),
+        "thresholds": _thresholds(rows, validation, costs),
+    }
+
+
+def head_models(
+    rows: EvaluatedRows, heads: tuple[str, ...], validation: EvaluatedRows | None
+) -> list[OtherModel]:
+    """Return each head as a model of its own, calibrated on the validation rows."""
+    from mm_model.calibration import fit_calibration, sigmoid
+
+    if validation is None or not validation.logits_NM.size or len(heads) < 2:
+        return []
+    models = []
+    for m, head in enumerate(heads):
+        scale, bias = fit_calibration(
+            validation.logits_NM[:, m], validation.label_N, validation.weight_N
+        )
+        models.append(OtherModel(HEAD, head, sigmoid(scale * rows.logits_NM[:, m] + bias), 0.5))
+    return models
+
+
+def _as_list(interval: Interval) -> list[float] | None:
+    return None if interval is None else list(interval)
+
+
+def _certain() -> tuple[str, ...]:
+    return tuple(name for name in METRICS if name not in BIASED)
+
+
+def _comparisons(
+    rows: EvaluatedRows, threshold: float, others: list[OtherModel]
+) -> list[dict[str, Any]]:
+    label_N, weight_N = rows.label_N, rows.weight_N
+    if not others:
+        return []
+
+    def draws(probability_N: np.ndarray, threshold: float) -> DrawMetrics:
+        return DrawMetrics(label_N, probability_N, threshold, weight_N, COMPARED)
+
+    def correct(probability_N: np.ndarray, threshold: float) -> np.ndarray:
+        return (probability_N >= threshold) == (label_N == 1)
+
+    ours = draws(rows.probability_N, threshold).of
+    theirs = {other.name: draws(other.probability_N, other.threshold).of for other in others}
+    differences = compare(ours, theirs, label_N, rows.group_N)
+    is_correct_N = correct(rows.probability_N, threshold)
+    return [
+        {
+            "kind": other.kind,
+            "name": other.name,
+            "metrics": values_of(theirs[other.name], len(label_N)),
+            "differences": differences[other.name],
+            "mcnemar": mcnemar(is_correct_N, correct(other.probability_N, other.threshold)),
+        }
+        for other in others
+    ]
+
+
+def _scored(rows: EvaluatedRows, threshold: float) -> ScoredRows:
+    num_rows = len(rows.label_N)
+    epsilon = np.finfo(np.float64).eps
+    probability_N = np.clip(rows.probability_N, epsilon, 1 - epsilon)
+    true_N = np.where(rows.label_N == 1, probability_N, 1 - probability_N)
+    return ScoredRows(
+        label_N=rows.label_N,
+        probability_N=rows.probability_N,
+        log_loss_N=-np.log(true_N),
+        weight_N=np.ones(num_rows) if rows.weight_N is None else rows.weight_N,
+        group_N=np.arange(num_rows) if rows.group_N is None else rows.group_N,
+        threshold=threshold,
+        numbers=rows.numbers,
+        words=rows.words,
+    )
+
+
+def _thresholds(
+    rows: EvaluatedRows, validation: EvaluatedRows | None, costs: tuple[float, float]
+) -> dict[str, Any]:
+    label_N, probability_N, weight_N = rows.label_N, rows.probability_N, rows.weight_N
+    chosen: Mapping[str, float | None] = {}
+    if validation is not None:
+        counts = ThresholdCounts.of(
+            validation.label_N, validation.probability_N, validation.weight_N
+        )
+        chosen = choose_thresholds(counts, *costs)
+    found: dict[str, Any] = {}
+    for purpose, threshold in chosen.items():
+        found[purpose] = None
+        if threshold is not None:
+            at = ThresholdCounts.of(label_N, probability_N, weight_N, np.array([threshold]))
+            found[purpose] = {**at.at(0), "cost": float(at.cost_T(*costs)[0])}
+    return {
+        "cost_false_negative": costs[0],
+        "cost_false_positive": costs[1],
+        "chosen": found,
+        "curves": threshold_curves(label_N, probability_N, weight_N, *costs),
+    }

@@ -1,0 +1,118 @@
+"""Collects what an evaluation knows about each row: label, predictions, columns.
+
+Shapes: N rows, M heads.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ray_jobs.config.prepare_spec import Split
+from ray_jobs.data.batch import GROUP, KEY, LABEL, WEIGHT
+from ray_jobs.data.manifest import Manifest, Shard
+from ray_jobs.data.reader import ShardReader
+from ray_jobs.predict.predictor import BRIGHTNESS, LOGITS, PROBABILITY
+from ray_jobs.predict.trained_run import TrainedRun
+from ray_jobs.storage.folder import Folder
+from ray_jobs.train.finalize import VALIDATION
+
+
+@dataclass(frozen=True)
+class EvaluatedRows:
+    """The rows of a split in stored order, with the predictions of a run."""
+
+    label_N: np.ndarray
+    """0 or 1."""
+    probability_N: np.ndarray
+    keys: Sequence[str] = ()
+    weight_N: np.ndarray | None = None
+    """Weights; None if the data has none."""
+    group_N: np.ndarray | None = None
+    """Index of each row's group; None if the data has no groups."""
+    logits_NM: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+    """Logits of the heads, before blending and calibration."""
+    numbers: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Columns of numbers (N,), NaN for missing ones."""
+    words: Mapping[str, pa.Array] = field(default_factory=dict)
+    """Columns of words (N,), null for missing ones."""
+
+    @classmethod
+    def of(
+        cls, predicted: pa.Table, folder: Folder, manifest: Manifest, split: Split
+    ) -> "EvaluatedRows":
+        """Join the predicted rows of a split with its stored columns.
+
+        Args:
+            predicted: Rows of `predictor.RESULT`, without errors.
+            folder: Prepared data.
+            manifest: Its manifest.
+            split: The split.
+        """
+        categories = [vocabulary.column for vocabulary in manifest.vocabularies]
+        columns = [*manifest.numeric_columns, *categories]
+        columns += [WEIGHT] if manifest.is_weighted else []
+        columns += [GROUP] if manifest.prepare.group_column else []
+        shards = manifest.splits[split].shards
+        stored = read_columns(folder, shards, [KEY, *columns])
+        numbers = {name: stored[name].to_numpy() for name in manifest.numeric_columns}
+        if predicted[BRIGHTNESS].null_count < predicted.num_rows:
+            numbers["image brightness"] = predicted[BRIGHTNESS].to_numpy()
+        group_N = None
+        # Data that was prepared by an earlier version has no groups.
+        if GROUP in stored.column_names:
+            group_N = np.unique(stored[GROUP].to_numpy(), return_inverse=True)[1]
+        return cls(
+            label_N=predicted[LABEL].to_numpy(),
+            probability_N=predicted[PROBABILITY].to_numpy(),
+            keys=predicted[KEY].to_pylist(),
+            weight_N=stored[WEIGHT].to_numpy() if manifest.is_weighted else None,
+            group_N=group_N,
+            logits_NM=_logits(predicted[LOGITS]),
+            numbers=numbers,
+            words={name: stored[name].combine_chunks() for name in categories},
+        )
+
+    def table(self, heads: Sequence[str]) -> pa.Table:
+        """Return the content of rows.parquet."""
+        logits = zip(heads, self.logits_NM.T, strict=True)
+        columns = {
+            KEY: self.keys,
+            LABEL: self.label_N,
+            PROBABILITY: self.probability_N,
+            **{f"logit_{head}": logit_N for head, logit_N in logits},
+            **{f"column_{name}": values for name, values in self.numbers.items()},
+            **{f"column_{name}": values for name, values in self.words.items()},
+        }
+        return pa.table(columns | ({} if self.weight_N is None else {WEIGHT: self.weight_N}))
+
+
+def read_columns(folder: Folder, shards: Sequence[Shard], columns: Sequence[str]) -> pa.Table:
+    """Return those of some columns that are stored, in stored order."""
+    reader = ShardReader(folder, shards, columns)
+    groups: Iterator[list[pa.Table]] = (
+        reader.read_groups(i, range(len(shard.row_groups))) for i, shard in enumerate(shards)
+    )
+    return pa.concat_tables(chain.from_iterable(groups))
+
+
+def validation_rows(run: TrainedRun) -> EvaluatedRows | None:
+    """Return the validation rows of a run; None if an earlier version trained it."""
+    if not run.folder.exists(VALIDATION):
+        return None
+    rows = pq.read_table(pa.BufferReader(run.folder.read_bytes(VALIDATION)))
+    names = rows.column_names
+    return EvaluatedRows(
+        label_N=rows[LABEL].to_numpy(),
+        probability_N=rows[PROBABILITY].to_numpy(),
+        weight_N=rows[WEIGHT].to_numpy() if WEIGHT in names else None,
+        logits_NM=_logits(rows[LOGITS]) if LOGITS in names else np.zeros((rows.num_rows, 0)),
+    )
+
+
+def _logits(column: pa.ChunkedArray) -> np.ndarray:
+    """Return a column of lists of equal length as an array (N, M)."""
+    return column.combine_chunks().flatten().to_numpy().reshape(len(column), -1).astype(np.float64)

@@ -1,0 +1,108 @@
+"""Derives findings from an evaluation: what its readers should know before they trust the model."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ray_jobs.checks.finding import Finding, note, warning
+from ray_jobs.config.text import count_text
+from ray_jobs.evaluate.analysis import BASELINE, HEAD
+from ray_jobs.evaluate.uncertainty.model_comparison import METRIC_NAMES
+
+_MIN_OF_CLASS = 30
+_ALPHA = 0.01
+_MAX_NAMES = 3
+_NOUNS = {BASELINE: "baseline", HEAD: "head"}
+
+
+def model_findings(
+    metrics: Mapping[str, Any], blend: Mapping[str, float], class_names: Sequence[str]
+) -> tuple[Finding, ...]:
+    """Return the findings of an evaluation: warnings, then notes.
+
+    Args:
+        metrics: Result of `analyse`.
+        blend: Weight of each head in the blend; empty if unknown.
+        class_names: Names of the classes 0 and 1.
+    """
+    findings = [
+        *_classes(metrics, class_names),
+        *_comparisons(metrics),
+        *_calibration(metrics),
+        *_slices(metrics),
+        *_heads(blend),
+    ]
+    return tuple(sorted(findings, key=lambda finding: finding.severity != "warning"))
+
+
+def _classes(metrics: Mapping[str, Any], class_names: Sequence[str]) -> Iterator[Finding]:
+    counts = dict(zip(class_names, metrics["class_counts"], strict=True))
+    name, fewest = min(counts.items(), key=lambda item: item[1])
+    if not fewest:
+        yield warning(
+            "class_absent",
+            f"None of the {count_text(metrics['num_rows'], 'row')} is {name!r}, so metrics that "
+            "compare the classes are undefined",
+            "evaluate rows of both classes",
+        )
+    elif fewest < _MIN_OF_CLASS:
+        yield note(
+            "few_rows",
+            f"Only {count_text(fewest, 'row')} of {metrics['num_rows']:,} are {name!r}, so all "
+            "metrics that depend on this class are uncertain",
+        )
+
+
+def _comparisons(metrics: Mapping[str, Any]) -> Iterator[Finding]:
+    for kind, code in ((BASELINE, "worse_than_baseline"), (HEAD, "worse_than_branch")):
+        others = [other for other in metrics["comparisons"] if other["kind"] == kind]
+        worse = [text for other in others if (text := _worse(other))]
+        if worse:
+            yield warning(
+                code,
+                f"The model is worse than {len(worse)} of {count_text(len(others), _NOUNS[kind])}: "
+                f"{'; '.join(worse)}",
+            )
+
+
+def _worse(other: Mapping[str, Any]) -> str:
+    """Return the metrics in which the model is worse than another one."""
+    found = other["differences"]
+    texts = [
+        f"{METRIC_NAMES[name]} {found[name]['difference']:+.3f} "
+        f"({found[name]['low']:+.3f} to {found[name]['high']:+.3f})"
+        for name in ("roc_auc", "log_loss")
+        if found[name]["verdict"] == "worse"
+    ]
+    return f"{other['name']}, {', '.join(texts)}" if texts else ""
+
+
+def _calibration(metrics: Mapping[str, Any]) -> Iterator[Finding]:
+    found = metrics["calibration"]
+    if found["p_value"] < _ALPHA:
+        yield warning(
+            "miscalibrated",
+            f"The calibration error is {found['ece']:.3f}; with right probabilities, it would be "
+            f"at most {found['high']:.3f} in 95 % of samples of {metrics['num_rows']:,} rows",
+        )
+
+
+def _slices(metrics: Mapping[str, Any]) -> Iterator[Finding]:
+    slices = metrics["slices"]
+    worse = [part for part in slices if part["is_worse"]]
+    if worse:
+        named = ", ".join(f"{part['column']} = {part['value']}" for part in worse[:_MAX_NAMES])
+        yield note(
+            "weak_slice",
+            f"The log loss is higher than elsewhere in {len(worse)} of "
+            f"{count_text(len(slices), 'slice')}, most in {named}",
+        )
+
+
+def _heads(blend: Mapping[str, float]) -> Iterator[Finding]:
+    silent = [head for head, weight in blend.items() if weight == 0]
+    if silent:
+        yield note(
+            "head_without_vote",
+            f"{len(silent)} of {len(blend)} heads ({', '.join(silent)}) have no weight in the "
+            "probability, because they contradicted the labels of the validation rows",
+        )

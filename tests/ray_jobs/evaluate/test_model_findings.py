@@ -1,0 +1,101 @@
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ray_jobs.checks.finding import Finding
+from ray_jobs.evaluate.analysis import BASELINE, HEAD, OtherModel, analyse
+from ray_jobs.evaluate.evaluated_rows import EvaluatedRows
+from ray_jobs.evaluate.model_findings import model_findings
+from tests.ray_jobs.evaluate.simulated import simulate, with_bad_cohort
+
+GOOD = simulate()
+RANDOM = np.random.default_rng(1).random(2000)
+
+
+def findings(
+    rows: EvaluatedRows, others: list[OtherModel] | None = None, blend: dict | None = None
+) -> dict[str, Finding]:
+    metrics = analyse(rows, 0.5, others or [], None)
+    return {f.code: f for f in model_findings(metrics, blend or {}, ("healthy", "ill"))}
+
+
+def test_a_good_model_has_no_findings():
+    others = [OtherModel(BASELINE, "simple", RANDOM, 0.5), OtherModel(HEAD, "image", RANDOM, 0.5)]
+    assert findings(GOOD, others, {"image": 0.4, "numeric": 0.6}) == {}
+
+
+@pytest.mark.parametrize(
+    ("rows", "others", "blend", "code", "severity", "text"),
+    [
+        (
+            simulate(label_N=np.zeros(2000, np.int8)),
+            [],
+            {},
+            "class_absent",
+            "warning",
+            "None of the 2,000 rows is 'ill'",
+        ),
+        (simulate(60), [], {}, "few_rows", "note", r"Only \d+ rows of 60 are 'ill'"),
+        (
+            simulate(probability_N=np.clip(RANDOM, 0.01, 0.99)),
+            [OtherModel(BASELINE, "gradient boosting", GOOD.probability_N, 0.5)],
+            {},
+            "worse_than_baseline",
+            "warning",
+            r"worse than 1 of 1 baseline: gradient boosting, ROC AUC -0\.\d+ \(-0",
+        ),
+        (
+            simulate(probability_N=np.clip(RANDOM, 0.01, 0.99)),
+            [OtherModel(HEAD, "numeric", GOOD.probability_N, 0.5)],
+            {},
+            "worse_than_branch",
+            "warning",
+            r"worse than 1 of 1 head: numeric, ROC AUC -0\.\d+",
+        ),
+        (
+            simulate(probability_N=np.where(GOOD.probability_N > 0.5, 0.99, 0.01)),
+            [],
+            {},
+            "miscalibrated",
+            "warning",
+            r"The calibration error is 0\.\d+; with right probabilities",
+        ),
+        (
+            with_bad_cohort(GOOD),
+            [],
+            {},
+            "weak_slice",
+            "note",
+            "in 2 of 11 slices, most in age = ",
+        ),
+        (GOOD, [], {"image": 0.0, "numeric": 1.0}, "head_without_vote", "note", r"1 of 2 heads \("),
+    ],
+    ids=lambda value: value if isinstance(value, str) and value.isidentifier() else "",
+)
+def test_each_fault_is_found(rows, others, blend, code, severity, text):
+    found = findings(rows, others, blend)[code]
+    assert found.severity == severity
+    assert re.search(text, found.text)
+
+
+def test_every_code_is_explained_in_the_documentation_and_no_other():
+    rows = re.findall(r"^\| (`.+?) \|", Path("docs/findings.md").read_text(), re.M)
+    documented = [code for row in rows for code in re.findall(r"`(\w+)`", row)]
+    assert len(documented) == len(set(documented))
+    call = re.compile(
+        r"\b(?:ok|note|warning|error|skipped|from_message|run_on_nodes|run_on_each|kind|Finding)"
+        r'\(\s*"(\w+)",'
+    )
+    variable = re.compile(r'\bcode(?:, \w+)? = "(\w+)"')
+    used = {
+        code
+        for path in Path("ray_jobs").rglob("*.py")
+        if "finding" in path.read_text()
+        for code in (*call.findall(path.read_text()), *variable.findall(path.read_text()))
+    }
+    # These codes are not written as literals.
+    used |= {"rows", "worse_than_baseline", "worse_than_branch"}
+    used |= {f"{kind}_image" for kind in ("unreadable", "black", "white", "flat")}
+    assert set(documented) == used
