@@ -364,6 +364,9 @@ class EvaluateSpec(InferenceSpec):
     expected cost."""
     cost_false_positive: Positive = 1.0
     """Cost of a negative row that is predicted positive."""
+    explain: Literal["none", "global", "rows"] = "rows"
+    """What to explain: the importance of each column on 500 rows (`global`), and also what the
+    model looks at in the worst rows (`rows`)."""
 
 
 class PredictSpec(InferenceSpec):

@@ -72,7 +72,9 @@ def demo(spec: DemoSpec) -> dict[str, float]:
                     changes = {**changes, "train.num_workers": 1}
                 fit(base.overlay({**changes, "run.name": name}))
             with _step(f"evaluate: {variant}"):
-                metrics[variant] = evaluate(EvaluateSpec(run=run, data=prepared, output=results))
+                explain = "rows" if variant == "fusion" else "none"
+                job = EvaluateSpec(run=run, data=prepared, output=results, explain=explain)
+                metrics[variant] = evaluate(job)
         run, results = str(output / "runs" / "fusion"), str(output / "predictions")
         with _step("predict: fusion"):
             predict(PredictSpec(run=run, data=prepared, split="test", output=results))
@@ -120,7 +122,7 @@ def _print_results(metrics: dict[str, dict[str, Any]], output: Path) -> None:
         "prepared": "prepared/manifest.json",
         "run": "runs/fusion",
         "model": "runs/fusion/model/model.keras",
-        "plots": "evaluation/fusion",
+        "report": "evaluation/fusion/report.html",
         "predictions": "predictions",
     }.items():
         console.print(f"  {name:<12} {output / path}")

@@ -23,6 +23,8 @@ from ray_jobs.train.metrics import binary_metrics
 
 HEAD, BASELINE, RUN = "head", "baseline", "run"
 
+_NUM_SHOWN = 12
+
 
 @dataclass(frozen=True)
 class OtherModel:
@@ -65,6 +67,18 @@ def analyse(
         "slices": slice_metrics(scored := _scored(rows, threshold)),
         "cohorts": cohorts(scored),
         "thresholds": _thresholds(rows, validation, costs),
+    }
+
+
+def worst_rows(rows: EvaluatedRows, threshold: float) -> dict[str, list[int]]:
+    """Return the indices of the rows to look at: the most confident errors, the least certain."""
+    true_N = np.where(rows.label_N == 1, rows.probability_N, 1 - rows.probability_N)
+    is_wrong_N = (rows.probability_N >= threshold) != (rows.label_N == 1)
+    confident = np.argsort(true_N, kind="stable")
+    uncertain = np.argsort(np.abs(rows.probability_N - threshold), kind="stable")
+    return {
+        "Most confident errors": confident[is_wrong_N[confident]][:_NUM_SHOWN].tolist(),
+        "Least certain rows": uncertain[:_NUM_SHOWN].tolist(),
     }
 
 

@@ -22,10 +22,11 @@ from ray_jobs.cluster.connection import root_cause
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import EvaluateSpec
 from ray_jobs.config.text import NONE, count_text
-from ray_jobs.data.batch import KEY
+from ray_jobs.data.batch import FEATURES, KEY
 from ray_jobs.data.manifest import Manifest, read_manifest
 from ray_jobs.evaluate.evaluated_rows import EvaluatedRows
-from ray_jobs.predict.predictor import connected, predict_rows
+from ray_jobs.explain.explanation import Explanation
+from ray_jobs.predict.predictor import PROBABILITY, connected, predict_rows
 from ray_jobs.predict.row_sources import ERROR, PreparedRows
 from ray_jobs.predict.trained_run import TrainedRun, open_run
 from ray_jobs.storage.folder import Folder
@@ -84,18 +85,20 @@ def evaluate_split(spec: EvaluateSpec) -> Evaluation:
         }
         rows = EvaluatedRows.of(predicted[spec.run], data, manifest, spec.split)
         simple, reason = _baselines(run, rows, data, manifest, spec)
+        explanation = _explanation(run, rows, data, manifest, spec)
     validation = validation_rows(run)
     others = [
         *head_models(rows, run.heads, validation),
         *(OtherModel(BASELINE, name, p_N, 0.5) for name, p_N in simple.items()),
         *(
-            OtherModel(RUN, path, predicted[path]["probability"].to_numpy(), each.threshold)
+            OtherModel(RUN, path, predicted[path][PROBABILITY].to_numpy(), each.threshold)
             for path, each in other_runs.items()
         ),
     ]
     costs = (spec.cost_false_negative, spec.cost_false_positive)
     metrics = analyse(rows, run.threshold, others, validation, costs)
     metrics["baselines_skipped"] = reason or None
+    metrics["explanation"] = explanation.figures(rows.keys)
     if rows.weight_N is not None:
         metrics["weight_column"] = manifest.prepare.weight_column
     class_names = (manifest.negative_label, manifest.positive_label)
@@ -105,7 +108,7 @@ def evaluate_split(spec: EvaluateSpec) -> Evaluation:
     for name, content in plots.items():
         output.write_bytes(name, content)
     output.write_bytes(ROWS, _parquet(rows.table(run.heads)))
-    output.write_text(REPORT, html(metrics, findings, rows, manifest, spec))
+    output.write_text(REPORT, html(metrics, findings, rows, explanation, manifest, spec))
     output.write_json(METRICS, metrics)
     return Evaluation(metrics, rows)
 
@@ -126,19 +129,45 @@ def _baselines(
     run: TrainedRun, rows: EvaluatedRows, data: Folder, manifest: Manifest, spec: EvaluateSpec
 ) -> tuple[dict[str, np.ndarray], str]:
     """Return the probabilities of the baselines, or none and the reason."""
-    import ray
-    from ray.exceptions import RayError
-
     from ray_jobs.evaluate.baselines import fit_baselines, training_shards
 
     shards, reason = training_shards(run, data, manifest)
     if reason:
         return {}, reason
-    task = ray.remote(fit_baselines).options(num_cpus=min(spec.cpus_per_worker, 1))
+    arguments = (data, shards, manifest, rows.numbers, rows.words)
+    return _run_task("train the baselines", fit_baselines, arguments, spec, num_gpus=0), ""
+
+
+def _explanation(
+    run: TrainedRun, rows: EvaluatedRows, data: Folder, manifest: Manifest, spec: EvaluateSpec
+) -> Explanation:
+    from ray_jobs.evaluate.analysis import worst_rows
+    from ray_jobs.explain.explain_run import explain_run
+
+    # The mean of several models, and models of features, are not explained.
+    if spec.explain == "none" or not run.heads or FEATURES in run.input_shapes:
+        return Explanation()
+    shown = worst_rows(rows, run.threshold).values() if spec.explain == "rows" else ()
+    indices = sorted({row for part in shown for row in part})
+    place = (spec.cpus_per_worker, spec.use_gpu)
+    arguments = (run, data, manifest, spec.split, indices, *place)
+    return _run_task("explain the model", explain_run, arguments, spec, int(spec.use_gpu))
+
+
+def _run_task(
+    what: str, function: Any, arguments: tuple[Any, ...], spec: EvaluateSpec, num_gpus: int
+) -> Any:
+    """Run a function on the cluster, and return its result."""
+    import ray
+    from ray.exceptions import RayError
+    from rich.console import Console
+
+    task = ray.remote(function).options(num_cpus=spec.cpus_per_worker, num_gpus=num_gpus)
     try:
-        return ray.get(task.remote(data, shards, manifest, rows.numbers, rows.words)), ""
+        with Console().status(what):
+            return ray.get(task.remote(*arguments))
     except RayError as error:
-        raise JobError(f"the baselines could not be trained: {root_cause(error)}") from error
+        raise JobError(f"could not {what}: {root_cause(error)}") from error
 
 
 def _parquet(table: pa.Table) -> bytes:
@@ -152,15 +181,17 @@ def _comparison_table(metrics: dict[str, Any]) -> "Table":
     from rich.table import Column, Table
 
     names = ("ROC AUC", "log loss")
-    table = Table("compared with", *(Column(name, justify="right") for name in names), "ROC AUC is")
+    colors = {"better": "green", "worse": "red"}
+    table = Table("compared with", *(Column(name, justify="right") for name in names))
     for other in metrics["comparisons"]:
         found = [other["differences"][name] for name in ("roc_auc", "log_loss")]
         cells = [
-            f"{each['difference']:+.4f} ({each['low']:+.4f} to {each['high']:+.4f})"
+            f"[{colors.get(each['verdict'], 'default')}]{each['difference']:+.3f}[/] "
+            f"({each['low']:+.3f} to {each['high']:+.3f})"
             for each in found
         ]
         name = escape(other["name"]) + (" head" if other["kind"] == "head" else "")
-        table.add_row(name, *cells, found[0]["verdict"])
+        table.add_row(name, *cells)
     return table
 
 

@@ -11,6 +11,8 @@ from ray_jobs.evaluate.uncertainty.model_comparison import METRIC_NAMES
 _MIN_OF_CLASS = 30
 _ALPHA = 0.01
 _MAX_NAMES = 3
+_MIN_SHARE = 0.05
+_MAX_SIMILARITY = 0.5
 _NOUNS = {BASELINE: "baseline", HEAD: "head"}
 
 
@@ -30,6 +32,7 @@ def model_findings(
         *_calibration(metrics),
         *_slices(metrics),
         *_heads(blend),
+        *_explanation(metrics["explanation"]),
     ]
     return tuple(sorted(findings, key=lambda finding: finding.severity != "warning"))
 
@@ -95,6 +98,28 @@ def _slices(metrics: Mapping[str, Any]) -> Iterator[Finding]:
             "weak_slice",
             f"The log loss is higher than elsewhere in {len(worse)} of "
             f"{count_text(len(slices), 'slice')}, most in {named}",
+        )
+
+
+def _explanation(explanation: Mapping[str, Any]) -> Iterator[Finding]:
+    first, *others = explanation["importance"] or [{}]
+    if (
+        others
+        and first["low"] > 0
+        and _MIN_SHARE * first["log_loss"] > sum(max(other["log_loss"], 0) for other in others)
+    ):
+        yield warning(
+            "one_column_decides",
+            f"Permuting {', '.join(first['columns'])} increases the log loss by "
+            f"{first['log_loss']:.3f}, and permuting the other {count_text(len(others), 'column')} "
+            "hardly matters",
+        )
+    similarity = explanation["map_similarity"]
+    if similarity is not None and similarity > _MAX_SIMILARITY:
+        yield warning(
+            "maps_ignore_training",
+            f"The maps of the images hardly change if the weights are shuffled (rank correlation "
+            f"{similarity:.2f}), so they do not show what the model has learned",
         )
 
 

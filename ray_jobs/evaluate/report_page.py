@@ -2,16 +2,19 @@
 
 import base64
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import TYPE_CHECKING, Any
 
+import cv2
 import numpy as np
 
 from ray_jobs.checks.finding import Finding
 from ray_jobs.config.spec import EvaluateSpec
 from ray_jobs.data.manifest import Manifest
-from ray_jobs.evaluate.analysis import HEAD
+from ray_jobs.evaluate.analysis import HEAD, worst_rows
 from ray_jobs.evaluate.evaluated_rows import EvaluatedRows
 from ray_jobs.evaluate.uncertainty.model_comparison import METRIC_NAMES
+from ray_jobs.explain.explanation import Explanation
 from ray_jobs.inspect.report_schema import ImageRef
 from ray_jobs.inspect.shard_scan import read_thumbnails
 from ray_jobs.pages.page_kit import chart, render
@@ -21,8 +24,8 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 _MAX_POINTS = 400
-_NUM_SHOWN = 12
 _MAX_SLICES = 15
+_MAX_CONTRIBUTIONS = 3
 _TILES = ("roc_auc", "pr_auc", "log_loss", "accuracy")
 
 
@@ -30,6 +33,7 @@ def html(
     metrics: Mapping[str, Any],
     findings: Sequence[Finding],
     rows: EvaluatedRows,
+    explanation: Explanation,
     manifest: Manifest,
     spec: EvaluateSpec,
 ) -> str:
@@ -39,18 +43,14 @@ def html(
         metrics: Content of metrics.json.
         findings: What its readers should know first.
         rows: The evaluated rows.
+        explanation: What the model looks at.
         manifest: Manifest of the prepared data.
         spec: Settings of the job.
     """
-    wrong_N = np.where(rows.label_N == 1, 1 - rows.probability_N, rows.probability_N)
-    is_wrong_N = (rows.probability_N >= metrics["threshold"]) != (rows.label_N == 1)
-    confident = np.argsort(-wrong_N, kind="stable")
-    uncertain = np.argsort(np.abs(rows.probability_N - metrics["threshold"]), kind="stable")
-    sheets = {
-        "Most confident errors": confident[is_wrong_N[confident]][:_NUM_SHOWN].tolist(),
-        "Least certain rows": uncertain[:_NUM_SHOWN].tolist(),
-    }
-    images = _images([row for shown in sheets.values() for row in shown], rows, manifest, spec)
+    sheets = worst_rows(rows, metrics["threshold"])
+    images = _images(
+        [row for shown in sheets.values() for row in shown], explanation, manifest, spec
+    )
     return render(
         "evaluate/report_page.html.j2",
         title=f"Evaluation of {spec.run}",
@@ -67,7 +67,16 @@ def html(
         columns=manifest.image.columns,
         rows=rows,
         branch=_best_branch(metrics),
+        explanation=explanation,
+        leading=_leading(explanation),
         charts=_charts(metrics, rows),
+        importance=chart(
+            _importance(explanation), "Importance of columns", 60 + 26 * len(explanation.importance)
+        ),
+        dependences={
+            found["column"]: chart(_dependence(found), f"Dependence on {found['column']}", 220)
+            for found in explanation.partial_dependence
+        },
     )
 
 
@@ -216,19 +225,83 @@ def _axes(
     return figure
 
 
+def _importance(explanation: Explanation) -> "Figure | None":
+    from plotly.graph_objects import Figure
+
+    entries = explanation.importance[::-1]
+    if not entries:
+        return None
+    figure = Figure()
+    figure.add_bar(
+        y=[escape(", ".join(entry["columns"])) for entry in entries],
+        x=[entry["log_loss"] for entry in entries],
+        error_x={
+            "type": "data",
+            "array": [entry["high"] - entry["log_loss"] for entry in entries],
+            "color": "var(--ink)",
+            "thickness": 1,
+            "width": 3,
+        },
+        orientation="h",
+        marker={"color": "var(--c1)"},
+        hovertemplate="%{y}: %{x:+.4f}<extra></extra>",
+    )
+    figure.update_xaxes(title={"text": "Increase in log loss"})
+    return figure
+
+
+def _dependence(found: Mapping[str, Any]) -> "Figure":
+    from plotly.graph_objects import Figure
+
+    figure, values = Figure(), found["values"]
+    if isinstance(values[0], str):
+        names = [escape(value) for value in values]
+        figure.add_bar(x=names, y=found["probability"], marker={"color": "var(--c1)"})
+    else:
+        _add_line(figure, "probability", values, found["probability"], "var(--c1)")
+    figure.update_yaxes(rangemode="tozero", title={"text": "Mean probability"})
+    return figure
+
+
+def _leading(explanation: Explanation) -> dict[int, str]:
+    """Return the columns that add most to the logit of each explained row."""
+    found = {}
+    for row, parts in explanation.contributions.items():
+        names = sorted(parts, key=lambda name, parts=parts: -abs(parts[name]))[:_MAX_CONTRIBUTIONS]
+        found[row] = ", ".join(f"{name} {parts[name]:+.2f}" for name in names)
+    return found
+
+
 def _images(
-    shown: Sequence[int], rows: EvaluatedRows, manifest: Manifest, spec: EvaluateSpec
-) -> dict[tuple[int, str], str]:
-    """Return the data URIs of small images by row and column."""
+    shown: Sequence[int], explanation: Explanation, manifest: Manifest, spec: EvaluateSpec
+) -> dict[tuple[int, str], list[str]]:
+    """Return the data URIs of a small image, and of its map if there is one, by row and column."""
     if manifest.image.features:
         return {}
+    columns = manifest.image.columns
     references = [
         ImageRef(split=spec.split, row=row, key="", column=column, label=0)
         for row in set(shown)
-        for column in manifest.image.columns
+        for column in columns
     ]
     thumbnails = read_thumbnails(Folder(spec.data), manifest, references)
-    return {
-        (row, column): f"data:image/jpeg;base64,{base64.b64encode(content).decode()}"
-        for (_, row, column), content in thumbnails.items()
-    }
+    found = {}
+    for (_, row, column), content in thumbnails.items():
+        maps = explanation.maps.get(row)
+        overlay = [] if maps is None else [_overlay(content, maps[columns.index(column)])]
+        found[row, column] = [
+            f"data:image/jpeg;base64,{base64.b64encode(image).decode()}"
+            for image in (content, *overlay)
+        ]
+    return found
+
+
+def _overlay(content: bytes, map_HW: np.ndarray) -> bytes:
+    """Return a JPEG under a map."""
+    image: Any = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
+    size = (image.shape[1], image.shape[0])
+    large = cv2.resize(map_HW / max(float(map_HW.max()), 1e-9), size, interpolation=cv2.INTER_CUBIC)
+    alpha = 0.75 * np.clip(large, 0, 1)[:, :, None]
+    heat = cv2.applyColorMap((255 * np.clip(large, 0, 1)).astype(np.uint8), cv2.COLORMAP_INFERNO)
+    grey = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_BGR2GRAY), cv2.COLOR_GRAY2BGR)
+    return cv2.imencode(".jpg", (alpha * heat + (1 - alpha) * grey).astype(np.uint8))[1].tobytes()

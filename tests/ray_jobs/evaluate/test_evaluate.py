@@ -44,13 +44,14 @@ def spec_of(folder: Path, **changes) -> EvaluateSpec:
         "output": str(folder / "evaluation"),
         # Does not divide the split, a shard or a row group.
         "batch_size": 4,
+        "explain": "none",
     }
     return EvaluateSpec(**(fields | changes))
 
 
 def test_each_row_counts_once_with_several_workers(prepared_run, ray_local, tmp_path):
     folder, manifest, model = prepared_run
-    found = evaluate(spec_of(folder, num_workers=2, output=str(tmp_path)))
+    found = evaluate(spec_of(folder, num_workers=2, output=str(tmp_path), explain="rows"))
 
     rows = stored_rows(folder / "prepared", manifest, "test")
     probability = probabilities(model, rows, manifest)
@@ -68,6 +69,12 @@ def test_each_row_counts_once_with_several_workers(prepared_run, ray_local, tmp_
     written = pq.read_table(tmp_path / "rows.parquet")
     assert written["key"].to_pylist() == rows["key"].to_pylist()
     np.testing.assert_allclose(written["probability"].to_numpy(), probability, atol=1e-6)
+    explanation = found["explanation"]
+    importance = [name for entry in explanation["importance"] for name in entry["columns"]]
+    assert sorted(importance) == sorted([*COLUMNS, "image"])
+    assert explanation["map_similarity"] is not None
+    assert set(explanation["contributions"]) <= set(rows["key"].to_pylist())
+    assert {len(row) for row in explanation["contributions"].values()} == {len(COLUMNS)}
     with Image.open(io.BytesIO((tmp_path / "roc.png").read_bytes())) as image:
         assert np.ptp(np.asarray(image)) > 100
 

@@ -8,6 +8,7 @@ from ray_jobs.checks.finding import Finding
 from ray_jobs.evaluate.analysis import BASELINE, HEAD, OtherModel, analyse
 from ray_jobs.evaluate.evaluated_rows import EvaluatedRows
 from ray_jobs.evaluate.model_findings import model_findings
+from ray_jobs.explain.explanation import Explanation
 from tests.ray_jobs.evaluate.simulated import simulate, with_bad_cohort
 
 GOOD = simulate()
@@ -15,9 +16,13 @@ RANDOM = np.random.default_rng(1).random(2000)
 
 
 def findings(
-    rows: EvaluatedRows, others: list[OtherModel] | None = None, blend: dict | None = None
+    rows: EvaluatedRows,
+    others: list[OtherModel] | None = None,
+    blend: dict | None = None,
+    explanation: Explanation | None = None,
 ) -> dict[str, Finding]:
     metrics = analyse(rows, 0.5, others or [], None)
+    metrics["explanation"] = (explanation or Explanation()).figures(())
     return {f.code: f for f in model_findings(metrics, blend or {}, ("healthy", "ill"))}
 
 
@@ -78,6 +83,23 @@ def test_each_fault_is_found(rows, others, blend, code, severity, text):
     found = findings(rows, others, blend)[code]
     assert found.severity == severity
     assert re.search(text, found.text)
+
+
+def test_faults_of_what_the_model_looks_at_are_found():
+    def importance(*increases: float) -> list[dict]:
+        return [
+            {"columns": [f"c{i}"], "log_loss": x, "low": x - 0.001, "high": x + 0.001}
+            for i, x in enumerate(increases)
+        ]
+
+    even = Explanation(importance=importance(0.2, 0.1, 0.0), map_similarity=0.1)
+    assert findings(GOOD, explanation=even) == {}
+    alone = Explanation(importance=importance(0.3, 0.01, -0.002), map_similarity=0.8)
+    found = findings(GOOD, explanation=alone)
+    assert set(found) == {"one_column_decides", "maps_ignore_training"}
+    assert "Permuting c0 increases the log loss by 0.300" in found["one_column_decides"].text
+    noise = Explanation(importance=importance(0.0005, 0.0))
+    assert findings(GOOD, explanation=noise) == {}
 
 
 def test_every_code_is_explained_in_the_documentation_and_no_other():

@@ -1,0 +1,103 @@
+"""Explains single rows: which part of the image and which columns the probability depends on.
+
+Shapes: B rows, I images, H × W positions of a feature map, F features, E encoded components.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+
+from mm_model.model_parts import ENCODED_COLUMNS, IMAGE_FEATURES, IMAGE_MAP, CutModel
+
+_STEPS = 32
+
+
+def grad_cam(model: Any, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return how much each position of the feature map adds to the predicted class (I, H, W).
+
+    Grad-CAM (Selvaraju et al. 2017, arXiv 1610.02391, equations 1 and 2) of the calibrated logit,
+    or of its negative for rows with a negative logit. Maps are not normalized.
+
+    Args:
+        model: A `FusionModel` with a convolutional backbone.
+        inputs: Inputs of the model.
+    """
+    import tensorflow as tf
+
+    cut = CutModel(model, [IMAGE_MAP])
+    tensors = cut.tensors(inputs)
+    map_IHWF: Any = tensors[IMAGE_MAP]
+    with tf.GradientTape() as tape:
+        tape.watch(map_IHWF)
+        logit_B1: Any = cut.logit({IMAGE_MAP: map_IHWF}, inputs)
+        score = tf.reduce_sum(tf.abs(logit_B1))
+    gradient: Any = tape.gradient(score, map_IHWF)
+    weight = tf.reduce_mean(gradient, axis=(1, 2), keepdims=True)
+    return np.asarray(tf.nn.relu(tf.reduce_sum(weight * map_IHWF, axis=-1)))
+
+
+def map_similarity(model: Any, inputs: Mapping[str, np.ndarray], maps_IHW: np.ndarray) -> float:
+    """Return the rank correlation of maps with those of the same model with shuffled weights.
+
+    The closer to 0, the more the maps depend on what the model has learned (Adebayo et al. 2018,
+    "Sanity Checks for Saliency Maps", arXiv 1810.03292). The weights are restored.
+    """
+    from scipy.stats import spearmanr
+
+    rng, weights = np.random.default_rng(0), model.get_weights()
+    try:
+        model.set_weights([rng.permutation(w.ravel()).reshape(w.shape) for w in weights])
+        others_IHW = grad_cam(model, inputs)
+    finally:
+        model.set_weights(weights)
+    correlations = [
+        float(cast(Any, spearmanr(one.ravel(), other.ravel())).statistic)
+        for one, other in zip(maps_IHW, others_IHW, strict=True)
+        if np.ptp(one) > 0 and np.ptp(other) > 0
+    ]
+    return float(np.mean(correlations)) if correlations else 0.0
+
+
+def column_contributions(
+    model: Any,
+    inputs: Mapping[str, np.ndarray],
+    columns: Mapping[str, Sequence[str]],
+    average: Mapping[str, np.ndarray],
+) -> list[dict[str, float]]:
+    """Return, for each row, what each column adds to the logit, compared with an average row.
+
+    Integrated gradients (Sundararajan et al. 2017, arXiv 1703.01365, equation 3), from the average
+    of the encoded numbers and words to those of the row, with the row's own images and texts. The
+    contributions add up to the difference in the logit, but for the error of the integration.
+
+    Args:
+        model: A `FusionModel`.
+        inputs: Inputs of the model.
+        columns: The column of each component of the encoded numbers and words, by layer.
+        average: Average of the encoded numbers and words (E,), by layer.
+    """
+    import tensorflow as tf
+
+    cut = CutModel(model, [*IMAGE_FEATURES, *ENCODED_COLUMNS])
+    tensors = cut.tensors(inputs)
+    ends = {name: np.asarray(tensors[name]) for name in columns}
+    gradients: dict[str, Any] = {name: 0.0 for name in columns}
+    for step in range(_STEPS):
+        fraction = (step + 0.5) / _STEPS
+        points = {
+            name: tf.constant(average[name] + fraction * (end - average[name]), tf.float32)
+            for name, end in ends.items()
+        }
+        with tf.GradientTape() as tape:
+            tape.watch(points)
+            logit: Any = tf.reduce_sum(cut.logit({**tensors, **points}, inputs))
+        found: Any = tape.gradient(logit, points)
+        gradients = {name: gradients[name] + np.asarray(found[name]) / _STEPS for name in columns}
+    rows: list[dict[str, float]] = [{} for _ in range(len(next(iter(ends.values()))))]
+    for name, names in columns.items():
+        parts_BE = (ends[name] - average[name]) * gradients[name]
+        for row, parts in zip(rows, parts_BE, strict=True):
+            for column, part in zip(names, parts, strict=True):
+                row[column] = row.get(column, 0.0) + float(part)
+    return rows

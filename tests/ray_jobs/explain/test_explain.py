@@ -1,0 +1,196 @@
+import numpy as np
+import pytest
+
+from mm_model import create_model
+from mm_model.branches.image_inputs import IMAGE_TOKENS
+from mm_model.model_parts import ENCODED_COLUMNS, IMAGE_FEATURES, IMAGE_MAP, CutModel, column_names
+from mm_model.statistics import fit_numeric_statistics, fit_vocabulary
+from ray_jobs.explain.importance import (
+    IMAGE_COLUMN,
+    ModelRows,
+    partial_dependence,
+    permutation_importance,
+)
+from ray_jobs.explain.row_maps import column_contributions, grad_cam, map_similarity
+from tests.mm_model.examples import with_random_heads
+
+NUMBERS, WORDS = ("age", "size", "copy"), ("site",)
+VOCABULARY = fit_vocabulary(["arm", "arm", "leg", "leg"], "site")
+SIDE, SQUARE = 96, 32  # the square is a ninth of the image
+
+
+def inputs_of(num_rows: int, several: bool = False, seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    numbers = rng.normal(size=(num_rows, 3)).astype(np.float32)
+    numbers[:, 2] = 3 * numbers[:, 1] + 1
+    shape = (num_rows, *((2,) if several else ()), 32, 32, 3)
+    inputs = {
+        "image": rng.integers(0, 256, shape).astype(np.uint8),
+        "numeric": numbers,
+        "category": rng.integers(0, 4, (num_rows, 1)).astype(np.int32),
+    }
+    return inputs | ({"image_mask": np.ones((num_rows, 2), np.float32)} if several else {})
+
+
+def model_of(inputs: dict[str, np.ndarray], fusion: str = "gated", **options):
+    statistics = fit_numeric_statistics(inputs["numeric"], NUMBERS)
+    image = {"kind": "tiny", "weights": None, "units": 8}
+    model = create_model(
+        inputs["image"].shape[1:], (3,), statistics, vocabularies=[VOCABULARY], image=image,
+        numeric={"units": (8,)}, fusion={"kind": fusion, "units": 16, "layers": 1}, **options,
+    )  # fmt: skip
+    with_random_heads(model)
+    return model
+
+
+def model_rows(model, inputs: dict[str, np.ndarray], label_N: np.ndarray) -> ModelRows:
+    cut = CutModel(model, IMAGE_FEATURES)
+    tensors = cut.tensors(inputs)
+    return ModelRows(
+        model=cut,
+        inputs={name: values for name, values in inputs.items() if name != "image"},
+        tensors={name: np.asarray(value) for name, value in tensors.items()},
+        columns={"numeric": NUMBERS, "category": WORDS},
+        label_N=label_N,
+        weight_N=np.ones(len(label_N)),
+    )
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one image", "two images"])
+@pytest.mark.parametrize("fusion", ["gated", "skip_concat", "cross_attention"])
+def test_a_model_in_two_parts_gives_the_same_logits(fusion, several):
+    inputs = inputs_of(6, several)
+    model = model_of(inputs, fusion)
+    expected = np.asarray(model.head_logits(inputs))
+    for names in (IMAGE_FEATURES, (*IMAGE_FEATURES, *ENCODED_COLUMNS), (IMAGE_MAP,)):
+        cut = CutModel(model, names)
+        tensors = cut.tensors(inputs)
+        np.testing.assert_array_equal(np.asarray(cut.logits(tensors, inputs)), expected)
+        # Without cross-attention, the tokens have no effect.
+        for name in set(cut.names) - ({IMAGE_TOKENS} if fusion != "cross_attention" else set()):
+            changed = np.asarray(cut.logits({**tensors, name: 2 * tensors[name]}, inputs))
+            assert np.abs(changed - expected).max() > 1e-4, name
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one image", "two images"])
+def test_importance_is_that_of_the_whole_model_on_permuted_inputs(several):
+    inputs = inputs_of(40, several)
+    model = model_of(inputs)
+    label = np.random.default_rng(3).integers(0, 2, 40)
+    rows = model_rows(model, inputs, label)
+    found = {tuple(entry["columns"]): entry for entry in permutation_importance(rows)}
+    # The third number depends on the second.
+    assert set(found) == {("age",), ("size", "copy"), ("site",), (IMAGE_COLUMN,)}
+
+    def loss(inputs) -> float:
+        p = np.asarray(model(inputs), np.float64)[:, 0]
+        return -np.log(np.where(label == 1, p, 1 - p)).mean()
+
+    rng = np.random.default_rng(0)
+    orders = [rng.permutation(40) for _ in range(5)]
+    for names, columns in {("age",): [0], ("size", "copy"): [1, 2]}.items():
+        increases = []
+        for order in orders:
+            numeric = inputs["numeric"].copy()
+            numeric[:, columns] = numeric[order][:, columns]
+            increases.append(loss({**inputs, "numeric": numeric}) - loss(inputs))
+        assert found[names]["log_loss"] == pytest.approx(np.mean(increases), abs=1e-6)
+    increases = [loss({**inputs, "image": inputs["image"][o]}) - loss(inputs) for o in orders]
+    assert found[(IMAGE_COLUMN,)]["log_loss"] == pytest.approx(np.mean(increases), abs=1e-6)
+
+
+def test_partial_dependence_is_the_mean_probability_at_each_value():
+    inputs = inputs_of(30)
+    model = model_of(inputs)
+    rows = model_rows(model, inputs, np.arange(30) % 2)
+    found = partial_dependence(rows, "age") or {}
+    assert found["values"][0] == inputs["numeric"][:, 0].min()
+    numeric = inputs["numeric"].copy()
+    numeric[:, 0] = found["values"][4]
+    expected = np.asarray(model({**inputs, "numeric": numeric})).mean()
+    assert found["probability"][4] == pytest.approx(expected, abs=1e-6)
+    words = partial_dependence(rows, "site", VOCABULARY.words) or {}
+    assert words["values"] == ["missing", "unknown", "arm", "leg"]
+    inputs["numeric"][:] = 1.0
+    assert partial_dependence(model_rows(model, inputs, np.arange(30) % 2), "age") is None
+
+
+def test_contributions_add_up_to_the_difference_from_an_average_row():
+    inputs = inputs_of(8)
+    model = model_of(inputs, activation="gelu")
+    columns = column_names(model, NUMBERS, WORDS)
+    tensors = CutModel(model, ENCODED_COLUMNS).tensors(inputs)
+    average = {name: np.asarray(value).mean(axis=0) for name, value in tensors.items()}
+    found = column_contributions(model, inputs, columns, average)
+    assert [set(row) for row in found] == [{*NUMBERS, *WORDS}] * 8
+    cut = CutModel(model, [*IMAGE_FEATURES, *ENCODED_COLUMNS])
+    tensors = cut.tensors(inputs)
+    at_average = {name: np.tile(value, (8, 1)) for name, value in average.items()}
+    ends, starts = (
+        np.asarray(cut.logit({**tensors, **changes}, inputs))[:, 0] for changes in ({}, at_average)
+    )
+    sums = [sum(row.values()) for row in found]
+    np.testing.assert_allclose(sums, ends - starts, atol=0.01 * np.abs(ends - starts).max())
+
+
+def squares(num_rows: int, seed: int) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    """Return images with a striped square in positive rows, labels, and the square's pixels."""
+    rng = np.random.default_rng(seed)
+    image = rng.integers(90, 130, (num_rows, SIDE, SIDE, 3))
+    is_inside = np.zeros((num_rows, SIDE, SIDE), bool)
+    label = np.arange(num_rows) % 2
+    for row in range(num_rows):
+        top, left = rng.integers(0, SIDE - SQUARE + 1, 2)
+        is_inside[row, top : top + SQUARE, left : left + SQUARE] = True
+        if label[row]:
+            image[row, top : top + SQUARE : 2, left : left + SQUARE] = 250
+    return {"image": image.astype(np.uint8)}, label, is_inside
+
+
+def mass_inside(maps: np.ndarray, is_inside: np.ndarray) -> float:
+    """Return the mean fraction of the maps inside the squares."""
+    scale = SIDE // maps.shape[1]
+    large = maps.repeat(scale, axis=1).repeat(scale, axis=2)
+    total = large.sum(axis=(1, 2))
+    return float(np.mean((large * is_inside).sum(axis=(1, 2))[total > 0] / total[total > 0]))
+
+
+def test_maps_lie_on_the_part_of_the_image_that_decides():
+    import keras
+
+    keras.utils.set_random_seed(0)
+    inputs, label, _ = squares(240, seed=0)
+    options = {"numeric": {"kind": "none"}, "dropout": 0.0, "augmentation": {"rotation": 0}}
+    image = {"kind": "tiny", "weights": None, "units": 16}
+    model = create_model((SIDE, SIDE, 3), (0,), image=image, learning_rate=3e-3, **options)
+    model.fit(inputs, label, epochs=16, batch_size=16, verbose=0)
+    test, label, is_inside = squares(60, seed=1)
+    probability = np.asarray(model(test))[:, 0]
+    assert np.mean((probability > 0.5) == label) > 0.95
+    positive = {"image": test["image"][label == 1]}
+    maps = grad_cam(model, positive)
+    assert maps.shape == (30, 12, 12)
+    assert mass_inside(maps, is_inside[label == 1]) >= 0.7
+    assert abs(map_similarity(model, positive, maps)) < 0.5
+    np.testing.assert_array_equal(np.asarray(model(test))[:, 0], probability)
+    fresh = create_model((SIDE, SIDE, 3), (0,), image=image, **options)
+    with_random_heads(fresh)
+    assert mass_inside(grad_cam(fresh, positive), is_inside[label == 1]) < 0.4
+
+
+@pytest.mark.slow  # trains 20 models
+def test_a_column_that_matters_ranks_above_noise_in_20_of_20_seeds():
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        inputs = inputs_of(400, seed=seed)
+        del inputs["image"]
+        inputs["numeric"][:, 2] = rng.normal(size=400)
+        label = (inputs["numeric"][:, 0] + rng.normal(size=400) > 0).astype(int)
+        statistics = fit_numeric_statistics(inputs["numeric"], NUMBERS)
+        model = create_model(
+            (32, 32, 3), (3,), statistics, vocabularies=[VOCABULARY], image={"kind": "none"},
+            numeric={"units": (16,)}, learning_rate=1e-2,
+        )  # fmt: skip
+        model.fit(inputs, label, epochs=5, verbose=0)
+        ranking = permutation_importance(model_rows(model, inputs, label))
+        assert ranking[0]["columns"] == ["age"], seed
