@@ -1,6 +1,7 @@
 """Evaluates a trained run on a split.
 
-Input: a trained run and prepared data. Output: report.html, metrics.json, rows.parquet and plots.
+Input: a trained run and prepared data. Output: report.html, metrics.json, rows.parquet, plots,
+and the model card of the run.
 
     job             predicts the split, runs everything below, writes the results
     evaluated_rows  joins predictions with stored columns
@@ -10,6 +11,7 @@ Input: a trained run and prepared data. Output: report.html, metrics.json, rows.
     slices          finds rows in which the model is worse
     thresholds      chooses thresholds, computes costs and the decision curve
     model_findings  states what readers should know first
+    model_card      writes model_card.md into the run folder
     plots           draws ROC curve, precision-recall curve, calibration and confusion
     report_page     renders report.html
 """

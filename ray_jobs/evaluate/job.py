@@ -7,6 +7,8 @@ Reads: a run folder from `train` and prepared data.  Writes into the output fold
     rows.parquet    key, label, probability, logits of the heads, and columns of each row
     roc.png, pr.png, calibration.png, confusion.png
 
+and model_card.md into the run folder.
+
 Run:   python -m ray_jobs.evaluate --run runs/first --data prepared --split test --output eval
 """
 
@@ -66,6 +68,7 @@ def evaluate_split(spec: EvaluateSpec) -> Evaluation:
     """
     from ray_jobs.evaluate.analysis import BASELINE, RUN, OtherModel, analyse, head_models
     from ray_jobs.evaluate.evaluated_rows import validation_rows
+    from ray_jobs.evaluate.model_card import MODEL_CARD, model_card
     from ray_jobs.evaluate.model_findings import model_findings
     from ray_jobs.evaluate.plots import evaluation_plots
     from ray_jobs.evaluate.report_page import html
@@ -110,6 +113,12 @@ def evaluate_split(spec: EvaluateSpec) -> Evaluation:
     output.write_bytes(ROWS, _parquet(rows.table(run.heads)))
     output.write_text(REPORT, html(metrics, findings, rows, explanation, manifest, spec))
     output.write_json(METRICS, metrics)
+    card = model_card(run, metrics, findings, spec)
+    try:
+        run.folder.write_text(MODEL_CARD, card)
+    except OSError:
+        # The run may be somebody else's.
+        output.write_text(MODEL_CARD, card)
     return Evaluation(metrics, rows)
 
 

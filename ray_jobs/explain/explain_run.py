@@ -54,6 +54,7 @@ def explain_run(
     from ray_jobs.explain.importance import (
         IMAGE_COLUMN,
         ModelRows,
+        missing_modalities,
         partial_dependence,
         permutation_importance,
     )
@@ -81,6 +82,7 @@ def explain_run(
         columns=columns,
         label_N=batch[LABEL][:, 0].astype(np.int64),
         weight_N=batch[WEIGHT][:, 0].astype(np.float64),
+        is_image_optional=run.manifest.image.optional,
     )
     importance = permutation_importance(rows)
     leading = [n for entry in importance for n in entry["columns"]]
@@ -92,6 +94,7 @@ def explain_run(
     explanation = Explanation(
         num_rows=len(chosen),
         importance=importance,
+        missing_modalities=missing_modalities(rows),
         partial_dependence=[d for d in dependences if d is not None],
     )
     if not shown:

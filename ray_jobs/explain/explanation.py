@@ -17,6 +17,8 @@ class Explanation:
     """Result of `permutation_importance`."""
     partial_dependence: Sequence[Mapping[str, Any]] = ()
     """Results of `partial_dependence` of the most important columns."""
+    missing_modalities: Sequence[Mapping[str, Any]] = ()
+    """Result of `missing_modalities`."""
     maps: Mapping[int, np.ndarray] = field(default_factory=dict)
     """For each explained row, the maps of its images, (images, height, width)."""
     map_similarity: float | None = None
@@ -30,6 +32,7 @@ class Explanation:
             "num_rows": self.num_rows,
             "importance": list(self.importance),
             "partial_dependence": list(self.partial_dependence),
+            "missing_modalities": list(self.missing_modalities),
             "map_similarity": self.map_similarity,
             "contributions": {keys[row]: parts for row, parts in self.contributions.items()},
         }

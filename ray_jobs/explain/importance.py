@@ -1,4 +1,4 @@
-"""Measures how much a model depends on each column: permutation importance, partial dependence.
+"""Measures how much a model depends on its inputs: importance, dependence, missing modalities.
 
 The image part of the model runs once; only the part above it is called with changed values.
 
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mm_model.model_parts import CutModel
-from ray_jobs.data.batch import CATEGORY, NUMERIC, TEXT, TEXT_MASK
+from ray_jobs.data.batch import CATEGORY, IMAGE_MASK, NUMERIC, TEXT, TEXT_MASK
 
 IMAGE_COLUMN = "image"
 
@@ -35,6 +35,8 @@ class ModelRows:
     """Names of the columns by input: numbers, words, texts."""
     label_N: np.ndarray
     weight_N: np.ndarray
+    is_image_optional: bool = False
+    """Whether rows may lack all images."""
 
     def probability(self, changes: Mapping[str, np.ndarray]) -> np.ndarray:
         """Return the probabilities (N,) with some inputs or tensors replaced."""
@@ -74,37 +76,39 @@ def permutation_importance(rows: ModelRows) -> list[dict[str, Any]]:
     to `high`, and the decrease in `roc_auc` (Breiman 2001, "Random Forests", section 10). Numbers
     that are strongly correlated are permuted together, because each could replace the others.
     """
-    from sklearn.metrics import roc_auc_score
-
     rng = np.random.default_rng(0)
-    label_N = rows.label_N
-    has_both = 0 < label_N.sum() < len(label_N)
-    probability_N = rows.probability({})
-    loss_N = _losses(label_N, probability_N)
-
-    def auc(probability_N: np.ndarray) -> float:
-        return float(roc_auc_score(label_N, probability_N, sample_weight=rows.weight_N))
-
-    orders = [rng.permutation(len(label_N)) for _ in range(_NUM_REPEATS)]
-    found: list[dict[str, Any]] = []
-    for names in _groups(rows):
-        changed_RN = np.stack([rows.probability(rows.permuted(names, order)) for order in orders])
-        increase_N = np.mean([_losses(label_N, p_N) for p_N in changed_RN], axis=0) - loss_N
-        mean = float(np.average(increase_N, weights=rows.weight_N))
-        weight_N = rows.weight_N / rows.weight_N.sum()
-        margin = 1.96 * float(np.sqrt(((weight_N * (increase_N - mean)) ** 2).sum()))
-        found.append(
-            {
-                "columns": names,
-                "log_loss": mean,
-                "low": mean - margin,
-                "high": mean + margin,
-                "roc_auc": auc(probability_N) - np.mean([auc(p_N) for p_N in changed_RN]).item()
-                if has_both
-                else None,
-            }
-        )
+    orders = [rng.permutation(len(rows.label_N)) for _ in range(_NUM_REPEATS)]
+    before_N = rows.probability({})
+    found = [
+        {"columns": names, **_damage(rows, before_N, [rows.permuted(names, o) for o in orders])}
+        for names in _groups(rows)
+    ]
     return sorted(found, key=lambda entry: -entry["log_loss"])
+
+
+def missing_modalities(rows: ModelRows) -> list[dict[str, Any]]:
+    """Return how much worse the model is without its images, its numbers and words, or its texts.
+
+    Each entry has the kind of input that is `without`, and figures as in `permutation_importance`.
+    Images are left out only if rows may lack them.
+    """
+    without = {
+        "image": {IMAGE_MASK: 0.0} if rows.is_image_optional else {},
+        "numbers and words": {NUMERIC: np.nan, CATEGORY: 0},
+        "texts": {TEXT_MASK: 0.0},
+    }
+    changes: dict[str, dict[str, np.ndarray]] = {}
+    for modality, values in without.items():
+        known = {name: value for name, value in values.items() if name in rows.inputs}
+        if known:
+            changes[modality] = {n: np.full_like(rows.inputs[n], v) for n, v in known.items()}
+    if len(changes) + bool(rows.tensors and "image" not in changes) < 2:
+        return []
+    before_N = rows.probability({})
+    return [
+        {"without": modality, **_damage(rows, before_N, [change])}
+        for modality, change in changes.items()
+    ]
 
 
 def partial_dependence(
@@ -135,6 +139,27 @@ def partial_dependence(
         changed_N = rows.probability({source: changed})
         probabilities.append(float(np.average(changed_N, weights=rows.weight_N)))
     return {"column": column, "values": texts, "probability": probabilities}
+
+
+def _damage(
+    rows: ModelRows, before_N: np.ndarray, changes: Sequence[Mapping[str, np.ndarray]]
+) -> dict[str, Any]:
+    """Return the mean increase in log loss and decrease in ROC AUC of several changed inputs."""
+    from sklearn.metrics import roc_auc_score
+
+    label_N, weight_N = rows.label_N, rows.weight_N / rows.weight_N.sum()
+    changed_RN = np.stack([rows.probability(change) for change in changes])
+    increase_N = np.mean([_losses(label_N, p_N) for p_N in changed_RN], axis=0)
+    increase_N -= _losses(label_N, before_N)
+    mean = float(weight_N @ increase_N)
+    margin = 1.96 * float(np.sqrt(((weight_N * (increase_N - mean)) ** 2).sum()))
+    found = {"log_loss": mean, "low": mean - margin, "high": mean + margin, "roc_auc": None}
+    if 0 < label_N.sum() < len(label_N):
+        before, *after = (
+            roc_auc_score(label_N, p_N, sample_weight=weight_N) for p_N in (before_N, *changed_RN)
+        )
+        found["roc_auc"] = float(before - np.mean(after))
+    return found
 
 
 def _groups(rows: ModelRows) -> list[list[str]]:

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from ray.train import UserCallback
 
 SPEC = "run.yaml"
+ENVIRONMENT = "environment.json"
 
 SAME_RUN = (
     "run.seed", "data.image_size", "data.text_length", "data.shuffle_window_rows",
@@ -270,7 +271,7 @@ def begin_run(spec: RunSpec, manifest: Manifest, folder: Folder) -> None:
     if reader is not None:
         folder.write_text(TOKENIZER, reader.to_json())
     manifest.write(folder)
-    folder.write_json("environment.json", describe_environment(spec))
+    folder.write_json(ENVIRONMENT, describe_environment(spec))
     folder.write_text(SPEC, yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False))
 
 

@@ -74,6 +74,9 @@ def test_each_row_counts_once_with_several_workers(prepared_run, ray_local, tmp_
     assert sorted(importance) == sorted([*COLUMNS, "image"])
     assert explanation["map_similarity"] is not None
     assert set(explanation["contributions"]) <= set(rows["key"].to_pylist())
+    card = (folder / "run" / "model_card.md").read_text()
+    assert f"| ROC AUC | {found['roc_auc']:.3f} |" in card
+    assert "- test: 47 rows, 16 of them '1'." in card
     assert {len(row) for row in explanation["contributions"].values()} == {len(COLUMNS)}
     with Image.open(io.BytesIO((tmp_path / "roc.png").read_bytes())) as image:
         assert np.ptp(np.asarray(image)) > 100

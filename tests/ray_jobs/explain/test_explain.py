@@ -1,5 +1,8 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from sklearn import metrics
 
 from mm_model import create_model
 from mm_model.branches.image_inputs import IMAGE_TOKENS
@@ -8,6 +11,7 @@ from mm_model.statistics import fit_numeric_statistics, fit_vocabulary
 from ray_jobs.explain.importance import (
     IMAGE_COLUMN,
     ModelRows,
+    missing_modalities,
     partial_dependence,
     permutation_importance,
 )
@@ -97,6 +101,30 @@ def test_importance_is_that_of_the_whole_model_on_permuted_inputs(several):
         assert found[names]["log_loss"] == pytest.approx(np.mean(increases), abs=1e-6)
     increases = [loss({**inputs, "image": inputs["image"][o]}) - loss(inputs) for o in orders]
     assert found[(IMAGE_COLUMN,)]["log_loss"] == pytest.approx(np.mean(increases), abs=1e-6)
+
+
+def test_metrics_without_a_modality_are_those_of_rows_that_lack_it():
+    inputs = inputs_of(40, several=True)
+    model = model_of(inputs)
+    label = np.random.default_rng(3).integers(0, 2, 40)
+    rows = model_rows(model, inputs, label)
+    (entry,) = missing_modalities(rows)
+    assert entry["without"] == "numbers and words"
+    optional = replace(rows, is_image_optional=True)
+    without_image, without_columns = missing_modalities(optional)
+    assert (without_image["without"], without_columns) == ("image", entry)
+    empty = {"numeric": np.full((40, 3), np.nan, np.float32), "category": np.zeros((40, 1), int)}
+    for found, changes in (
+        (entry, empty),
+        (without_image, {"image_mask": np.zeros((40, 2), np.float32)}),
+    ):
+        before, after = (np.asarray(model(x))[:, 0] for x in (inputs, {**inputs, **changes}))
+        increase = metrics.log_loss(label, after) - metrics.log_loss(label, before)
+        assert found["log_loss"] == pytest.approx(increase, abs=1e-5)
+        decrease = metrics.roc_auc_score(label, before) - metrics.roc_auc_score(label, after)
+        assert found["roc_auc"] == pytest.approx(decrease, abs=1e-6)
+    alone = {name: inputs[name] for name in ("numeric", "category")}
+    assert missing_modalities(replace(rows, tensors={}, inputs=alone)) == []
 
 
 def test_partial_dependence_is_the_mean_probability_at_each_value():
