@@ -28,7 +28,8 @@ check: $(READY)
 # hours (houses, cross_validation, ham10000, text), and benchmarks.chaos (50 minutes), which mounts a
 # small disk as root.
 bench: $(READY)
-	for name in feed wait memory join interrupted order loop checkpoint startup scale tuning pbt plan; do \
+	for name in feed wait memory join interrupted order loop checkpoint startup scale tuning pbt plan \
+			report; do \
 		$(BIN)/python -m benchmarks.$$name || exit 1; done
 
 # After a change of dependencies: pin the newest compatible versions for every Python and platform.

@@ -99,6 +99,17 @@ def read_columns(folder: Folder, shards: Sequence[Shard], columns: Sequence[str]
     return pa.concat_tables(chain.from_iterable(groups))
 
 
+def num_shared_groups(
+    folder: Folder, manifest: Manifest, split: Split, train: Sequence[Shard]
+) -> int:
+    """Return how many groups of a split have rows among the training rows."""
+    if split == "train" or not manifest.prepare.group_column:
+        return 0
+    tables = (read_columns(folder, s, [GROUP]) for s in (train, manifest.splits[split].shards))
+    groups = [set(t[GROUP].to_pylist()) if GROUP in t.column_names else set() for t in tables]
+    return len(groups[0] & groups[1])
+
+
 def validation_rows(run: TrainedRun) -> EvaluatedRows | None:
     """Return the validation rows of a run; None if an earlier version trained it."""
     if not run.folder.exists(VALIDATION):

@@ -13,6 +13,7 @@ Run:   python -m ray_jobs.evaluate --run runs/first --data prepared --split test
 """
 
 import io
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import EvaluateSpec
 from ray_jobs.config.text import NONE, count_text
 from ray_jobs.data.batch import FEATURES, KEY
-from ray_jobs.data.manifest import Manifest, read_manifest
+from ray_jobs.data.manifest import Manifest, Shard, read_manifest
 from ray_jobs.evaluate.evaluated_rows import EvaluatedRows
 from ray_jobs.explain.explanation import Explanation
 from ray_jobs.predict.predictor import PROBABILITY, connected, predict_rows
@@ -67,7 +68,8 @@ def evaluate_split(spec: EvaluateSpec) -> Evaluation:
         JobError: As in `evaluate`.
     """
     from ray_jobs.evaluate.analysis import BASELINE, RUN, OtherModel, analyse, head_models
-    from ray_jobs.evaluate.evaluated_rows import validation_rows
+    from ray_jobs.evaluate.baselines import training_shards
+    from ray_jobs.evaluate.evaluated_rows import num_shared_groups, validation_rows
     from ray_jobs.evaluate.model_card import MODEL_CARD, model_card
     from ray_jobs.evaluate.model_findings import model_findings
     from ray_jobs.evaluate.plots import evaluation_plots
@@ -87,7 +89,8 @@ def evaluate_split(spec: EvaluateSpec) -> Evaluation:
             path: _predict(source.run, source, spec, data) for path, source in sources.items()
         }
         rows = EvaluatedRows.of(predicted[spec.run], data, manifest, spec.split)
-        simple, reason = _baselines(run, rows, data, manifest, spec)
+        train, reason = training_shards(run, data, manifest)
+        simple = {} if reason else _baselines(train, rows, data, manifest, spec)
         explanation = _explanation(run, rows, data, manifest, spec)
     validation = validation_rows(run)
     others = [
@@ -101,6 +104,7 @@ def evaluate_split(spec: EvaluateSpec) -> Evaluation:
     costs = (spec.cost_false_negative, spec.cost_false_positive)
     metrics = analyse(rows, run.threshold, others, validation, costs)
     metrics["baselines_skipped"] = reason or None
+    metrics["shared_groups"] = num_shared_groups(data, manifest, spec.split, train)
     metrics["explanation"] = explanation.figures(rows.keys)
     if rows.weight_N is not None:
         metrics["weight_column"] = manifest.prepare.weight_column
@@ -135,16 +139,16 @@ def _predict(run: TrainedRun, source: PreparedRows, spec: EvaluateSpec, data: Fo
 
 
 def _baselines(
-    run: TrainedRun, rows: EvaluatedRows, data: Folder, manifest: Manifest, spec: EvaluateSpec
-) -> tuple[dict[str, np.ndarray], str]:
-    """Return the probabilities of the baselines, or none and the reason."""
-    from ray_jobs.evaluate.baselines import fit_baselines, training_shards
+    train: Sequence[Shard],
+    rows: EvaluatedRows,
+    data: Folder,
+    manifest: Manifest,
+    spec: EvaluateSpec,
+) -> dict[str, np.ndarray]:
+    from ray_jobs.evaluate.baselines import fit_baselines
 
-    shards, reason = training_shards(run, data, manifest)
-    if reason:
-        return {}, reason
-    arguments = (data, shards, manifest, rows.numbers, rows.words)
-    return _run_task("train the baselines", fit_baselines, arguments, spec, num_gpus=0), ""
+    arguments = (data, train, manifest, rows.numbers, rows.words)
+    return _run_task("train the baselines", fit_baselines, arguments, spec, num_gpus=0)
 
 
 def _explanation(

@@ -11,6 +11,7 @@ from ray_jobs.evaluate.uncertainty.model_comparison import METRIC_NAMES
 _MIN_OF_CLASS = 30
 _ALPHA = 0.01
 _MAX_NAMES = 3
+_SUSPICIOUS_AUC = 0.995
 _MIN_SHARE = 0.05
 _MAX_SIMILARITY = 0.5
 _NOUNS = {BASELINE: "baseline", HEAD: "head"}
@@ -28,6 +29,7 @@ def model_findings(
     """
     findings = [
         *_classes(metrics, class_names),
+        *_leaks(metrics),
         *_comparisons(metrics),
         *_calibration(metrics),
         *_slices(metrics),
@@ -52,6 +54,29 @@ def _classes(metrics: Mapping[str, Any], class_names: Sequence[str]) -> Iterator
             "few_rows",
             f"Only {count_text(fewest, 'row')} of {metrics['num_rows']:,} are {name!r}, so all "
             "metrics that depend on this class are uncertain",
+        )
+
+
+def _leaks(metrics: Mapping[str, Any]) -> Iterator[Finding]:
+    if shared := metrics["shared_groups"]:
+        yield warning(
+            "group_straddles_splits",
+            f"{count_text(shared, 'group')} of {metrics['num_groups']:,} have rows among the "
+            "training rows, so the figures are too good",
+            "evaluate rows of other groups",
+        )
+    aucs = {
+        other["name"]: other["metrics"]["roc_auc"]
+        for other in metrics["comparisons"]
+        if other["kind"] == BASELINE and other["metrics"]["roc_auc"] is not None
+    }
+    best = max(aucs, key=lambda name: aucs[name], default=None)
+    if best is not None and aucs[best] > _SUSPICIOUS_AUC:
+        yield warning(
+            "leak_suspect",
+            f"The baseline {best} reaches a ROC AUC of {aucs[best]:.4f} from numbers and words "
+            "alone; a column may derive from the label",
+            "look at the importance of columns, and at `inspect`",
         )
 
 

@@ -20,8 +20,10 @@ def findings(
     others: list[OtherModel] | None = None,
     blend: dict | None = None,
     explanation: Explanation | None = None,
+    shared_groups: int = 0,
 ) -> dict[str, Finding]:
     metrics = analyse(rows, 0.5, others or [], None)
+    metrics["shared_groups"] = shared_groups
     metrics["explanation"] = (explanation or Explanation()).figures(())
     return {f.code: f for f in model_findings(metrics, blend or {}, ("healthy", "ill"))}
 
@@ -83,6 +85,16 @@ def test_each_fault_is_found(rows, others, blend, code, severity, text):
     found = findings(rows, others, blend)[code]
     assert found.severity == severity
     assert re.search(text, found.text)
+
+
+def test_leaks_are_found():
+    groups = simulate(group_N=np.arange(2000) // 2)
+    found = findings(groups, shared_groups=3)["group_straddles_splits"]
+    assert found.text.startswith("3 groups of 1,000 have rows among the training rows")
+    perfect = simulate(probability_N=np.clip(GOOD.label_N, 0.01, 0.99))
+    others = [OtherModel(BASELINE, "gradient boosting", perfect.probability_N, 0.5)]
+    found = findings(perfect, others)["leak_suspect"]
+    assert "gradient boosting reaches a ROC AUC of 1.0000" in found.text
 
 
 def test_faults_of_what_the_model_looks_at_are_found():
