@@ -53,7 +53,7 @@ def main() -> None:
     found = predict_baselines(train, columns, list(rows.numbers), list(rows.words))
     seconds = {"baselines": time.monotonic() - started}
     started = time.monotonic()
-    others = head_models(rows, ("first", "second"), rows)
+    others = head_models(rows, ("first", "second"), 0.5, rows)
     others += [OtherModel(BASELINE, name, p_N, 0.5) for name, p_N in found.items()]
     metrics = analyse(rows, 0.5, others, rows)
     seconds["analysis"] = time.monotonic() - started

@@ -364,9 +364,12 @@ class EvaluateSpec(InferenceSpec):
     expected cost."""
     cost_false_positive: Positive = 1.0
     """Cost of a negative row that is predicted positive."""
+    baselines: bool = True
+    """Whether to train logistic regression and gradient boosting on the training rows, to compare
+    with."""
     explain: Literal["none", "global", "rows"] = "rows"
-    """What to explain: the importance of each column on 500 rows (`global`), and also what the
-    model looks at in the worst rows (`rows`)."""
+    """What to explain: the importance of each column on up to 500 rows (`global`), and also what
+    the model looks at in the worst rows (`rows`)."""
 
 
 class PredictSpec(InferenceSpec):

@@ -16,13 +16,14 @@ from ray_jobs.evaluate.evaluated_rows import EvaluatedRows
 from ray_jobs.evaluate.slices import ScoredRows, cohorts, slice_metrics
 from ray_jobs.evaluate.thresholds import ThresholdCounts, choose_thresholds, threshold_curves
 from ray_jobs.evaluate.uncertainty.bootstrap import Interval, bootstrap_intervals
-from ray_jobs.evaluate.uncertainty.calibration_check import calibration_check, reliability_bins
+from ray_jobs.evaluate.uncertainty.calibration_check import calibration_check, reliability_diagram
 from ray_jobs.evaluate.uncertainty.draw_metrics import BIASED, METRICS, DrawMetrics
 from ray_jobs.evaluate.uncertainty.model_comparison import COMPARED, compare, mcnemar, values_of
 from ray_jobs.train.metrics import binary_metrics
 
 HEAD, BASELINE, RUN = "head", "baseline", "run"
 
+_CERTAIN = tuple(name for name in METRICS if name not in BIASED)
 _NUM_SHOWN = 12
 
 
@@ -55,15 +56,18 @@ def analyse(
     """
     label_N, probability_N, weight_N = rows.label_N, rows.probability_N, rows.weight_N
     metrics = binary_metrics(label_N, probability_N, threshold, weight_N)
-    draws = DrawMetrics(label_N, probability_N, threshold, weight_N, _certain())
+    draws = DrawMetrics(label_N, probability_N, threshold, weight_N, _CERTAIN)
     intervals = bootstrap_intervals(draws.of, label_N, rows.group_N)
+    num_groups = None if rows.group_N is None else len(np.unique(rows.group_N))
+    # The tests of calibration and of predictions assume independent rows.
+    is_grouped = num_groups is not None and num_groups < len(label_N)
     return {
         **metrics,
-        "num_groups": None if rows.group_N is None else int(rows.group_N.max()) + 1,
+        "num_groups": num_groups,
         "intervals": {name: _as_list(intervals.get(name)) for name in METRICS},
-        "calibration": calibration_check(label_N, probability_N, weight_N),
-        "reliability": reliability_bins(label_N, probability_N, weight_N),
-        "comparisons": _comparisons(rows, threshold, others),
+        "calibration": None if is_grouped else calibration_check(label_N, probability_N, weight_N),
+        "reliability": reliability_diagram(label_N, probability_N, weight_N),
+        "comparisons": _comparisons(rows, threshold, others, is_grouped),
         "slices": slice_metrics(scored := _scored(rows, threshold)),
         "cohorts": cohorts(scored),
         "thresholds": _thresholds(rows, validation, costs),
@@ -83,32 +87,35 @@ def worst_rows(rows: EvaluatedRows, threshold: float) -> dict[str, list[int]]:
 
 
 def head_models(
-    rows: EvaluatedRows, heads: tuple[str, ...], validation: EvaluatedRows | None
+    rows: EvaluatedRows,
+    heads: tuple[str, ...],
+    threshold: float,
+    validation: EvaluatedRows | None,
 ) -> list[OtherModel]:
-    """Return each head as a model of its own, calibrated on the validation rows."""
-    from mm_model.calibration import fit_calibration, sigmoid
+    """Return each head as a model of its own, calibrated on the validation rows, the best first."""
+    from mm_model.calibration import fit_calibration, log_loss, sigmoid
 
     if validation is None or not validation.logits_NM.size or len(heads) < 2:
         return []
-    models = []
+    label_N, weight_N = validation.label_N, validation.weight_N
+    if weight_N is not None:
+        # As in `finalize`: the priors have the strength of a number of rows.
+        weight_N = weight_N / weight_N.mean()
+    models: list[tuple[float, OtherModel]] = []
     for m, head in enumerate(heads):
-        scale, bias = fit_calibration(
-            validation.logits_NM[:, m], validation.label_N, validation.weight_N
-        )
-        models.append(OtherModel(HEAD, head, sigmoid(scale * rows.logits_NM[:, m] + bias), 0.5))
-    return models
+        logit_N = validation.logits_NM[:, m]
+        scale, bias = fit_calibration(logit_N, label_N, weight_N)
+        model = OtherModel(HEAD, head, sigmoid(scale * rows.logits_NM[:, m] + bias), threshold)
+        models.append((log_loss(scale * logit_N + bias, label_N, weight_N), model))
+    return [model for _, model in sorted(models, key=lambda item: item[0])]
 
 
 def _as_list(interval: Interval) -> list[float] | None:
     return None if interval is None else list(interval)
 
 
-def _certain() -> tuple[str, ...]:
-    return tuple(name for name in METRICS if name not in BIASED)
-
-
 def _comparisons(
-    rows: EvaluatedRows, threshold: float, others: list[OtherModel]
+    rows: EvaluatedRows, threshold: float, others: list[OtherModel], is_grouped: bool
 ) -> list[dict[str, Any]]:
     label_N, weight_N = rows.label_N, rows.weight_N
     if not others:
@@ -121,18 +128,22 @@ def _comparisons(
         return (probability_N >= threshold) == (label_N == 1)
 
     ours = draws(rows.probability_N, threshold).of
-    theirs = {other.name: draws(other.probability_N, other.threshold).of for other in others}
+    theirs = {
+        str(i): draws(other.probability_N, other.threshold).of for i, other in enumerate(others)
+    }
     differences = compare(ours, theirs, label_N, rows.group_N)
     is_correct_N = correct(rows.probability_N, threshold)
     return [
         {
             "kind": other.kind,
             "name": other.name,
-            "metrics": values_of(theirs[other.name], len(label_N)),
-            "differences": differences[other.name],
-            "mcnemar": mcnemar(is_correct_N, correct(other.probability_N, other.threshold)),
+            "metrics": values_of(theirs[str(i)], len(label_N)),
+            "differences": differences[str(i)],
+            "mcnemar": None
+            if is_grouped
+            else mcnemar(is_correct_N, correct(other.probability_N, other.threshold)),
         }
-        for other in others
+        for i, other in enumerate(others)
     ]
 
 

@@ -63,24 +63,31 @@ def fit_baselines(
     columns += [WEIGHT] if manifest.is_weighted else []
     train = read_columns(folder, shards, columns)
     test = {name: numbers[name] for name in manifest.numeric_columns} | dict(words)
-    return predict_baselines(train, pa.table(test), manifest.numeric_columns, list(words))
+    if train.num_rows > MAX_ROWS:
+        train = train.take(np.random.default_rng(0).permutation(train.num_rows)[:MAX_ROWS])
+    weight_N = train[WEIGHT].to_numpy() if manifest.is_weighted else None
+    columns = (manifest.numeric_columns, list(words))
+    return predict_baselines(train, pa.table(test), *columns, weight_N)
 
 
 def predict_baselines(
-    train: pa.Table, test: pa.Table, numbers: Sequence[str], words: Sequence[str]
+    train: pa.Table,
+    test: pa.Table,
+    numbers: Sequence[str],
+    words: Sequence[str],
+    weight_N: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
-    """Return the probabilities (N,) of each baseline.
+    """Return the probabilities of each baseline.
 
     Args:
-        train: Training rows: label, numbers, words, and weight if the data has weights.
+        train: Training rows: label, numbers, words.
         test: Rows to predict: numbers and words.
         numbers: Columns of numbers.
         words: Columns of words.
+        weight_N: Weights of the training rows; by default, 1.
     """
-    if train.num_rows > MAX_ROWS:
-        train = train.take(np.random.default_rng(0).permutation(train.num_rows)[:MAX_ROWS])
     label = train[LABEL].to_numpy()
-    weight = train[WEIGHT].to_numpy() if WEIGHT in train.column_names else np.ones(len(label))
+    weight = np.ones(len(label)) if weight_N is None else weight_N
     rate = float(np.average(label, weights=weight))
     found = {BASE_RATE: np.full(test.num_rows, rate)}
     # Gradient boosting fails on columns without any value.
@@ -115,6 +122,7 @@ def _models(numbers: Sequence[str], words: Sequence[str]) -> dict[str, Any]:
         encoded_missing_value=np.nan,
         max_categories=_MAX_CATEGORIES,
     )
+    without: Any = False
     is_word: Any = [False] * len(numbers) + [True] * len(words)
     return {
         "logistic regression": make_pipeline(
@@ -123,6 +131,8 @@ def _models(numbers: Sequence[str], words: Sequence[str]) -> dict[str, Any]:
         ),
         "gradient boosting": make_pipeline(
             make_column_transformer(("passthrough", list(numbers)), (codes, list(words))),
-            HistGradientBoostingClassifier(categorical_features=is_word, random_state=0),
+            HistGradientBoostingClassifier(
+                categorical_features=is_word, early_stopping=without, random_state=0
+            ),
         ),
     }

@@ -1,4 +1,4 @@
-"""Collects what an evaluation knows about each row: label, predictions, columns.
+"""Collects the label, the predictions and the columns of each evaluated row.
 
 Shapes: N rows, M heads.
 """
@@ -19,6 +19,8 @@ from ray_jobs.predict.predictor import BRIGHTNESS, LOGITS, PROBABILITY
 from ray_jobs.predict.trained_run import TrainedRun
 from ray_jobs.storage.folder import Folder
 from ray_jobs.train.finalize import VALIDATION
+
+BRIGHTNESS_COLUMN = "(image brightness)"
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,10 @@ class EvaluatedRows:
         stored = read_columns(folder, shards, [KEY, *columns])
         numbers = {name: stored[name].to_numpy() for name in manifest.numeric_columns}
         if predicted[BRIGHTNESS].null_count < predicted.num_rows:
-            numbers["image brightness"] = predicted[BRIGHTNESS].to_numpy()
+            numbers[BRIGHTNESS_COLUMN] = predicted[BRIGHTNESS].to_numpy()
         group_N = None
         # Data that was prepared by an earlier version has no groups.
-        if GROUP in stored.column_names:
+        if manifest.prepare.group_column and GROUP in stored.column_names:
             group_N = np.unique(stored[GROUP].to_numpy(), return_inverse=True)[1]
         return cls(
             label_N=predicted[LABEL].to_numpy(),

@@ -13,7 +13,6 @@ Run:   python -m ray_jobs.evaluate --run runs/first --data prepared --split test
 """
 
 import io
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,7 @@ from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import EvaluateSpec
 from ray_jobs.config.text import NONE, count_text
 from ray_jobs.data.batch import FEATURES, KEY
-from ray_jobs.data.manifest import Manifest, Shard, read_manifest
+from ray_jobs.data.manifest import Manifest, read_manifest
 from ray_jobs.evaluate.evaluated_rows import EvaluatedRows
 from ray_jobs.explain.explanation import Explanation
 from ray_jobs.predict.predictor import PROBABILITY, connected, predict_rows
@@ -67,8 +66,10 @@ def evaluate_split(spec: EvaluateSpec) -> Evaluation:
     Raises:
         JobError: As in `evaluate`.
     """
+    from rich.console import Console
+
     from ray_jobs.evaluate.analysis import BASELINE, RUN, OtherModel, analyse, head_models
-    from ray_jobs.evaluate.baselines import training_shards
+    from ray_jobs.evaluate.baselines import fit_baselines, training_shards
     from ray_jobs.evaluate.evaluated_rows import num_shared_groups, validation_rows
     from ray_jobs.evaluate.model_card import MODEL_CARD, model_card
     from ray_jobs.evaluate.model_findings import model_findings
@@ -90,21 +91,28 @@ def evaluate_split(spec: EvaluateSpec) -> Evaluation:
         }
         rows = EvaluatedRows.of(predicted[spec.run], data, manifest, spec.split)
         train, reason = training_shards(run, data, manifest)
-        simple = {} if reason else _baselines(train, rows, data, manifest, spec)
-        explanation = _explanation(run, rows, data, manifest, spec)
+        simple: dict[str, np.ndarray] = {}
+        if spec.baselines and not reason:
+            arguments = (data, train, manifest, rows.numbers, rows.words)
+            simple, reason = _run_task("train the baselines", fit_baselines, arguments, spec, 0)
+        explanation, unexplained = _explanation(run, rows, data, manifest, spec)
     validation = validation_rows(run)
     others = [
-        *head_models(rows, run.heads, validation),
-        *(OtherModel(BASELINE, name, p_N, 0.5) for name, p_N in simple.items()),
+        *head_models(rows, run.heads, run.threshold, validation),
+        *(OtherModel(BASELINE, name, p_N, run.threshold) for name, p_N in (simple or {}).items()),
         *(
             OtherModel(RUN, path, predicted[path][PROBABILITY].to_numpy(), each.threshold)
             for path, each in other_runs.items()
         ),
     ]
     costs = (spec.cost_false_negative, spec.cost_false_positive)
-    metrics = analyse(rows, run.threshold, others, validation, costs)
+    with Console().status("compute intervals"):
+        metrics = analyse(rows, run.threshold, others, validation, costs)
     metrics["baselines_skipped"] = reason or None
+    metrics["explanation_skipped"] = unexplained or None
+    metrics["is_held_out"] = spec.split == "test"
     metrics["shared_groups"] = num_shared_groups(data, manifest, spec.split, train)
+    explanation = explanation or Explanation()
     metrics["explanation"] = explanation.figures(rows.keys)
     if rows.weight_N is not None:
         metrics["weight_column"] = manifest.prepare.weight_column
@@ -115,8 +123,8 @@ def evaluate_split(spec: EvaluateSpec) -> Evaluation:
     for name, content in plots.items():
         output.write_bytes(name, content)
     output.write_bytes(ROWS, _parquet(rows.table(run.heads)))
-    output.write_text(REPORT, html(metrics, findings, rows, explanation, manifest, spec))
     output.write_json(METRICS, metrics)
+    output.write_text(REPORT, html(metrics, findings, rows, explanation, manifest, spec))
     card = model_card(run, metrics, findings, spec)
     try:
         run.folder.write_text(MODEL_CARD, card)
@@ -138,39 +146,31 @@ def _predict(run: TrainedRun, source: PreparedRows, spec: EvaluateSpec, data: Fo
     return rows
 
 
-def _baselines(
-    train: Sequence[Shard],
-    rows: EvaluatedRows,
-    data: Folder,
-    manifest: Manifest,
-    spec: EvaluateSpec,
-) -> dict[str, np.ndarray]:
-    from ray_jobs.evaluate.baselines import fit_baselines
-
-    arguments = (data, train, manifest, rows.numbers, rows.words)
-    return _run_task("train the baselines", fit_baselines, arguments, spec, num_gpus=0)
-
-
 def _explanation(
     run: TrainedRun, rows: EvaluatedRows, data: Folder, manifest: Manifest, spec: EvaluateSpec
-) -> Explanation:
+) -> tuple[Explanation | None, str]:
+    """Return the explanation, or None and the reason."""
     from ray_jobs.evaluate.analysis import worst_rows
     from ray_jobs.explain.explain_run import explain_run
 
-    # The mean of several models, and models of features, are not explained.
-    if spec.explain == "none" or not run.heads or FEATURES in run.input_shapes:
-        return Explanation()
+    if spec.explain == "none":
+        return None, "--explain is none"
+    if not run.heads:
+        return None, "the model is the mean of several models"
+    if FEATURES in run.input_shapes:
+        return None, "the model takes features instead of images"
     shown = worst_rows(rows, run.threshold).values() if spec.explain == "rows" else ()
     indices = sorted({row for part in shown for row in part})
-    place = (spec.cpus_per_worker, spec.use_gpu)
-    arguments = (run, data, manifest, spec.split, indices, *place)
+    arguments = (
+        run, data, manifest, spec.split, rows.weight_N, indices, spec.cpus_per_worker, spec.use_gpu,
+    )  # fmt: skip
     return _run_task("explain the model", explain_run, arguments, spec, int(spec.use_gpu))
 
 
 def _run_task(
     what: str, function: Any, arguments: tuple[Any, ...], spec: EvaluateSpec, num_gpus: int
-) -> Any:
-    """Run a function on the cluster, and return its result."""
+) -> tuple[Any, str]:
+    """Run a function on the cluster; return its result, or None and the reason why it failed."""
     import ray
     from ray.exceptions import RayError
     from rich.console import Console
@@ -178,9 +178,10 @@ def _run_task(
     task = ray.remote(function).options(num_cpus=spec.cpus_per_worker, num_gpus=num_gpus)
     try:
         with Console().status(what):
-            return ray.get(task.remote(*arguments))
+            return ray.get(task.remote(*arguments)), ""
     except RayError as error:
-        raise JobError(f"could not {what}: {root_cause(error)}") from error
+        # The metrics do not depend on it.
+        return None, f"could not {what}: {root_cause(error)}"
 
 
 def _parquet(table: pa.Table) -> bytes:
@@ -199,7 +200,9 @@ def _comparison_table(metrics: dict[str, Any]) -> "Table":
     for other in metrics["comparisons"]:
         found = [other["differences"][name] for name in ("roc_auc", "log_loss")]
         cells = [
-            f"[{colors.get(each['verdict'], 'default')}]{each['difference']:+.3f}[/] "
+            NONE
+            if each["low"] is None
+            else f"[{colors.get(each['verdict'], 'default')}]{each['difference']:+.3f}[/] "
             f"({each['low']:+.3f} to {each['high']:+.3f})"
             for each in found
         ]
@@ -240,8 +243,9 @@ def _print(metrics: dict[str, Any], manifest: Manifest, spec: EvaluateSpec) -> N
     )
     if metrics["roc_auc"] is not None:
         console.print(_comparison_table(metrics))
-    if reason := metrics["baselines_skipped"]:
-        console.print(f"  without baselines: {escape(reason)}")
+    for what in ("baselines", "explanation"):
+        if reason := metrics[f"{what}_skipped"]:
+            console.print(f"  no {what}: {escape(reason)}")
     print_findings(Finding(**finding) for finding in metrics["findings"])
     output = Folder(spec.output)
     console.print(f"  [green]done[/green] → {escape(str(output))}/{REPORT}")

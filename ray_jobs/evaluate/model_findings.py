@@ -28,6 +28,7 @@ def model_findings(
         class_names: Names of the classes 0 and 1.
     """
     findings = [
+        *_split(metrics),
         *_classes(metrics, class_names),
         *_leaks(metrics),
         *_comparisons(metrics),
@@ -37,6 +38,22 @@ def model_findings(
         *_explanation(metrics["explanation"]),
     ]
     return tuple(sorted(findings, key=lambda finding: finding.severity != "warning"))
+
+
+def _split(metrics: Mapping[str, Any]) -> Iterator[Finding]:
+    if not metrics["is_held_out"]:
+        yield warning(
+            "not_held_out",
+            f"The {count_text(metrics['num_rows'], 'row')} were used to train, calibrate or select "
+            "the model, so the figures are too good",
+            "evaluate the test split",
+        )
+    groups = metrics["num_groups"]
+    if groups is not None and groups < _MIN_OF_CLASS:
+        yield note(
+            "few_groups",
+            f"The rows are of only {count_text(groups, 'group')}, so the intervals are too narrow",
+        )
 
 
 def _classes(metrics: Mapping[str, Any], class_names: Sequence[str]) -> Iterator[Finding]:
@@ -81,7 +98,7 @@ def _leaks(metrics: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def _comparisons(metrics: Mapping[str, Any]) -> Iterator[Finding]:
-    for kind, code in ((BASELINE, "worse_than_baseline"), (HEAD, "worse_than_branch")):
+    for kind, code in ((BASELINE, "worse_than_baseline"), (HEAD, "worse_than_head")):
         others = [other for other in metrics["comparisons"] if other["kind"] == kind]
         worse = [text for other in others if (text := _worse(other))]
         if worse:
@@ -106,11 +123,12 @@ def _worse(other: Mapping[str, Any]) -> str:
 
 def _calibration(metrics: Mapping[str, Any]) -> Iterator[Finding]:
     found = metrics["calibration"]
-    if found["p_value"] < _ALPHA:
+    if found is not None and found["p_value"] < _ALPHA:
         yield warning(
             "miscalibrated",
-            f"The calibration error is {found['ece']:.3f}; with right probabilities, it would be "
-            f"at most {found['high']:.3f} in 95 % of samples of {metrics['num_rows']:,} rows",
+            f"The calibration error is {found['ece']:.3f}; if the probabilities were right, it "
+            f"would be at most {found['high']:.3f} in 95 % of samples of "
+            f"{metrics['num_rows']:,} rows",
         )
 
 
@@ -130,13 +148,14 @@ def _explanation(explanation: Mapping[str, Any]) -> Iterator[Finding]:
     first, *others = explanation["importance"] or [{}]
     if (
         others
+        and not first["is_image"]
         and first["low"] > 0
         and _MIN_SHARE * first["log_loss"] > sum(max(other["log_loss"], 0) for other in others)
     ):
         yield warning(
             "one_column_decides",
             f"Permuting {', '.join(first['columns'])} increases the log loss by "
-            f"{first['log_loss']:.3f}, and permuting the other {count_text(len(others), 'column')} "
+            f"{first['log_loss']:.3f}; permuting the {count_text(len(others), 'other input')} "
             "hardly matters",
         )
     similarity = explanation["map_similarity"]
@@ -154,5 +173,5 @@ def _heads(blend: Mapping[str, float]) -> Iterator[Finding]:
         yield note(
             "head_without_vote",
             f"{len(silent)} of {len(blend)} heads ({', '.join(silent)}) have no weight in the "
-            "probability, because they contradicted the labels of the validation rows",
+            "probability, because they added nothing to the others on the validation rows",
         )

@@ -62,12 +62,13 @@ def html(
         tiles=_TILES,
         metric_names=METRIC_NAMES,
         slices=metrics["slices"][:_MAX_SLICES],
-        sheets=sheets if images else {},
+        sheets=sheets,
         images=images,
         columns=manifest.image.columns,
         rows=rows,
         branch=_best_branch(metrics),
         explanation=explanation,
+        grouped=metrics["calibration"] is None,
         leading=_leading(explanation),
         charts=_charts(metrics, rows),
         importance=chart(
@@ -81,13 +82,13 @@ def html(
 
 
 def _best_branch(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the comparison with the branch of the lowest log loss."""
-    branches = [c for c in metrics["comparisons"] if c["kind"] == HEAD and c["name"] != "joint"]
-    return min(branches, key=lambda other: other["metrics"]["log_loss"], default=None)
+    """Return the comparison with the branch of the lowest log loss on the validation rows."""
+    heads = (c for c in metrics["comparisons"] if c["kind"] == HEAD)
+    return next((head for head in heads if head["name"] != "joint"), None)
 
 
 def _charts(metrics: Mapping[str, Any], rows: EvaluatedRows) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = dict.fromkeys(("roc", "precision_recall", "thresholds", "decision"), "")
     if metrics["roc_auc"] is not None:
         found["roc"] = chart(_roc(rows), "ROC curve")
         found["precision_recall"] = chart(_precision_recall(rows), "Precision-recall curve")
@@ -133,7 +134,7 @@ def _reliability(metrics: Mapping[str, Any]) -> "Figure":
 
     bins = metrics["reliability"]
     figure = Figure()
-    _add_line(figure, "right probabilities", [0, 1], [0, 1], "var(--rest)", dash="dot")
+    _add_line(figure, "calibrated", [0, 1], [0, 1], "var(--rest)", dash="dot")
     figure.add_scatter(
         x=[b["probability"] for b in bins],
         y=[b["positives"] for b in bins],
@@ -247,6 +248,8 @@ def _importance(explanation: Explanation) -> "Figure | None":
         hovertemplate="%{y}: %{x:+.4f}<extra></extra>",
     )
     figure.update_xaxes(title={"text": "Increase in log loss"})
+    # By default, names that look like numbers or dates would become an axis of numbers.
+    figure.update_yaxes(type="category")
     return figure
 
 
@@ -257,6 +260,7 @@ def _dependence(found: Mapping[str, Any]) -> "Figure":
     if isinstance(values[0], str):
         names = [escape(value) for value in values]
         figure.add_bar(x=names, y=found["probability"], marker={"color": "var(--c1)"})
+        figure.update_xaxes(type="category")
     else:
         _add_line(figure, "probability", values, found["probability"], "var(--c1)")
     figure.update_yaxes(rangemode="tozero", title={"text": "Mean probability"})

@@ -23,13 +23,13 @@ MIN_ROWS = 20
 _LEVEL = 0.95
 _NUM_QUANTILES = 4
 _MAX_DEPTH = 3
-_MAX_WORDS = 20
+_MAX_WORDS = 50
 _MIN_COHORT = 0.02
 
 
 @dataclass(frozen=True)
 class ScoredRows:
-    """The evaluated rows with what slices are made of."""
+    """The evaluated rows with their losses and columns."""
 
     label_N: np.ndarray
     probability_N: np.ndarray
@@ -61,7 +61,7 @@ def slice_metrics(rows: ScoredRows) -> list[dict[str, Any]]:
     the slice minus that of the other rows, with its corrected 95 % interval `low` to `high`;
     `is_worse` says whether the interval is above 0.
     """
-    slices = [s for s in _slices(rows) if MIN_ROWS <= s.is_member_N.sum() < len(rows.label_N)]
+    slices = [part for part in _slices(rows) if _is_large_enough(rows, part.is_member_N)]
     found = [_metrics(rows, s, len(slices)) for s in slices]
     return sorted(found, key=lambda metrics: -metrics["log_loss"])
 
@@ -87,19 +87,19 @@ def cohorts(rows: ScoredRows) -> list[dict[str, Any]]:
     tree.fit(columns[fit_N], clipped_N[fit_N], rows.weight_N[fit_N])
     leaf_N = tree.apply(columns)
     found = []
-    paths = dict(_paths(tree.tree_, names))
+    paths, others = dict(_paths(tree.tree_, names)), _select(rows, ~fit_N)
     for leaf, conditions in paths.items():
         is_member_N = (leaf_N == leaf)[~fit_N]
-        if conditions and MIN_ROWS <= is_member_N.sum() < len(is_member_N):
+        if conditions and _is_large_enough(others, is_member_N):
             cohort = Slice("", " and ".join(conditions), is_member_N)
-            found.append(_metrics(_select(rows, ~fit_N), cohort, len(paths)))
+            found.append(_metrics(others, cohort, len(paths)))
     worse = [metrics for metrics in found if metrics["is_worse"]]
     return sorted(worse, key=lambda metrics: -metrics["log_loss"])
 
 
 def _slices(rows: ScoredRows) -> Iterator[Slice]:
     for column, values in rows.words.items():
-        for word in values.drop_null().unique().to_pylist():
+        for word in _frequent_words(values):
             equal_N = pa.compute.equal(values, word).fill_null(False)  # type: ignore[attr-defined]
             yield Slice(column, word, equal_N.to_numpy(zero_copy_only=False))
         yield Slice(column, "missing", values.is_null().to_numpy(zero_copy_only=False))
@@ -108,14 +108,33 @@ def _slices(rows: ScoredRows) -> Iterator[Slice]:
         yield Slice(column, "missing", ~known_N)
         if not known_N.any():
             continue
-        edges = np.unique(np.quantile(values_N[known_N], np.linspace(0, 1, _NUM_QUANTILES + 1)))
-        if len(edges) == 2:
-            # At least half of the values are equal.
-            edges = np.array([edges[0], edges[0], edges[1]])
+        known = np.sort(values_N[known_N])
+        edges = np.unique(np.quantile(known, np.linspace(0, 1, _NUM_QUANTILES + 1)))
+        frequent = known[len(known) // 2]
+        if len(edges) <= 3 or np.mean(known == frequent) > 0.5:
+            # Quartiles would divide rows with equal values, or hardly any rows.
+            yield Slice(column, number_text(float(frequent)), values_N == frequent)
+            yield Slice(column, f"below {number_text(float(frequent))}", values_N < frequent)
+            yield Slice(column, f"above {number_text(float(frequent))}", values_N > frequent)
+            continue
         for i, (low, high) in enumerate(itertools.pairwise(edges)):
             from_low_N = values_N >= low if i == 0 else values_N > low
             text = f"{number_text(low)} to {number_text(high)}"
             yield Slice(column, text, known_N & from_low_N & (values_N <= high))
+
+
+def _frequent_words(values: pa.Array) -> list[str]:
+    """Return the words with enough rows, the most frequent first."""
+    counts = values.drop_null().value_counts().to_pylist()
+    counts = sorted(counts, key=lambda count: (-count["counts"], count["values"]))
+    return [c["values"] for c in counts[:_MAX_WORDS] if c["counts"] >= MIN_ROWS]
+
+
+def _is_large_enough(rows: ScoredRows, is_member_N: np.ndarray) -> bool:
+    """Whether a slice and the other rows have enough rows and groups to be compared."""
+    if not MIN_ROWS <= is_member_N.sum() < len(is_member_N):
+        return False
+    return all(len(np.unique(rows.group_N[part])) > 1 for part in (is_member_N, ~is_member_N))
 
 
 def _metrics(rows: ScoredRows, part: Slice, num_slices: int) -> dict[str, Any]:
@@ -164,8 +183,6 @@ def _difference(rows: ScoredRows, member_N: np.ndarray, level: float) -> tuple[f
     by_group_G = np.bincount(rows.group_N, influence_N)
     num_groups = min(len(np.unique(rows.group_N[part])) for part in (member_N, ~member_N))
     difference = float(means[0] - means[1])
-    if num_groups < 2:
-        return difference, -np.inf, np.inf
     scale = num_groups / (num_groups - 1)
     margin = t.ppf((1 + level) / 2, num_groups - 1) * np.sqrt(scale * (by_group_G**2).sum())
     return difference, float(difference - margin), float(difference + margin)
@@ -179,8 +196,7 @@ def _features(rows: ScoredRows) -> tuple[np.ndarray, list[tuple[str, str | None]
     columns: list[np.ndarray] = list(rows.numbers.values())
     names: list[tuple[str, str | None]] = [(column, None) for column in rows.numbers]
     for column, values in rows.words.items():
-        counts = sorted(values.drop_null().value_counts().to_pylist(), key=lambda c: -c["counts"])
-        for word in [count["values"] for count in counts[:_MAX_WORDS]]:
+        for word in _frequent_words(values):
             equal = pa.compute.equal(values, word).fill_null(False)  # type: ignore[attr-defined]
             columns.append(equal.to_numpy(zero_copy_only=False).astype(np.float64))
             names.append((column, word))

@@ -48,7 +48,8 @@ class ThresholdCounts:
         positives_U = np.bincount(index_N, weight_N * label_N, len(values_U))
         negatives_U = np.bincount(index_N, weight_N * (1 - label_N), len(values_U))
         if threshold_T is None:
-            ends = [values_U[0] / 2], [(1 + values_U[-1]) / 2]
+            above = max((1 + values_U[-1]) / 2, np.nextafter(values_U[-1], 2))
+            ends = [values_U[0] / 2], [above]
             threshold_T = np.concatenate([ends[0], (values_U[1:] + values_U[:-1]) / 2, ends[1]])
         first_T = np.searchsorted(values_U, threshold_T)
         tp_T, fp_T = (

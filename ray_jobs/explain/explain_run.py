@@ -10,7 +10,7 @@ import numpy as np
 
 from ray_jobs.cluster.worker_group import import_keras
 from ray_jobs.config.prepare_spec import Split
-from ray_jobs.data.batch import CATEGORY, IMAGE, LABEL, NUMERIC, TEXT, WEIGHT
+from ray_jobs.data.batch import CATEGORY, IMAGE, LABEL, NUMERIC, TEXT
 from ray_jobs.data.manifest import Manifest
 from ray_jobs.explain.explanation import Explanation
 from ray_jobs.inspect.shard_scan import read_columns
@@ -19,8 +19,9 @@ from ray_jobs.storage.folder import Folder
 from ray_jobs.train.finalize import MODEL
 
 SAMPLE_ROWS = 500
-"""Rows that importance and partial dependence are measured on."""
+"""Maximum number of rows that importance and partial dependence are measured on."""
 
+_MAX_ENCODED_ROWS = 100  # texts are encoded again whenever a column changes
 _NUM_DEPENDENCES = 4
 _BATCH = 32
 _MAX_BYTES = 1 << 28
@@ -31,6 +32,7 @@ def explain_run(
     folder: Folder,
     manifest: Manifest,
     split: Split,
+    weight_N: np.ndarray | None,
     shown: Sequence[int],
     num_cpus: float,
     use_gpu: bool,
@@ -42,6 +44,7 @@ def explain_run(
         folder: Prepared data.
         manifest: Its manifest.
         split: The split with the rows.
+        weight_N: Weights of the split's rows; by default, 1.
         shown: Indices of the rows to explain one by one; none skips them.
         num_cpus: CPUs for this process.
         use_gpu: Whether it uses a GPU.
@@ -49,10 +52,9 @@ def explain_run(
     os.environ["KERAS_BACKEND"] = "tensorflow"
     import_keras()
     from mm_model import load_model
-    from mm_model.model_parts import IMAGE_FEATURES, CutModel, column_names
+    from mm_model.model_parts import ENCODED_COLUMNS, IMAGE_FEATURES, CutModel
     from ray_jobs.cluster.strategy import set_devices
     from ray_jobs.explain.importance import (
-        IMAGE_COLUMN,
         ModelRows,
         missing_modalities,
         partial_dependence,
@@ -62,11 +64,21 @@ def explain_run(
     set_devices(num_cpus, use_gpu)
     with tempfile.TemporaryDirectory() as local:
         model: Any = load_model(run.folder.download(MODEL, f"{local}/model.keras"))
-    info = manifest.splits[split]
-    cut = CutModel(model, IMAGE_FEATURES)
-    num_rows = max(min(SAMPLE_ROWS, _MAX_BYTES // max(cut.row_bytes, 1)), 1)
-    chosen = np.random.default_rng(0).permutation(info.num_rows)[:num_rows]
-    batch = _read(run, folder, manifest, split, np.sort(chosen))
+    cut, encoder = CutModel(model, IMAGE_FEATURES), CutModel(model, ENCODED_COLUMNS)
+    row_bytes = cut.row_bytes * max(len(manifest.image.columns), 1)
+    limit = _MAX_ENCODED_ROWS if model.text_backbone else SAMPLE_ROWS
+    limit = max(min(limit, _MAX_BYTES // max(row_bytes, 1)), 1)
+    num_rows = manifest.splits[split].num_rows
+    chosen = np.sort(np.random.default_rng(0).permutation(num_rows)[:limit])
+    parts: list[dict[str, np.ndarray]] = []
+    for start in range(0, len(chosen), _BATCH):
+        batch = _read(run, folder, manifest, split, chosen[start : start + _BATCH])
+        inputs = {name: batch[name] for name in run.input_shapes}
+        tensors = {**cut.tensors(inputs), **encoder.tensors(inputs)}
+        small = {name: values for name, values in inputs.items() if name != IMAGE}
+        tensors = {name: np.asarray(tensor) for name, tensor in tensors.items()}
+        parts.append({**small, **tensors, LABEL: batch[LABEL]})
+    sample = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     words = {v.column: v.words for v in run.manifest.vocabularies}
     columns = {
         NUMERIC: run.manifest.numeric_columns,
@@ -74,22 +86,20 @@ def explain_run(
         TEXT: () if run.text is None else run.text.columns,
     }
     columns = {name: names for name, names in columns.items() if name in run.input_shapes}
-    inputs = {name: batch[name] for name in run.input_shapes}
     rows = ModelRows(
         model=cut,
-        inputs={name: values for name, values in inputs.items() if name != IMAGE},
-        tensors=_tensors(cut, inputs),
+        inputs={name: sample[name] for name in run.input_shapes if name != IMAGE},
+        tensors={name: sample[name] for name in cut.names},
         columns=columns,
-        label_N=batch[LABEL][:, 0].astype(np.int64),
-        weight_N=batch[WEIGHT][:, 0].astype(np.float64),
+        label_N=sample[LABEL][:, 0].astype(np.int64),
+        weight_N=np.ones(len(chosen)) if weight_N is None else weight_N[chosen],
         is_image_optional=run.manifest.image.optional,
     )
     importance = permutation_importance(rows)
-    leading = [n for entry in importance for n in entry["columns"]]
-    changeable = [n for n in leading if n != IMAGE_COLUMN and n not in columns.get(TEXT, ())]
+    leading = [n for entry in importance if not entry["is_image"] for n in entry["columns"]]
     dependences = [
         partial_dependence(rows, name, words.get(name, ()))
-        for name in changeable[:_NUM_DEPENDENCES]
+        for name in [n for n in leading if n not in columns.get(TEXT, ())][:_NUM_DEPENDENCES]
     ]
     explanation = Explanation(
         num_rows=len(chosen),
@@ -100,31 +110,31 @@ def explain_run(
     if not shown:
         return explanation
     own = _read(run, folder, manifest, split, np.array(sorted(shown)))
-    own_inputs = {name: own[name] for name in run.input_shapes}
-    encoded = column_names(model, run.manifest.numeric_columns, list(words))
-    return replace(explanation, **_explain_rows(model, own_inputs, sorted(shown), inputs, encoded))
+    inputs = {name: own[name] for name in run.input_shapes}
+    average = {name: sample[name].mean(axis=0) for name in encoder.names}
+    return replace(explanation, **_explain_rows(run, model, inputs, sorted(shown), average))
 
 
 def _explain_rows(
+    run: TrainedRun,
     model: Any,
     inputs: dict[str, np.ndarray],
     shown: list[int],
-    sample: dict[str, np.ndarray],
-    encoded: dict[str, list[str]],
+    average: dict[str, np.ndarray],
 ) -> dict[str, Any]:
     """Return the fields of an `Explanation` on single rows."""
-    from mm_model.model_parts import ENCODED_COLUMNS, CutModel, has_image_map
+    from mm_model.model_parts import column_names, has_image_map
     from ray_jobs.explain.row_maps import column_contributions, grad_cam, map_similarity
 
     found: dict[str, Any] = {}
     if IMAGE in inputs and has_image_map(model):
-        maps = grad_cam(model, inputs)
+        maps = grad_cam(model, inputs, run.threshold)
         found["map_similarity"] = map_similarity(model, inputs, maps)
         by_row = maps.reshape(len(shown), -1, *maps.shape[1:])
         found["maps"] = dict(zip(shown, by_row, strict=True))
-    if encoded:
-        cut = CutModel(model, ENCODED_COLUMNS)
-        average = {n: values.mean(axis=0) for n, values in _tensors(cut, sample).items()}
+    if average:
+        words = [vocabulary.column for vocabulary in run.manifest.vocabularies]
+        encoded = column_names(model, run.manifest.numeric_columns, words)
         contributions = column_contributions(model, inputs, encoded, average)
         found["contributions"] = dict(zip(shown, contributions, strict=True))
     return found
@@ -136,13 +146,3 @@ def _read(
     """Return some rows of a split as a batch."""
     table = read_columns(folder, manifest.splits[split], run.decoder.columns, rows_R)
     return run.decoder.decode(table)
-
-
-def _tensors(cut: Any, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return the tensors between the two parts of a model, computed batch by batch."""
-    num_rows = len(next(iter(inputs.values())))
-    parts = [
-        cut.tensors({name: values[start : start + _BATCH] for name, values in inputs.items()})
-        for start in range(0, num_rows if cut.names else 0, _BATCH)
-    ]
-    return {name: np.concatenate([np.asarray(part[name]) for part in parts]) for name in cut.names}

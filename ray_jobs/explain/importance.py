@@ -14,8 +14,6 @@ import numpy as np
 from mm_model.model_parts import CutModel
 from ray_jobs.data.batch import CATEGORY, IMAGE_MASK, NUMERIC, TEXT, TEXT_MASK
 
-IMAGE_COLUMN = "image"
-
 _NUM_REPEATS = 5
 _BATCH = 256
 _CORRELATED = 0.8
@@ -24,7 +22,7 @@ _GRID = 15
 
 @dataclass(frozen=True)
 class ModelRows:
-    """N rows with what the upper part of a model takes."""
+    """N rows, and the upper part of a model that predicts them."""
 
     model: CutModel
     inputs: Mapping[str, np.ndarray]
@@ -54,7 +52,12 @@ class ModelRows:
         return sigmoid(np.concatenate(logits).astype(np.float64))
 
     def permuted(self, names: Sequence[str], order_N: np.ndarray) -> dict[str, np.ndarray]:
-        """Return inputs and tensors in which some columns have the values of other rows."""
+        """Return inputs and tensors in which some columns have the values of other rows.
+
+        Args:
+            names: Columns; none stands for the images.
+            order_N: The row whose values each row gets.
+        """
         changes: dict[str, np.ndarray] = {}
         for source, columns in self.columns.items():
             chosen = [i for i, column in enumerate(columns) if column in names]
@@ -62,7 +65,8 @@ class ModelRows:
                 if chosen:
                     changes[name] = self.inputs[name].copy()
                     changes[name][:, chosen] = self.inputs[name][order_N][:, chosen]
-        if IMAGE_COLUMN in names:
+        if not names:
+            changes = {n: self.inputs[n][order_N] for n in self.inputs if n == IMAGE_MASK}
             for name, values in self.tensors.items():
                 by_row = values.reshape(len(order_N), -1, *values.shape[1:])
                 changes[name] = by_row[order_N].reshape(values.shape)
@@ -72,15 +76,20 @@ class ModelRows:
 def permutation_importance(rows: ModelRows) -> list[dict[str, Any]]:
     """Return how much worse the model is if columns have the values of other rows, worst first.
 
-    Each entry has its `columns`, the increase in `log_loss` with its 95 % interval over rows `low`
-    to `high`, and the decrease in `roc_auc` (Breiman 2001, "Random Forests", section 10). Numbers
-    that are strongly correlated are permuted together, because each could replace the others.
+    Each entry has its `columns`, whether it `is_image`, the increase in `log_loss` with its 95 %
+    interval over rows `low` to `high`, and the decrease in `roc_auc` (Breiman 2001, "Random
+    Forests", section 10). Numbers that are strongly correlated are permuted together, because each
+    could replace the others.
     """
     rng = np.random.default_rng(0)
     orders = [rng.permutation(len(rows.label_N)) for _ in range(_NUM_REPEATS)]
     before_N = rows.probability({})
     found = [
-        {"columns": names, **_damage(rows, before_N, [rows.permuted(names, o) for o in orders])}
+        {
+            "columns": names or ["image"],
+            "is_image": not names,
+            **_damage(rows, before_N, [rows.permuted(names, order) for order in orders]),
+        }
         for names in _groups(rows)
     ]
     return sorted(found, key=lambda entry: -entry["log_loss"])
@@ -117,7 +126,8 @@ def partial_dependence(
     """Return the mean probability of all rows if a column has the same value in all of them.
 
     Source: Friedman 2001, "Greedy function approximation", section 8.2. Numbers take quantiles of
-    the rows, categories their `words`. Returns None if the column has fewer than two values.
+    the rows, categories those of the `words` that occur. Returns None if a column has fewer than
+    two values.
     """
     (source,) = [name for name, columns in rows.columns.items() if column in columns]
     index = list(rows.columns[source]).index(column)
@@ -163,7 +173,7 @@ def _damage(
 
 
 def _groups(rows: ModelRows) -> list[list[str]]:
-    """Return the columns, with strongly correlated numbers together."""
+    """Return the columns, with strongly correlated numbers together; no column for the images."""
     from scipy.cluster.hierarchy import fcluster, linkage
     from scipy.stats import rankdata
 
@@ -183,7 +193,7 @@ def _groups(rows: ModelRows) -> list[list[str]]:
             for k in dict.fromkeys(cluster)
         ]
     groups += [[name] for source in (CATEGORY, TEXT) for name in rows.columns.get(source, ())]
-    return [*groups, [IMAGE_COLUMN]] if rows.tensors else groups
+    return [*groups, []] if rows.tensors else groups
 
 
 def _rows(values: np.ndarray, num_rows: int, part: slice) -> np.ndarray:

@@ -13,15 +13,16 @@ from mm_model.model_parts import ENCODED_COLUMNS, IMAGE_FEATURES, IMAGE_MAP, Cut
 _STEPS = 32
 
 
-def grad_cam(model: Any, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+def grad_cam(model: Any, inputs: Mapping[str, np.ndarray], threshold: float = 0.5) -> np.ndarray:
     """Return how much each position of the feature map adds to the predicted class (I, H, W).
 
     Grad-CAM (Selvaraju et al. 2017, arXiv 1610.02391, equations 1 and 2) of the calibrated logit,
-    or of its negative for rows with a negative logit. Maps are not normalized.
+    or of its negative for rows below the threshold. Maps are not normalized.
 
     Args:
         model: A `FusionModel` with a convolutional backbone.
         inputs: Inputs of the model.
+        threshold: Decision threshold.
     """
     import tensorflow as tf
 
@@ -31,17 +32,20 @@ def grad_cam(model: Any, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
     with tf.GradientTape() as tape:
         tape.watch(map_IHWF)
         logit_B1: Any = cut.logit({IMAGE_MAP: map_IHWF}, inputs)
-        score = tf.reduce_sum(tf.abs(logit_B1))
+        score = tf.reduce_sum(tf.abs(logit_B1 - np.float32(np.log(threshold / (1 - threshold)))))
     gradient: Any = tape.gradient(score, map_IHWF)
     weight = tf.reduce_mean(gradient, axis=(1, 2), keepdims=True)
     return np.asarray(tf.nn.relu(tf.reduce_sum(weight * map_IHWF, axis=-1)))
 
 
-def map_similarity(model: Any, inputs: Mapping[str, np.ndarray], maps_IHW: np.ndarray) -> float:
+def map_similarity(
+    model: Any, inputs: Mapping[str, np.ndarray], maps_IHW: np.ndarray
+) -> float | None:
     """Return the rank correlation of maps with those of the same model with shuffled weights.
 
     The closer to 0, the more the maps depend on what the model has learned (Adebayo et al. 2018,
-    "Sanity Checks for Saliency Maps", arXiv 1810.03292). The weights are restored.
+    "Sanity Checks for Saliency Maps", arXiv 1810.03292). The weights are restored. Returns None if
+    no map differs between its positions in both models.
     """
     from scipy.stats import spearmanr
 
@@ -56,7 +60,7 @@ def map_similarity(model: Any, inputs: Mapping[str, np.ndarray], maps_IHW: np.nd
         for one, other in zip(maps_IHW, others_IHW, strict=True)
         if np.ptp(one) > 0 and np.ptp(other) > 0
     ]
-    return float(np.mean(correlations)) if correlations else 0.0
+    return float(np.mean(correlations)) if correlations else None
 
 
 def column_contributions(

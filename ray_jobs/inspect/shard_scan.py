@@ -126,7 +126,7 @@ def read_columns(
 def read_thumbnails(
     folder: Folder, manifest: Manifest, images: Iterable[ImageRef]
 ) -> dict[tuple[Split, int, str], bytes]:
-    """Return small JPEGs by split, row and column, without those of unreadable images."""
+    """Return small JPEGs by split, row and column, without missing and unreadable images."""
     wanted: dict[tuple[Split, str], set[int]] = defaultdict(set)
     for image in images:
         wanted[image.split, image.column].add(image.row)
@@ -136,6 +136,8 @@ def read_thumbnails(
         rows_R = np.array(sorted(rows), np.int64)
         table = read_columns(folder, manifest.splits[split], [column], rows_R)
         for row, content in zip(rows_R, table.column(0), strict=True):
+            if not content.is_valid:
+                continue
             if manifest.image.encoding == "raw":
                 pixels = np.frombuffer(content.as_py(), np.uint8).reshape(shape)
             else:

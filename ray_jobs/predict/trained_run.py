@@ -34,7 +34,7 @@ class TrainedRun:
     heads: tuple[str, ...] = ()
     """Names of the heads whose logits are blended; empty for the mean of several models."""
     blend: Mapping[str, float] = field(default_factory=dict)
-    """Weight of each head in the blend; empty if the summary has none."""
+    """Weight of each head in the blend; empty if the heads are not blended."""
 
     @property
     def takes_images(self) -> bool:
@@ -82,6 +82,7 @@ def open_run(path: str) -> TrainedRun:
             config = json.loads(archive.read("config.json"))
         # The models of a `MeanModel` have the same inputs.
         heads = tuple(config["config"].get("heads", ()))
+        blends = config["config"].get("blend", False)
         first, *_ = config["config"].get("models", [config])
         network = first["config"]["network"]["config"]
         input_shapes = {
@@ -96,7 +97,7 @@ def open_run(path: str) -> TrainedRun:
     try:
         summary = folder.read_json(SUMMARY)
         threshold = float(summary["decision_threshold"])
-        blend = dict(summary.get("calibration", {}).get("blend", {}))
+        blend = summary.get("calibration", {}).get("blend", {}) if blends else {}
     except (ValueError, KeyError, TypeError) as error:
         raise JobError(f"{folder}/{SUMMARY} is damaged: {error}; choose another run") from error
     text = None

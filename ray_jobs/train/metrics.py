@@ -100,7 +100,7 @@ def reliability(
     With weights, the rows are their total weight. Empty bins have NaN.
     """
     label, probability = _validated(label, probability)
-    bins = reliability_bins(probability)
+    bins = bin_of(probability)
     rows = np.bincount(bins, weight, minlength=ECE_BINS)
     filled = np.where(rows > 0, rows, np.nan)
     weight = np.ones(len(label)) if weight is None else weight
@@ -109,7 +109,7 @@ def reliability(
     return rows, mean_probability, fraction
 
 
-def reliability_bins(probability: np.ndarray) -> np.ndarray:
+def bin_of(probability: np.ndarray) -> np.ndarray:
     """Return the index of each probability's bin.
 
     Bins include their upper edge, and the first one also 0, as in scikit-learn's

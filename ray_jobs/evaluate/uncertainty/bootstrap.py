@@ -17,7 +17,7 @@ LEVEL = 0.95
 K = TypeVar("K", bound=Hashable)
 
 Interval = tuple[float, float] | None
-"""Lower and upper end; None if the statistic is undefined for some draws."""
+"""Lower and upper end; None if undefined, also for some draws."""
 
 # A few arrays of this many numbers fit in a processor's cache.
 _MAX_COUNTS = 1 << 19
@@ -29,7 +29,7 @@ def bootstrap_intervals(
     group_N: np.ndarray | None = None,
     num_draws: int = 1000,
 ) -> dict[K, Interval]:
-    """Return the 95 % interval of each statistic.
+    """Return the 95 % interval of each statistic; None for all if there is only one row or group.
 
     Args:
         statistics: Computes statistics (D,) by name, given how often each row was drawn (D, N); NaN
@@ -38,6 +38,9 @@ def bootstrap_intervals(
         group_N: Index of each row's group; by default, rows are drawn one by one.
         num_draws: Number of draws.
     """
+    num_units = len(label_N) if group_N is None else len(np.unique(group_N))
+    if num_units < 2:
+        return dict.fromkeys(statistics(np.ones((1, len(label_N)), np.uint16)))
     drawn = [statistics(counts_DN) for counts_DN in draw_rows(label_N, group_N, num_draws)]
     return {name: _interval(np.concatenate([d[name] for d in drawn])) for name in drawn[0]}
 

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ray_jobs.train.metrics import ECE_BINS, expected_calibration_error, reliability
-from ray_jobs.train.metrics import reliability_bins as bins_of
+from ray_jobs.train.metrics import ECE_BINS, bin_of, reliability
 
 _NUM_DRAWS = 1000
 _MAX_NUMBERS = 1 << 22
@@ -22,29 +21,33 @@ def calibration_check(
 
     On few rows, the calibration error is above 0 even for right probabilities. `expected` is its
     mean, and `high` its 95 % quantile, over labels drawn from the probabilities; `p_value` is the
-    fraction of draws with at least the found error (Bröcker and Smith 2007, "Increasing the
-    Reliability of Reliability Diagrams", section 3b).
+    fraction of draws with at least the found error (after Bröcker and Smith 2007, "Increasing the
+    Reliability of Reliability Diagrams", section 3b, who also draw the probabilities). Assumes
+    independent rows.
     """
-    found = expected_calibration_error(label_N, probability_N, weight_N)
     weight_N = np.ones(len(label_N)) if weight_N is None else weight_N
-    bins_NK = np.arange(ECE_BINS) == bins_of(probability_N)[:, None]
+    bins_NK = np.arange(ECE_BINS) == bin_of(probability_N)[:, None]
+
+    def errors(label_DN: np.ndarray) -> np.ndarray:
+        gap_DN = (probability_N - label_DN) * weight_N
+        return np.abs(gap_DN @ bins_NK).sum(axis=1) / weight_N.sum()
+
     rng, drawn = np.random.default_rng(0), list[np.ndarray]()
     size = max(_MAX_NUMBERS // len(label_N), 1)
     for start in range(0, _NUM_DRAWS, size):
         shape = (min(size, _NUM_DRAWS - start), len(label_N))
-        gap_DN = (probability_N - (rng.random(shape) < probability_N)) * weight_N
-        drawn.append(np.abs(gap_DN @ bins_NK).sum(axis=1) / weight_N.sum())
-    errors_D = np.concatenate(drawn)
+        drawn.append(errors((rng.random(shape) < probability_N).astype(np.float64)))
+    errors_D, (found,) = np.concatenate(drawn), errors(label_N[None].astype(np.float64))
     return {
-        "ece": found,
+        "ece": float(found),
         "expected": float(errors_D.mean()),
         "high": float(np.quantile(errors_D, 0.95)),
         # The found error counts as one of the draws, so that the value is never 0.
-        "p_value": float((1 + (errors_D >= found).sum()) / (1 + len(errors_D))),
+        "p_value": float((1 + (errors_D >= found - 1e-9).sum()) / (1 + len(errors_D))),
     }
 
 
-def reliability_bins(
+def reliability_diagram(
     label_N: np.ndarray, probability_N: np.ndarray, weight_N: np.ndarray | None = None
 ) -> list[dict[str, Any]]:
     """Return the rows of each bin that has any, and its fraction of positives with an interval.
@@ -55,7 +58,7 @@ def reliability_bins(
     """
     _, mean_K, fraction_K = reliability(label_N, probability_N, weight_N)
     weight_N = np.ones(len(label_N)) if weight_N is None else weight_N
-    bin_N = bins_of(probability_N)
+    bin_N = bin_of(probability_N)
     num_K = np.bincount(bin_N, minlength=ECE_BINS)
     found: list[dict[str, Any]] = []
     for k in np.flatnonzero(num_K):

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from ray_jobs.train.metrics import ECE_BINS, reliability_bins
+from ray_jobs.train.metrics import ECE_BINS, bin_of
 
 METRICS = (
     "accuracy", "balanced_accuracy", "roc_auc", "pr_auc", "log_loss", "brier", "ece", "precision",
@@ -120,7 +120,7 @@ def _sum_columns(
     ]
     columns = [*cells, log_loss_N, gap_N**2]
     if with_bins:
-        bins_NK = np.arange(ECE_BINS) == reliability_bins(probability_N)[:, None]
+        bins_NK = np.arange(ECE_BINS) == bin_of(probability_N)[:, None]
         columns.append(gap_N[:, None] * bins_NK)
     return np.column_stack(columns)
 

@@ -159,6 +159,7 @@ def _compare(
             run=str(run_folder(run)),
             data=spec.data.prepared,
             output=str(folder / EVALUATIONS / name),
+            baselines=False,
             explain="none",
             use_gpu=spec.train.use_gpu,
             cpus_per_worker=spec.train.cpus_per_worker,

@@ -30,8 +30,8 @@ def test_the_baselines_learn_from_numbers_and_words_with_missing_and_new_values(
 
 def test_the_baselines_are_weighted():
     label, weight = np.r_[np.zeros(50), np.ones(50)], np.r_[np.ones(50), np.full(50, 3.0)]
-    train = pa.table({"label": label, "number": np.ones(100), "weight": weight})
-    found = predict_baselines(train, train, ["number"], [])
+    train = pa.table({"label": label, "number": np.ones(100)})
+    found = predict_baselines(train, train, ["number"], [], weight)
     for name, probability in found.items():
         assert probability == pytest.approx(0.75, abs=0.01), name
 

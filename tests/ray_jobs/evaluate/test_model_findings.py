@@ -21,9 +21,10 @@ def findings(
     blend: dict | None = None,
     explanation: Explanation | None = None,
     shared_groups: int = 0,
+    is_held_out: bool = True,
 ) -> dict[str, Finding]:
     metrics = analyse(rows, 0.5, others or [], None)
-    metrics["shared_groups"] = shared_groups
+    metrics |= {"shared_groups": shared_groups, "is_held_out": is_held_out}
     metrics["explanation"] = (explanation or Explanation()).figures(())
     return {f.code: f for f in model_findings(metrics, blend or {}, ("healthy", "ill"))}
 
@@ -57,7 +58,7 @@ def test_a_good_model_has_no_findings():
             simulate(probability_N=np.clip(RANDOM, 0.01, 0.99)),
             [OtherModel(HEAD, "numeric", GOOD.probability_N, 0.5)],
             {},
-            "worse_than_branch",
+            "worse_than_head",
             "warning",
             r"worse than 1 of 1 head: numeric, ROC AUC -0\.\d+",
         ),
@@ -67,7 +68,7 @@ def test_a_good_model_has_no_findings():
             {},
             "miscalibrated",
             "warning",
-            r"The calibration error is 0\.\d+; with right probabilities",
+            r"The calibration error is 0\.\d+; if the probabilities were right",
         ),
         (
             with_bad_cohort(GOOD),
@@ -87,6 +88,12 @@ def test_each_fault_is_found(rows, others, blend, code, severity, text):
     assert re.search(text, found.text)
 
 
+def test_rows_that_were_used_in_training_and_few_groups_are_found():
+    assert set(findings(GOOD, is_held_out=False)) == {"not_held_out"}
+    groups = simulate(group_N=np.arange(2000) % 12)
+    assert findings(groups)["few_groups"].text.startswith("The rows are of only 12 groups")
+
+
 def test_leaks_are_found():
     groups = simulate(group_N=np.arange(2000) // 2)
     found = findings(groups, shared_groups=3)["group_straddles_splits"]
@@ -98,9 +105,9 @@ def test_leaks_are_found():
 
 
 def test_faults_of_what_the_model_looks_at_are_found():
-    def importance(*increases: float) -> list[dict]:
+    def importance(*increases: float, is_image: bool = False) -> list[dict]:
         return [
-            {"columns": [f"c{i}"], "log_loss": x, "low": x - 0.001, "high": x + 0.001}
+            {"columns": [f"c{i}"], "is_image": is_image and i == 0, "log_loss": x, "low": x - 0.001}
             for i, x in enumerate(increases)
         ]
 
@@ -110,6 +117,8 @@ def test_faults_of_what_the_model_looks_at_are_found():
     found = findings(GOOD, explanation=alone)
     assert set(found) == {"one_column_decides", "maps_ignore_training"}
     assert "Permuting c0 increases the log loss by 0.300" in found["one_column_decides"].text
+    image = Explanation(importance=importance(0.3, 0.01, is_image=True))
+    assert findings(GOOD, explanation=image) == {}
     noise = Explanation(importance=importance(0.0005, 0.0))
     assert findings(GOOD, explanation=noise) == {}
 
@@ -130,6 +139,6 @@ def test_every_code_is_explained_in_the_documentation_and_no_other():
         for code in (*call.findall(path.read_text()), *variable.findall(path.read_text()))
     }
     # These codes are not written as literals.
-    used |= {"rows", "worse_than_baseline", "worse_than_branch"}
+    used |= {"rows", "worse_than_baseline", "worse_than_head"}
     used |= {f"{kind}_image" for kind in ("unreadable", "black", "white", "flat")}
     assert set(documented) == used

@@ -5,7 +5,7 @@ from sklearn.calibration import calibration_curve
 
 from ray_jobs.evaluate.uncertainty.calibration_check import (
     calibration_check,
-    reliability_bins,
+    reliability_diagram,
     wilson_interval,
 )
 from tests.ray_jobs.evaluate.simulated import simulate
@@ -26,7 +26,7 @@ def test_right_probabilities_pass_in_19_of_20_datasets_and_wrong_ones_do_not():
 
 def test_bins_are_those_of_scikit_learn_with_wilsons_intervals():
     rows = simulate(400)
-    bins = reliability_bins(rows.label_N, rows.probability_N)
+    bins = reliability_diagram(rows.label_N, rows.probability_N)
     fraction, mean = calibration_curve(rows.label_N, rows.probability_N, n_bins=15)
     assert [b["positives"] for b in bins] == pytest.approx(fraction.tolist())
     assert [b["probability"] for b in bins] == pytest.approx(mean.tolist())
@@ -36,9 +36,9 @@ def test_bins_are_those_of_scikit_learn_with_wilsons_intervals():
         assert (b["low"], b["high"]) == pytest.approx((expected.low, expected.high), abs=1e-6)
     assert wilson_interval(0.0, 10)[0] == 0.0
     # Equal weights change nothing; of unequal ones, the small weights hardly count.
-    assert reliability_bins(rows.label_N, rows.probability_N, np.full(400, 3.0)) == [
+    assert reliability_diagram(rows.label_N, rows.probability_N, np.full(400, 3.0)) == [
         pytest.approx(b) for b in bins
     ]
     label, weight = np.array([0, 1, 1, 0, 0, 0]), np.array([1, 1, 1, 1, 1e-9, 1e-9])
-    (uneven,) = reliability_bins(label, np.full(6, 0.5), weight)
+    (uneven,) = reliability_diagram(label, np.full(6, 0.5), weight)
     assert (uneven["low"], uneven["high"]) == pytest.approx(wilson_interval(0.5, 4))
