@@ -1,9 +1,9 @@
 """Compares image branches and fusions on HAM10000 by cross-validation with five folds.
 
-Method: `cross_validate` with the preset `ham10000.yaml` and the changes below. All models are scored
-on the same out-of-fold rows; the mean of the folds' models is also scored on the test rows. Lite0 is
-EfficientNet-Lite0 with the ImageNet weights of the package index, at 160 pixels, and tuned as in the
-preset; `tiny` is trained from scratch at 96 pixels.
+Method: `cross_validate` with the preset `ham10000.yaml` and the changes below. All models are
+scored on the same out-of-fold rows; the mean of the folds' models is also scored on the test rows.
+Lite0 is EfficientNet-Lite0 with the ImageNet weights of the package index, at 160 pixels, and tuned
+as in the preset; `tiny` is trained from scratch at 96 pixels.
 
 Run:   python -m benchmarks.ham10000 --output FOLDER [--models "tiny, gated;Lite0 tuned, gated"]
 The same command continues an interrupted run. The last line of the output is JSON.

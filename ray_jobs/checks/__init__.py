@@ -3,6 +3,7 @@
 Input: a spec, and its manifest if there is one. Output: findings, each with a remedy.
 
 finding.py         result of a check
+column_drift.py    how the values of a column differ from those of the training rows
 local.py           without a cluster: weights, size of the uploaded folder
 probe.py           runs functions on all nodes at the same time
 node_health.py     versions, clocks, shared memory and GPUs of the nodes

@@ -35,7 +35,7 @@ from ray_jobs.cross_validate.cv_results import (
 from ray_jobs.data.folds import Fold, FoldRows, fold_manifest, make_folds, read_fold_rows
 from ray_jobs.data.manifest import read_manifest
 from ray_jobs.storage.folder import Folder
-from ray_jobs.train.finalize import SUMMARY, write_validation
+from ray_jobs.train.finalize import SUMMARY, write_reference, write_validation
 from ray_jobs.train.job import (
     CHANGEABLE,
     SPEC,
@@ -216,6 +216,7 @@ def _export_mean(
         probability_N = out_of_fold.probability_RN.mean(axis=0)
         threshold = choose_threshold(label_N, probability_N, train.decision_threshold, weight_N)
         write_validation(folder, label_N, probability_N, weight_N)
+        write_reference(folder, Folder(spec.data.prepared), run.manifest)
         summary = {"run": MEAN, "num_models": len(folds), "decision_threshold": threshold}
         export = ray.remote(export_mean).options(num_cpus=train.cpus_per_worker)
         models = [run_folder(_fold_spec(run, fold)) for fold in folds]

@@ -11,9 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ray_jobs.config.prepare_spec import Split
-from ray_jobs.data.batch import WEIGHT
-from ray_jobs.data.manifest import Manifest, Shard
+from ray_jobs.data.manifest import Shard
 from ray_jobs.data.sampler import RowRange
 from ray_jobs.storage.folder import Folder
 
@@ -68,14 +66,28 @@ class ShardReader:
                 del self._footers[next(iter(self._footers))]
 
 
-def read_weights(folder: Folder, manifest: Manifest, split: Split) -> np.ndarray | None:
-    """Return the weights of a split's rows in stored order, (N,), or None if they have none."""
-    if not manifest.is_weighted:
-        return None
-    shards = manifest.splits[split].shards
-    reader = ShardReader(folder, shards, [WEIGHT])
-    groups = [reader.read_groups(i, range(len(s.row_groups))) for i, s in enumerate(shards)]
-    return pa.concat_tables(chain.from_iterable(groups))[WEIGHT].to_numpy()
+def read_columns(folder: Folder, shards: Sequence[Shard], columns: Sequence[str]) -> pa.Table:
+    """Return those of some columns that are stored, in stored order."""
+    reader = ShardReader(folder, shards, columns)
+    groups = (reader.read_groups(i, range(len(s.row_groups))) for i, s in enumerate(shards))
+    return pa.concat_tables(chain.from_iterable(groups))
+
+
+def sample_columns(
+    folder: Folder, shards: Sequence[Shard], columns: Sequence[str], max_rows: int
+) -> pa.Table:
+    """Return some columns of at most `max_rows` rows, from random row groups."""
+    keys = [(i, group) for i, shard in enumerate(shards) for group in range(len(shard.row_groups))]
+    chosen: list[tuple[int, int]] = []
+    num_rows = 0
+    for index in np.random.default_rng(0).permutation(len(keys)):
+        if num_rows >= max_rows:
+            break
+        shard, group = keys[index]
+        chosen.append((shard, group))
+        num_rows += shards[shard].row_groups[group]
+    tables = ShardReader(folder, shards, columns).read_keys(sorted(chosen))
+    return pa.concat_tables(tables.values()).slice(0, max_rows)
 
 
 def _groups_by_shard(keys: Sequence[tuple[int, int]]) -> dict[int, list[int]]:

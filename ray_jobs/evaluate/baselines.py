@@ -14,7 +14,7 @@ import pyarrow as pa
 from ray_jobs.config.text import count_text
 from ray_jobs.data.batch import LABEL, WEIGHT
 from ray_jobs.data.manifest import Manifest, Shard
-from ray_jobs.evaluate.evaluated_rows import read_columns
+from ray_jobs.data.reader import read_columns
 from ray_jobs.predict.trained_run import TrainedRun
 from ray_jobs.storage.folder import Folder
 

@@ -3,22 +3,20 @@
 Shapes: N rows, M heads.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ray_jobs.config.prepare_spec import Split
 from ray_jobs.data.batch import GROUP, KEY, LABEL, WEIGHT
 from ray_jobs.data.manifest import Manifest, Shard
-from ray_jobs.data.reader import ShardReader
-from ray_jobs.predict.predictor import BRIGHTNESS, LOGITS, PROBABILITY
+from ray_jobs.data.reader import read_columns
+from ray_jobs.predict.predictor import BRIGHTNESS, LOGITS, PROBABILITY, logits_array
 from ray_jobs.predict.trained_run import TrainedRun
 from ray_jobs.storage.folder import Folder
-from ray_jobs.train.finalize import VALIDATION
+from ray_jobs.train.finalize import VALIDATION, read_sample
 
 BRIGHTNESS_COLUMN = "(image brightness)"
 
@@ -73,7 +71,7 @@ class EvaluatedRows:
             keys=predicted[KEY].to_pylist(),
             weight_N=stored[WEIGHT].to_numpy() if manifest.is_weighted else None,
             group_N=group_N,
-            logits_NM=_logits(predicted[LOGITS]),
+            logits_NM=logits_array(predicted[LOGITS]),
             numbers=numbers,
             words={name: stored[name].combine_chunks() for name in categories},
         )
@@ -92,15 +90,6 @@ class EvaluatedRows:
         return pa.table(columns | ({} if self.weight_N is None else {WEIGHT: self.weight_N}))
 
 
-def read_columns(folder: Folder, shards: Sequence[Shard], columns: Sequence[str]) -> pa.Table:
-    """Return those of some columns that are stored, in stored order."""
-    reader = ShardReader(folder, shards, columns)
-    groups: Iterator[list[pa.Table]] = (
-        reader.read_groups(i, range(len(shard.row_groups))) for i, shard in enumerate(shards)
-    )
-    return pa.concat_tables(chain.from_iterable(groups))
-
-
 def num_shared_groups(
     folder: Folder, manifest: Manifest, split: Split, train: Sequence[Shard]
 ) -> int:
@@ -114,18 +103,13 @@ def num_shared_groups(
 
 def validation_rows(run: TrainedRun) -> EvaluatedRows | None:
     """Return the validation rows of a run; None if an earlier version trained it."""
-    if not run.folder.exists(VALIDATION):
+    rows = read_sample(run.folder, VALIDATION)
+    if rows is None:
         return None
-    rows = pq.read_table(pa.BufferReader(run.folder.read_bytes(VALIDATION)))
     names = rows.column_names
     return EvaluatedRows(
         label_N=rows[LABEL].to_numpy(),
         probability_N=rows[PROBABILITY].to_numpy(),
         weight_N=rows[WEIGHT].to_numpy() if WEIGHT in names else None,
-        logits_NM=_logits(rows[LOGITS]) if LOGITS in names else np.zeros((rows.num_rows, 0)),
+        logits_NM=logits_array(rows[LOGITS]) if LOGITS in names else np.zeros((rows.num_rows, 0)),
     )
-
-
-def _logits(column: pa.ChunkedArray) -> np.ndarray:
-    """Return a column of lists of equal length as an array (N, M)."""
-    return column.combine_chunks().flatten().to_numpy().reshape(len(column), -1).astype(np.float64)

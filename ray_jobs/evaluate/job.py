@@ -28,6 +28,7 @@ from ray_jobs.data.batch import FEATURES, KEY
 from ray_jobs.data.manifest import Manifest, read_manifest
 from ray_jobs.evaluate.evaluated_rows import EvaluatedRows
 from ray_jobs.explain.explanation import Explanation
+from ray_jobs.predict.input_drift import input_drift
 from ray_jobs.predict.predictor import PROBABILITY, connected, predict_rows
 from ray_jobs.predict.row_sources import ERROR, PreparedRows
 from ray_jobs.predict.trained_run import TrainedRun, open_run
@@ -112,6 +113,7 @@ def evaluate_split(spec: EvaluateSpec) -> Evaluation:
     metrics["explanation_skipped"] = unexplained or None
     metrics["is_held_out"] = spec.split == "test"
     metrics["shared_groups"] = num_shared_groups(data, manifest, spec.split, train)
+    metrics["drift"] = input_drift(run, rows.numbers, rows.words, rows.logits_NM)
     explanation = explanation or Explanation()
     metrics["explanation"] = explanation.figures(rows.keys)
     if rows.weight_N is not None:

@@ -7,6 +7,7 @@ from ray_jobs.checks.finding import Finding, note, warning
 from ray_jobs.config.text import count_text
 from ray_jobs.evaluate.analysis import BASELINE, HEAD
 from ray_jobs.evaluate.uncertainty.model_comparison import METRIC_NAMES
+from ray_jobs.predict.input_drift import drift_findings
 
 _MIN_OF_CLASS = 30
 _ALPHA = 0.01
@@ -33,6 +34,7 @@ def model_findings(
         *_leaks(metrics),
         *_comparisons(metrics),
         *_calibration(metrics),
+        *drift_findings(metrics["drift"]),
         *_slices(metrics),
         *_heads(blend),
         *_explanation(metrics["explanation"]),

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.progress import Progress
 
+from ray_jobs.checks import column_drift
 from ray_jobs.config.prepare_spec import SPLITS, Split
 from ray_jobs.data.manifest import Manifest
 from ray_jobs.inspect import column_statistics
@@ -61,9 +62,9 @@ def build_report(folder: Folder, manifest: Manifest, max_rows: int) -> Report:
         quarantine=_quarantine(folder, manifest),
         contact_sheet=_contact_sheet(scans),
         thresholds={
-            "psi": column_statistics.PSI_THRESHOLD,
-            "p_value": column_statistics.P_VALUE_THRESHOLD,
-            "missing_share": column_statistics.MISSING_THRESHOLD,
+            "psi": column_drift.PSI_THRESHOLD,
+            "p_value": column_drift.P_VALUE_THRESHOLD,
+            "missing_share": column_drift.MISSING_THRESHOLD,
             "leak_auc": column_statistics.LEAK_THRESHOLD,
             "near_bits": NEAR_BITS,
             "flat_contrast": FLAT_CONTRAST,

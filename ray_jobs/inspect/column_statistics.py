@@ -1,38 +1,27 @@
 """Computes the distribution, drift and leakage of one column from its values in each split."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
-from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from mm_model.statistics import Vocabulary
+from ray_jobs.checks.column_drift import number_drift, word_drift
 from ray_jobs.config.prepare_spec import SPLITS, Split
 from ray_jobs.inspect.report_schema import (
     CategoryColumn,
     CategorySummary,
-    Drift,
     Leakage,
     NumericColumn,
     NumericSummary,
 )
 
-PSI_THRESHOLD = 0.2
-"""By convention, a population stability index of 0.1 is a slight and one of 0.25 a major shift."""
-P_VALUE_THRESHOLD = 0.001
-"""Small splits differ by chance, so drift must also be significant."""
-MISSING_THRESHOLD = 0.05
-"""Minimum difference between two fractions, of missing values or of positive rows, to report."""
 LEAK_THRESHOLD = 0.99
 LEAK_ROWS = 10
 """Minimum number of rows per class before a column is reported as a leak."""
 TOP_WORDS = 12
 
 _BINS = 30
-_PSI_BINS = 10
-_PSI_WORDS = 20
-_MIN_SHARE = 1e-4
 
 Values = Mapping[Split, np.ndarray]
 
@@ -54,14 +43,7 @@ def numeric_statistics(column: str, values: Values, labels: Values) -> NumericCo
         column=column,
         edges=tuple(edges.tolist()),
         splits={s: _numeric_summary(len(values[s]), present[s], edges) for s in SPLITS},
-        drift={
-            split: _drift(
-                _psi(*_decile_counts(present["train"], present[split])),
-                *_kolmogorov_smirnov(present["train"], present[split]),
-                [(len(present[s]), len(values[s])) for s in ("train", split)],
-            )
-            for split in SPLITS[1:]
-        },
+        drift={split: number_drift(values["train"], values[split]) for split in SPLITS[1:]},
         leak=_leakage((label[~missing], value[~missing]), (label, missing)),
     )
 
@@ -78,11 +60,6 @@ def category_statistics(vocabulary: Vocabulary, codes: Values, labels: Values) -
     # Codes by frequency in the training split, then by word; the first two do not stand for words.
     frequent = 2 + np.argsort(-counts["train"][2:], kind="stable")
     top = frequent[:TOP_WORDS]
-    drift = {}
-    for split in SPLITS[1:]:
-        pair = [_group_rare(counts[s], frequent[:_PSI_WORDS]) for s in ("train", split)]
-        present = [(int(counts[s][1:].sum()), len(codes[s])) for s in ("train", split)]
-        drift[split] = _drift(_psi(*pair), None, _chi_squared(np.stack(pair)), present)
     return CategoryColumn(
         column=vocabulary.column,
         num_words=len(vocabulary.words),
@@ -95,21 +72,9 @@ def category_statistics(vocabulary: Vocabulary, codes: Values, labels: Values) -
             )
             for split in SPLITS
         },
-        drift=drift,
+        drift={split: word_drift(counts["train"], counts[split]) for split in SPLITS[1:]},
         leak=_category_leakage(codes, labels, counts["train"]),
     )
-
-
-def compare_fractions(counts: Sequence[tuple[int, int]]) -> tuple[float | None, bool]:
-    """Return the chi-squared p-value of two fractions, and whether they differ notably.
-
-    Args:
-        counts: For each fraction, its numerator and denominator in rows.
-    """
-    p_value = _chi_squared(np.array([(some, total - some) for some, total in counts]))
-    fractions = [some / total for some, total in counts if total]
-    differ = len(fractions) == 2 and abs(fractions[0] - fractions[1]) >= MISSING_THRESHOLD
-    return p_value, differ and _is_significant(p_value)
 
 
 def _concatenate(values: Values) -> np.ndarray:
@@ -148,74 +113,6 @@ def _numeric_summary(num_rows: int, present: np.ndarray, edges: np.ndarray) -> N
         histogram=tuple(np.bincount(bins, minlength=max(len(edges) - 1, 0)).tolist()),
         **{name: float(f(present)) if len(present) else None for name, f in functions.items()},
     )
-
-
-def _decile_counts(train: np.ndarray, other: np.ndarray) -> list[np.ndarray]:
-    """Count the values of both arrays between the deciles of the training values."""
-    if not len(train):
-        return [np.zeros(0, np.int64)] * 2
-    cuts = np.unique(np.quantile(train, np.arange(1, _PSI_BINS) / _PSI_BINS))
-    return [
-        np.bincount(np.searchsorted(cuts, values, side="left"), minlength=len(cuts) + 1)
-        for values in (train, other)
-    ]
-
-
-def _group_rare(counts: np.ndarray, frequent: np.ndarray) -> np.ndarray:
-    """Return the counts of the frequent words, then of all other and of unknown words."""
-    named = counts[frequent]
-    return np.append(named, [counts[2:].sum() - named.sum(), counts[Vocabulary.UNKNOWN]])
-
-
-def _psi(first: np.ndarray, second: np.ndarray) -> float | None:
-    """Return the population stability index of two histograms; an empty bin counts as 1e-4."""
-    if not first.sum() or not second.sum():
-        return None
-    p, q = (np.maximum(counts / counts.sum(), _MIN_SHARE) for counts in (first, second))
-    return float(((q - p) * np.log(q / p)).sum())
-
-
-def _kolmogorov_smirnov(train: np.ndarray, other: np.ndarray) -> tuple[float | None, float | None]:
-    """Return the two-sample statistic and its p-value."""
-    if not len(train) or not len(other):
-        return None, None
-    result: Any = stats.ks_2samp(train, other, method="asymp")
-    return float(result.statistic), float(result.pvalue)
-
-
-def _chi_squared(counts: np.ndarray) -> float | None:
-    """Return the p-value of a contingency table; None if only one row or column has counts."""
-    counts = counts[counts.sum(axis=1) > 0][:, counts.sum(axis=0) > 0]
-    if min(counts.shape) < 2:
-        return None
-    result: Any = stats.chi2_contingency(counts)
-    return float(result.pvalue)
-
-
-def _drift(
-    psi: float | None, ks: float | None, p_value: float | None, present: Sequence[tuple[int, int]]
-) -> Drift:
-    """Return the drift of a column.
-
-    Args:
-        psi: Population stability index.
-        ks: Kolmogorov-Smirnov statistic.
-        p_value: P-value of the difference between the values.
-        present: Number of present values and of rows, for the training and the other split.
-    """
-    missing_p_value, missing_drifted = compare_fractions(present)
-    return Drift(
-        psi=psi,
-        ks=ks,
-        p_value=p_value,
-        missing_p_value=missing_p_value,
-        values_drifted=psi is not None and psi >= PSI_THRESHOLD and _is_significant(p_value),
-        missing_drifted=missing_drifted,
-    )
-
-
-def _is_significant(p_value: float | None) -> bool:
-    return p_value is not None and p_value < P_VALUE_THRESHOLD
 
 
 def _category_leakage(codes: Values, labels: Values, train_rows: np.ndarray) -> Leakage:

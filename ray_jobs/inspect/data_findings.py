@@ -6,11 +6,11 @@ the list short. Leaks and unusable images are reported per column.
 
 from collections.abc import Iterable, Iterator
 
+from ray_jobs.checks.column_drift import compare_fractions
 from ray_jobs.checks.finding import Finding, note, warning
 from ray_jobs.config.prepare_spec import SPLITS
 from ray_jobs.config.text import count_text
 from ray_jobs.data.manifest import Manifest
-from ray_jobs.inspect.column_statistics import compare_fractions
 from ray_jobs.inspect.report_schema import Report
 from ray_jobs.prepare.findings import stored_findings
 

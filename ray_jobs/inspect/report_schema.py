@@ -6,6 +6,7 @@ Undefined figures, such as the mean of no values or the AUC of one class, are nu
 from typing import Literal
 
 from mm_model.spec import Spec
+from ray_jobs.checks.column_drift import Drift
 from ray_jobs.checks.finding import Finding
 from ray_jobs.config.prepare_spec import Split
 
@@ -38,21 +39,6 @@ class NumericSummary(Spec):
     max: float | None
     histogram: tuple[int, ...]
     """Values per bin; the outer bins include all values beyond the edges."""
-
-
-class Drift(Spec):
-    """How the distribution of a column in one split differs from the training split."""
-
-    psi: float | None
-    """Population stability index of the values that are not missing."""
-    ks: float | None
-    """Two-sample Kolmogorov-Smirnov statistic; null for categorical columns."""
-    p_value: float | None
-    """P-value of the Kolmogorov-Smirnov test; for categorical columns, of the chi-squared test."""
-    missing_p_value: float | None
-    """P-value of the chi-squared test for a difference in the fractions of missing values."""
-    values_drifted: bool
-    missing_drifted: bool
 
 
 class Leakage(Spec):

@@ -26,8 +26,16 @@ from ray_jobs.config.spec import PredictSpec
 from ray_jobs.config.text import count_text, number_text
 from ray_jobs.data.batch import IMAGE_MASK, KEY
 from ray_jobs.data.manifest import MANIFEST, read_manifest
-from ray_jobs.predict.predictor import HAS_IMAGE, PROBABILITY, connected, predict_rows
-from ray_jobs.predict.row_sources import ERROR, PreparedRows, RawRows, RowSource
+from ray_jobs.predict.input_drift import drift_findings, input_drift
+from ray_jobs.predict.predictor import (
+    HAS_IMAGE,
+    LOGITS,
+    PROBABILITY,
+    connected,
+    logits_array,
+    predict_rows,
+)
+from ray_jobs.predict.row_sources import ERROR, MAX_COMPARED, PreparedRows, RawRows, RowSource
 from ray_jobs.predict.trained_run import TrainedRun, open_run
 from ray_jobs.storage.folder import Folder
 
@@ -71,7 +79,9 @@ def predict(spec: PredictSpec) -> dict[str, int]:
             output.delete(name)
         for part in sorted(Path(local).iterdir()):
             output.upload(part, part.name)
-    tally.print(run, output, source.notes)
+    drift = input_drift(run, *source.columns(), tally.logits())
+    notes = (finding.text for finding in drift_findings(drift))
+    tally.print(run, output, (*source.notes, *notes))
     counts = {
         "num_rows": tally.num_rows,
         "num_positive": tally.num_positive,
@@ -143,11 +153,22 @@ class _Tally:
         self.reasons: Counter[str] = Counter()
         self.examples: dict[str, str] = {}
         self.first: list[str] = []
+        self._logits: list[pa.ChunkedArray] = []
+        self._num_logits = 0
+
+    def logits(self) -> np.ndarray:
+        """Return the logits of the heads of some rows."""
+        parts = [logits_array(column) for column in self._logits]
+        return np.concatenate(parts) if parts else np.zeros((0, 0))
 
     def count(self, tables: Iterable[pa.Table], threshold: float) -> Iterator[pa.Table]:
         """Convert tables to predictions, and count their rows."""
         for result in tables:
             self.num_without_image += result[HAS_IMAGE].drop_null().to_pylist().count(False)
+            if self._num_logits < MAX_COMPARED:
+                usable = result.filter(result[ERROR].is_null())
+                self._logits.append(usable[LOGITS])
+                self._num_logits += usable.num_rows
             table = _predictions(result, threshold)
             self.num_rows += table.num_rows
             for row in table.slice(0, _MAX_PRINTED - len(self.first)).to_pylist():

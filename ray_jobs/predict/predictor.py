@@ -180,6 +180,12 @@ class Predictor:
         )
 
 
+def logits_array(column: pa.ChunkedArray) -> np.ndarray:
+    """Return the column `logits` as an array of rows × heads."""
+    values = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return values.reshape(len(column), -1).astype(np.float64)
+
+
 def _brightness(inputs: dict[str, np.ndarray], num_rows: int) -> pa.Array:
     """Return the mean of each row's pixels, over its images."""
     if IMAGE not in inputs:

@@ -25,6 +25,7 @@ from ray_jobs.data.batch import KEY, LABEL
 from ray_jobs.data.decoder import bytes_column
 from ray_jobs.data.images import BadImage
 from ray_jobs.data.manifest import MANIFEST, Manifest, require_shards
+from ray_jobs.data.reader import sample_columns
 from ray_jobs.predict.trained_run import TrainedRun, require_match
 from ray_jobs.prepare.row_validation import Rows, read_rows
 from ray_jobs.prepare.shards.shard_writer import RowConverter, StoredImages
@@ -38,6 +39,8 @@ ERROR = "error"
 FAILURE = "failure"
 """Column with an error that ends the job; exceptions in Ray Data tasks would print a traceback."""
 
+MAX_COMPARED = 20_000
+"""Rows that are compared with the training rows."""
 _MAX_TASK_ROWS = 512
 _TASKS_PER_WORKER = 4
 _READ_ROWS = 16
@@ -67,6 +70,15 @@ class PreparedRows:
         self.num_rows = sum(shard.num_rows for shard in self.shards)
         self.task_rows = rows_per_task(self.num_rows, spec)
         self.notes: tuple[str, ...] = ()
+
+    def columns(self) -> tuple[dict[str, np.ndarray], dict[str, pa.Array]]:
+        """Return the numbers and the words of some rows, by column."""
+        manifest = self.run.decoder.manifest
+        words = [vocabulary.column for vocabulary in manifest.vocabularies]
+        names = [*manifest.numeric_columns, *words]
+        rows = sample_columns(self.folder, self.shards, names, MAX_COMPARED)
+        numbers = {name: rows[name].to_numpy() for name in manifest.numeric_columns}
+        return numbers, {name: rows[name].combine_chunks() for name in words}
 
     def tasks(self) -> list[pa.Table]:
         """Return the shard and the row groups of each task."""
@@ -143,6 +155,13 @@ class RawRows:
         """Pickle the source without its rows; each task receives its own."""
         return {name: value for name, value in self.__dict__.items() if name != "_rows"}
 
+    def columns(self) -> tuple[dict[str, np.ndarray], dict[str, pa.Array]]:
+        """Return the numbers and the words of the usable rows, by column."""
+        rows = self._rows.take(np.flatnonzero(self._rows.good)[:MAX_COMPARED])
+        numbers = dict(zip(self.converter.numeric_columns, rows.numeric_RF.T, strict=True))
+        words = [vocabulary.column for vocabulary in self.run.decoder.manifest.vocabularies]
+        return numbers, {name: rows.categories[name] for name in words}
+
     def tasks(self) -> list[pa.Table]:
         """Return the pickled rows and errors of each task."""
         tasks: list[pa.Table] = []
@@ -179,7 +198,8 @@ class RawRows:
 
 
 RowSource = PreparedRows | RawRows
-"""Rows to predict: picklable, with `num_rows`, `notes`, `tasks()` and `read(task)`."""
+"""Rows to predict: picklable, with `num_rows`, `notes`, `columns()`, `tasks()` and
+`read(task)`."""
 
 
 def rows_per_task(num_rows: int, spec: InferenceSpec) -> int:

@@ -13,6 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ray_jobs.data.batch import INPUT_TYPES
+from ray_jobs.data.manifest import Manifest
+from ray_jobs.data.reader import sample_columns
 from ray_jobs.storage.folder import Folder
 
 if TYPE_CHECKING:
@@ -25,6 +27,10 @@ MODEL = "model/model.keras"
 VALIDATION = "validation.parquet"
 """The validation rows as the final model predicts them: label, probability, logits of the heads,
 and weight if the data has weights."""
+REFERENCE = "reference.parquet"
+"""Numbers and words of a sample of the training rows."""
+
+_REFERENCE_ROWS = 2000
 
 
 def finalize(loop: "Loop", state: "LoopState", folder: Folder, train_s: float) -> dict[str, Any]:
@@ -105,9 +111,33 @@ def write_validation(
         columns["weight"] = weight_N
     if logits_NM is not None:
         columns["logits"] = list(logits_NM.astype("float32"))
+    _write_parquet(folder, VALIDATION, pa.table(columns))
+
+
+def write_reference(folder: Folder, data: Folder, manifest: Manifest) -> None:
+    """Write `REFERENCE`, by which `evaluate` and `predict` recognize rows unlike those of training.
+
+    Args:
+        folder: The run folder.
+        data: The prepared data that the run was trained on.
+        manifest: Its manifest.
+    """
+    columns = [*manifest.numeric_columns, *(v.column for v in manifest.vocabularies)]
+    shards = manifest.splits["train"].shards
+    _write_parquet(folder, REFERENCE, sample_columns(data, shards, columns, _REFERENCE_ROWS))
+
+
+def read_sample(folder: Folder, name: str) -> pa.Table | None:
+    """Return the rows of `VALIDATION` or `REFERENCE`; None for a run of an earlier version."""
+    if not folder.exists(name):
+        return None
+    return pq.read_table(pa.BufferReader(folder.read_bytes(name)))
+
+
+def _write_parquet(folder: Folder, name: str, table: pa.Table) -> None:
     stream = io.BytesIO()
-    pq.write_table(pa.table(columns), stream)
-    folder.write_bytes(VALIDATION, stream.getvalue())
+    pq.write_table(table, stream)
+    folder.write_bytes(name, stream.getvalue())
 
 
 def export_saved_model(model: Any, path: str) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import pyarrow as pa
 import yaml
 
 from mm_model.backbones import is_location
@@ -31,7 +32,7 @@ from ray_jobs.data.text_input import TOKENIZER, text_reader
 from ray_jobs.storage.folder import Folder
 from ray_jobs.train.checkpoints.checkpoint_manager import CheckpointManager
 from ray_jobs.train.coordinator import make_coordinator
-from ray_jobs.train.finalize import SUMMARY
+from ray_jobs.train.finalize import SUMMARY, write_reference
 from ray_jobs.train.supervisor import fit_once, run_attempts
 from ray_jobs.train.telemetry import console
 from ray_jobs.train.telemetry.history import Tracker, require_tracking
@@ -262,7 +263,7 @@ def begin_run(spec: RunSpec, manifest: Manifest, folder: Folder) -> None:
     """Write the first files of a run folder.
 
     Raises:
-        JobError: If the tokenizer of the texts cannot be read.
+        JobError: If the tokenizer of the texts, or the training rows, cannot be read.
     """
     try:
         reader = text_reader(spec, manifest)
@@ -270,6 +271,11 @@ def begin_run(spec: RunSpec, manifest: Manifest, folder: Folder) -> None:
         raise JobError(f"cannot make the tokenizer of the texts: {error}") from error
     if reader is not None:
         folder.write_text(TOKENIZER, reader.to_json())
+    data = Folder(spec.data.prepared)
+    try:
+        write_reference(folder, data, manifest)
+    except (OSError, pa.ArrowException) as error:
+        raise JobError(f"could not read the rows in {data}: {error}; prepare them again") from error
     manifest.write(folder)
     folder.write_json(ENVIRONMENT, describe_environment(spec))
     folder.write_text(SPEC, yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False))

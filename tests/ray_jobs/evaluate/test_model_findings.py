@@ -24,7 +24,7 @@ def findings(
     is_held_out: bool = True,
 ) -> dict[str, Finding]:
     metrics = analyse(rows, 0.5, others or [], None)
-    metrics |= {"shared_groups": shared_groups, "is_held_out": is_held_out}
+    metrics |= {"shared_groups": shared_groups, "is_held_out": is_held_out, "drift": []}
     metrics["explanation"] = (explanation or Explanation()).figures(())
     return {f.code: f for f in model_findings(metrics, blend or {}, ("healthy", "ill"))}
 

@@ -28,7 +28,7 @@ def page_of(
     folder, manifest = prepared
     others = [OtherModel(BASELINE, "simple <model>", np.full(len(rows.label_N), 0.4), 0.5)]
     metrics: dict[str, Any] = analyse(rows, 0.5, others, rows)
-    metrics |= {"baselines_skipped": None, "explanation_skipped": "--explain is none"}
+    metrics |= {"drift": [], "baselines_skipped": None, "explanation_skipped": "--explain is none"}
     spec = EvaluateSpec(run="runs/<b>", data=str(folder), output="out")
     page = html(metrics, (), rows, explanation or Explanation(), manifest, spec)
     # The script of plotly contains such words.

@@ -27,7 +27,7 @@ from tests.ray_jobs.tune.searches import require_nothing_left
 
 RUN_FILES = {
     "checkpoints", "environment.json", "history.jsonl", "history.parquet", "manifest.json", "model",
-    "run.yaml", "summary.json", "tensorboard",
+    "reference.parquet", "run.yaml", "summary.json", "tensorboard", "validation.parquet",
 }  # fmt: skip
 
 SIZES = {"train": 101, "validation": 37, "test": 23}

@@ -204,7 +204,9 @@ def test_a_trial_whose_checkpoint_is_gone_continues_from_its_newest_complete_one
         call("step")
         call("save", str(folder / f"checkpoint_{number:06d}"))
     names = {path.name for path in folder.iterdir() if path.is_file()}
-    assert names == {"run.yaml", "manifest.json", "environment.json", "history.jsonl"}
+    assert names == {
+        "run.yaml", "manifest.json", "environment.json", "reference.parquet", "history.jsonl",
+    }  # fmt: skip
     assert len((folder / "history.jsonl").read_text().splitlines()) == 3
     # As if the driver was killed while it copied the last checkpoint.
     (folder / "checkpoint_000003/checkpoints/steps/00000012/model.npz").unlink()
