@@ -30,8 +30,8 @@ def input_drift(
     Columns are compared with a sample of the training rows, and logits with those of the
     validation rows: a shift of the images shows in the logits of the image head (Rabanser et al.
     2019, "Failing Loudly: An Empirical Study of Methods for Detecting Dataset Shift"). Each entry
-    has its `column` or `head` and the fields of a `Drift`. The result is empty for too few rows,
-    and for a run that an earlier version trained.
+    has the `name` of the column or head and the fields of a `Drift`. The result is empty for too
+    few rows, and for a run that an earlier version trained.
 
     Args:
         run: The run.
@@ -47,7 +47,7 @@ def input_drift(
         if name in known and len(values) >= _MIN_ROWS:
             train_N = reference[name].to_numpy().astype(np.float64)
             drift = number_drift(train_N, values.astype(np.float64))
-            found.append({"column": name, **drift.model_dump()})
+            found.append({"name": name, **drift.model_dump()})
     for vocabulary in run.manifest.vocabularies:
         column = vocabulary.column
         if column in known and len(words.get(column, ())) >= _MIN_ROWS:
@@ -55,21 +55,20 @@ def input_drift(
                 np.bincount(vocabulary.codes(values.to_pylist()), minlength=vocabulary.num_codes)
                 for values in (reference[column], words[column])
             ]
-            found.append({"column": column, **word_drift(*counts).model_dump()})
+            found.append({"name": column, **word_drift(*counts).model_dump()})
     if run.heads and LOGITS in validation.column_names and len(logits_NM) >= _MIN_ROWS:
         validation_NM = logits_array(validation[LOGITS])
         for m, head in enumerate(run.heads):
             drift = number_drift(validation_NM[:, m], logits_NM[:, m])
-            found.append({"head": head, **drift.model_dump()})
+            found.append({"name": f"{head} head", **drift.model_dump()})
     return sorted(found, key=lambda entry: -(entry["psi"] or 0.0))
 
 
 def drift_findings(drift: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
     """Yield findings on the columns and heads that differ from the training rows."""
-    names = {id(entry): entry.get("column") or f"{entry['head']} head" for entry in drift}
     drifted = [entry for entry in drift if entry["values_drifted"]]
     if drifted:
-        named = names_text(f"{names[id(entry)]} (PSI {entry['psi']:.2f})" for entry in drifted)
+        named = names_text(f"{entry['name']} (PSI {entry['psi']:.2f})" for entry in drifted)
         yield warning(
             "drift",
             f"{len(drifted)} of {len(drift)} columns and heads differ from the "
@@ -77,7 +76,7 @@ def drift_findings(drift: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
         )
     missing = [entry for entry in drift if entry["missing_drifted"]]
     if missing:
-        named = names_text(names[id(entry)] for entry in missing)
+        named = names_text(entry["name"] for entry in missing)
         yield warning(
             "missing_drift",
             f"The fraction of missing values in {count_text(len(missing), 'column')} differs from "

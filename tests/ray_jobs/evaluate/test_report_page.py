@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ray_jobs.checks.column_drift import number_drift
 from ray_jobs.config.spec import EvaluateSpec
 from ray_jobs.data.manifest import Manifest
 from ray_jobs.evaluate.analysis import BASELINE, OtherModel, analyse
@@ -28,7 +29,12 @@ def page_of(
     folder, manifest = prepared
     others = [OtherModel(BASELINE, "simple <model>", np.full(len(rows.label_N), 0.4), 0.5)]
     metrics: dict[str, Any] = analyse(rows, 0.5, others, rows)
-    metrics |= {"drift": [], "baselines_skipped": None, "explanation_skipped": "--explain is none"}
+    drift = number_drift(np.arange(50.0), np.arange(50.0) + 20)
+    metrics |= {
+        "drift": [{"name": "age", **drift.model_dump()}],
+        "baselines_skipped": None,
+        "explanation_skipped": "--explain is none",
+    }
     spec = EvaluateSpec(run="runs/<b>", data=str(folder), output="out")
     page = html(metrics, (), rows, explanation or Explanation(), manifest, spec)
     # The script of plotly contains such words.
@@ -53,6 +59,7 @@ def test_the_page_shows_figures_and_images_and_escapes_texts(prepared):
         assert shown not in page
     assert page.count("data:image/jpeg") >= 24
     assert "rank correlation with" in page
+    assert "Are these rows like the training rows?" in page
     assert 'aria-label="Decision curve"' in page
 
 
