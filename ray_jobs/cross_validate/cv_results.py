@@ -7,7 +7,7 @@ is the mean over the repeats.
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ray_jobs.checks.finding import Finding, warning
 from ray_jobs.config.errors import JobError
 from ray_jobs.data.batch import KEY, LABEL, WEIGHT
 from ray_jobs.data.folds import Fold, FoldRows
@@ -29,6 +30,7 @@ from ray_jobs.train.metrics import binary_metrics
 ROWS = "rows.parquet"
 """File with predicted rows; written last, so the folder of a fold that has it is complete."""
 THRESHOLD = "threshold"
+_ALPHA = 0.01
 METRICS = ("roc_auc", "pr_auc", "log_loss", "brier", "ece", "accuracy", "balanced_accuracy", "f1")
 
 
@@ -136,10 +138,48 @@ def summarize(out_of_fold: OutOfFold, folds: Sequence[Fold]) -> dict[str, Any]:
         "num_repeats": len(out_of_fold.fold_RN),
         "metrics": metrics,
         "folds": [
-            {"repeat": f.repeat + 1, "fold": f.index + 1, "num_rows": int(f.is_scored_N.sum()), **m}
+            {
+                "repeat": f.repeat + 1,
+                "fold": f.index + 1,
+                "num_rows": int(f.is_scored_N.sum()),
+                "class_counts": np.bincount(label_N[f.is_scored_N], minlength=2).tolist(),
+                **m,
+            }
             for f, m in zip(folds, by_fold, strict=True)
         ],
     }
+
+
+def fold_findings(summary: Mapping[str, Any]) -> Iterator[Finding]:
+    """Yield a finding if the ROC AUC of the folds varies more than chance explains.
+
+    Cochran's Q test (Cochran 1954, "The Combination of Estimates from Different Experiments") with
+    the variances of Hanley and McNeil 1982, "The Meaning and Use of the Area under a ROC Curve". It
+    assumes independent rows, so data with groups has no finding.
+
+    Args:
+        summary: Result of `summarize`.
+    """
+    from scipy.stats import chi2
+
+    # The folds of different repeats share rows.
+    folds = [f for f in summary["folds"] if f["repeat"] == 1 and f["roc_auc"] is not None]
+    if summary["num_groups"] < summary["num_rows"] or len(folds) < 2:
+        return
+    auc = np.array([fold["roc_auc"] for fold in folds])
+    positives, negatives = (np.array([fold["class_counts"][i] for fold in folds]) for i in (1, 0))
+    mean = np.average(auc, weights=positives)
+    both_positive, both_negative = mean / (2 - mean), 2 * mean**2 / (1 + mean)
+    variance = mean * (1 - mean) + (positives - 1) * (both_positive - mean**2)
+    variance = (variance + (negatives - 1) * (both_negative - mean**2)) / (positives * negatives)
+    p_value = float(chi2.sf(((auc - mean) ** 2 / np.maximum(variance, 1e-12)).sum(), len(auc) - 1))
+    if p_value < _ALPHA:
+        yield warning(
+            "unstable_folds",
+            f"The ROC AUC of the {len(auc)} folds is {auc.min():.3f} to {auc.max():.3f}, which "
+            f"varies more than chance explains (p = {p_value:.2g})",
+            "look at the rows of the worst fold",
+        )
 
 
 def compare(ours: OutOfFold, theirs: OutOfFold) -> dict[str, dict[str, Any]]:

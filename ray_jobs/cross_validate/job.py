@@ -11,11 +11,13 @@ Run:   python -m ray_jobs.cross_validate ray_jobs/specs/houses.yaml --run.name h
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from ray_jobs.checks.finding import Finding, print_findings
 from ray_jobs.checks.preflight import preflight
 from ray_jobs.cluster import connection
 from ray_jobs.cluster.capacity import cpu_settings
@@ -28,6 +30,7 @@ from ray_jobs.cross_validate.cv_results import (
     METRICS,
     OutOfFold,
     compare,
+    fold_findings,
     read_rows,
     summarize,
     write_rows,
@@ -190,6 +193,7 @@ def _summarize(
     folder = runs[0].folder
     earlier = folder.read_json(METRICS_FILE) if folder.exists(METRICS_FILE) else {}
     metrics = summarize(results[0], folds)
+    metrics["findings"] = [asdict(finding) for finding in fold_findings(metrics)]
     metrics["comparisons"] = earlier.get("comparisons", {}) | {
         str(run.spec.run.name): compare(results[0], other)
         for run, other in zip(runs[1:], results[1:], strict=True)
@@ -288,6 +292,7 @@ def _print(run: Run, metrics: dict[str, Any]) -> None:
             f"{count_text(mean['num_rows'], 'test row')}: AUC {_number(mean['roc_auc'])}, log loss "
             f"{_number(mean['log_loss'])} → {escape(str(run.folder / MEAN))}"
         )
+    print_findings(Finding(**finding) for finding in metrics["findings"])
     console.print(f"  [green]done[/green] → {escape(str(run.folder))}")
 
 

@@ -1,3 +1,4 @@
+import keras
 import numpy as np
 import pytest
 
@@ -10,6 +11,7 @@ ALL_WORDS = ("blue", "green", "red")
 
 
 def test_the_mean_model_averages_models_with_their_own_vocabularies_and_reloads(tmp_path):
+    keras.utils.set_random_seed(0)
     image, numbers, _ = rows(8)
     texts = np.array(["red", "green", "blue", None, "grey", "red", "blue", "green"], object)
     joined = Vocabulary(column="colour", words=ALL_WORDS)
