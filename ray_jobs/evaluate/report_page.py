@@ -75,7 +75,7 @@ def html(
             _importance(explanation), "Importance of columns", 60 + 26 * len(explanation.importance)
         ),
         dependences={
-            found["column"]: chart(_dependence(found), f"Dependence on {found['column']}", 220)
+            found["column"]: chart(_dependence(found), f"Dependence on {found['column']}", 260)
             for found in explanation.partial_dependence
         },
     )
@@ -258,12 +258,14 @@ def _dependence(found: Mapping[str, Any]) -> "Figure":
 
     figure, values = Figure(), found["values"]
     if isinstance(values[0], str):
-        names = [escape(value) for value in values]
-        figure.add_bar(x=names, y=found["probability"], marker={"color": "var(--c1)"})
-        figure.update_xaxes(type="category")
+        names = [escape(value) for value in values[::-1]]
+        mean = found["probability"][::-1]
+        figure.add_bar(y=names, x=mean, orientation="h", marker={"color": "var(--c1)"})
+        figure.update_yaxes(type="category")
+        figure.update_xaxes(title={"text": "Mean probability"})
     else:
         _add_line(figure, "probability", values, found["probability"], "var(--c1)")
-    figure.update_yaxes(rangemode="tozero", title={"text": "Mean probability"})
+        figure.update_yaxes(rangemode="tozero", title={"text": "Mean probability"})
     return figure
 
 
