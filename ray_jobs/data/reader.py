@@ -1,7 +1,7 @@
 """Reads row groups of prepared shards as Arrow tables. Imports neither Ray nor TensorFlow."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, groupby
 from operator import itemgetter
@@ -70,7 +70,7 @@ def read_columns(folder: Folder, shards: Sequence[Shard], columns: Sequence[str]
     """Return those of some columns that are stored, in stored order."""
     reader = ShardReader(folder, shards, columns)
     groups = (reader.read_groups(i, range(len(s.row_groups))) for i, s in enumerate(shards))
-    return pa.concat_tables(chain.from_iterable(groups))
+    return _concatenate(chain.from_iterable(groups), columns)
 
 
 def sample_columns(
@@ -87,7 +87,12 @@ def sample_columns(
         chosen.append((shard, group))
         num_rows += shards[shard].row_groups[group]
     tables = ShardReader(folder, shards, columns).read_keys(sorted(chosen))
-    return pa.concat_tables(tables.values()).slice(0, max_rows)
+    return _concatenate(tables.values(), columns).slice(0, max_rows)
+
+
+def _concatenate(tables: Iterable[pa.Table], columns: Sequence[str]) -> pa.Table:
+    """Return the rows of all tables; without tables, empty columns."""
+    return pa.concat_tables(list(tables) or [pa.table({name: [] for name in columns})])
 
 
 def _groups_by_shard(keys: Sequence[tuple[int, int]]) -> dict[int, list[int]]:

@@ -16,7 +16,7 @@ from ray_jobs.data.batch import CATEGORY, FEATURES, IMAGE, IMAGE_MASK, NUMERIC
 from ray_jobs.data.decoder import RowDecoder, bytes_column
 from ray_jobs.data.images import decode_stored
 from ray_jobs.data.manifest import ImageInfo, Manifest
-from ray_jobs.data.reader import ShardReader, StoredRows
+from ray_jobs.data.reader import ShardReader, StoredRows, read_columns, sample_columns
 from ray_jobs.data.sampler import RowRange
 from ray_jobs.storage.folder import Folder
 from tests.ray_jobs.tiny import jpeg, with_image
@@ -52,6 +52,11 @@ def test_ranges_are_read_in_order(folder, manifest):
         assert stored.take(["key"], np.arange(5))["key"].to_pylist() == [
             "train-48", "train-49", "train-0", "train-1", "train-45",
         ]  # fmt: skip
+
+
+def test_no_shards_have_empty_columns(folder):
+    for table in (read_columns(folder, (), ["key"]), sample_columns(folder, (), ["key"], 5)):
+        assert (table.column_names, table.num_rows) == (["key"], 0)
 
 
 def test_the_number_of_cached_footers_is_bounded_with_many_threads(folder, manifest, monkeypatch):
