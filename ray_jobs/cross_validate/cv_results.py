@@ -6,14 +6,12 @@ is the mean over the repeats.
     N rows   R repeats   D draws
 """
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ray_jobs.checks.finding import Finding, warning
 from ray_jobs.config.errors import JobError
@@ -190,11 +188,9 @@ def compare(ours: OutOfFold, theirs: OutOfFold) -> dict[str, dict[str, Any]]:
 
 def write_rows(folder: Folder, rows: pa.Table) -> None:
     """Write predicted rows."""
-    stream = io.BytesIO()
-    pq.write_table(rows, stream)
-    folder.write_bytes(ROWS, stream.getvalue())
+    folder.write_parquet(ROWS, rows)
 
 
 def read_rows(folder: Folder) -> pa.Table:
     """Read predicted rows."""
-    return pq.read_table(io.BytesIO(folder.read_bytes(ROWS)))
+    return folder.read_parquet(ROWS)

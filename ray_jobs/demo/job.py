@@ -72,8 +72,9 @@ def demo(spec: DemoSpec) -> dict[str, float]:
                     changes = {**changes, "train.num_workers": 1}
                 fit(base.overlay({**changes, "run.name": name}))
             with _step(f"evaluate: {variant}"):
-                explain = "rows" if variant == "fusion" else "none"
-                job = EvaluateSpec(run=run, data=prepared, output=results, explain=explain)
+                job = EvaluateSpec(run=run, data=prepared, output=results)
+                if variant != "fusion":
+                    job = job.model_copy(update={"baselines": False, "explain": "none"})
                 metrics[variant] = evaluate(job)
         run, results = str(output / "runs" / "fusion"), str(output / "predictions")
         with _step("predict: fusion"):

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from ray_jobs.evaluate.evaluated_rows import EvaluatedRows
-from ray_jobs.evaluate.slices import ScoredRows, cohorts, slice_metrics
-from ray_jobs.evaluate.thresholds import ThresholdCounts, choose_thresholds, threshold_curves
+from ray_jobs.evaluate.slices import cohorts, slice_metrics
+from ray_jobs.evaluate.thresholds import choose_thresholds, threshold_curves
 from ray_jobs.evaluate.uncertainty.bootstrap import Interval, bootstrap_intervals
 from ray_jobs.evaluate.uncertainty.calibration_check import calibration_check, reliability_diagram
 from ray_jobs.evaluate.uncertainty.draw_metrics import BIASED, METRICS, DrawMetrics
 from ray_jobs.evaluate.uncertainty.model_comparison import COMPARED, compare, mcnemar, values_of
-from ray_jobs.train.metrics import binary_metrics
+from ray_jobs.train.metrics import ThresholdCounts, binary_metrics
 
 HEAD, BASELINE, RUN = "head", "baseline", "run"
 
@@ -68,8 +68,8 @@ def analyse(
         "calibration": None if is_grouped else calibration_check(label_N, probability_N, weight_N),
         "reliability": reliability_diagram(label_N, probability_N, weight_N),
         "comparisons": _comparisons(rows, threshold, others, is_grouped),
-        "slices": slice_metrics(scored := _scored(rows, threshold)),
-        "cohorts": cohorts(scored),
+        "slices": slice_metrics(rows, threshold),
+        "cohorts": cohorts(rows, threshold),
         "thresholds": _thresholds(rows, validation, costs),
     }
 
@@ -145,23 +145,6 @@ def _comparisons(
         }
         for i, other in enumerate(others)
     ]
-
-
-def _scored(rows: EvaluatedRows, threshold: float) -> ScoredRows:
-    num_rows = len(rows.label_N)
-    epsilon = np.finfo(np.float64).eps
-    probability_N = np.clip(rows.probability_N, epsilon, 1 - epsilon)
-    true_N = np.where(rows.label_N == 1, probability_N, 1 - probability_N)
-    return ScoredRows(
-        label_N=rows.label_N,
-        probability_N=rows.probability_N,
-        log_loss_N=-np.log(true_N),
-        weight_N=np.ones(num_rows) if rows.weight_N is None else rows.weight_N,
-        group_N=np.arange(num_rows) if rows.group_N is None else rows.group_N,
-        threshold=threshold,
-        numbers=rows.numbers,
-        words=rows.words,
-    )
 
 
 def _thresholds(

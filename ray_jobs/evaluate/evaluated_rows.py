@@ -4,7 +4,8 @@ Shapes: N rows, M heads.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +18,7 @@ from ray_jobs.predict.predictor import BRIGHTNESS, LOGITS, PROBABILITY, logits_a
 from ray_jobs.predict.trained_run import TrainedRun
 from ray_jobs.storage.folder import Folder
 from ray_jobs.train.finalize import VALIDATION, read_sample
+from ray_jobs.train.metrics import row_log_loss
 
 BRIGHTNESS_COLUMN = "(image brightness)"
 
@@ -39,6 +41,35 @@ class EvaluatedRows:
     """Columns of numbers (N,), NaN for missing ones."""
     words: Mapping[str, pa.Array] = field(default_factory=dict)
     """Columns of words (N,), null for missing ones."""
+
+    @cached_property
+    def weights_N(self) -> np.ndarray:
+        """Weight of each row; 1 if the data has none."""
+        return np.ones(len(self.label_N)) if self.weight_N is None else self.weight_N
+
+    @cached_property
+    def units_N(self) -> np.ndarray:
+        """Index of each row's independent unit: its group, or the row itself without groups."""
+        return np.arange(len(self.label_N)) if self.group_N is None else self.group_N
+
+    @cached_property
+    def log_loss_N(self) -> np.ndarray:
+        """Log loss of each row."""
+        return row_log_loss(self.label_N, self.probability_N)
+
+    def take(self, rows: np.ndarray) -> "EvaluatedRows":
+        """Return the rows with these indices."""
+        return replace(
+            self,
+            label_N=self.label_N[rows],
+            probability_N=self.probability_N[rows],
+            keys=[self.keys[row] for row in rows] if self.keys else (),
+            weight_N=None if self.weight_N is None else self.weight_N[rows],
+            group_N=None if self.group_N is None else self.group_N[rows],
+            logits_NM=self.logits_NM[rows] if self.logits_NM.size else self.logits_NM,
+            numbers={name: values[rows] for name, values in self.numbers.items()},
+            words={name: values.take(pa.array(rows)) for name, values in self.words.items()},
+        )
 
     @classmethod
     def of(
@@ -90,11 +121,18 @@ class EvaluatedRows:
         return pa.table(columns | ({} if self.weight_N is None else {WEIGHT: self.weight_N}))
 
 
+def is_held_out(run: TrainedRun, manifest: Manifest, split: Split) -> bool:
+    """Whether the run neither trained on the shards of a split nor validated on them."""
+    used = [shard for name in ("train", "validation") for shard in run.manifest.splits[name].shards]
+    hashes = {shard.sha256 for shard in used}
+    return not any(shard.sha256 in hashes for shard in manifest.splits[split].shards)
+
+
 def num_shared_groups(
     folder: Folder, manifest: Manifest, split: Split, train: Sequence[Shard]
 ) -> int:
     """Return how many groups of a split have rows among the training rows."""
-    if split == "train" or not manifest.prepare.group_column:
+    if not manifest.prepare.group_column:
         return 0
     tables = (read_columns(folder, s, [GROUP]) for s in (train, manifest.splits[split].shards))
     groups = [set(t[GROUP].to_pylist()) if GROUP in t.column_names else set() for t in tables]

@@ -12,13 +12,12 @@ and model_card.md into the run folder.
 Run:   python -m ray_jobs.evaluate --run runs/first --data prepared --split test --output eval
 """
 
-import io
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ray_jobs.cluster.connection import root_cause
 from ray_jobs.config.errors import JobError
@@ -69,9 +68,16 @@ def evaluate_split(spec: EvaluateSpec) -> Evaluation:
     """
     from rich.console import Console
 
-    from ray_jobs.evaluate.analysis import BASELINE, RUN, OtherModel, analyse, head_models
+    from ray_jobs.evaluate.analysis import (
+        BASELINE,
+        RUN,
+        OtherModel,
+        analyse,
+        head_models,
+        worst_rows,
+    )
     from ray_jobs.evaluate.baselines import fit_baselines, training_shards
-    from ray_jobs.evaluate.evaluated_rows import num_shared_groups, validation_rows
+    from ray_jobs.evaluate.evaluated_rows import is_held_out, num_shared_groups, validation_rows
     from ray_jobs.evaluate.model_card import MODEL_CARD, model_card
     from ray_jobs.evaluate.model_findings import model_findings
     from ray_jobs.evaluate.plots import evaluation_plots
@@ -96,7 +102,8 @@ def evaluate_split(spec: EvaluateSpec) -> Evaluation:
         if spec.baselines and not reason:
             arguments = (data, train, manifest, rows.numbers, rows.words)
             simple, reason = _run_task("train the baselines", fit_baselines, arguments, spec, 0)
-        explanation, unexplained = _explanation(run, rows, data, manifest, spec)
+        sheets = worst_rows(rows, run.threshold)
+        explanation, unexplained = _explanation(run, rows, sheets, data, manifest, spec)
     validation = validation_rows(run)
     others = [
         *head_models(rows, run.heads, run.threshold, validation),
@@ -111,8 +118,9 @@ def evaluate_split(spec: EvaluateSpec) -> Evaluation:
         metrics = analyse(rows, run.threshold, others, validation, costs)
     metrics["baselines_skipped"] = reason or None
     metrics["explanation_skipped"] = unexplained or None
-    metrics["is_held_out"] = spec.split == "test"
-    metrics["shared_groups"] = num_shared_groups(data, manifest, spec.split, train)
+    held_out = metrics["is_held_out"] = is_held_out(run, manifest, spec.split)
+    shared = num_shared_groups(data, manifest, spec.split, train) if held_out else 0
+    metrics["shared_groups"] = shared
     metrics["drift"] = input_drift(run, rows.numbers, rows.words, rows.logits_NM)
     explanation = explanation or Explanation()
     metrics["explanation"] = explanation.figures(rows.keys)
@@ -124,9 +132,9 @@ def evaluate_split(spec: EvaluateSpec) -> Evaluation:
     plots = evaluation_plots(rows.label_N, rows.probability_N, metrics, class_names, rows.weight_N)
     for name, content in plots.items():
         output.write_bytes(name, content)
-    output.write_bytes(ROWS, _parquet(rows.table(run.heads)))
+    output.write_parquet(ROWS, rows.table(run.heads))
     output.write_json(METRICS, metrics)
-    output.write_text(REPORT, html(metrics, findings, rows, explanation, manifest, spec))
+    output.write_text(REPORT, html(metrics, findings, rows, sheets, explanation, manifest, spec))
     card = model_card(run, metrics, findings, spec)
     try:
         run.folder.write_text(MODEL_CARD, card)
@@ -149,19 +157,23 @@ def _predict(run: TrainedRun, source: PreparedRows, spec: EvaluateSpec, data: Fo
 
 
 def _explanation(
-    run: TrainedRun, rows: EvaluatedRows, data: Folder, manifest: Manifest, spec: EvaluateSpec
+    run: TrainedRun,
+    rows: EvaluatedRows,
+    sheets: Mapping[str, Sequence[int]],
+    data: Folder,
+    manifest: Manifest,
+    spec: EvaluateSpec,
 ) -> tuple[Explanation | None, str]:
-    """Return the explanation, or None and the reason."""
-    from ray_jobs.evaluate.analysis import worst_rows
+    """Return the explanation, or None and the reason; none if it was not asked for."""
     from ray_jobs.explain.explain_run import explain_run
 
     if spec.explain == "none":
-        return None, "--explain is none"
+        return None, ""
     if not run.heads:
         return None, "the model is the mean of several models"
     if FEATURES in run.input_shapes:
         return None, "the model takes features instead of images"
-    shown = worst_rows(rows, run.threshold).values() if spec.explain == "rows" else ()
+    shown = sheets.values() if spec.explain == "rows" else ()
     indices = sorted({row for part in shown for row in part})
     arguments = (
         run, data, manifest, spec.split, rows.weight_N, indices, spec.cpus_per_worker, spec.use_gpu,
@@ -184,12 +196,6 @@ def _run_task(
     except RayError as error:
         # The metrics do not depend on it.
         return None, f"could not {what}: {root_cause(error)}"
-
-
-def _parquet(table: pa.Table) -> bytes:
-    stream = io.BytesIO()
-    pq.write_table(table, stream)
-    return stream.getvalue()
 
 
 def _comparison_table(metrics: dict[str, Any]) -> "Table":

@@ -11,7 +11,7 @@ import numpy as np
 from ray_jobs.checks.finding import Finding
 from ray_jobs.config.spec import EvaluateSpec
 from ray_jobs.data.manifest import Manifest
-from ray_jobs.evaluate.analysis import HEAD, worst_rows
+from ray_jobs.evaluate.analysis import HEAD
 from ray_jobs.evaluate.evaluated_rows import EvaluatedRows
 from ray_jobs.evaluate.uncertainty.model_comparison import METRIC_NAMES
 from ray_jobs.explain.explanation import Explanation
@@ -33,6 +33,7 @@ def html(
     metrics: Mapping[str, Any],
     findings: Sequence[Finding],
     rows: EvaluatedRows,
+    sheets: Mapping[str, Sequence[int]],
     explanation: Explanation,
     manifest: Manifest,
     spec: EvaluateSpec,
@@ -43,11 +44,11 @@ def html(
         metrics: Content of metrics.json.
         findings: What its readers should know first.
         rows: The evaluated rows.
+        sheets: Indices of the rows whose images are shown, by title.
         explanation: What the model looks at.
         manifest: Manifest of the prepared data.
         spec: Settings of the job.
     """
-    sheets = worst_rows(rows, metrics["threshold"])
     images = _images(
         [row for shown in sheets.values() for row in shown], explanation, manifest, spec
     )

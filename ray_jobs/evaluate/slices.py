@@ -8,7 +8,7 @@ Shapes: N rows, S slices, G groups.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from ray_jobs.config.text import number_text
+from ray_jobs.evaluate.evaluated_rows import EvaluatedRows
 
 MIN_ROWS = 20
 """Slices with fewer rows are left out."""
@@ -28,23 +29,6 @@ _MIN_COHORT = 0.02
 
 
 @dataclass(frozen=True)
-class ScoredRows:
-    """The evaluated rows with their losses and columns."""
-
-    label_N: np.ndarray
-    probability_N: np.ndarray
-    log_loss_N: np.ndarray
-    weight_N: np.ndarray
-    group_N: np.ndarray
-    """Index of each row's group; different for each row if there are no groups."""
-    threshold: float
-    numbers: Mapping[str, np.ndarray]
-    """Columns of numbers (N,), NaN for missing ones."""
-    words: Mapping[str, pa.Array]
-    """Columns of words (N,), null for missing ones."""
-
-
-@dataclass(frozen=True)
 class Slice:
     """The rows with some values of a column."""
 
@@ -53,7 +37,7 @@ class Slice:
     is_member_N: np.ndarray
 
 
-def slice_metrics(rows: ScoredRows) -> list[dict[str, Any]]:
+def slice_metrics(rows: EvaluatedRows, threshold: float) -> list[dict[str, Any]]:
     """Return the metrics of every slice of every column, the highest log loss first.
 
     Each has `column`, `value`, `num_rows`, `num_positive`, `accuracy`, `roc_auc`, the mean
@@ -62,11 +46,11 @@ def slice_metrics(rows: ScoredRows) -> list[dict[str, Any]]:
     `is_worse` says whether the interval is above 0.
     """
     slices = [part for part in _slices(rows) if _is_large_enough(rows, part.is_member_N)]
-    found = [_metrics(rows, s, len(slices)) for s in slices]
+    found = [_metrics(rows, s, threshold, len(slices)) for s in slices]
     return sorted(found, key=lambda metrics: -metrics["log_loss"])
 
 
-def cohorts(rows: ScoredRows) -> list[dict[str, Any]]:
+def cohorts(rows: EvaluatedRows, threshold: float) -> list[dict[str, Any]]:
     """Return the metrics of combinations of values in which the model is worse, as in slices.
 
     A decision tree on one half of the rows, or groups, divides them by their log loss; the figures
@@ -76,7 +60,7 @@ def cohorts(rows: ScoredRows) -> list[dict[str, Any]]:
     from sklearn.tree import DecisionTreeRegressor
 
     columns, names = _features(rows)
-    is_first_N = np.random.default_rng(0).permutation(int(rows.group_N.max()) + 1)[rows.group_N] % 2
+    is_first_N = np.random.default_rng(0).permutation(int(rows.units_N.max()) + 1)[rows.units_N] % 2
     fit_N = is_first_N == 1
     min_leaf = max(MIN_ROWS, int(_MIN_COHORT * fit_N.sum()))
     if not names or fit_N.sum() < 2 * min_leaf or (~fit_N).sum() < 2 * min_leaf:
@@ -84,20 +68,20 @@ def cohorts(rows: ScoredRows) -> list[dict[str, Any]]:
     tree = DecisionTreeRegressor(max_depth=_MAX_DEPTH, min_samples_leaf=min_leaf, random_state=0)
     # Without the clip, a few rows with an extreme loss would determine the tree.
     clipped_N = np.minimum(rows.log_loss_N, np.quantile(rows.log_loss_N, 0.99))
-    tree.fit(columns[fit_N], clipped_N[fit_N], rows.weight_N[fit_N])
+    tree.fit(columns[fit_N], clipped_N[fit_N], rows.weights_N[fit_N])
     leaf_N = tree.apply(columns)
     found = []
-    paths, others = dict(_paths(tree.tree_, names)), _select(rows, ~fit_N)
+    paths, others = dict(_paths(tree.tree_, names)), rows.take(np.flatnonzero(~fit_N))
     for leaf, conditions in paths.items():
         is_member_N = (leaf_N == leaf)[~fit_N]
         if conditions and _is_large_enough(others, is_member_N):
             cohort = Slice("", " and ".join(conditions), is_member_N)
-            found.append(_metrics(others, cohort, len(paths)))
+            found.append(_metrics(others, cohort, threshold, len(paths)))
     worse = [metrics for metrics in found if metrics["is_worse"]]
     return sorted(worse, key=lambda metrics: -metrics["log_loss"])
 
 
-def _slices(rows: ScoredRows) -> Iterator[Slice]:
+def _slices(rows: EvaluatedRows) -> Iterator[Slice]:
     for column, values in rows.words.items():
         for word in _frequent_words(values):
             equal_N = pa.compute.equal(values, word).fill_null(False)  # type: ignore[attr-defined]
@@ -130,21 +114,21 @@ def _frequent_words(values: pa.Array) -> list[str]:
     return [c["values"] for c in counts[:_MAX_WORDS] if c["counts"] >= MIN_ROWS]
 
 
-def _is_large_enough(rows: ScoredRows, is_member_N: np.ndarray) -> bool:
+def _is_large_enough(rows: EvaluatedRows, is_member_N: np.ndarray) -> bool:
     """Whether a slice and the other rows have enough rows and groups to be compared."""
     if not MIN_ROWS <= is_member_N.sum() < len(is_member_N):
         return False
-    return all(len(np.unique(rows.group_N[part])) > 1 for part in (is_member_N, ~is_member_N))
+    return all(len(np.unique(rows.units_N[part])) > 1 for part in (is_member_N, ~is_member_N))
 
 
-def _metrics(rows: ScoredRows, part: Slice, num_slices: int) -> dict[str, Any]:
+def _metrics(rows: EvaluatedRows, part: Slice, threshold: float, num_slices: int) -> dict[str, Any]:
     from sklearn.metrics import roc_auc_score
 
     member_N = part.is_member_N
     label, probability = rows.label_N[member_N], rows.probability_N[member_N]
-    weight = rows.weight_N[member_N]
+    weight = rows.weights_N[member_N]
     difference, low, high = _difference(rows, member_N, 1 - (1 - _LEVEL) / num_slices)
-    is_correct = (probability >= rows.threshold) == (label == 1)
+    is_correct = (probability >= threshold) == (label == 1)
     has_both = 0 < label.sum() < len(label)
     return {
         "column": part.column,
@@ -165,7 +149,9 @@ def _metrics(rows: ScoredRows, part: Slice, num_slices: int) -> dict[str, Any]:
     }
 
 
-def _difference(rows: ScoredRows, member_N: np.ndarray, level: float) -> tuple[float, float, float]:
+def _difference(
+    rows: EvaluatedRows, member_N: np.ndarray, level: float
+) -> tuple[float, float, float]:
     """Return the difference in mean log loss from the other rows, with its interval.
 
     The variance is that of a difference of weighted means of independent groups (Cameron and Miller
@@ -176,19 +162,19 @@ def _difference(rows: ScoredRows, member_N: np.ndarray, level: float) -> tuple[f
     influence_N = np.zeros(len(member_N))
     means = []
     for sign, part_N in ((1.0, member_N), (-1.0, ~member_N)):
-        weight = rows.weight_N[part_N]
+        weight = rows.weights_N[part_N]
         mean = np.average(rows.log_loss_N[part_N], weights=weight)
         influence_N[part_N] = sign * weight * (rows.log_loss_N[part_N] - mean) / weight.sum()
         means.append(mean)
-    by_group_G = np.bincount(rows.group_N, influence_N)
-    num_groups = min(len(np.unique(rows.group_N[part])) for part in (member_N, ~member_N))
+    by_group_G = np.bincount(rows.units_N, influence_N)
+    num_groups = min(len(np.unique(rows.units_N[part])) for part in (member_N, ~member_N))
     difference = float(means[0] - means[1])
     scale = num_groups / (num_groups - 1)
     margin = t.ppf((1 + level) / 2, num_groups - 1) * np.sqrt(scale * (by_group_G**2).sum())
     return difference, float(difference - margin), float(difference + margin)
 
 
-def _features(rows: ScoredRows) -> tuple[np.ndarray, list[tuple[str, str | None]]]:
+def _features(rows: EvaluatedRows) -> tuple[np.ndarray, list[tuple[str, str | None]]]:
     """Return the features of a tree, and for each of them its column and, if it is one, the word.
 
     Frequent words are features of their own; numbers may be missing.
@@ -221,11 +207,3 @@ def _paths(
         above += " or missing"
     yield from _paths(tree, names, tree.children_left[node], (*path, below))
     yield from _paths(tree, names, tree.children_right[node], (*path, above))
-
-
-def _select(rows: ScoredRows, is_selected_N: np.ndarray) -> ScoredRows:
-    arrays = {
-        name: getattr(rows, name)[is_selected_N]
-        for name in ("label_N", "probability_N", "log_loss_N", "weight_N", "group_N")
-    }
-    return ScoredRows(**arrays, threshold=rows.threshold, numbers={}, words={})

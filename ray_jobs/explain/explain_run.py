@@ -129,7 +129,7 @@ def _explain_rows(
     found: dict[str, Any] = {}
     if IMAGE in inputs and has_image_map(model):
         maps = grad_cam(model, inputs, run.threshold)
-        found["map_similarity"] = map_similarity(model, inputs, maps)
+        found["map_similarity"] = map_similarity(model, inputs, maps, run.threshold)
         by_row = maps.reshape(len(shown), -1, *maps.shape[1:])
         found["maps"] = dict(zip(shown, by_row, strict=True))
     if average:

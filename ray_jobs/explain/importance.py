@@ -13,6 +13,7 @@ import numpy as np
 
 from mm_model.model_parts import CutModel
 from ray_jobs.data.batch import CATEGORY, IMAGE_MASK, NUMERIC, TEXT, TEXT_MASK
+from ray_jobs.train.metrics import row_log_loss
 
 _NUM_REPEATS = 5
 _BATCH = 256
@@ -159,8 +160,8 @@ def _damage(
 
     label_N, weight_N = rows.label_N, rows.weight_N / rows.weight_N.sum()
     changed_RN = np.stack([rows.probability(change) for change in changes])
-    increase_N = np.mean([_losses(label_N, p_N) for p_N in changed_RN], axis=0)
-    increase_N -= _losses(label_N, before_N)
+    increase_N = np.mean([row_log_loss(label_N, p_N) for p_N in changed_RN], axis=0)
+    increase_N -= row_log_loss(label_N, before_N)
     mean = float(weight_N @ increase_N)
     margin = 1.96 * float(np.sqrt(((weight_N * (increase_N - mean)) ** 2).sum()))
     found = {"log_loss": mean, "low": mean - margin, "high": mean + margin, "roc_auc": None}
@@ -199,9 +200,3 @@ def _groups(rows: ModelRows) -> list[list[str]]:
 def _rows(values: np.ndarray, num_rows: int, part: slice) -> np.ndarray:
     """Return some rows; an array may have several entries per row."""
     return values.reshape(num_rows, -1, *values.shape[1:])[part].reshape(-1, *values.shape[1:])
-
-
-def _losses(label_N: np.ndarray, probability_N: np.ndarray) -> np.ndarray:
-    epsilon = np.finfo(np.float64).eps
-    clipped_N = np.clip(probability_N, epsilon, 1 - epsilon)
-    return -np.log(np.where(label_N == 1, clipped_N, 1 - clipped_N))

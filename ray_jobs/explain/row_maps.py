@@ -39,7 +39,7 @@ def grad_cam(model: Any, inputs: Mapping[str, np.ndarray], threshold: float = 0.
 
 
 def map_similarity(
-    model: Any, inputs: Mapping[str, np.ndarray], maps_IHW: np.ndarray
+    model: Any, inputs: Mapping[str, np.ndarray], maps_IHW: np.ndarray, threshold: float = 0.5
 ) -> float | None:
     """Return the rank correlation of maps with those of the same model with shuffled weights.
 
@@ -52,7 +52,7 @@ def map_similarity(
     rng, weights = np.random.default_rng(0), model.get_weights()
     try:
         model.set_weights([rng.permutation(w.ravel()).reshape(w.shape) for w in weights])
-        others_IHW = grad_cam(model, inputs)
+        others_IHW = grad_cam(model, inputs, threshold)
     finally:
         model.set_weights(weights)
     correlations = [

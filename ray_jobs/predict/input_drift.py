@@ -1,4 +1,4 @@
-"""Compares rows with the training rows of a run, by means of the files in its run folder alone.
+"""Compares rows with the training rows of a run, using only the files in its run folder.
 
 Shapes: N rows, M heads.
 """

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from ray_jobs.checks.finding import Finding, error, ok, warning
 from ray_jobs.config.errors import JobError
@@ -186,9 +185,7 @@ def _write_quarantine(rows: CheckedRows, output: Folder) -> None:
     quarantined = [(key, *rows.quarantined[row]) for key, row in zip(keys, bad, strict=True)]
     schema = pa.schema([(name, pa.string()) for name in ("key", "reason", "detail")])
     entries = [dict(zip(schema.names, e, strict=True)) for e in (*quarantined, *rows.unmatched)]
-    stream = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(entries, schema=schema), stream)
-    output.write_bytes(QUARANTINE, stream.getvalue().to_pybytes())
+    output.write_parquet(QUARANTINE, pa.Table.from_pylist(entries, schema=schema))
 
 
 def _remedy_of(reason: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 from pyarrow import fs
 
 from ray_jobs.storage.atomic_write import atomic_write
@@ -115,6 +116,16 @@ class Folder:
             ValueError: If the value contains NaN or infinity.
         """
         self.write_text(name, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+    def read_parquet(self, name: str) -> pa.Table:
+        """Return the rows of a small Parquet file, read as a whole."""
+        return pq.read_table(pa.BufferReader(self.read_bytes(name)))
+
+    def write_parquet(self, name: str, table: pa.Table) -> None:
+        """Write a small Parquet file atomically."""
+        stream = pa.BufferOutputStream()
+        pq.write_table(table, stream)
+        self.write_bytes(name, stream.getvalue().to_pybytes())
 
     def upload(self, local: str | Path, name: str) -> None:
         """Copy a local file or folder to this name."""

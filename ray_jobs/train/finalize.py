@@ -4,13 +4,11 @@ Inputs: the loop after training, on rank 0.  Outputs: model/model.keras, model/s
 validation.parquet and summary.json in the run folder.
 """
 
-import io
 import tempfile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ray_jobs.data.batch import INPUT_TYPES
 from ray_jobs.data.manifest import Manifest
@@ -111,7 +109,7 @@ def write_validation(
         columns["weight"] = weight_N
     if logits_NM is not None:
         columns["logits"] = list(logits_NM.astype("float32"))
-    _write_parquet(folder, VALIDATION, pa.table(columns))
+    folder.write_parquet(VALIDATION, pa.table(columns))
 
 
 def write_reference(folder: Folder, data: Folder, manifest: Manifest) -> None:
@@ -124,20 +122,12 @@ def write_reference(folder: Folder, data: Folder, manifest: Manifest) -> None:
     """
     columns = [*manifest.numeric_columns, *(v.column for v in manifest.vocabularies)]
     shards = manifest.splits["train"].shards
-    _write_parquet(folder, REFERENCE, sample_columns(data, shards, columns, _REFERENCE_ROWS))
+    folder.write_parquet(REFERENCE, sample_columns(data, shards, columns, _REFERENCE_ROWS))
 
 
 def read_sample(folder: Folder, name: str) -> pa.Table | None:
     """Return the rows of `VALIDATION` or `REFERENCE`; None for a run of an earlier version."""
-    if not folder.exists(name):
-        return None
-    return pq.read_table(pa.BufferReader(folder.read_bytes(name)))
-
-
-def _write_parquet(folder: Folder, name: str, table: pa.Table) -> None:
-    stream = io.BytesIO()
-    pq.write_table(table, stream)
-    folder.write_bytes(name, stream.getvalue())
+    return folder.read_parquet(name) if folder.exists(name) else None
 
 
 def export_saved_model(model: Any, path: str) -> None:

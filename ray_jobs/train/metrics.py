@@ -6,6 +6,7 @@ Everything is computed in float64, so the numbers equal scikit-learn's. A row is
 if probability >= threshold.
 """
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -67,6 +68,13 @@ def binary_metrics(
         "num_rows": len(label),
         "class_counts": counts.tolist(),
     }
+
+
+def row_log_loss(label_N: np.ndarray, probability_N: np.ndarray) -> np.ndarray:
+    """Return the log loss of each row; as in scikit-learn, that of a wrong row stays finite."""
+    epsilon = np.finfo(np.float64).eps
+    clipped_N = np.clip(probability_N.astype(np.float64), epsilon, 1 - epsilon)
+    return -np.log(np.where(label_N == 1, clipped_N, 1 - clipped_N))
 
 
 def validation_metrics(
@@ -139,19 +147,112 @@ def choose_threshold(
     if by not in ("f1", "balanced_accuracy"):
         raise ValueError(f"the threshold metric must be f1 or balanced_accuracy, not {by!r}")
     label, probability = _validated(label, probability)
-    candidates, index = np.unique(probability, return_inverse=True)
-    weight = np.ones(len(label)) if weight is None else weight
-    positives = np.bincount(index, weight * label, len(candidates))
-    negatives = np.bincount(index, weight * (1 - label), len(candidates))
-    # With candidate i as the threshold, all rows at i and above are predicted positive.
-    tp, fp = np.cumsum(positives[::-1])[::-1], np.cumsum(negatives[::-1])[::-1]
-    if by == "f1":
-        score = 2 * tp / (tp + fp + (tp[0] or 1))
-    else:
-        score = tp / (tp[0] or 1) - fp / (fp[0] or 1)
-    below = np.concatenate([[0.0], candidates[:-1]])
-    best = ((candidates + below) / 2)[np.isclose(score, score.max(), rtol=0, atol=1e-12)]
+    # The last threshold predicts no row positive.
+    counts = ThresholdCounts.of(label, probability, weight)
+    rates = (counts.f1_T,) if by == "f1" else (counts.recall_T, counts.specificity_T)
+    score_T = np.nan_to_num(rates).sum(axis=0)[:-1]
+    best = counts.threshold_T[:-1][np.isclose(score_T, score_T.max(), rtol=0, atol=1e-12)]
     return float(best[np.argmin(np.abs(best - 0.5))])
+
+
+@dataclass(frozen=True)
+class ThresholdCounts:
+    """Weights of the rows by label and prediction, for each threshold; higher ones come last."""
+
+    threshold_T: np.ndarray
+    tp_T: np.ndarray
+    fp_T: np.ndarray
+    positives: float
+    negatives: float
+
+    @classmethod
+    def of(
+        cls,
+        label_N: np.ndarray,
+        probability_N: np.ndarray,
+        weight_N: np.ndarray | None = None,
+        threshold_T: np.ndarray | None = None,
+    ) -> "ThresholdCounts":
+        """Count the predictions at some thresholds.
+
+        Args:
+            label_N: 0 or 1.
+            probability_N: Probability of 1.
+            weight_N: Weights of the rows; by default, 1.
+            threshold_T: Thresholds in ascending order. Default: all that differ in a prediction.
+                Each is halfway between two probabilities, so that rounding cannot change a
+                prediction; the last one predicts no row positive.
+        """
+        values_U, index_N = np.unique(probability_N, return_inverse=True)
+        weight_N = np.ones(len(label_N)) if weight_N is None else weight_N
+        positives_U = np.bincount(index_N, weight_N * label_N, len(values_U))
+        negatives_U = np.bincount(index_N, weight_N * (1 - label_N), len(values_U))
+        if threshold_T is None:
+            above = max((1 + values_U[-1]) / 2, np.nextafter(values_U[-1], 2))
+            ends = [values_U[0] / 2], [above]
+            threshold_T = np.concatenate([ends[0], (values_U[1:] + values_U[:-1]) / 2, ends[1]])
+        first_T = np.searchsorted(values_U, threshold_T)
+        tp_T, fp_T = (
+            np.append(np.cumsum(counts[::-1])[::-1], 0.0)[first_T]
+            for counts in (positives_U, negatives_U)
+        )
+        return cls(threshold_T, tp_T, fp_T, float(positives_U.sum()), float(negatives_U.sum()))
+
+    @property
+    def precision_T(self) -> np.ndarray:
+        """Precision; NaN if no row is predicted positive."""
+        return _divide(self.tp_T, self.tp_T + self.fp_T)
+
+    @property
+    def recall_T(self) -> np.ndarray:
+        """Recall; NaN without positives."""
+        return _divide(self.tp_T, np.full(len(self.tp_T), self.positives))
+
+    @property
+    def specificity_T(self) -> np.ndarray:
+        """Specificity; NaN without negatives."""
+        return 1 - _divide(self.fp_T, np.full(len(self.fp_T), self.negatives))
+
+    @property
+    def f1_T(self) -> np.ndarray:
+        """F1 score; NaN without positives."""
+        f1_T = _divide(2 * self.tp_T, self.tp_T + self.fp_T + self.positives)
+        return f1_T if self.positives else np.full(len(f1_T), np.nan)
+
+    @property
+    def net_benefit_T(self) -> np.ndarray:
+        """Net benefit (Vickers and Elkin 2006, "Decision curve analysis").
+
+        True positives minus false positives at the odds of the threshold, per row.
+        """
+        return self._benefit(self.tp_T, self.fp_T)
+
+    @property
+    def net_benefit_of_all_T(self) -> np.ndarray:
+        """Net benefit if every row is predicted positive."""
+        return self._benefit(self.positives, self.negatives)
+
+    def _benefit(self, tp: Any, fp: Any) -> np.ndarray:
+        odds_T = self.threshold_T / np.maximum(1 - self.threshold_T, 1e-9)
+        return (tp - fp * odds_T) / (self.positives + self.negatives)
+
+    def cost_T(self, cost_false_negative: float, cost_false_positive: float) -> np.ndarray:
+        """Return the mean cost per row."""
+        false_negatives_T = self.positives - self.tp_T
+        cost_T = cost_false_negative * false_negatives_T + cost_false_positive * self.fp_T
+        return cost_T / (self.positives + self.negatives)
+
+    def at(self, index: int) -> dict[str, float | None]:
+        """Return threshold, precision, recall, specificity and F1 score at one threshold."""
+        values = {
+            "threshold": self.threshold_T,
+            "precision": self.precision_T,
+            "recall": self.recall_T,
+            "specificity": self.specificity_T,
+            "f1": self.f1_T,
+        }
+        found = {name: float(value[index]) for name, value in values.items()}
+        return {name: None if np.isnan(value) else value for name, value in found.items()}
 
 
 def _validated(label: np.ndarray, probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -170,3 +271,7 @@ def _validated(label: np.ndarray, probability: np.ndarray) -> tuple[np.ndarray, 
             f"probabilities must be between 0 and 1, got {probability[~is_valid][:5].tolist()}"
         )
     return label.astype(np.int64), probability
+
+
+def _divide(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    return np.divide(above, below, out=np.full(len(above), np.nan), where=below > 0)

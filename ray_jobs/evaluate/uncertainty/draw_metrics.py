@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from ray_jobs.train.metrics import ECE_BINS, bin_of
+from ray_jobs.train.metrics import ECE_BINS, bin_of, row_log_loss
 
 METRICS = (
     "accuracy", "balanced_accuracy", "roc_auc", "pr_auc", "log_loss", "brier", "ece", "precision",
@@ -108,17 +108,13 @@ def _sum_columns(
     """Return what each row adds to the sums: four cells, log loss, Brier score, ECE bins (N, C)."""
     probability_N = probability_N.astype(np.float64)
     is_predicted_N, is_positive_N = probability_N >= threshold, label_N == 1
-    # As in scikit-learn, the loss of a wrong row stays finite.
-    epsilon = np.finfo(np.float64).eps
-    clipped_N = np.clip(probability_N, epsilon, 1 - epsilon)
-    log_loss_N = -np.log(np.where(is_positive_N, clipped_N, 1 - clipped_N))
     gap_N = probability_N - label_N
     cells = [
         (is_positive_N == label) & (is_predicted_N == prediction)
         for label in (False, True)
         for prediction in (False, True)
     ]
-    columns = [*cells, log_loss_N, gap_N**2]
+    columns = [*cells, row_log_loss(label_N, probability_N), gap_N**2]
     if with_bins:
         bins_NK = np.arange(ECE_BINS) == bin_of(probability_N)[:, None]
         columns.append(gap_N[:, None] * bins_NK)

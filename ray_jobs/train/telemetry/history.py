@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ray_jobs.config.spec import RunSpec
 from ray_jobs.storage.folder import Folder
@@ -84,7 +83,7 @@ class Tracker:
     def _write_files(self, history: Sequence[Record]) -> None:
         try:
             self.folder.write_text(HISTORY, history_text(history))
-            self.folder.write_bytes(HISTORY_TABLE, _parquet(history))
+            self.folder.write_parquet(HISTORY_TABLE, _table(history))
             self._board = self._board or TensorBoard(self.folder)
             self._board.write(history)
             self._num_written = len(history)
@@ -174,13 +173,11 @@ def history_text(history: Sequence[Record]) -> str:
     return "".join(json.dumps(record, allow_nan=False) + "\n" for record in finite)
 
 
-def _parquet(history: Sequence[Record]) -> bytes:
+def _table(history: Sequence[Record]) -> pa.Table:
     """Return records as a Parquet table with a column per key, and null for missing numbers."""
     columns: dict[str, pa.Array] = {}
     for key in dict.fromkeys(key for record in history for key in record):
         column = pa.array([record.get(key) for record in history])
         # A metric that is always undefined still gets a numeric type.
         columns[key] = column.cast(pa.float64()) if pa.types.is_null(column.type) else column
-    stream = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns), stream)
-    return stream.getvalue().to_pybytes()
+    return pa.table(columns)

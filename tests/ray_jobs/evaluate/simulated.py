@@ -1,5 +1,6 @@
 """Simulates evaluated rows with known faults."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,5 +29,4 @@ def with_bad_cohort(rows: EvaluatedRows) -> EvaluatedRows:
     """Replace the probabilities of old rows at the arm by random ones."""
     bad_N = (rows.numbers["age"] > 0.5) & (np.array(rows.words["site"].to_pylist()) == "arm")
     random_N = np.random.default_rng(5).random(len(rows.label_N))
-    fields = {name: getattr(rows, name) for name in ("label_N", "keys", "numbers", "words")}
-    return EvaluatedRows(probability_N=np.where(bad_N, random_N, rows.probability_N), **fields)
+    return replace(rows, probability_N=np.where(bad_N, random_N, rows.probability_N))

@@ -99,6 +99,38 @@ def test_the_error_for_a_damaged_image_names_its_shard_and_row(
     assert not (tmp_path / "out").exists()
 
 
+def test_runs_are_compared_and_costs_choose_a_threshold(prepared_run, predict_here, tmp_path):
+    folder, manifest, _ = prepared_run
+    other = tmp_path / "other"
+    model = write_run(other, manifest, image="none")
+    changes = {"compare": (str(other),), "cost_false_negative": 10.0, "output": str(tmp_path)}
+    found = evaluate(spec_of(folder, **changes))
+    (run,) = [each for each in found["comparisons"] if each["kind"] == "run"]
+    rows = stored_rows(folder / "prepared", manifest, "test")
+    expected = binary_metrics(
+        rows["label"].to_numpy(), probabilities(model, rows, manifest), THRESHOLD
+    )
+    assert run["name"] == str(other)
+    assert run["metrics"]["roc_auc"] == pytest.approx(expected["roc_auc"], abs=1e-6)
+    difference = run["differences"]["roc_auc"]["difference"]
+    assert difference == pytest.approx(found["roc_auc"] - expected["roc_auc"], abs=1e-6)
+    assert found["thresholds"]["cost_false_negative"] == 10
+    assert str(other) in (tmp_path / "report.html").read_text()
+
+
+def test_rows_count_as_held_out_unless_the_run_used_them(prepared_run, predict_here, tmp_path):
+    folder, manifest, _ = prepared_run
+    out = str(tmp_path / "out")
+    used = evaluate(spec_of(folder, split="validation", output=out))
+    assert "not_held_out" in {finding["code"] for finding in used["findings"]}
+    num_rows = {split: info.num_rows for split, info in manifest.splits.items()}
+    write_prepared(tmp_path / "new", num_rows, seed=5)
+    # Whatever the split is called, the run has seen none of its rows.
+    new = evaluate(spec_of(folder, data=str(tmp_path / "new"), split="train", output=out))
+    assert "not_held_out" not in {finding["code"] for finding in new["findings"]}
+    assert "does not contain" in new["baselines_skipped"]
+
+
 @pytest.mark.slow
 def test_an_unreadable_shard_ends_the_job_with_a_one_line_error(prepared_run, ray_local, tmp_path):
     folder, _, _ = prepared_run

@@ -9,7 +9,7 @@ import pytest
 from ray_jobs.checks.column_drift import number_drift
 from ray_jobs.config.spec import EvaluateSpec
 from ray_jobs.data.manifest import Manifest
-from ray_jobs.evaluate.analysis import BASELINE, OtherModel, analyse
+from ray_jobs.evaluate.analysis import BASELINE, OtherModel, analyse, worst_rows
 from ray_jobs.evaluate.evaluated_rows import EvaluatedRows
 from ray_jobs.evaluate.report_page import html
 from ray_jobs.explain.explanation import Explanation
@@ -33,10 +33,12 @@ def page_of(
     metrics |= {
         "drift": [{"name": "age", **drift.model_dump()}],
         "baselines_skipped": None,
-        "explanation_skipped": "--explain is none",
+        "explanation_skipped": None,
     }
     spec = EvaluateSpec(run="runs/<b>", data=str(folder), output="out")
-    page = html(metrics, (), rows, explanation or Explanation(), manifest, spec)
+    page = html(
+        metrics, (), rows, worst_rows(rows, 0.5), explanation or Explanation(), manifest, spec
+    )
     # The script of plotly contains such words.
     return re.sub(r"<script>.*?</script>", "", page, flags=re.S)
 

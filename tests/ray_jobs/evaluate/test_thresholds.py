@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from sklearn import metrics
 
-from ray_jobs.evaluate.thresholds import ThresholdCounts, choose_thresholds, threshold_curves
+from ray_jobs.evaluate.thresholds import choose_thresholds, threshold_curves
+from ray_jobs.train.metrics import ThresholdCounts
 
 
 @pytest.fixture
