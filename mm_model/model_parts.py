@@ -69,11 +69,17 @@ class CutModel:
         return model.calibration(model.blend(self.logits(tensors, inputs)))
 
 
-def has_image_map(model: FusionModel) -> bool:
+def has_feature_map(model: FusionModel) -> bool:
     """Whether the backbone pools a map of convolutional features (B, H, W, F)."""
     layers: Any = model.network.layers
     pool = [layer for layer in layers if layer.name == IMAGE_POOL]
     return bool(pool) and len(pool[0].input.shape) == 4
+
+
+def num_patches(model: FusionModel) -> int:
+    """Return the number of patches of an image in a model with a transformer backbone."""
+    backbone: Any = model.network.get_layer(model.backbone[-1])
+    return backbone.output["tokens"].shape[1]
 
 
 def column_names(

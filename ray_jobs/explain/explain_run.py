@@ -123,12 +123,12 @@ def _explain_rows(
     average: dict[str, np.ndarray],
 ) -> dict[str, Any]:
     """Return the fields of an `Explanation` on single rows."""
-    from mm_model.model_parts import column_names, has_image_map
-    from ray_jobs.explain.row_maps import column_contributions, grad_cam, map_similarity
+    from mm_model.model_parts import column_names
+    from ray_jobs.explain.row_maps import column_contributions, image_maps, map_similarity
 
     found: dict[str, Any] = {}
-    if IMAGE in inputs and has_image_map(model):
-        maps = grad_cam(model, inputs, run.threshold)
+    if IMAGE in inputs:
+        maps = image_maps(model, inputs, run.threshold)
         found["map_similarity"] = map_similarity(model, inputs, maps, run.threshold)
         by_row = maps.reshape(len(shown), -1, *maps.shape[1:])
         found["maps"] = dict(zip(shown, by_row, strict=True))

@@ -1,6 +1,7 @@
 """Explains single rows: which part of the image and which columns the probability depends on.
 
-Shapes: B rows, I images, H × W positions of a feature map, F features, E encoded components.
+Shapes: B rows, I images, h × w positions of a feature map, H × W pixels, F features, E encoded
+components.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,34 +9,87 @@ from typing import Any, cast
 
 import numpy as np
 
-from mm_model.model_parts import ENCODED_COLUMNS, IMAGE_FEATURES, IMAGE_MAP, CutModel
+from mm_model.model_parts import (
+    ENCODED_COLUMNS,
+    IMAGE_FEATURES,
+    IMAGE_MAP,
+    CutModel,
+    has_feature_map,
+    num_patches,
+)
+from ray_jobs.data.batch import IMAGE
 
-_STEPS = 32
+_STEPS, _IMAGE_STEPS = 32, 16
+_IMAGE_ROWS = 8  # differentiated at once with respect to their pixels
 
 
-def grad_cam(model: Any, inputs: Mapping[str, np.ndarray], threshold: float = 0.5) -> np.ndarray:
-    """Return how much each position of the feature map adds to the predicted class (I, H, W).
+def image_maps(model: Any, inputs: Mapping[str, np.ndarray], threshold: float = 0.5) -> np.ndarray:
+    """Return how much each part of the images adds to the predicted class (I, h, w), at least 0.
 
-    Grad-CAM (Selvaraju et al. 2017, arXiv 1610.02391, equations 1 and 2) of the calibrated logit,
-    or of its negative for rows below the threshold. Maps are not normalized.
+    By Grad-CAM for backbones with convolutions, and by integrated gradients for transformers: in
+    their upper blocks, a token no longer stands for its own patch. Explains the calibrated logit,
+    or its negative for rows below the threshold. Maps are not normalized.
 
     Args:
-        model: A `FusionModel` with a convolutional backbone.
+        model: A `FusionModel` with an image backbone.
         inputs: Inputs of the model.
         threshold: Decision threshold.
     """
+    sign_B1 = np.where(np.asarray(model(inputs)) >= threshold, np.float32(1), np.float32(-1))
+    if has_feature_map(model):
+        return _grad_cam(model, inputs, sign_B1)
+    maps = []
+    for start in range(0, len(sign_B1), _IMAGE_ROWS):
+        part = slice(start, start + _IMAGE_ROWS)
+        rows = {name: values[part] for name, values in inputs.items()}
+        maps.append(_patch_contributions(model, rows, sign_B1[part]))
+    return np.concatenate(maps)
+
+
+def _grad_cam(model: Any, inputs: Mapping[str, np.ndarray], sign_B1: np.ndarray) -> np.ndarray:
+    """Return maps by Selvaraju et al. 2017, arXiv 1610.02391, equations 1 and 2."""
     import tensorflow as tf
 
     cut = CutModel(model, [IMAGE_MAP])
     tensors = cut.tensors(inputs)
-    map_IHWF: Any = tensors[IMAGE_MAP]
+    map_IhwF: Any = tensors[IMAGE_MAP]
     with tf.GradientTape() as tape:
-        tape.watch(map_IHWF)
-        logit_B1: Any = cut.logit({IMAGE_MAP: map_IHWF}, inputs)
-        score = tf.reduce_sum(tf.abs(logit_B1 - np.float32(np.log(threshold / (1 - threshold)))))
-    gradient: Any = tape.gradient(score, map_IHWF)
+        tape.watch(map_IhwF)
+        logit_B1: Any = cut.logit({IMAGE_MAP: map_IhwF}, inputs)
+        score = tf.reduce_sum(sign_B1 * logit_B1)
+    gradient: Any = tape.gradient(score, map_IhwF)
     weight = tf.reduce_mean(gradient, axis=(1, 2), keepdims=True)
-    return np.asarray(tf.nn.relu(tf.reduce_sum(weight * map_IHWF, axis=-1)))
+    return np.asarray(tf.nn.relu(tf.reduce_sum(weight * map_IhwF, axis=-1)))
+
+
+def _patch_contributions(
+    model: Any, inputs: Mapping[str, np.ndarray], sign_B1: np.ndarray
+) -> np.ndarray:
+    """Return maps by integrated gradients of the pixels, summed over the patches.
+
+    The path begins at images of one color, the mean of each image.
+    """
+    import cv2
+    import tensorflow as tf
+
+    whole = CutModel(model, [])
+    image = inputs[IMAGE].astype(np.float32)
+    plain = image.mean(axis=(-3, -2), keepdims=True)
+    gradient = np.zeros_like(image)
+    for step in range(_IMAGE_STEPS):
+        point = tf.constant(plain + (step + 0.5) / _IMAGE_STEPS * (image - plain))
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(point)
+            logit_B1: Any = whole.logit({}, {**inputs, IMAGE: point})
+            score = tf.reduce_sum(sign_B1 * logit_B1)
+        found: Any = tape.gradient(score, point)
+        gradient += np.asarray(found) / _IMAGE_STEPS
+    parts_IHW = ((image - plain) * gradient).sum(axis=-1).reshape(-1, *image.shape[-3:-1])
+    height, width = parts_IHW.shape[1:]
+    rows = max(round((num_patches(model) * height / width) ** 0.5), 1)
+    size = (num_patches(model) // rows, rows)
+    small = [cv2.resize(parts_HW, size, interpolation=cv2.INTER_AREA) for parts_HW in parts_IHW]
+    return np.maximum(np.stack(small), 0)
 
 
 def map_similarity(
@@ -52,7 +106,7 @@ def map_similarity(
     rng, weights = np.random.default_rng(0), model.get_weights()
     try:
         model.set_weights([rng.permutation(w.ravel()).reshape(w.shape) for w in weights])
-        others_IHW = grad_cam(model, inputs, threshold)
+        others_IHW = image_maps(model, inputs, threshold)
     finally:
         model.set_weights(weights)
     correlations = [

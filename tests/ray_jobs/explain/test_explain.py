@@ -14,7 +14,7 @@ from ray_jobs.explain.importance import (
     partial_dependence,
     permutation_importance,
 )
-from ray_jobs.explain.row_maps import column_contributions, grad_cam, map_similarity
+from ray_jobs.explain.row_maps import column_contributions, image_maps, map_similarity
 from tests.mm_model.examples import with_random_heads
 
 NUMBERS, WORDS = ("age", "size", "copy"), ("site",)
@@ -188,27 +188,53 @@ def mass_inside(maps: np.ndarray, is_inside: np.ndarray) -> float:
     return float(np.mean((large * is_inside).sum(axis=(1, 2))[total > 0] / total[total > 0]))
 
 
-def test_maps_lie_on_the_part_of_the_image_that_decides():
+@pytest.mark.parametrize(
+    ("kind", "num_rows", "epochs", "learning_rate", "positions"),
+    [
+        ("tiny", 240, 16, 3e-3, 12),
+        pytest.param("vit_tiny", 480, 8, 5e-4, 6, marks=pytest.mark.slow),  # trains for 2 minutes
+    ],
+)
+def test_maps_lie_on_the_part_of_the_image_that_decides(
+    kind, num_rows, epochs, learning_rate, positions
+):
     import keras
 
     keras.utils.set_random_seed(0)
-    inputs, label, _ = squares(240, seed=0)
+    inputs, label, _ = squares(num_rows, seed=0)
     options = {"numeric": {"kind": "none"}, "dropout": 0.0, "augmentation": {"rotation": 0}}
-    image = {"kind": "tiny", "weights": None, "units": 16}
-    model = create_model((SIDE, SIDE, 3), (0,), image=image, learning_rate=3e-3, **options)
-    model.fit(inputs, label, epochs=16, batch_size=16, verbose=0)
+    image = {"kind": kind, "weights": None, "units": 16}
+    model = create_model((SIDE, SIDE, 3), (0,), image=image, learning_rate=learning_rate, **options)
+    model.fit(inputs, label, epochs=epochs, batch_size=16, verbose=0)
     test, label, is_inside = squares(60, seed=1)
     probability = np.asarray(model(test))[:, 0]
     assert np.mean((probability > 0.5) == label) > 0.95
     positive = {"image": test["image"][label == 1]}
-    maps = grad_cam(model, positive)
-    assert maps.shape == (30, 12, 12)
+    maps = image_maps(model, positive)
+    assert maps.shape == (30, positions, positions)
     assert mass_inside(maps, is_inside[label == 1]) >= 0.7
     assert abs(map_similarity(model, positive, maps) or 1) < 0.5
     np.testing.assert_array_equal(np.asarray(model(test))[:, 0], probability)
     fresh = create_model((SIDE, SIDE, 3), (0,), image=image, **options)
     with_random_heads(fresh)
-    assert mass_inside(grad_cam(fresh, positive), is_inside[label == 1]) < 0.4
+    assert mass_inside(image_maps(fresh, positive), is_inside[label == 1]) < 0.4
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one image", "two images"])
+def test_the_maps_of_a_transformer_have_a_position_per_patch(several):
+    inputs = {name: values for name, values in inputs_of(3, several).items() if "image" in name}
+    if several:
+        inputs["image_mask"][1, 0] = 0
+    image = {"kind": "vit_tiny", "weights": None, "units": 8}
+    shape = inputs["image"].shape[1:]
+    model = create_model(shape, (0,), image=image, numeric={"kind": "none"})
+    with_random_heads(model)
+    maps = image_maps(model, inputs)
+    assert maps.shape == (6 if several else 3, 2, 2)
+    assert maps.max() > 0
+    if several:
+        # The first image of the second row is missing.
+        assert maps[2].max() == 0
 
 
 @pytest.mark.slow  # trains 20 models
