@@ -69,6 +69,16 @@ class CutModel:
         return model.calibration(model.blend(self.logits(tensors, inputs)))
 
 
+def with_embeddings(model: FusionModel) -> keras.Model:
+    """Return a network from the inputs of a model to its logits (B, M) and M embeddings (B, F).
+
+    The embedding of a head is what it computes its logit from.
+    """
+    network: Any = model.network
+    heads = (network.get_layer(f"{head}_head") for head in model.heads)
+    return keras.Model(network.input, [network.output, *(head.input for head in heads)])
+
+
 def has_feature_map(model: FusionModel) -> bool:
     """Whether the backbone pools a map of convolutional features (B, H, W, F)."""
     layers: Any = model.network.layers

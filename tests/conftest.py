@@ -41,8 +41,9 @@ def predict_here(ray_local: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reads and predicts rows in this process, because an actor needs seconds for TensorFlow."""
     from ray_jobs.predict import predictor
 
-    def blocks(run: Any, source: Any, spec: Any) -> Iterator[Any]:
-        predict = predictor.Predictor(run, spec.batch_size, spec.cpus_per_worker, spec.use_gpu)
+    def blocks(run: Any, source: Any, spec: Any, with_distance: bool) -> Iterator[Any]:
+        settings = (spec.batch_size, spec.cpus_per_worker, spec.use_gpu, with_distance)
+        predict = predictor.Predictor(run, *settings)
         for task in source.tasks():
             for rows in source.read(task):
                 yield from predict(rows)

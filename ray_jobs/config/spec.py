@@ -383,6 +383,9 @@ class PredictSpec(InferenceSpec):
     """For raw rows: pattern for the path or URI of each image, with column names in braces, such as
     `photos/{key}.jpg`; or the folder of the images, which are then found by the settings that the
     run's data was prepared with, such as `prepare.image_pattern` or `prepare.image_column`."""
+    distance: bool = False
+    """Add a column with the distance of each row from the training rows, above 1 for rows farther
+    away than 99 % of the validation rows."""
 
 
 class InspectSpec(Spec):

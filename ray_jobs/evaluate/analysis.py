@@ -12,14 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from ray_jobs.evaluate.evaluated_rows import EvaluatedRows
+from ray_jobs.data.batch import LABEL, WEIGHT
+from ray_jobs.evaluate.evaluated_rows import DISTANCE_COLUMN, EvaluatedRows
 from ray_jobs.evaluate.slices import cohorts, slice_metrics
 from ray_jobs.evaluate.thresholds import choose_thresholds, threshold_curves
 from ray_jobs.evaluate.uncertainty.bootstrap import Interval, bootstrap_intervals
 from ray_jobs.evaluate.uncertainty.calibration_check import calibration_check, reliability_diagram
 from ray_jobs.evaluate.uncertainty.draw_metrics import BIASED, METRICS, DrawMetrics
 from ray_jobs.evaluate.uncertainty.model_comparison import COMPARED, compare, mcnemar, values_of
-from ray_jobs.train.metrics import ThresholdCounts, binary_metrics
+from ray_jobs.predict.trained_run import TrainedRun
+from ray_jobs.train.finalize import EMBEDDINGS, read_sample
+from ray_jobs.train.metrics import ThresholdCounts, binary_metrics, row_log_loss
 
 HEAD, BASELINE, RUN = "head", "baseline", "run"
 
@@ -75,14 +78,45 @@ def analyse(
 
 
 def worst_rows(rows: EvaluatedRows, threshold: float) -> dict[str, list[int]]:
-    """Return the indices of the rows to look at: the most confident errors, the least certain."""
+    """Return the indices of the rows to look at, by title."""
     true_N = np.where(rows.label_N == 1, rows.probability_N, 1 - rows.probability_N)
     is_wrong_N = (rows.probability_N >= threshold) != (rows.label_N == 1)
     confident = np.argsort(true_N, kind="stable")
     uncertain = np.argsort(np.abs(rows.probability_N - threshold), kind="stable")
+    distance_N = rows.numbers.get(DISTANCE_COLUMN, np.zeros(len(true_N)))
+    far = np.argsort(-distance_N, kind="stable")
     return {
         "Most confident errors": confident[is_wrong_N[confident]][:_NUM_SHOWN].tolist(),
         "Least certain rows": uncertain[:_NUM_SHOWN].tolist(),
+        "Rows unlike the training rows": far[distance_N[far] > 1][:_NUM_SHOWN].tolist(),
+    }
+
+
+def training_gap(run: TrainedRun) -> dict[str, float] | None:
+    """Return how much higher the log loss is on validation rows than on training rows.
+
+    `training` and `validation` are the log losses of the final model on samples of both, and `low`
+    to `high` the 95 % interval of the `difference`. Returns None if the run does not store them.
+    """
+    rows = read_sample(run.folder, EMBEDDINGS)
+    if rows is None:
+        return None
+    loss_N = row_log_loss(rows[LABEL].to_numpy(), rows["probability"].to_numpy())
+    has_weight = WEIGHT in rows.column_names
+    weight_N = rows[WEIGHT].to_numpy() if has_weight else np.ones(len(loss_N))
+    means, variance = [], 0.0
+    for split in ("train", "validation"):
+        part_N = rows["split"].to_numpy() == split
+        share = weight_N[part_N] / weight_N[part_N].sum()
+        means.append(float(share @ loss_N[part_N]))
+        variance += float(((share * (loss_N[part_N] - means[-1])) ** 2).sum())
+    difference, margin = means[1] - means[0], 1.96 * variance**0.5
+    return {
+        "training": means[0],
+        "validation": means[1],
+        "difference": difference,
+        "low": difference - margin,
+        "high": difference + margin,
     }
 
 

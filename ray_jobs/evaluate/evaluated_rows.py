@@ -6,6 +6,7 @@ Shapes: N rows, M heads.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,13 +15,14 @@ from ray_jobs.config.prepare_spec import Split
 from ray_jobs.data.batch import GROUP, KEY, LABEL, WEIGHT
 from ray_jobs.data.manifest import Manifest, Shard
 from ray_jobs.data.reader import read_columns
-from ray_jobs.predict.predictor import BRIGHTNESS, LOGITS, PROBABILITY, logits_array
+from ray_jobs.predict.predictor import BRIGHTNESS, DISTANCE, LOGITS, PROBABILITY, logits_array
 from ray_jobs.predict.trained_run import TrainedRun
 from ray_jobs.storage.folder import Folder
 from ray_jobs.train.finalize import VALIDATION, read_sample
 from ray_jobs.train.metrics import row_log_loss
 
 BRIGHTNESS_COLUMN = "(image brightness)"
+DISTANCE_COLUMN = "(distance from the training rows)"
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,12 @@ class EvaluatedRows:
         """Log loss of each row."""
         return row_log_loss(self.label_N, self.probability_N)
 
+    @property
+    def num_unfamiliar(self) -> int | None:
+        """Number of rows farther from the training rows than validation rows; None if unknown."""
+        distance_N = self.numbers.get(DISTANCE_COLUMN)
+        return None if distance_N is None else int((distance_N > 1).sum())
+
     def take(self, rows: np.ndarray) -> "EvaluatedRows":
         """Return the rows with these indices."""
         return replace(
@@ -84,14 +92,18 @@ class EvaluatedRows:
             split: The split.
         """
         categories = [vocabulary.column for vocabulary in manifest.vocabularies]
-        columns = [*manifest.numeric_columns, *categories]
+        columns = [*manifest.numeric_columns, *categories, *manifest.text_columns]
         columns += [WEIGHT] if manifest.is_weighted else []
         columns += [GROUP] if manifest.prepare.group_column else []
         shards = manifest.splits[split].shards
         stored = read_columns(folder, shards, [KEY, *columns])
         numbers = {name: stored[name].to_numpy() for name in manifest.numeric_columns}
-        if predicted[BRIGHTNESS].null_count < predicted.num_rows:
-            numbers[BRIGHTNESS_COLUMN] = predicted[BRIGHTNESS].to_numpy()
+        for name in manifest.text_columns:
+            lengths: Any = pa.compute.utf8_length(stored[name])  # type: ignore[attr-defined]
+            numbers[f"(characters of {name})"] = lengths.to_numpy().astype(np.float64)
+        for name, column in ((BRIGHTNESS_COLUMN, BRIGHTNESS), (DISTANCE_COLUMN, DISTANCE)):
+            if predicted[column].null_count < predicted.num_rows:
+                numbers[name] = predicted[column].to_numpy()
         group_N = None
         # Data that was prepared by an earlier version has no groups.
         if manifest.prepare.group_column and GROUP in stored.column_names:

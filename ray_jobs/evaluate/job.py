@@ -74,6 +74,7 @@ def evaluate_split(spec: EvaluateSpec) -> Evaluation:
         OtherModel,
         analyse,
         head_models,
+        training_gap,
         worst_rows,
     )
     from ray_jobs.evaluate.baselines import fit_baselines, training_shards
@@ -94,7 +95,8 @@ def evaluate_split(spec: EvaluateSpec) -> Evaluation:
     }
     with connected(spec):
         predicted = {
-            path: _predict(source.run, source, spec, data) for path, source in sources.items()
+            path: _predict(source, spec, data, with_distance=path == spec.run)
+            for path, source in sources.items()
         }
         rows = EvaluatedRows.of(predicted[spec.run], data, manifest, spec.split)
         train, reason = training_shards(run, data, manifest)
@@ -121,6 +123,8 @@ def evaluate_split(spec: EvaluateSpec) -> Evaluation:
     held_out = metrics["is_held_out"] = is_held_out(run, manifest, spec.split)
     shared = num_shared_groups(data, manifest, spec.split, train) if held_out else 0
     metrics["shared_groups"] = shared
+    metrics["num_unfamiliar"] = rows.num_unfamiliar
+    metrics["training_gap"] = training_gap(run)
     metrics["drift"] = input_drift(run, rows.numbers, rows.words, rows.logits_NM)
     explanation = explanation or Explanation()
     metrics["explanation"] = explanation.figures(rows.keys)
@@ -144,8 +148,10 @@ def evaluate_split(spec: EvaluateSpec) -> Evaluation:
     return Evaluation(metrics, rows)
 
 
-def _predict(run: TrainedRun, source: PreparedRows, spec: EvaluateSpec, data: Folder) -> pa.Table:
-    rows = pa.concat_tables(predict_rows(run, source, spec))
+def _predict(
+    source: PreparedRows, spec: EvaluateSpec, data: Folder, with_distance: bool
+) -> pa.Table:
+    rows = pa.concat_tables(predict_rows(source.run, source, spec, with_distance))
     bad = np.flatnonzero(rows[ERROR].is_valid().to_numpy())
     if len(bad):
         key, error = (rows[name][int(bad[0])].as_py() for name in (KEY, ERROR))

@@ -15,6 +15,8 @@ _MAX_NAMES = 3
 _SUSPICIOUS_AUC = 0.995
 _MIN_SHARE = 0.05
 _MAX_SIMILARITY = 0.5
+_EXPECTED_UNFAMILIAR = 0.03
+_MAX_GAP = 2.0
 _NOUNS = {BASELINE: "baseline", HEAD: "head"}
 
 
@@ -35,6 +37,8 @@ def model_findings(
         *_comparisons(metrics),
         *_calibration(metrics),
         *drift_findings(metrics["drift"]),
+        *_unfamiliar(metrics),
+        *_gap(metrics["training_gap"]),
         *_slices(metrics),
         *_heads(blend),
         *_explanation(metrics["explanation"]),
@@ -131,6 +135,29 @@ def _calibration(metrics: Mapping[str, Any]) -> Iterator[Finding]:
             f"The calibration error is {found['ece']:.3f}; if the probabilities were right, it "
             f"would be at most {found['high']:.3f} in 95 % of samples of "
             f"{metrics['num_rows']:,} rows",
+        )
+
+
+def _unfamiliar(metrics: Mapping[str, Any]) -> Iterator[Finding]:
+    from scipy.stats import binom
+
+    count, num_rows = metrics["num_unfamiliar"], metrics["num_rows"]
+    # One percent is expected; on few validation rows, the limit itself is uncertain.
+    if count is not None and binom.sf(count - 1, num_rows, _EXPECTED_UNFAMILIAR) < _ALPHA:
+        yield warning(
+            "unfamiliar_rows",
+            f"{count:,} of {count_text(num_rows, 'row')} are farther from the training rows than "
+            "99 % of the validation rows",
+            "look at them in report.html, and train on rows like them",
+        )
+
+
+def _gap(gap: Mapping[str, float] | None) -> Iterator[Finding]:
+    if gap and gap["low"] > 0 and gap["validation"] > _MAX_GAP * gap["training"]:
+        yield note(
+            "overfitted",
+            f"The log loss is {gap['training']:.3f} on training rows, but {gap['validation']:.3f} "
+            f"on validation rows (difference {gap['low']:+.3f} to {gap['high']:+.3f})",
         )
 
 

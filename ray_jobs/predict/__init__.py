@@ -4,6 +4,7 @@ Input: a trained run and prepared or raw rows. Output: Parquet files with their 
 
     trained_run   opens a run folder and checks that data matches it
     row_sources   reads prepared or raw rows in tasks
+    row_distance  measures how far rows are from the training rows
     predictor     loads the model in each process and predicts rows, also for `evaluate`
     job           writes and counts the predictions
 """

@@ -3,7 +3,7 @@ r"""Predict the probability of each row with a trained run.
 Reads: a run folder from `train`, and prepared data or a table of raw rows with its images.
 Writes: part-*.parquet in the output folder with the columns key, probability, predicted_label (0 or
 1 at the run's threshold) and error; one row per input row, in order. A row that cannot be used has
-no probability; `error` gives the reason.
+no probability; `error` gives the reason. With --distance true, also distance.
 
 Run:   python -m ray_jobs.predict --run runs/first --data prepared --split test --output predictions
        python -m ray_jobs.predict --run runs/first --data new.csv --images 'photos/{key}.jpg' \
@@ -28,6 +28,7 @@ from ray_jobs.data.batch import IMAGE_MASK, KEY
 from ray_jobs.data.manifest import MANIFEST, read_manifest
 from ray_jobs.predict.input_drift import drift_findings, input_drift
 from ray_jobs.predict.predictor import (
+    DISTANCE,
     HAS_IMAGE,
     LOGITS,
     PROBABILITY,
@@ -38,6 +39,7 @@ from ray_jobs.predict.predictor import (
 from ray_jobs.predict.row_sources import ERROR, MAX_COMPARED, PreparedRows, RawRows, RowSource
 from ray_jobs.predict.trained_run import TrainedRun, open_run
 from ray_jobs.storage.folder import Folder
+from ray_jobs.train.finalize import EMBEDDINGS
 
 PREDICTED_LABEL = "predicted_label"
 PREDICTIONS = pa.schema(
@@ -49,6 +51,7 @@ PREDICTIONS = pa.schema(
     }
 )
 
+_DISTANCE = pa.field(DISTANCE, pa.float32())
 _PART = re.compile(r"part-\d+\.parquet")
 _ROWS_PER_PART = 1 << 18
 _MAX_PRINTED = 5
@@ -69,11 +72,18 @@ def predict(spec: PredictSpec) -> dict[str, int]:
         raise JobError(
             f"--data={spec.data} would be replaced by the predictions; choose another --output"
         )
+    if spec.distance and not run.folder.exists(EMBEDDINGS):
+        raise JobError(
+            f"--distance=true needs {EMBEDDINGS}, which {run.folder} lacks: an earlier version "
+            "trained the run, or it is the mean of several models; leave --distance out"
+        )
     source = _open_rows(run, spec)
     tally = _Tally()
     with tempfile.TemporaryDirectory() as local:
         with connected(spec):
-            _write_parts(tally.count(predict_rows(run, source, spec), run.threshold), local)
+            rows = predict_rows(run, source, spec, spec.distance)
+            schema = PREDICTIONS.append(_DISTANCE) if spec.distance else PREDICTIONS
+            _write_parts(tally.count(rows, run.threshold, schema), schema, local)
         # Last, so that a failed prediction leaves the folder unchanged.
         for name in earlier:
             output.delete(name)
@@ -118,20 +128,21 @@ def _open_rows(run: TrainedRun, spec: PredictSpec) -> RowSource:
         return PreparedRows(run, run.folder, run.manifest, (), spec)
 
 
-def _predictions(rows: pa.Table, threshold: float) -> pa.Table:
-    """Convert a table with the schema `predictor.RESULT` to the schema `PREDICTIONS`."""
+def _predictions(rows: pa.Table, threshold: float, schema: pa.Schema) -> pa.Table:
+    """Convert a table with the schema `predictor.RESULT` to `PREDICTIONS`, and the distance."""
     probability = rows[PROBABILITY].to_numpy()
     label = pa.array(probability >= threshold, mask=np.isnan(probability)).cast(pa.int8())
-    return pa.table([rows[KEY], rows[PROBABILITY], label, rows[ERROR]], schema=PREDICTIONS)
+    table = rows.append_column(PREDICTED_LABEL, label)
+    return table.select(schema.names).cast(schema)
 
 
-def _write_parts(tables: Iterable[pa.Table], local: str) -> None:
+def _write_parts(tables: Iterable[pa.Table], schema: pa.Schema, local: str) -> None:
     pending: list[pa.Table] = []
     num_parts = 0
 
     def flush() -> None:
         nonlocal num_parts
-        table = pa.concat_tables([PREDICTIONS.empty_table(), *pending])
+        table = pa.concat_tables([schema.empty_table(), *pending])
         pq.write_table(table, Path(local) / f"part-{num_parts:05d}.parquet")
         num_parts += 1
         pending.clear()
@@ -149,7 +160,7 @@ class _Tally:
     """Counts rows and errors, and keeps the first predictions to print."""
 
     def __init__(self) -> None:
-        self.num_rows = self.num_positive = self.num_without_image = 0
+        self.num_rows = self.num_positive = self.num_without_image = self.num_far = 0
         self.reasons: Counter[str] = Counter()
         self.examples: dict[str, str] = {}
         self.first: list[str] = []
@@ -161,7 +172,9 @@ class _Tally:
         parts = [logits_array(column) for column in self._logits]
         return np.concatenate(parts) if parts else np.zeros((0, 0))
 
-    def count(self, tables: Iterable[pa.Table], threshold: float) -> Iterator[pa.Table]:
+    def count(
+        self, tables: Iterable[pa.Table], threshold: float, schema: pa.Schema
+    ) -> Iterator[pa.Table]:
         """Convert tables to predictions, and count their rows."""
         for result in tables:
             self.num_without_image += result[HAS_IMAGE].drop_null().to_pylist().count(False)
@@ -169,7 +182,8 @@ class _Tally:
                 usable = result.filter(result[ERROR].is_null())
                 self._logits.append(usable[LOGITS])
                 self._num_logits += usable.num_rows
-            table = _predictions(result, threshold)
+            table = _predictions(result, threshold, schema)
+            self.num_far += int(np.sum(result[DISTANCE].drop_null().to_numpy() > 1))
             self.num_rows += table.num_rows
             for row in table.slice(0, _MAX_PRINTED - len(self.first)).to_pylist():
                 self.first.append(f"{row[KEY]}  {number_text(row[PROBABILITY], 4)}")
@@ -195,6 +209,11 @@ class _Tally:
             console.print(
                 f"  [yellow]{count_text(self.num_without_image, 'row')} without an image[/yellow], "
                 "predicted from numbers and words alone"
+            )
+        if self.num_far:
+            console.print(
+                f"  [yellow]{count_text(self.num_far, 'row')} farther from the training rows than "
+                "99 % of the validation rows[/yellow]"
             )
         for line in self.first:
             console.print(f"  {escape(line)}")

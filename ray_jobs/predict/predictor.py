@@ -29,6 +29,7 @@ from ray_jobs.cluster.worker_group import import_keras
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import InferenceSpec
 from ray_jobs.data.batch import IMAGE, IMAGE_MASK, INPUT_TYPES, KEY, LABEL
+from ray_jobs.predict.row_distance import RowDistance
 from ray_jobs.predict.row_sources import ERROR, FAILURE, RowSource, model_rows
 from ray_jobs.predict.trained_run import TrainedRun
 from ray_jobs.train.finalize import MODEL
@@ -37,6 +38,7 @@ PROBABILITY = "probability"
 HAS_IMAGE = "has_image"
 LOGITS = "logits"
 BRIGHTNESS = "brightness"
+DISTANCE = "distance"
 RESULT = pa.schema(
     {
         KEY: pa.string(),
@@ -46,11 +48,13 @@ RESULT = pa.schema(
         HAS_IMAGE: pa.bool_(),
         LOGITS: pa.list_(pa.float32()),
         BRIGHTNESS: pa.float32(),
+        DISTANCE: pa.float32(),
     }
 )
 """Columns of the predicted rows; a row without a probability has an error. `has_image` is null for
 rows with an error, and if the model takes no mask. `logits` has one number for each of the run's
-heads. `brightness` is the mean of the pixels, 0 to 255; null without an image."""
+heads. `brightness` is the mean of the pixels, 0 to 255; null without an image. `distance` is the
+result of `RowDistance`; null if it is not computed."""
 
 _PREDICTED = RESULT.append(pa.field(FAILURE, pa.string()))
 _BRIGHTNESS_SIZE = 128
@@ -68,8 +72,17 @@ def connected(spec: InferenceSpec) -> AbstractContextManager[None]:
     )
 
 
-def predict_rows(run: TrainedRun, source: RowSource, spec: InferenceSpec) -> Iterator[pa.Table]:
+def predict_rows(
+    run: TrainedRun, source: RowSource, spec: InferenceSpec, with_distance: bool = False
+) -> Iterator[pa.Table]:
     """Yield the predicted rows of a source in order, as tables of `RESULT`; requires `connected`.
+
+    Args:
+        run: The run.
+        source: The rows.
+        spec: Settings of the job.
+        with_distance: Whether to compute the distance from the training rows, if the run stores
+            their embeddings.
 
     Raises:
         JobError: If a task or a process with a model fails, or rows are missing.
@@ -83,7 +96,7 @@ def predict_rows(run: TrainedRun, source: RowSource, spec: InferenceSpec) -> Ite
     try:
         with Progress(transient=True, disable=not sys.stdout.isatty()) as progress:
             task = progress.add_task("predicting rows", total=source.num_rows)
-            for table in _predicted_blocks(run, source, spec):
+            for table in _predicted_blocks(run, source, spec, with_distance):
                 failures = table[FAILURE].drop_null()
                 if len(failures):
                     raise JobError(failures[0].as_py())
@@ -108,12 +121,21 @@ class Predictor:
     Smaller batches are padded to `batch_size` rows, so that the model is traced only once.
     """
 
-    def __init__(self, run: TrainedRun, batch_size: int, num_cpus: float, use_gpu: bool) -> None:
+    def __init__(
+        self,
+        run: TrainedRun,
+        batch_size: int,
+        num_cpus: float,
+        use_gpu: bool,
+        with_distance: bool = False,
+    ) -> None:
         os.environ["KERAS_BACKEND"] = "tensorflow"
         import_keras()
         import tensorflow as tf
 
         from mm_model import load_model
+        from mm_model.model import inputs_by_name
+        from mm_model.model_parts import with_embeddings
         from ray_jobs.cluster.strategy import set_devices
 
         set_devices(num_cpus, use_gpu)
@@ -133,12 +155,22 @@ class Predictor:
             for name, (shape, dtype) in self.shapes.items()
         }
 
-        def predict(inputs: dict[str, Any]) -> tuple[Any, Any]:
+        self.distance = RowDistance.of(run) if with_distance else None
+        embedder = None if self.distance is None else with_embeddings(model)
+
+        def predict(inputs: dict[str, Any]) -> tuple[Any, Any, list[Any]]:
             if not run.heads:
                 probability_B1 = model(inputs, training=False)
-                return probability_B1, tf.zeros((batch_size, 0))
-            logits_BM = model.head_logits(inputs)
-            return model.probability(logits_BM), logits_BM
+                return probability_B1, tf.zeros((batch_size, 0)), []
+            if embedder is None:
+                logits_BM = model.head_logits(inputs)
+                return model.probability(logits_BM), logits_BM, []
+            logits_BM, *embeddings = embedder(
+                inputs_by_name(inputs, model.input_names), training=False
+            )
+            if model.inference_views > 1:
+                logits_BM = model.head_logits(inputs)
+            return model.probability(logits_BM), logits_BM, embeddings
 
         self.predict = tf.function(predict, input_signature=[signature], autograph=False)
 
@@ -156,8 +188,8 @@ class Predictor:
         for name, (shape, dtype) in self.shapes.items():
             inputs[name] = np.zeros(shape, dtype)
             inputs[name][: rows.num_rows] = _to_array(rows[name], shape[1:], dtype)
-        probability_B1, logits_BM = (output.numpy() for output in self.predict(inputs))
-        probability = probability_B1[: rows.num_rows, 0].astype(np.float64)
+        probability_B1, logits_BM, embeddings = self.predict(inputs)
+        probability = probability_B1.numpy()[: rows.num_rows, 0].astype(np.float64)
         errors = rows[ERROR].to_pylist()
         for i in np.flatnonzero(~np.isfinite(probability)):
             errors[i] = errors[i] or "the model's probability is not finite"
@@ -166,6 +198,10 @@ class Predictor:
         if IMAGE_MASK in inputs:
             any_image = inputs[IMAGE_MASK][: rows.num_rows].any(axis=1)
             has_image = pa.array(any_image, mask=has_error)
+        distance: Any = pa.nulls(rows.num_rows, pa.float32())
+        if self.distance is not None:
+            own = [embedding_BF.numpy()[: rows.num_rows] for embedding_BF in embeddings]
+            distance = pa.array(self.distance(own), pa.float32(), mask=has_error)
         return pa.table(
             {
                 KEY: rows[KEY],
@@ -173,8 +209,9 @@ class Predictor:
                 PROBABILITY: pa.array(probability, pa.float64(), mask=has_error),
                 ERROR: pa.array(errors, pa.string()),
                 HAS_IMAGE: has_image,
-                LOGITS: pa.array(list(logits_BM[: rows.num_rows]), pa.list_(pa.float32())),
+                LOGITS: pa.array(list(logits_BM.numpy()[: rows.num_rows]), pa.list_(pa.float32())),
                 BRIGHTNESS: _brightness(inputs, rows.num_rows),
+                DISTANCE: distance,
                 FAILURE: rows[FAILURE],
             },
             schema=_PREDICTED,
@@ -210,7 +247,7 @@ def _to_array(column: pa.ChunkedArray, shape: tuple[int, ...], dtype: Any) -> np
 
 
 def _predicted_blocks(
-    run: TrainedRun, source: RowSource, spec: InferenceSpec
+    run: TrainedRun, source: RowSource, spec: InferenceSpec, with_distance: bool
 ) -> Iterator[pa.Table]:
     import ray.data
 
@@ -229,7 +266,13 @@ def _predicted_blocks(
         .map_batches(read, batch_size=None, batch_format="pyarrow")
         .map_batches(
             Predictor,  # type: ignore[arg-type]
-            fn_constructor_args=(run, batch_size, spec.cpus_per_worker, spec.use_gpu),
+            fn_constructor_args=(
+                run,
+                batch_size,
+                spec.cpus_per_worker,
+                spec.use_gpu,
+                with_distance,
+            ),
             compute=ray.data.ActorPoolStrategy(size=spec.num_workers),
             num_cpus=spec.cpus_per_worker,
             num_gpus=1 if spec.use_gpu else 0,

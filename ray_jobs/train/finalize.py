@@ -1,7 +1,7 @@
 """Turns the best epoch into the final model: blended, calibrated, saved and summarized.
 
 Inputs: the loop after training, on rank 0.  Outputs: model/model.keras, model/saved_model,
-validation.parquet and summary.json in the run folder.
+validation.parquet, embeddings.parquet and summary.json in the run folder.
 """
 
 import tempfile
@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from ray_jobs.data.batch import INPUT_TYPES
+from ray_jobs.config.spec import RunSpec
+from ray_jobs.data.batch import FEATURES, IMAGE, INPUT_TYPES, LABEL, WEIGHT
+from ray_jobs.data.decoder import RowDecoder
 from ray_jobs.data.manifest import Manifest
 from ray_jobs.data.reader import sample_columns
+from ray_jobs.data.text_input import text_reader
 from ray_jobs.storage.folder import Folder
 
 if TYPE_CHECKING:
+    from mm_model.model import FusionModel
     from ray_jobs.train.checkpoints.checkpoint import LoopState
     from ray_jobs.train.loop import Loop
 
@@ -28,7 +32,13 @@ and weight if the data has weights."""
 REFERENCE = "reference.parquet"
 """Numbers and words of a sample of the training rows."""
 
+EMBEDDINGS = "embeddings.parquet"
+"""A sample of the training and validation rows as the final model sees them: split, label,
+probability, the embedding of each head, and weight if the data has weights."""
+
 _REFERENCE_ROWS = 2000
+_EMBEDDED_ROWS = 512  # of each split
+_BATCH = 32
 
 
 def finalize(loop: "Loop", state: "LoopState", folder: Folder, train_s: float) -> dict[str, Any]:
@@ -72,6 +82,7 @@ def finalize(loop: "Loop", state: "LoopState", folder: Folder, train_s: float) -
         folder.delete("model")
         folder.upload(path, "model")
     write_validation(folder, label_N, probability_N, best.weight_N, logits_NM)
+    write_embeddings(folder, model, spec, loop.manifest)
     summary = {
         "run": spec.run.name,
         "epochs": state.epoch,
@@ -125,8 +136,41 @@ def write_reference(folder: Folder, data: Folder, manifest: Manifest) -> None:
     folder.write_parquet(REFERENCE, sample_columns(data, shards, columns, _REFERENCE_ROWS))
 
 
+def write_embeddings(
+    folder: Folder, model: "FusionModel", spec: RunSpec, manifest: Manifest
+) -> None:
+    """Write `EMBEDDINGS`, by which `evaluate` and `predict` recognize unfamiliar rows."""
+    from mm_model.model import inputs_by_name
+    from mm_model.model_parts import with_embeddings
+
+    text = text_reader(spec, manifest)
+    with_image = bool({IMAGE, FEATURES} & set(model.input_names))
+    decoder = RowDecoder(manifest, with_image=with_image, size=spec.data.image_size, text=text)
+    network, data = with_embeddings(model), Folder(spec.data.prepared)
+    parts: list[pa.Table] = []
+    for split in ("train", "validation"):
+        shards = manifest.splits[split].shards
+        rows = sample_columns(data, shards, decoder.columns, _EMBEDDED_ROWS)
+        for start in range(0, rows.num_rows, _BATCH):
+            batch = decoder.decode(rows.slice(start, _BATCH))
+            logits_BM, *embeddings = network(
+                inputs_by_name(batch, model.input_names), training=False
+            )
+            columns: dict[str, Any] = {
+                "split": [split] * len(batch[LABEL]),
+                LABEL: batch[LABEL][:, 0].astype("int8"),
+                "probability": np.asarray(model.probability(logits_BM))[:, 0],
+            }
+            for head, embedding_BF in zip(model.heads, embeddings, strict=True):
+                columns[f"embedding_{head}"] = list(np.asarray(embedding_BF, "float32"))
+            if manifest.is_weighted:
+                columns[WEIGHT] = batch[WEIGHT][:, 0]
+            parts.append(pa.table(columns))
+    folder.write_parquet(EMBEDDINGS, pa.concat_tables(parts))
+
+
 def read_sample(folder: Folder, name: str) -> pa.Table | None:
-    """Return the rows of `VALIDATION` or `REFERENCE`; None for a run of an earlier version."""
+    """Return the rows of a file above; None for a run of an earlier version."""
     return folder.read_parquet(name) if folder.exists(name) else None
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from ray_jobs.checks.finding import Finding
 from ray_jobs.evaluate.analysis import BASELINE, HEAD, OtherModel, analyse
-from ray_jobs.evaluate.evaluated_rows import EvaluatedRows
+from ray_jobs.evaluate.evaluated_rows import DISTANCE_COLUMN, EvaluatedRows
 from ray_jobs.evaluate.model_findings import model_findings
 from ray_jobs.explain.explanation import Explanation
 from tests.ray_jobs.evaluate.simulated import simulate, with_bad_cohort
@@ -22,9 +22,11 @@ def findings(
     explanation: Explanation | None = None,
     shared_groups: int = 0,
     is_held_out: bool = True,
+    gap: dict[str, float] | None = None,
 ) -> dict[str, Finding]:
     metrics = analyse(rows, 0.5, others or [], None)
     metrics |= {"shared_groups": shared_groups, "is_held_out": is_held_out, "drift": []}
+    metrics |= {"num_unfamiliar": rows.num_unfamiliar, "training_gap": gap}
     metrics["explanation"] = (explanation or Explanation()).figures(())
     return {f.code: f for f in model_findings(metrics, blend or {}, ("healthy", "ill"))}
 
@@ -92,6 +94,22 @@ def test_rows_that_were_used_in_training_and_few_groups_are_found():
     assert set(findings(GOOD, is_held_out=False)) == {"not_held_out"}
     groups = simulate(group_N=np.arange(2000) % 12)
     assert findings(groups)["few_groups"].text.startswith("The rows are of only 12 groups")
+
+
+@pytest.mark.parametrize(("fraction", "is_found"), [(0.01, False), (0.03, False), (0.06, True)])
+def test_unfamiliar_rows_are_found(fraction, is_found):
+    distance = np.where(np.arange(2000) < 2000 * fraction, 1.5, 0.8)
+    found = findings(simulate(numbers={DISTANCE_COLUMN: distance}))
+    assert ("unfamiliar_rows" in found) == is_found
+
+
+def test_a_gap_between_training_and_validation_is_found():
+    small = {"training": 0.3, "validation": 0.4, "low": 0.05, "high": 0.15}
+    uncertain = {"training": 0.1, "validation": 0.4, "low": -0.05, "high": 0.65}
+    large = {"training": 0.1, "validation": 0.4, "low": 0.25, "high": 0.35}
+    assert findings(GOOD, gap=small) == findings(GOOD, gap=uncertain) == {}
+    text = findings(GOOD, gap=large)["overfitted"].text
+    assert text.startswith("The log loss is 0.100 on training rows, but 0.400 on validation rows")
 
 
 def test_leaks_are_found():

@@ -327,12 +327,12 @@ def test_many_rows_are_written_in_parts_and_zero_rows_in_one(monkeypatch, tmp_pa
     monkeypatch.setattr(predict_job, "_ROWS_PER_PART", 10)
     rows = [{"key": str(i), "probability": i / 40} for i in range(32)]
     tables = [pa.Table.from_pylist(rows[i : i + 4], PREDICTIONS) for i in range(0, 32, 4)]
-    predict_job._write_parts(tables, str(tmp_path))
+    predict_job._write_parts(tables, PREDICTIONS, str(tmp_path))
     parts = sorted(path.name for path in tmp_path.iterdir())
     assert parts == ["part-00000.parquet", "part-00001.parquet", "part-00002.parquet"]
     assert predictions(tmp_path).equals(pa.concat_tables(tables))
 
     (tmp_path / "none").mkdir()
-    predict_job._write_parts([], str(tmp_path / "none"))
+    predict_job._write_parts([], PREDICTIONS, str(tmp_path / "none"))
     empty = predictions(tmp_path / "none")
     assert (empty.num_rows, empty.schema) == (0, PREDICTIONS)

@@ -35,15 +35,22 @@ def rows_read(runs: Path) -> Counter[str]:
 def _train_and_record(config: dict[str, Any]) -> None:
     import ray.train
 
-    from ray_jobs.train import datasets
+    from ray_jobs.train import datasets, finalize
 
     shards: dict[str, Any] = {}
     in_place: list[int] = []
     get_dataset_shard, read_groups = datasets.get_dataset_shard, ShardReader.read_groups
+    finalize_run = finalize.finalize
 
     def get_and_keep(name: str) -> Any:
         shards[name] = get_dataset_shard(name)
         return shards[name]
+
+    def finalize_uncounted(*args: Any) -> Any:
+        before = len(in_place)
+        result = finalize_run(*args)
+        del in_place[before:]
+        return result
 
     def count_and_read(reader: ShardReader, shard: int, groups: Any) -> Any:
         in_place.append(shard)
@@ -52,6 +59,8 @@ def _train_and_record(config: dict[str, Any]) -> None:
     with (
         patch.object(datasets, "get_dataset_shard", get_and_keep),
         patch.object(ShardReader, "read_groups", count_and_read),
+        # It reads a sample of the rows itself.
+        patch.object(finalize, "finalize", finalize_uncounted),
     ):
         train_on_worker(config)
     read = {

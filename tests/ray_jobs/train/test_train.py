@@ -26,8 +26,9 @@ from tests.ray_jobs.trained import damage_image, stored_rows
 from tests.ray_jobs.tune.searches import require_nothing_left
 
 RUN_FILES = {
-    "checkpoints", "environment.json", "history.jsonl", "history.parquet", "manifest.json", "model",
-    "reference.parquet", "run.yaml", "summary.json", "tensorboard", "validation.parquet",
+    "checkpoints", "embeddings.parquet", "environment.json", "history.jsonl", "history.parquet",
+    "manifest.json", "model", "reference.parquet", "run.yaml", "summary.json", "tensorboard",
+    "validation.parquet",
 }  # fmt: skip
 
 SIZES = {"train": 101, "validation": 37, "test": 23}
