@@ -36,7 +36,7 @@ bench: $(READY)
 lock: $(READY)
 	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --upgrade --no-header \
 		--no-annotate --quiet --output-file requirements-dev.lock
-	$(BIN)/uv pip compile pyproject.toml --extra hub --extra weights \
+	$(BIN)/uv pip compile pyproject.toml --extra hub --extra serve --extra weights \
 		--constraint requirements-dev.lock --universal --no-header \
 		--no-annotate --quiet --output-file requirements.lock
 

@@ -10,6 +10,7 @@ Each verb is a package that `python -m ray_jobs.VERB` runs. The data flows throu
                shards → folds → metrics with intervals, the mean of the folds' models
     evaluate   run + split → metrics, plots
     predict    run + rows → Parquet with a probability per row
+    serve      run + requests over HTTP → answers
 
 In addition, plan estimates memory, time and cost before you rent machines, doctor finds problems
 before a job starts, submit runs the verbs as jobs on a cluster, and demo runs the pipeline on

@@ -13,6 +13,7 @@ VERBS = {
     "cross_validate": "estimate how good a model is on few rows",
     "evaluate": "compute metrics and plots of a trained run on one split",
     "predict": "write the probability of each row to Parquet",
+    "serve": "answer requests over HTTP with a trained run",
     "plan": "estimate memory, time and cost before you rent machines",
     "doctor": "find problems before a job starts",
     "submit": "submit, follow and stop jobs on a cluster",

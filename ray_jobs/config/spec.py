@@ -388,6 +388,42 @@ class PredictSpec(InferenceSpec):
     away than 99 % of the validation rows."""
 
 
+class ServeSpec(Spec):
+    """Answers to requests over HTTP with a trained run."""
+
+    run: str
+    """Run folder that `train` wrote."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for all networks of the machine."""
+    port: PositiveInt = 8000
+    """Port to listen on."""
+    token_file: str | None = None
+    """File with a token that clients must send as `Authorization: Bearer TOKEN`. Default: none."""
+    num_replicas: PositiveInt = 1
+    """Number of processes, each with its own copy of the model."""
+    max_replicas: PositiveInt = 1
+    """More than `num_replicas`: replicas are added while many requests wait, up to this number."""
+    cpus_per_replica: Positive = 1.0
+    """Logical CPUs per replica."""
+    gpus_per_replica: NonNegativeFloat = 0.0
+    """GPUs per replica; 0.5 for two replicas on a GPU."""
+    max_batch_size: PositiveInt = 32
+    """Maximum rows per model call."""
+    batch_wait_ms: NonNegativeFloat = 2.0
+    """Time to wait for more rows before a model call, in milliseconds."""
+    max_queued_requests: PositiveInt = 128
+    """Requests that may wait for a replica; others are answered with 503 and Retry-After."""
+    max_request_mb: Positive = 32.0
+    """Maximum size of a request in MiB."""
+    timeout_s: Positive = 30.0
+    """Seconds until a request fails; a replica that ends waits as long for its last requests."""
+    address: str | None = None
+    """Address of a Ray cluster, such as `auto`. Default: $RAY_ADDRESS, else a new local Ray
+    instance."""
+    worker_logs: bool = False
+    """Print the replicas' log output."""
+
+
 class InspectSpec(Spec):
     """Data-quality report on prepared data."""
 

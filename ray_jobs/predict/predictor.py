@@ -118,7 +118,16 @@ def predict_rows(
 class Predictor:
     """Loads the model of a run into a process and predicts the probability of each row.
 
-    Smaller batches are padded to `batch_size` rows, so that the model is traced only once.
+    By default, smaller batches are padded to `batch_size` rows: all calls have the same shape.
+
+    Args:
+        run: The run.
+        batch_size: Maximum rows per call of the model.
+        num_cpus: CPUs of this process.
+        use_gpu: Whether it uses a GPU.
+        with_distance: Whether to compute the distance from the training rows, if the run stores
+            their embeddings.
+        pad: Whether to pad smaller batches.
     """
 
     def __init__(
@@ -128,6 +137,7 @@ class Predictor:
         num_cpus: float,
         use_gpu: bool,
         with_distance: bool = False,
+        pad: bool = True,
     ) -> None:
         os.environ["KERAS_BACKEND"] = "tensorflow"
         import_keras()
@@ -139,7 +149,7 @@ class Predictor:
         from ray_jobs.cluster.strategy import set_devices
 
         set_devices(num_cpus, use_gpu)
-        self.batch_size, self.failure = batch_size, None
+        self.batch_size, self.pad, self.failure = batch_size, pad, None
         try:
             with tempfile.TemporaryDirectory() as local:
                 model = load_model(run.folder.download(MODEL, f"{local}/model.keras"))
@@ -147,11 +157,10 @@ class Predictor:
             self.failure = f"could not load {run.folder}/{MODEL}: {first_line(error)}"
             return
         self.shapes: dict[str, tuple[tuple[int, ...], Any]] = {
-            name: ((batch_size, *shape), INPUT_TYPES[name])
-            for name, shape in run.input_shapes.items()
+            name: (shape, INPUT_TYPES[name]) for name, shape in run.input_shapes.items()
         }
         signature = {
-            name: tf.TensorSpec(shape, dtype)  # type: ignore[call-arg]
+            name: tf.TensorSpec((batch_size if pad else None, *shape), dtype)  # type: ignore[call-arg]
             for name, (shape, dtype) in self.shapes.items()
         }
 
@@ -161,7 +170,7 @@ class Predictor:
         def predict(inputs: dict[str, Any]) -> tuple[Any, Any, list[Any]]:
             if not run.heads:
                 probability_B1 = model(inputs, training=False)
-                return probability_B1, tf.zeros((batch_size, 0)), []
+                return probability_B1, probability_B1[:, :0], []
             if embedder is None:
                 logits_BM = model.head_logits(inputs)
                 return model.probability(logits_BM), logits_BM, []
@@ -183,11 +192,19 @@ class Predictor:
         for start in range(0, rows.num_rows, self.batch_size):
             yield self._predict_batch(rows.slice(start, self.batch_size))
 
+    def warm_up(self, num_rows: int) -> None:
+        """Call the model once, with zeros."""
+        shapes = self.shapes.items()
+        self.predict({name: np.zeros((num_rows, *shape), dtype) for name, (shape, dtype) in shapes})
+
     def _predict_batch(self, rows: pa.Table) -> pa.Table:
         inputs: dict[str, np.ndarray] = {}
         for name, (shape, dtype) in self.shapes.items():
-            inputs[name] = np.zeros(shape, dtype)
-            inputs[name][: rows.num_rows] = _to_array(rows[name], shape[1:], dtype)
+            inputs[name] = _to_array(rows[name], shape, dtype)
+            if self.pad and rows.num_rows < self.batch_size:
+                padded = np.zeros((self.batch_size, *shape), dtype)
+                padded[: rows.num_rows] = inputs[name]
+                inputs[name] = padded
         probability_B1, logits_BM, embeddings = self.predict(inputs)
         probability = probability_B1.numpy()[: rows.num_rows, 0].astype(np.float64)
         errors = rows[ERROR].to_pylist()

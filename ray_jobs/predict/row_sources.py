@@ -122,7 +122,7 @@ class RawRows:
         manifest = run.decoder.manifest
         categorical = tuple(vocabulary.column for vocabulary in manifest.vocabularies)
         text = manifest.text_columns
-        rules = _raw_rules(run, spec, manifest.numeric_columns)
+        rules = _raw_rules(run, spec)
         try:
             if run.takes_images or not rules.table:
                 source = open_source(rules, categorical, text, labelled=False)
@@ -175,26 +175,38 @@ class RawRows:
 
     def read(self, task: pa.Table) -> Iterator[pa.Table]:
         """Yield the rows of a task, converted to the bytes that `prepare` would store."""
-        rows: Rows
-        errors: list[str | None]
         rows, errors = pickle.loads(task["rows"][0].as_py())
-        if not self.converter.readers:
-            numeric = zip(self.converter.numeric_columns, rows.numeric_RF.T, strict=True)
-            columns = {KEY: rows.keys, LABEL: rows.labels, **dict(numeric), **rows.categories}
-            yield _decode_rows(self.run, pa.table(columns), errors, "memory")
-            return
-        no_images: StoredImages = (None,) * len(rows.images)
-        stored: list[StoredImages] = []
-        for row, images in enumerate(self.converter.convert_images(rows)):
-            if isinstance(images, BadImage):
-                errors[row] = errors[row] or str(images)
-                images = no_images
-            stored.append(images)
-            if len(stored) == _READ_ROWS or row + 1 == len(rows):
-                read = np.arange(row + 1 - len(stored), row + 1)
-                table = self.converter.table(rows.take(read), stored)
-                yield _decode_rows(self.run, table, errors[read[0] : row + 1], "memory")
-                stored.clear()
+        yield from decode_raw_rows(self.run, self.converter, rows, errors)
+
+
+def decode_raw_rows(
+    run: TrainedRun, converter: RowConverter, rows: Rows, errors: list[str | None]
+) -> Iterator[pa.Table]:
+    """Yield raw rows in the format that a `Predictor` accepts, a few at a time.
+
+    Args:
+        run: Run whose model predicts the rows.
+        converter: Reads and converts their images as `prepare` does.
+        rows: The rows.
+        errors: For each row, the reason why it cannot be used, or None; unusable images are added.
+    """
+    if not converter.readers:
+        numeric = zip(converter.numeric_columns, rows.numeric_RF.T, strict=True)
+        columns = {KEY: rows.keys, LABEL: rows.labels, **dict(numeric), **rows.categories}
+        yield _decode_rows(run, pa.table(columns), errors, "memory")
+        return
+    no_images: StoredImages = (None,) * len(rows.images)
+    stored: list[StoredImages] = []
+    for row, images in enumerate(converter.convert_images(rows)):
+        if isinstance(images, BadImage):
+            errors[row] = errors[row] or str(images)
+            images = no_images
+        stored.append(images)
+        if len(stored) == _READ_ROWS or row + 1 == len(rows):
+            read = np.arange(row + 1 - len(stored), row + 1)
+            table = converter.table(rows.take(read), stored)
+            yield _decode_rows(run, table, errors[read[0] : row + 1], "memory")
+            stored.clear()
 
 
 RowSource = PreparedRows | RawRows
@@ -268,12 +280,19 @@ def _combine_groups(row_groups: Sequence[int], min_rows: int) -> Iterator[list[i
         yield groups
 
 
-def _raw_rules(run: TrainedRun, spec: PredictSpec, numeric_columns: tuple[str, ...]) -> PrepareSpec:
-    """Return the run's settings for reading rows, with this job's file locations."""
-    rules = run.manifest.prepare
-    number_rules = {n: rule for n, rule in rules.number_rules.items() if n in numeric_columns}
-    changes: dict[str, Any] = {"numeric_columns": numeric_columns, "number_rules": number_rules}
+def raw_row_rules(run: TrainedRun) -> PrepareSpec:
+    """Return the run's settings for reading rows that have no label, group, fold or weight."""
+    rules, columns = run.manifest.prepare, run.decoder.manifest.numeric_columns
+    number_rules = {name: rule for name, rule in rules.number_rules.items() if name in columns}
+    changes = {"numeric_columns": columns, "number_rules": number_rules}
     changes |= {"fold_column": None, "group_column": None, "weight_column": None}
+    return rules.model_copy(update=changes)
+
+
+def _raw_rules(run: TrainedRun, spec: PredictSpec) -> PrepareSpec:
+    """Return the run's settings for reading rows, with this job's file locations."""
+    rules = raw_row_rules(run)
+    changes: dict[str, Any] = {}
     if rules.images and not rules.table:
         if spec.images:
             raise JobError(

@@ -1,5 +1,6 @@
-"""A run predicts equal probabilities for a table in every file format, and as it was prepared."""
+"""A run predicts equal probabilities for a table in every file format and for a request."""
 
+import json
 from typing import Any
 
 import pyarrow as pa
@@ -13,6 +14,7 @@ from ray_jobs.predict.predictor import PROBABILITY, Predictor
 from ray_jobs.predict.row_sources import RawRows
 from ray_jobs.predict.trained_run import open_run
 from ray_jobs.prepare.job import prepare
+from ray_jobs.serve.request_rows import RequestReader
 from tests.ray_jobs.prepare.test_same_in_every_format import FORMATS, NUM_ROWS, tables, write
 from tests.ray_jobs.raw import jpeg
 from tests.ray_jobs.trained import write_run
@@ -56,8 +58,15 @@ def test_a_run_predicts_a_table_alike_in_every_format(tmp_path_factory, monkeypa
             (task,) = rows.tasks()
             predicted = pa.concat_tables(predictor(pa.concat_tables(rows.read(task))))
             found.append(predicted.to_pylist())
+        cells = json.loads(json.dumps(columns, default=str))
+        requested = [
+            dict(zip(cells, row, strict=True)) | {"image": jpeg(i)}
+            for i, row in enumerate(zip(*cells.values(), strict=True))
+        ]
+        table = RequestReader(run).read(requested)
+        found.append(pa.concat_tables(predictor(table)).to_pylist())
         assert len({row[PROBABILITY] for row in found[0]}) > 1
-        for name, other in zip(FORMATS, found, strict=True):
+        for name, other in zip((*FORMATS, "a request"), found, strict=True):
             assert other == found[0], name
 
     check()

@@ -1,0 +1,82 @@
+"""ASGI middleware that rejects requests before their body is read: bearer token, size."""
+
+import hmac
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+OPEN_PATHS = ("/v2/health/live", "/v2/health/ready")
+"""Paths without a token, for the probes of a cluster."""
+
+
+class _TooLargeError(Exception):
+    """The body of a request exceeds the limit."""
+
+
+class AccessRules:
+    """Answers 401 without the bearer token and 413 to large bodies; passes on other requests.
+
+    Args:
+        app: The application.
+        token: The token; None allows everybody.
+        max_bytes: Maximum size of a body.
+    """
+
+    def __init__(self, app: Any, token: str | None, max_bytes: int) -> None:
+        self.app, self.max_bytes = app, max_bytes
+        self.expected = None if token is None else f"Bearer {token}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle a request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        given = headers.get(b"authorization", b"")
+        if (
+            self.expected is not None
+            and scope["path"] not in OPEN_PATHS
+            and not hmac.compare_digest(given, self.expected)
+        ):
+            text = "this server requires a bearer token"
+            await _reject(send, 401, text, [(b"www-authenticate", b"Bearer")])
+            return
+        too_large = f"the request exceeds --max_request_mb={self.max_bytes / 2**20:g}"
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length) > self.max_bytes:
+            await _reject(send, 413, too_large)
+            return
+        num_bytes, is_started = 0, False
+
+        async def receive_some() -> MutableMapping[str, Any]:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self.max_bytes:
+                raise _TooLargeError
+            return message
+
+        async def send_on(message: MutableMapping[str, Any]) -> None:
+            nonlocal is_started
+            is_started = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive_some, send_on)
+        except _TooLargeError:
+            if is_started:
+                raise
+            await _reject(send, 413, too_large)
+
+
+async def _reject(
+    send: Send, status: int, text: str, headers: list[tuple[bytes, bytes]] | None = None
+) -> None:
+    start = [(b"content-type", b"application/json"), *(headers or [])]
+    await send({"type": "http.response.start", "status": status, "headers": start})
+    body = json.dumps({"detail": text}).encode()
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,226 @@
+"""Defines the endpoints: POST /predict and the Open Inference Protocol.
+
+Errors have the form `{"detail": …}`: 400 for an unreadable body, 401 without the token, 413 for a
+large one, 422 for wrong columns, 503 if too many requests wait. A row that cannot be used does not
+fail the others: its answer has an `error`.
+
+Source of the protocol: Open Inference Protocol, version 2, REST.
+"""
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ValidationError
+
+from mm_model.nearest_match import did_you_mean
+from ray_jobs.predict.trained_run import TrainedRun
+from ray_jobs.serve.access_rules import AccessRules
+from ray_jobs.serve.request_rows import Row, decode_image
+from ray_jobs.serve.request_schema import MAX_ROWS, Answer, image_fields, request_model
+
+Predict = Callable[[Sequence[Row]], Awaitable[Answer]]
+
+_FORM = "multipart/form-data"
+
+
+def make_app(
+    run: TrainedRun, name: str, version: str, predict: Predict, token: str | None, max_bytes: int
+) -> FastAPI:
+    """Return the application.
+
+    Args:
+        run: The run, whose manifest determines the columns of requests.
+        name: Name of the model.
+        version: Version of the model.
+        predict: Predicts rows whose images are bytes.
+        token: Bearer token that clients must send; None allows everybody.
+        max_bytes: Maximum size of a request's body.
+    """
+    app = FastAPI(
+        title=name,
+        version=version,
+        description="Probability of "
+        f"{run.manifest.positive_label!r} from the columns that the model was trained on.",
+    )
+    app.add_middleware(AccessRules, token=token, max_bytes=max_bytes)
+    model = request_model(run)
+    columns = [str(field.alias) for field in _row_model(model).model_fields.values()]
+    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+    definitions = schema.pop("$defs", {})
+
+    @app.exception_handler(RequestValidationError)
+    @app.exception_handler(ValidationError)
+    def explain(request: Request, error: Any) -> JSONResponse:
+        return JSONResponse({"detail": _problems(error.errors(), columns)}, 422)
+
+    @app.exception_handler(ValueError)
+    def refuse(request: Request, error: ValueError) -> JSONResponse:
+        return JSONResponse({"detail": str(error)}, 422)
+
+    body = {"content": {"application/json": {"schema": schema}, _FORM: {"schema": _form(model)}}}
+
+    @app.post("/predict", openapi_extra={"requestBody": {"required": True, **body}})
+    async def predict_rows(request: Request) -> Answer:
+        """Predict one row or many, as JSON, or one row as a form with image files."""
+        if request.headers.get("content-type", "").startswith(_FORM):
+            return await predict([await _form_row(request, run, model)])
+        try:
+            content = await request.json()
+        except (ValueError, RecursionError) as error:
+            return JSONResponse({"detail": f"the body is not JSON: {error}"}, 400)  # type: ignore[return-value]
+        return await predict(_rows(model.model_validate(content), run))
+
+    @app.get("/v2/health/live")
+    @app.get("/v2/health/ready")
+    def health() -> dict[str, bool]:
+        """Whether the server answers; a replica is reachable only after its model is warm."""
+        return {"live": True, "ready": True}
+
+    @app.get(f"/v2/models/{name}")
+    def metadata() -> dict[str, Any]:
+        """Return the inputs and outputs of the Open Inference Protocol."""
+        return {
+            "name": name,
+            "versions": [version],
+            "platform": "keras",
+            "inputs": [_tensor(column, _datatype(column, run)) for column in columns],
+            "outputs": [_tensor("probability", "FP64"), _tensor("label", "BYTES")],
+        }
+
+    @app.get(f"/v2/models/{name}/ready")
+    def is_model_ready() -> dict[str, Any]:
+        """Whether the model answers."""
+        return {"name": name, "ready": True}
+
+    @app.post(f"/v2/models/{name}/infer")
+    async def infer(request: _Inference) -> dict[str, Any]:
+        """Predict rows given as one tensor per column: numbers, or BYTES for texts and images."""
+        rows = model.model_validate({"rows": _tensor_rows(request.inputs)})
+        answer = await predict(_rows(rows, run))
+        for prediction in answer.predictions:
+            if prediction.error:
+                raise ValueError(f"row {prediction.key}: {prediction.error}")
+        outputs = {
+            "probability": ("FP64", [p.probability for p in answer.predictions]),
+            "label": ("BYTES", [p.label for p in answer.predictions]),
+        }
+        return {
+            "model_name": name,
+            "model_version": version,
+            "id": request.id,
+            "outputs": [
+                {"name": name, "shape": [len(data)], "datatype": kind, "data": data}
+                for name, (kind, data) in outputs.items()
+            ],
+        }
+
+    def openapi() -> dict[str, Any]:
+        if not app.openapi_schema:
+            document = FastAPI.openapi(app)
+            document.setdefault("components", {}).setdefault("schemas", {}).update(definitions)
+        return app.openapi_schema or {}
+
+    app.openapi = openapi  # type: ignore[method-assign]
+    return app
+
+
+class _InputTensor(BaseModel):
+    name: str
+    shape: list[int]
+    datatype: str
+    data: list[Any]
+
+
+class _Inference(BaseModel):
+    id: str | None = None
+    inputs: list[_InputTensor]
+
+
+def _row_model(model: type[BaseModel]) -> type[BaseModel]:
+    annotation: Any = model.model_fields["rows"].annotation
+    return annotation.__args__[0]
+
+
+def _rows(request: BaseModel, run: TrainedRun) -> list[dict[str, Any]]:
+    """Return the rows of a valid request by column, with the bytes of their images."""
+    rows = []
+    images = image_fields(run)
+    for position, row in enumerate(request.rows):  # type: ignore[attr-defined]
+        cells = row.model_dump(by_alias=True)
+        for name in images:
+            if cells.get(name):
+                try:
+                    cells[name] = decode_image(cells[name])
+                except ValueError as error:
+                    raise ValueError(f"row {position + 1}, {name}: {error}") from None
+        rows.append(cells)
+    return rows
+
+
+async def _form_row(request: Request, run: TrainedRun, model: type[BaseModel]) -> dict[str, Any]:
+    """Return the row of a form: cells as texts, images as files."""
+    cells: dict[str, Any] = {}
+    images: dict[str, bytes] = {}
+    async with request.form() as form:
+        for name, value in form.items():
+            if isinstance(value, str):
+                cells[name] = value or None
+            else:
+                images[name] = await value.read()
+    names = image_fields(run)
+    # A placeholder satisfies the schema, which expects base64.
+    given = {name: "" for name in names if name in images}
+    unknown = {name: None for name in images if name not in names}
+    (row,) = model.model_validate({"rows": [{**cells, **unknown, **given}]}).rows  # type: ignore[attr-defined]
+    found = row.model_dump(by_alias=True)
+    for name in names:
+        if found.get(name):
+            found[name] = decode_image(found[name])
+    return {**found, **images}
+
+
+def _form(model: type[BaseModel]) -> dict[str, Any]:
+    """Return the schema of a form with the fields of one row."""
+    properties = _row_model(model).model_json_schema()["properties"]
+    fields = {
+        name: {"type": "string", "description": field.get("description", "")}
+        | ({"format": "binary"} if "image file" in field.get("description", "") else {})
+        for name, field in properties.items()
+    }
+    return {"type": "object", "properties": fields}
+
+
+def _tensor_rows(tensors: Sequence[_InputTensor]) -> list[dict[str, Any]]:
+    """Return the rows of tensors of one value per row."""
+    lengths = {len(tensor.data) for tensor in tensors}
+    if len(lengths) != 1 or not 1 <= max(lengths) <= MAX_ROWS:
+        raise ValueError(f"all inputs must have the same number of rows, 1 to {MAX_ROWS}")
+    (count,) = lengths
+    for tensor in tensors:
+        if tensor.shape not in ([count], [count, 1]):
+            raise ValueError(f"input {tensor.name!r} must have the shape [{count}]")
+    return [{tensor.name: tensor.data[row] for tensor in tensors} for row in range(count)]
+
+
+def _tensor(name: str, datatype: str) -> dict[str, Any]:
+    return {"name": name, "datatype": datatype, "shape": [-1]}
+
+
+def _datatype(column: str, run: TrainedRun) -> str:
+    return "FP64" if column in run.decoder.manifest.numeric_columns else "BYTES"
+
+
+def _problems(errors: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[str]:
+    """Return one sentence for each problem of a request, without its values."""
+    texts = []
+    for error in errors[:10]:
+        path = ".".join(str(part) for part in error["loc"] if part != "body")
+        text = error["msg"]
+        if error["type"] == "extra_forbidden":
+            name = str(error["loc"][-1])
+            text = f"unknown column{did_you_mean(name, columns)}"
+        texts.append(f"{path}: {text}" if path else text)
+    return list(dict.fromkeys(texts))

@@ -1,0 +1,143 @@
+"""Serve a trained run over HTTP.
+
+Answers POST /predict with the label and the probability of each row; /docs describes the columns.
+On this machine, it runs until Ctrl-C. With --address, it deploys the application on a cluster and
+returns; the same command with another --run replaces the model without failed requests.
+
+Run:   python -m ray_jobs.serve --run runs/first
+"""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from ray_jobs.cluster import connection
+from ray_jobs.config.errors import JobError
+from ray_jobs.config.spec import ServeSpec
+from ray_jobs.predict.trained_run import TrainedRun, open_run
+
+APPLICATION = "multimodal"
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def serve(spec: ServeSpec) -> None:
+    """Serve a run until Ctrl-C, or deploy it on the cluster at `--address`.
+
+    Raises:
+        JobError: If the run is not finished, Ray Serve is not installed, the port is in use, or
+            the model cannot be loaded.
+    """
+    with serving(spec) as (url, run, is_local):
+        _print(spec, url, run)
+        if is_local:
+            stop = threading.Event()
+            signal.signal(signal.SIGTERM, lambda *_: stop.set())
+            with suppress(KeyboardInterrupt):
+                stop.wait()
+
+
+@contextmanager
+def serving(spec: ServeSpec) -> Iterator[tuple[str, TrainedRun, bool]]:
+    """Serve a run in the block; yield its URL, the run, and whether Ray ends with the block.
+
+    An application on a cluster that was running before stays there.
+
+    Raises:
+        JobError: As in `serve`.
+    """
+    ray_serve = _import_serve()
+    run = open_run(spec.run)
+    token = _token(spec)
+    with connection.connected(
+        spec.address,
+        num_cpus=spec.num_replicas * spec.cpus_per_replica,
+        num_gpus=spec.num_replicas * spec.gpus_per_replica,
+        data_cpus=0,
+        cpu_settings="num_replicas and cpus_per_replica",
+        worker_logs=spec.worker_logs,
+    ):
+        is_local = connection.owns_ray()
+        try:
+            ray_serve.start(
+                http_options={
+                    "host": spec.host,
+                    "port": spec.port,
+                    "request_timeout_s": spec.timeout_s,
+                },
+                logging_config={"log_level": "WARNING"},
+            )
+            ray_serve.run(application(spec, token), name=APPLICATION, route_prefix="/")
+            yield f"http://{spec.host}:{spec.port}", run, is_local
+        except RuntimeError as error:
+            raise JobError(f"could not serve {spec.run}: {connection.first_line(error)}") from error
+        finally:
+            if is_local:
+                ray_serve.shutdown()
+
+
+def application(spec: ServeSpec, token: str | None) -> Any:
+    """Return the application of Ray Serve."""
+    from ray import serve as ray_serve
+    from ray.serve.config import BackpressureConfig
+
+    from ray_jobs.serve.replica import Replica
+
+    replicas: dict[str, Any] = {"num_replicas": spec.num_replicas}
+    if spec.max_replicas > spec.num_replicas:
+        limits = {"min_replicas": spec.num_replicas, "max_replicas": spec.max_replicas}
+        target = {"target_ongoing_requests": spec.max_batch_size}
+        replicas = {"autoscaling_config": {**limits, **target}}
+    deployment: Any = ray_serve.deployment(
+        name="model",
+        ray_actor_options={
+            "num_cpus": spec.cpus_per_replica,
+            "num_gpus": spec.gpus_per_replica,
+        },
+        max_ongoing_requests=2 * spec.max_batch_size,
+        max_queued_requests=spec.max_queued_requests,
+        backpressure_config=BackpressureConfig(status_code=503, retry_after_s=1),
+        graceful_shutdown_timeout_s=spec.timeout_s,
+        **replicas,
+    )
+    return deployment(ray_serve.ingress()(Replica)).bind(spec, token)
+
+
+def _import_serve() -> Any:
+    try:
+        import python_multipart  # noqa: F401
+        from ray import serve as ray_serve
+    except ImportError as error:
+        raise JobError(
+            f"`serve` needs packages that are not installed ({error}); run "
+            '`pip install "multimodal-ray[serve]"`'
+        ) from error
+    return ray_serve
+
+
+def _token(spec: ServeSpec) -> str | None:
+    if spec.token_file is None:
+        return None
+    try:
+        token = Path(spec.token_file).expanduser().read_text().strip()
+    except OSError as error:
+        raise JobError(f"could not read --token_file={spec.token_file}: {error}") from error
+    if not token:
+        raise JobError(f"--token_file={spec.token_file} is empty; write a token into it")
+    return token
+
+
+def _print(spec: ServeSpec, url: str, run: TrainedRun) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"serving [bold]{escape(str(run.folder))}[/bold] at {url}")
+    console.print(f"  {url}/docs describes POST /predict")
+    if spec.host not in _LOOPBACK and spec.token_file is None:
+        console.print(
+            "  [yellow]every machine that reaches this address can use it; set --token_file"
+            "[/yellow]"
+        )

@@ -1,0 +1,104 @@
+"""Defines the deployment: each replica loads the model of a run and predicts rows in batches."""
+
+import asyncio
+import hashlib
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pyarrow as pa
+
+from ray_jobs.config.spec import ServeSpec
+from ray_jobs.predict.predictor import PROBABILITY, Predictor
+from ray_jobs.predict.row_sources import ERROR
+from ray_jobs.predict.trained_run import open_run
+from ray_jobs.serve.http_api import make_app
+from ray_jobs.serve.request_rows import RequestReader, Row
+from ray_jobs.serve.request_schema import Answer, Prediction
+from ray_jobs.storage.folder import split_file
+from ray_jobs.train.finalize import MODEL
+
+_VERSION_CHARACTERS = 12
+
+
+class Replica:
+    """Serves the model of a run; created by Ray Serve in a process of its own.
+
+    Args:
+        spec: Settings of the job.
+        token: Bearer token that clients must send; None allows everybody.
+    """
+
+    def __init__(self, spec: ServeSpec, token: str | None) -> None:
+        from ray import serve
+
+        self.run = open_run(spec.run)
+        content = self.run.folder.read_bytes(MODEL)
+        self.version = hashlib.sha256(content).hexdigest()[:_VERSION_CHARACTERS]
+        self.name = split_file(str(self.run.folder))[1]
+        self.reader = RequestReader(self.run)
+        self.predictor = Predictor(
+            self.run, spec.max_batch_size, spec.cpus_per_replica, spec.gpus_per_replica > 0,
+            pad=False,
+        )  # fmt: skip
+        if self.predictor.failure:
+            raise RuntimeError(self.predictor.failure)
+        self.spec, self.token = spec, token
+        # One call of the model at a time; images are decoded meanwhile.
+        self.model_thread = ThreadPoolExecutor(1, "model")
+        self.decode_threads = ThreadPoolExecutor(max(os.cpu_count() or 1, 2), "decode")
+        self.batched = serve.batch(
+            max_batch_size=spec.max_batch_size,
+            batch_wait_timeout_s=spec.batch_wait_ms / 1000,
+            batch_size_fn=lambda tables: sum(table.num_rows for table in tables),
+        )(self._predict_tables)
+        self._warm_up()
+
+    def __serve_build_asgi_app__(self) -> Any:
+        """Return the application; called by Ray Serve after the constructor."""
+        max_bytes = int(self.spec.max_request_mb * 2**20)
+        return make_app(self.run, self.name, self.version, self.predict, self.token, max_bytes)
+
+    async def predict(self, rows: Sequence[Row]) -> Answer:
+        """Return the answer for the rows of a request."""
+        loop = asyncio.get_running_loop()
+        table = await loop.run_in_executor(self.decode_threads, self.reader.read, rows)
+        size = self.spec.max_batch_size
+        parts = [table.slice(start, size) for start in range(0, table.num_rows, size)]
+        predicted = pa.concat_tables(await asyncio.gather(*map(self.batched, parts)))
+        names = (self.run.manifest.negative_label, self.run.manifest.positive_label)
+        predictions = []
+        for row in predicted.select(["key", PROBABILITY, ERROR]).to_pylist():
+            probability = row[PROBABILITY]
+            label = None if probability is None else names[probability >= self.run.threshold]
+            predictions.append(
+                Prediction(key=row["key"], label=label, probability=probability, error=row[ERROR])
+            )
+        return Answer(
+            predictions=predictions,
+            positive_label=names[1],
+            threshold=self.run.threshold,
+            model=self.name,
+            version=self.version,
+        )
+
+    async def _predict_tables(self, tables: list[pa.Table]) -> list[pa.Table]:
+        """Predict the rows of several requests in one call of the model."""
+        rows = pa.concat_tables(tables)
+        loop = asyncio.get_running_loop()
+        predicted = await loop.run_in_executor(
+            self.model_thread, lambda: pa.concat_tables(self.predictor(rows))
+        )
+        starts = [0]
+        for table in tables:
+            starts.append(starts[-1] + table.num_rows)
+        return [
+            predicted.slice(start, table.num_rows)
+            for start, table in zip(starts, tables, strict=False)
+        ]
+
+    def _warm_up(self) -> None:
+        """Trace the model, and call it with the sizes of a single row and of a full batch."""
+        for num_rows in (1, self.spec.max_batch_size):
+            self.predictor.warm_up(num_rows)

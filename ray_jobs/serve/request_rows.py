@@ -1,0 +1,131 @@
+"""Turns the rows of a request into inputs of the model, by the code of `prepare` and `predict`."""
+
+import base64
+import binascii
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ray_jobs.data.images import BadImage
+from ray_jobs.predict.row_sources import decode_raw_rows, raw_row_rules
+from ray_jobs.predict.trained_run import TrainedRun
+from ray_jobs.prepare.cell_text import TEXT
+from ray_jobs.prepare.row_validation import read_rows
+from ray_jobs.prepare.shards.shard_writer import RowConverter
+from ray_jobs.prepare.sources.source import ImageRefs, Source
+from ray_jobs.serve.request_schema import image_fields
+
+Row = Mapping[str, Any]
+"""A row of a request: numbers, booleans, texts or None by column, and the bytes of images."""
+
+
+@dataclass(frozen=True)
+class _MemoryReader:
+    """Reads images of a request by the name of their row."""
+
+    contents: Mapping[str, bytes]
+
+    def read(self, refs: ImageRefs) -> Iterator[bytes | BadImage]:
+        for path in refs.path.to_pylist():
+            yield self.contents[path]
+
+
+class RequestReader:
+    """Reads rows of requests for the model of a run.
+
+    A row has the same inputs as in a table that `predict` reads: the rules come from the run's
+    manifest. The cells of a column are read by type, as in a Parquet file, because JSON has types:
+    a number is a number, whatever decimal separator the run's tables have.
+    """
+
+    def __init__(self, run: TrainedRun) -> None:
+        self.run, manifest = run, run.decoder.manifest
+        self.rules = raw_row_rules(run)
+        self.numeric_columns = manifest.numeric_columns
+        words = tuple(vocabulary.column for vocabulary in manifest.vocabularies)
+        self.text_columns = (*words, *manifest.text_columns)
+        self.images = image_fields(run)
+
+    def read(self, rows: Sequence[Row]) -> pa.Table:
+        """Return the rows in order, as a `Predictor` accepts them; unusable ones have an error."""
+        kinds = [tuple(map(_kind, self._cells(row))) for row in rows]
+        order = sorted(range(len(rows)), key=lambda row: kinds[row])
+        parts: list[pa.Table] = []
+        for _, group in groupby(order, key=lambda row: kinds[row]):
+            parts += self._read_alike(rows, list(group))
+        table = pa.concat_tables(parts)
+        return table.take(pa.array(np.argsort(order))) if order != sorted(order) else table
+
+    def _cells(self, row: Row) -> list[Any]:
+        names = (self.rules.key_column, *self.numeric_columns, *self.text_columns)
+        return [row.get(name) for name in names]
+
+    def _read_alike(self, rows: Sequence[Row], indices: list[int]) -> list[pa.Table]:
+        """Return rows whose cells have the same types."""
+        own = [rows[index] for index in indices]
+        key = self.rules.key_column
+        keys = [row.get(key) for row in own]
+        columns = {name: _column([row.get(name) for row in own]) for name in self.numeric_columns}
+        columns |= {name: _column([row.get(name) for row in own]) for name in self.text_columns}
+        # A key that is also a column of the model has its own values.
+        if key not in columns:
+            numbered = [str(index + 1) for index in indices]
+            columns[key] = _column(numbered if keys[0] is None else keys)
+        names = [f"row {index + 1}" for index in indices]
+        references, readers = {}, {}
+        for position, image in enumerate(self.images):
+            contents = {n: r[image] for n, r in zip(names, own, strict=True) if r.get(image)}
+            path = pa.array([name if name in contents else None for name in names], TEXT)
+            field = self.rules.image_columns[position] if self.rules.image_columns else ""
+            references[field], readers[field] = ImageRefs(path), _MemoryReader(contents)
+        source = Source(pa.table(columns), images=references, readers=readers)
+        read = read_rows(source, self.rules, self.numeric_columns, None, self.text_columns)
+        reasons = [read.quarantined.get(row) for row in range(len(own))]
+        errors = [reason and ": ".join(reason) for reason in reasons]
+        converter = RowConverter(
+            tuple(readers.values()),
+            self.numeric_columns,
+            self.text_columns,
+            self.rules,
+            pixel_range=self.run.manifest.image.pixel_range,
+        )
+        return list(decode_raw_rows(self.run, converter, read, errors))
+
+
+def decode_image(text: str) -> bytes:
+    """Return the content of an image in base64 or a data URI.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if text[:5].lower() == "data:":
+        header, comma, text = text.partition(",")
+        if not comma or not header.lower().endswith(";base64"):
+            raise ValueError("a data URI must contain base64: data:image/jpeg;base64,…")
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError(
+            "an image must be base64 or a data URI; the server reads no files and no addresses"
+        ) from error
+
+
+def _kind(cell: Any) -> str:
+    """Return the type of a cell by which rows are read together."""
+    if cell is None:
+        return "null"
+    return type(cell).__name__
+
+
+def _column(cells: list[Any]) -> pa.Array:
+    """Return cells of one type as a column; texts, and columns without any value, as text."""
+    if cells[0] is None or isinstance(cells[0], str):
+        return pa.array(cells, TEXT)
+    try:
+        return pa.array(cells)
+    except (OverflowError, pa.ArrowInvalid):
+        return pa.array([float(cell) for cell in cells])

@@ -1,0 +1,226 @@
+import asyncio
+import base64
+import io
+import random
+import socket
+import subprocess
+from typing import Any
+
+import httpx2
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from ray_jobs.config.errors import JobError
+from ray_jobs.config.spec import PredictSpec, ServeSpec
+from ray_jobs.predict.job import predict
+from ray_jobs.serve.job import serve
+from tests.ray_jobs.serve.conftest import MAX_MB, NUM_PHOTOS, TOKEN, Server, photo, row_of
+from tests.ray_jobs.trained import THRESHOLD
+
+
+def answers(response: httpx2.Response) -> list[dict[str, Any]]:
+    assert response.status_code == 200, response.text
+    return response.json()["predictions"]
+
+
+def detail(response: httpx2.Response, status: int) -> str:
+    assert response.status_code == status, response.text
+    return str(response.json()["detail"])
+
+
+@pytest.fixture
+def post(server: Server):
+    """Post rows, and return the response."""
+    return lambda *rows: server.client.post(f"{server.url}/predict", json={"rows": rows})
+
+
+def test_a_request_has_the_probabilities_that_predict_writes(
+    served_run, post, predict_here, tmp_path
+):
+    predict(
+        PredictSpec(
+            run=str(served_run / "run"),
+            data=str(served_run / "rows.csv"),
+            images=str(served_run / "{house}.jpg"),
+            output=str(tmp_path),
+        )
+    )
+    expected = pq.read_table(tmp_path)
+    # More rows than a batch, with numbers of several types.
+    found = answers(post(*(row_of(seed) for seed in range(NUM_PHOTOS))))
+    assert [row["key"] for row in found] == expected["key"].to_pylist()
+    probability = [row["probability"] for row in found]
+    np.testing.assert_allclose(probability, expected["probability"].to_numpy(), atol=1e-6)
+    assert len(set(probability)) == NUM_PHOTOS
+    labels = ["sold" if p >= THRESHOLD else "unsold" for p in probability]
+    assert [row["label"] for row in found] == labels
+    for seed in (0, 5):
+        (alone,) = answers(post(row_of(seed)))
+        assert alone["probability"] == pytest.approx(probability[seed], abs=1e-6)
+
+
+def test_a_row_that_cannot_be_used_has_its_reason_and_the_others_an_answer(post):
+    broken = base64.b64encode(photo(0)[:200]).decode()
+    huge = io.BytesIO()
+    Image.new("1", (30_000, 30_000)).save(huge, "PNG")
+    rows = [
+        row_of(0),
+        row_of(1, image=broken),
+        row_of(2, **{"living area": "ninety"}),
+        row_of(3, **{"living area": None, "type": None}),
+        row_of(4, image=base64.b64encode(huge.getvalue()).decode()),
+        row_of(5, type="castle", house=None),
+    ]
+    found = answers(post(*rows))
+    reasons = [row["error"] and row["error"].partition(":")[0] for row in found]
+    assert reasons == [
+        None, "unreadable_image", "non_numeric_text", None, "too_large_image", None,
+    ]  # fmt: skip
+    for row in found:
+        assert (row["probability"] is None) == (row["label"] is None) == (row["error"] is not None)
+    assert found[5]["key"] == "6"
+
+
+def test_a_form_has_the_same_answer_as_json(server, post):
+    (expected,) = answers(post(row_of(1)))
+    cells = {name: str(cell) for name, cell in row_of(1).items() if name != "image"}
+    files = {"image": ("photo.png", photo(1))}
+    found = server.client.post(f"{server.url}/predict", data=cells, files=files)
+    assert answers(found) == [expected]
+    found = server.client.post(f"{server.url}/predict", data=cells, files={"photo": photo(1)})
+    assert "unknown column" in detail(found, 422)
+
+
+def test_the_open_inference_protocol_has_the_same_answers(server, post):
+    rows = [row_of(seed) for seed in range(3)]
+    expected = answers(post(*rows))
+    model = f"{server.url}/v2/models/run"
+    inputs = [
+        {**tensor, "shape": [3], "data": [row[tensor["name"]] for row in rows]}
+        for tensor in server.client.get(model).json()["inputs"]
+    ]
+    assert {tensor["name"]: tensor["datatype"] for tensor in inputs} == {
+        "house": "BYTES", "living area": "FP64", "rooms": "FP64", "type": "BYTES",
+        "image": "BYTES",
+    }  # fmt: skip
+    answer = server.client.post(f"{model}/infer", json={"id": "7", "inputs": inputs}).json()
+    probability, label = answer["outputs"]
+    assert answer["id"] == "7"
+    assert probability["data"] == [row["probability"] for row in expected]
+    assert label["data"] == [row["label"] for row in expected]
+    inputs[0]["shape"] = [2]
+    text = detail(server.client.post(f"{model}/infer", json={"inputs": inputs}), 422)
+    assert "must have the shape [3]" in text
+    for probe in ("live", "ready"):
+        assert httpx2.get(f"{server.url}/v2/health/{probe}").status_code == 200
+
+
+def test_the_error_for_a_wrong_request_says_what_is_wrong(server, post):
+    misspelt = {"roms" if name == "rooms" else name: cell for name, cell in row_of(0).items()}
+    text = detail(post(row_of(0), misspelt), 422)
+    assert "rows.1.roms: unknown column; did you mean 'rooms'?" in text
+    assert "rows.1.rooms: Field required" in text
+    for address in ("http://127.0.0.1/a.jpg", "file:///etc/hostname", "/etc/hostname"):
+        text = detail(post(row_of(0, image=address)), 422)
+        assert text == (
+            "row 1, image: an image must be base64 or a data URI; the server reads no files and no "
+            "addresses"
+        )
+    uri = f"data:image/png;base64,{row_of(1)['image']}"
+    assert answers(post(row_of(1, image=uri))) == answers(post(row_of(1)))
+    assert "at least 1 item" in detail(post(), 422)
+    for content in (b"{", b"\xff", b"[" * 100_000):
+        detail(server.client.post(f"{server.url}/predict", content=content), 400)
+
+
+def test_a_request_without_the_token_or_with_a_large_body_is_rejected(server, post):
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": TOKEN}):
+        response = httpx2.post(f"{server.url}/predict", json={"rows": [row_of(0)]}, headers=headers)
+        assert "requires a bearer token" in detail(response, 401)
+    assert httpx2.get(f"{server.url}/docs").status_code == 401
+    large = row_of(0, image="a" * (MAX_MB * 2**20))
+    assert detail(post(large), 413) == f"the request exceeds --max_request_mb={MAX_MB}"
+
+    def chunks():
+        for _ in range(3 * MAX_MB):
+            yield b" " * 2**20
+
+    # Without a Content-Length.
+    detail(server.client.post(f"{server.url}/predict", content=chunks()), 413)
+
+
+def test_the_documentation_describes_the_columns_of_the_run(server):
+    document = server.client.get(f"{server.url}/openapi.json").json()
+    row = document["components"]["schemas"]["Row"]
+    assert set(row["properties"]) == {"house", "living area", "rooms", "type", "image"}
+    assert set(row["required"]) == {"living area", "rooms", "type", "image"}
+    assert "flat, villa" in row["properties"]["type"]["description"]
+    body = document["paths"]["/predict"]["post"]["requestBody"]["content"]
+    form = body["multipart/form-data"]["schema"]["properties"]
+    assert form["image"]["format"] == "binary"
+
+
+def test_a_command_as_in_the_documentation_gets_an_answer(server, served_run):
+    command = [
+        "curl", "-sS", "--oauth2-bearer", TOKEN, f"{server.url}/predict",
+        "-F", f"image=@{served_run}/h1.jpg", "-F", "living area=90", "-F", "rooms=3",
+        "-F", "type=flat",
+    ]  # fmt: skip
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert '"label":' in printed
+
+
+def test_overload_is_answered_with_503_and_nothing_accepted_is_lost(server, post):
+    expected = answers(post(row_of(0)))
+
+    async def send_many() -> list[httpx2.Response]:
+        headers = {"Authorization": f"Bearer {TOKEN}"}
+        limits = httpx2.Limits(max_connections=100)
+        async with httpx2.AsyncClient(headers=headers, timeout=60, limits=limits) as client:
+            url, body = f"{server.url}/predict", {"rows": [row_of(0)]}
+            return await asyncio.gather(*(client.post(url, json=body) for _ in range(100)))
+
+    responses = asyncio.run(send_many())
+    refused = [response for response in responses if response.status_code == 503]
+    accepted = [response for response in responses if response.status_code == 200]
+    assert len(refused) + len(accepted) == 100
+    assert refused
+    assert {response.headers["Retry-After"] for response in refused} == {"1"}
+    for response in accepted:
+        assert response.json()["predictions"][0]["probability"] == pytest.approx(
+            expected[0]["probability"], abs=1e-6
+        )
+
+
+def test_clients_that_hang_up_and_random_bodies_do_no_harm(server, post):
+    host, port = server.url.removeprefix("http://").split(":")
+    head = f"POST /predict HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {TOKEN}\r\n"
+    for _ in range(10):
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(f"{head}Content-Length: 100000\r\n\r\n".encode() + b"{" * 500)
+    rng = random.Random(0)
+    good = str(row_of(0)).replace("'", '"').encode()
+    good = b'{"rows": [' + good + b"]}"
+    for _ in range(200):
+        body = bytearray(good[: rng.randrange(1, 300)] if rng.random() < 0.5 else good)
+        for _ in range(rng.randrange(4)):
+            body[rng.randrange(len(body))] = rng.randrange(256)
+        kind = rng.choice(["application/json", "multipart/form-data; boundary=x", "text/plain"])
+        response = server.client.post(
+            f"{server.url}/predict", content=bytes(body), headers={"Content-Type": kind}
+        )
+        assert response.status_code in (200, 400, 422), (response.status_code, response.text, body)
+    assert answers(post(row_of(0)))
+
+
+def test_a_missing_token_file_or_run_is_rejected(served_run, no_ray, tmp_path):
+    with pytest.raises(JobError, match="is not a run folder"):
+        serve(ServeSpec(run=str(tmp_path)))
+    spec = ServeSpec(run=str(served_run / "run"), token_file=str(tmp_path / "none"))
+    with pytest.raises(JobError, match="could not read --token_file="):
+        serve(spec)
+    (tmp_path / "empty").touch()
+    with pytest.raises(JobError, match="is empty; write a token into it"):
+        serve(spec.model_copy(update={"token_file": str(tmp_path / "empty")}))
