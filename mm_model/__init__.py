@@ -12,6 +12,7 @@ Use:    model = mm_model.create_model((456, 456, 3), (12,)); model.fit([X_image,
     calibration                        blend and calibration after training
     per_row_random, tunable            random numbers per row, hyperparameters without retracing
     compat_keras                       private APIs of Keras
+    registration                       lets Keras load saved models
 
 The modules in the first line import neither Keras nor TensorFlow. To keep them fast to import, the
 names below are imported on first use.
@@ -19,6 +20,8 @@ names below are imported on first use.
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from mm_model.registration import register_with_keras
 
 if TYPE_CHECKING:
     from mm_model.backbones.tokenizer import HashedNgrams as HashedNgrams
@@ -60,3 +63,6 @@ def __getattr__(name: str) -> Any:
         if name in names.split():
             return getattr(import_module(f"mm_model.{module}"), name)
     raise AttributeError(f"module 'mm_model' has no attribute {name!r}")
+
+
+register_with_keras()

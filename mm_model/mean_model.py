@@ -9,11 +9,11 @@ from typing import Any
 import keras
 from keras import ops
 
-from mm_model.model import FusionModel, inputs_by_name
+from mm_model.model import ExportedModel, FusionModel, inputs_by_name
 
 
 @keras.saving.register_keras_serializable("mm_model")
-class MeanModel(keras.Model):
+class MeanModel(ExportedModel):
     """Takes the inputs of a `FusionModel` and returns the mean of the models' probabilities (B, 1).
 
     Args:
@@ -42,6 +42,11 @@ class MeanModel(keras.Model):
     def input_names(self) -> list[str]:
         """Names of the inputs."""
         return self.models[0].input_names
+
+    @property
+    def input_specs(self) -> dict[str, keras.InputSpec]:
+        """Shapes and dtypes of the inputs by name."""
+        return self.models[0].input_specs
 
     def call(self, inputs: Any, training: bool = False) -> Any:
         """Return the mean of the calibrated probabilities (B, 1)."""
@@ -81,4 +86,4 @@ class MeanModel(keras.Model):
         """Return None, because the constructor builds the model."""
 
     def get_compile_config(self) -> None:
-        """Return None, because saved models are for inference."""
+        """Return None, because the mean is for inference."""

@@ -61,8 +61,29 @@ INPUT_DTYPES = {
 """Dtypes of all inputs that a network may have, in order."""
 
 
+class ExportedModel(keras.Model):
+    """A model that Keras can export before it was called, as after loading."""
+
+    @property
+    def input_specs(self) -> dict[str, keras.InputSpec]:
+        """Shapes and dtypes of the inputs by name."""
+        raise NotImplementedError
+
+    def export(
+        self,
+        filepath: Any,
+        format: str = "tf_saved_model",
+        verbose: Any = None,
+        input_signature: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Export the model as `keras.Model.export` does, by default for batches of any size."""
+        signature = input_signature or [self.input_specs]
+        super().export(filepath, format, verbose, signature, **kwargs)
+
+
 @keras.saving.register_keras_serializable("mm_model")
-class FusionModel(keras.Model):
+class FusionModel(ExportedModel):
     """Takes images, numbers, categories and texts and returns a probability (B, 1).
 
     The inputs are a dict `{"image": …, "numeric": …, "category": …}` or a list in this order:
@@ -118,6 +139,15 @@ class FusionModel(keras.Model):
     def input_names(self) -> list[str]:
         """Names of the network's inputs, in the order of `INPUT_DTYPES`."""
         return [name for name in INPUT_DTYPES if name in self.network.input]
+
+    @property
+    def input_specs(self) -> dict[str, keras.InputSpec]:
+        """Shapes and dtypes of the network's inputs by name."""
+        inputs: Any = self.network.input
+        return {
+            name: keras.InputSpec(INPUT_DTYPES[name], inputs[name].shape, name=name)
+            for name in self.input_names
+        }
 
     def backbone_layers(self) -> list[layers.Layer]:
         """Return the layers of the image backbone that can train, bottom to top.
@@ -219,9 +249,6 @@ class FusionModel(keras.Model):
 
     def get_build_config(self) -> None:
         """Return None, because the constructor builds the model."""
-
-    def get_compile_config(self) -> None:
-        """Return None, because saved models are for inference."""
 
 
 def build_model(

@@ -13,6 +13,7 @@ from mm_model.spec import FusionSpec, ImageSpec, ModelSpec, NumericSpec, TextSpe
 from mm_model.statistics import Vocabulary
 from tests.mm_model.examples import (
     COLOUR,
+    NO_AUGMENTATION,
     SMALLEST_OF_EACH_FAMILY,
     TEXT,
     UNTRAINED,
@@ -192,16 +193,47 @@ def test_numbers_reach_their_encoding_in_full_precision():
     assert np.asarray(seen[0])[:, 0].std() == pytest.approx(1, rel=0.01)
 
 
-def test_a_saved_model_loads_in_another_process(tmp_path):
-    """Which has imported none of the modules that built it."""
-    inputs, _ = rows_with_all_inputs()
-    model = model_with_all_inputs(inputs, fusion={"kind": "cross_attention"})
-    model.save(tmp_path / "model.keras")
-    np.savez(tmp_path / "rows.npz", **inputs)
-    code = (
-        "import sys, numpy as np, mm_model; model = mm_model.load_model(sys.argv[1]); "
-        "np.save(sys.argv[3], model(dict(np.load(sys.argv[2]))))"
+LOAD = """
+import sys, numpy as np, mm_model, keras
+model_path, rows_path, export_path, found_path = sys.argv[1:]
+rows = dict(np.load(rows_path))
+label = rows.pop("label")
+model = keras.saving.load_model(model_path)
+model.export(export_path, verbose=False)
+probability = np.asarray(model(rows))
+model.fit(rows, label, batch_size=16, shuffle=False, verbose=0)
+np.savez(found_path, loaded=probability, fitted=np.asarray(model(rows)))
+"""
+
+
+def test_keras_loads_exports_and_trains_a_saved_model_in_another_process(tmp_path):
+    """Which has imported mm_model only, and Keras after it."""
+    import tensorflow as tf
+
+    inputs, label = rows_with_all_inputs()
+    model = model_with_all_inputs(
+        inputs,
+        # Keras does not save the states of random numbers.
+        fusion={"kind": "cross_attention", "modality_dropout": 0.0},
+        numeric={"units": (8,), "category_dropout": 0.0},
+        text=None,
+        augmentation=NO_AUGMENTATION.model_dump(),
+        dropout=0.0,
     )
-    paths = [str(tmp_path / name) for name in ("model.keras", "rows.npz", "found.npy")]
-    subprocess.run([sys.executable, "-c", code, *paths], check=True)
-    np.testing.assert_allclose(np.load(paths[2]), model(inputs), atol=1e-6)
+    model.fit(inputs, label, batch_size=16, shuffle=False, verbose=0)
+    model.save(tmp_path / "model.keras")
+    np.savez(tmp_path / "rows.npz", label=label, **inputs)
+    paths = [str(tmp_path / n) for n in ("model.keras", "rows.npz", "exported", "found.npz")]
+    subprocess.run([sys.executable, "-c", LOAD, *paths], check=True)
+    found = np.load(paths[3])
+    saved = np.asarray(model(inputs))
+    np.testing.assert_allclose(found["loaded"], saved, atol=1e-6)
+    exported = tf.saved_model.load(paths[2])
+    three = {
+        name: tf.cast(inputs[name][:3], mm_model.model.INPUT_DTYPES[name])
+        for name in model.input_names
+    }
+    np.testing.assert_allclose(exported.serve(three), saved[:3], atol=1e-5)
+    model.fit(inputs, label, batch_size=16, shuffle=False, verbose=0)
+    np.testing.assert_allclose(found["fitted"], model(inputs), atol=1e-5)
+    assert np.abs(found["fitted"] - saved).max() > 1e-4
