@@ -49,8 +49,10 @@ def serving(spec: ServeSpec) -> Iterator[tuple[str, TrainedRun, bool]]:
         JobError: As in `serve`.
     """
     ray_serve = _import_serve()
+    import ray
+
     run = open_run(spec.run)
-    token = _token(spec)
+    token, is_connected = _token(spec), ray.is_initialized()
     with connection.connected(
         spec.address,
         num_cpus=spec.num_replicas * spec.cpus_per_replica,
@@ -59,7 +61,7 @@ def serving(spec: ServeSpec) -> Iterator[tuple[str, TrainedRun, bool]]:
         cpu_settings="num_replicas and cpus_per_replica",
         worker_logs=spec.worker_logs,
     ):
-        is_local = connection.owns_ray()
+        is_local = connection.owns_ray() and not is_connected
         try:
             ray_serve.start(
                 http_options={
@@ -100,6 +102,8 @@ def application(spec: ServeSpec, token: str | None) -> Any:
         max_queued_requests=spec.max_queued_requests,
         backpressure_config=BackpressureConfig(status_code=503, retry_after_s=1),
         graceful_shutdown_timeout_s=spec.timeout_s,
+        # New replicas answer before old ones end.
+        max_surge_percent=100,
         **replicas,
     )
     return deployment(ray_serve.ingress()(Replica)).bind(spec, token)

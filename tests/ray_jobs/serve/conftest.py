@@ -72,6 +72,7 @@ def served_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Server(NamedTuple):
     """A running server."""
 
+    spec: ServeSpec
     url: str
     client: httpx2.Client
     """Sends the token."""
@@ -97,7 +98,7 @@ def server(served_run: Path, ray_local: None) -> Iterator[Server]:
             serving(spec) as (url, _, _),
             httpx2.Client(headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60) as client,
         ):
-            yield Server(url, client)
+            yield Server(spec, url, client)
     finally:
         serve.shutdown()
     require_nothing_left()

@@ -2,8 +2,13 @@ import asyncio
 import base64
 import io
 import random
+import shutil
 import socket
 import subprocess
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import httpx2
@@ -15,7 +20,7 @@ from PIL import Image
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.spec import PredictSpec, ServeSpec
 from ray_jobs.predict.job import predict
-from ray_jobs.serve.job import serve
+from ray_jobs.serve.job import serve, serving
 from tests.ray_jobs.serve.conftest import MAX_MB, NUM_PHOTOS, TOKEN, Server, photo, row_of
 from tests.ray_jobs.trained import THRESHOLD
 
@@ -213,6 +218,67 @@ def test_clients_that_hang_up_and_random_bodies_do_no_harm(server, post):
         )
         assert response.status_code in (200, 400, 422), (response.status_code, response.text, body)
     assert answers(post(row_of(0)))
+
+
+class Load:
+    """Sends requests in threads until it is stopped."""
+
+    def __init__(self, server: Server, num_clients: int = 3) -> None:
+        self.server, self.is_stopped = server, threading.Event()
+        self.responses: list[httpx2.Response] = []
+        self.threads = [threading.Thread(target=self._send) for _ in range(num_clients)]
+
+    def __enter__(self) -> "Load":
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.is_stopped.set()
+        for thread in self.threads:
+            thread.join()
+
+    def _send(self) -> None:
+        while not self.is_stopped.is_set():
+            url, body = f"{self.server.url}/predict", {"rows": [row_of(0)]}
+            self.responses.append(self.server.client.post(url, json=body))
+
+    def wait_for(self, condition: Callable[[httpx2.Response], bool]) -> None:
+        deadline = time.monotonic() + 120
+        while not (self.responses and condition(self.responses[-1])):
+            assert time.monotonic() < deadline
+            self.is_stopped.wait(0.1)
+
+
+@pytest.mark.slow  # starts three replicas
+def test_the_model_is_replaced_and_a_killed_replica_restarted_under_load(
+    server, served_run, tmp_path
+):
+    import ray
+
+    shutil.copytree(served_run / "run", tmp_path / "newer")
+    newer = server.spec.model_copy(update={"run": str(tmp_path / "newer")})
+    for spec, name in ((newer, "newer"), (server.spec, "run")):
+        with Load(server) as load:
+            load.wait_for(lambda response: response.status_code == 200)
+            with serving(spec):
+                load.wait_for(lambda response, name=name: response.json()["model"] == name)
+        assert {response.status_code for response in load.responses} == {200}
+        assert len({response.json()["model"] for response in load.responses}) == 2
+    with Load(server) as load:
+        load.wait_for(lambda response: response.status_code == 200)
+        (replica,) = [
+            actor
+            for actor in ray.util.list_named_actors(all_namespaces=True)
+            if actor["name"].startswith("SERVE_REPLICA::")
+        ]
+        ray.kill(ray.get_actor(**replica), no_restart=True)
+        load.wait_for(lambda response: response.status_code != 200)
+        load.wait_for(lambda response: response.status_code == 200)
+    # Those that it was answering, and those that found the queue full.
+    statuses = Counter(response.status_code for response in load.responses)
+    assert set(statuses) <= {200, 500, 502, 503}
+    assert statuses[500] + statuses[502] <= 3
 
 
 def test_a_missing_token_file_or_run_is_rejected(served_run, no_ray, tmp_path):
