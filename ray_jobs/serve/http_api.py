@@ -1,4 +1,4 @@
-"""Defines the endpoints: POST /predict and the Open Inference Protocol.
+"""Defines the endpoints: POST /predict, a page to try a row, and the Open Inference Protocol.
 
 Errors have the form `{"detail": …}`: 400 for an unreadable body, 401 without the token, 413 for a
 large one, 422 for wrong columns, 503 if too many requests wait. A row that cannot be used does not
@@ -12,10 +12,11 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import BaseModel, ValidationError
 
 from mm_model.nearest_match import did_you_mean
+from ray_jobs.pages.page_kit import render
 from ray_jobs.predict.trained_run import TrainedRun
 from ray_jobs.serve.access_rules import AccessRules
 from ray_jobs.serve.request_rows import Row, decode_image
@@ -73,6 +74,12 @@ def make_app(
             return JSONResponse({"detail": f"the body is not JSON: {error}"}, 400)  # type: ignore[return-value]
         return await predict(_rows(model.model_validate(content), run))
 
+    page = _page(run, name)
+
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    def try_row() -> str:
+        return page
+
     @app.get("/v2/health/live")
     @app.get("/v2/health/ready")
     def health() -> dict[str, bool]:
@@ -125,6 +132,22 @@ def make_app(
 
     app.openapi = openapi  # type: ignore[method-assign]
     return app
+
+
+def _page(run: TrainedRun, name: str) -> str:
+    """Return the page on which a person tries a row."""
+    manifest = run.decoder.manifest
+    return render(
+        "serve/try_page.html.j2",
+        title=name,
+        name=name,
+        positive_label=manifest.positive_label,
+        images=image_fields(run),
+        image_required=not manifest.image.has_nulls,
+        numbers=manifest.numeric_columns,
+        words={vocabulary.column: vocabulary.words for vocabulary in manifest.vocabularies},
+        texts=manifest.text_columns,
+    )
 
 
 class _InputTensor(BaseModel):

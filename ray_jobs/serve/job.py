@@ -139,7 +139,7 @@ def _print(spec: ServeSpec, url: str, run: TrainedRun) -> None:
 
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"serving [bold]{escape(str(run.folder))}[/bold] at {url}")
-    console.print(f"  {url}/docs describes POST /predict")
+    console.print(f"  try a row there in a browser; {url}/docs describes POST /predict")
     if spec.host not in _LOOPBACK and spec.token_file is None:
         console.print(
             "  [yellow]every machine that reaches this address can use it; set --token_file"

@@ -2,6 +2,7 @@ import asyncio
 import base64
 import io
 import random
+import re
 import shutil
 import socket
 import subprocess
@@ -85,6 +86,7 @@ def test_a_row_that_cannot_be_used_has_its_reason_and_the_others_an_answer(post)
     ]  # fmt: skip
     for row in found:
         assert (row["probability"] is None) == (row["label"] is None) == (row["error"] is not None)
+    assert found[2]["error"] == "non_numeric_text: living area is 'ninety'"
     assert found[5]["key"] == "6"
 
 
@@ -165,6 +167,11 @@ def test_the_documentation_describes_the_columns_of_the_run(server):
     body = document["paths"]["/predict"]["post"]["requestBody"]["content"]
     form = body["multipart/form-data"]["schema"]["properties"]
     assert form["image"]["format"] == "binary"
+    page = server.client.get(server.url).text
+    assert re.findall(r' name="([^"]+)"', page)[1:] == ["image", "living area", "rooms", "type"]
+    assert re.findall(r'<option value="(\w+)"', page) == ["flat", "villa"]
+    # The page loads nothing from elsewhere.
+    assert "http" not in page.replace("http-equiv", "")
 
 
 def test_a_command_as_in_the_documentation_gets_an_answer(server, served_run):
