@@ -61,7 +61,9 @@ _NAMES = {
 def __getattr__(name: str) -> Any:
     for module, names in _NAMES.items():
         if name in names.split():
-            return getattr(import_module(f"mm_model.{module}"), name)
+            value = getattr(import_module(f"mm_model.{module}"), name)
+            register_with_keras()
+            return value
     raise AttributeError(f"module 'mm_model' has no attribute {name!r}")
 
 

@@ -13,15 +13,20 @@ from types import ModuleType
 
 def register_with_keras() -> None:
     """Register the classes now if Keras is imported, else when it is."""
-    keras = sys.modules.get("keras")
-    if keras is None:
+    if "keras" in sys.modules:
+        if not _is_importing("keras"):
+            import mm_model.loading  # noqa: F401
+    elif not any(isinstance(finder, _KerasFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _KerasFinder())
-    elif not getattr(keras.__spec__, "_initializing", False):
-        _register()
 
 
-def _register() -> None:
-    import mm_model.loading  # noqa: F401
+def _is_importing(package: str) -> bool:
+    """Whether a module of a package is being imported."""
+    return any(
+        getattr(getattr(module, "__spec__", None), "_initializing", False)
+        for name, module in list(sys.modules.items())
+        if name.partition(".")[0] == package
+    )
 
 
 class _KerasFinder(MetaPathFinder):
@@ -50,4 +55,7 @@ class _RegisteringLoader(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        _register()
+        # A module of this package that imports Keras registers its own classes; importing the
+        # others now would be a cycle.
+        if not _is_importing("mm_model"):
+            import mm_model.loading  # noqa: F401

@@ -193,6 +193,14 @@ def test_numbers_reach_their_encoding_in_full_precision():
     assert np.asarray(seen[0])[:, 0].std() == pytest.approx(1, rel=0.01)
 
 
+def test_a_module_can_be_the_first_that_imports_keras():
+    code = (
+        "import sys, mm_model.model; assert mm_model.FusionModel is mm_model.model.FusionModel; "
+        "assert 'mm_model.loading' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 LOAD = """
 import sys, numpy as np, mm_model, keras
 model_path, rows_path, export_path, found_path = sys.argv[1:]
