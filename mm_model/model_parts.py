@@ -86,12 +86,6 @@ def has_feature_map(model: FusionModel) -> bool:
     return bool(pool) and len(pool[0].input.shape) == 4
 
 
-def num_patches(model: FusionModel) -> int:
-    """Return the number of patches of an image in a model with a transformer backbone."""
-    backbone: Any = model.network.get_layer(model.backbone[-1])
-    return backbone.output["tokens"].shape[1]
-
-
 def column_names(
     model: FusionModel, numbers: Sequence[str], words: Sequence[str]
 ) -> dict[str, list[str]]:

@@ -15,11 +15,11 @@ from mm_model.model_parts import (
     IMAGE_MAP,
     CutModel,
     has_feature_map,
-    num_patches,
 )
 from ray_jobs.data.batch import IMAGE
 
 _STEPS, _IMAGE_STEPS = 32, 16
+_CELL = 8
 _IMAGE_ROWS = 8  # differentiated at once with respect to their pixels
 
 
@@ -42,7 +42,7 @@ def image_maps(model: Any, inputs: Mapping[str, np.ndarray], threshold: float = 
     for start in range(0, len(sign_B1), _IMAGE_ROWS):
         part = slice(start, start + _IMAGE_ROWS)
         rows = {name: values[part] for name, values in inputs.items()}
-        maps.append(_patch_contributions(model, rows, sign_B1[part]))
+        maps.append(_pixel_contributions(model, rows, sign_B1[part]))
     return np.concatenate(maps)
 
 
@@ -62,10 +62,10 @@ def _grad_cam(model: Any, inputs: Mapping[str, np.ndarray], sign_B1: np.ndarray)
     return np.asarray(tf.nn.relu(tf.reduce_sum(weight * map_IhwF, axis=-1)))
 
 
-def _patch_contributions(
+def _pixel_contributions(
     model: Any, inputs: Mapping[str, np.ndarray], sign_B1: np.ndarray
 ) -> np.ndarray:
-    """Return maps by integrated gradients of the pixels, summed over the patches.
+    """Return maps by integrated gradients of the pixels, summed over cells of 8 × 8.
 
     The path begins at images of one color, the mean of each image.
     """
@@ -86,8 +86,7 @@ def _patch_contributions(
         gradient += np.asarray(found) / _IMAGE_STEPS
     parts_IHW = ((image - plain) * gradient).sum(axis=-1).reshape(-1, *image.shape[-3:-1])
     height, width = parts_IHW.shape[1:]
-    rows = max(round((num_patches(model) * height / width) ** 0.5), 1)
-    size = (num_patches(model) // rows, rows)
+    size = (max(width // _CELL, 1), max(height // _CELL, 1))
     small = [cv2.resize(parts_HW, size, interpolation=cv2.INTER_AREA) for parts_HW in parts_IHW]
     return np.maximum(np.stack(small), 0)
 

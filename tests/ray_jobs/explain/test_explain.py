@@ -192,7 +192,7 @@ def mass_inside(maps: np.ndarray, is_inside: np.ndarray) -> float:
     ("kind", "num_rows", "epochs", "learning_rate", "positions"),
     [
         ("tiny", 240, 16, 3e-3, 12),
-        pytest.param("vit_tiny", 480, 8, 5e-4, 6, marks=pytest.mark.slow),  # trains for 2 minutes
+        pytest.param("vit_tiny", 480, 8, 5e-4, 12, marks=pytest.mark.slow),  # trains for 2 minutes
     ],
 )
 def test_maps_lie_on_the_part_of_the_image_that_decides(
@@ -221,7 +221,7 @@ def test_maps_lie_on_the_part_of_the_image_that_decides(
 
 
 @pytest.mark.parametrize("several", [False, True], ids=["one image", "two images"])
-def test_the_maps_of_a_transformer_have_a_position_per_patch(several):
+def test_the_maps_of_a_transformer_have_cells_of_8_pixels(several):
     inputs = {name: values for name, values in inputs_of(3, several).items() if "image" in name}
     if several:
         inputs["image_mask"][1, 0] = 0
@@ -230,7 +230,7 @@ def test_the_maps_of_a_transformer_have_a_position_per_patch(several):
     model = create_model(shape, (0,), image=image, numeric={"kind": "none"})
     with_random_heads(model)
     maps = image_maps(model, inputs)
-    assert maps.shape == (6 if several else 3, 2, 2)
+    assert maps.shape == (6 if several else 3, 4, 4)
     assert maps.max() > 0
     if several:
         # The first image of the second row is missing.
