@@ -70,10 +70,12 @@ class Replica:
         names = (self.run.manifest.negative_label, self.run.manifest.positive_label)
         predictions = []
         for row in predicted.select(["key", PROBABILITY, ERROR]).to_pylist():
-            probability = row[PROBABILITY]
+            probability, error = row[PROBABILITY], row[ERROR]
             label = None if probability is None else names[probability >= self.run.threshold]
+            # Without the advice to prepare the data with other settings.
+            reason = error and error.partition("; --prepare.")[0]
             predictions.append(
-                Prediction(key=row["key"], label=label, probability=probability, error=row[ERROR])
+                Prediction(key=row["key"], label=label, probability=probability, error=reason)
             )
         return Answer(
             predictions=predictions,

@@ -85,8 +85,7 @@ class RequestReader:
         source = Source(pa.table(columns), images=references, readers=readers)
         read = read_rows(source, self.rules, self.numeric_columns, None, self.text_columns)
         reasons = [read.quarantined.get(row) for row in range(len(own))]
-        # Without the advice to prepare the data with other settings.
-        errors = [reason and ": ".join(reason).partition("; --prepare.")[0] for reason in reasons]
+        errors = [reason and ": ".join(reason) for reason in reasons]
         converter = RowConverter(
             tuple(readers.values()),
             self.numeric_columns,

@@ -78,7 +78,7 @@ class Server(NamedTuple):
     """Sends the token."""
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def server(served_run: Path, ray_local: None) -> Iterator[Server]:
     """A server on a real Ray, which requires a token."""
     from ray import serve
