@@ -25,7 +25,8 @@ import pyarrow.parquet as pq
 
 from ray_jobs.cluster import connection
 from ray_jobs.config import command_line
-from ray_jobs.config.spec import CrossValidateSpec, PredictSpec, RunSpec
+from ray_jobs.config.inference_spec import PredictSpec
+from ray_jobs.config.spec import CrossValidateSpec, RunSpec
 from ray_jobs.cross_validate.job import cross_validate
 from ray_jobs.data.manifest import Manifest, read_manifest
 from ray_jobs.evaluate.uncertainty.draw_metrics import DrawMetrics

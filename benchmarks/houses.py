@@ -25,7 +25,8 @@ from pyarrow import csv
 
 from ray_jobs.cluster import connection
 from ray_jobs.config import command_line
-from ray_jobs.config.spec import PredictSpec, RunSpec
+from ray_jobs.config.inference_spec import PredictSpec
+from ray_jobs.config.spec import RunSpec
 from ray_jobs.evaluate.uncertainty.draw_metrics import DrawMetrics
 from ray_jobs.evaluate.uncertainty.model_comparison import COMPARED, compare
 from ray_jobs.predict.job import predict

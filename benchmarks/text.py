@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 
 from ray_jobs.cluster import connection
 from ray_jobs.config import command_line
-from ray_jobs.config.spec import PredictSpec, RunSpec
+from ray_jobs.config.inference_spec import PredictSpec
+from ray_jobs.config.spec import RunSpec
 from ray_jobs.demo.synthetic import write_demo_data
 from ray_jobs.predict.job import predict
 from ray_jobs.prepare.job import prepare

@@ -57,7 +57,7 @@ from ray_jobs.train import fit
 fit(spec)
 
 # %% Metrics on rows that took no part in training
-from ray_jobs.config.spec import EvaluateSpec
+from ray_jobs.config.inference_spec import EvaluateSpec
 from ray_jobs.evaluate import evaluate
 
 run, prepared = str(folder / "runs/first"), str(folder / "prepared")

@@ -5,6 +5,7 @@ Use:    model = mm_model.create_model((456, 456, 3), (12,)); model.fit([X_image,
 
     spec, statistics, nearest_match    settings, column statistics, error texts
     model, mean_model, loading         builds, averages and loads models
+    model_inputs, model_parts          names their inputs; cuts them in two
     backbones/, branches/, fusion/, layers/    parts of the model
     losses, optimizer, mixup           parts of a training step
     freezing                           trained layers and learning rates per epoch

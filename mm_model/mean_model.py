@@ -9,7 +9,8 @@ from typing import Any
 import keras
 from keras import ops
 
-from mm_model.model import ExportedModel, FusionModel, inputs_by_name
+from mm_model.model import FusionModel
+from mm_model.model_inputs import ExportedModel, inputs_by_name
 
 
 @keras.saving.register_keras_serializable("mm_model")
@@ -42,11 +43,6 @@ class MeanModel(ExportedModel):
     def input_names(self) -> list[str]:
         """Names of the inputs."""
         return self.models[0].input_names
-
-    @property
-    def input_specs(self) -> dict[str, keras.InputSpec]:
-        """Shapes and dtypes of the inputs by name."""
-        return self.models[0].input_specs
 
     def call(self, inputs: Any, training: bool = False) -> Any:
         """Return the mean of the calibrated probabilities (B, 1)."""

@@ -25,7 +25,7 @@ columns, L tokens per text, M heads.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import keras
@@ -42,44 +42,13 @@ from mm_model.layers.blocks import BlockBuilder
 from mm_model.layers.dropout import ModalityDropout
 from mm_model.layers.image_stack import JointWithoutImage
 from mm_model.losses import loss_from_logits
+from mm_model.model_inputs import INPUT_DTYPES, ExportedModel, inputs_by_name
 from mm_model.optimizer import make_optimizer
 from mm_model.spec import ModelSpec, OptimizerSpec
 from mm_model.statistics import NumericStatistics, Vocabulary
 from mm_model.tunable import current_value
 
 Shape = Sequence[int]
-
-INPUT_DTYPES = {
-    "image": "float32",
-    "features": "float32",
-    "image_mask": "float32",
-    "numeric": "float32",
-    "category": "int32",
-    "text": "int32",
-    "text_mask": "float32",
-}
-"""Dtypes of all inputs that a network may have, in order."""
-
-
-class ExportedModel(keras.Model):
-    """A model that Keras can export before it was called, as after loading."""
-
-    @property
-    def input_specs(self) -> dict[str, keras.InputSpec]:
-        """Shapes and dtypes of the inputs by name."""
-        raise NotImplementedError
-
-    def export(
-        self,
-        filepath: Any,
-        format: str = "tf_saved_model",
-        verbose: Any = None,
-        input_signature: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        """Export the model as `keras.Model.export` does, by default for batches of any size."""
-        signature = input_signature or [self.input_specs]
-        super().export(filepath, format, verbose, signature, **kwargs)
 
 
 @keras.saving.register_keras_serializable("mm_model")
@@ -139,15 +108,6 @@ class FusionModel(ExportedModel):
     def input_names(self) -> list[str]:
         """Names of the network's inputs, in the order of `INPUT_DTYPES`."""
         return [name for name in INPUT_DTYPES if name in self.network.input]
-
-    @property
-    def input_specs(self) -> dict[str, keras.InputSpec]:
-        """Shapes and dtypes of the network's inputs by name."""
-        inputs: Any = self.network.input
-        return {
-            name: keras.InputSpec(INPUT_DTYPES[name], inputs[name].shape, name=name)
-            for name in self.input_names
-        }
 
     def backbone_layers(self) -> list[layers.Layer]:
         """Return the layers of the image backbone that can train, bottom to top.
@@ -447,26 +407,3 @@ def _stacked_blocks(layer: layers.Layer) -> list[layers.Layer]:
     parts = child_layers(layer)
     blocks = Counter(type(part) for part in parts if child_layers(part))
     return parts if max(blocks.values(), default=0) > 1 else []
-
-
-def inputs_by_name(inputs: Any, names: list[str]) -> dict[str, Any]:
-    """Return the network's inputs by name, cast to their dtypes, given a dict or a list."""
-    image = "features" if "features" in names else "image"
-    given = inputs if isinstance(inputs, Mapping) else _name_inputs(inputs, names, image)
-    if "image_mask" in names and image in given and "image_mask" not in given:
-        shape: Any = ops.shape(given[image])
-        given = {**given, "image_mask": ops.ones(shape[:2])}
-    if absent := [name for name in names if name not in given]:
-        raise ValueError(f"inputs {absent} are missing; the model takes {names}, got {list(given)}")
-    return {name: ops.cast(given[name], INPUT_DTYPES[name]) for name in names}
-
-
-def _name_inputs(inputs: Any, names: list[str], image: str) -> dict[str, Any]:
-    """Name the inputs in a list, which may contain inputs of branches that the model lacks."""
-    given = list(inputs) if isinstance(inputs, list | tuple) else [inputs]
-    positional = (image, "numeric", "category")
-    required = [name for name in positional if name in names]
-    for candidates in (required, positional[: len(given)]):
-        if len(candidates) == len(given) and set(required) <= set(candidates):
-            return dict(zip(candidates, given, strict=True))
-    raise ValueError(f"the model takes {required}, got {len(given)} inputs")

@@ -11,7 +11,8 @@ import keras
 from keras import KerasTensor, ops
 
 from mm_model.branches.image_inputs import IMAGE_POOL, IMAGE_TOKENS
-from mm_model.model import FusionModel, inputs_by_name
+from mm_model.model import FusionModel
+from mm_model.model_inputs import inputs_by_name
 
 IMAGE_FEATURES = (IMAGE_POOL, IMAGE_TOKENS)
 ENCODED_COLUMNS = ("numeric_encoding", "category_embedding")

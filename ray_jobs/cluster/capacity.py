@@ -18,7 +18,8 @@ from ray_jobs.cluster.node_inventory import (
     possible_nodes,
 )
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.spec import InferenceSpec, TrainSpec
+from ray_jobs.config.inference_spec import InferenceSpec
+from ray_jobs.config.spec import TrainSpec
 
 _UNITS = 10_000
 """Ray counts resources in fixed-point units of 0.0001."""

@@ -24,7 +24,8 @@ from ray_jobs.cluster.capacity import cpu_settings
 from ray_jobs.cluster.connection import root_cause
 from ray_jobs.config.command_line import read_yaml, validate_spec, with_value
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.spec import CrossValidateSpec, EvaluateSpec, RunSpec
+from ray_jobs.config.inference_spec import EvaluateSpec
+from ray_jobs.config.spec import CrossValidateSpec, RunSpec
 from ray_jobs.config.text import count_text
 from ray_jobs.cross_validate.cv_results import (
     METRICS,

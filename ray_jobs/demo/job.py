@@ -19,7 +19,8 @@ from rich.table import Column, Table
 from ray_jobs.cluster import connection
 from ray_jobs.config import command_line
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.spec import DemoSpec, EvaluateSpec, PredictSpec, RunSpec
+from ray_jobs.config.inference_spec import EvaluateSpec, PredictSpec
+from ray_jobs.config.spec import DemoSpec, RunSpec
 from ray_jobs.evaluate.job import evaluate
 from ray_jobs.predict.job import predict
 from ray_jobs.prepare.job import prepare

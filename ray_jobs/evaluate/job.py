@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from ray_jobs.cluster.connection import root_cause
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.spec import EvaluateSpec
+from ray_jobs.config.inference_spec import EvaluateSpec
 from ray_jobs.config.text import NONE, count_text
 from ray_jobs.data.batch import FEATURES, KEY
 from ray_jobs.data.manifest import Manifest, read_manifest

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from ray_jobs.checks.finding import Finding
-from ray_jobs.config.spec import EvaluateSpec
+from ray_jobs.config.inference_spec import EvaluateSpec
 from ray_jobs.config.text import count_text, names_text, number_text
 from ray_jobs.evaluate.analysis import HEAD
 from ray_jobs.evaluate.uncertainty.model_comparison import METRIC_NAMES

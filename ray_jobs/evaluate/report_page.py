@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from ray_jobs.checks.finding import Finding
-from ray_jobs.config.spec import EvaluateSpec
+from ray_jobs.config.inference_spec import EvaluateSpec
 from ray_jobs.data.manifest import Manifest
 from ray_jobs.evaluate.analysis import HEAD
 from ray_jobs.evaluate.evaluated_rows import EvaluatedRows

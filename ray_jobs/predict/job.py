@@ -21,8 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ray_jobs.config.errors import EmptyTableError, JobError
+from ray_jobs.config.inference_spec import PredictSpec
 from ray_jobs.config.prepare_spec import SPLITS
-from ray_jobs.config.spec import PredictSpec
 from ray_jobs.config.text import count_text, number_text
 from ray_jobs.data.batch import IMAGE_MASK, KEY
 from ray_jobs.data.manifest import MANIFEST, read_manifest

@@ -27,7 +27,7 @@ from ray_jobs.cluster.connection import first_line, root_cause
 from ray_jobs.cluster.stderr_filter import ACTOR_ARGUMENTS, drop_stderr_lines
 from ray_jobs.cluster.worker_group import import_keras
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.spec import InferenceSpec
+from ray_jobs.config.inference_spec import InferenceSpec
 from ray_jobs.data.batch import IMAGE, IMAGE_MASK, INPUT_TYPES, KEY, LABEL
 from ray_jobs.predict.row_distance import RowDistance
 from ray_jobs.predict.row_sources import ERROR, FAILURE, RowSource, model_rows
@@ -144,7 +144,7 @@ class Predictor:
         import tensorflow as tf
 
         from mm_model import load_model
-        from mm_model.model import inputs_by_name
+        from mm_model.model_inputs import inputs_by_name
         from mm_model.model_parts import with_embeddings
         from ray_jobs.cluster.strategy import set_devices
 

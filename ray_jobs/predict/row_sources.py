@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 
 from ray_jobs.cluster.connection import first_line
 from ray_jobs.config.errors import EmptyTableError, JobError
+from ray_jobs.config.inference_spec import InferenceSpec, PredictSpec
 from ray_jobs.config.prepare_spec import PrepareSpec, Split
-from ray_jobs.config.spec import InferenceSpec, PredictSpec
 from ray_jobs.config.text import count_text, number_text
 from ray_jobs.data.batch import KEY, LABEL
 from ray_jobs.data.decoder import bytes_column

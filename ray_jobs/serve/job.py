@@ -16,7 +16,7 @@ from typing import Any
 
 from ray_jobs.cluster import connection
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.spec import ServeSpec
+from ray_jobs.config.inference_spec import ServeSpec
 from ray_jobs.predict.trained_run import TrainedRun, open_run
 
 APPLICATION = "multimodal"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from ray_jobs.config.spec import ServeSpec
+from ray_jobs.config.inference_spec import ServeSpec
 from ray_jobs.predict.predictor import PROBABILITY, Predictor
 from ray_jobs.predict.row_sources import ERROR
 from ray_jobs.predict.trained_run import open_run

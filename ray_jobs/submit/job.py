@@ -35,11 +35,10 @@ from mm_model.spec import Spec
 from ray_jobs.cluster.packaging import require_uploadable, resolve_working_dir, runtime_env
 from ray_jobs.config import command_line
 from ray_jobs.config.errors import JobError, UsageError
+from ray_jobs.config.inference_spec import EvaluateSpec, PredictSpec
 from ray_jobs.config.spec import (
     CrossValidateSpec,
-    EvaluateSpec,
     InspectSpec,
-    PredictSpec,
     RunSpec,
 )
 from ray_jobs.doctor.job import DoctorSpec

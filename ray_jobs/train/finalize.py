@@ -140,7 +140,7 @@ def write_embeddings(
     folder: Folder, model: "FusionModel", spec: RunSpec, manifest: Manifest
 ) -> None:
     """Write `EMBEDDINGS`, by which `evaluate` and `predict` recognize unfamiliar rows."""
-    from mm_model.model import inputs_by_name
+    from mm_model.model_inputs import inputs_by_name
     from mm_model.model_parts import with_embeddings
 
     text = text_reader(spec, manifest)

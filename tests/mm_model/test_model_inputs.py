@@ -9,6 +9,7 @@ import mm_model
 from mm_model.fusion import FUSIONS
 from mm_model.layers.numeric_encoding import NumericEncoding
 from mm_model.model import build_model
+from mm_model.model_inputs import INPUT_DTYPES
 from mm_model.spec import FusionSpec, ImageSpec, ModelSpec, NumericSpec, TextSpec
 from mm_model.statistics import Vocabulary
 from tests.mm_model.examples import (
@@ -237,10 +238,7 @@ def test_keras_loads_exports_and_trains_a_saved_model_in_another_process(tmp_pat
     saved = np.asarray(model(inputs))
     np.testing.assert_allclose(found["loaded"], saved, atol=1e-6)
     exported = tf.saved_model.load(paths[2])
-    three = {
-        name: tf.cast(inputs[name][:3], mm_model.model.INPUT_DTYPES[name])
-        for name in model.input_names
-    }
+    three = {name: tf.cast(inputs[name][:3], INPUT_DTYPES[name]) for name in model.input_names}
     np.testing.assert_allclose(exported.serve(three), saved[:3], atol=1e-5)
     model.fit(inputs, label, batch_size=16, shuffle=False, verbose=0)
     np.testing.assert_allclose(found["fitted"], model(inputs), atol=1e-5)

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 from pyarrow import csv
 
-from ray_jobs.config.spec import EvaluateSpec, PredictSpec, RunSpec
+from ray_jobs.config.inference_spec import EvaluateSpec, PredictSpec
+from ray_jobs.config.spec import RunSpec
 from ray_jobs.data.manifest import read_manifest
 from ray_jobs.evaluate.job import evaluate
 from ray_jobs.predict.job import predict

@@ -13,7 +13,8 @@ import pytest
 from pyarrow import csv
 
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.spec import PredictSpec, RunSpec
+from ray_jobs.config.inference_spec import PredictSpec
+from ray_jobs.config.spec import RunSpec
 from ray_jobs.data.manifest import Manifest, read_manifest
 from ray_jobs.data.text_input import text_reader
 from ray_jobs.predict.job import predict

@@ -8,7 +8,8 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from ray_jobs.config.spec import EvaluateSpec, RunSpec
+from ray_jobs.config.inference_spec import EvaluateSpec
+from ray_jobs.config.spec import RunSpec
 from ray_jobs.config.text import count_text
 from ray_jobs.config.tune_spec import EXPLOITING
 from ray_jobs.data.manifest import read_manifest

@@ -9,7 +9,8 @@ from ray_jobs.cluster import connection
 from ray_jobs.cluster.capacity import cpu_settings
 from ray_jobs.cluster.connection import available_cpus, connected, owns_ray
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.spec import PredictSpec, TrainSpec
+from ray_jobs.config.inference_spec import PredictSpec
+from ray_jobs.config.spec import TrainSpec
 
 TWO_WORKERS = "train.num_workers=2 and train.cpus_per_worker=1"
 

@@ -10,7 +10,8 @@ import yaml
 
 from ray_jobs.config.command_line import flatten, parse, with_value
 from ray_jobs.config.errors import UsageError
-from ray_jobs.config.spec import DemoSpec, EvaluateSpec, InspectSpec, PredictSpec, RunSpec
+from ray_jobs.config.inference_spec import EvaluateSpec, PredictSpec
+from ray_jobs.config.spec import DemoSpec, InspectSpec, RunSpec
 from tests.ray_jobs.config.usage import unframed, usage_error
 
 SPECS = (RunSpec, InspectSpec, EvaluateSpec, PredictSpec, DemoSpec)

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.spec import EvaluateSpec
+from ray_jobs.config.inference_spec import EvaluateSpec
 from ray_jobs.data.manifest import Manifest
 from ray_jobs.evaluate.job import evaluate
 from ray_jobs.predict.predictor import Predictor

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ray_jobs.checks.column_drift import number_drift
-from ray_jobs.config.spec import EvaluateSpec
+from ray_jobs.config.inference_spec import EvaluateSpec
 from ray_jobs.data.manifest import Manifest
 from ray_jobs.evaluate.analysis import BASELINE, OtherModel, analyse, worst_rows
 from ray_jobs.evaluate.evaluated_rows import EvaluatedRows

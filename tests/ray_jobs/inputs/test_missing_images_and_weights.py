@@ -15,7 +15,7 @@ from sklearn import metrics
 from sklearn.utils.class_weight import compute_class_weight
 
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.spec import EvaluateSpec, PredictSpec
+from ray_jobs.config.inference_spec import EvaluateSpec, PredictSpec
 from ray_jobs.evaluate import evaluate
 from ray_jobs.predict import predict
 from ray_jobs.prepare.job import prepare

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.spec import PredictSpec
+from ray_jobs.config.inference_spec import PredictSpec
 from ray_jobs.predict import predict
 from ray_jobs.prepare.job import prepare
 from tests.ray_jobs.inputs.user_data import FILES, UserData, csv_text, plain_rows

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.spec import PredictSpec
+from ray_jobs.config.inference_spec import PredictSpec
 from ray_jobs.data.decoder import RowDecoder
 from ray_jobs.predict.job import predict
 from ray_jobs.train.job import fit

@@ -11,8 +11,8 @@ from PIL import Image
 
 from mm_model.statistics import Vocabulary, fit_numeric_statistics
 from ray_jobs.config.errors import JobError
+from ray_jobs.config.inference_spec import PredictSpec
 from ray_jobs.config.prepare_spec import PrepareSpec, Split
-from ray_jobs.config.spec import PredictSpec
 from ray_jobs.data.images import prepare_image
 from ray_jobs.data.manifest import Manifest
 from ray_jobs.predict import job as predict_job

@@ -9,7 +9,8 @@ from hypothesis import Phase, assume, given, settings
 
 from ray_jobs.cluster import strategy
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.spec import PredictSpec, RunSpec
+from ray_jobs.config.inference_spec import PredictSpec
+from ray_jobs.config.spec import RunSpec
 from ray_jobs.predict.predictor import PROBABILITY, Predictor
 from ray_jobs.predict.row_sources import RawRows
 from ray_jobs.predict.trained_run import open_run

@@ -7,7 +7,8 @@ import pytest
 from sklearn.neighbors import NearestNeighbors
 
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.spec import DataSpec, EvaluateSpec, PredictSpec, RunSpec
+from ray_jobs.config.inference_spec import EvaluateSpec, PredictSpec
+from ray_jobs.config.spec import DataSpec, RunSpec
 from ray_jobs.data.manifest import Manifest
 from ray_jobs.evaluate.job import evaluate
 from ray_jobs.predict.job import predict

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from mm_model.statistics import fit_numeric_statistics, fit_vocabulary
+from ray_jobs.config.inference_spec import ServeSpec
 from ray_jobs.config.prepare_spec import PrepareSpec
-from ray_jobs.config.spec import ServeSpec
 from ray_jobs.serve.job import serving
 from tests.ray_jobs.heads import free_ports
 from tests.ray_jobs.tiny import write_prepared

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.spec import PredictSpec, ServeSpec
+from ray_jobs.config.inference_spec import PredictSpec, ServeSpec
 from ray_jobs.predict.job import predict
 from ray_jobs.serve.job import serve, serving
 from tests.ray_jobs.serve.conftest import MAX_MB, NUM_PHOTOS, TOKEN, Server, photo, row_of

@@ -14,7 +14,8 @@ import yaml
 
 from mm_model.calibration import log_loss
 from ray_jobs.config.errors import Interrupted, JobError
-from ray_jobs.config.spec import EvaluateSpec, RunSpec
+from ray_jobs.config.inference_spec import EvaluateSpec
+from ray_jobs.config.spec import RunSpec
 from ray_jobs.data.images import decode_stored
 from ray_jobs.data.manifest import Manifest, read_manifest
 from ray_jobs.storage.folder import Folder

@@ -7,7 +7,7 @@ import pytest
 
 from ray_jobs.cluster.strategy import WorkerContext
 from ray_jobs.config.errors import JobError
-from ray_jobs.config.spec import EvaluateSpec, PredictSpec
+from ray_jobs.config.inference_spec import EvaluateSpec, PredictSpec
 from ray_jobs.data.cache import choose_cache
 from ray_jobs.data.manifest import read_manifest
 from ray_jobs.data.sampler import TrainingSampler
