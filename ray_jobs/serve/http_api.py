@@ -19,7 +19,7 @@ from mm_model.nearest_match import did_you_mean
 from ray_jobs.pages.page_kit import render
 from ray_jobs.predict.trained_run import TrainedRun
 from ray_jobs.serve.access_rules import AccessRules
-from ray_jobs.serve.request_rows import Row, decode_image
+from ray_jobs.serve.request_rows import RequestError, Row, decode_image
 from ray_jobs.serve.request_schema import MAX_ROWS, Answer, image_fields, request_model
 
 Predict = Callable[[Sequence[Row]], Awaitable[Answer]]
@@ -49,6 +49,7 @@ def make_app(
     app.add_middleware(AccessRules, token=token, max_bytes=max_bytes)
     model = request_model(run)
     columns = [str(field.alias) for field in _row_model(model).model_fields.values()]
+    numbers = run.decoder.manifest.numeric_columns
     schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
     definitions = schema.pop("$defs", {})
 
@@ -57,8 +58,8 @@ def make_app(
     def explain(request: Request, error: Any) -> JSONResponse:
         return JSONResponse({"detail": _problems(error.errors(), columns)}, 422)
 
-    @app.exception_handler(ValueError)
-    def refuse(request: Request, error: ValueError) -> JSONResponse:
+    @app.exception_handler(RequestError)
+    def refuse(request: Request, error: RequestError) -> JSONResponse:
         return JSONResponse({"detail": str(error)}, 422)
 
     body = {"content": {"application/json": {"schema": schema}, _FORM: {"schema": _form(model)}}}
@@ -93,7 +94,9 @@ def make_app(
             "name": name,
             "versions": [version],
             "platform": "keras",
-            "inputs": [_tensor(column, _datatype(column, run)) for column in columns],
+            "inputs": [
+                _tensor(column, "FP64" if column in numbers else "BYTES") for column in columns
+            ],
             "outputs": [_tensor("probability", "FP64"), _tensor("label", "BYTES")],
         }
 
@@ -109,7 +112,7 @@ def make_app(
         answer = await predict(_rows(rows, run))
         for prediction in answer.predictions:
             if prediction.error:
-                raise ValueError(f"row {prediction.key}: {prediction.error}")
+                raise RequestError(f"row {prediction.key}: {prediction.error}")
         outputs = {
             "probability": ("FP64", [p.probability for p in answer.predictions]),
             "label": ("BYTES", [p.label for p in answer.predictions]),
@@ -177,8 +180,8 @@ def _rows(request: BaseModel, run: TrainedRun) -> list[dict[str, Any]]:
             if cells.get(name):
                 try:
                     cells[name] = decode_image(cells[name])
-                except ValueError as error:
-                    raise ValueError(f"row {position + 1}, {name}: {error}") from None
+                except RequestError as error:
+                    raise RequestError(f"row {position + 1}, {name}: {error}") from None
         rows.append(cells)
     return rows
 
@@ -194,10 +197,12 @@ async def _form_row(request: Request, run: TrainedRun, model: type[BaseModel]) -
             else:
                 images[name] = await value.read()
     names = image_fields(run)
+    for name in images:
+        if name not in names:
+            raise RequestError(f"{name}: unknown column of images{did_you_mean(name, names)}")
     # A placeholder satisfies the schema, which expects base64.
-    given = {name: "" for name in names if name in images}
-    unknown = {name: None for name in images if name not in names}
-    (row,) = model.model_validate({"rows": [{**cells, **unknown, **given}]}).rows  # type: ignore[attr-defined]
+    given = dict.fromkeys(images, "")
+    (row,) = model.model_validate({"rows": [{**cells, **given}]}).rows  # type: ignore[attr-defined]
     found = row.model_dump(by_alias=True)
     for name in names:
         if found.get(name):
@@ -220,20 +225,16 @@ def _tensor_rows(tensors: Sequence[_InputTensor]) -> list[dict[str, Any]]:
     """Return the rows of tensors of one value per row."""
     lengths = {len(tensor.data) for tensor in tensors}
     if len(lengths) != 1 or not 1 <= max(lengths) <= MAX_ROWS:
-        raise ValueError(f"all inputs must have the same number of rows, 1 to {MAX_ROWS}")
+        raise RequestError(f"all inputs must have the same number of rows, 1 to {MAX_ROWS}")
     (count,) = lengths
     for tensor in tensors:
         if tensor.shape not in ([count], [count, 1]):
-            raise ValueError(f"input {tensor.name!r} must have the shape [{count}]")
+            raise RequestError(f"input {tensor.name!r} must have the shape [{count}]")
     return [{tensor.name: tensor.data[row] for tensor in tensors} for row in range(count)]
 
 
 def _tensor(name: str, datatype: str) -> dict[str, Any]:
     return {"name": name, "datatype": datatype, "shape": [-1]}
-
-
-def _datatype(column: str, run: TrainedRun) -> str:
-    return "FP64" if column in run.decoder.manifest.numeric_columns else "BYTES"
 
 
 def _problems(errors: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[str]:

@@ -72,9 +72,12 @@ def serving(spec: ServeSpec) -> Iterator[tuple[str, TrainedRun, bool]]:
                 logging_config={"log_level": "WARNING"},
             )
             ray_serve.run(application(spec, token), name=APPLICATION, route_prefix="/")
-            yield f"http://{spec.host}:{spec.port}", run, is_local
         except RuntimeError as error:
+            if is_local:
+                ray_serve.shutdown()
             raise JobError(f"could not serve {spec.run}: {connection.first_line(error)}") from error
+        try:
+            yield f"http://{spec.host}:{spec.port}", run, is_local
         finally:
             if is_local:
                 ray_serve.shutdown()

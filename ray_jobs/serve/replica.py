@@ -14,7 +14,7 @@ from ray_jobs.predict.predictor import PROBABILITY, Predictor
 from ray_jobs.predict.row_sources import ERROR
 from ray_jobs.predict.trained_run import open_run
 from ray_jobs.serve.http_api import make_app
-from ray_jobs.serve.request_rows import RequestReader, Row
+from ray_jobs.serve.request_rows import RequestReader, Row, without_advice
 from ray_jobs.serve.request_schema import Answer, Prediction
 from ray_jobs.storage.folder import split_file
 from ray_jobs.train.finalize import MODEL
@@ -72,8 +72,7 @@ class Replica:
         for row in predicted.select(["key", PROBABILITY, ERROR]).to_pylist():
             probability, error = row[PROBABILITY], row[ERROR]
             label = None if probability is None else names[probability >= self.run.threshold]
-            # Without the advice to prepare the data with other settings.
-            reason = error and error.partition("; --prepare.")[0]
+            reason = error and without_advice(error)
             predictions.append(
                 Prediction(key=row["key"], label=label, probability=probability, error=reason)
             )

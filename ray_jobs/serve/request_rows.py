@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from ray_jobs.config.errors import JobError
 from ray_jobs.data.images import BadImage
 from ray_jobs.predict.row_sources import decode_raw_rows, raw_row_rules
 from ray_jobs.predict.trained_run import TrainedRun
@@ -21,6 +22,10 @@ from ray_jobs.serve.request_schema import image_fields
 
 Row = Mapping[str, Any]
 """A row of a request: numbers, booleans, texts or None by column, and the bytes of images."""
+
+
+class RequestError(Exception):
+    """A request that cannot be answered as a whole; the text is for the client."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,11 @@ class RequestReader:
         self.images = image_fields(run)
 
     def read(self, rows: Sequence[Row]) -> pa.Table:
-        """Return the rows in order, as a `Predictor` accepts them; unusable ones have an error."""
+        """Return the rows in order, as a `Predictor` accepts them; unusable ones have an error.
+
+        Raises:
+            RequestError: If the cells of a column cannot be read at all.
+        """
         kinds = [tuple(map(_kind, self._cells(row))) for row in rows]
         order = sorted(range(len(rows)), key=lambda row: kinds[row])
         parts: list[pa.Table] = []
@@ -83,7 +92,10 @@ class RequestReader:
             field = self.rules.image_columns[position] if self.rules.image_columns else ""
             references[field], readers[field] = ImageRefs(path), _MemoryReader(contents)
         source = Source(pa.table(columns), images=references, readers=readers)
-        read = read_rows(source, self.rules, self.numeric_columns, None, self.text_columns)
+        try:
+            read = read_rows(source, self.rules, self.numeric_columns, None, self.text_columns)
+        except JobError as error:
+            raise RequestError(without_advice(str(error))) from error
         reasons = [read.quarantined.get(row) for row in range(len(own))]
         errors = [reason and ": ".join(reason) for reason in reasons]
         converter = RowConverter(
@@ -100,18 +112,23 @@ def decode_image(text: str) -> bytes:
     """Return the content of an image in base64 or a data URI.
 
     Raises:
-        ValueError: If it is neither.
+        RequestError: If it is neither.
     """
     if text[:5].lower() == "data:":
         header, comma, text = text.partition(",")
         if not comma or not header.lower().endswith(";base64"):
-            raise ValueError("a data URI must contain base64: data:image/jpeg;base64,…")
+            raise RequestError("a data URI must contain base64: data:image/jpeg;base64,…")
     try:
         return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise ValueError(
+        raise RequestError(
             "an image must be base64 or a data URI; the server reads no files and no addresses"
         ) from error
+
+
+def without_advice(text: str) -> str:
+    """Return an error without the advice to prepare the data with other settings."""
+    return text.partition("; --prepare.")[0]
 
 
 def _kind(cell: Any) -> str:
@@ -124,8 +141,11 @@ def _kind(cell: Any) -> str:
 def _column(cells: list[Any]) -> pa.Array:
     """Return cells of one type as a column; texts, and columns without any value, as text."""
     if cells[0] is None or isinstance(cells[0], str):
-        return pa.array(cells, TEXT)
+        # Lone surrogates cannot be stored.
+        known = [cell and cell.encode("utf-8", "replace").decode() for cell in cells]
+        return pa.array(known, TEXT)
     try:
         return pa.array(cells)
     except (OverflowError, pa.ArrowInvalid):
-        return pa.array([float(cell) for cell in cells])
+        # JSON has integers of any size.
+        return pa.array([float(str(cell)) for cell in cells])

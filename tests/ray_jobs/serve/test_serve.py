@@ -1,6 +1,7 @@
 import asyncio
 import base64
 import io
+import json
 import random
 import re
 import shutil
@@ -90,6 +91,18 @@ def test_a_row_that_cannot_be_used_has_its_reason_and_the_others_an_answer(post)
     assert found[5]["key"] == "6"
 
 
+def test_values_that_no_table_can_contain_have_an_answer_or_a_reason(server, post):
+    whole = answers(post(row_of(0, rooms=10**400), row_of(1, rooms=float(10**300))))
+    assert [row["error"].partition(":")[0] for row in whole] == ["non_finite_number"] * 2
+    content = json.dumps({"rows": [row_of(0, house="\ud800", type="\x00")]})
+    (odd,) = answers(server.client.post(f"{server.url}/predict", content=content))
+    assert odd["probability"] is not None
+    for text in ("1,5", "1.234,5", "2024-01-31", "1 000", "5 €"):
+        response = post(row_of(0, rooms=text), row_of(1))
+        assert response.status_code in (200, 422)
+        assert "--prepare." not in response.text
+
+
 def test_a_form_has_the_same_answer_as_json(server, post):
     (expected,) = answers(post(row_of(1)))
     cells = {name: str(cell) for name, cell in row_of(1).items() if name != "image"}
@@ -98,6 +111,8 @@ def test_a_form_has_the_same_answer_as_json(server, post):
     assert answers(found) == [expected]
     found = server.client.post(f"{server.url}/predict", data=cells, files={"photo": photo(1)})
     assert "unknown column" in detail(found, 422)
+    found = server.client.post(f"{server.url}/predict", data=cells, files={"rooms": b"3"})
+    assert detail(found, 422) == "rooms: unknown column of images"
 
 
 def test_the_open_inference_protocol_has_the_same_answers(server, post):
