@@ -19,11 +19,11 @@ _SPLITS = ("train", "validation")
 class RowDistance:
     """The distance of rows from a sample of training rows; above 1 for unfamiliar rows.
 
-    For each head, it is the Euclidean distance of the row's embedding from the 10th nearest one of
-    the training rows (Sun et al. 2022, "Out-of-Distribution Detection with Deep Nearest Neighbors",
-    arXiv 2204.06507; without normalization, which would hide extreme numbers), relative to that of
-    validation rows. The row has the largest one of its heads. The unit is the distance that 99 % of
-    the validation rows have at most.
+    For each head, the distance is that between the row's embedding and its 10th nearest training
+    embedding (Sun et al. 2022, "Out-of-Distribution Detection with Deep Nearest Neighbors", arXiv
+    2204.06507; Euclidean and without normalization, which would hide extreme numbers). Distances
+    are scaled by those of the validation rows, so that heads can be compared. A row has the largest
+    distance of its heads; 99 % of the validation rows have a distance of at most 1.
 
     Args:
         train: Embeddings of training rows (N, F) by head.
