@@ -34,6 +34,8 @@ FOLD = "fold"
 GROUP = "group"
 """Column of the shards with the group of each row, if `prepare.group_column` is set."""
 WEIGHT = "weight"
+ORIGINAL_PIXELS = "original_pixels"
+"""Column of the shards: number of pixels of the largest image of a row, before it was resized."""
 
 INPUT_TYPES = {
     IMAGE: np.uint8,

@@ -10,7 +10,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -18,6 +18,7 @@ import pyarrow as pa
 from PIL import Image, ImageOps
 
 from ray_jobs.config.prepare_spec import PrepareSpec
+from ray_jobs.data.batch import ORIGINAL_PIXELS
 
 Aspect = Literal["stretch", "crop", "pad"]
 PixelRange = tuple[float, float]
@@ -63,10 +64,19 @@ class BadImage(Exception):
         return f"{self.reason}: {self.detail}"
 
 
+class StoredImage(NamedTuple):
+    """An image as the shards contain it."""
+
+    content: bytes
+    """A JPEG or, by `prepare.store`, raw pixels."""
+    original_pixels: int
+    """Number of pixels of the user's image."""
+
+
 def prepare_image(
     content: bytes, spec: PrepareSpec, found_range: PixelRange | None = None
-) -> bytes:
-    """Return a user's image as a square of `prepare.image_size`: a JPEG or, by `store`, raw pixels.
+) -> StoredImage:
+    """Return a user's image as a square of `prepare.image_size`.
 
     Args:
         content: The file.
@@ -81,7 +91,9 @@ def prepare_image(
         content, spec.max_image_pixels, 2 * spec.image_size, spec.pixel_range, found_range
     )
     square = to_square(image, spec.image_size, spec.aspect)
-    return square.tobytes() if spec.store == "raw" else encode_jpeg(square, spec.jpeg_quality)
+    is_raw = spec.store == "raw"
+    stored = square.tobytes() if is_raw else encode_jpeg(square, spec.jpeg_quality)
+    return StoredImage(stored, image.info[ORIGINAL_PIXELS])
 
 
 def decode(
@@ -91,7 +103,7 @@ def decode(
     pixel_range: PixelRange | None = None,
     found_range: PixelRange | None = None,
 ) -> Image.Image:
-    """Return an image file as upright RGB without metadata.
+    """Return an image file as upright RGB; its `info` has only the number of `ORIGINAL_PIXELS`.
 
     Scales images with more than 8 bits, clips them to their range, and replaces transparency by
     white.
@@ -111,9 +123,12 @@ def decode(
     with _translate_errors(content):
         if _is_dicom(content):
             values, own_range, inverted = _read_dicom(content, max_pixels, pixel_range)
-            return _to_rgb(_from_values(values, own_range, inverted))
+            rgb = _to_rgb(_from_values(values, own_range, inverted))
+            rgb.info = {ORIGINAL_PIXELS: rgb.width * rgb.height}
+            return rgb
         with _open(content, max_pixels) as image:
             is_deep, tags = _is_deep(image), getattr(image, "tag_v2", {})
+            original_pixels = image.width * image.height
             if at_least:
                 image.draft(None, (at_least, at_least))
             image.load()
@@ -129,7 +144,7 @@ def decode(
                 scaled.info["exif"] = turned.tobytes()
                 image = scaled
             rgb = _to_rgb(ImageOps.exif_transpose(image))
-    rgb.info = {}
+    rgb.info = {ORIGINAL_PIXELS: original_pixels}
     return rgb
 
 

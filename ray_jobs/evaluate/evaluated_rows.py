@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from ray_jobs.config.prepare_spec import Split
-from ray_jobs.data.batch import GROUP, KEY, LABEL, WEIGHT
+from ray_jobs.data.batch import GROUP, KEY, LABEL, ORIGINAL_PIXELS, WEIGHT
 from ray_jobs.data.manifest import Manifest, Shard
 from ray_jobs.data.reader import read_columns
 from ray_jobs.predict.predictor import BRIGHTNESS, DISTANCE, LOGITS, PROBABILITY, logits_array
@@ -22,6 +22,7 @@ from ray_jobs.train.finalize import VALIDATION, read_sample
 from ray_jobs.train.metrics import row_log_loss
 
 BRIGHTNESS_COLUMN = "(image brightness)"
+PIXELS_COLUMN = "(pixels of the original image)"
 DISTANCE_COLUMN = "(distance from the training rows)"
 
 
@@ -95,17 +96,21 @@ class EvaluatedRows:
         columns = [*manifest.numeric_columns, *categories, *manifest.text_columns]
         columns += [WEIGHT] if manifest.is_weighted else []
         columns += [GROUP] if manifest.prepare.group_column else []
+        has_images = predicted[BRIGHTNESS].null_count < predicted.num_rows
+        columns += [ORIGINAL_PIXELS] if has_images else []
         shards = manifest.splits[split].shards
         stored = read_columns(folder, shards, [KEY, *columns])
         numbers = {name: stored[name].to_numpy() for name in manifest.numeric_columns}
         for name in manifest.text_columns:
             lengths: Any = pa.compute.utf8_length(stored[name])  # type: ignore[attr-defined]
             numbers[f"(characters of {name})"] = lengths.to_numpy().astype(np.float64)
+        # Data that was prepared by an earlier version has no sizes of images and no groups.
+        if ORIGINAL_PIXELS in stored.column_names:
+            numbers[PIXELS_COLUMN] = stored[ORIGINAL_PIXELS].cast(pa.float64()).to_numpy()
         for name, column in ((BRIGHTNESS_COLUMN, BRIGHTNESS), (DISTANCE_COLUMN, DISTANCE)):
             if predicted[column].null_count < predicted.num_rows:
                 numbers[name] = predicted[column].to_numpy()
         group_N = None
-        # Data that was prepared by an earlier version has no groups.
         if manifest.prepare.group_column and GROUP in stored.column_names:
             group_N = np.unique(stored[GROUP].to_numpy(), return_inverse=True)[1]
         return cls(

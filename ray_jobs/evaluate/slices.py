@@ -45,7 +45,9 @@ def slice_metrics(rows: EvaluatedRows, threshold: float) -> list[dict[str, Any]]
     the slice minus that of the other rows, with its corrected 95 % interval `low` to `high`;
     `is_worse` says whether the interval is above 0.
     """
-    slices = [part for part in _slices(rows) if _is_large_enough(rows, part.is_member_N)]
+    # One slice for rows that several columns select, such as those without an image.
+    distinct = {part.is_member_N.tobytes(): part for part in _slices(rows)}.values()
+    slices = [part for part in distinct if _is_large_enough(rows, part.is_member_N)]
     found = [_metrics(rows, s, threshold, len(slices)) for s in slices]
     return sorted(found, key=lambda metrics: -metrics["log_loss"])
 

@@ -13,7 +13,7 @@ from mm_model.nearest_match import did_you_mean
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.prepare_spec import PrepareSpec
 from ray_jobs.config.text import names_text
-from ray_jobs.data.batch import FOLD, GROUP, KEY, LABEL, WEIGHT
+from ray_jobs.data.batch import FOLD, GROUP, KEY, LABEL, ORIGINAL_PIXELS, WEIGHT
 from ray_jobs.data.manifest import ImageInfo
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -155,4 +155,4 @@ def shard_columns(spec: PrepareSpec) -> tuple[str, ...]:
     """Return the names of columns that every shard has."""
     optional = {FOLD: spec.fold_column, GROUP: spec.group_column, WEIGHT: spec.weight_column}
     set_columns = (name for name, column in optional.items() if column is not None)
-    return (KEY, *ImageInfo.of(spec).columns, *set_columns, LABEL)
+    return (KEY, *ImageInfo.of(spec).columns, *set_columns, LABEL, ORIGINAL_PIXELS)

@@ -13,6 +13,7 @@ from PIL import Image
 from mm_model.backbones.tokenizer import fit_words
 from mm_model.statistics import fit_numeric_statistics
 from ray_jobs.config.prepare_spec import PrepareSpec
+from ray_jobs.data.batch import ORIGINAL_PIXELS
 from ray_jobs.data.manifest import ImageInfo, Manifest, Shard, SplitInfo, read_manifest
 from ray_jobs.storage.folder import Folder
 
@@ -60,6 +61,7 @@ def write_prepared(
         columns = {n: pa.array(numbers[:, i], from_pandas=True) for i, n in enumerate(COLUMNS)}
         keys, images = [f"{split}-{i}" for i in range(count)], [jpeg(image) for image in pixels]
         table = pa.table({"key": keys, "image": images, **columns, "label": label})
+        table = table.append_column(ORIGINAL_PIXELS, pa.array(100 * np.arange(count), pa.int32()))
         weight, sums = np.resize(np.asarray(weights or [1], np.float32), count), None
         if repeat:
             table = table.take(np.repeat(np.arange(count), weight.astype(int)))

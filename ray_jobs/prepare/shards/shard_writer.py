@@ -15,6 +15,8 @@ The columns of a shard, in order (nullable columns are null where a value is mis
     group                string, if `prepare.group_column` is set
     label                int8
     weight               float32, only with `prepare.weight_column`
+    original_pixels      int32, pixels of the largest image before it was resized, nullable like
+                         image
 
 The content of a file does not depend on when or where it was written.
 """
@@ -35,15 +37,15 @@ import pyarrow.parquet as pq
 
 from mm_model.spec import Spec
 from ray_jobs.config.prepare_spec import PrepareSpec, Split
-from ray_jobs.data.batch import FOLD, GROUP, KEY, LABEL, WEIGHT
-from ray_jobs.data.images import EIGHT_BITS, BadImage, PixelRange, prepare_image
+from ray_jobs.data.batch import FOLD, GROUP, KEY, LABEL, ORIGINAL_PIXELS, WEIGHT
+from ray_jobs.data.images import EIGHT_BITS, BadImage, PixelRange, StoredImage, prepare_image
 from ray_jobs.data.manifest import ImageInfo, Shard
 from ray_jobs.prepare.row_validation import Rows
 from ray_jobs.prepare.sources.source import ImageReader, ImageRefs
 from ray_jobs.storage.folder import Folder
 
-StoredImages = tuple[bytes | None, ...]
-"""The stored images of a row, None for a missing one."""
+StoredImages = tuple[StoredImage | None, ...]
+"""The images of a row, None for a missing one."""
 
 # Settings that a shard's bytes and row groups depend on.
 _RULES = (
@@ -115,6 +117,7 @@ class RowConverter:
                 *(pa.field(name, pa.string(), nullable=False) for name in names),
                 pa.field(LABEL, pa.int8(), nullable=False),
                 *(weight if self.spec.weight_column else ()),
+                pa.field(ORIGINAL_PIXELS, pa.int32(), nullable=self.image.has_nulls),
             ]
         )
 
@@ -129,11 +132,13 @@ class RowConverter:
 
     def table(self, rows: Rows, images: Sequence[StoredImages]) -> pa.Table:
         """Return rows and their stored images as columns of a shard."""
+        stored = zip(*images, strict=True)
+        known = [[image.original_pixels for image in row if image] for row in images]
         columns = [
             rows.keys,
             *(
-                pa.array(column, self.schema.field(name).type)
-                for name, column in zip(self.image.columns, zip(*images, strict=True), strict=True)
+                pa.array([image and image.content for image in column], self.schema.field(n).type)
+                for n, column in zip(self.image.columns, stored, strict=True)
             ),
             # from_pandas: NaN becomes null.
             *(pa.array(column, from_pandas=True) for column in rows.numeric_RF.T),
@@ -141,6 +146,7 @@ class RowConverter:
             *_present(rows.folds, rows.groups),
             pa.array(rows.labels, pa.int8()),
             *(() if rows.weights is None else (pa.array(rows.weights),)),
+            pa.array([max(pixels, default=None) for pixels in known], pa.int32()),
         ]
         return pa.Table.from_arrays(columns, schema=self.schema)
 
@@ -148,27 +154,29 @@ class RowConverter:
         self, rows: Rows, row: int, contents: Sequence[bytes | BadImage | None]
     ) -> StoredImages | BadImage:
         """Return the stored images of one row, or why the row cannot be used."""
-        stored: list[bytes | None] = []
+        stored: list[StoredImage | None] = []
         for position, content in enumerate(contents):
-            if isinstance(content, bytes):
-                try:
-                    content = prepare_image(content, self.spec, self.pixel_range)
-                except BadImage as error:
-                    # A copy without traceback, whose frames would keep the image in memory.
-                    content = BadImage(error.reason, error.detail)
-            if isinstance(content, BadImage):
+            image = content if not isinstance(content, bytes) else self._convert(content)
+            if isinstance(image, BadImage):
                 # Sources name only files that exist, so a file that does not was just deleted.
-                is_empty = content.reason == "missing_image" and rows.images[position].in_containers
+                is_empty = image.reason == "missing_image" and rows.images[position].in_containers
                 if not (self.image.has_nulls and is_empty):
                     prefix = f"{self.image.names[position]}, " if self.image.names else ""
-                    detail = f"{prefix}{rows.images[position].name(row)}: {content.detail}"
-                    return BadImage(content.reason, detail)
-                content = None
-            stored.append(content)
-        if not self.image.optional and all(content is None for content in stored):
+                    detail = f"{prefix}{rows.images[position].name(row)}: {image.detail}"
+                    return BadImage(image.reason, detail)
+                image = None
+            stored.append(image)
+        if not self.image.optional and not any(stored):
             names = [refs.name(row) for refs in rows.images if refs.path[row].is_valid]
             return BadImage("missing_image", f"none of its images exists: {', '.join(names)}")
         return tuple(stored)
+
+    def _convert(self, content: bytes) -> StoredImage | BadImage:
+        try:
+            return prepare_image(content, self.spec, self.pixel_range)
+        except BadImage as error:
+            # A copy without traceback, whose frames would keep the image in memory.
+            return BadImage(error.reason, error.detail)
 
 
 @dataclass(frozen=True)
@@ -246,7 +254,7 @@ class ShardWriter(RowConverter):
                 else:
                     group.append(images)
                     good.append(row)
-                    num_without_image += all(image is None for image in images)
+                    num_without_image += not any(images)
                 if len(group) == self.rows_per_group:
                     flush()
             flush()

@@ -291,12 +291,14 @@ def test_a_square_is_stored_as_a_jpeg_or_as_raw_pixels_without_metadata():
     square = to_square(decode(plain, MAX_PIXELS), 32, "crop")
     spec = PrepareSpec(image_size=32, aspect="crop", jpeg_quality=90)
     stored = encode_jpeg(square, 90)
-    assert prepare_image(plain, spec) == prepare_image(noted, spec) == stored
+    assert prepare_image(plain, spec) == prepare_image(noted, spec) == (stored, 60 * 40)
     pixels = decode_stored(stored)
     assert (pixels.shape, pixels.dtype) == ((32, 32, 3), np.uint8)
     assert difference(pixels, square) < 2
     raw = PrepareSpec(image_size=32, aspect="crop", store="raw")
-    assert prepare_image(plain, raw) == square.tobytes()
+    assert prepare_image(plain, raw).content == square.tobytes()
+    large = encoded(photo(1600, 1200), "JPEG")
+    assert prepare_image(large, raw).original_pixels == 1600 * 1200
 
 
 def test_a_huge_size_in_a_stored_header_is_rejected_before_memory_is_allocated():
@@ -380,7 +382,7 @@ def test_every_exif_rotation_results_in_the_upright_photo(orientation):
         stored = stored.transpose(Image.Transpose(undo[orientation]))
     decoded = decode(with_orientation(stored, orientation), MAX_PIXELS)
     assert difference(decoded, photo()) < 4
-    assert not decoded.info
+    assert decoded.info == {"original_pixels": decoded.width * decoded.height}
     assert not decoded.getexif()
 
 

@@ -68,6 +68,8 @@ def test_each_row_counts_once_with_several_workers(prepared_run, ray_local, tmp_
     ]  # fmt: skip
     written = pq.read_table(tmp_path / "rows.parquet")
     assert written["key"].to_pylist() == rows["key"].to_pylist()
+    pixels = written["column_(pixels of the original image)"]
+    assert pixels.to_pylist() == rows["original_pixels"].to_pylist()
     np.testing.assert_allclose(written["probability"].to_numpy(), probability, atol=1e-6)
     explanation = found["explanation"]
     importance = [name for entry in explanation["importance"] for name in entry["columns"]]

@@ -140,7 +140,7 @@ def model(houses, rules) -> Any:
 def prepared_rows(houses: Path, rules: Manifest) -> pa.Table:
     """Return the usable rows as `prepare` stores them."""
     images = [
-        prepare_image((houses / f"photos/{key}_front.jpg").read_bytes(), rules.prepare)
+        prepare_image((houses / f"photos/{key}_front.jpg").read_bytes(), rules.prepare).content
         for key, *_ in GOOD
     ]
     numbers = {name: [float(row[1 + i] or "nan") for row in GOOD] for i, name in enumerate(COLUMNS)}

@@ -80,7 +80,7 @@ def check_image(seed: int) -> str:
         stored = prepare_image(content, RAW_PIXELS)
     except BadImage as error:
         return error.reason if error.detail else "no detail"
-    assert len(stored) == SIZE * SIZE * 3
+    assert len(stored.content) == SIZE * SIZE * 3
     return "stored"
 
 

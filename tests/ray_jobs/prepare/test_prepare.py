@@ -56,15 +56,18 @@ def test_the_manifest_describes_the_shards_and_the_training_rows(raw):
     assert set(files(raw.out())) == listed | {"quarantine/part-00000.parquet"}
 
     table = tables["train"]
-    assert table.schema.names == ["key", "image", "area", "rooms", "label"]
-    kinds = [pa.string(), pa.binary(), pa.float32(), pa.float32(), pa.int8()]
+    assert table.schema.names == ["key", "image", "area", "rooms", "label", "original_pixels"]
+    kinds = [pa.string(), pa.binary(), pa.float32(), pa.float32(), pa.int8(), pa.int32()]
     assert table.schema.types == kinds
     source = {row["key"]: row for row in raw.rows}
     for row in table.to_pylist():
         expected = source[row["key"]]
         assert row["area"] == (float(expected["area"]) if expected["area"] else None)
         assert (row["rooms"], row["label"]) == (expected["rooms"], expected["label"])
-        assert_has_colour(row["image"], raw.folder / "images" / f"{row['key']}.jpg")
+        photo = raw.folder / "images" / f"{row['key']}.jpg"
+        assert_has_colour(row["image"], photo)
+        with Image.open(photo) as image:
+            assert row["original_pixels"] == image.width * image.height
 
     area, rooms = (table.column(name).to_numpy().astype(np.float64) for name in ("area", "rooms"))
     assert np.isnan(area).any()
@@ -182,7 +185,9 @@ def test_folds_and_groups_are_stored_and_are_no_input(raw):
     before = raw.prepare(group_column="home", **options)
     assert before.numeric_columns == ("area", "rooms")
     table = shard_rows(raw.out(), before)["train"]
-    assert table.schema.names == ["key", "image", "area", "rooms", "fold", "group", "label"]
+    assert table.schema.names == [
+        *("key", "image", "area", "rooms", "fold", "group", "label", "original_pixels")
+    ]
     assert table.schema.field("fold").equals(pa.field("fold", pa.string(), nullable=False))
     for key, row in rows_by_key(raw.out(), before).items():
         assert row["fold"] == str(int(key[1:]) % 5)

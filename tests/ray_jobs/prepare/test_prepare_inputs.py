@@ -49,7 +49,9 @@ def test_several_images_are_found_by_columns_of_paths_or_by_pattern(homes):
     assert by_pattern.numeric_columns == by_columns.numeric_columns == ("area", "rooms")
     assert files(homes.out("a")) == files(homes.out("b"))
     table = shard_rows(homes.out("b"), by_pattern)["train"]
-    assert table.schema.names == ["key", "image_bath", "image_bed", "area", "rooms", "label"]
+    assert table.schema.names == [
+        *("key", "image_bath", "image_bed", "area", "rooms", "label", "original_pixels")
+    ]
     for row in table.to_pylist():
         for room in ROOMS:
             file = homes.folder / "images" / room / f"{row['key']}.jpg"
@@ -132,7 +134,9 @@ def test_words_are_stored_with_a_vocabulary_of_the_training_rows(raw):
     assert manifest.vocabularies[0].words == ("Lima", "Oslo", "Rome")
     assert manifest.vocabularies[1].words == ("0", "1")
     table = shard_rows(raw.out(), manifest)["test"]
-    assert table.schema.names == ["key", "image", "area", "rooms", "town", "zone", "label"]
+    assert table.schema.names == [
+        *("key", "image", "area", "rooms", "town", "zone", "label", "original_pixels")
+    ]
     assert table.schema.field("town").type == pa.string()
     source = {row["key"]: row for row in raw.rows}
     for key, row in rows_by_key(raw.out(), manifest).items():

@@ -145,6 +145,6 @@ def test_rows_of_an_imagefolder_stay_in_the_splits_of_its_folders(tmp_path):
     for split, table in tables.items():
         folder = "valid" if split == "validation" else split
         names = [name for name in source.names() if name.startswith(folder)]
-        assert table.schema.names == ["key", "image", "label"]
+        assert table.schema.names == ["key", "image", "label", "original_pixels"]
         assert table["key"].to_pylist() == names
         assert table["label"].to_pylist() == ["dog" in name for name in names]
