@@ -48,21 +48,10 @@ class MeanModel(ExportedModel):
         """Return the mean of the calibrated probabilities (B, 1)."""
         named = inputs_by_name(inputs, self.input_names)
         probabilities = [
-            model(self._inputs_of(named, codes), training=training)
+            model(own_codes(named, codes), training=training)
             for model, codes in zip(self.models, self.codes, strict=True)
         ]
         return ops.mean(ops.stack(probabilities), axis=0)
-
-    def _inputs_of(self, inputs: Any, codes: list[list[int]]) -> Any:
-        """Return the inputs with the categories' codes of one model."""
-        if not codes:
-            return inputs
-        category_BC: Any = ops.cast(inputs["category"], "int32")
-        columns = [
-            ops.take(ops.convert_to_tensor(of_column, "int32"), category_BC[:, column])
-            for column, of_column in enumerate(codes)
-        ]
-        return {**inputs, "category": ops.stack(columns, axis=1)}
 
     def get_config(self) -> dict:
         """Return the models and codes."""
@@ -83,3 +72,15 @@ class MeanModel(ExportedModel):
 
     def get_compile_config(self) -> None:
         """Return None, because the mean is for inference."""
+
+
+def own_codes(inputs: Any, codes: Sequence[Sequence[int]]) -> Any:
+    """Return the inputs with the categories' codes of one of the models."""
+    if not codes:
+        return inputs
+    category_BC: Any = ops.cast(inputs["category"], "int32")
+    columns = [
+        ops.take(ops.convert_to_tensor(of_column, "int32"), category_BC[:, column])
+        for column, of_column in enumerate(codes)
+    ]
+    return {**inputs, "category": ops.stack(columns, axis=1)}

@@ -175,8 +175,6 @@ def _explanation(
 
     if spec.explain == "none":
         return None, ""
-    if not run.heads:
-        return None, "the model is the mean of several models"
     if FEATURES in run.input_shapes:
         return None, "the model takes features instead of images"
     shown = sheets.values() if spec.explain == "rows" else ()

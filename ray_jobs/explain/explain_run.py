@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -40,7 +40,7 @@ def explain_run(
     """Return the importance of columns, partial dependences, and explanations of some rows.
 
     Args:
-        run: The run; its model is a `FusionModel`.
+        run: The run.
         folder: Prepared data.
         manifest: Its manifest.
         split: The split with the rows.
@@ -52,10 +52,12 @@ def explain_run(
     os.environ["KERAS_BACKEND"] = "tensorflow"
     import_keras()
     from mm_model import load_model
+    from mm_model.mean_model import own_codes
     from mm_model.model_parts import ENCODED_COLUMNS, IMAGE_FEATURES, CutModel
     from ray_jobs.cluster.strategy import set_devices
     from ray_jobs.explain.importance import (
         ModelRows,
+        UpperPart,
         missing_modalities,
         partial_dependence,
         permutation_importance,
@@ -63,22 +65,26 @@ def explain_run(
 
     set_devices(num_cpus, use_gpu)
     with tempfile.TemporaryDirectory() as local:
-        model: Any = load_model(run.folder.download(MODEL, f"{local}/model.keras"))
-    cut, encoder = CutModel(model, IMAGE_FEATURES), CutModel(model, ENCODED_COLUMNS)
-    row_bytes = cut.row_bytes * max(len(manifest.image.columns), 1)
-    limit = _MAX_ENCODED_ROWS if model.text_backbone else SAMPLE_ROWS
+        loaded: Any = load_model(run.folder.download(MODEL, f"{local}/model.keras"))
+    models = getattr(loaded, "models", [loaded])
+    codes: Any = getattr(loaded, "codes", [()])
+    cuts = [CutModel(model, IMAGE_FEATURES) for model in models]
+    encoders = [CutModel(model, ENCODED_COLUMNS) for model in models]
+    row_bytes = sum(cut.row_bytes for cut in cuts) * max(len(manifest.image.columns), 1)
+    limit = _MAX_ENCODED_ROWS if models[0].text_backbone else SAMPLE_ROWS
     limit = max(min(limit, _MAX_BYTES // max(row_bytes, 1)), 1)
     num_rows = manifest.splits[split].num_rows
     chosen = np.sort(np.random.default_rng(0).permutation(num_rows)[:limit])
-    parts: list[dict[str, np.ndarray]] = []
+    batches: list[Mapping[str, Any]] = []
+    tensors: list[list[Mapping[str, Any]]] = [[] for _ in models]
     for start in range(0, len(chosen), _BATCH):
         batch = _read(run, folder, manifest, split, chosen[start : start + _BATCH])
         inputs = {name: batch[name] for name in run.input_shapes}
-        tensors = {**cut.tensors(inputs), **encoder.tensors(inputs)}
-        small = {name: values for name, values in inputs.items() if name != IMAGE}
-        tensors = {name: np.asarray(tensor) for name, tensor in tensors.items()}
-        parts.append({**small, **tensors, LABEL: batch[LABEL]})
-    sample = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        for own, cut, encoder, of_model in zip(tensors, cuts, encoders, codes, strict=True):
+            coded = own_codes(inputs, of_model)
+            own.append({**cut.tensors(coded), **encoder.tensors(coded)})
+        batches.append({n: v for n, v in batch.items() if n in (*inputs, LABEL) and n != IMAGE})
+    sample, values = _concatenate(batches), [_concatenate(own) for own in tensors]
     words = {v.column: v.words for v in run.manifest.vocabularies}
     columns = {
         NUMERIC: run.manifest.numeric_columns,
@@ -87,9 +93,11 @@ def explain_run(
     }
     columns = {name: names for name, names in columns.items() if name in run.input_shapes}
     rows = ModelRows(
-        model=cut,
+        parts=[
+            UpperPart(cut, {name: own[name] for name in cut.names}, of_model)
+            for cut, own, of_model in zip(cuts, values, codes, strict=True)
+        ],
         inputs={name: sample[name] for name in run.input_shapes if name != IMAGE},
-        tensors={name: sample[name] for name in cut.names},
         columns=columns,
         label_N=sample[LABEL][:, 0].astype(np.int64),
         weight_N=np.ones(len(chosen)) if weight_N is None else weight_N[chosen],
@@ -111,33 +119,58 @@ def explain_run(
         return explanation
     own = _read(run, folder, manifest, split, np.array(sorted(shown)))
     inputs = {name: own[name] for name in run.input_shapes}
-    average = {name: sample[name].mean(axis=0) for name in encoder.names}
-    return replace(explanation, **_explain_rows(run, model, inputs, sorted(shown), average))
+    is_positive_B = np.asarray(loaded(inputs))[:, 0] >= run.threshold
+    found = []
+    for model, encoder, of_model, means in zip(models, encoders, codes, values, strict=True):
+        average = {name: means[name].mean(axis=0) for name in encoder.names}
+        coded = own_codes(inputs, of_model)
+        found.append(_explain_rows(run, model, coded, is_positive_B, average))
+    return replace(explanation, **_mean(found, sorted(shown)))
 
 
 def _explain_rows(
     run: TrainedRun,
     model: Any,
-    inputs: dict[str, np.ndarray],
-    shown: list[int],
-    average: dict[str, np.ndarray],
+    inputs: Mapping[str, Any],
+    is_positive_B: np.ndarray,
+    average: Mapping[str, np.ndarray],
 ) -> dict[str, Any]:
-    """Return the fields of an `Explanation` on single rows."""
+    """Return the maps of the rows' images, their similarity, and the contributions of columns."""
     from mm_model.model_parts import column_names
     from ray_jobs.explain.row_maps import column_contributions, image_maps, map_similarity
 
     found: dict[str, Any] = {}
     if IMAGE in inputs:
-        maps = image_maps(model, inputs, run.threshold)
-        found["map_similarity"] = map_similarity(model, inputs, maps, run.threshold)
-        by_row = maps.reshape(len(shown), -1, *maps.shape[1:])
-        found["maps"] = dict(zip(shown, by_row, strict=True))
+        maps = image_maps(model, inputs, is_positive_B)
+        found["map_similarity"] = map_similarity(model, inputs, maps, is_positive_B)
+        found["maps"] = maps.reshape(len(is_positive_B), -1, *maps.shape[1:])
     if average:
         words = [vocabulary.column for vocabulary in run.manifest.vocabularies]
         encoded = column_names(model, run.manifest.numeric_columns, words)
-        contributions = column_contributions(model, inputs, encoded, average)
-        found["contributions"] = dict(zip(shown, contributions, strict=True))
+        found["contributions"] = column_contributions(model, inputs, encoded, average)
     return found
+
+
+def _mean(found: Sequence[Mapping[str, Any]], shown: Sequence[int]) -> dict[str, Any]:
+    """Return the means over models as the fields of an `Explanation`."""
+    fields: dict[str, Any] = {}
+    similarities = [f["map_similarity"] for f in found if f.get("map_similarity") is not None]
+    if similarities:
+        fields["map_similarity"] = float(np.mean(similarities))
+    if "maps" in found[0]:
+        maps = np.mean([f["maps"] for f in found], axis=0)
+        fields["maps"] = dict(zip(shown, maps, strict=True))
+    if "contributions" in found[0]:
+        rows = zip(*(f["contributions"] for f in found), strict=True)
+        fields["contributions"] = {
+            row: {name: float(np.mean([part[name] for part in parts])) for name in parts[0]}
+            for row, parts in zip(shown, rows, strict=True)
+        }
+    return fields
+
+
+def _concatenate(parts: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _read(

@@ -1,6 +1,6 @@
 """Measures how much a model depends on its inputs: importance, dependence, missing modalities.
 
-The image part of the model runs once; only the part above it is called with changed values.
+The image part of a model runs once; only the part above it is called with changed values.
 
 Shapes: B rows of a batch, N rows, R repeats.
 """
@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from mm_model.mean_model import own_codes
 from mm_model.model_parts import CutModel
-from ray_jobs.data.batch import CATEGORY, IMAGE_MASK, NUMERIC, TEXT, TEXT_MASK
+from ray_jobs.data.batch import CATEGORY, IMAGE, IMAGE_MASK, NUMERIC, TEXT, TEXT_MASK
 from ray_jobs.train.metrics import row_log_loss
 
 _NUM_REPEATS = 5
@@ -22,14 +23,23 @@ _GRID = 15
 
 
 @dataclass(frozen=True)
-class ModelRows:
-    """N rows, and the upper part of a model that predicts them."""
+class UpperPart:
+    """The part of a model above its image features."""
 
     model: CutModel
-    inputs: Mapping[str, np.ndarray]
-    """Inputs of the model without images."""
     tensors: Mapping[str, np.ndarray]
-    """Image features; with several images per row, of N × images."""
+    """Image features of N rows; with several images per row, of N × images."""
+    codes: Sequence[Sequence[int]] = ()
+    """As `codes` of a `MeanModel`; none if the model takes the codes of the rows."""
+
+
+@dataclass(frozen=True)
+class ModelRows:
+    """N rows, and the models whose mean probability is explained; often a single one."""
+
+    parts: Sequence[UpperPart]
+    inputs: Mapping[str, np.ndarray]
+    """Inputs of the models without images."""
     columns: Mapping[str, Sequence[str]]
     """Names of the columns by input: numbers, words, texts."""
     label_N: np.ndarray
@@ -37,23 +47,38 @@ class ModelRows:
     is_image_optional: bool = False
     """Whether rows may lack all images."""
 
+    @property
+    def has_images(self) -> bool:
+        """Whether the models take images."""
+        return any(part.tensors for part in self.parts)
+
     def probability(self, changes: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Return the probabilities (N,) with some inputs or tensors replaced."""
+        """Return the mean probabilities (N,) with some inputs replaced.
+
+        Args:
+            changes: Inputs by name; `image` has the row (N,) whose images each row gets.
+        """
         from mm_model.calibration import sigmoid
 
-        logits: list[np.ndarray] = []
         num_rows = len(self.label_N)
-        for start in range(0, num_rows, _BATCH):
-            part = slice(start, start + _BATCH)
-            inputs, tensors = (
-                {n: _rows(changes.get(n, v), num_rows, part) for n, v in values.items()}
-                for values in (self.inputs, self.tensors)
-            )
-            logits.append(np.asarray(self.model.logit(tensors, inputs))[:, 0])
-        return sigmoid(np.concatenate(logits).astype(np.float64))
+        order_N = changes.get(IMAGE, np.arange(num_rows))
+        given = {name: changes.get(name, values) for name, values in self.inputs.items()}
+        total_N = np.zeros(num_rows)
+        for part in self.parts:
+            for start in range(0, num_rows, _BATCH):
+                rows = slice(start, start + _BATCH)
+                inputs = own_codes({n: values[rows] for n, values in given.items()}, part.codes)
+                tensors = {
+                    name: values.reshape(num_rows, -1, *values.shape[1:])[order_N[rows]]
+                    for name, values in part.tensors.items()
+                }
+                folded = {n: v.reshape(-1, *v.shape[2:]) for n, v in tensors.items()}
+                logit_B1 = np.asarray(part.model.logit(folded, inputs), np.float64)
+                total_N[rows] += sigmoid(logit_B1[:, 0])
+        return total_N / len(self.parts)
 
     def permuted(self, names: Sequence[str], order_N: np.ndarray) -> dict[str, np.ndarray]:
-        """Return inputs and tensors in which some columns have the values of other rows.
+        """Return `changes` by which some columns have the values of other rows.
 
         Args:
             names: Columns; none stands for the images.
@@ -68,9 +93,7 @@ class ModelRows:
                     changes[name][:, chosen] = self.inputs[name][order_N][:, chosen]
         if not names:
             changes = {n: self.inputs[n][order_N] for n in self.inputs if n == IMAGE_MASK}
-            for name, values in self.tensors.items():
-                by_row = values.reshape(len(order_N), -1, *values.shape[1:])
-                changes[name] = by_row[order_N].reshape(values.shape)
+            changes[IMAGE] = order_N
         return changes
 
 
@@ -112,7 +135,7 @@ def missing_modalities(rows: ModelRows) -> list[dict[str, Any]]:
         known = {name: value for name, value in values.items() if name in rows.inputs}
         if known:
             changes[modality] = {n: np.full_like(rows.inputs[n], v) for n, v in known.items()}
-    if len(changes) + bool(rows.tensors and "image" not in changes) < 2:
+    if len(changes) + (rows.has_images and "image" not in changes) < 2:
         return []
     before_N = rows.probability({})
     return [
@@ -194,9 +217,4 @@ def _groups(rows: ModelRows) -> list[list[str]]:
             for k in dict.fromkeys(cluster)
         ]
     groups += [[name] for source in (CATEGORY, TEXT) for name in rows.columns.get(source, ())]
-    return [*groups, []] if rows.tensors else groups
-
-
-def _rows(values: np.ndarray, num_rows: int, part: slice) -> np.ndarray:
-    """Return some rows; an array may have several entries per row."""
-    return values.reshape(num_rows, -1, *values.shape[1:])[part].reshape(-1, *values.shape[1:])
+    return [*groups, []] if rows.has_images else groups

@@ -23,19 +23,21 @@ _CELL = 8
 _IMAGE_ROWS = 8  # differentiated at once with respect to their pixels
 
 
-def image_maps(model: Any, inputs: Mapping[str, np.ndarray], threshold: float = 0.5) -> np.ndarray:
+def image_maps(
+    model: Any, inputs: Mapping[str, np.ndarray], is_positive_B: np.ndarray
+) -> np.ndarray:
     """Return how much each part of the images adds to the predicted class (I, h, w), at least 0.
 
     By Grad-CAM for backbones with convolutions, and by integrated gradients for transformers: in
     their upper blocks, a token no longer stands for its own patch. Explains the calibrated logit,
-    or its negative for rows below the threshold. Maps are not normalized.
+    or its negative for rows that are predicted negative. Maps are not normalized.
 
     Args:
         model: A `FusionModel` with an image backbone.
         inputs: Inputs of the model.
-        threshold: Decision threshold.
+        is_positive_B: Whether the predicted class of each row is the positive one.
     """
-    sign_B1 = np.where(np.asarray(model(inputs)) >= threshold, np.float32(1), np.float32(-1))
+    sign_B1 = np.where(is_positive_B, np.float32(1), np.float32(-1))[:, None]
     if has_feature_map(model):
         return _grad_cam(model, inputs, sign_B1)
     maps = []
@@ -92,7 +94,7 @@ def _pixel_contributions(
 
 
 def map_similarity(
-    model: Any, inputs: Mapping[str, np.ndarray], maps_IHW: np.ndarray, threshold: float = 0.5
+    model: Any, inputs: Mapping[str, np.ndarray], maps_IHW: np.ndarray, is_positive_B: np.ndarray
 ) -> float | None:
     """Return the rank correlation of maps with those of the same model with shuffled weights.
 
@@ -105,7 +107,7 @@ def map_similarity(
     rng, weights = np.random.default_rng(0), model.get_weights()
     try:
         model.set_weights([rng.permutation(w.ravel()).reshape(w.shape) for w in weights])
-        others_IHW = image_maps(model, inputs, threshold)
+        others_IHW = image_maps(model, inputs, is_positive_B)
     finally:
         model.set_weights(weights)
     correlations = [

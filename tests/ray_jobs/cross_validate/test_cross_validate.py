@@ -16,10 +16,12 @@ from sklearn import metrics
 
 from mm_model.statistics import fit_vocabulary
 from ray_jobs.config.errors import JobError
+from ray_jobs.config.inference_spec import EvaluateSpec
 from ray_jobs.config.spec import CrossValidateSpec
 from ray_jobs.cross_validate.job import cross_validate
 from ray_jobs.data.manifest import Manifest, read_manifest
 from ray_jobs.data.reader import ShardReader
+from ray_jobs.evaluate.job import evaluate
 from ray_jobs.predict.trained_run import open_run
 from ray_jobs.storage.folder import Folder
 from tests.ray_jobs.raw import Raw
@@ -150,6 +152,18 @@ def test_the_mean_model_averages_the_folds_and_is_evaluated_on_the_test_split(cr
         metrics.roc_auc_score(label, probabilities[-1])
     )
     assert (folder / "mean" / "model" / "saved_model").is_dir()
+
+    spec = EvaluateSpec(
+        run=str(folder / "mean"), data=str(prepared), output=str(folder.parent / "evaluation")
+    )
+    report = evaluate(spec)
+    assert report["roc_auc"] == pytest.approx(result["mean"]["roc_auc"])
+    explanation = report["explanation"]
+    importance = [name for entry in explanation["importance"] for name in entry["columns"]]
+    assert sorted(importance) == ["area", "colour", "image", "note", "rooms"]
+    contributions = explanation["contributions"].values()
+    assert all(set(row) == {"area", "colour", "rooms"} for row in contributions)
+    assert explanation["map_similarity"] is not None
 
 
 def test_a_finished_cross_validation_is_not_repeated_and_leaves_an_empty_cluster(crossed):

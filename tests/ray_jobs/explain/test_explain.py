@@ -1,4 +1,5 @@
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -6,10 +7,12 @@ from sklearn import metrics
 
 from mm_model import create_model
 from mm_model.branches.image_inputs import IMAGE_TOKENS
+from mm_model.mean_model import MeanModel
 from mm_model.model_parts import ENCODED_COLUMNS, IMAGE_FEATURES, IMAGE_MAP, CutModel, column_names
 from mm_model.statistics import fit_numeric_statistics, fit_vocabulary
 from ray_jobs.explain.importance import (
     ModelRows,
+    UpperPart,
     missing_modalities,
     partial_dependence,
     permutation_importance,
@@ -46,13 +49,14 @@ def model_of(inputs: dict[str, np.ndarray], fusion: str = "gated", **options):
     return model
 
 
-def model_rows(model, inputs: dict[str, np.ndarray], label_N: np.ndarray) -> ModelRows:
+def model_rows(
+    model, inputs: dict[str, np.ndarray], label_N: np.ndarray, codes: Any = ()
+) -> ModelRows:
     cut = CutModel(model, IMAGE_FEATURES)
-    tensors = cut.tensors(inputs)
+    tensors = {name: np.asarray(value) for name, value in cut.tensors(inputs).items()}
     return ModelRows(
-        model=cut,
+        parts=[UpperPart(cut, tensors, codes)],
         inputs={name: values for name, values in inputs.items() if name != "image"},
-        tensors={name: np.asarray(value) for name, value in tensors.items()},
         columns={"numeric": NUMBERS, "category": WORDS},
         label_N=label_N,
         weight_N=np.ones(len(label_N)),
@@ -76,13 +80,19 @@ def test_a_model_in_two_parts_gives_the_same_logits(fusion, several):
 
 
 @pytest.mark.parametrize("several", [False, True], ids=["one image", "two images"])
-def test_importance_is_that_of_the_whole_model_on_permuted_inputs(several):
+@pytest.mark.parametrize("mean", [False, True], ids=["one model", "mean of two"])
+def test_importance_is_that_of_the_whole_model_on_permuted_inputs(several, mean):
     inputs = inputs_of(40, several)
     if several:
         inputs["image_mask"][::3, 1] = 0
-    model = model_of(inputs)
+    model: Any = model_of(inputs)
     label = np.random.default_rng(3).integers(0, 2, 40)
     rows = model_rows(model, inputs, label)
+    if mean:
+        other, codes = model_of(inputs), [[0, 1, 3, 2]]
+        other_rows = model_rows(other, inputs, label, codes)
+        rows = replace(rows, parts=[*rows.parts, *other_rows.parts])
+        model = MeanModel([model, other], [[range(4)], codes])
     found = {tuple(entry["columns"]): entry for entry in permutation_importance(rows)}
     # The third number depends on the second.
     assert set(found) == {("age",), ("size", "copy"), ("site",), ("image",)}
@@ -129,7 +139,8 @@ def test_metrics_without_a_modality_are_those_of_rows_that_lack_it():
         decrease = metrics.roc_auc_score(label, before) - metrics.roc_auc_score(label, after)
         assert found["roc_auc"] == pytest.approx(decrease, abs=1e-6)
     alone = {name: inputs[name] for name in ("numeric", "category")}
-    assert missing_modalities(replace(rows, tensors={}, inputs=alone)) == []
+    without_images = [replace(rows.parts[0], tensors={})]
+    assert missing_modalities(replace(rows, parts=without_images, inputs=alone)) == []
 
 
 def test_partial_dependence_is_the_mean_probability_at_each_value():
@@ -211,14 +222,15 @@ def test_maps_lie_on_the_part_of_the_image_that_decides(
     assert np.mean((probability > 0.5) == label) > 0.95
     positive = {"image": test["image"][label == 1][:num_maps]}
     is_inside = is_inside[label == 1][:num_maps]
-    maps = image_maps(model, positive)
+    is_positive = np.full(num_maps, True)
+    maps = image_maps(model, positive, is_positive)
     assert maps.shape == (num_maps, 12, 12)
     assert mass_inside(maps, is_inside) >= 0.7
-    assert abs(map_similarity(model, positive, maps) or 1) < 0.5
+    assert abs(map_similarity(model, positive, maps, is_positive) or 1) < 0.5
     np.testing.assert_array_equal(np.asarray(model(test))[:, 0], probability)
     fresh = create_model((SIDE, SIDE, 3), (0,), image=image, **options)
     with_random_heads(fresh)
-    assert mass_inside(image_maps(fresh, positive), is_inside) < 0.4
+    assert mass_inside(image_maps(fresh, positive, is_positive), is_inside) < 0.4
 
 
 @pytest.mark.parametrize("several", [False, True], ids=["one image", "two images"])
@@ -230,7 +242,7 @@ def test_the_maps_of_a_transformer_have_cells_of_8_pixels(several):
     shape = inputs["image"].shape[1:]
     model = create_model(shape, (0,), image=image, numeric={"kind": "none"})
     with_random_heads(model)
-    maps = image_maps(model, inputs)
+    maps = image_maps(model, inputs, np.full(3, True))
     assert maps.shape == (6 if several else 3, 4, 4)
     assert maps.max() > 0
     if several:
