@@ -13,6 +13,7 @@ VERBS = {
     "cross_validate": "estimate how good a model is on few rows",
     "evaluate": "compute metrics and plots of a trained run on one split",
     "predict": "write the probability of each row to Parquet",
+    "export": "convert the model of a run to SavedModel, ONNX or LiteRT",
     "serve": "answer requests over HTTP with a trained run",
     "plan": "estimate memory, time and cost before you rent machines",
     "doctor": "find problems before a job starts",

@@ -121,7 +121,7 @@ def test_the_python_example_runs():
         "X_numeric_val": rng.normal(size=(8, 3)),
         "y_val": np.arange(8) % 4 == 0,
     }
-    first, second = blocks("python")
+    first, second = blocks("python", (ROOT / "docs/python.md").read_text())
     exec(first.replace("epochs=50", "epochs=2, verbose=0"), arrays)
     assert arrays["probability"].shape == (8, 1)
     assert np.isfinite(arrays["probability"]).all()

@@ -116,5 +116,5 @@ class PrependQuery(layers.Layer):
         """Prepend the token."""
         tokens_BTD, present_BT = tokens_and_presence
         query_B1D: Any = ops.zeros_like(tokens_BTD[:, :1]) + self.query
-        present_BT: Any = ops.pad(present_BT > 0, [[0, 0], [1, 0]], constant_values=True)
-        return ops.concatenate([query_B1D, tokens_BTD], axis=1), present_BT[:, None, :]
+        present_BT: Any = ops.pad(present_BT, [[0, 0], [1, 0]], constant_values=1)
+        return ops.concatenate([query_B1D, tokens_BTD], axis=1), present_BT[:, None, :] > 0

@@ -16,8 +16,8 @@ They can restart as long as the driver, which owns the arguments, is alive. With
 
 
 @contextmanager
-def drop_stderr_lines(text: str) -> Iterator[None]:
-    """Drop the lines that contain a text from this process's stderr until the block ends."""
+def drop_stderr_lines(*texts: str) -> Iterator[None]:
+    """Drop the lines that contain one of the texts from this process's stderr in the block."""
     sys.stderr.flush()
     stderr, (source, sink) = os.dup(2), os.pipe()
     os.dup2(sink, 2)
@@ -26,7 +26,7 @@ def drop_stderr_lines(text: str) -> Iterator[None]:
     def forward() -> None:
         with open(source, "rb") as lines:
             for line in lines:
-                if text.encode() not in line:
+                if not any(text.encode() in line for text in texts):
                     os.write(stderr, line)
 
     thread = threading.Thread(target=forward, name="stderr", daemon=True)

@@ -1,4 +1,4 @@
-"""Settings of the verbs that use a finished run: `evaluate`, `predict`, `serve`."""
+"""Settings of the verbs that use a finished run: `evaluate`, `predict`, `export`, `serve`."""
 
 from typing import Literal
 
@@ -66,6 +66,25 @@ class PredictSpec(InferenceSpec):
     distance: bool = False
     """Add a column with the distance of each row from the training rows, above 1 for rows farther
     away than 99 % of the validation rows."""
+
+
+class ExportSpec(Spec):
+    """A model in the format of another runtime, and how it differs from the run."""
+
+    run: str
+    """Run folder that `train` wrote."""
+    format: Literal["saved_model", "onnx", "litert"] = "onnx"
+    """Format: TensorFlow SavedModel, ONNX, or LiteRT (TensorFlow Lite)."""
+    precision: Literal["float32", "float16", "int8"] = "float32"
+    """Numbers of the weights: also int8 for ONNX, float16 and int8 for LiteRT."""
+    output: str | None = None
+    """Folder or URI for the result. Default: `export/FORMAT-PRECISION` in the run folder."""
+    data: str | None = None
+    """Prepared data to compare on. Default: that of the training."""
+    split: Split = "test"
+    """Split to compare on."""
+    max_rows: PositiveInt = 500
+    """Maximum number of rows to compare on."""
 
 
 class ServeSpec(Spec):

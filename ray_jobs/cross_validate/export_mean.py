@@ -50,7 +50,7 @@ def export_mean(
         ]
         takes_categories = "category" in models[0].input_names
         model = MeanModel(models, codes if takes_categories else [[]] * len(models))
-        export_saved_model(model, f"{local}/model/saved_model")
+        export_saved_model(model, manifest, f"{local}/model/saved_model")
         model.save(f"{local}/model/model.keras")
         folder.delete("model")
         folder.upload(f"{local}/model", "model")

@@ -78,7 +78,7 @@ def finalize(loop: "Loop", state: "LoopState", folder: Folder, train_s: float) -
     probability_N = sigmoid(scale * (logits_NM @ blend_M) + bias)
     with tempfile.TemporaryDirectory() as path:
         model.save(f"{path}/model.keras")
-        export_saved_model(model, f"{path}/saved_model")
+        export_saved_model(model, loop.manifest, f"{path}/saved_model")
         folder.delete("model")
         folder.upload(path, "model")
     write_validation(folder, label_N, probability_N, best.weight_N, logits_NM)
@@ -174,10 +174,16 @@ def read_sample(folder: Folder, name: str) -> pa.Table | None:
     return folder.read_parquet(name) if folder.exists(name) else None
 
 
-def export_saved_model(model: Any, path: str) -> None:
-    """Write a TensorFlow SavedModel: `serve(image uint8, numeric float32, …)` → probability."""
+def export_saved_model(model: Any, manifest: Manifest, path: str) -> None:
+    """Write a TensorFlow SavedModel, with two signatures that return the `probability`.
+
+    `serve` takes tensors, as in `ray_jobs.data.batch`. `serving_default` takes image files, numbers
+    and words, as in `mm_model.raw_inputs`; a model of precomputed features does not have it.
+    """
     import keras
     import tensorflow as tf
+
+    from mm_model.raw_inputs import StoredFormat, raw_inputs, raw_signature
 
     signature = {
         name: tf.TensorSpec(tensor.shape, INPUT_TYPES[name], name=name)  # type: ignore[call-arg]
@@ -185,7 +191,18 @@ def export_saved_model(model: Any, path: str) -> None:
     }
     archive: Any = keras.export.ExportArchive()
     archive.track(model)
-    archive.add_endpoint(
-        "serve", lambda inputs: {"probability": model(inputs, training=False)}, [signature]
-    )
+
+    def serve(inputs: dict[str, Any]) -> dict[str, Any]:
+        return {"probability": model(inputs, training=False)}
+
+    if FEATURES not in signature:
+        rules = manifest.prepare
+        quality = rules.jpeg_quality if manifest.image.encoding == "jpeg" else None
+        stored = StoredFormat(manifest.image.width, rules.aspect, quality)
+        placeholder = RowDecoder(manifest, with_image=True).placeholder
+        convert = raw_inputs(model, stored, manifest.vocabularies, placeholder)
+        archive.add_endpoint(
+            "serving_default", lambda raw: serve(convert(raw)), [raw_signature(model)]
+        )
+    archive.add_endpoint("serve", serve, [signature])
     archive.write_out(path, verbose=False)

@@ -50,7 +50,7 @@ def test_finalize_needs_no_pretrained_weights_and_keeps_the_structure(
 
     monkeypatch.setattr(efficientnet.file_utils, "get_file", download)
     # The export takes long; `test_train` covers it.
-    monkeypatch.setattr(module, "export_saved_model", lambda model, path: None)
+    monkeypatch.setattr(module, "export_saved_model", lambda *_: None)
     manifest = write_prepared(tmp_path / "prepared", {"train": 40, "validation": 9}, size=32)
     image = {
         "kind": "efficientnet_b0",

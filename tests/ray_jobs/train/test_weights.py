@@ -80,7 +80,7 @@ def test_validation_metrics_and_class_weights_use_the_weights(tmp_path):
 @pytest.mark.parametrize("unit", [1, 1000])
 def test_calibration_uses_the_weights_in_any_unit(tmp_path, monkeypatch, unit):
     # The export takes long; `test_train` covers it.
-    monkeypatch.setattr(module, "export_saved_model", lambda model, path: None)
+    monkeypatch.setattr(module, "export_saved_model", lambda *_: None)
     write_prepared(tmp_path / "data", NUM_ROWS, weights=tuple(unit * w for w in WEIGHTS))
     loop = loop_of(tmp_path / "data", 20, decision_threshold="f1")
     state = loop.run()

@@ -1,0 +1,179 @@
+"""Converts a model to ONNX and LiteRT files."""
+
+import logging
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from ray_jobs.config.errors import JobError
+from ray_jobs.config.text import names_text
+from ray_jobs.data.batch import INPUT_TYPES
+
+_OPSET = 18  # the newest that tf2onnx writes
+_FLOAT_CONVOLUTIONS = 3
+"""The first convolutions stay in float32: they lose most and cost little."""
+
+
+def write_onnx(model: Any, path: str, calibration: Iterable[Mapping[str, Any]] | None) -> None:
+    """Write a model as an ONNX file whose inputs have the names of the model's inputs.
+
+    Args:
+        model: A `FusionModel` or `MeanModel`.
+        path: The file.
+        calibration: For int8, batches of inputs by which the ranges of activations are chosen. None
+            for float32.
+
+    Raises:
+        JobError: If ONNX lacks an operation of the model; it names the operation and its layer.
+    """
+    import tensorflow as tf
+    import tf2onnx
+
+    signature = {
+        name: tf.TensorSpec(tensor.shape, INPUT_TYPES[name], name=name)  # type: ignore[call-arg]
+        for name, tensor in model.network.input.items()
+    }
+    function = tf.function(
+        lambda inputs: {"probability": model(inputs, training=False)},
+        input_signature=[signature],
+        autograph=False,
+    )
+    with _unsupported_operations() as unsupported:
+        tf2onnx.convert.from_function(
+            function,
+            input_signature=[signature],
+            opset=_OPSET,
+            output_path=path,
+            custom_op_handlers={"Erfc": (_erfc, [])},
+        )
+    if unsupported:
+        raise JobError(
+            f"ONNX lacks operations of the model: {names_text(unsupported)}; use --format litert "
+            "or saved_model"
+        )
+    if calibration is not None:
+        _quantize_onnx(path, calibration)
+
+
+def write_litert(saved_model: str, path: str, precision: str) -> None:
+    """Write a SavedModel as a LiteRT file with the signature `serve`.
+
+    With int8, weights are stored as int8 and activations are quantized when the model is called.
+
+    Raises:
+        JobError: If LiteRT lacks an operation of the model.
+    """
+    import tensorflow as tf
+
+    converter: Any = tf.lite.TFLiteConverter.from_saved_model(saved_model, ["serve"])
+    converter.experimental_enable_resource_variables = False
+    if precision != "float32":
+        converter.optimizations = [tf.lite.Optimize.DEFAULT]
+    if precision == "float16":
+        converter.target_spec.supported_types = [tf.float16]
+    try:
+        content = converter.convert()
+    # The converter raises an internal class.
+    except Exception as error:
+        raise JobError(
+            f"LiteRT lacks operations of the model: {str(error).strip().splitlines()[-1]}; use "
+            "--format onnx or saved_model"
+        ) from error
+    with open(path, "wb") as file:
+        file.write(content)
+
+
+def _quantize_onnx(path: str, calibration: Iterable[Mapping[str, Any]]) -> None:
+    """Quantize convolutions by calibrated ranges, and products of matrices by those of each call.
+
+    Weights have 7 bits (`reduce_range`), because sums of 8-bit products overflow on CPUs without
+    VNNI instructions.
+    """
+    import onnx
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        QuantFormat,
+        QuantType,
+        quantize_dynamic,
+        quantize_static,
+    )
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Batches(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.batches: Iterator[Mapping[str, Any]] = iter(calibration)
+
+        def get_next(self) -> Any:
+            return next(self.batches, None)
+
+    with tempfile.TemporaryDirectory() as folder, _without_warnings():
+        # Merges batch norms into convolutions, whose ranges would be wide without them.
+        merged, static = f"{folder}/merged.onnx", f"{folder}/static.onnx"
+        quant_pre_process(path, merged, skip_symbolic_shape=True)
+        nodes = onnx.load(merged, load_external_data=False).graph.node
+        convolutions = [node.name for node in nodes if node.op_type == "Conv"]
+        if len(convolutions) > _FLOAT_CONVOLUTIONS:
+            quantize_static(
+                merged,
+                static,
+                Batches(),
+                quant_format=QuantFormat.QDQ,
+                op_types_to_quantize=["Conv", "Clip", "Relu"],
+                nodes_to_exclude=convolutions[:_FLOAT_CONVOLUTIONS],
+                per_channel=True,
+                reduce_range=True,
+                weight_type=QuantType.QInt8,
+            )
+            merged = static
+        quantize_dynamic(
+            merged, path, op_types_to_quantize=["MatMul"], reduce_range=True,
+            weight_type=QuantType.QInt8,
+        )  # fmt: skip
+
+
+def _erfc(ctx: Any, node: Any, name: str, args: Any) -> None:
+    """Express erfc(x), which ONNX lacks, as 1 - erf(x)."""
+    (output,) = node.output
+    source = list(node.input)
+    ctx.remove_node(node.name)
+    one = ctx.make_const(f"{name}/one", np.ones((), np.float32))
+    erf = ctx.make_node("Erf", source, name=f"{name}/erf")
+    ctx.make_node("Sub", [one.output[0], erf.output[0]], outputs=[output], name=name)
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Suppress the advice that onnxruntime logs on the root logger."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+@contextmanager
+def _unsupported_operations() -> Iterator[list[str]]:
+    """Collect the operations that tf2onnx reports as unsupported, instead of printing them."""
+    found: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            text = record.getMessage()
+            if text.startswith("Tensorflow op ["):
+                found.append(text.partition("[")[2].partition("]")[0])
+
+    root = logging.getLogger("tf2onnx")
+    handler, propagate, level = Collector(), root.propagate, root.level
+    root.addHandler(handler)
+    root.propagate = False
+    root.setLevel(logging.ERROR)
+    try:
+        yield found
+    finally:
+        root.removeHandler(handler)
+        root.propagate = propagate
+        root.setLevel(level)
