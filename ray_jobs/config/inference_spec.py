@@ -1,8 +1,8 @@
 """Settings of the verbs that use a finished run: `evaluate`, `predict`, `export`, `serve`."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import NonNegativeFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from mm_model.spec import Positive, Spec
 from ray_jobs.config.prepare_spec import Split
@@ -96,6 +96,12 @@ class ServeSpec(Spec):
     """Address to listen on; 0.0.0.0 for all networks of the machine."""
     port: PositiveInt = 8000
     """Port to listen on."""
+    second_run: str | None = None
+    """Run folder of another model with the same inputs, which answers some of the requests."""
+    second_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Fraction of the requests that the model of `second_run` answers."""
+    image_folders: tuple[str, ...] = ()
+    """Local folders, or URIs of object storage, whose images requests may name by path or URI."""
     token_file: str | None = None
     """File with a token that clients must send as `Authorization: Bearer TOKEN`. Default: none."""
     num_replicas: PositiveInt = 1
@@ -119,5 +125,7 @@ class ServeSpec(Spec):
     address: str | None = None
     """Address of a Ray cluster, such as `auto`. Default: $RAY_ADDRESS, else a new local Ray
     instance."""
+    config_file: str | None = None
+    """Write a configuration for `serve deploy` into this file, and serve nothing."""
     worker_logs: bool = False
     """Print the replicas' log output."""

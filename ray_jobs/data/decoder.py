@@ -224,6 +224,13 @@ def bytes_column(array: np.ndarray, missing: Any = None) -> pa.Array:
     return pa.Array.from_buffers(kind, len(array), [validity, content])
 
 
+def column_values(column: pa.ChunkedArray, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Return the values of a column from `bytes_column` as an array of rows × shape."""
+    array = column.combine_chunks()
+    values = np.frombuffer(array.buffers()[1], dtype).reshape(-1, *shape)
+    return values[array.offset : array.offset + len(array)]
+
+
 def aligned_array(shape: tuple[int, ...], kind: Any = np.uint8) -> np.ndarray:
     """Return an uninitialized array that TensorFlow can use without a copy."""
     num_bytes = int(np.prod(shape)) * np.dtype(kind).itemsize

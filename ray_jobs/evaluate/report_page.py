@@ -5,16 +5,17 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-import cv2
 import numpy as np
 
 from ray_jobs.checks.finding import Finding
 from ray_jobs.config.inference_spec import EvaluateSpec
+from ray_jobs.data.images import decode_stored
 from ray_jobs.data.manifest import Manifest
 from ray_jobs.evaluate.analysis import HEAD
 from ray_jobs.evaluate.evaluated_rows import EvaluatedRows
 from ray_jobs.evaluate.uncertainty.model_comparison import METRIC_NAMES
 from ray_jobs.explain.explanation import Explanation
+from ray_jobs.explain.map_overlay import overlay_map
 from ray_jobs.inspect.report_schema import ImageRef
 from ray_jobs.inspect.shard_scan import read_thumbnails
 from ray_jobs.pages.page_kit import chart, render
@@ -295,7 +296,7 @@ def _images(
     found = {}
     for (_, row, column), content in thumbnails.items():
         maps = explanation.maps.get(row)
-        overlay = [] if maps is None else [_overlay(content, maps[columns.index(column)])]
+        overlay = [] if maps is None else [_draw(content, maps[columns.index(column)])]
         found[row, column] = [
             f"data:image/jpeg;base64,{base64.b64encode(image).decode()}"
             for image in (content, *overlay)
@@ -303,12 +304,5 @@ def _images(
     return found
 
 
-def _overlay(content: bytes, map_HW: np.ndarray) -> bytes:
-    """Return a JPEG under a map."""
-    image: Any = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
-    size = (image.shape[1], image.shape[0])
-    large = cv2.resize(map_HW / max(float(map_HW.max()), 1e-9), size, interpolation=cv2.INTER_CUBIC)
-    alpha = 0.75 * np.clip(large, 0, 1)[:, :, None]
-    heat = cv2.applyColorMap((255 * np.clip(large, 0, 1)).astype(np.uint8), cv2.COLORMAP_INFERNO)
-    grey = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_BGR2GRAY), cv2.COLOR_GRAY2BGR)
-    return cv2.imencode(".jpg", (alpha * heat + (1 - alpha) * grey).astype(np.uint8))[1].tobytes()
+def _draw(content: bytes, map_HW: np.ndarray) -> bytes:
+    return overlay_map(decode_stored(content), map_HW)

@@ -29,6 +29,7 @@ from ray_jobs.cluster.worker_group import import_keras
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.inference_spec import InferenceSpec
 from ray_jobs.data.batch import IMAGE, IMAGE_MASK, INPUT_TYPES, KEY, LABEL
+from ray_jobs.data.decoder import column_values
 from ray_jobs.predict.row_distance import RowDistance
 from ray_jobs.predict.row_sources import ERROR, FAILURE, RowSource, model_rows
 from ray_jobs.predict.trained_run import TrainedRun
@@ -156,6 +157,7 @@ class Predictor:
         except (OSError, ValueError, KeyError) as error:
             self.failure = f"could not load {run.folder}/{MODEL}: {first_line(error)}"
             return
+        self.model = model
         self.shapes: dict[str, tuple[tuple[int, ...], Any]] = {
             name: (shape, INPUT_TYPES[name]) for name, shape in run.input_shapes.items()
         }
@@ -197,11 +199,15 @@ class Predictor:
         shapes = self.shapes.items()
         self.predict({name: np.zeros((num_rows, *shape), dtype) for name, (shape, dtype) in shapes})
 
+    def inputs(self, rows: pa.Table) -> dict[str, np.ndarray]:
+        """Return the inputs of the model for rows as `__call__` accepts them."""
+        shapes = self.shapes.items()
+        return {name: column_values(rows[name], shape, dtype) for name, (shape, dtype) in shapes}
+
     def _predict_batch(self, rows: pa.Table) -> pa.Table:
-        inputs: dict[str, np.ndarray] = {}
-        for name, (shape, dtype) in self.shapes.items():
-            inputs[name] = _to_array(rows[name], shape, dtype)
-            if self.pad and rows.num_rows < self.batch_size:
+        inputs = self.inputs(rows)
+        if self.pad and rows.num_rows < self.batch_size:
+            for name, (shape, dtype) in self.shapes.items():
                 padded = np.zeros((self.batch_size, *shape), dtype)
                 padded[: rows.num_rows] = inputs[name]
                 inputs[name] = padded
@@ -254,13 +260,6 @@ def _brightness(inputs: dict[str, np.ndarray], num_rows: int) -> pa.Array:
     count_B = mask_BN.sum(axis=1)
     total_B = (mean * mask_BN).sum(axis=1)
     return pa.array(total_B / np.maximum(count_B, 1), mask=count_B == 0)
-
-
-def _to_array(column: pa.ChunkedArray, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Return a fixed-size binary column as an array of rows × shape."""
-    array = column.combine_chunks()
-    values = np.frombuffer(array.buffers()[1], dtype).reshape(-1, *shape)
-    return values[array.offset : array.offset + len(array)]
 
 
 def _predicted_blocks(

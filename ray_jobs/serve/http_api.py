@@ -1,4 +1,4 @@
-"""Defines the endpoints: POST /predict, a page to try a row, and the Open Inference Protocol.
+"""Defines the endpoints: /predict, /explain, a page to try a row, the Open Inference Protocol.
 
 Errors have the form `{"detail": …}`: 400 for an unreadable body, 401 without the token, 413 for a
 large one, 422 for wrong columns, 503 if too many requests wait. A row that cannot be used does not
@@ -16,19 +16,29 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import BaseModel, ValidationError
 
 from mm_model.nearest_match import did_you_mean
+from ray_jobs.data.batch import IMAGE
 from ray_jobs.pages.page_kit import render
 from ray_jobs.predict.trained_run import TrainedRun
 from ray_jobs.serve.access_rules import AccessRules
+from ray_jobs.serve.image_folders import ImageFolders
 from ray_jobs.serve.request_rows import RequestError, Row, decode_image
-from ray_jobs.serve.request_schema import MAX_ROWS, Answer, image_fields, request_model
+from ray_jobs.serve.request_schema import MAX_ROWS, Answer, Maps, image_fields, request_model
 
 Predict = Callable[[Sequence[Row]], Awaitable[Answer]]
+Explain = Callable[[Row], Awaitable[Maps]]
 
 _FORM = "multipart/form-data"
 
 
 def make_app(
-    run: TrainedRun, name: str, version: str, predict: Predict, token: str | None, max_bytes: int
+    run: TrainedRun,
+    name: str,
+    version: str,
+    predict: Predict,
+    explain: Explain,
+    folders: ImageFolders,
+    token: str | None,
+    max_bytes: int,
 ) -> FastAPI:
     """Return the application.
 
@@ -36,7 +46,9 @@ def make_app(
         run: The run, whose manifest determines the columns of requests.
         name: Name of the model.
         version: Version of the model.
-        predict: Predicts rows whose images are bytes.
+        predict: Predicts rows.
+        explain: Draws maps of the images of a row.
+        folders: Folders whose images requests may name.
         token: Bearer token that clients must send; None allows everybody.
         max_bytes: Maximum size of a request's body.
     """
@@ -55,8 +67,12 @@ def make_app(
 
     @app.exception_handler(RequestValidationError)
     @app.exception_handler(ValidationError)
-    def explain(request: Request, error: Any) -> JSONResponse:
+    def describe(request: Request, error: Any) -> JSONResponse:
         return JSONResponse({"detail": _problems(error.errors(), columns)}, 422)
+
+    @app.exception_handler(_UnreadableError)
+    def reject(request: Request, error: _UnreadableError) -> JSONResponse:
+        return JSONResponse({"detail": str(error)}, 400)
 
     @app.exception_handler(RequestError)
     def refuse(request: Request, error: RequestError) -> JSONResponse:
@@ -67,13 +83,26 @@ def make_app(
     @app.post("/predict", openapi_extra={"requestBody": {"required": True, **body}})
     async def predict_rows(request: Request) -> Answer:
         """Predict one row or many, as JSON, or one row as a form with image files."""
+        return await predict(await read_rows(request))
+
+    async def read_rows(request: Request) -> list[Row]:
         if request.headers.get("content-type", "").startswith(_FORM):
-            return await predict([await _form_row(request, run, model)])
+            return [await _form_row(request, run, model, folders)]
         try:
             content = await request.json()
         except (ValueError, RecursionError) as error:
-            return JSONResponse({"detail": f"the body is not JSON: {error}"}, 400)  # type: ignore[return-value]
-        return await predict(_rows(model.model_validate(content), run))
+            raise _UnreadableError(f"the body is not JSON: {error}") from error
+        return _rows(model.model_validate(content), run, folders)
+
+    if IMAGE in run.input_shapes:
+
+        @app.post("/explain", openapi_extra={"requestBody": {"required": True, **body}})
+        async def explain_row(request: Request) -> Maps:
+            """Draw maps of the images of one row, in the form of a request to /predict."""
+            rows = await read_rows(request)
+            if len(rows) > 1:
+                raise RequestError("/explain takes one row")
+            return await explain(rows[0])
 
     page = _page(run, name)
 
@@ -109,7 +138,7 @@ def make_app(
     async def infer(request: _Inference) -> dict[str, Any]:
         """Predict rows given as one tensor per column: numbers, or BYTES for texts and images."""
         rows = model.model_validate({"rows": _tensor_rows(request.inputs)})
-        answer = await predict(_rows(rows, run))
+        answer = await predict(_rows(rows, run, folders))
         for prediction in answer.predictions:
             if prediction.error:
                 raise RequestError(f"row {prediction.key}: {prediction.error}")
@@ -150,7 +179,12 @@ def _page(run: TrainedRun, name: str) -> str:
         numbers=manifest.numeric_columns,
         words={vocabulary.column: vocabulary.words for vocabulary in manifest.vocabularies},
         texts=manifest.text_columns,
+        can_explain=IMAGE in run.input_shapes,
     )
+
+
+class _UnreadableError(Exception):
+    """The body of a request is not JSON."""
 
 
 class _InputTensor(BaseModel):
@@ -170,23 +204,25 @@ def _row_model(model: type[BaseModel]) -> type[BaseModel]:
     return annotation.__args__[0]
 
 
-def _rows(request: BaseModel, run: TrainedRun) -> list[dict[str, Any]]:
-    """Return the rows of a valid request by column, with the bytes of their images."""
-    rows = []
+def _rows(request: BaseModel, run: TrainedRun, folders: ImageFolders) -> list[Row]:
+    """Return the rows of a valid request by column."""
+    rows: list[Row] = []
     images = image_fields(run)
     for position, row in enumerate(request.rows):  # type: ignore[attr-defined]
         cells = row.model_dump(by_alias=True)
         for name in images:
             if cells.get(name):
                 try:
-                    cells[name] = decode_image(cells[name])
+                    cells[name] = decode_image(cells[name], folders)
                 except RequestError as error:
                     raise RequestError(f"row {position + 1}, {name}: {error}") from None
         rows.append(cells)
     return rows
 
 
-async def _form_row(request: Request, run: TrainedRun, model: type[BaseModel]) -> dict[str, Any]:
+async def _form_row(
+    request: Request, run: TrainedRun, model: type[BaseModel], folders: ImageFolders
+) -> Row:
     """Return the row of a form: cells as texts, images as files."""
     cells: dict[str, Any] = {}
     images: dict[str, bytes] = {}
@@ -206,7 +242,7 @@ async def _form_row(request: Request, run: TrainedRun, model: type[BaseModel]) -
     found = row.model_dump(by_alias=True)
     for name in names:
         if found.get(name):
-            found[name] = decode_image(found[name])
+            found[name] = decode_image(found[name], folders)
     return {**found, **images}
 
 

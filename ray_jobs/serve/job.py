@@ -17,9 +17,13 @@ from typing import Any
 from ray_jobs.cluster import connection
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.inference_spec import ServeSpec
+from ray_jobs.config.text import names_text
 from ray_jobs.predict.trained_run import TrainedRun, open_run
+from ray_jobs.serve.image_folders import ImageFolders
+from ray_jobs.serve.request_schema import input_names
 
 APPLICATION = "multimodal"
+_LOGGING = {"log_level": "WARNING", "encoding": "JSON"}
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -30,6 +34,9 @@ def serve(spec: ServeSpec) -> None:
         JobError: If the run is not finished, Ray Serve is not installed, the port is in use, or
             the model cannot be loaded.
     """
+    if spec.config_file:
+        write_config(spec, spec.config_file)
+        return
     with serving(spec) as (url, run, is_local):
         _print(spec, url, run)
         if is_local:
@@ -51,7 +58,7 @@ def serving(spec: ServeSpec) -> Iterator[tuple[str, TrainedRun, bool]]:
     ray_serve = _import_serve()
     import ray
 
-    run = open_run(spec.run)
+    run = _open_runs(spec)
     token, is_connected = _token(spec), ray.is_initialized()
     with connection.connected(
         spec.address,
@@ -69,7 +76,7 @@ def serving(spec: ServeSpec) -> Iterator[tuple[str, TrainedRun, bool]]:
                     "port": spec.port,
                     "request_timeout_s": spec.timeout_s,
                 },
-                logging_config={"log_level": "WARNING"},
+                logging_config=_LOGGING,
             )
             ray_serve.run(application(spec, token), name=APPLICATION, route_prefix="/")
         except RuntimeError as error:
@@ -81,6 +88,37 @@ def serving(spec: ServeSpec) -> Iterator[tuple[str, TrainedRun, bool]]:
         finally:
             if is_local:
                 ray_serve.shutdown()
+
+
+def build(settings: dict[str, Any]) -> Any:
+    """Return the application, as `serve deploy` calls it with the settings in a configuration."""
+    spec = ServeSpec.model_validate(settings)
+    _open_runs(spec)
+    return application(spec, _token(spec))
+
+
+def write_config(spec: ServeSpec, path: str) -> None:
+    """Write a configuration for `serve deploy` or a RayService."""
+    import yaml
+
+    settings = spec.model_dump(mode="json", exclude_defaults=True, exclude={"config_file"})
+    config = {
+        "http_options": {
+            "host": spec.host,
+            "port": spec.port,
+            "request_timeout_s": spec.timeout_s,
+        },
+        "logging_config": _LOGGING,
+        "applications": [
+            {
+                "name": APPLICATION,
+                "route_prefix": "/",
+                "import_path": f"{__name__}:{build.__name__}",
+                "args": settings,
+            }
+        ],
+    }
+    Path(path).write_text(yaml.safe_dump(config, sort_keys=False))
 
 
 def application(spec: ServeSpec, token: str | None) -> Any:
@@ -109,7 +147,27 @@ def application(spec: ServeSpec, token: str | None) -> Any:
         max_surge_percent=100,
         **replicas,
     )
-    return deployment(ray_serve.ingress()(Replica)).bind(spec, token)
+    second = None
+    if spec.second_run:
+        changes = {"run": spec.second_run, "second_run": None}
+        options = {"name": "second", "num_replicas": spec.num_replicas, "autoscaling_config": None}
+        second = deployment(Replica).options(**options).bind(spec.model_copy(update=changes), None)
+    return deployment(ray_serve.ingress()(Replica)).bind(spec, token, second)
+
+
+def _open_runs(spec: ServeSpec) -> TrainedRun:
+    """Return the run; check that the second one takes the same requests."""
+    run = open_run(spec.run)
+    if spec.second_run:
+        second = open_run(spec.second_run)
+        first_inputs, second_inputs = map(input_names, (run, second))
+        if first_inputs != second_inputs:
+            raise JobError(
+                f"--second_run={spec.second_run} takes other inputs "
+                f"({names_text(second_inputs)}) than --run ({names_text(first_inputs)})"
+            )
+    ImageFolders(spec.image_folders, 0)
+    return run
 
 
 def _import_serve() -> Any:

@@ -2,20 +2,28 @@
 
 import asyncio
 import hashlib
+import logging
 import os
+import random
+from base64 import b64encode
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from ray_jobs.config.inference_spec import ServeSpec
+from ray_jobs.data.batch import IMAGE
+from ray_jobs.explain.map_overlay import overlay_map
 from ray_jobs.predict.predictor import PROBABILITY, Predictor
 from ray_jobs.predict.row_sources import ERROR
 from ray_jobs.predict.trained_run import open_run
 from ray_jobs.serve.http_api import make_app
-from ray_jobs.serve.request_rows import RequestReader, Row, without_advice
-from ray_jobs.serve.request_schema import Answer, Prediction
+from ray_jobs.serve.image_folders import ImageFolders
+from ray_jobs.serve.replica_metrics import ReplicaMetrics
+from ray_jobs.serve.request_rows import RequestError, RequestReader, Row, without_advice
+from ray_jobs.serve.request_schema import Answer, Maps, Prediction, image_fields
 from ray_jobs.storage.folder import split_file
 from ray_jobs.train.finalize import MODEL
 
@@ -28,16 +36,19 @@ class Replica:
     Args:
         spec: Settings of the job.
         token: Bearer token that clients must send; None allows everybody.
+        second: Handle of a replica of `second_run`, which answers some of the requests.
     """
 
-    def __init__(self, spec: ServeSpec, token: str | None) -> None:
+    def __init__(self, spec: ServeSpec, token: str | None, second: Any = None) -> None:
         from ray import serve
 
-        self.run = open_run(spec.run)
+        self.run, self.second = open_run(spec.run), second
         content = self.run.folder.read_bytes(MODEL)
         self.version = hashlib.sha256(content).hexdigest()[:_VERSION_CHARACTERS]
         self.name = split_file(str(self.run.folder))[1]
-        self.reader = RequestReader(self.run)
+        self.folders = ImageFolders(spec.image_folders, int(spec.max_request_mb * 2**20))
+        self.reader = RequestReader(self.run, self.folders)
+        self.metrics = ReplicaMetrics(self.run)
         self.predictor = Predictor(
             self.run, spec.max_batch_size, spec.cpus_per_replica, spec.gpus_per_replica > 0,
             pad=False,
@@ -48,6 +59,7 @@ class Replica:
         # One call of the model at a time; images are decoded meanwhile.
         self.model_thread = ThreadPoolExecutor(1, "model")
         self.decode_threads = ThreadPoolExecutor(max(os.cpu_count() or 1, 2), "decode")
+        self.explain_thread = ThreadPoolExecutor(1, "explain")
         self.batched = serve.batch(
             max_batch_size=spec.max_batch_size,
             batch_wait_timeout_s=spec.batch_wait_ms / 1000,
@@ -58,7 +70,22 @@ class Replica:
     def __serve_build_asgi_app__(self) -> Any:
         """Return the application; called by Ray Serve after the constructor."""
         max_bytes = int(self.spec.max_request_mb * 2**20)
-        return make_app(self.run, self.name, self.version, self.predict, self.token, max_bytes)
+        return make_app(
+            self.run, self.name, self.version, self._answer, self.explain, self.folders,
+            self.token, max_bytes,
+        )  # fmt: skip
+
+    async def _answer(self, rows: Sequence[Row]) -> Answer:
+        """Answer a request with this model or the second one, whose failures fail no request."""
+        from ray.exceptions import RayError
+        from ray.serve.exceptions import RayServeException
+
+        if self.second is not None and random.random() < self.spec.second_share:
+            try:
+                return await self.second.predict.remote(rows)
+            except (RayError, RayServeException) as error:
+                logging.getLogger("ray.serve").warning(f"the second model failed: {error}")
+        return await self.predict(rows)
 
     async def predict(self, rows: Sequence[Row]) -> Answer:
         """Return the answer for the rows of a request."""
@@ -84,6 +111,37 @@ class Replica:
             version=self.version,
         )
 
+    async def explain(self, row: Row) -> Maps:
+        """Return maps of the images of a row.
+
+        Raises:
+            RequestError: If the row cannot be used.
+        """
+        loop = asyncio.get_running_loop()
+        table = await loop.run_in_executor(self.decode_threads, self.reader.read, [row])
+        if error := table[ERROR][0].as_py():
+            raise RequestError(without_advice(error))
+        return await loop.run_in_executor(self.explain_thread, self._maps, table)
+
+    def _maps(self, table: pa.Table) -> Maps:
+        from mm_model.mean_model import own_codes
+        from ray_jobs.explain.row_maps import image_maps
+
+        model: Any = self.predictor.model
+        inputs = self.predictor.inputs(table)
+        is_positive = np.asarray(model(inputs))[:, 0] >= self.run.threshold
+        models = zip(getattr(model, "models", [model]), getattr(model, "codes", [()]), strict=True)
+        maps = [image_maps(one, own_codes(inputs, codes), is_positive) for one, codes in models]
+        pixels = inputs[IMAGE].reshape(-1, *inputs[IMAGE].shape[-3:])
+        drawn = {
+            name: overlay_map(image, map_hw)
+            for name, image, map_hw in zip(
+                image_fields(self.run), pixels, np.mean(maps, axis=0), strict=True
+            )
+        }
+        uris = {n: f"data:image/jpeg;base64,{b64encode(c).decode()}" for n, c in drawn.items()}
+        return Maps(maps=uris)
+
     async def _predict_tables(self, tables: list[pa.Table]) -> list[pa.Table]:
         """Predict the rows of several requests in one call of the model."""
         rows = pa.concat_tables(tables)
@@ -91,6 +149,8 @@ class Replica:
         predicted = await loop.run_in_executor(
             self.model_thread, lambda: pa.concat_tables(self.predictor(rows))
         )
+        if self.metrics.count(rows, predicted):
+            loop.run_in_executor(self.explain_thread, self.metrics.compare)
         starts = [0]
         for table in tables:
             starts.append(starts[-1] + table.num_rows)

@@ -18,10 +18,12 @@ from ray_jobs.prepare.cell_text import TEXT
 from ray_jobs.prepare.row_validation import read_rows
 from ray_jobs.prepare.shards.shard_writer import RowConverter
 from ray_jobs.prepare.sources.source import ImageRefs, Source
+from ray_jobs.serve.image_folders import ImageFolders
 from ray_jobs.serve.request_schema import image_fields
 
 Row = Mapping[str, Any]
-"""A row of a request: numbers, booleans, texts or None by column, and the bytes of images."""
+"""A row of a request: numbers, booleans, texts or None by column, and images as bytes, or as paths
+or URIs in `ImageFolders`."""
 
 
 class RequestError(Exception):
@@ -32,11 +34,13 @@ class RequestError(Exception):
 class _MemoryReader:
     """Reads images of a request by the name of their row."""
 
-    contents: Mapping[str, bytes]
+    contents: Mapping[str, bytes | str]
+    folders: ImageFolders
 
     def read(self, refs: ImageRefs) -> Iterator[bytes | BadImage]:
         for path in refs.path.to_pylist():
-            yield self.contents[path]
+            content = self.contents[path]
+            yield content if isinstance(content, bytes) else self.folders.read(content)
 
 
 class RequestReader:
@@ -47,8 +51,8 @@ class RequestReader:
     a number is a number, whatever decimal separator the run's tables have.
     """
 
-    def __init__(self, run: TrainedRun) -> None:
-        self.run, manifest = run, run.decoder.manifest
+    def __init__(self, run: TrainedRun, folders: ImageFolders) -> None:
+        self.run, self.folders, manifest = run, folders, run.decoder.manifest
         self.rules = raw_row_rules(run)
         self.numeric_columns = manifest.numeric_columns
         words = tuple(vocabulary.column for vocabulary in manifest.vocabularies)
@@ -90,7 +94,8 @@ class RequestReader:
             contents = {n: r[image] for n, r in zip(names, own, strict=True) if r.get(image)}
             path = pa.array([name if name in contents else None for name in names], TEXT)
             field = self.rules.image_columns[position] if self.rules.image_columns else ""
-            references[field], readers[field] = ImageRefs(path), _MemoryReader(contents)
+            references[field] = ImageRefs(path)
+            readers[field] = _MemoryReader(contents, self.folders)
         source = Source(pa.table(columns), images=references, readers=readers)
         try:
             read = read_rows(source, self.rules, self.numeric_columns, None, self.text_columns)
@@ -108,12 +113,14 @@ class RequestReader:
         return list(decode_raw_rows(self.run, converter, read, errors))
 
 
-def decode_image(text: str) -> bytes:
-    """Return the content of an image in base64 or a data URI.
+def decode_image(text: str, folders: ImageFolders) -> bytes | str:
+    """Return the content of an image in base64 or a data URI, or a text that names an allowed one.
 
     Raises:
-        RequestError: If it is neither.
+        RequestError: If it is none of these.
     """
+    if text in folders:
+        return text
     if text[:5].lower() == "data:":
         header, comma, text = text.partition(",")
         if not comma or not header.lower().endswith(";base64"):
@@ -122,7 +129,7 @@ def decode_image(text: str) -> bytes:
         return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError) as error:
         raise RequestError(
-            "an image must be base64 or a data URI; the server reads no files and no addresses"
+            "an image must be base64 or a data URI; the server reads files only in --image_folders"
         ) from error
 
 

@@ -36,6 +36,15 @@ class Answer(BaseModel):
     version: str = Field(description="Start of the SHA-256 hash of the model file.")
 
 
+class Maps(BaseModel):
+    """What the model looks at in the images of a row."""
+
+    maps: dict[str, str] = Field(
+        description="A JPEG of each image under its map, as a data URI. Maps are from Grad-CAM for "
+        "backbones with convolutions, and from integrated gradients for transformers."
+    )
+
+
 def request_model(run: TrainedRun) -> type[BaseModel]:
     """Return the model of a request: `rows`, each with the columns that the run's model takes.
 
@@ -70,6 +79,14 @@ def request_model(run: TrainedRun) -> type[BaseModel]:
         ...,
     )
     return create_model("Request", __config__=ConfigDict(extra="forbid"), rows=rows)
+
+
+def input_names(run: TrainedRun) -> tuple[str, ...]:
+    """Return the names of all columns and images of a request."""
+    manifest = run.decoder.manifest
+    words = (vocabulary.column for vocabulary in manifest.vocabularies)
+    columns = (*manifest.numeric_columns, *words, *manifest.text_columns, *image_fields(run))
+    return (*columns, manifest.prepare.key_column)
 
 
 def image_fields(run: TrainedRun) -> tuple[str, ...]:

@@ -2,12 +2,14 @@
 
 import base64
 import io
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx2
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -15,6 +17,8 @@ from mm_model.statistics import fit_numeric_statistics, fit_vocabulary
 from ray_jobs.config.inference_spec import ServeSpec
 from ray_jobs.config.prepare_spec import PrepareSpec
 from ray_jobs.serve.job import serving
+from ray_jobs.storage.folder import Folder
+from ray_jobs.train.finalize import REFERENCE
 from tests.ray_jobs.heads import free_ports
 from tests.ray_jobs.tiny import write_prepared
 from tests.ray_jobs.trained import write_run
@@ -23,6 +27,7 @@ from tests.ray_jobs.tune.searches import require_nothing_left
 TOKEN = "secret"
 NUM_PHOTOS = 12
 MAX_MB = 2
+SECOND_SHARE = 0.2
 
 
 def photo(seed: int, side: int = 40) -> bytes:
@@ -60,11 +65,17 @@ def served_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = {"train": 9, "validation": 9, "test": 9}
     manifest = write_prepared(folder / "prepared", sizes).model_copy(update=changes)
     write_run(folder / "run", manifest)
+    reference = {"living area": numbers[:, 0], "rooms": numbers[:, 1], "type": ["flat"] * 40}
+    Folder(folder / "run").write_parquet(REFERENCE, pa.table(reference))
     lines = ["house,living area,rooms,type"]
     for seed in range(NUM_PHOTOS):
         cells = row_of(seed)
         lines.append(",".join(str(cells[name]) for name in lines[0].split(",")))
         (folder / f"h{seed}.jpg").write_bytes(photo(seed))
+    shutil.copytree(folder / "run", folder / "second")
+    (folder / "photos").mkdir()
+    (folder / "photos" / "h1.jpg").write_bytes(photo(1))
+    (folder / "photos" / "link.jpg").symlink_to(folder / "h2.jpg")
     (folder / "rows.csv").write_text("\n".join(lines) + "\n")
     return folder
 
@@ -92,6 +103,9 @@ def server(served_run: Path, ray_local: None) -> Iterator[Server]:
         max_batch_size=4,
         max_queued_requests=8,
         max_request_mb=MAX_MB,
+        image_folders=(str(served_run / "photos"),),
+        second_run=str(served_run / "second"),
+        second_share=SECOND_SHARE,
     )
     try:
         with (

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.inference_spec import PredictSpec, ServeSpec
@@ -147,14 +148,88 @@ def test_the_error_for_a_wrong_request_says_what_is_wrong(server, post):
     for address in ("http://127.0.0.1/a.jpg", "file:///etc/hostname", "/etc/hostname"):
         text = detail(post(row_of(0, image=address)), 422)
         assert text == (
-            "row 1, image: an image must be base64 or a data URI; the server reads no files and no "
-            "addresses"
+            "row 1, image: an image must be base64 or a data URI; the server reads files only in "
+            "--image_folders"
         )
     uri = f"data:image/png;base64,{row_of(1)['image']}"
     assert answers(post(row_of(1, image=uri))) == answers(post(row_of(1)))
     assert "at least 1 item" in detail(post(), 422)
     for content in (b"{", b"\xff", b"[" * 100_000):
         detail(server.client.post(f"{server.url}/predict", content=content), 400)
+
+
+def test_only_images_in_the_allowed_folders_are_read(server, served_run, post):
+    folder = served_run / "photos"
+    (expected,) = answers(post(row_of(1)))
+    (found,) = answers(post(row_of(1, image=f"{folder}/h1.jpg")))
+    assert found == expected
+    for name in ("absent.jpg", "link.jpg"):
+        (found,) = answers(post(row_of(1, image=f"{folder}/{name}")))
+        assert found["error"].startswith("missing_image: ")
+    outside = (
+        f"{served_run}/h1.jpg",
+        f"{folder}/../h1.jpg",
+        f"{folder}//h1.jpg",
+        f"{folder}/./h1.jpg",
+        f"file://{folder}/h1.jpg",
+        f"{folder}",
+        "http://169.254.169.254/latest/meta-data",
+    )
+    for uri in outside:
+        assert "only in --image_folders" in detail(post(row_of(1, image=uri)), 422)
+
+
+def test_maps_show_what_the_model_looks_at(server):
+    body = {"rows": [row_of(1)]}
+    maps = server.client.post(f"{server.url}/explain", json=body).json()["maps"]
+    header, _, content = maps["image"].partition(",")
+    assert (header, list(maps)) == ("data:image/jpeg;base64", ["image"])
+    with Image.open(io.BytesIO(base64.b64decode(content))) as image:
+        assert image.size == (16, 16)
+        assert np.ptp(np.asarray(image)) > 50
+    two = {"rows": [row_of(1), row_of(2)]}
+    text = detail(server.client.post(f"{server.url}/explain", json=two), 422)
+    assert text == "/explain takes one row"
+    bad = {"rows": [row_of(1, rooms="many")]}
+    text = detail(server.client.post(f"{server.url}/explain", json=bad), 422)
+    assert text == "non_numeric_text: rooms is 'many'"
+
+
+def test_the_second_model_answers_its_share_of_the_requests(server, post):
+    models = Counter(post(row_of(0)).json()["model"] for _ in range(100))
+    assert models.total() == 100
+    # Fewer or more in one of a million runs.
+    assert 2 <= models["second"] <= 45
+
+
+def test_metrics_have_batches_outcomes_and_drift(server, post):
+    import ray
+
+    rows = [row_of(seed, rooms=50) for seed in range(NUM_PHOTOS)]
+    for _ in range(40):
+        answers(post(*rows))
+    for _ in range(20):
+        # The second model answers some of them.
+        answers(post(row_of(0, rooms="many")))
+    url = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
+
+    def values(name: str) -> dict[str, float]:
+        families = text_string_to_metric_families(httpx2.get(url).text)
+        samples = [s for f in families for s in f.samples if s.name == name]
+        own = [s for s in samples if s.labels["deployment"] == "model"]
+        return {s.labels.get("column", s.labels.get("outcome", "")): s.value for s in own}
+
+    # Ray exports metrics every 10 seconds.
+    deadline, outcomes = time.monotonic() + 60, {}
+    while "non_numeric_text" not in outcomes:
+        assert time.monotonic() < deadline
+        time.sleep(1)
+        outcomes = values("ray_multimodal_rows_total")
+    assert outcomes["ok"] > 300
+    found = values("ray_multimodal_input_psi")
+    assert found["rooms"] > 1 > found["type"]
+    batches = values("ray_multimodal_batch_rows_count")
+    assert 1 <= values("ray_multimodal_batch_rows_sum")[""] / batches[""] <= 4
 
 
 def test_a_request_without_the_token_or_with_a_large_body_is_rejected(server, post):
@@ -286,13 +361,14 @@ def test_the_model_is_replaced_and_a_killed_replica_restarted_under_load(
             with serving(spec):
                 load.wait_for(lambda response, name=name: response.json()["model"] == name)
         assert {response.status_code for response in load.responses} == {200}
-        assert len({response.json()["model"] for response in load.responses}) == 2
+        models = {response.json()["model"] for response in load.responses}
+        assert models == {"run", "newer", "second"}
     with Load(server) as load:
         load.wait_for(lambda response: response.status_code == 200)
         (replica,) = [
             actor
             for actor in ray.util.list_named_actors(all_namespaces=True)
-            if actor["name"].startswith("SERVE_REPLICA::")
+            if actor["name"].startswith("SERVE_REPLICA::") and "#model#" in actor["name"]
         ]
         ray.kill(ray.get_actor(**replica), no_restart=True)
         load.wait_for(lambda response: response.status_code != 200)
