@@ -1,17 +1,25 @@
 """Manifests are what KubeRay takes, and are closed to strangers."""
 
 import json
+import re
+import shlex
 from typing import Any
 
 import pytest
+import yaml
+from ray.serve.schema import ServeDeploySchema
 
-from tests.deployment import DATA, LOCKED, changed, load, wrong_fields
+from ray_jobs.config import command_line
+from ray_jobs.config.inference_spec import ServeSpec
+from ray_jobs.serve.job import deploy_config
+from tests.deployment import DATA, LOCKED, TEXTS, changed, load, wrong_fields
 
-KUBERAY = ("deploy/kuberay/raycluster.yaml", "deploy/kuberay/rayjob.yaml")
+KUBERAY = tuple(f"deploy/kuberay/{name}.yaml" for name in ("raycluster", "rayjob", "rayservice"))
 
 
 def cluster_of(manifest: Any) -> Any:
-    return manifest["spec"].get("rayClusterSpec", manifest["spec"])
+    spec = manifest["spec"]
+    return spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or spec
 
 
 def wrong_manifest(manifest: Any) -> list[str]:
@@ -100,6 +108,16 @@ def test_a_mistake_in_a_manifest_is_found(check, path, value, message):
     assert any(message in found for found in check(manifest))
 
 
-def test_a_job_on_kubernetes_has_the_cluster_that_stays():
-    stays, of_job = (cluster_of(load(name)) for name in KUBERAY)
-    assert stays == of_job
+def test_jobs_and_services_on_kubernetes_have_the_cluster_that_stays():
+    stays, of_job, of_service = (cluster_of(load(name)) for name in KUBERAY)
+    assert stays == of_job == of_service
+
+
+def test_the_service_on_kubernetes_has_the_configuration_that_serve_writes():
+    text = TEXTS["deploy/kuberay/rayservice.yaml"]
+    comment = " ".join(re.findall(r"^  # (.*)", text, re.M))
+    (command,) = re.findall(r"`python -m ray_jobs.serve (.*?) --config_file", comment)
+    spec = command_line.parse(ServeSpec, shlex.split(command))
+    config = yaml.safe_load(load("deploy/kuberay/rayservice.yaml")["spec"]["serveConfigV2"])
+    assert config == deploy_config(spec)
+    ServeDeploySchema.model_validate(config)

@@ -35,7 +35,10 @@ def serve(spec: ServeSpec) -> None:
             the model cannot be loaded.
     """
     if spec.config_file:
-        write_config(spec, spec.config_file)
+        import yaml
+
+        Path(spec.config_file).write_text(yaml.safe_dump(deploy_config(spec), sort_keys=False))
+        print(f"wrote {spec.config_file}; run `serve deploy {spec.config_file}`")
         return
     with serving(spec) as (url, run, is_local):
         _print(spec, url, run)
@@ -97,12 +100,10 @@ def build(settings: dict[str, Any]) -> Any:
     return application(spec, _token(spec))
 
 
-def write_config(spec: ServeSpec, path: str) -> None:
-    """Write a configuration for `serve deploy` or a RayService."""
-    import yaml
-
+def deploy_config(spec: ServeSpec) -> dict[str, Any]:
+    """Return the configuration for `serve deploy` or a RayService."""
     settings = spec.model_dump(mode="json", exclude_defaults=True, exclude={"config_file"})
-    config = {
+    return {
         "http_options": {
             "host": spec.host,
             "port": spec.port,
@@ -118,7 +119,6 @@ def write_config(spec: ServeSpec, path: str) -> None:
             }
         ],
     }
-    Path(path).write_text(yaml.safe_dump(config, sort_keys=False))
 
 
 def application(spec: ServeSpec, token: str | None) -> Any:

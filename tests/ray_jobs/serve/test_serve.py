@@ -2,6 +2,7 @@ import asyncio
 import base64
 import io
 import json
+import os
 import random
 import re
 import shutil
@@ -11,6 +12,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -296,16 +299,16 @@ def test_overload_is_answered_with_503_and_nothing_accepted_is_lost(server, post
         )
 
 
-def test_clients_that_hang_up_and_random_bodies_do_no_harm(server, post):
+@pytest.mark.parametrize("num_bodies", [200, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_clients_that_hang_up_and_random_bodies_do_no_harm(server, post, num_bodies):
     host, port = server.url.removeprefix("http://").split(":")
     head = f"POST /predict HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {TOKEN}\r\n"
     for _ in range(10):
         with socket.create_connection((host, int(port))) as connection:
             connection.sendall(f"{head}Content-Length: 100000\r\n\r\n".encode() + b"{" * 500)
-    rng = random.Random(0)
-    good = str(row_of(0)).replace("'", '"').encode()
-    good = b'{"rows": [' + good + b"]}"
-    for _ in range(200):
+    rng, memory = random.Random(0), []
+    good = json.dumps({"rows": [row_of(0)]}).encode()
+    for number in range(num_bodies):
         body = bytearray(good[: rng.randrange(1, 300)] if rng.random() < 0.5 else good)
         for _ in range(rng.randrange(4)):
             body[rng.randrange(len(body))] = rng.randrange(256)
@@ -314,7 +317,21 @@ def test_clients_that_hang_up_and_random_bodies_do_no_harm(server, post):
             f"{server.url}/predict", content=bytes(body), headers={"Content-Type": kind}
         )
         assert response.status_code in (200, 400, 422), (response.status_code, response.text, body)
+        if number % 1000 == 0:
+            memory.append(replica_memory())
     assert answers(post(row_of(0)))
+    assert memory[-1] < memory[len(memory) // 4] + 50 * 2**20, memory
+
+
+def replica_memory() -> int:
+    """Return the memory of both replicas in bytes."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if b"ServeReplica" in (process / "cmdline").read_bytes():
+                found.append(int((process / "statm").read_text().split()[1]))
+    assert len(found) == 2
+    return sum(found) * os.sysconf("SC_PAGE_SIZE")
 
 
 class Load:
