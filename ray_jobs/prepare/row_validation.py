@@ -221,6 +221,9 @@ def _parse_float32(
         values, is_invalid = parse_numbers(column, rule)
     except JobError as error:
         raise JobError(f"the {kind} column {name!r} holds no numbers: {error}") from error
+    if not is_invalid.any():
+        with np.errstate(over="ignore", under="ignore"):
+            return values.astype(np.float32), {}
     cells = column.filter(pa.array(is_invalid))
     remedy, is_read = f", which the rule {rule} cannot read", np.ones(len(cells), bool)
     if not rule:

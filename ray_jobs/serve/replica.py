@@ -28,6 +28,8 @@ from ray_jobs.storage.folder import split_file
 from ray_jobs.train.finalize import MODEL
 
 _VERSION_CHARACTERS = 12
+_Outcome = tuple[float | None, str | None]
+"""Probability of a row, or why there is none."""
 
 
 class Replica:
@@ -63,8 +65,8 @@ class Replica:
         self.batched = serve.batch(
             max_batch_size=spec.max_batch_size,
             batch_wait_timeout_s=spec.batch_wait_ms / 1000,
-            batch_size_fn=lambda tables: sum(table.num_rows for table in tables),
-        )(self._predict_tables)
+            batch_size_fn=lambda parts: sum(map(len, parts)),
+        )(self._predict_parts)
         self._warm_up()
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -90,19 +92,24 @@ class Replica:
     async def predict(self, rows: Sequence[Row]) -> Answer:
         """Return the answer for the rows of a request."""
         loop = asyncio.get_running_loop()
-        table = await loop.run_in_executor(self.decode_threads, self.reader.read, rows)
+        prepare = self.reader.prepare_images
+        prepared = await asyncio.gather(
+            *(loop.run_in_executor(self.decode_threads, prepare, row) for row in rows)
+        )
         size = self.spec.max_batch_size
-        parts = [table.slice(start, size) for start in range(0, table.num_rows, size)]
-        predicted = pa.concat_tables(await asyncio.gather(*map(self.batched, parts)))
+        parts = [prepared[start : start + size] for start in range(0, len(rows), size)]
         names = (self.run.manifest.negative_label, self.run.manifest.positive_label)
-        predictions = []
-        for row in predicted.select(["key", PROBABILITY, ERROR]).to_pylist():
-            probability, error = row[PROBABILITY], row[ERROR]
-            label = None if probability is None else names[probability >= self.run.threshold]
-            reason = error and without_advice(error)
-            predictions.append(
-                Prediction(key=row["key"], label=label, probability=probability, error=reason)
-            )
+        predictions: list[Prediction] = []
+        for found in await asyncio.gather(*map(self.batched, parts)):
+            if isinstance(found, str):
+                raise RequestError(found)
+            for probability, error in found:
+                label = None if probability is None else names[probability >= self.run.threshold]
+                key = self.reader.key(rows[len(predictions)], len(predictions))
+                reason = error and without_advice(error)
+                predictions.append(
+                    Prediction(key=key, label=label, probability=probability, error=reason)
+                )
         return Answer(
             predictions=predictions,
             positive_label=names[1],
@@ -142,22 +149,50 @@ class Replica:
         uris = {n: f"data:image/jpeg;base64,{b64encode(c).decode()}" for n, c in drawn.items()}
         return Maps(maps=uris)
 
-    async def _predict_tables(self, tables: list[pa.Table]) -> list[pa.Table]:
-        """Predict the rows of several requests in one call of the model."""
-        rows = pa.concat_tables(tables)
+    async def _predict_parts(self, parts: list[list[Row]]) -> list[list[_Outcome] | str]:
+        """Predict rows of several requests; return their outcomes, or why there are none."""
         loop = asyncio.get_running_loop()
-        predicted = await loop.run_in_executor(
-            self.model_thread, lambda: pa.concat_tables(self.predictor(rows))
-        )
-        if self.metrics.count(rows, predicted):
-            loop.run_in_executor(self.explain_thread, self.metrics.compare)
-        starts = [0]
+        return await loop.run_in_executor(self.model_thread, self._predict_now, parts)
+
+    def _predict_now(self, parts: list[list[Row]]) -> list[list[_Outcome] | str]:
+        tables = self._read_parts(parts)
+        good = [table for table in tables if not isinstance(table, str)]
+        outcomes: list[_Outcome] = []
+        if good:
+            rows = pa.concat_tables(good)
+            predicted = pa.concat_tables(self.predictor(rows))
+            if self.metrics.count(rows, predicted):
+                self.explain_thread.submit(self.metrics.compare)
+            columns = (predicted[name].to_pylist() for name in (PROBABILITY, ERROR))
+            outcomes = list(zip(*columns, strict=True))
+        found: list[list[_Outcome] | str] = []
         for table in tables:
-            starts.append(starts[-1] + table.num_rows)
-        return [
-            predicted.slice(start, table.num_rows)
-            for start, table in zip(starts, tables, strict=False)
-        ]
+            if isinstance(table, str):
+                found.append(table)
+            else:
+                found.append(outcomes[: table.num_rows])
+                outcomes = outcomes[table.num_rows :]
+        return found
+
+    def _read_parts(self, parts: list[list[Row]]) -> list[pa.Table | str]:
+        """Return the rows of each part as a table, or why they cannot be read."""
+        tables: list[pa.Table | str] = [""] * len(parts)
+        together = [i for i, rows in enumerate(parts) if all(map(self.reader.is_independent, rows))]
+        start = 0
+        table = self._read([row for i in together for row in parts[i]]) if together else ""
+        for i, rows in enumerate(parts):
+            if i in together and not isinstance(table, str):
+                tables[i] = table.slice(start, len(rows))
+                start += len(rows)
+            else:
+                tables[i] = self._read(rows)
+        return tables
+
+    def _read(self, rows: list[Row]) -> pa.Table | str:
+        try:
+            return self.reader.read(rows)
+        except RequestError as error:
+            return str(error)
 
     def _warm_up(self) -> None:
         """Trace the model, and call it with the sizes of a single row and of a full batch."""

@@ -11,19 +11,20 @@ import numpy as np
 import pyarrow as pa
 
 from ray_jobs.config.errors import JobError
-from ray_jobs.data.images import BadImage
 from ray_jobs.predict.row_sources import decode_raw_rows, raw_row_rules
 from ray_jobs.predict.trained_run import TrainedRun
-from ray_jobs.prepare.cell_text import TEXT
+from ray_jobs.prepare.cell_text import TEXT, column_text
 from ray_jobs.prepare.row_validation import read_rows
 from ray_jobs.prepare.shards.shard_writer import RowConverter
-from ray_jobs.prepare.sources.source import ImageRefs, Source
+from ray_jobs.prepare.sources.source import ImageReader, ImageRefs, Source
 from ray_jobs.serve.image_folders import ImageFolders
 from ray_jobs.serve.request_schema import image_fields
 
 Row = Mapping[str, Any]
-"""A row of a request: numbers, booleans, texts or None by column, and images as bytes, or as paths
-or URIs in `ImageFolders`."""
+"""A row of a request: numbers, booleans, texts or None by column, and images as bytes, as paths or
+URIs in `ImageFolders`, or as `RequestReader.prepare_images` returns them."""
+
+_KEY = "\0key"
 
 
 class RequestError(Exception):
@@ -34,13 +35,11 @@ class RequestError(Exception):
 class _MemoryReader:
     """Reads images of a request by the name of their row."""
 
-    contents: Mapping[str, bytes | str]
-    folders: ImageFolders
+    contents: Mapping[str, Any]
 
-    def read(self, refs: ImageRefs) -> Iterator[bytes | BadImage]:
+    def read(self, refs: ImageRefs) -> Iterator[Any]:
         for path in refs.path.to_pylist():
-            content = self.contents[path]
-            yield content if isinstance(content, bytes) else self.folders.read(content)
+            yield self.contents[path]
 
 
 class RequestReader:
@@ -53,11 +52,46 @@ class RequestReader:
 
     def __init__(self, run: TrainedRun, folders: ImageFolders) -> None:
         self.run, self.folders, manifest = run, folders, run.decoder.manifest
-        self.rules = raw_row_rules(run)
+        self.key_column = manifest.prepare.key_column
+        # Keys of requests need not differ, so they are not read as those of a table.
+        self.rules = raw_row_rules(run).model_copy(update={"key_column": _KEY})
         self.numeric_columns = manifest.numeric_columns
         words = tuple(vocabulary.column for vocabulary in manifest.vocabularies)
         self.text_columns = (*words, *manifest.text_columns)
         self.images = image_fields(run)
+
+    def key(self, row: Row, position: int) -> str:
+        """Return the name of a row in the answer: its key, or its position from 1."""
+        cell = row.get(self.key_column)
+        if cell is None:
+            return str(position + 1)
+        return column_text(pa.chunked_array([_column([cell])]))[0].as_py() or ""
+
+    def prepare_images(self, row: Row) -> Row:
+        """Return a row with its images as they are stored, or the reasons why they cannot be used.
+
+        Takes most of the time, and can run in several threads.
+        """
+        converted: dict[str, Any] = {}
+        for name in self.images:
+            content = row.get(name)
+            if isinstance(content, str) and content:
+                content = self.folders.read(content)
+            if isinstance(content, bytes) and content:
+                content = self._converter(()).convert_image(content)
+            converted[name] = content
+        return {**row, **converted}
+
+    def is_independent(self, row: Row) -> bool:
+        """Whether the cells of a row are read alike, whatever other rows there are.
+
+        Otherwise its request must be read by itself, because a rule that reads text as numbers is
+        found in a whole column.
+        """
+        return not any(isinstance(row.get(name), str) for name in self.numeric_columns) and all(
+            name in self.rules.text_rules or not isinstance(row.get(name), str)
+            for name in self.text_columns
+        )
 
     def read(self, rows: Sequence[Row]) -> pa.Table:
         """Return the rows in order, as a `Predictor` accepts them; unusable ones have an error.
@@ -69,48 +103,45 @@ class RequestReader:
         order = sorted(range(len(rows)), key=lambda row: kinds[row])
         parts: list[pa.Table] = []
         for _, group in groupby(order, key=lambda row: kinds[row]):
-            parts += self._read_alike(rows, list(group))
+            parts += self._read_alike([rows[index] for index in group])
         table = pa.concat_tables(parts)
         return table.take(pa.array(np.argsort(order))) if order != sorted(order) else table
 
     def _cells(self, row: Row) -> list[Any]:
-        names = (self.rules.key_column, *self.numeric_columns, *self.text_columns)
-        return [row.get(name) for name in names]
+        return [row.get(name) for name in (*self.numeric_columns, *self.text_columns)]
 
-    def _read_alike(self, rows: Sequence[Row], indices: list[int]) -> list[pa.Table]:
+    def _read_alike(self, rows: Sequence[Row]) -> list[pa.Table]:
         """Return rows whose cells have the same types."""
-        own = [rows[index] for index in indices]
-        key = self.rules.key_column
-        keys = [row.get(key) for row in own]
-        columns = {name: _column([row.get(name) for row in own]) for name in self.numeric_columns}
-        columns |= {name: _column([row.get(name) for row in own]) for name in self.text_columns}
-        # A key that is also a column of the model has its own values.
-        if key not in columns:
-            numbered = [str(index + 1) for index in indices]
-            columns[key] = _column(numbered if keys[0] is None else keys)
-        names = [f"row {index + 1}" for index in indices]
+        names = [f"row {index + 1}" for index in range(len(rows))]
+        columns = {
+            name: _column([row.get(name) for row in rows])
+            for name in (*self.numeric_columns, *self.text_columns)
+        }
         references, readers = {}, {}
         for position, image in enumerate(self.images):
-            contents = {n: r[image] for n, r in zip(names, own, strict=True) if r.get(image)}
+            contents = {n: r[image] for n, r in zip(names, rows, strict=True) if r.get(image)}
             path = pa.array([name if name in contents else None for name in names], TEXT)
             field = self.rules.image_columns[position] if self.rules.image_columns else ""
-            references[field] = ImageRefs(path)
-            readers[field] = _MemoryReader(contents, self.folders)
-        source = Source(pa.table(columns), images=references, readers=readers)
+            references[field], readers[field] = ImageRefs(path), _MemoryReader(contents)
+        table = pa.table({**columns, _KEY: pa.array(names, TEXT)})
+        source = Source(table, images=references, readers=readers)
         try:
             read = read_rows(source, self.rules, self.numeric_columns, None, self.text_columns)
         except JobError as error:
             raise RequestError(without_advice(str(error))) from error
-        reasons = [read.quarantined.get(row) for row in range(len(own))]
+        reasons = [read.quarantined.get(row) for row in range(len(rows))]
         errors = [reason and ": ".join(reason) for reason in reasons]
-        converter = RowConverter(
-            tuple(readers.values()),
+        converter = self._converter(tuple(readers.values()))
+        return list(decode_raw_rows(self.run, converter, read, errors))
+
+    def _converter(self, readers: tuple[ImageReader, ...]) -> RowConverter:
+        return RowConverter(
+            readers,
             self.numeric_columns,
             self.text_columns,
             self.rules,
             pixel_range=self.run.manifest.image.pixel_range,
         )
-        return list(decode_raw_rows(self.run, converter, read, errors))
 
 
 def decode_image(text: str, folders: ImageFolders) -> bytes | str:

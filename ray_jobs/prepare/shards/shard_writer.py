@@ -151,12 +151,12 @@ class RowConverter:
         return pa.Table.from_arrays(columns, schema=self.schema)
 
     def _convert_row(
-        self, rows: Rows, row: int, contents: Sequence[bytes | BadImage | None]
+        self, rows: Rows, row: int, contents: Sequence[bytes | StoredImage | BadImage | None]
     ) -> StoredImages | BadImage:
         """Return the stored images of one row, or why the row cannot be used."""
         stored: list[StoredImage | None] = []
         for position, content in enumerate(contents):
-            image = content if not isinstance(content, bytes) else self._convert(content)
+            image = self.convert_image(content) if isinstance(content, bytes) else content
             if isinstance(image, BadImage):
                 # Sources name only files that exist, so a file that does not was just deleted.
                 is_empty = image.reason == "missing_image" and rows.images[position].in_containers
@@ -171,7 +171,8 @@ class RowConverter:
             return BadImage("missing_image", f"none of its images exists: {', '.join(names)}")
         return tuple(stored)
 
-    def _convert(self, content: bytes) -> StoredImage | BadImage:
+    def convert_image(self, content: bytes) -> StoredImage | BadImage:
+        """Return an image file as it is stored, or why it cannot be used."""
         try:
             return prepare_image(content, self.spec, self.pixel_range)
         except BadImage as error:

@@ -15,6 +15,7 @@ from ray_jobs.predict.predictor import PROBABILITY, Predictor
 from ray_jobs.predict.row_sources import RawRows
 from ray_jobs.predict.trained_run import open_run
 from ray_jobs.prepare.job import prepare
+from ray_jobs.serve.image_folders import ImageFolders
 from ray_jobs.serve.request_rows import RequestReader
 from tests.ray_jobs.prepare.test_same_in_every_format import FORMATS, NUM_ROWS, tables, write
 from tests.ray_jobs.raw import jpeg
@@ -64,8 +65,11 @@ def test_a_run_predicts_a_table_alike_in_every_format(tmp_path_factory, monkeypa
             dict(zip(cells, row, strict=True)) | {"image": jpeg(i)}
             for i, row in enumerate(zip(*cells.values(), strict=True))
         ]
-        table = RequestReader(run).read(requested)
-        found.append(pa.concat_tables(predictor(table)).to_pylist())
+        reader = RequestReader(run, ImageFolders((), 0))
+        table = reader.read([reader.prepare_images(row) for row in requested])
+        answers = pa.concat_tables(predictor(table)).to_pylist()
+        keys = [reader.key(row, position) for position, row in enumerate(requested)]
+        found.append([{**row, "key": key} for row, key in zip(answers, keys, strict=True)])
         assert len({row[PROBABILITY] for row in found[0]}) > 1
         for name, other in zip((*FORMATS, "a request"), found, strict=True):
             assert other == found[0], name
