@@ -23,7 +23,7 @@ from ray_jobs.serve.image_folders import ImageFolders
 from ray_jobs.serve.request_schema import input_names
 
 APPLICATION = "multimodal"
-_LOGGING = {"log_level": "WARNING", "encoding": "JSON"}
+_LOGGING = {"log_level": "WARNING"}
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -143,6 +143,8 @@ def application(spec: ServeSpec, token: str | None) -> Any:
         max_queued_requests=spec.max_queued_requests,
         backpressure_config=BackpressureConfig(status_code=503, retry_after_s=1),
         graceful_shutdown_timeout_s=spec.timeout_s,
+        # With the access log, which has no contents of requests.
+        logging_config={"encoding": "JSON"},
         # New replicas answer before old ones end.
         max_surge_percent=100,
         **replicas,
