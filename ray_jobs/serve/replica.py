@@ -19,6 +19,7 @@ from ray_jobs.explain.map_overlay import overlay_map
 from ray_jobs.predict.predictor import PROBABILITY, Predictor
 from ray_jobs.predict.row_sources import ERROR
 from ray_jobs.predict.trained_run import open_run
+from ray_jobs.serve.batcher import Batcher
 from ray_jobs.serve.http_api import make_app
 from ray_jobs.serve.image_folders import ImageFolders
 from ray_jobs.serve.replica_metrics import ReplicaMetrics
@@ -42,8 +43,6 @@ class Replica:
     """
 
     def __init__(self, spec: ServeSpec, token: str | None, second: Any = None) -> None:
-        from ray import serve
-
         self.run, self.second = open_run(spec.run), second
         content = self.run.folder.read_bytes(MODEL)
         self.version = hashlib.sha256(content).hexdigest()[:_VERSION_CHARACTERS]
@@ -62,11 +61,12 @@ class Replica:
         self.model_thread = ThreadPoolExecutor(1, "model")
         self.decode_threads = ThreadPoolExecutor(max(os.cpu_count() or 1, 2), "decode")
         self.explain_thread = ThreadPoolExecutor(1, "explain")
-        self.batched = serve.batch(
-            max_batch_size=spec.max_batch_size,
-            batch_wait_timeout_s=spec.batch_wait_ms / 1000,
-            batch_size_fn=lambda parts: sum(map(len, parts)),
-        )(self._predict_parts)
+        self.batched = Batcher(
+            self._predict_parts,
+            self.model_thread,
+            spec.max_batch_size,
+            spec.batch_wait_ms / 1000,
+        )
         self._warm_up()
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -149,12 +149,8 @@ class Replica:
         uris = {n: f"data:image/jpeg;base64,{b64encode(c).decode()}" for n, c in drawn.items()}
         return Maps(maps=uris)
 
-    async def _predict_parts(self, parts: list[list[Row]]) -> list[list[_Outcome] | str]:
+    def _predict_parts(self, parts: list[list[Row]]) -> list[list[_Outcome] | str]:
         """Predict rows of several requests; return their outcomes, or why there are none."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.model_thread, self._predict_now, parts)
-
-    def _predict_now(self, parts: list[list[Row]]) -> list[list[_Outcome] | str]:
         tables = self._read_parts(parts)
         good = [table for table in tables if not isinstance(table, str)]
         outcomes: list[_Outcome] = []
