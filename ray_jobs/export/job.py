@@ -160,7 +160,9 @@ def _convert(
             export_saved_model(model, run.manifest, saved)
             if spec.format == "litert":
                 conversion.write_litert(saved, path, spec.precision)
-    call = tf.function(lambda inputs: model(inputs, training=False), reduce_retracing=True)
+    call = tf.function(
+        lambda inputs: model(inputs, training=False), reduce_retracing=True, autograph=False
+    )
     return lambda inputs: call({n: tf.constant(v) for n, v in inputs.items()}).numpy()[:, 0]
 
 
