@@ -29,6 +29,7 @@ def write_onnx(model: Any, path: str, calibration: Iterable[Mapping[str, Any]] |
     Raises:
         JobError: If ONNX lacks an operation of the model; it names the operation and its layer.
     """
+    import onnx
     import tensorflow as tf
     import tf2onnx
 
@@ -42,11 +43,10 @@ def write_onnx(model: Any, path: str, calibration: Iterable[Mapping[str, Any]] |
         autograph=False,
     )
     with _unsupported_operations() as unsupported:
-        tf2onnx.convert.from_function(
+        converted, _ = tf2onnx.convert.from_function(
             function,
             input_signature=[signature],
             opset=_OPSET,
-            output_path=path,
             custom_op_handlers={"Erfc": (_erfc, [])},
         )
     if unsupported:
@@ -54,6 +54,8 @@ def write_onnx(model: Any, path: str, calibration: Iterable[Mapping[str, Any]] |
             f"ONNX lacks operations of the model: {names_text(unsupported)}; use --format litert "
             "or saved_model"
         )
+    _store_constants(converted.graph, function.get_concrete_function().graph.captures)
+    onnx.save(converted, path)
     if calibration is not None:
         _quantize_onnx(path, calibration)
 
@@ -132,6 +134,22 @@ def _quantize_onnx(path: str, calibration: Iterable[Mapping[str, Any]]) -> None:
             merged, path, op_types_to_quantize=["MatMul"], reduce_range=True,
             weight_type=QuantType.QInt8,
         )  # fmt: skip
+
+
+def _store_constants(graph: Any, captures: Iterable[tuple[Any, Any]]) -> None:
+    """Store the tensors that a TensorFlow graph captures, which tf2onnx leaves as inputs.
+
+    Args:
+        graph: The ONNX graph.
+        captures: The tensors, and their placeholders in the TensorFlow graph.
+    """
+    from onnx import numpy_helper
+
+    captured = {placeholder.name: tensor for tensor, placeholder in captures}
+    for value in [value for value in graph.input if value.name in captured]:
+        constant = numpy_helper.from_array(captured[value.name].numpy(), value.name)
+        graph.initializer.append(constant)
+        graph.input.remove(value)
 
 
 def _erfc(ctx: Any, node: Any, name: str, args: Any) -> None:

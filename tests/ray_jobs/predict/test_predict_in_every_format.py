@@ -72,6 +72,7 @@ def test_a_run_predicts_a_table_alike_in_every_format(tmp_path_factory, monkeypa
         found.append([{**row, "key": key} for row, key in zip(answers, keys, strict=True)])
         assert len({row[PROBABILITY] for row in found[0]}) > 1
         for name, other in zip((*FORMATS, "a request"), found, strict=True):
-            assert other == found[0], name
+            # As text, because the logits of extreme numbers can be NaN.
+            assert list(map(str, other)) == list(map(str, found[0])), name
 
     check()
