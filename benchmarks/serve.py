@@ -18,6 +18,7 @@ import asyncio
 import base64
 import io
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -59,7 +60,7 @@ def measure(run: Path, kind: str, seconds: float) -> list[dict[str, Any]]:
 
     cases = [(rows, clients) for rows in ROWS_PER_REQUEST[kind] for clients in CLIENTS]
     found = []
-    spec = ServeSpec(run=str(run), port=_free_port(), cpus_per_replica=2)
+    spec = ServeSpec(run=str(run), port=_free_port(), num_replicas=2)
     with serving(spec) as (url, _, _):
         for num_rows, clients in cases:
             before = _batches()
@@ -126,7 +127,7 @@ def photos() -> list[bytes]:
 
 
 async def _load(url: str, num_rows: int, clients: int, seconds: float) -> dict[str, Any]:
-    """Send requests for some seconds, after a tenth of them as warm-up."""
+    """Send requests for some seconds, from when every client has had an answer."""
     import httpx2
 
     files = [base64.b64encode(content).decode() for content in photos()]
@@ -138,18 +139,23 @@ async def _load(url: str, num_rows: int, clients: int, seconds: float) -> dict[s
         for i in range(NUM_PHOTOS)
     ]
     times: list[tuple[float, float]] = []
-    start = time.perf_counter() + seconds / 10
-    end = start + seconds
+    start, end, num_warm = 0.0, math.inf, 0
     limits = httpx2.Limits(max_connections=clients)
     headers = {"Content-Type": "application/json"}
     async with httpx2.AsyncClient(timeout=120, limits=limits, headers=headers) as client:
 
         async def send(number: int) -> None:
+            nonlocal start, end, num_warm
+            is_warm = False
             while (begin := time.perf_counter()) < end:
                 response = await client.post(url, content=bodies[number % NUM_PHOTOS])
                 response.raise_for_status()
                 times.append((begin, time.perf_counter()))
                 number += clients
+                num_warm += not is_warm
+                if not is_warm and num_warm == clients:
+                    start, end = times[-1][1], times[-1][1] + seconds
+                is_warm = True
 
         await asyncio.gather(*(send(number) for number in range(clients)))
     counted = np.array([done - begin for begin, done in times if start <= done <= end])

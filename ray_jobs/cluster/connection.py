@@ -42,10 +42,11 @@ def connected(
     Raises:
         JobError: If the cluster does not answer, or a local Ray is too small.
     """
-    # Ray reads both when it starts: reports wait for the controller's next poll, and usage
-    # statistics need the user's consent.
+    # Read when Ray's processes start: reports wait for the controller's next poll, usage statistics
+    # need the user's consent, and one heap per process lets `set_devices` keep its memory.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("MALLOC_ARENA_MAX", "1")
     import ray
     from ray.exceptions import RayError
 

@@ -11,12 +11,16 @@ others hang.
 Shapes: R replicas of all workers, S total size of all variables.
 """
 
+import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
+
+# Options of glibc's mallopt.
+_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 
 
 @dataclass(frozen=True)
@@ -39,11 +43,27 @@ def set_devices(num_cpus: float, use_gpu: bool, deterministic: bool = False) -> 
         tf.config.experimental.set_memory_growth(gpu, True)
     if not use_gpu:
         tf.config.set_visible_devices([], "GPU")
+        _keep_freed_memory()
     threads = max(int(num_cpus), 1)
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     tf.config.threading.set_inter_op_parallelism_threads(max(threads, 2))
     if deterministic:
         tf.config.experimental.enable_op_determinism()
+
+
+def _keep_freed_memory() -> None:
+    """Let this process reuse the memory of freed tensors.
+
+    By default, glibc returns large blocks to the system at once, so each step of a model gets its
+    tensors from the system again. Their page faults took 10 to 40 % of a step; see
+    docs/experiments.md. Threads that already have a heap of their own keep it, unless the process
+    was started with `MALLOC_ARENA_MAX=1`.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_MMAP_MAX, 0)
+        mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(_ARENA_MAX, 1)
 
 
 def make_strategy(num_workers: int) -> tf.distribute.Strategy:

@@ -114,8 +114,6 @@ class ServeSpec(Spec):
     """GPUs per replica; 0.5 for two replicas on a GPU."""
     max_batch_size: PositiveInt = 32
     """Maximum rows per model call."""
-    batch_wait_ms: NonNegativeFloat = 2.0
-    """Time to wait for more rows before a model call, in milliseconds."""
     max_queued_requests: PositiveInt = 128
     """Requests that may wait for a replica; others are answered with 503 and Retry-After."""
     max_request_mb: Positive = 32.0

@@ -143,7 +143,9 @@ def decode(
                 turned[_ORIENTATION] = image.getexif().get(_ORIENTATION, 1)
                 scaled.info["exif"] = turned.tobytes()
                 image = scaled
-            rgb = _to_rgb(ImageOps.exif_transpose(image))
+            ImageOps.exif_transpose(image, in_place=True)
+            rgb = _to_rgb(image)
+            rgb.getexif().clear()
     rgb.info = {ORIGINAL_PIXELS: original_pixels}
     return rgb
 
@@ -366,7 +368,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, _WHITE)
         image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _is_deep(image: Image.Image) -> bool:

@@ -18,18 +18,12 @@ class Batcher:
         call: Returns a result for each of a list of requests' rows; runs in `executor`.
         executor: Has one thread, because the model is called once at a time.
         max_rows: Maximum rows of a call.
-        wait_s: Time to wait for more rows if the model is idle, in seconds.
     """
 
     def __init__(
-        self,
-        call: Callable[[list[Any]], list[Any]],
-        executor: Executor,
-        max_rows: int,
-        wait_s: float,
+        self, call: Callable[[list[Any]], list[Any]], executor: Executor, max_rows: int
     ) -> None:
-        self.call, self.executor = call, executor
-        self.max_rows, self.wait_s = max_rows, wait_s
+        self.call, self.executor, self.max_rows = call, executor, max_rows
         self._waiting: deque[tuple[Sequence[Any], asyncio.Future[Any]]] = deque()
         self._task: asyncio.Task[None] | None = None
 
@@ -43,7 +37,6 @@ class Batcher:
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
-        await asyncio.sleep(self.wait_s)
         while batch := self._take():
             try:
                 parts = [rows for rows, _ in batch]

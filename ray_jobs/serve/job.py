@@ -7,6 +7,7 @@ returns; the same command with another --run replaces the model without failed r
 Run:   python -m ray_jobs.serve --run runs/first
 """
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -173,6 +174,8 @@ def _open_runs(spec: ServeSpec) -> TrainedRun:
 
 
 def _import_serve() -> Any:
+    # Between the processes of a local Ray Serve, gRPC is twice as fast as calls of actors.
+    os.environ.setdefault("RAY_SERVE_USE_GRPC_BY_DEFAULT", "1")
     try:
         import python_multipart  # noqa: F401
         from ray import serve as ray_serve

@@ -61,12 +61,7 @@ class Replica:
         self.model_thread = ThreadPoolExecutor(1, "model")
         self.decode_threads = ThreadPoolExecutor(max(os.cpu_count() or 1, 2), "decode")
         self.explain_thread = ThreadPoolExecutor(1, "explain")
-        self.batched = Batcher(
-            self._predict_parts,
-            self.model_thread,
-            spec.max_batch_size,
-            spec.batch_wait_ms / 1000,
-        )
+        self.batched = Batcher(self._predict_parts, self.model_thread, spec.max_batch_size)
         self._warm_up()
 
     def __serve_build_asgi_app__(self) -> Any:

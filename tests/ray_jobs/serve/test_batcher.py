@@ -14,7 +14,7 @@ def test_rows_that_arrive_while_the_model_is_busy_are_predicted_together():
         return [sum(part) for part in parts]
 
     async def send() -> list[int]:
-        batcher = Batcher(call, ThreadPoolExecutor(1), max_rows=4, wait_s=0.0)
+        batcher = Batcher(call, ThreadPoolExecutor(1), max_rows=4)
         first = asyncio.create_task(batcher([1]))
         while not calls:
             await asyncio.sleep(0)
@@ -38,7 +38,7 @@ def test_an_error_reaches_every_request_of_its_call_and_no_other():
         return parts
 
     async def send() -> None:
-        batcher = Batcher(call, ThreadPoolExecutor(1), max_rows=4, wait_s=0.0)
+        batcher = Batcher(call, ThreadPoolExecutor(1), max_rows=4)
         found = await asyncio.gather(batcher([0]), batcher([1]), return_exceptions=True)
         assert [str(error) for error in found] == ["zero", "zero"]
         assert await batcher([1]) == [1]
