@@ -139,26 +139,25 @@ async def _load(url: str, num_rows: int, clients: int, seconds: float) -> dict[s
         for i in range(NUM_PHOTOS)
     ]
     times: list[tuple[float, float]] = []
-    start, end, num_warm = 0.0, math.inf, 0
+    end, cold = math.inf, set(range(clients))
     limits = httpx2.Limits(max_connections=clients)
     headers = {"Content-Type": "application/json"}
     async with httpx2.AsyncClient(timeout=120, limits=limits, headers=headers) as client:
 
-        async def send(number: int) -> None:
-            nonlocal start, end, num_warm
-            is_warm = False
+        async def send(first: int) -> None:
+            nonlocal end
+            number = first
             while (begin := time.perf_counter()) < end:
                 response = await client.post(url, content=bodies[number % NUM_PHOTOS])
                 response.raise_for_status()
                 times.append((begin, time.perf_counter()))
                 number += clients
-                num_warm += not is_warm
-                if not is_warm and num_warm == clients:
-                    start, end = times[-1][1], times[-1][1] + seconds
-                is_warm = True
+                if first in cold:
+                    cold.remove(first)
+                    end = end if cold else time.perf_counter() + seconds
 
         await asyncio.gather(*(send(number) for number in range(clients)))
-    counted = np.array([done - begin for begin, done in times if start <= done <= end])
+    counted = np.array([done - begin for begin, done in times if end - seconds <= done <= end])
     return {
         "requests_per_s": len(counted) / seconds,
         "rows_per_s": num_rows * len(counted) / seconds,

@@ -36,7 +36,7 @@ def set_devices(num_cpus: float, use_gpu: bool, deterministic: bool = False) -> 
 
     Call it before TensorFlow initializes its devices. Uses one intra-op thread per CPU and at least
     two inter-op threads, since a collective blocks one. Without `use_gpu`, hides all GPUs, because
-    Ray leaves them visible to a process that has none assigned.
+    Ray leaves them visible to a process that has none assigned, and keeps freed memory.
     """
     for gpu in tf.config.list_physical_devices("GPU") if use_gpu else ():
         # Otherwise the first process on a GPU would allocate all of its memory.

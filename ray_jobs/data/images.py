@@ -145,6 +145,7 @@ def decode(
                 image = scaled
             ImageOps.exif_transpose(image, in_place=True)
             rgb = _to_rgb(image)
+            # Upright images still have their metadata.
             rgb.getexif().clear()
     rgb.info = {ORIGINAL_PIXELS: original_pixels}
     return rgb

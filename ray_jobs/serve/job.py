@@ -174,7 +174,8 @@ def _open_runs(spec: ServeSpec) -> TrainedRun:
 
 
 def _import_serve() -> Any:
-    # Between the processes of a local Ray Serve, gRPC is twice as fast as calls of actors.
+    # Read when Ray Serve is imported, here and in the processes of a local Ray: an empty request
+    # takes 6 ms instead of 11 if its processes use gRPC instead of calls of actors.
     os.environ.setdefault("RAY_SERVE_USE_GRPC_BY_DEFAULT", "1")
     try:
         import python_multipart  # noqa: F401
