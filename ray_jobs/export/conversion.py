@@ -15,6 +15,7 @@ from ray_jobs.data.batch import INPUT_TYPES
 _OPSET = 18  # the newest that tf2onnx writes
 _FLOAT_CONVOLUTIONS = 3
 """The first convolutions stay in float32: they lose most and cost little."""
+_MIN_WEIGHTS = 1024  # as in LiteRT's int8
 
 
 def write_onnx(model: Any, path: str, calibration: Iterable[Mapping[str, Any]] | None) -> None:
@@ -63,7 +64,8 @@ def write_onnx(model: Any, path: str, calibration: Iterable[Mapping[str, Any]] |
 def write_litert(saved_model: str, path: str, precision: str) -> None:
     """Write a SavedModel as a LiteRT file with the signature `serve`.
 
-    With int8, weights are stored as int8 and activations are quantized when the model is called.
+    With float16, large matrices of weights are stored in half precision. With int8, they are stored
+    as int8, and activations are quantized when the model is called.
 
     Raises:
         JobError: If LiteRT lacks an operation of the model.
@@ -72,10 +74,8 @@ def write_litert(saved_model: str, path: str, precision: str) -> None:
 
     converter: Any = tf.lite.TFLiteConverter.from_saved_model(saved_model, ["serve"])
     converter.experimental_enable_resource_variables = False
-    if precision != "float32":
+    if precision == "int8":
         converter.optimizations = [tf.lite.Optimize.DEFAULT]
-    if precision == "float16":
-        converter.target_spec.supported_types = [tf.float16]
     try:
         content = converter.convert()
     # The converter raises an internal class.
@@ -85,7 +85,49 @@ def write_litert(saved_model: str, path: str, precision: str) -> None:
             "--format onnx or saved_model"
         ) from error
     with open(path, "wb") as file:
-        file.write(content)
+        file.write(_halve_weights(content) if precision == "float16" else content)
+
+
+def _halve_weights(content: bytes) -> bytes:
+    """Store the weights of a LiteRT model as float16; its runtime converts them to float32.
+
+    TensorFlow's converter would also halve the means and bin edges of columns, in which half
+    precision has too few digits, and which it cannot store at all beyond 65,504.
+    """
+    from ai_edge_litert import schema_py_generated as schema
+    from ai_edge_litert.tools import flatbuffer_utils
+
+    model: Any = flatbuffer_utils.read_model_from_bytearray(bytearray(content))
+    code: Any = schema.OperatorCodeT()
+    code.builtinCode = code.deprecatedBuiltinCode = schema.BuiltinOperator.DEQUANTIZE
+    model.operatorCodes.append(code)
+    halved: set[int] = set()
+    for graph in model.subgraphs:
+        replaced: dict[int, int] = {}
+        for index, tensor in enumerate(list(graph.tensors)):
+            if tensor.type != schema.TensorType.FLOAT32 or len(tensor.shape) < 2:
+                continue
+            buffer = model.buffers[tensor.buffer]
+            if tensor.buffer not in halved:
+                if buffer.data is None or np.prod(tensor.shape) < _MIN_WEIGHTS:
+                    continue
+                weights = np.frombuffer(buffer.data, np.float32).astype(np.float16)
+                buffer.data = np.frombuffer(weights.tobytes(), np.uint8)
+                halved.add(tensor.buffer)
+            converted: Any = schema.TensorT()
+            converted.name, converted.shape = tensor.name, tensor.shape
+            converted.type, converted.buffer = tensor.type, 0
+            tensor.name, tensor.type = tensor.name + b"/float16", schema.TensorType.FLOAT16
+            replaced[index] = len(graph.tensors)
+            graph.tensors.append(converted)
+        for operator in graph.operators:
+            operator.inputs = [replaced.get(index, index) for index in operator.inputs]
+        for half, full in replaced.items():
+            operator: Any = schema.OperatorT()
+            operator.opcodeIndex = len(model.operatorCodes) - 1
+            operator.inputs, operator.outputs = [half], [full]
+            graph.operators.insert(0, operator)
+    return bytes(flatbuffer_utils.convert_object_to_bytearray(model))
 
 
 def _quantize_onnx(path: str, calibration: Iterable[Mapping[str, Any]]) -> None:

@@ -30,6 +30,7 @@ def raw(ray_local, tmp_path_factory) -> Raw:
     raw = Raw(tmp_path_factory.mktemp("raw")).add(range(60))
     for i, row in enumerate(raw.rows):
         row["town"] = ("", "Ulm", "Ulm")[i % 3]
+        row["postcode"] = 93_000 + i  # more digits than float16 has
     manifest = prepare(raw.spec(categorical=("town",)))
     write_run(raw.folder / "run", manifest)
     (raw.folder / "run" / "run.yaml").write_text(f"data: {{prepared: {raw.out()}}}\n")
@@ -65,7 +66,7 @@ def test_every_format_and_precision_is_compared_with_the_run(raw, export_here, k
     assert found["num_rows"] == len(probability) > 5
     for name, value in found["metrics"]["run"].items():
         assert value == pytest.approx(expected[name], abs=1e-6), name
-    limit = {"float32": 1e-5, "float16": 0.01, "int8": 0.2}[precision]
+    limit = {"float32": 1e-5, "float16": 0.001, "int8": 0.2}[precision]
     assert found["largest_difference"] < limit
     if precision == "int8":
         assert num_int8_weights(folder / found["file"]) > 1000
@@ -103,7 +104,7 @@ def test_the_saved_model_answers_to_image_files_numbers_and_words(raw):
     for text, own in {
         "runs/NAME/model/saved_model": str(folder / "saved_model"),
         "photo.jpg": str(raw.folder / "images" / "k1.jpg"),
-        "71.2, 1.01": "1.5, 1.0",
+        "71.2, 1.01": "1.5, 1.0, 93001.0",
         "steel": "Ulm",
     }.items():
         assert text in script
