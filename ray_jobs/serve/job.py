@@ -7,11 +7,13 @@ returns; the same command with another --run replaces the model without failed r
 Run:   python -m ray_jobs.serve --run runs/first
 """
 
+import io
+import logging
 import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +66,16 @@ def serving(spec: ServeSpec) -> Iterator[tuple[str, TrainedRun, bool]]:
 
     run = _open_runs(spec)
     token, is_connected = _token(spec), ray.is_initialized()
-    with connection.connected(
-        spec.address,
-        num_cpus=spec.num_replicas * spec.cpus_per_replica,
-        num_gpus=spec.num_replicas * spec.gpus_per_replica,
-        data_cpus=0,
-        cpu_settings="num_replicas and cpus_per_replica",
-        worker_logs=spec.worker_logs,
+    with (
+        ExitStack() as ending,
+        connection.connected(
+            spec.address,
+            num_cpus=spec.num_replicas * spec.cpus_per_replica,
+            num_gpus=spec.num_replicas * spec.gpus_per_replica,
+            data_cpus=0,
+            cpu_settings="num_replicas and cpus_per_replica",
+            worker_logs=spec.worker_logs,
+        ),
     ):
         is_local = connection.owns_ray() and not is_connected
         try:
@@ -91,6 +96,8 @@ def serving(spec: ServeSpec) -> Iterator[tuple[str, TrainedRun, bool]]:
             yield f"http://{spec.host}:{spec.port}", run, is_local
         finally:
             if is_local:
+                # Ray prints an error when Serve ends, since Serve kills its own controller.
+                ending.enter_context(redirect_stdout(io.StringIO()))
                 ray_serve.shutdown()
 
 
@@ -185,6 +192,7 @@ def _import_serve() -> Any:
             f"`serve` needs packages that are not installed ({error}); run "
             '`pip install "multimodal-ray[serve]"`'
         ) from error
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     return ray_serve
 
 

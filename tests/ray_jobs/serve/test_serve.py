@@ -2,7 +2,6 @@ import asyncio
 import base64
 import io
 import json
-import os
 import random
 import re
 import shutil
@@ -12,8 +11,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -23,6 +20,7 @@ import pytest
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
+from ray_jobs.cluster import compat_ray
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.inference_spec import PredictSpec, ServeSpec
 from ray_jobs.predict.job import predict
@@ -324,13 +322,10 @@ def test_clients_that_hang_up_and_random_bodies_do_no_harm(server, post, num_bod
 
 def replica_memory() -> int:
     """Return the memory of both replicas in bytes."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            if b"ServeReplica" in (process / "cmdline").read_bytes():
-                found.append(int((process / "statm").read_text().split()[1]))
+    processes = compat_ray.psutil().Process().children(recursive=True)
+    found = [p.memory_info().rss for p in processes if p.name().startswith("ray::ServeRepl")]
     assert len(found) == 2
-    return sum(found) * os.sysconf("SC_PAGE_SIZE")
+    return sum(found)
 
 
 class Load:
