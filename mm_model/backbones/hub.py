@@ -9,6 +9,7 @@ Shapes: B rows, H × W pixels, T tokens, F features, R texts, L tokens of a text
 import json
 import math
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,6 +69,8 @@ def import_keras_hub(what: str = "this backbone") -> Any:
             f"{what} needs KerasHub, which is not installed; run "
             '`pip install "multimodal-ray[hub]"`, or choose another kind'
         ) from error
+    # Swin's attention takes a mask, about which Keras warns needlessly.
+    warnings.filterwarnings("ignore", r"Layer 'attn' \(of type WindowAttention\)", UserWarning)
     return keras_hub
 
 
@@ -110,7 +113,10 @@ def make_hub_image(kind: str, shape: tuple[int, int, int], weights: str | None) 
     num_prefix = _NUM_PREFIX_TOKENS.get(hub_kind.backbone, 0)
     num_prefix += getattr(backbone, "num_register_tokens", 0)
     pooled = tokens[:, 0] if hub_kind.pool == "first" else ops.mean(tokens, axis=1)
-    return keras.Model(pixels, {"pooled": pooled, "tokens": tokens[:, num_prefix:]}, name=kind)
+    patches: Any = tokens[:, num_prefix:]
+    # DINOv3 computes the number of patches in the graph, where it would be unknown.
+    patches = layers.Reshape(patches.shape[1:], name="patches")(patches)
+    return keras.Model(pixels, {"pooled": pooled, "tokens": patches}, name=kind)
 
 
 def make_hub_text(kind: str, num_tokens: int, length: int, weights: str | None) -> keras.Model:

@@ -1,6 +1,7 @@
 """Converts a model to ONNX and LiteRT files."""
 
 import logging
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ray_jobs.cluster.stderr_filter import drop_stderr_lines
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.text import names_text
 from ray_jobs.data.batch import INPUT_TYPES
@@ -16,6 +18,8 @@ _OPSET = 18  # the newest that tf2onnx writes
 _FLOAT_CONVOLUTIONS = 3
 """The first convolutions stay in float32: they lose most and cost little."""
 _MIN_WEIGHTS = 1024  # as in LiteRT's int8
+_FAILED_OPERATION = re.compile(r'error: loc\(callsite\(fused\["(\w+):", "([^"@]+)@')
+"""Name of an operation and its place in the model, in errors of the LiteRT converter."""
 
 
 def write_onnx(model: Any, path: str, calibration: Iterable[Mapping[str, Any]] | None) -> None:
@@ -43,7 +47,7 @@ def write_onnx(model: Any, path: str, calibration: Iterable[Mapping[str, Any]] |
         input_signature=[signature],
         autograph=False,
     )
-    with _unsupported_operations() as unsupported:
+    with _unsupported_operations() as unsupported, _functions_inlined():
         converted, _ = tf2onnx.convert.from_function(
             function,
             input_signature=[signature],
@@ -51,10 +55,7 @@ def write_onnx(model: Any, path: str, calibration: Iterable[Mapping[str, Any]] |
             custom_op_handlers={"Erfc": (_erfc, [])},
         )
     if unsupported:
-        raise JobError(
-            f"ONNX lacks operations of the model: {names_text(unsupported)}; use --format litert "
-            "or saved_model"
-        )
+        raise _lacking("ONNX", unsupported, "--format litert or saved_model")
     _store_constants(converted.graph, function.get_concrete_function().graph.captures)
     onnx.save(converted, path)
     if calibration is not None:
@@ -68,7 +69,7 @@ def write_litert(saved_model: str, path: str, precision: str) -> None:
     as int8, and activations are quantized when the model is called.
 
     Raises:
-        JobError: If LiteRT lacks an operation of the model.
+        JobError: If LiteRT lacks an operation of the model; it names the operation and its layer.
     """
     import tensorflow as tf
 
@@ -77,15 +78,23 @@ def write_litert(saved_model: str, path: str, precision: str) -> None:
     if precision == "int8":
         converter.optimizations = [tf.lite.Optimize.DEFAULT]
     try:
-        content = converter.convert()
+        with drop_stderr_lines("loc(", "error: failed"):
+            content = converter.convert()
     # The converter raises an internal class.
     except Exception as error:
-        raise JobError(
-            f"LiteRT lacks operations of the model: {str(error).strip().splitlines()[-1]}; use "
-            "--format onnx or saved_model"
-        ) from error
+        found = _FAILED_OPERATION.findall(str(error))
+        if not found:
+            raise JobError(f"LiteRT cannot convert the model: {error}") from error
+        raise _lacking("LiteRT", found, "--format onnx or saved_model") from error
     with open(path, "wb") as file:
         file.write(_halve_weights(content) if precision == "float16" else content)
+
+
+def _lacking(runtime: str, operations: Iterable[tuple[str, str]], instead: str) -> JobError:
+    """Return the error for operations (name and place in the model) that a runtime lacks."""
+    first = {name: place for name, place in reversed(list(operations))}
+    named = names_text(f"{name} (in {place})" for name, place in first.items())
+    return JobError(f"{runtime} lacks operations of the model: {named}; use {instead}")
 
 
 def _halve_weights(content: bytes) -> bytes:
@@ -216,15 +225,36 @@ def _without_warnings() -> Iterator[None]:
 
 
 @contextmanager
-def _unsupported_operations() -> Iterator[list[str]]:
-    """Collect the operations that tf2onnx reports as unsupported, instead of printing them."""
-    found: list[str] = []
+def _functions_inlined() -> Iterator[None]:
+    """Trace functions within functions as their operations.
+
+    Keras compiles convolutions of groups with XLA, and tf2onnx cannot convert calls of functions
+    that are compiled.
+    """
+    import tensorflow as tf
+
+    before = tf.config.functions_run_eagerly()
+    tf.config.run_functions_eagerly(True)
+    try:
+        yield
+    finally:
+        tf.config.run_functions_eagerly(before)
+
+
+@contextmanager
+def _unsupported_operations() -> Iterator[list[tuple[str, str]]]:
+    """Collect the operations that tf2onnx reports as unsupported, instead of printing them.
+
+    Each has a name, and a place in the model.
+    """
+    found: list[tuple[str, str]] = []
 
     class Collector(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             text = record.getMessage()
             if text.startswith("Tensorflow op ["):
-                found.append(text.partition("[")[2].partition("]")[0])
+                place, _, name = text.partition("[")[2].partition("]")[0].partition(": ")
+                found.append((name, place))
 
     root = logging.getLogger("tf2onnx")
     handler, propagate, level = Collector(), root.propagate, root.level

@@ -30,7 +30,6 @@ TEXT_KINDS = ("bert_tiny", "distilbert_base", "roberta_base", "minilm_l6")
 
 
 # Tests all fusions with the tiny branch, and the other families with every fusion if slow.
-@pytest.mark.filterwarnings("ignore:Layer 'attn':UserWarning")
 @pytest.mark.parametrize(
     ("kind", "text", "fusion"),
     [
