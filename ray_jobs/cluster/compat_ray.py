@@ -115,6 +115,14 @@ def memory_fraction() -> float:
     return get_used_memory() / get_system_memory()
 
 
+def serve_http_options() -> Any:
+    """Return the HTTP options of the Ray Serve that this process is connected to."""
+    from ray.serve.context import _get_global_client
+
+    client: Any = _get_global_client()
+    return client.http_config
+
+
 def psutil() -> ModuleType:
     """Return psutil, which Ray bundles and adds to `sys.path`."""
     import ray  # noqa: F401 - adds the bundled packages to the path

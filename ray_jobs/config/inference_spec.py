@@ -107,7 +107,7 @@ class ServeSpec(Spec):
     num_replicas: PositiveInt = 1
     """Number of processes, each with its own copy of the model."""
     max_replicas: PositiveInt = 1
-    """More than `num_replicas`: replicas are added while many requests wait, up to this number."""
+    """If greater than `num_replicas`, replicas are added while requests wait, up to this number."""
     cpus_per_replica: Positive = 1.0
     """Logical CPUs per replica."""
     gpus_per_replica: NonNegativeFloat = 0.0
@@ -119,7 +119,8 @@ class ServeSpec(Spec):
     max_request_mb: Positive = 32.0
     """Maximum size of a request in MiB."""
     timeout_s: Positive = 30.0
-    """Seconds until a request fails; a replica that ends waits as long for its last requests."""
+    """Seconds until a request fails with 408. A replica that is stopped has the same time to finish
+    its requests."""
     address: str | None = None
     """Address of a Ray cluster, such as `auto`. Default: $RAY_ADDRESS, else a new local Ray
     instance."""

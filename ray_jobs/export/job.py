@@ -113,7 +113,9 @@ def _require_format(spec: ExportSpec) -> None:
 def _trained_data(run: TrainedRun) -> str:
     """Return the prepared data that a run was trained on."""
     if not run.folder.exists("run.yaml"):
-        raise JobError(f"{run.folder} does not say what it was trained on; set --data")
+        raise JobError(
+            f"{run.folder} has no run.yaml, which names the data it was trained on; set --data"
+        )
     return yaml.safe_load(run.folder.read_bytes("run.yaml"))["data"]["prepared"]
 
 

@@ -22,6 +22,7 @@ _MAX_ROWS = 200
 _BATCH = 20
 _FORMATS = ("JPEG", "PNG")
 _ORIENTATION = 274
+_PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def largest_difference(run: TrainedRun, photos: PhotoRows, model: Runner, raw: R
         expected = model({name: batch[name] for name in run.input_shapes})
         found = raw(_raw_inputs(run, rows, [photos.contents[part[i]] for i in good], batch))
         differences += np.abs(found - expected).tolist()
-    return max(differences)
+    return max(differences, default=0.0)
 
 
 def _raw_inputs(
@@ -112,6 +113,8 @@ def _is_plain(content: bytes | BadImage) -> bool:
     try:
         with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
             is_upright = image.getexif().get(_ORIENTATION, 1) == 1
-            return is_upright and image.mode in ("RGB", "L", "RGBA", "P", "1", "LA")
-    except OSError:
+            # Pillow opens colours of 16 bits as 8 bits.
+            is_8_bit = content[:8] != _PNG or content[24] <= 8
+            return is_upright and is_8_bit and image.mode in ("RGB", "L", "RGBA", "P", "1", "LA")
+    except (OSError, Image.DecompressionBombError):
         return False

@@ -1,7 +1,8 @@
-"""ASGI middleware that rejects requests before their body is read: bearer token, size."""
+"""ASGI middleware that rejects requests before their body is read: host, bearer token, size."""
 
 import hmac
 import json
+import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -9,8 +10,10 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 OPEN_PATHS = ("/v2/health/live", "/v2/health/ready")
 """Paths without a token, for the probes of a cluster."""
+_PORT = re.compile(r":\d+$")
 
 
 class _TooLargeError(Exception):
@@ -18,16 +21,22 @@ class _TooLargeError(Exception):
 
 
 class AccessRules:
-    """Answers 401 without the bearer token and 413 to large bodies; passes on other requests.
+    """Answers 400 to a foreign host, 401 without the token, and 413 to large bodies.
+
+    Passes on other requests.
 
     Args:
         app: The application.
         token: The token; None allows everybody.
         max_bytes: Maximum size of a body.
+        is_private: Whether the server listens on loopback. Without a token, it then answers only to
+            addresses on loopback: a web page could give its own name the server's address ("DNS
+            rebinding") and would be allowed to read the answers.
     """
 
-    def __init__(self, app: Any, token: str | None, max_bytes: int) -> None:
+    def __init__(self, app: Any, token: str | None, max_bytes: int, is_private: bool) -> None:
         self.app, self.max_bytes = app, max_bytes
+        self.checks_host = is_private and token is None
         self.expected = None if token is None else f"Bearer {token}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -36,6 +45,11 @@ class AccessRules:
             await self.app(scope, receive, send)
             return
         headers = dict(scope["headers"])
+        host = _PORT.sub("", headers.get(b"host", b"").decode("latin-1"))
+        if self.checks_host and host.strip("[]").lower() not in LOOPBACK:
+            text = "without --token_file, this server answers only to 127.0.0.1 and localhost"
+            await _reject(send, 400, text)
+            return
         given = headers.get(b"authorization", b"")
         if (
             self.expected is not None
@@ -51,6 +65,7 @@ class AccessRules:
             await _reject(send, 413, too_large)
             return
         num_bytes, is_started = 0, False
+        # FastAPI catches what `receive` raises, and sends an answer of its own.
 
         async def receive_some() -> MutableMapping[str, Any]:
             nonlocal num_bytes
@@ -62,6 +77,8 @@ class AccessRules:
 
         async def send_on(message: MutableMapping[str, Any]) -> None:
             nonlocal is_started
+            if num_bytes > self.max_bytes and not is_started:
+                raise _TooLargeError
             is_started = True
             await send(message)
 

@@ -41,7 +41,7 @@ class Batcher:
             try:
                 parts = [rows for rows, _ in batch]
                 results = await loop.run_in_executor(self.executor, self.call, parts)
-            # Whatever it is, every request must have its answer.
+            # Every request must get an answer, whatever the error.
             except Exception as error:
                 results = [error] * len(batch)
             for (_, future), result in zip(batch, results, strict=True):

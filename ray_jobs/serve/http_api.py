@@ -1,8 +1,9 @@
 """Defines the endpoints: /predict, /explain, a page to try a row, the Open Inference Protocol.
 
 Errors have the form `{"detail": …}`: 400 for an unreadable body, 401 without the token, 413 for a
-large one, 422 for wrong columns, 503 if too many requests wait. A row that cannot be used does not
-fail the others: its answer has an `error`.
+large body, 422 for wrong columns. A row that cannot be used does not fail the others: its answer
+has an `error`. Ray Serve itself answers in plain text: 503 if too many requests wait, 408 after
+`timeout_s`.
 
 Source of the protocol: Open Inference Protocol, version 2, REST.
 """
@@ -39,6 +40,7 @@ def make_app(
     folders: ImageFolders,
     token: str | None,
     max_bytes: int,
+    is_private: bool,
 ) -> FastAPI:
     """Return the application.
 
@@ -51,6 +53,7 @@ def make_app(
         folders: Folders whose images requests may name.
         token: Bearer token that clients must send; None allows everybody.
         max_bytes: Maximum size of a request's body.
+        is_private: Whether the server listens on loopback.
     """
     app = FastAPI(
         title=name,
@@ -58,7 +61,8 @@ def make_app(
         description="Probability of "
         f"{run.manifest.positive_label!r} from the columns that the model was trained on.",
     )
-    app.add_middleware(AccessRules, token=token, max_bytes=max_bytes)
+    rules = {"token": token, "max_bytes": max_bytes, "is_private": is_private}
+    app.add_middleware(AccessRules, **rules)
     model = request_model(run)
     columns = [str(field.alias) for field in _row_model(model).model_fields.values()]
     numbers = run.decoder.manifest.numeric_columns
@@ -68,7 +72,9 @@ def make_app(
     @app.exception_handler(RequestValidationError)
     @app.exception_handler(ValidationError)
     def describe(request: Request, error: Any) -> JSONResponse:
-        return JSONResponse({"detail": _problems(error.errors(), columns)}, 422)
+        problems = error.errors()
+        status = 400 if problems[0]["type"] == "json_invalid" else 422
+        return JSONResponse({"detail": _problems(problems, columns)}, status)
 
     @app.exception_handler(_UnreadableError)
     def reject(request: Request, error: _UnreadableError) -> JSONResponse:
@@ -86,7 +92,7 @@ def make_app(
         return await predict(await read_rows(request))
 
     async def read_rows(request: Request) -> list[Row]:
-        if request.headers.get("content-type", "").startswith(_FORM):
+        if request.headers.get("content-type", "").lower().startswith(_FORM):
             return [await _form_row(request, run, model, folders)]
         try:
             content = await request.json()
@@ -226,12 +232,17 @@ async def _form_row(
     """Return the row of a form: cells as texts, images as files."""
     cells: dict[str, Any] = {}
     images: dict[str, bytes] = {}
-    async with request.form() as form:
-        for name, value in form.items():
-            if isinstance(value, str):
-                cells[name] = value or None
-            else:
-                images[name] = await value.read()
+    try:
+        async with request.form() as form:
+            for name, value in form.items():
+                if isinstance(value, str):
+                    cells[name] = value or None
+                # A browser sends a field without a file as an empty file without a name.
+                elif value.filename:
+                    images[name] = await value.read()
+    # The name of an encoding is unknown, or cannot decode the form.
+    except (LookupError, UnicodeError) as error:
+        raise _UnreadableError(f"the form cannot be read: {error}") from error
     names = image_fields(run)
     for name in images:
         if name not in names:
@@ -266,7 +277,12 @@ def _tensor_rows(tensors: Sequence[_InputTensor]) -> list[dict[str, Any]]:
     for tensor in tensors:
         if tensor.shape not in ([count], [count, 1]):
             raise RequestError(f"input {tensor.name!r} must have the shape [{count}]")
-    return [{tensor.name: tensor.data[row] for tensor in tensors} for row in range(count)]
+    return [{tensor.name: _cell(tensor.data[row]) for tensor in tensors} for row in range(count)]
+
+
+def _cell(data: Any) -> Any:
+    """Return the value of a row; the shape [rows, 1] may have nested data."""
+    return data[0] if isinstance(data, list) and len(data) == 1 else data
 
 
 def _tensor(name: str, datatype: str) -> dict[str, Any]:

@@ -31,8 +31,10 @@ class ImageFolders:
                     f"--image_folders names the web address {folder}; requests may name images in "
                     "local folders and object storage only"
                 )
+            # Without the options of its file system, such as an endpoint.
+            prefix = folder.partition("?")[0] if "://" in folder else folder
             try:
-                self._folders[f"{folder.rstrip('/')}/"] = Folder(folder)
+                self._folders[f"{prefix.rstrip('/')}/"] = Folder(folder)
             except (OSError, ValueError) as error:
                 raise JobError(f"--image_folders: {error}") from error
 
@@ -63,8 +65,9 @@ class ImageFolders:
         """Return the folder of an image and its path in it."""
         for prefix, folder in self._folders.items():
             name = uri.removeprefix(prefix)
-            # Options of a file system, such as another endpoint, must not come from a request.
-            if name not in (uri, "") and not set(name) & set("?#\\\0") and _is_plain(name):
+            # Options of a file system must not come from a request.
+            refused = "\\\0" if folder.is_local else "?#\\\0"
+            if name not in (uri, "") and not set(name) & set(refused) and _is_plain(name):
                 return folder, name
         return None
 

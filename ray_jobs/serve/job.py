@@ -17,17 +17,17 @@ from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
-from ray_jobs.cluster import connection
+from ray_jobs.cluster import compat_ray, connection
 from ray_jobs.config.errors import JobError
 from ray_jobs.config.inference_spec import ServeSpec
 from ray_jobs.config.text import names_text
 from ray_jobs.predict.trained_run import TrainedRun, open_run
+from ray_jobs.serve.access_rules import LOOPBACK
 from ray_jobs.serve.image_folders import ImageFolders
 from ray_jobs.serve.request_schema import input_names
 
 APPLICATION = "multimodal"
 _LOGGING = {"log_level": "WARNING"}
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def serve(spec: ServeSpec) -> None:
@@ -66,12 +66,15 @@ def serving(spec: ServeSpec) -> Iterator[tuple[str, TrainedRun, bool]]:
 
     run = _open_runs(spec)
     token, is_connected = _token(spec), ray.is_initialized()
+    # The second model has as many replicas.
+    num_replicas = spec.num_replicas * (2 if spec.second_run else 1)
+    http_options = {"host": spec.host, "port": spec.port, "request_timeout_s": spec.timeout_s}
     with (
         ExitStack() as ending,
         connection.connected(
             spec.address,
-            num_cpus=spec.num_replicas * spec.cpus_per_replica,
-            num_gpus=spec.num_replicas * spec.gpus_per_replica,
+            num_cpus=num_replicas * spec.cpus_per_replica,
+            num_gpus=num_replicas * spec.gpus_per_replica,
             data_cpus=0,
             cpu_settings="num_replicas and cpus_per_replica",
             worker_logs=spec.worker_logs,
@@ -79,21 +82,16 @@ def serving(spec: ServeSpec) -> Iterator[tuple[str, TrainedRun, bool]]:
     ):
         is_local = connection.owns_ray() and not is_connected
         try:
-            ray_serve.start(
-                http_options={
-                    "host": spec.host,
-                    "port": spec.port,
-                    "request_timeout_s": spec.timeout_s,
-                },
-                logging_config=_LOGGING,
-            )
+            ray_serve.start(http_options=http_options, logging_config=_LOGGING)
+            _require_same(http_options)
             ray_serve.run(application(spec, token), name=APPLICATION, route_prefix="/")
         except RuntimeError as error:
             if is_local:
                 ray_serve.shutdown()
             raise JobError(f"could not serve {spec.run}: {connection.first_line(error)}") from error
         try:
-            yield f"http://{spec.host}:{spec.port}", run, is_local
+            host = f"[{spec.host}]" if ":" in spec.host else spec.host
+            yield f"http://{host}:{spec.port}", run, is_local
         finally:
             if is_local:
                 # Ray prints an error when Serve ends, since Serve kills its own controller.
@@ -180,6 +178,21 @@ def _open_runs(spec: ServeSpec) -> TrainedRun:
     return run
 
 
+def _require_same(http_options: dict[str, Any]) -> None:
+    """Check that Ray Serve, which may have been running before, has these options.
+
+    Raises:
+        JobError: If it has others, which it keeps.
+    """
+    running = compat_ray.serve_http_options()
+    found = {name: getattr(running, name) for name in http_options}
+    if found != http_options:
+        raise JobError(
+            "Ray Serve already runs on this cluster with --host {host} --port {port} --timeout_s "
+            "{request_timeout_s:g}; set the same, or end it with `serve shutdown`".format(**found)
+        )
+
+
 def _import_serve() -> Any:
     # Read when Ray Serve is imported, here and in the processes of a local Ray: an empty request
     # takes 6 ms instead of 11 if its processes use gRPC instead of calls of actors.
@@ -215,7 +228,7 @@ def _print(spec: ServeSpec, url: str, run: TrainedRun) -> None:
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"serving [bold]{escape(str(run.folder))}[/bold] at {url}")
     console.print(f"  try a row there in a browser; {url}/docs describes POST /predict")
-    if spec.host not in _LOOPBACK and spec.token_file is None:
+    if spec.host not in LOOPBACK and spec.token_file is None:
         console.print(
             "  [yellow]every machine that reaches this address can use it; set --token_file"
             "[/yellow]"

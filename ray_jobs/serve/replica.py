@@ -19,6 +19,7 @@ from ray_jobs.explain.map_overlay import overlay_map
 from ray_jobs.predict.predictor import PROBABILITY, Predictor
 from ray_jobs.predict.row_sources import ERROR
 from ray_jobs.predict.trained_run import open_run
+from ray_jobs.serve.access_rules import LOOPBACK
 from ray_jobs.serve.batcher import Batcher
 from ray_jobs.serve.http_api import make_app
 from ray_jobs.serve.image_folders import ImageFolders
@@ -69,7 +70,7 @@ class Replica:
         max_bytes = int(self.spec.max_request_mb * 2**20)
         return make_app(
             self.run, self.name, self.version, self._answer, self.explain, self.folders,
-            self.token, max_bytes,
+            self.token, max_bytes, self.spec.host in LOOPBACK,
         )  # fmt: skip
 
     async def _answer(self, rows: Sequence[Row]) -> Answer:
@@ -79,9 +80,11 @@ class Replica:
 
         if self.second is not None and random.random() < self.spec.second_share:
             try:
-                return await self.second.predict.remote(rows)
-            except (RayError, RayServeException) as error:
-                logging.getLogger("ray.serve").warning(f"the second model failed: {error}")
+                response = self.second.predict.remote(rows)
+                return await asyncio.wait_for(response, self.spec.timeout_s / 2)
+            except (RayError, RayServeException, TimeoutError) as error:
+                reason = str(error) or "it does not answer"
+                logging.getLogger("ray.serve").warning(f"the second model failed: {reason}")
         return await self.predict(rows)
 
     async def predict(self, rows: Sequence[Row]) -> Answer:
@@ -120,7 +123,9 @@ class Replica:
             RequestError: If the row cannot be used.
         """
         loop = asyncio.get_running_loop()
-        table = await loop.run_in_executor(self.decode_threads, self.reader.read, [row])
+        table = await loop.run_in_executor(
+            self.decode_threads, lambda: self.reader.read([self.reader.prepare_images(row)])
+        )
         if error := table[ERROR][0].as_py():
             raise RequestError(without_advice(error))
         return await loop.run_in_executor(self.explain_thread, self._maps, table)

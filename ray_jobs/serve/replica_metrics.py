@@ -63,6 +63,8 @@ class ReplicaMetrics:
         good = pa.array([error is None for error in errors])
         names = [name for name in (NUMERIC, CATEGORY) if name in rows.column_names]
         part = (rows.select(names).filter(good), predicted.select([LOGITS]).filter(good))
+        if not part[1].num_rows:
+            return False
         self._recent.append(part)
         self._num_recent += part[1].num_rows
         self._num_seen += part[1].num_rows
@@ -70,7 +72,7 @@ class ReplicaMetrics:
             self._num_recent -= self._recent.popleft()[1].num_rows
         if self._num_seen < self._next:
             return False
-        self._next = self._num_seen + max(self._num_seen, _MAX_ROWS // 2)
+        self._next = self._num_seen + min(self._num_seen, _MAX_ROWS // 2)
         return True
 
     def compare(self) -> None:

@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -11,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from ray_jobs.config.errors import JobError
-from ray_jobs.predict.row_sources import decode_raw_rows, raw_row_rules
+from ray_jobs.predict.row_sources import ERROR, decode_raw_rows, raw_row_rules
 from ray_jobs.predict.trained_run import TrainedRun
 from ray_jobs.prepare.cell_text import TEXT, column_text
 from ray_jobs.prepare.row_validation import read_rows
@@ -25,6 +26,8 @@ Row = Mapping[str, Any]
 URIs in `ImageFolders`, or as `RequestReader.prepare_images` returns them."""
 
 _KEY = "\0key"
+_PATH = re.compile(r"(?<=: )\0\d+: |, \0\d+(?=: )")
+"""Path of an image in an error, which means nothing to the client."""
 
 
 class RequestError(Exception):
@@ -33,7 +36,7 @@ class RequestError(Exception):
 
 @dataclass(frozen=True)
 class _MemoryReader:
-    """Reads images of a request by the name of their row."""
+    """Reads images of requests by invented paths."""
 
     contents: Mapping[str, Any]
 
@@ -63,9 +66,10 @@ class RequestReader:
     def key(self, row: Row, position: int) -> str:
         """Return the name of a row in the answer: its key, or its position from 1."""
         cell = row.get(self.key_column)
-        if cell is None:
+        # The key column may contain the names of images, in whose place requests have images.
+        if cell is None or self.key_column in self.images:
             return str(position + 1)
-        return column_text(pa.chunked_array([_column([cell])]))[0].as_py() or ""
+        return column_text(pa.chunked_array([_column([cell], is_text=True)]))[0].as_py() or ""
 
     def prepare_images(self, row: Row) -> Row:
         """Return a row with its images as they are stored, or the reasons why they cannot be used.
@@ -75,9 +79,9 @@ class RequestReader:
         converted: dict[str, Any] = {}
         for name in self.images:
             content = row.get(name)
-            if isinstance(content, str) and content:
-                content = self.folders.read(content)
-            if isinstance(content, bytes) and content:
+            if isinstance(content, str):
+                content = self.folders.read(content) if content else None
+            if isinstance(content, bytes):
                 content = self._converter(()).convert_image(content)
             converted[name] = content
         return {**row, **converted}
@@ -85,10 +89,10 @@ class RequestReader:
     def is_independent(self, row: Row) -> bool:
         """Whether the cells of a row are read alike, whatever other rows there are.
 
-        Otherwise its request must be read by itself, because a rule that reads text as numbers is
-        found in a whole column.
+        Otherwise its request must be read by itself, because the rule of a column of words without
+        one in the manifest is found in the whole column.
         """
-        return not any(isinstance(row.get(name), str) for name in self.numeric_columns) and all(
+        return all(
             name in self.rules.text_rules or not isinstance(row.get(name), str)
             for name in self.text_columns
         )
@@ -112,14 +116,16 @@ class RequestReader:
 
     def _read_alike(self, rows: Sequence[Row]) -> list[pa.Table]:
         """Return rows whose cells have the same types."""
-        names = [f"row {index + 1}" for index in range(len(rows))]
+        names = [f"\0{index}" for index in range(len(rows))]
         columns = {
-            name: _column([row.get(name) for row in rows])
+            name: _column([row.get(name) for row in rows], is_text=name in self.text_columns)
             for name in (*self.numeric_columns, *self.text_columns)
         }
         references, readers = {}, {}
         for position, image in enumerate(self.images):
-            contents = {n: r[image] for n, r in zip(names, rows, strict=True) if r.get(image)}
+            contents = {
+                n: r[image] for n, r in zip(names, rows, strict=True) if r.get(image) is not None
+            }
             path = pa.array([name if name in contents else None for name in names], TEXT)
             field = self.rules.image_columns[position] if self.rules.image_columns else ""
             references[field], readers[field] = ImageRefs(path), _MemoryReader(contents)
@@ -132,7 +138,7 @@ class RequestReader:
         reasons = [read.quarantined.get(row) for row in range(len(rows))]
         errors = [reason and ": ".join(reason) for reason in reasons]
         converter = self._converter(tuple(readers.values()))
-        return list(decode_raw_rows(self.run, converter, read, errors))
+        return list(map(_without_paths, decode_raw_rows(self.run, converter, read, errors)))
 
     def _converter(self, readers: tuple[ImageReader, ...]) -> RowConverter:
         return RowConverter(
@@ -173,17 +179,24 @@ def _kind(cell: Any) -> str:
     """Return the type of a cell by which rows are read together."""
     if cell is None:
         return "null"
-    return type(cell).__name__
+    # JSON has integers of any size.
+    is_large = type(cell) is int and not -(2**63) <= cell < 2**63
+    return "large int" if is_large else type(cell).__name__
 
 
-def _column(cells: list[Any]) -> pa.Array:
+def _column(cells: list[Any], is_text: bool) -> pa.Array:
     """Return cells of one type as a column; texts, and columns without any value, as text."""
     if cells[0] is None or isinstance(cells[0], str):
         # Lone surrogates cannot be stored.
         known = [cell and cell.encode("utf-8", "replace").decode() for cell in cells]
         return pa.array(known, TEXT)
-    try:
+    if _kind(cells[0]) != "large int":
         return pa.array(cells)
-    except (OverflowError, pa.ArrowInvalid):
-        # JSON has integers of any size.
-        return pa.array([float(str(cell)) for cell in cells])
+    return pa.array([str(cell) if is_text else float(str(cell)) for cell in cells])
+
+
+def _without_paths(rows: pa.Table) -> pa.Table:
+    """Remove the paths of images from the errors of rows."""
+    errors = [error and _PATH.sub("", error) for error in rows[ERROR].to_pylist()]
+    position = rows.column_names.index(ERROR)
+    return rows.set_column(position, ERROR, pa.array(errors, rows[ERROR].type))

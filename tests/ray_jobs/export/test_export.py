@@ -141,7 +141,7 @@ def test_unsuitable_settings_are_refused(raw, tmp_path, monkeypatch):
     Folder(tmp_path / "run").upload(run / "manifest.json", "manifest.json")
     Folder(tmp_path / "run").upload(run / "summary.json", "summary.json")
     Folder(tmp_path / "run").upload(run / "model", "model")
-    with pytest.raises(JobError, match="does not say what it was trained on; set --data"):
+    with pytest.raises(JobError, match=r"has no run\.yaml, which names the data it was trained on"):
         export(ExportSpec(run=str(tmp_path / "run")))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(JobError, match=r"needs `pip install 'multimodal-ray\[export\]'` \(onnx, "):

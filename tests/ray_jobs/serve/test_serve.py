@@ -81,16 +81,20 @@ def test_a_row_that_cannot_be_used_has_its_reason_and_the_others_an_answer(post)
         row_of(3, **{"living area": None, "type": None}),
         row_of(4, image=base64.b64encode(huge.getvalue()).decode()),
         row_of(5, type="castle", house=None),
+        row_of(6, image="data:image/png;base64,"),
+        row_of(7, house=2**127),
     ]
     found = answers(post(*rows))
     reasons = [row["error"] and row["error"].partition(":")[0] for row in found]
     assert reasons == [
         None, "unreadable_image", "non_numeric_text", None, "too_large_image", None,
+        "unreadable_image", None,
     ]  # fmt: skip
     for row in found:
         assert (row["probability"] is None) == (row["label"] is None) == (row["error"] is not None)
     assert found[2]["error"] == "non_numeric_text: living area is 'ninety'"
-    assert found[5]["key"] == "6"
+    assert found[6]["error"] == "unreadable_image: the file is empty"
+    assert [found[5]["key"], found[7]["key"]] == ["6", str(2**127)]
 
 
 def test_values_that_no_table_can_contain_have_an_answer_or_a_reason(server, post):
@@ -115,6 +119,11 @@ def test_a_form_has_the_same_answer_as_json(server, post):
     assert "unknown column" in detail(found, 422)
     found = server.client.post(f"{server.url}/predict", data=cells, files={"rooms": b"3"})
     assert detail(found, 422) == "rooms: unknown column of images"
+    form = b'--x\r\nContent-Disposition: form-data; name="rooms"\r\n\r\n3\r\n--x--\r\n'
+    for end, status in (("", 422), ("; charset=undefined", 400)):
+        headers = {"Content-Type": f"Multipart/Form-Data; boundary=x{end}"}
+        found = server.client.post(f"{server.url}/predict", content=form, headers=headers)
+        assert detail(found, status)
 
 
 def test_the_open_inference_protocol_has_the_same_answers(server, post):
@@ -134,6 +143,10 @@ def test_the_open_inference_protocol_has_the_same_answers(server, post):
     assert answer["id"] == "7"
     assert probability["data"] == [row["probability"] for row in expected]
     assert label["data"] == [row["label"] for row in expected]
+    nested = [{**t, "shape": [3, 1], "data": [[value] for value in t["data"]]} for t in inputs]
+    assert server.client.post(f"{model}/infer", json={"id": "7", "inputs": nested}).json() == answer
+    json_type = {"Content-Type": "application/json"}
+    detail(server.client.post(f"{model}/infer", content=b"{", headers=json_type), 400)
     inputs[0]["shape"] = [2]
     text = detail(server.client.post(f"{model}/infer", json={"inputs": inputs}), 422)
     assert "must have the shape [3]" in text
@@ -164,6 +177,8 @@ def test_only_images_in_the_allowed_folders_are_read(server, served_run, post):
     (expected,) = answers(post(row_of(1)))
     (found,) = answers(post(row_of(1, image=f"{folder}/h1.jpg")))
     assert found == expected
+    body = {"rows": [row_of(1, image=f"{folder}/h1.jpg")]}
+    assert server.client.post(f"{server.url}/explain", json=body).json()["maps"]
     for name in ("absent.jpg", "link.jpg"):
         (found,) = answers(post(row_of(1, image=f"{folder}/{name}")))
         assert found["error"].startswith("missing_image: ")
@@ -245,7 +260,17 @@ def test_a_request_without_the_token_or_with_a_large_body_is_rejected(server, po
             yield b" " * 2**20
 
     # Without a Content-Length.
-    detail(server.client.post(f"{server.url}/predict", content=chunks()), 413)
+    for path in ("predict", "v2/models/run/infer"):
+        detail(server.client.post(f"{server.url}/{path}", content=chunks()), 413)
+
+
+def test_a_running_ray_serve_keeps_its_address(server):
+    other = server.spec.model_copy(update={"port": server.spec.port + 1})
+    with (
+        pytest.raises(JobError, match=f"already runs on this cluster .*--port {server.spec.port} "),
+        serving(other),
+    ):
+        pass
 
 
 def test_the_documentation_describes_the_columns_of_the_run(server):
