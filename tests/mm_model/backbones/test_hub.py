@@ -80,6 +80,7 @@ def test_folders_of_other_families_give_the_outputs_of_their_backbones(family, t
     assert other["tokens"].shape == (2, 36, 8)
 
 
+@pytest.mark.slow  # has images of 224 pixels
 @pytest.mark.filterwarnings("ignore:Layer 'attn':UserWarning")
 def test_a_folder_of_swin_gives_the_feature_map_of_its_backbone(tmp_path):
     options = {"embed_dim": 8, "depths": (1, 2, 1, 1), "num_heads": (1, 2, 2, 2), "window_size": 7}
