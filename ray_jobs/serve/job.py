@@ -186,10 +186,11 @@ def _require_same(http_options: dict[str, Any]) -> None:
     """
     running = compat_ray.serve_http_options()
     found = {name: getattr(running, name) for name in http_options}
-    if found != http_options:
+    # Ray Serve that others have started may have no time limit.
+    if any(value not in (None, http_options[name]) for name, value in found.items()):
         raise JobError(
             "Ray Serve already runs on this cluster with --host {host} --port {port} --timeout_s "
-            "{request_timeout_s:g}; set the same, or end it with `serve shutdown`".format(**found)
+            "{request_timeout_s}; set the same, or end it with `serve shutdown`".format(**found)
         )
 
 
